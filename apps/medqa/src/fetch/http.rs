@@ -1,0 +1,90 @@
+//! The HTTP client: patient with slow links, quick to give up on unreachable hosts, trusting what pip trusts.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use ureq::Agent;
+use ureq::config::RedirectAuthHeaders;
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+
+use super::pip_config;
+
+/// A client whose connecting may last `connect`. Proxies come from pip's `proxy`, else from the usual variables.
+pub fn agent(connect: Duration) -> Result<Agent> {
+    let mut config = Agent::config_builder()
+        .user_agent(concat!("medqa/", env!("CARGO_PKG_VERSION")))
+        .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+        .timeout_resolve(Some(connect))
+        .timeout_connect(Some(connect))
+        .timeout_recv_response(Some(Duration::from_secs(30).max(connect)))
+        .timeout_per_read(Some(Duration::from_secs(60)));
+    if let Some(roots) = custom_roots()? {
+        config = config.tls_config(TlsConfig::builder().root_certs(roots).build());
+    }
+    if let Some(proxy) = pip_config::option("proxy") {
+        let proxy = ureq::Proxy::new(&proxy).with_context(|| format!("pip's `proxy` is no proxy URL: {proxy}"))?;
+        config = config.proxy(Some(proxy));
+    }
+    Ok(config.build().new_agent())
+}
+
+/// The certificates that pip's `cert` or one of the usual variables names; none leaves Mozilla's list.
+fn custom_roots() -> Result<Option<RootCerts>> {
+    let variables = ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"];
+    let named = pip_config::option("cert").map(|path| ("pip's `cert`", path)).or_else(|| {
+        variables.iter().find_map(|name| pip_config::variable_value(name).map(|path| (*name, path)))
+    });
+    named.map(|(origin, path)| read_roots(Path::new(&path)).with_context(|| format!("{origin} = {path}"))).transpose()
+}
+
+fn read_roots(path: &Path) -> Result<RootCerts> {
+    let mut pem = Vec::new();
+    if path.is_dir() {
+        for entry in std::fs::read_dir(path)? {
+            pem.extend(std::fs::read(entry?.path()).unwrap_or_default());
+            pem.push(b'\n');
+        }
+    } else {
+        pem = std::fs::read(path).context("the certificates cannot be read")?;
+    }
+    // An item that is no certificate, or a damaged one, must not spoil the others.
+    let certificates: Vec<Certificate<'static>> = parse_pem(&pem)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    if certificates.is_empty() {
+        bail!("expected certificates in PEM form, found none");
+    }
+    Ok(RootCerts::new_with_certs(&certificates))
+}
+
+/// What went wrong, in words for a person.
+pub fn reason(url: &str, error: &ureq::Error) -> String {
+    match error {
+        ureq::Error::StatusCode(code) => format!("{url}: the server answered {code}"),
+        ureq::Error::HostNotFound => format!("{url}: this host's name is not known here"),
+        ureq::Error::Timeout(_) => format!("{url}: no answer in time ({error})"),
+        error => format!("{url}: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roots_need_a_certificate() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("ca.pem");
+        assert!(read_roots(&file).is_err());
+        std::fs::write(&file, "nothing here").unwrap();
+        assert!(format!("{:#}", read_roots(&file).unwrap_err()).contains("PEM"));
+        assert!(read_roots(folder.path()).is_err());
+        std::fs::write(&file, "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n").unwrap();
+        assert!(read_roots(&file).is_ok());
+        assert!(read_roots(folder.path()).is_ok());
+    }
+}

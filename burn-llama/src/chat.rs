@@ -1,0 +1,211 @@
+//! Chat templates: Jinja programs that turn messages into the text a model was tuned on.
+//!
+//! Rendering equals `apply_chat_template(tokenize=False)` of Hugging Face `transformers`, whose Jinja environment is
+//! rebuilt here: `trim_blocks`, `lstrip_blocks`, loop controls, Python's string methods, `tojson` without HTML
+//! escapes, `raise_exception`, `strftime_now` and the `generation` tag.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::{AutoEscape, Environment, ErrorKind, Output, State, context};
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+mod python;
+
+/// The name under which the one template of an environment is kept.
+const NAME: &str = "chat";
+
+/// One turn of a conversation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Message {
+    /// Who speaks: `system`, `user`, `assistant`, or whatever else the template knows.
+    pub role: String,
+    /// What is said.
+    pub content: String,
+}
+
+impl Message {
+    /// A turn of `role` saying `content`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into() }
+    }
+}
+
+/// A parsed chat template with the special tokens that it may write.
+#[derive(Debug, Clone)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    source: String,
+}
+
+impl ChatTemplate {
+    /// Parses a template. `bos_token` and `eos_token` are what the template's variables of these names hold; without
+    /// one, the variable is undefined and prints nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Template`] with the line if it does not parse.
+    pub fn new(source: &str, bos_token: Option<&str>, eos_token: Option<&str>) -> Result<Self, Error> {
+        let mut environment = Environment::new();
+        environment.set_trim_blocks(true);
+        environment.set_lstrip_blocks(true);
+        environment.set_auto_escape_callback(|_| AutoEscape::None);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_formatter(write_as_python);
+        environment.add_filter("tojson", to_json);
+        environment.add_function("raise_exception", raise_exception);
+        environment.add_function("strftime_now", strftime_now);
+        for (name, token) in [("bos_token", bos_token), ("eos_token", eos_token)] {
+            if let Some(token) = token {
+                environment.add_global(name, token);
+            }
+        }
+        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|error| failed(&error))?;
+        Ok(Self { environment, source: source.to_owned() })
+    }
+
+    /// The template's text.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// The text of a conversation. With `add_generation_prompt` it ends where the assistant's next turn begins.
+    ///
+    /// The special tokens that a model expects are part of the text: encode it with `add_special_tokens` false.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Template`] if the template refuses the messages (`raise_exception`) or fails on them.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
+        let template = self.environment.get_template(NAME).map_err(|error| failed(&error))?;
+        // Templates ask whether these are none; `transformers` always defines them.
+        let nothing = Value::from(());
+        let context = context! {
+            messages => Value::from_serialize(messages),
+            tools => nothing,
+            documents => nothing,
+            add_generation_prompt,
+        };
+        template.render(context).map_err(|error| failed(&error))
+    }
+}
+
+/// The engine's error with the causes that it hides.
+fn failed(error: &minijinja::Error) -> Error {
+    let mut message = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(inner) = cause {
+        message.push_str(": ");
+        message.push_str(&inner.to_string());
+        cause = inner.source();
+    }
+    Error::Template { message }
+}
+
+/// Turns the tags of `transformers` that mark the assistant's tokens into conditions that always hold: both print what
+/// they enclose, and white space around a tag is cut the same way.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let Some(end) = rest[start..].find("%}").map(|end| start + end) else { break };
+        let tag = &rest[start..end];
+        let replacement = match tag[2..].trim_matches(|c: char| c.is_whitespace() || matches!(c, '-' | '+')) {
+            "generation" => tag.replace("generation", "if true"),
+            "endgeneration" => tag.replace("endgeneration", "endif"),
+            _ => tag.to_owned(),
+        };
+        out.push_str(&rest[..start]);
+        out.push_str(&replacement);
+        rest = &rest[end..];
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Prints values as Python's `str` does where that differs from the engine's own way.
+fn write_as_python(out: &mut Output, state: &State, value: &Value) -> Result<(), minijinja::Error> {
+    let word = match value.kind() {
+        ValueKind::None => "None",
+        ValueKind::Bool => match value.is_true() {
+            true => "True",
+            false => "False",
+        },
+        _ => return minijinja::escape_formatter(out, state, value),
+    };
+    out.write_str(word).map_err(minijinja::Error::from)
+}
+
+/// The filter `tojson`: `json.dumps` with `ensure_ascii=False`, and its keywords `indent`, `separators`, `sort_keys`.
+fn to_json(value: &Value, keywords: Kwargs) -> Result<String, minijinja::Error> {
+    let indent: Option<usize> = keywords.get("indent")?;
+    let sort_keys: Option<bool> = keywords.get("sort_keys")?;
+    let separators: Option<Vec<String>> = keywords.get("separators")?;
+    let ensure_ascii: Option<bool> = keywords.get("ensure_ascii")?;
+    keywords.assert_all_used()?;
+    let value = serde_json::to_value(value)
+        .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
+    // Python puts no space after a comma that ends a line.
+    let item = if indent.is_some() { "," } else { ", " };
+    let (item, key) = match separators.as_deref() {
+        Some([item, key]) => (item.clone(), key.clone()),
+        _ => (item.to_owned(), ": ".to_owned()),
+    };
+    let style = python::Dumps {
+        indent,
+        item,
+        key,
+        sort_keys: sort_keys.unwrap_or(false),
+        ensure_ascii: ensure_ascii.unwrap_or(false),
+    };
+    Ok(style.dumps(&value))
+}
+
+/// The function by which a template refuses its messages.
+fn raise_exception(message: String) -> Result<String, minijinja::Error> {
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// The current time in a `strftime` format. The clock is UTC: the standard library knows no time zones.
+fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs());
+    python::strftime(format, seconds)
+        .map_err(|directive| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {directive}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a template prints for one user turn.
+    fn rendered(source: &str) -> Result<String, Error> {
+        ChatTemplate::new(source, Some("<s>"), None)?.render(&[Message::new("user", " hé <b>\n")], true)
+    }
+
+    #[test]
+    fn templates_print_what_transformers_prints() {
+        for (source, expected) in [
+            ("{% for m in messages %}\n  {{ m.role }}:{{ m['content'].strip() }}\n{% endfor %}\n", "  user:hé <b>\n"),
+            ("{{ bos_token }}|{{ eos_token }}|{{ tools }}|{{ add_generation_prompt }}", "<s>||None|True"),
+            ("{{ messages | tojson }}", r#"[{"role": "user", "content": " hé <b>\n"}]"#),
+            ("{{ {'b': 1, 'a': [1.0, none]} | tojson(indent=1, sort_keys=true) }}", "{\n \"a\": [\n  1.0,\n  null\n ],\n \"b\": 1\n}"),
+            ("{% for m in messages[::-1] %}{% if m.role == 'user' %}{% continue %}{% endif %}x{% endfor %}", ""),
+            ("a\n {%- generation -%} \nb\n{% endgeneration %}\nc", "ab\nc"),
+            ("{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 2 %}{{ ns.n }}", "2"),
+            ("{{ 'x</think>\n\ny'.split('</think>')[-1].lstrip('\n') }}", "y"),
+        ] {
+            assert_eq!(rendered(source).unwrap(), expected, "{source}");
+        }
+    }
+
+    #[test]
+    fn a_template_refuses_with_its_own_words() {
+        let refused = rendered("{{ raise_exception('roles must alternate') }}").unwrap_err().to_string();
+        assert!(refused.contains("roles must alternate"), "{refused}");
+        assert!(rendered("{% for %}").is_err());
+        assert!(rendered("{{ strftime_now('%Q') }}").is_err());
+        assert_eq!(rendered("{{ strftime_now('%d %b %Y') }}").unwrap().len(), 11);
+    }
+}

@@ -1,0 +1,209 @@
+//! Two of Python's standard functions, as far as chat templates call them.
+
+use serde_json::Value;
+
+const MONTHS: [&str; 12] = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+];
+const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
+
+/// The keywords of `json.dumps`.
+pub(super) struct Dumps {
+    /// Spaces per level; `None` writes one line.
+    pub indent: Option<usize>,
+    /// What stands between items.
+    pub item: String,
+    /// What stands between key and value.
+    pub key: String,
+    /// Whether keys are sorted.
+    pub sort_keys: bool,
+    /// Whether characters beyond ASCII are escaped.
+    pub ensure_ascii: bool,
+}
+
+impl Dumps {
+    /// The value as `json.dumps` writes it.
+    pub fn dumps(&self, value: &Value) -> String {
+        let mut out = String::new();
+        self.write(value, 1, &mut out);
+        out
+    }
+
+    fn write(&self, value: &Value, level: usize, out: &mut String) {
+        match value {
+            Value::Array(items) => {
+                self.enclose(('[', ']'), items.iter(), level, out, |item, out| self.write(item, level + 1, out));
+            }
+            Value::Object(fields) => {
+                let mut fields: Vec<_> = fields.iter().collect();
+                if self.sort_keys {
+                    fields.sort_by_key(|(key, _)| key.as_str());
+                }
+                self.enclose(('{', '}'), fields.into_iter(), level, out, |(key, value), out| {
+                    out.push_str(&self.escaped(key));
+                    out.push_str(&self.key);
+                    self.write(value, level + 1, out);
+                });
+            }
+            Value::String(text) => out.push_str(&self.escaped(text)),
+            scalar => out.push_str(&scalar.to_string()),
+        }
+    }
+
+    fn enclose<T>(
+        &self,
+        brackets: (char, char),
+        items: impl ExactSizeIterator<Item = T>,
+        level: usize,
+        out: &mut String,
+        write: impl Fn(T, &mut String),
+    ) {
+        let empty = items.len() == 0;
+        out.push(brackets.0);
+        for (index, item) in items.enumerate() {
+            if index > 0 {
+                out.push_str(&self.item);
+            }
+            self.line(level, out);
+            write(item, out);
+        }
+        if !empty {
+            self.line(level - 1, out);
+        }
+        out.push(brackets.1);
+    }
+
+    /// Starts a line at a level, if there are lines.
+    fn line(&self, level: usize, out: &mut String) {
+        if let Some(indent) = self.indent {
+            out.push('\n');
+            out.extend(std::iter::repeat_n(' ', indent * level));
+        }
+    }
+
+    fn escaped(&self, text: &str) -> String {
+        let quoted = Value::from(text).to_string();
+        if !self.ensure_ascii {
+            return quoted;
+        }
+        let mut out = String::new();
+        for c in quoted.chars() {
+            if c.is_ascii() {
+                out.push(c);
+            } else {
+                out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));
+            }
+        }
+        out
+    }
+}
+
+/// `strftime` of a UTC time in seconds since 1970, with English names; an unknown directive is the error.
+pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, String> {
+    let days = seconds / 86_400;
+    let (year, month, day) = date(days);
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    let weekday = DAYS[(days as usize + 4) % 7]; // 1 January 1970 was a Thursday.
+    let month_name = MONTHS[month as usize - 1];
+    let mut out = String::new();
+    let mut rest = format.chars();
+    while let Some(c) = rest.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        let mut directive = rest.next();
+        // `%-d` is `%d` without its leading zero.
+        let bare = directive == Some('-');
+        if bare {
+            directive = rest.next();
+        }
+        let part = match directive {
+            Some('Y') => format!("{year:04}"),
+            Some('y') => format!("{:02}", year % 100),
+            Some('m') => format!("{month:02}"),
+            Some('d') => format!("{day:02}"),
+            Some('e') => format!("{day:2}"),
+            Some('j') => format!("{:03}", days - days_before(year) + 1),
+            Some('H') => format!("{hour:02}"),
+            Some('I') => format!("{:02}", (hour + 11) % 12 + 1),
+            Some('p') => (if hour < 12 { "AM" } else { "PM" }).to_owned(),
+            Some('M') => format!("{minute:02}"),
+            Some('S') => format!("{second:02}"),
+            Some('B') => month_name.to_owned(),
+            Some('b' | 'h') => month_name[..3].to_owned(),
+            Some('A') => weekday.to_owned(),
+            Some('a') => weekday[..3].to_owned(),
+            Some('F') => format!("{year:04}-{month:02}-{day:02}"),
+            Some('T') => format!("{hour:02}:{minute:02}:{second:02}"),
+            Some('%') => "%".to_owned(),
+            other => return Err(format!("unknown directive %{}", other.map(String::from).unwrap_or_default())),
+        };
+        let trimmed = part.trim_start_matches(['0', ' ']);
+        out.push_str(match (bare, trimmed.is_empty()) {
+            (true, true) => "0",
+            (true, false) => trimmed,
+            _ => &part,
+        });
+    }
+    Ok(out)
+}
+
+/// Days from 1 January 1970 to 1 January of a year.
+fn days_before(year: u64) -> u64 {
+    let leaps = |year: u64| year / 4 - year / 100 + year / 400;
+    (year - 1970) * 365 + leaps(year - 1) - leaps(1969)
+}
+
+/// Year, month and day of a day counted from 1 January 1970.
+fn date(days: u64) -> (u64, u64, u64) {
+    let mut year = 1970 + days / 366;
+    while days_before(year + 1) <= days {
+        year += 1;
+    }
+    let leap = days_before(year + 1) - days_before(year) == 366;
+    let mut day = days - days_before(year);
+    for month in 1..12 {
+        let length = match month {
+            2 => 28 + u64::from(leap),
+            4 | 6 | 9 | 11 => 30,
+            _ => 31,
+        };
+        if day < length {
+            return (year, month, day + 1);
+        }
+        day -= length;
+    }
+    (year, 12, day + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, expected) in [
+            (0, "1970-01-01 Thursday 001 12 AM"),
+            (951_782_400, "2000-02-29 Tuesday 060 12 AM"),
+            (1_709_251_199, "2024-02-29 Thursday 060 11 PM"),
+            (1_735_689_599, "2024-12-31 Tuesday 366 11 PM"),
+            (4_102_444_800, "2100-01-01 Friday 001 12 AM"),
+        ] {
+            assert_eq!(strftime("%F %A %j %I %p", seconds).as_deref(), Ok(expected));
+        }
+        assert_eq!(strftime("%-d %b %y%%, %H:%M:%S", 1_709_251_199).as_deref(), Ok("29 Feb 24%, 23:59:59"));
+        assert_eq!(strftime("%-H", 0).as_deref(), Ok("0"));
+    }
+}

@@ -1,0 +1,314 @@
+//! The head of a GGUF file: metadata and the table of tensors, read from bytes that nobody vouches for.
+//!
+//! Every length is compared with what is left of the file before anything is allocated for it.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::blocks::BlockType;
+use crate::error::Error;
+
+/// One metadata value. Integer widths are widened to 64 bits and `f32` to `f64`, both without loss.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Value {
+    /// `u8`, `u16`, `u32` or `u64`.
+    Unsigned(u64),
+    /// `i8`, `i16`, `i32` or `i64`.
+    Signed(i64),
+    /// `f32` or `f64`.
+    Float(f64),
+    /// A boolean.
+    Bool(bool),
+    /// UTF-8 text.
+    String(String),
+    /// Several values of one type; arrays of arrays do not occur in model files and are refused.
+    Array(Array),
+}
+
+/// The elements of an array value, widened like single values.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Array {
+    /// `u8`, `u16`, `u32` or `u64` elements.
+    Unsigned(Vec<u64>),
+    /// `i8`, `i16`, `i32` or `i64` elements.
+    Signed(Vec<i64>),
+    /// `f32` or `f64` elements.
+    Float(Vec<f64>),
+    /// Booleans.
+    Bool(Vec<bool>),
+    /// Texts.
+    String(Vec<String>),
+}
+
+impl Value {
+    /// The value as an unsigned integer, if it is a non-negative integer.
+    pub fn as_u64(&self) -> Option<u64> {
+        match self {
+            Self::Unsigned(value) => Some(*value),
+            Self::Signed(value) => u64::try_from(*value).ok(),
+            _ => None,
+        }
+    }
+
+    /// The value as a float, if it is one.
+    pub fn as_f64(&self) -> Option<f64> {
+        if let Self::Float(value) = self { Some(*value) } else { None }
+    }
+
+    /// The value as a boolean, if it is one.
+    pub fn as_bool(&self) -> Option<bool> {
+        if let Self::Bool(value) = self { Some(*value) } else { None }
+    }
+
+    /// The value as text, if it is text.
+    pub fn as_str(&self) -> Option<&str> {
+        if let Self::String(value) = self { Some(value) } else { None }
+    }
+
+    /// What the value is, for messages: `unsigned 3`, `array of 12 strings`.
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            Self::Unsigned(value) => format!("unsigned {value}"),
+            Self::Signed(value) => format!("signed {value}"),
+            Self::Float(value) => format!("float {value}"),
+            Self::Bool(value) => format!("boolean {value}"),
+            Self::String(value) => format!("text {:?}", value.chars().take(60).collect::<String>()),
+            Self::Array(Array::Unsigned(values)) => format!("array of {} unsigned integers", values.len()),
+            Self::Array(Array::Signed(values)) => format!("array of {} signed integers", values.len()),
+            Self::Array(Array::Float(values)) => format!("array of {} floats", values.len()),
+            Self::Array(Array::Bool(values)) => format!("array of {} booleans", values.len()),
+            Self::Array(Array::String(values)) => format!("array of {} strings", values.len()),
+        }
+    }
+}
+
+/// One tensor of the file, as its table says; the bytes are checked to lie inside the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorEntry {
+    /// The GGUF name, for example `blk.0.attn_q.weight`.
+    pub name: String,
+    /// Row-major shape, outermost dimension first: the reverse of GGUF's `ne`.
+    pub shape: Vec<usize>,
+    /// How the elements are stored.
+    pub kind: BlockType,
+    /// First byte, counted from the start of the file.
+    pub offset: usize,
+}
+
+impl TensorEntry {
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Number of bytes in the file.
+    pub fn bytes(&self) -> usize {
+        self.elements() / self.kind.block_len() * self.kind.block_bytes()
+    }
+
+    /// Length of a row (the innermost dimension), in elements.
+    pub fn row_len(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+}
+
+/// The parsed head of a file.
+#[derive(Debug)]
+pub(super) struct Header {
+    pub metadata: HashMap<String, Value>,
+    pub tensors: Vec<TensorEntry>,
+}
+
+impl Header {
+    /// Parses the head of `bytes`, the whole file at `path`.
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
+        let mut reader = Reader { path, bytes, at: 0 };
+        if reader.take(4, "magic")? != b"GGUF" {
+            return Err(Error::format(path, "magic", "GGUF", format!("{:02x?}", &bytes[..4])));
+        }
+        let version = reader.u32("version")?;
+        if !(2..=3).contains(&version) {
+            // A big-endian file shows its version with the bytes the other way round.
+            let kind = if matches!(version.swap_bytes(), 1..=3) { " (a big-endian file)" } else { "" };
+            let found = format!("version {version:#x}{kind}");
+            return Err(Error::format(path, "version", "little-endian GGUF version 2 or 3", found));
+        }
+        let tensor_count = reader.u64("tensor count")?;
+        let metadata_count = reader.u64("metadata count")?;
+        let mut metadata = HashMap::new();
+        for _ in 0..metadata_count {
+            let key = reader.string("metadata key")?;
+            let value = reader.value(&key)?;
+            if metadata.insert(key.clone(), value).is_some() {
+                return Err(Error::format(path, key, "each metadata key once", "a second time"));
+            }
+        }
+        let mut tensors = Vec::new();
+        for _ in 0..tensor_count {
+            tensors.push(reader.tensor()?);
+        }
+        let alignment = alignment(path, &metadata)?;
+        let start = reader.at.next_multiple_of(alignment);
+        for entry in &mut tensors {
+            place(path, entry, start, bytes.len())?;
+        }
+        Ok(Self { metadata, tensors })
+    }
+}
+
+/// Alignment of tensor data in bytes: `general.alignment`, 32 if absent.
+fn alignment(path: &Path, metadata: &HashMap<String, Value>) -> Result<usize, Error> {
+    const KEY: &str = "general.alignment";
+    let Some(value) = metadata.get(KEY) else { return Ok(32) };
+    match value.as_u64() {
+        Some(bytes @ 1..=65536) if bytes.is_power_of_two() => Ok(bytes as usize),
+        _ => Err(Error::format(path, KEY, "a power of two up to 65536", value.describe())),
+    }
+}
+
+/// Turns an offset relative to the data section into one from the start of the file, and checks that the tensor fits.
+fn place(path: &Path, entry: &mut TensorEntry, start: usize, file: usize) -> Result<(), Error> {
+    let bytes = entry.bytes();
+    let end = start.checked_add(entry.offset).and_then(|first| first.checked_add(bytes));
+    if end.is_none_or(|end| end > file) {
+        let expected = format!("{bytes} bytes at {} of the data that starts at {start}", entry.offset);
+        let found = format!("a file of {file} bytes; is it complete?");
+        return Err(Error::format(path, entry.name.clone(), expected, found));
+    }
+    entry.offset += start;
+    Ok(())
+}
+
+/// A position in untrusted bytes.
+struct Reader<'a> {
+    path: &'a Path,
+    bytes: &'a [u8],
+    at: usize,
+}
+
+impl<'a> Reader<'a> {
+    /// The next `count` bytes.
+    fn take(&mut self, count: usize, key: &str) -> Result<&'a [u8], Error> {
+        let left = &self.bytes[self.at..];
+        let Some(taken) = left.get(..count) else {
+            let expected = format!("{count} bytes at {}", self.at);
+            return Err(Error::format(self.path, key, expected, format!("{} bytes to the file's end", left.len())));
+        };
+        self.at += count;
+        Ok(taken)
+    }
+
+    /// The next `N` bytes, as an array.
+    fn array<const N: usize>(&mut self, key: &str) -> Result<[u8; N], Error> {
+        let mut out = [0; N];
+        out.copy_from_slice(self.take(N, key)?);
+        Ok(out)
+    }
+
+    fn u32(&mut self, key: &str) -> Result<u32, Error> {
+        Ok(u32::from_le_bytes(self.array(key)?))
+    }
+
+    fn u64(&mut self, key: &str) -> Result<u64, Error> {
+        Ok(u64::from_le_bytes(self.array(key)?))
+    }
+
+    /// A length that has to fit this machine's address space.
+    fn len(&mut self, key: &str) -> Result<usize, Error> {
+        let len = self.u64(key)?;
+        usize::try_from(len).map_err(|_| Error::format(self.path, key, "a length below 2^64", len.to_string()))
+    }
+
+    fn string(&mut self, key: &str) -> Result<String, Error> {
+        let len = self.len(key)?;
+        let bytes = self.take(len, key)?;
+        match std::str::from_utf8(bytes) {
+            Ok(text) => Ok(text.to_owned()),
+            Err(error) => Err(Error::format(self.path, key, "UTF-8 text", error.to_string())),
+        }
+    }
+
+    fn value(&mut self, key: &str) -> Result<Value, Error> {
+        Ok(match self.u32(key)? {
+            0 => Value::Unsigned(u64::from(self.array::<1>(key)?[0])),
+            1 => Value::Signed(i64::from(i8::from_le_bytes(self.array(key)?))),
+            2 => Value::Unsigned(u64::from(u16::from_le_bytes(self.array(key)?))),
+            3 => Value::Signed(i64::from(i16::from_le_bytes(self.array(key)?))),
+            4 => Value::Unsigned(u64::from(self.u32(key)?)),
+            5 => Value::Signed(i64::from(i32::from_le_bytes(self.array(key)?))),
+            6 => Value::Float(f64::from(f32::from_le_bytes(self.array(key)?))),
+            7 => Value::Bool(self.array::<1>(key)?[0] != 0),
+            8 => Value::String(self.string(key)?),
+            9 => Value::Array(self.elements(key)?),
+            10 => Value::Unsigned(self.u64(key)?),
+            11 => Value::Signed(i64::from_le_bytes(self.array(key)?)),
+            12 => Value::Float(f64::from_le_bytes(self.array(key)?)),
+            other => return Err(Error::format(self.path, key, "a value type from 0 to 12", other.to_string())),
+        })
+    }
+
+    fn elements(&mut self, key: &str) -> Result<Array, Error> {
+        let kind = self.u32(key)?;
+        let len = self.len(key)?;
+        Ok(match kind {
+            0 => Array::Unsigned(self.fixed(len, key, |[byte]| u64::from(byte))?),
+            1 => Array::Signed(self.fixed(len, key, |bytes| i64::from(i8::from_le_bytes(bytes)))?),
+            2 => Array::Unsigned(self.fixed(len, key, |bytes| u64::from(u16::from_le_bytes(bytes)))?),
+            3 => Array::Signed(self.fixed(len, key, |bytes| i64::from(i16::from_le_bytes(bytes)))?),
+            4 => Array::Unsigned(self.fixed(len, key, |bytes| u64::from(u32::from_le_bytes(bytes)))?),
+            5 => Array::Signed(self.fixed(len, key, |bytes| i64::from(i32::from_le_bytes(bytes)))?),
+            6 => Array::Float(self.fixed(len, key, |bytes| f64::from(f32::from_le_bytes(bytes)))?),
+            7 => Array::Bool(self.fixed(len, key, |[byte]| byte != 0)?),
+            8 => {
+                // Not reserved beforehand: each string takes eight bytes of the file at least, so the file bounds it.
+                let mut texts = Vec::new();
+                for _ in 0..len {
+                    texts.push(self.string(key)?);
+                }
+                Array::String(texts)
+            }
+            10 => Array::Unsigned(self.fixed(len, key, u64::from_le_bytes)?),
+            11 => Array::Signed(self.fixed(len, key, i64::from_le_bytes)?),
+            12 => Array::Float(self.fixed(len, key, f64::from_le_bytes)?),
+            other => {
+                let expected = "an element type from 0 to 12 that is no array";
+                return Err(Error::format(self.path, key, expected, other.to_string()));
+            }
+        })
+    }
+
+    /// `len` elements of `N` bytes each.
+    fn fixed<const N: usize, T>(&mut self, len: usize, key: &str, parse: fn([u8; N]) -> T) -> Result<Vec<T>, Error> {
+        let bytes = self.take(len.saturating_mul(N), key)?;
+        let (chunks, _) = bytes.as_chunks::<N>();
+        Ok(chunks.iter().map(|chunk| parse(*chunk)).collect())
+    }
+
+    /// One row of the tensor table; `offset` is still relative to the data section.
+    fn tensor(&mut self) -> Result<TensorEntry, Error> {
+        let name = self.string("tensor name")?;
+        let dims = self.u32(&name)?;
+        if dims > 4 {
+            return Err(Error::format(self.path, name, "at most 4 dimensions", dims.to_string()));
+        }
+        let mut shape = Vec::new();
+        for _ in 0..dims {
+            shape.push(self.len(&name)?);
+        }
+        shape.reverse();
+        let kind = BlockType::from_ggml(self.u32(&name)?)
+            .map_err(|found| Error::format(self.path, name.as_str(), BlockType::supported(), found))?;
+        let offset = self.len(&name)?;
+        // Later code multiplies dimensions freely: this is the one place that checks they can be.
+        let elements = shape.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim));
+        if elements.is_none_or(|elements| elements.checked_mul(kind.block_bytes()).is_none()) {
+            return Err(Error::format(self.path, name, "a shape that fits memory", format!("{shape:?}")));
+        }
+        let entry = TensorEntry { name, shape, kind, offset };
+        if !entry.row_len().is_multiple_of(kind.block_len()) {
+            let expected = format!("rows of a multiple of {} elements for {kind:?}", kind.block_len());
+            return Err(Error::format(self.path, entry.name, expected, format!("shape {:?}", entry.shape)));
+        }
+        Ok(entry)
+    }
+}

@@ -1,0 +1,199 @@
+//! GGUF files: memory-mapped, checked when opened, dequantized tensor by tensor.
+//!
+//! The format is ggml's `docs/gguf.md`. A file is not trusted: what it says about lengths is compared with its size,
+//! and what cannot be right is an [`Error`] that names the key or the tensor.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use rayon::prelude::*;
+
+use crate::error::Error;
+
+mod blocks;
+mod config;
+mod header;
+mod names;
+
+pub use blocks::BlockType;
+pub use header::{Array, TensorEntry, Value};
+pub use names::{gguf_name, hugging_face_key};
+
+/// An open GGUF file.
+///
+/// The file stays mapped while this lives; whoever truncates it meanwhile ends the process, as with every map.
+#[derive(Debug)]
+pub struct Gguf {
+    path: PathBuf,
+    map: Mmap,
+    metadata: HashMap<String, Value>,
+    tensors: Vec<TensorEntry>,
+    index: HashMap<String, usize>,
+}
+
+impl Gguf {
+    /// Opens a little-endian GGUF file of version 2 or 3 and checks its head.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if it cannot be opened, [`Error::Format`] if it is cut off or malformed, or has a tensor of a
+    /// type that is not in [`BlockType`].
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let file = File::open(path).map_err(|source| Error::io(path, source))?;
+        let size = file.metadata().map_err(|source| Error::io(path, source))?.len();
+        if size < 24 {
+            return Err(Error::format(path, "size", "a GGUF head of 24 bytes or more", format!("{size} bytes")));
+        }
+        // SAFETY: the map is read-only and the file is ours to read; that nobody cuts it short while it is mapped is
+        // the condition that the type's documentation passes on.
+        let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?;
+        let header::Header { metadata, tensors } = header::Header::parse(path, &map)?;
+        let mut index = HashMap::new();
+        for (position, entry) in tensors.iter().enumerate() {
+            if index.insert(entry.name.clone(), position).is_some() {
+                return Err(Error::format(path, entry.name.as_str(), "each tensor once", "a second time"));
+            }
+        }
+        Ok(Self { path: path.to_owned(), map, metadata, tensors, index })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The metadata value of a key, for example `llama.block_count`.
+    pub fn metadata(&self, key: &str) -> Option<&Value> {
+        self.metadata.get(key)
+    }
+
+    /// Every tensor, in the order of the file.
+    pub fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
+        self.tensors.iter()
+    }
+
+    /// The tensor of a GGUF name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
+        self.index.get(name).map(|position| &self.tensors[*position])
+    }
+
+    /// The stored bytes of a tensor, rows in the order of the file (so, for architecture `llama`, with the query and
+    /// key rows still permuted).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Format`] if there is no such tensor.
+    pub fn raw(&self, name: &str) -> Result<&[u8], Error> {
+        let entry = self.tensor(name).ok_or_else(|| self.error(name, "a tensor of this name", "none"))?;
+        self.bytes(entry)
+    }
+
+    /// The tensor's values in row-major order, with rows in the order of the Hugging Face checkpoint.
+    ///
+    /// Files of architecture `llama` interleave the two halves of each query and key head (llama.cpp rotates adjacent
+    /// pairs); that is undone here. Other architectures are stored as they are.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Format`] if the entry is not this file's, or the head counts do not divide the rows.
+    pub fn read(&self, entry: &TensorEntry) -> Result<Vec<f32>, Error> {
+        let bytes = self.bytes(entry)?;
+        let rotated = self.rotated(entry)?;
+        // A bias is one row in the file, but its elements are what the permutation moves.
+        let row = if rotated.is_some() && entry.shape.len() == 1 { 1 } else { entry.row_len() };
+        if !row.is_multiple_of(entry.kind.block_len()) {
+            return Err(self.error(&entry.name, "a bias that is not packed", &format!("{:?}", entry.kind)));
+        }
+        let mut values = vec![0.0; entry.elements()];
+        if values.is_empty() {
+            return Ok(values);
+        }
+        let row_bytes = row / entry.kind.block_len() * entry.kind.block_bytes();
+        values.par_chunks_mut(row).enumerate().for_each(|(index, out)| {
+            let stored = rotated.map_or(index, |head_dim| interleaved(index, head_dim));
+            entry.kind.dequantize(&bytes[stored * row_bytes..][..row_bytes], out);
+        });
+        Ok(values)
+    }
+
+    /// The bytes of an entry, which may come from anywhere and is therefore checked again.
+    fn bytes(&self, entry: &TensorEntry) -> Result<&[u8], Error> {
+        match self.tensor(&entry.name) {
+            Some(own) if own == entry => Ok(&self.map[own.offset..][..own.bytes()]),
+            _ => Err(self.error(&entry.name, "an entry of this file", "another")),
+        }
+    }
+
+    /// The head dimension by which the rows of this tensor are permuted; `None` if they are not.
+    fn rotated(&self, entry: &TensorEntry) -> Result<Option<usize>, Error> {
+        if self.text("general.architecture")? != Some("llama") {
+            return Ok(None);
+        }
+        let part = entry.name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).map(|(_, part)| part);
+        let queries = match part {
+            Some("attn_q.weight" | "attn_q.bias") => true,
+            Some("attn_k.weight" | "attn_k.bias") => false,
+            _ => return Ok(None),
+        };
+        let all = self.integer("llama.attention.head_count")?;
+        let heads = if queries { all } else { self.integer("llama.attention.head_count_kv")?.or(all) };
+        let rows = entry.shape.first().copied().unwrap_or(1);
+        match heads {
+            Some(heads) if heads > 0 && rows.is_multiple_of(heads.saturating_mul(2)) => Ok(Some(rows / heads)),
+            _ => {
+                let expected = format!("a head count by which {rows} rows divide into pairs");
+                Err(self.error(&entry.name, &expected, &format!("{heads:?}")))
+            }
+        }
+    }
+
+    /// A metadata integer; an error if the key holds something else.
+    pub(crate) fn integer(&self, key: &str) -> Result<Option<usize>, Error> {
+        self.typed(key, "a non-negative integer", |value| value.as_u64().and_then(|value| usize::try_from(value).ok()))
+    }
+
+    /// A metadata text; an error if the key holds something else.
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&str>, Error> {
+        self.typed(key, "text", Value::as_str)
+    }
+
+    /// A metadata value of one type; an error if the key holds something else.
+    pub(crate) fn typed<'a, T>(
+        &'a self,
+        key: &str,
+        expected: &str,
+        as_type: impl Fn(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, Error> {
+        let Some(value) = self.metadata(key) else { return Ok(None) };
+        match as_type(value) {
+            Some(typed) => Ok(Some(typed)),
+            None => Err(self.error(key, expected, &value.describe())),
+        }
+    }
+
+    /// An error at a key of this file.
+    pub(crate) fn error(&self, key: &str, expected: &str, found: &str) -> Error {
+        Error::format(&self.path, key, expected, found)
+    }
+}
+
+/// Where the file keeps row `index` of a query or key projection: row `half * head_dim / 2 + pair` of a head is stored
+/// as its row `pair * 2 + half`.
+fn interleaved(index: usize, head_dim: usize) -> usize {
+    let (head, row) = (index / head_dim, index % head_dim);
+    let (half, pair) = (row / (head_dim / 2), row % (head_dim / 2));
+    head * head_dim + pair * 2 + half
+}
+
+#[cfg(test)]
+mod tests {
+    use super::interleaved;
+
+    #[test]
+    fn rows_of_a_head_are_stored_in_pairs() {
+        let stored: Vec<_> = (0..8).map(|row| interleaved(row, 4)).collect();
+        assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
+    }
+}

@@ -1,0 +1,89 @@
+//! PEFT's adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
+
+use crate::{Error, LoraConfig};
+use burn::tensor::{DType, TensorData};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs,
+    path::Path,
+};
+
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+
+/// PEFT's key for a part (`lora_A`, `lora_B`) of the adapter of the layer at `path`.
+pub fn key(path: &str, part: &str) -> String {
+    format!("base_model.model.{path}.{part}.weight")
+}
+
+/// An adapter directory's configuration, its tensors in f32 by key, and the configuration fields that are not known here.
+pub type Adapter = (LoraConfig, BTreeMap<String, TensorData>, Vec<String>);
+
+/// Reads an adapter directory. Tensors in f16 or bf16 are widened.
+///
+/// # Errors
+/// If a file is missing or malformed, or the adapter needs a feature that is not supported.
+pub fn read(directory: &Path) -> Result<Adapter, Error> {
+    let path = directory.join(CONFIG);
+    let text = fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let json = serde_json::from_slice(&text).map_err(|e| Error::format(&path, "content", "JSON", e))?;
+    let (config, unknown) = LoraConfig::from_json(&path, json)?;
+
+    let path = directory.join(WEIGHTS);
+    let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, "header", "safetensors", e))?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in file.tensors() {
+        let values = widen(&view).ok_or_else(|| {
+            Error::format(&path, &name, "F32, F16 or BF16", format!("{:?}", view.dtype()))
+        })?;
+        tensors.insert(name, TensorData::new(values, view.shape().to_vec()));
+    }
+    Ok((config, tensors, unknown))
+}
+
+fn widen(view: &TensorView<'_>) -> Option<Vec<f32>> {
+    let bytes = view.data();
+    let half = |value: fn([u8; 2]) -> f32| bytes.chunks_exact(2).map(|b| value([b[0], b[1]])).collect();
+    Some(match view.dtype() {
+        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        Dtype::F16 => half(|b| half::f16::from_le_bytes(b).to_f32()),
+        Dtype::BF16 => half(|b| half::bf16::from_le_bytes(b).to_f32()),
+        _ => return None,
+    })
+}
+
+/// Writes an adapter directory: each file beside its place, then renamed, the configuration last.
+///
+/// # Errors
+/// If the directory or a file cannot be written.
+pub fn write(directory: &Path, config: &LoraConfig, tensors: Vec<(String, TensorData)>) -> Result<(), Error> {
+    fs::create_dir_all(directory).map_err(|e| Error::io(directory, e))?;
+    let mut views = Vec::with_capacity(tensors.len());
+    for (name, data) in &tensors {
+        assert_eq!(data.dtype, DType::F32, "{name}: adapters are f32");
+        let view = TensorView::new(Dtype::F32, data.shape.to_vec(), data.as_bytes())
+            .map_err(|e| Error::format(directory, name, "a tensor", e))?;
+        views.push((name.clone(), view));
+    }
+    let metadata = Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
+    let bytes = safetensors::serialize(views, metadata).map_err(|e| Error::format(directory, WEIGHTS, "tensors", e))?;
+    replace(&directory.join(WEIGHTS), &bytes)?;
+    let json = serde_json::to_string_pretty(&config.to_json())
+        .map_err(|e| Error::format(directory, CONFIG, "serialisable values", e))?;
+    replace(&directory.join(CONFIG), json.as_bytes())
+}
+
+/// Writes beside `path`, then renames, so that a reader sees the old file or the new one.
+fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".part");
+    let beside = Path::new(&beside);
+    let result = fs::write(beside, bytes).and_then(|()| fs::rename(beside, path));
+    result.map_err(|e| {
+        // What was half-written goes; the error that matters is the first one.
+        let _ = fs::remove_file(beside);
+        Error::io(path, e)
+    })
+}

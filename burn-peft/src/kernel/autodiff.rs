@@ -1,0 +1,52 @@
+//! The backward pass of a linear layer.
+
+use super::LinearKernels;
+use burn::{
+    backend::autodiff::{
+        Autodiff,
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
+    },
+    tensor::{TensorMetadata, ops::FloatTensor},
+};
+
+/// State: `x` if the weight is trained, the weight if `x` carries gradient.
+#[derive(Debug)]
+struct LinearBackward;
+
+impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
+    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let [x_node, weight_node] = ops.parents;
+        let (x, weight) = ops.state;
+        if let (Some(node), Some(weight)) = (x_node, weight) {
+            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight));
+        }
+        if let (Some(node), Some(x)) = (weight_node, x) {
+            grads.register::<B>(node.id, B::linear_backward_weight(x, dy));
+        }
+    }
+}
+
+impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
+    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
+        assert!(
+            !weight_tracked || weight.primitive.dtype() == x.primitive.dtype(),
+            "a trained weight must have the type of the activations: {:?} against {:?}",
+            weight.primitive.dtype(),
+            x.primitive.dtype(),
+        );
+        match LinearBackward.prepare::<C>([x.node.clone(), weight.node.clone()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let state =
+                    (weight_tracked.then(|| x.primitive.clone()), x_tracked.then(|| weight.primitive.clone()));
+                prep.finish(state, B::linear_forward(x.primitive, weight.primitive))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive)),
+        }
+    }
+}

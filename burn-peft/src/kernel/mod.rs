@@ -1,0 +1,61 @@
+//! The products of a linear layer, as a backend extension.
+//!
+//! The default bodies are tensor operations and serve every backend; a backend that can do better overrides them. The
+//! implementation for [`Autodiff`] has a hand-written backward pass: a frozen weight costs no product and keeps no
+//! activation, and a weight stored in half precision is widened for the moment of a product only.
+
+mod autodiff;
+mod backends;
+
+use burn::tensor::{
+    DType, FloatDType, Tensor, TensorMetadata, TensorPrimitive,
+    backend::Backend,
+    ops::FloatTensor,
+};
+
+/// Products with a weight `[out, in]` that may be stored in another type than the activations.
+pub trait LinearKernels: Backend {
+    /// `y = x·Wᵀ`: `x [tokens, in]`, `weight [out, in]` in f32, f16 or bf16; `y [tokens, out]` in the type of `x`.
+    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let weight = as_type_of::<Self>(&x, weight);
+        Self::float_matmul(x, Self::float_transpose(weight))
+    }
+
+    /// The gradient of `x`: `dx = dy·W`, with `dy [tokens, out]` and `weight [out, in]`.
+    fn linear_backward_input(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+        let weight = as_type_of::<Self>(&dy, weight);
+        Self::float_matmul(dy, weight)
+    }
+
+    /// The gradient of the weight: `dW = dyᵀ·x`, `[out, in]`, in the type of `x`.
+    fn linear_backward_weight(x: FloatTensor<Self>, dy: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_matmul(Self::float_transpose(dy), x)
+    }
+}
+
+/// `weight` in the type of `x`; the same tensor if it has it already.
+fn as_type_of<B: Backend>(x: &FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
+    if x.dtype() == weight.dtype() { weight } else { B::float_cast(weight, float_dtype(x.dtype())) }
+}
+
+fn float_dtype(dtype: DType) -> FloatDType {
+    match dtype {
+        DType::F64 => FloatDType::F64,
+        DType::F32 => FloatDType::F32,
+        DType::Flex32 => FloatDType::Flex32,
+        DType::F16 => FloatDType::F16,
+        DType::BF16 => FloatDType::BF16,
+        other => panic!("a float tensor has the type {other:?}"),
+    }
+}
+
+/// [`LinearKernels::linear`] on tensors: `x [tokens, in]`, `weight [out, in]` → `[tokens, out]`.
+///
+/// # Panics
+/// If the inner dimensions differ.
+pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
+    let ([_, features], [out, inner]) = (x.dims(), weight.dims());
+    assert_eq!(features, inner, "activations have {features} features, the weight [{out}, {inner}] takes {inner}");
+    let y = B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor());
+    Tensor::from_primitive(TensorPrimitive::Float(y))
+}

@@ -1,0 +1,62 @@
+//! Random numbers as a function of what they are for, not of a state.
+//!
+//! A number comes from a key, mixed from for instance (seed, step, row, path), and a counter. So a recomputed segment, a
+//! resumed run and another way to cut the same rows into batches all see the same numbers, and no generator is saved.
+
+/// One round of SplitMix64's finalizer (Steele, Lea and Flood, 2014): a bijection whose output bits all depend on every
+/// input bit.
+pub const fn mix(value: u64) -> u64 {
+    let z = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+/// A key from several parts; the order of the parts matters.
+pub fn key(parts: &[u64]) -> u64 {
+    parts.iter().fold(0, |key, &part| mix(key ^ mix(part)))
+}
+
+/// A key from a text, for instance a parameter path (FNV-1a, then mixed).
+pub const fn text(path: &str) -> u64 {
+    let (bytes, mut hash, mut i) = (path.as_bytes(), 0xCBF2_9CE4_8422_2325_u64, 0);
+    while i < bytes.len() {
+        hash = (hash ^ bytes[i] as u64).wrapping_mul(0x0000_0100_0000_01B3);
+        i += 1;
+    }
+    mix(hash)
+}
+
+/// The `counter`-th number of a key, uniform over all of `u64`.
+pub const fn bits(key: u64, counter: u64) -> u64 {
+    mix(key ^ counter.wrapping_mul(0xD6E8_FEB8_6659_FD93))
+}
+
+/// The `counter`-th number of a key, uniform in `[0, 1)` with 53 random bits.
+pub fn uniform(key: u64, counter: u64) -> f64 {
+    (bits(key, counter) >> 11) as f64 / (1u64 << 53) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uniform_has_the_moments_of_a_uniform_distribution() {
+        let (n, k) = (100_000u64, key(&[1, 2, 3]));
+        let mean = (0..n).map(|i| uniform(k, i)).sum::<f64>() / n as f64;
+        let square = (0..n).map(|i| uniform(k, i).powi(2)).sum::<f64>() / n as f64;
+        assert!((mean - 0.5).abs() < 4e-3, "mean {mean}");
+        assert!((square - 1.0 / 3.0).abs() < 4e-3, "second moment {square}");
+    }
+
+    #[test]
+    fn keys_tell_their_parts_and_order_apart() {
+        assert_ne!(key(&[1, 2]), key(&[2, 1]));
+        assert_ne!(key(&[1]), key(&[1, 0]));
+        assert_ne!(text("a.b"), text("a.c"));
+        let k = key(&[7]);
+        let distinct: std::collections::HashSet<u64> = (0..10_000).map(|i| bits(k, i)).collect();
+        assert_eq!(distinct.len(), 10_000);
+    }
+}

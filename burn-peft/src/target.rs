@@ -1,0 +1,102 @@
+//! Which linear layers an adapter goes to.
+
+use crate::Error;
+use serde::{Deserialize, Serialize};
+
+/// PEFT's `target_modules`: a list of names, matched as suffixes, or one string: a regular expression for the whole path,
+/// `all-linear` (every linear layer but the output head) or `qkv` (the three inputs of attention).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    /// Layers whose path is one of the names or ends in `.` and one of the names.
+    Suffixes(Vec<String>),
+    /// `all-linear`, `qkv`, or a regular expression that the whole path must match.
+    Pattern(String),
+}
+
+impl Default for TargetModules {
+    /// PEFT's for LLaMA: `q_proj` and `v_proj`.
+    fn default() -> Self {
+        Self::Suffixes(vec!["q_proj".into(), "v_proj".into()])
+    }
+}
+
+impl std::fmt::Display for TargetModules {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Suffixes(names) => write!(f, "{names:?}"),
+            Self::Pattern(pattern) => write!(f, "`{pattern}`"),
+        }
+    }
+}
+
+impl TargetModules {
+    /// A predicate on the paths of linear layers.
+    ///
+    /// # Errors
+    /// If the pattern is no regular expression.
+    pub fn matcher(&self) -> Result<Matcher, Error> {
+        Ok(match self {
+            Self::Suffixes(names) => Matcher::Suffixes(names.clone()),
+            Self::Pattern(pattern) if pattern == "all-linear" => Matcher::AllLinear,
+            Self::Pattern(pattern) if pattern == "qkv" => {
+                Matcher::Suffixes(["q_proj", "k_proj", "v_proj"].map(String::from).to_vec())
+            }
+            Self::Pattern(pattern) => {
+                Matcher::Regex(Box::new(fancy_regex::Regex::new(&format!("^(?:{pattern})$")).map_err(|error| {
+                    Error::config(format!("target_modules: `{pattern}` is no regular expression: {error}"))
+                })?))
+            }
+        })
+    }
+}
+
+/// A [`TargetModules`] ready to be asked.
+#[derive(Debug, Clone)]
+pub enum Matcher {
+    /// One of these names, as the whole path or its end.
+    Suffixes(Vec<String>),
+    /// Every layer but `lm_head`.
+    AllLinear,
+    /// The whole path matches.
+    Regex(Box<fancy_regex::Regex>),
+}
+
+impl Matcher {
+    /// Whether the layer at `path` is selected.
+    pub fn selects(&self, path: &str) -> bool {
+        match self {
+            Self::Suffixes(names) => {
+                names.iter().any(|name| path.strip_suffix(name.as_str()).is_some_and(|s| s.is_empty() || s.ends_with('.')))
+            }
+            Self::AllLinear => path != "lm_head" && !path.ends_with(".lm_head"),
+            // A pattern that gives up on backtracking does not select.
+            Self::Regex(regex) => regex.is_match(path).unwrap_or(false),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selection_is_peft_s() {
+        let q = "model.layers.0.self_attn.q_proj";
+        let table: [(TargetModules, &str, bool); 9] = [
+            (TargetModules::Suffixes(vec!["q_proj".into()]), q, true),
+            (TargetModules::Suffixes(vec!["self_attn.q_proj".into()]), q, true),
+            (TargetModules::Suffixes(vec!["proj".into()]), q, false),
+            (TargetModules::Suffixes(vec!["q_proj".into()]), "q_proj", true),
+            (TargetModules::Pattern(r".*layers\.0\..*_proj".into()), q, true),
+            (TargetModules::Pattern("q_proj".into()), q, false),
+            (TargetModules::Pattern("(?!.*q_proj).*".into()), q, false),
+            (TargetModules::Pattern("all-linear".into()), "lm_head", false),
+            (TargetModules::Pattern("qkv".into()), "model.layers.0.self_attn.o_proj", false),
+        ];
+        for (target, path, expected) in table {
+            assert_eq!(target.matcher().unwrap().selects(path), expected, "{target} on {path}");
+        }
+        assert!(TargetModules::Pattern("(".into()).matcher().is_err());
+    }
+}

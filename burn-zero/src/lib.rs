@@ -1,0 +1,28 @@
+//! The training engine: a model as a list of segments, gradients handed over segment by segment, an optimizer, schedules and
+//! communicators. It knows no model.
+//!
+//! ```text
+//!  batch ─► segment 0 ─► segment 1 ─► … ─► head + loss        each on autodiff leaves cut from its inputs
+//!              ▲             ▲                  │
+//!              └── dy ◄──────┴───── dy ◄────────┘              backward, one segment at a time
+//!                  │             │              │
+//!                  └─ gradients ─┴─ gradients ──┴──► sink ─► clip by global norm ─► AdamW ─► model
+//! ```
+//!
+//! The key decision: the driver, not the autodiff engine, walks the layers. So a layer's gradients exist, are handed over and
+//! are freed before the next layer's are made; a segment's graph is kept or made again as asked (activation checkpointing);
+//! and whatever has to happen between two layers, a collective for instance, happens outside autodiff, which in Burn 0.21
+//! cannot hold it. The cost is one product of the size of a segment's output per segment.
+//!
+//! A world of one process is a communicator like any other ([`comm::Solo`]), not a branch.
+#![deny(missing_docs)]
+
+pub mod comm;
+mod engine;
+mod error;
+pub mod optimizer;
+pub mod schedule;
+pub mod segment;
+
+pub use engine::{Engine, StepReport};
+pub use error::Error;
