@@ -31,6 +31,11 @@ impl Message {
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
     }
+
+    /// The turn as a template sees it.
+    fn value(&self) -> Value {
+        Value::from_pairs([("role", self.role.as_str()), ("content", self.content.as_str())])
+    }
 }
 
 /// A parsed chat template with the special tokens that it may write.
@@ -49,12 +54,14 @@ impl ChatTemplate {
     /// [`Error::Template`] with the line if it does not parse.
     pub fn new(source: &str, bos_token: Option<&str>, eos_token: Option<&str>) -> Result<Self, Error> {
         let mut environment = Environment::new();
-        environment.set_trim_blocks(true);
-        environment.set_lstrip_blocks(true);
+        let whitespace = environment.syntax().to_builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_syntax(whitespace.map_err(|error| failed(&error))?);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(write_as_python);
         environment.add_filter("tojson", to_json);
+        // To the engine, none is an empty sequence; to Jinja it is no sequence at all.
+        environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         for (name, token) in [("bos_token", bos_token), ("eos_token", eos_token)] {
@@ -80,12 +87,11 @@ impl ChatTemplate {
     /// [`Error::Template`] if the template refuses the messages (`raise_exception`) or fails on them.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
         let template = self.environment.get_template(NAME).map_err(|error| failed(&error))?;
-        // Templates ask whether these are none; `transformers` always defines them.
-        let nothing = Value::from(());
+        // Templates ask whether tools and documents are none; `transformers` always defines them.
         let context = context! {
-            messages => Value::from_serialize(messages),
-            tools => nothing,
-            documents => nothing,
+            messages => messages.iter().map(Message::value).collect::<Value>(),
+            tools => Value::from(()),
+            documents => Value::from(()),
             add_generation_prompt,
         };
         template.render(context).map_err(|error| failed(&error))
@@ -126,7 +132,7 @@ fn without_generation_tags(source: &str) -> String {
 }
 
 /// Prints values as Python's `str` does where that differs from the engine's own way.
-fn write_as_python(out: &mut Output, state: &State, value: &Value) -> Result<(), minijinja::Error> {
+fn write_as_python(out: &mut Output, state: &mut State, value: &Value) -> Result<(), minijinja::Error> {
     let word = match value.kind() {
         ValueKind::None => "None",
         ValueKind::Bool => match value.is_true() {
@@ -145,8 +151,6 @@ fn to_json(value: &Value, keywords: Kwargs) -> Result<String, minijinja::Error> 
     let separators: Option<Vec<String>> = keywords.get("separators")?;
     let ensure_ascii: Option<bool> = keywords.get("ensure_ascii")?;
     keywords.assert_all_used()?;
-    let value = serde_json::to_value(value)
-        .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
     // Python puts no space after a comma that ends a line.
     let item = if indent.is_some() { "," } else { ", " };
     let (item, key) = match separators.as_deref() {
@@ -160,7 +164,7 @@ fn to_json(value: &Value, keywords: Kwargs) -> Result<String, minijinja::Error> 
         sort_keys: sort_keys.unwrap_or(false),
         ensure_ascii: ensure_ascii.unwrap_or(false),
     };
-    Ok(style.dumps(&value))
+    style.dumps(value)
 }
 
 /// The function by which a template refuses its messages.
@@ -190,9 +194,13 @@ mod tests {
             ("{% for m in messages %}\n  {{ m.role }}:{{ m['content'].strip() }}\n{% endfor %}\n", "  user:hé <b>\n"),
             ("{{ bos_token }}|{{ eos_token }}|{{ tools }}|{{ add_generation_prompt }}", "<s>||None|True"),
             ("{{ messages | tojson }}", r#"[{"role": "user", "content": " hé <b>\n"}]"#),
-            ("{{ {'b': 1, 'a': [1.0, none]} | tojson(indent=1, sort_keys=true) }}", "{\n \"a\": [\n  1.0,\n  null\n ],\n \"b\": 1\n}"),
+            (
+                "{{ {'b': 1, 'a': [1.0, none]} | tojson(indent=1, sort_keys=true) }}",
+                "{\n \"a\": [\n  1.0,\n  null\n ],\n \"b\": 1\n}",
+            ),
             ("{% for m in messages[::-1] %}{% if m.role == 'user' %}{% continue %}{% endif %}x{% endfor %}", ""),
             ("a\n {%- generation -%} \nb\n{% endgeneration %}\nc", "ab\nc"),
+            ("{{ tools is iterable }}|{{ messages is iterable }}|{{ 1 is iterable }}", "False|True|False"),
             ("{% set ns = namespace(n=0) %}{% set ns.n = ns.n + 2 %}{{ ns.n }}", "2"),
             ("{{ 'x</think>\n\ny'.split('</think>')[-1].lstrip('\n') }}", "y"),
         ] {

@@ -59,8 +59,16 @@ fn neutral_fields() -> Map<String, Value> {
 
 /// Fields that change nothing for a trained adapter.
 const IGNORED: [&str; 10] = [
-    "auto_mapping", "inference_mode", "megatron_config", "megatron_core", "peft_type", "peft_version",
-    "qalora_group_size", "revision", "task_type", "ensure_weight_tying",
+    "auto_mapping",
+    "inference_mode",
+    "megatron_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+    "ensure_weight_tying",
 ];
 const OWN: [&str; 6] = ["r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path"];
 
@@ -106,14 +114,19 @@ impl LoraConfig {
                 Some(_) if name == "init_lora_weights" => {}
                 Some(expected) if found == expected || found.is_null() || found == &json!({}) => {}
                 Some(expected) => {
-                    return Err(Error::format(path, name, format!("{expected} (nothing else is supported yet)"), found));
+                    return Err(Error::format(
+                        path,
+                        name,
+                        format!("{expected} (nothing else is supported yet)"),
+                        found,
+                    ));
                 }
                 None if IGNORED.contains(&name.as_str()) || OWN.contains(&name.as_str()) => {}
                 None => unknown.push(name.clone()),
             }
         }
-        let config: Self =
-            serde_json::from_value(value).map_err(|e| Error::format(path, "adapter_config.json", "LoRA's fields", e))?;
+        let config: Self = serde_json::from_value(value)
+            .map_err(|e| Error::format(path, "adapter_config.json", "LoRA's fields", e))?;
         config.check()?;
         Ok((config, unknown))
     }

@@ -35,9 +35,8 @@ pub fn read(directory: &Path) -> Result<Adapter, Error> {
     let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, "header", "safetensors", e))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {
-        let values = widen(&view).ok_or_else(|| {
-            Error::format(&path, &name, "F32, F16 or BF16", format!("{:?}", view.dtype()))
-        })?;
+        let values = widen(&view)
+            .ok_or_else(|| Error::format(&path, &name, "F32, F16 or BF16", format!("{:?}", view.dtype())))?;
         tensors.insert(name, TensorData::new(values, view.shape().to_vec()));
     }
     Ok((config, tensors, unknown))

@@ -66,9 +66,9 @@ impl Matcher {
     /// Whether the layer at `path` is selected.
     pub fn selects(&self, path: &str) -> bool {
         match self {
-            Self::Suffixes(names) => {
-                names.iter().any(|name| path.strip_suffix(name.as_str()).is_some_and(|s| s.is_empty() || s.ends_with('.')))
-            }
+            Self::Suffixes(names) => names
+                .iter()
+                .any(|name| path.strip_suffix(name.as_str()).is_some_and(|s| s.is_empty() || s.ends_with('.'))),
             Self::AllLinear => path != "lm_head" && !path.ends_with(".lm_head"),
             // A pattern that gives up on backtracking does not select.
             Self::Regex(regex) => regex.is_match(path).unwrap_or(false),

@@ -17,7 +17,7 @@ pub enum Kind {
     WarmupLr,
     /// DeepSpeed's WarmupDecayLR: logarithmic warm-up, then linearly to 0.
     WarmupDecayLr,
-    /// DeepSpeed's WarmupCosineLR: linear warm-up, then half a cosine to 1e-4 of the peak.
+    /// DeepSpeed's WarmupCosineLR: logarithmic warm-up, then half a cosine to 1e-4 of the peak.
     WarmupCosineLr,
 }
 
@@ -67,9 +67,10 @@ impl Schedule {
         // DeepSpeed takes at least two warm-up steps: it divides by their logarithm.
         let warmup = if deepspeed { self.warmup.max(2) } else { self.warmup };
         if step < warmup {
-            return match self.kind {
-                Kind::WarmupLr | Kind::WarmupDecayLr => ((step + 1) as f64).ln() / (warmup as f64).ln(),
-                _ => step as f64 / warmup as f64,
+            return if deepspeed {
+                ((step + 1) as f64).ln() / (warmup as f64).ln()
+            } else {
+                step as f64 / warmup as f64
             };
         }
         let rest = self.total.saturating_sub(warmup).max(1) as f64;
@@ -96,7 +97,11 @@ mod tests {
         let table = [
             (Kind::WarmupLr, 110, [(0, 0.0), (1, 0.30103), (4, 0.69897), (9, 1.0), (10, 1.0), (50, 1.0)]),
             (Kind::WarmupDecayLr, 110, [(9, 1.0), (10, 1.0), (60, 0.5), (109, 0.01), (110, 0.0), (200, 0.0)]),
-            (Kind::WarmupCosineLr, 110, [(0, 0.0), (9, 0.9), (10, 0.999753), (59, 0.50005), (108, 0.000347), (200, 1e-4)]),
+            (
+                Kind::WarmupCosineLr,
+                110,
+                [(0, 0.0), (9, 1.0), (10, 0.999753), (59, 0.50005), (108, 0.000347), (200, 1e-4)],
+            ),
             (Kind::Linear, 110, [(0, 0.0), (5, 0.5), (10, 1.0), (60, 0.5), (109, 0.01), (110, 0.0)]),
             (Kind::Cosine, 110, [(0, 0.0), (5, 0.5), (10, 1.0), (60, 0.5), (35, 0.853553), (110, 0.0)]),
             (Kind::Constant, 110, [(0, 0.0), (1, 0.1), (5, 0.5), (10, 1.0), (60, 1.0), (110, 1.0)]),

@@ -1,6 +1,7 @@
 //! Two of Python's standard functions, as far as chat templates call them.
 
-use serde_json::Value;
+use minijinja::value::{Value, ValueKind};
+use minijinja::{Error, ErrorKind};
 
 const MONTHS: [&str; 12] = [
     "January",
@@ -34,54 +35,60 @@ pub(super) struct Dumps {
 
 impl Dumps {
     /// The value as `json.dumps` writes it.
-    pub fn dumps(&self, value: &Value) -> String {
+    pub fn dumps(&self, value: &Value) -> Result<String, Error> {
         let mut out = String::new();
-        self.write(value, 1, &mut out);
-        out
+        self.write(value, 1, &mut out)?;
+        Ok(out)
     }
 
-    fn write(&self, value: &Value, level: usize, out: &mut String) {
-        match value {
-            Value::Array(items) => {
-                self.enclose(('[', ']'), items.iter(), level, out, |item, out| self.write(item, level + 1, out));
+    fn write(&self, value: &Value, level: usize, out: &mut String) -> Result<(), Error> {
+        match value.kind() {
+            ValueKind::Undefined | ValueKind::None => out.push_str("null"),
+            ValueKind::Bool | ValueKind::Number => out.push_str(&value.to_string()),
+            ValueKind::String => out.push_str(&self.escaped(value.as_str().unwrap_or_default())),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let items: Vec<_> = value.try_iter()?.collect();
+                out.push('[');
+                self.items(&items, level, out, |item, out| self.write(item, level + 1, out))?;
+                out.push(']');
             }
-            Value::Object(fields) => {
-                let mut fields: Vec<_> = fields.iter().collect();
+            ValueKind::Map => {
+                let mut keys: Vec<_> = value.try_iter()?.collect();
                 if self.sort_keys {
-                    fields.sort_by_key(|(key, _)| key.as_str());
+                    keys.sort();
                 }
-                self.enclose(('{', '}'), fields.into_iter(), level, out, |(key, value), out| {
-                    out.push_str(&self.escaped(key));
+                out.push('{');
+                self.items(&keys, level, out, |key, out| {
+                    out.push_str(&self.escaped(&key.to_string()));
                     out.push_str(&self.key);
-                    self.write(value, level + 1, out);
-                });
+                    self.write(&value.get_item(key)?, level + 1, out)
+                })?;
+                out.push('}');
             }
-            Value::String(text) => out.push_str(&self.escaped(text)),
-            scalar => out.push_str(&scalar.to_string()),
+            other => return Err(Error::new(ErrorKind::BadSerialization, format!("tojson: a {other} is not JSON"))),
         }
+        Ok(())
     }
 
-    fn enclose<T>(
+    /// Writes what stands between the brackets.
+    fn items(
         &self,
-        brackets: (char, char),
-        items: impl ExactSizeIterator<Item = T>,
+        items: &[Value],
         level: usize,
         out: &mut String,
-        write: impl Fn(T, &mut String),
-    ) {
-        let empty = items.len() == 0;
-        out.push(brackets.0);
-        for (index, item) in items.enumerate() {
+        write: impl Fn(&Value, &mut String) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        for (index, item) in items.iter().enumerate() {
             if index > 0 {
                 out.push_str(&self.item);
             }
             self.line(level, out);
-            write(item, out);
+            write(item, out)?;
         }
-        if !empty {
+        if !items.is_empty() {
             self.line(level - 1, out);
         }
-        out.push(brackets.1);
+        Ok(())
     }
 
     /// Starts a line at a level, if there are lines.
@@ -93,7 +100,7 @@ impl Dumps {
     }
 
     fn escaped(&self, text: &str) -> String {
-        let quoted = Value::from(text).to_string();
+        let quoted = serde_json::Value::from(text).to_string();
         if !self.ensure_ascii {
             return quoted;
         }

@@ -42,8 +42,7 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
         );
         match LinearBackward.prepare::<C>([x.node.clone(), weight.node.clone()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let state =
-                    (weight_tracked.then(|| x.primitive.clone()), x_tracked.then(|| weight.primitive.clone()));
+                let state = (weight_tracked.then(|| x.primitive.clone()), x_tracked.then(|| weight.primitive.clone()));
                 prep.finish(state, B::linear_forward(x.primitive, weight.primitive))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive)),

@@ -7,11 +7,7 @@
 mod autodiff;
 mod backends;
 
-use burn::tensor::{
-    DType, FloatDType, Tensor, TensorMetadata, TensorPrimitive,
-    backend::Backend,
-    ops::FloatTensor,
-};
+use burn::tensor::{DType, FloatDType, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor};
 
 /// Products with a weight `[out, in]` that may be stored in another type than the activations.
 pub trait LinearKernels: Backend {

@@ -1,7 +1,7 @@
 //! The folder where fetched models stay, and the proof that a file in it is the right one.
 
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
@@ -68,18 +68,39 @@ fn stamp(file: &Path, sha256: &str) -> Result<String> {
 pub fn sha256_of(path: &Path) -> Result<String> {
     let unreadable = || format!("{}: cannot be read", path.display());
     let mut file = File::open(path).with_context(unreadable)?;
-    let mut hasher = Sha256::new();
-    let mut block = vec![0; 1 << 20];
-    loop {
-        match file.read(&mut block).with_context(unreadable)? {
-            0 => return Ok(hex(&hasher.finalize())),
-            read => hasher.update(&block[..read]),
-        }
+    let mut hashing = Hashing::new(io::sink());
+    io::copy(&mut file, &mut hashing).with_context(unreadable)?;
+    Ok(hashing.finish())
+}
+
+/// A writer that knows the SHA-256 of what went through it.
+pub struct Hashing<W> {
+    inner: W,
+    hasher: Sha256,
+}
+
+impl<W: Write> Hashing<W> {
+    /// Passes everything on to `inner`.
+    pub fn new(inner: W) -> Self {
+        Self { inner, hasher: Sha256::new() }
+    }
+
+    /// Hexadecimal, lower case.
+    pub fn finish(self) -> String {
+        self.hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }
 
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
 }
 
 /// Writes `path` so that it is there whole or not at all.

@@ -32,9 +32,9 @@ pub fn agent(connect: Duration) -> Result<Agent> {
 /// The certificates that pip's `cert` or one of the usual variables names; none leaves Mozilla's list.
 fn custom_roots() -> Result<Option<RootCerts>> {
     let variables = ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"];
-    let named = pip_config::option("cert").map(|path| ("pip's `cert`", path)).or_else(|| {
-        variables.iter().find_map(|name| pip_config::variable_value(name).map(|path| (*name, path)))
-    });
+    let named = pip_config::option("cert")
+        .map(|path| ("pip's `cert`", path))
+        .or_else(|| variables.iter().find_map(|name| pip_config::variable_value(name).map(|path| (*name, path))));
     named.map(|(origin, path)| read_roots(Path::new(&path)).with_context(|| format!("{origin} = {path}"))).transpose()
 }
 

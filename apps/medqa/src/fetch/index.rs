@@ -29,6 +29,9 @@ pub struct Offer {
 
 /// The wheel of `project` in `version` on this machine's index, and the client that reached it.
 pub fn find_wheel(project: &str, version: &str) -> Result<(Agent, Offer)> {
+    if pip_config::option("no-index").is_some_and(|value| pip_config::is_true(&value)) {
+        bail!("pip is told to use no index (`no-index`), and so are we");
+    }
     let index = pip_config::option("index-url").unwrap_or_else(|| DEFAULT_INDEX.to_string());
     let (index, authorization) = url::split_credentials(&index);
     let agent = http::agent(Duration::from_secs(15))?;
@@ -112,11 +115,11 @@ fn offer(link: &str) -> Offer {
     }
 }
 
-/// The `href` of each tag called `name`.
+/// The `href` of each tag called `name`. A `>` does not end the tag: attributes such as `data-requires-python` hold it.
 fn tags<'a>(text: &'a str, name: &'a str) -> impl Iterator<Item = String> + 'a {
     text.split('<').filter_map(move |tag| {
         let head = tag.get(..name.len())?;
-        let rest = tag[name.len()..].split('>').next()?;
+        let rest = &tag[name.len()..];
         let named = head.eq_ignore_ascii_case(name) && rest.starts_with(char::is_whitespace);
         named.then(|| href(rest)).flatten()
     })
@@ -131,7 +134,7 @@ fn href(attributes: &str) -> Option<String> {
     let value = attributes[at + 4..].trim_start().strip_prefix('=')?.trim_start();
     let value = match value.chars().next()? {
         quote @ ('"' | '\'') => value[1..].split(quote).next()?,
-        _ => value.split_whitespace().next()?,
+        _ => value.split(|c: char| c.is_whitespace() || c == '>').next()?,
     };
     Some(value.replace("&#38;", "&").replace("&amp;", "&"))
 }
@@ -142,7 +145,7 @@ mod tests {
 
     #[test]
     fn html_pages_are_read() {
-        let text = "<!DOCTYPE html><abbr href='no.whl'>\n<A data-x=\"1\"\n HREF = '../../f/a_b-1-py3.whl#sha256=ABC&x=1'>a</A><a href=\"c%2Bd.zip?x=1&amp;y=2\" rel=x>";
+        let text = "<!DOCTYPE html><abbr href='no.whl'>\n<A data-x=\">=1\"\n HREF = '../../f/a_b-1-py3.whl#sha256=ABC&x=1'>a</A><a href=\"c%2Bd.zip?x=1&amp;y=2\" rel=x>";
         let found = in_html("https://h/simple/p/", text);
         assert_eq!(found.len(), 2);
         assert_eq!(found[0].url, "https://h/f/a_b-1-py3.whl");

@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-/// pip's `option` (`index-url`, `cert`, `proxy`), from `PIP_…` or from the first configuration file that names it.
+/// pip's `option` (`index-url`, `no-index`, `cert`, `proxy`), from `PIP_…` or from the first configuration file that names it.
 pub fn option(option: &str) -> Option<String> {
     let variable = format!("PIP_{}", option.to_ascii_uppercase().replace('-', "_"));
     if let Some(value) = variable_value(&variable) {
@@ -16,6 +16,11 @@ pub fn option(option: &str) -> Option<String> {
 /// The value of an environment variable that is set and not empty.
 pub fn variable_value(name: &str) -> Option<String> {
     std::env::var(name).ok().map(|value| value.trim().to_string()).filter(|value| !value.is_empty())
+}
+
+/// Whether a setting is a way to say yes.
+pub fn is_true(value: &str) -> bool {
+    ["1", "true", "yes", "on"].iter().any(|yes| value.eq_ignore_ascii_case(yes))
 }
 
 /// pip's configuration files, the one that wins first.

@@ -1,0 +1,94 @@
+//! Rows of tokens as a batch on the device.
+
+use crate::{
+    Context, Error, Layout, Llama,
+    kernel::{Kernels, Targets},
+    layout::ints,
+};
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use burn_peft::Pass;
+
+/// One sequence and which of its tokens are learned. Learning is marked by place, not by token, so an end token that
+/// doubles as padding is learned where it ends an answer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Example {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// For each token, whether it is a target. The first token never is: nothing predicts it.
+    pub learned: Vec<bool>,
+}
+
+impl Example {
+    /// A prompt that is read and an answer that is learned, cut to `max_length` tokens at the right.
+    pub fn new(prompt: &[u32], answer: &[u32], max_length: usize) -> Self {
+        let mut ids = [prompt, answer].concat();
+        let mut learned = [vec![false; prompt.len()], vec![true; answer.len()]].concat();
+        ids.truncate(max_length);
+        learned.truncate(max_length);
+        Self { ids, learned }
+    }
+
+    /// The number of tokens that are learned.
+    pub fn targets(&self) -> usize {
+        self.learned.iter().skip(1).filter(|&&learned| learned).count()
+    }
+}
+
+/// One micro-batch on the device.
+#[derive(Debug, Clone)]
+pub struct Batch<B: Backend> {
+    /// Token ids, `[rows, length]`.
+    pub ids: Tensor<B, 2, Int>,
+    /// Rotations and visibility.
+    pub context: Context<B>,
+    /// The slots (of `rows · length`) whose hidden state predicts a target, `[n]`.
+    pub slots: Tensor<B, 1, Int>,
+    /// What they should predict, and the weight of each.
+    pub targets: Targets<B>,
+    /// Dropout's randomness.
+    pub pass: Pass,
+}
+
+impl<B: Kernels> Llama<B> {
+    /// `examples` as one padded batch; every target's loss is multiplied by `weight`.
+    ///
+    /// # Errors
+    /// If a row is longer than the model's rotary frequencies cover.
+    ///
+    /// # Panics
+    /// If no token is a target, or a row is empty.
+    pub fn batch(&self, examples: &[Example], weight: f32, pass: Pass) -> Result<Batch<B>, Error> {
+        let layout = Layout::padded(&examples.iter().map(|example| example.ids.len()).collect::<Vec<_>>());
+        let (length, device) = (layout.length, self.device());
+        let mut ids = vec![0i32; layout.rows * length];
+        let (mut slots, mut targets) = (Vec::new(), Vec::new());
+        for (row, example) in examples.iter().enumerate() {
+            for (index, &id) in example.ids.iter().enumerate() {
+                ids[row * length + index] = id as i32;
+                if index > 0 && example.learned[index] {
+                    slots.push((row * length + index - 1) as i32);
+                    targets.push(id as i32);
+                }
+            }
+        }
+        assert!(!slots.is_empty(), "a batch has at least one target");
+        let n = slots.len();
+        let list = |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [n]), (&device, DType::I32));
+        Ok(Batch {
+            context: self.context(&layout, None)?,
+            ids: ints(ids, layout.rows, &device),
+            slots: list(slots),
+            targets: Targets { ids: list(targets), weights: Tensor::full([n], weight, (&device, DType::F32)) },
+            pass,
+        })
+    }
+
+    /// The weighted loss of every target of a batch, `[n]`, in one forward pass.
+    pub fn batch_loss(&self, batch: &Batch<B>) -> Tensor<B, 1> {
+        let mut x = self.embed(batch.ids.clone());
+        for layer in &self.model.layers {
+            x = layer.transform(layer.attend(x, &batch.context, None, &batch.pass), &batch.pass);
+        }
+        self.loss(self.model.norm.forward(x.select(0, batch.slots.clone())), &batch.targets)
+    }
+}

@@ -1,0 +1,119 @@
+//! The model from a configuration and a source of tensors.
+
+use crate::{
+    Error, LlamaConfig,
+    kernel::Kernels,
+    model::{Attention, Decoder, Embedding, Layer, Llama, Mlp, RmsNorm},
+};
+use burn::{
+    module::Param,
+    tensor::{Tensor, TensorData},
+};
+use burn_peft::{Linear, param};
+
+/// Every parameter of the model: its name and shape.
+pub(super) fn shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+    let (hidden, mlp, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
+    let (q, kv) = config.attention_widths();
+    let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden])];
+    for index in 0..config.num_hidden_layers {
+        let mut add = |name: &str, shape: &[usize]| all.push((format!("model.layers.{index}.{name}"), shape.to_vec()));
+        add("input_layernorm.weight", &[hidden]);
+        add("post_attention_layernorm.weight", &[hidden]);
+        if config.qk_norm {
+            add("self_attn.q_norm.weight", &[dim]);
+            add("self_attn.k_norm.weight", &[dim]);
+        }
+        let biases = config.biases;
+        for (name, out, features, bias) in [
+            ("self_attn.q_proj", q, hidden, biases.qkv),
+            ("self_attn.k_proj", kv, hidden, biases.qkv),
+            ("self_attn.v_proj", kv, hidden, biases.qkv),
+            ("self_attn.o_proj", hidden, q, biases.output),
+            ("mlp.gate_proj", mlp, hidden, biases.mlp),
+            ("mlp.up_proj", mlp, hidden, biases.mlp),
+            ("mlp.down_proj", hidden, mlp, biases.mlp),
+        ] {
+            add(&format!("{name}.weight"), &[out, features]);
+            if bias {
+                add(&format!("{name}.bias"), &[out]);
+            }
+        }
+    }
+    all.push(("model.norm.weight".to_owned(), vec![hidden]));
+    if !config.tie_word_embeddings {
+        all.push(("lm_head.weight".to_owned(), vec![config.vocab_size, hidden]));
+    }
+    all
+}
+
+/// Tensors by name.
+type Read<'a> = &'a dyn Fn(&str) -> Result<TensorData, Error>;
+
+/// The model whose tensors `read` gives, each asked for once.
+pub(super) fn build<B: Kernels>(config: &LlamaConfig, read: Read<'_>, device: &B::Device) -> Result<Llama<B>, Error> {
+    let build = Build { config, read, device };
+    let layers = (0..config.num_hidden_layers).map(|index| build.layer(index)).collect::<Result<_, _>>()?;
+    let embedding = "model.embed_tokens.weight";
+    Ok(Llama {
+        model: Decoder {
+            embed_tokens: Embedding {
+                weight: Param::initialized(param::id(embedding), build.tensor::<B, 2>(embedding)?.require_grad()),
+            },
+            layers,
+            norm: build.norm("model.norm")?,
+        },
+        lm_head: if config.tie_word_embeddings { None } else { Some(build.linear("lm_head", false)?) },
+        config: config.clone(),
+    })
+}
+
+struct Build<'a, D> {
+    config: &'a LlamaConfig,
+    read: Read<'a>,
+    device: &'a D,
+}
+
+impl<D> Build<'_, D> {
+    fn tensor<B: Kernels<Device = D>, const N: usize>(&self, name: &str) -> Result<Tensor<B, N>, Error> {
+        let data = (self.read)(name)?;
+        let dtype = data.dtype;
+        Ok(Tensor::from_data(data, (self.device, dtype)))
+    }
+
+    fn norm<B: Kernels<Device = D>>(&self, path: &str) -> Result<RmsNorm<B>, Error> {
+        let name = format!("{path}.weight");
+        let weight = self.tensor::<B, 1>(&name)?.require_grad();
+        Ok(RmsNorm { weight: Param::initialized(param::id(&name), weight), epsilon: self.config.rms_norm_eps })
+    }
+
+    fn linear<B: Kernels<Device = D>>(&self, path: &str, bias: bool) -> Result<Linear<B>, Error> {
+        let bias = if bias { Some(self.tensor(&format!("{path}.bias"))?) } else { None };
+        Ok(Linear::new(path, self.tensor(&format!("{path}.weight"))?, bias))
+    }
+
+    fn layer<B: Kernels<Device = D>>(&self, index: usize) -> Result<Layer<B>, Error> {
+        let (path, biases) = (format!("model.layers.{index}"), self.config.biases);
+        let linear = |name: &str, bias| self.linear(&format!("{path}.{name}"), bias);
+        let norm = |name: &str| self.norm(&format!("{path}.{name}"));
+        let head_norm = |name: &str| if self.config.qk_norm { norm(name).map(Some) } else { Ok(None) };
+        Ok(Layer {
+            input_layernorm: norm("input_layernorm")?,
+            self_attn: Attention {
+                q_proj: linear("self_attn.q_proj", biases.qkv)?,
+                k_proj: linear("self_attn.k_proj", biases.qkv)?,
+                v_proj: linear("self_attn.v_proj", biases.qkv)?,
+                o_proj: linear("self_attn.o_proj", biases.output)?,
+                q_norm: head_norm("self_attn.q_norm")?,
+                k_norm: head_norm("self_attn.k_norm")?,
+                head_dim: self.config.head_dim,
+            },
+            post_attention_layernorm: norm("post_attention_layernorm")?,
+            mlp: Mlp {
+                gate_proj: linear("mlp.gate_proj", biases.mlp)?,
+                up_proj: linear("mlp.up_proj", biases.mlp)?,
+                down_proj: linear("mlp.down_proj", biases.mlp)?,
+            },
+        })
+    }
+}

@@ -1,0 +1,126 @@
+//! Checkpoints: Hugging Face directories and GGUF files, read one tensor at a time into the model.
+
+mod build;
+pub mod gguf;
+pub mod safetensors;
+mod save;
+
+pub use save::save;
+
+use crate::{Error, Llama, LlamaConfig, Mismatch, kernel::Kernels};
+use burn::tensor::{DType, TensorData};
+use gguf::Gguf;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+/// A checkpoint that is open: its tensors are mapped, not read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    config: LlamaConfig,
+    source: Source,
+}
+
+#[derive(Debug)]
+enum Source {
+    HuggingFace(safetensors::Shards),
+    Gguf(Box<Gguf>),
+}
+
+impl Checkpoint {
+    /// Opens a Hugging Face directory (`config.json` beside `model.safetensors` or its shards) or a `.gguf` file.
+    ///
+    /// # Errors
+    /// If a file is missing or malformed, or the model is not supported.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let (config, source) = if path.is_dir() {
+            let config = LlamaConfig::load(&path.join("config.json"))?;
+            (config, Source::HuggingFace(safetensors::Shards::open(path)?))
+        } else {
+            let gguf = Gguf::open(path)?;
+            (LlamaConfig::from_json(gguf.config_json()?)?, Source::Gguf(Box::new(gguf)))
+        };
+        Ok(Self { path: path.to_owned(), config, source })
+    }
+
+    /// The model's sizes and variants.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The GGUF file, if it is one.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.source {
+            Source::Gguf(gguf) => Some(gguf),
+            Source::HuggingFace(_) => None,
+        }
+    }
+
+    /// Names (Hugging Face's) and shapes of all tensors.
+    fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        match &self.source {
+            Source::HuggingFace(shards) => shards.shapes(),
+            Source::Gguf(gguf) => gguf
+                .tensors()
+                .filter(|entry| entry.name != "rope_freqs.weight")
+                .map(|entry| {
+                    let name = gguf::hugging_face_key(&entry.name).unwrap_or_else(|| entry.name.clone());
+                    (name, entry.shape.clone())
+                })
+                .collect(),
+        }
+    }
+
+    /// One tensor in the given float type.
+    fn read(&self, name: &str, dtype: DType) -> Result<TensorData, Error> {
+        match &self.source {
+            Source::HuggingFace(shards) => shards.read(name, dtype),
+            Source::Gguf(gguf) => {
+                let entry = gguf::gguf_name(name).and_then(|name| gguf.tensor(&name).cloned());
+                let entry = entry.ok_or_else(|| gguf.error(name, "a tensor of this name", "none"))?;
+                let data = TensorData::new(gguf.read(&entry)?, entry.shape.clone());
+                Ok(if dtype == DType::F32 { data } else { data.convert_dtype(dtype) })
+            }
+        }
+    }
+
+    /// The model on `device`, with matrices stored as `dtype` (f32, f16 or bf16) and norms and biases in f32.
+    ///
+    /// # Errors
+    /// If tensors are missing, not the model's, or of another shape: all of them in one error.
+    pub fn load<B: Kernels>(&self, dtype: DType, device: &B::Device) -> Result<Llama<B>, Error> {
+        let mismatch = self.mismatch();
+        if !mismatch.is_empty() {
+            return Err(Error::Tensors { path: self.path.clone(), mismatch });
+        }
+        build::build(
+            &self.config,
+            &|name: &str| {
+                // Vectors are norms and biases: small, and sensitive.
+                let matrix =
+                    name.ends_with("_proj.weight") || name.contains("embed_tokens") || name.starts_with("lm_head");
+                self.read(name, if matrix { dtype } else { DType::F32 })
+            },
+            device,
+        )
+    }
+
+    fn mismatch(&self) -> Mismatch {
+        let (mut found, mut mismatch) = (self.shapes(), Mismatch::default());
+        for (name, expected) in build::shapes(&self.config) {
+            match found.remove(&name) {
+                None => mismatch.missing.push(name),
+                Some(shape) if shape == expected => {}
+                Some(shape) => mismatch.misshapen.push((name, format!("{expected:?}"), format!("{shape:?}"))),
+            }
+        }
+        // A tied head may be stored again, and old files keep rotary tables; both change nothing.
+        let harmless = |name: &String| {
+            (self.config.tie_word_embeddings && name == "lm_head.weight") || name.ends_with("rotary_emb.inv_freq")
+        };
+        mismatch.extra = found.into_keys().filter(|name| !harmless(name)).collect();
+        mismatch
+    }
+}

@@ -1,0 +1,104 @@
+//! Hugging Face's `model.safetensors`, whole or in shards with `model.safetensors.index.json`.
+
+use crate::Error;
+use burn::tensor::{Bytes, DType, TensorData};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors, tensor::Metadata};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs::File,
+    path::{Path, PathBuf},
+};
+
+/// The mapped files of a checkpoint.
+#[derive(Debug)]
+pub struct Shards {
+    files: Vec<Shard>,
+    /// Which file holds a tensor.
+    index: BTreeMap<String, usize>,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    map: Mmap,
+    metadata: Metadata,
+    /// Where the tensors' bytes start.
+    data: usize,
+}
+
+impl Shard {
+    fn open(path: PathBuf) -> Result<Self, Error> {
+        let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
+        // SAFETY: the map is read only; whoever truncates a checkpoint while it is being read breaks every reader.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?;
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|e| Error::format(&path, "header", "a complete safetensors file", e.to_string()))?;
+        SafeTensors::deserialize(&map)
+            .map_err(|e| Error::format(&path, "content", "a complete safetensors file", e.to_string()))?;
+        Ok(Self { path, map, metadata, data: header + 8 })
+    }
+}
+
+impl Shards {
+    /// Maps the files of a directory.
+    ///
+    /// # Errors
+    /// If there are none, one that the index names is missing, or one is malformed.
+    pub fn open(directory: &Path) -> Result<Self, Error> {
+        let (single, index) = (directory.join("model.safetensors"), directory.join("model.safetensors.index.json"));
+        let names: BTreeSet<PathBuf> = if single.is_file() || !index.is_file() {
+            BTreeSet::from([single])
+        } else {
+            let text = std::fs::read(&index).map_err(|e| Error::io(&index, e))?;
+            let json: serde_json::Value =
+                serde_json::from_slice(&text).map_err(|e| Error::format(&index, "content", "JSON", e.to_string()))?;
+            let map = json.get("weight_map").and_then(|map| map.as_object());
+            let map = map.ok_or_else(|| Error::format(&index, "weight_map", "an object", "none"))?;
+            map.values()
+                .map(|file| match file.as_str().map(Path::new) {
+                    // A name, not a path: an index must not lead out of its directory.
+                    Some(name) if name.file_name() == Some(name.as_os_str()) => Ok(directory.join(name)),
+                    _ => Err(Error::format(&index, "weight_map", "names of files beside the index", file.to_string())),
+                })
+                .collect::<Result<_, _>>()?
+        };
+        let files = names.into_iter().map(Shard::open).collect::<Result<Vec<_>, _>>()?;
+        let mut index = BTreeMap::new();
+        for (number, shard) in files.iter().enumerate() {
+            index.extend(shard.metadata.tensors().into_keys().map(|name| (name, number)));
+        }
+        Ok(Self { files, index })
+    }
+
+    /// Names and shapes of all tensors.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let shape = |(name, &file): (&String, &usize)| {
+            let shape = self.files[file].metadata.info(name).map(|info| info.shape.clone()).unwrap_or_default();
+            (name.clone(), shape)
+        };
+        self.index.iter().map(shape).collect()
+    }
+
+    /// One tensor, converted from f32, f16 or bf16 to `dtype`.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or it is stored in another type.
+    pub fn read(&self, name: &str, dtype: DType) -> Result<TensorData, Error> {
+        let found =
+            self.index.get(name).and_then(|&file| Some((&self.files[file], self.files[file].metadata.info(name)?)));
+        let Some((shard, info)) = found else {
+            let path = self.files.first().map_or(Path::new("model.safetensors"), |shard| shard.path.as_path());
+            return Err(Error::format(path, name, "a tensor of this name", "none"));
+        };
+        let stored = match info.dtype {
+            Dtype::F32 => DType::F32,
+            Dtype::F16 => DType::F16,
+            Dtype::BF16 => DType::BF16,
+            other => return Err(Error::format(&shard.path, name, "F32, F16 or BF16", format!("{other:?}"))),
+        };
+        let bytes = &shard.map[shard.data + info.data_offsets.0..shard.data + info.data_offsets.1];
+        let data = TensorData::from_bytes(Bytes::from_bytes_vec(bytes.to_vec()), info.shape.clone(), stored);
+        Ok(if stored == dtype { data } else { data.convert_dtype(dtype) })
+    }
+}

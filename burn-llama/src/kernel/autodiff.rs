@@ -1,0 +1,160 @@
+//! The backward passes of the kernels: what each keeps, and what it registers.
+
+use super::{F, Kernels, Targets, Visibility};
+use burn::{
+    backend::autodiff::{
+        Autodiff, NodeId,
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
+    },
+    tensor::backend::{AutodiffBackend, Backend},
+};
+
+/// Registers the gradient of a parent that carries one.
+fn register<B: Backend>(grads: &mut Gradients, node: Option<NodeId>, gradient: F<B>) {
+    if let Some(id) = node {
+        grads.register::<B>(id, gradient);
+    }
+}
+
+#[derive(Debug)]
+struct RmsNorm;
+
+impl<B: Kernels> Backward<B, 2> for RmsNorm {
+    type State = (F<B>, F<B>, f64);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let ([x_node, w_node], (x, weight, epsilon)) = (ops.parents, ops.state);
+        let (dx, dw) = B::rms_norm_backward(x, weight, dy, (epsilon, w_node.is_some()));
+        register::<B>(grads, x_node.map(|n| n.id), dx);
+        if let Some(dw) = dw {
+            register::<B>(grads, w_node.map(|n| n.id), dw);
+        }
+    }
+}
+
+/// State: cosines and negated sines.
+#[derive(Debug)]
+struct Rope;
+
+impl<B: Kernels> Backward<B, 1> for Rope {
+    type State = (F<B>, F<B>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let ([node], (cos, sin)) = (ops.parents, ops.state);
+        register::<B>(grads, node.map(|n| n.id), B::rope(dy, cos, B::float_neg(sin)));
+    }
+}
+
+#[derive(Debug)]
+struct SwiGlu;
+
+impl<B: Kernels> Backward<B, 2> for SwiGlu {
+    type State = (F<B>, F<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let ([gate_node, up_node], (gate, up)) = (ops.parents, ops.state);
+        let (d_gate, d_up) = B::swiglu_backward(gate, up, dy);
+        register::<B>(grads, gate_node.map(|n| n.id), d_gate);
+        register::<B>(grads, up_node.map(|n| n.id), d_up);
+    }
+}
+
+/// State: queries, keys, values; visibility; output and log-sum-exp.
+#[derive(Debug)]
+struct Attention;
+
+impl<B: Kernels> Backward<B, 3> for Attention {
+    type State = ([F<B>; 3], Visibility<B>, [F<B>; 2]);
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (qkv, visibility, [output, lse]) = ops.state;
+        let gradients = B::flash_attention_backward(qkv, &visibility, [output, lse, dy]);
+        for (node, gradient) in ops.parents.into_iter().zip(gradients) {
+            register::<B>(grads, node.map(|n| n.id), gradient);
+        }
+    }
+}
+
+/// State: hidden states, head, targets, log-sum-exp.
+#[derive(Debug)]
+struct CrossEntropy;
+
+impl<B: Kernels> Backward<B, 2> for CrossEntropy {
+    type State = ([F<B>; 2], Targets<B>, F<B>);
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let ([hidden_node, head_node], (inputs, targets, lse)) = (ops.parents, ops.state);
+        let (dh, dw) = B::linear_cross_entropy_backward(inputs, &targets, [lse, dy], head_node.is_some());
+        register::<B>(grads, hidden_node.map(|n| n.id), dh);
+        if let Some(dw) = dw {
+            register::<B>(grads, head_node.map(|n| n.id), dw);
+        }
+    }
+}
+
+fn inner_visibility<B: Backend, C: CheckpointStrategy>(outer: &Visibility<Autodiff<B, C>>) -> Visibility<B> {
+    Visibility {
+        query_segments: outer.query_segments.clone().inner(),
+        query_positions: outer.query_positions.clone().inner(),
+        key_segments: outer.key_segments.clone().inner(),
+        key_positions: outer.key_positions.clone().inner(),
+        window: outer.window,
+    }
+}
+
+impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
+    fn rms_norm(x: F<Self>, weight: F<Self>, epsilon: f64) -> F<Self> {
+        let output = B::rms_norm(x.primitive.clone(), weight.primitive.clone(), epsilon);
+        match RmsNorm.prepare::<C>([x.node.clone(), weight.node.clone()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((x.primitive, weight.primitive, epsilon), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn rope(x: F<Self>, cos: F<Self>, sin: F<Self>) -> F<Self> {
+        let output = B::rope(x.primitive, cos.primitive.clone(), sin.primitive.clone());
+        match Rope.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((cos.primitive, sin.primitive), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn swiglu(gate: F<Self>, up: F<Self>) -> F<Self> {
+        let output = B::swiglu(gate.primitive.clone(), up.primitive.clone());
+        match SwiGlu.prepare::<C>([gate.node.clone(), up.node.clone()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((gate.primitive, up.primitive), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn flash_attention([q, k, v]: [F<Self>; 3], visibility: &Visibility<Self>) -> (F<Self>, F<Self>) {
+        let visibility = inner_visibility(visibility);
+        let nodes = [q.node.clone(), k.node.clone(), v.node.clone()];
+        let qkv = [q.primitive, k.primitive, v.primitive];
+        let (output, lse) = B::flash_attention(qkv.clone(), &visibility);
+        let tracked = match Attention.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((qkv, visibility, [output.clone(), lse.clone()]), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        };
+        (tracked, <Self as AutodiffBackend>::from_inner(lse))
+    }
+
+    fn linear_cross_entropy(hidden: F<Self>, head: F<Self>, targets: &Targets<Self>) -> (F<Self>, F<Self>) {
+        let targets = Targets { ids: targets.ids.clone().inner(), weights: targets.weights.clone().inner() };
+        let nodes = [hidden.node.clone(), head.node.clone()];
+        let inputs = [hidden.primitive, head.primitive];
+        let (loss, lse) = B::linear_cross_entropy(inputs[0].clone(), inputs[1].clone(), &targets);
+        let tracked = match CrossEntropy.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((inputs, targets, lse.clone()), loss),
+            OpsKind::UnTracked(prep) => prep.finish(loss),
+        };
+        (tracked, <Self as AutodiffBackend>::from_inner(lse))
+    }
+}

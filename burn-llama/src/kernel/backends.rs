@@ -1,0 +1,22 @@
+//! Which backends have the kernels.
+
+use super::Kernels;
+
+#[cfg(feature = "flex")]
+impl Kernels for burn::backend::Flex {}
+
+#[cfg(feature = "tch")]
+impl<E: burn::backend::libtorch::TchElement> Kernels for burn::backend::LibTorch<E> {}
+
+#[cfg(any(feature = "cuda", feature = "vulkan", feature = "wgpu"))]
+impl<R, F, I, BT> Kernels for burn_cubecl::CubeBackend<R, F, I, BT>
+where
+    R: burn_cubecl::CubeRuntime,
+    F: burn_cubecl::FloatElement,
+    I: burn_cubecl::IntElement,
+    BT: burn_cubecl::element::BoolElement,
+{
+}
+
+#[cfg(any(feature = "cuda", feature = "vulkan", feature = "wgpu"))]
+impl<B: burn_fusion::FusionBackend> Kernels for burn_fusion::Fusion<B> {}

@@ -1,0 +1,112 @@
+//! The loss of the output head, over blocks of tokens and of the vocabulary, by tensor operations.
+
+use super::{F, primitive, tensor};
+use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, backend::Backend, s};
+
+/// Tokens per block.
+const TOKENS: usize = 4096;
+/// The number of logits that exist at a time.
+const LOGITS: usize = 1 << 21;
+
+/// What each hidden state should predict.
+#[derive(Debug, Clone)]
+pub struct Targets<B: Backend> {
+    /// The token, `[n]`.
+    pub ids: Tensor<B, 1, Int>,
+    /// The factor of each token's loss, `[n]`.
+    pub weights: Tensor<B, 1>,
+}
+
+impl<B: Backend> Targets<B> {
+    fn slice(&self, from: usize, to: usize) -> Self {
+        Self { ids: self.ids.clone().slice(s![from..to]), weights: self.weights.clone().slice(s![from..to]) }
+    }
+}
+
+/// Ranges of at most `size` that cover `0..n`.
+fn blocks(n: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..n).step_by(size).map(move |from| (from, n.min(from + size)))
+}
+
+/// Blocks of the vocabulary for `n` tokens.
+fn vocabulary_blocks(n: usize, vocabulary: usize) -> impl Iterator<Item = (usize, usize)> {
+    blocks(vocabulary, (LOGITS / n.max(1)).max(256))
+}
+
+/// Rows `from..to` of the head, in f32.
+fn rows<B: Backend>(head: &Tensor<B, 2>, from: usize, to: usize) -> Tensor<B, 2> {
+    head.clone().slice(s![from..to, ..]).cast(DType::F32)
+}
+
+pub(super) fn forward<B: Backend>(hidden: F<B>, head: F<B>, targets: &Targets<B>) -> (F<B>, F<B>) {
+    let (hidden, head) = (tensor::<B, 2>(hidden), tensor::<B, 2>(head));
+    let (mut losses, mut sums) = (Vec::new(), Vec::new());
+    for (from, to) in blocks(hidden.dims()[0], TOKENS) {
+        let (hidden, targets) = (hidden.clone().slice(s![from..to, ..]), targets.slice(from, to));
+        let lse = log_sum_exp(&hidden, &head);
+        let target = (hidden * head.clone().select(0, targets.ids).cast(DType::F32)).sum_dim(1).squeeze_dim::<1>(1);
+        losses.push((lse.clone() - target) * targets.weights);
+        sums.push(lse);
+    }
+    (primitive(Tensor::cat(losses, 0)), primitive(Tensor::cat(sums, 0)))
+}
+
+/// `log Σ exp(hidden · headᵀ)` over the vocabulary, `[n]`.
+fn log_sum_exp<B: Backend>(hidden: &Tensor<B, 2>, head: &Tensor<B, 2>) -> Tensor<B, 1> {
+    let n = hidden.dims()[0];
+    let mut running: Option<(Tensor<B, 2>, Tensor<B, 2>)> = None;
+    for (from, to) in vocabulary_blocks(n, head.dims()[0]) {
+        let logits = hidden.clone().matmul(rows(head, from, to).transpose());
+        let max = logits.clone().max_dim(1);
+        running = Some(match running {
+            None => (max.clone(), (logits - max).exp().sum_dim(1)),
+            Some((old, sum)) => {
+                let max = Tensor::max_pair(max, Tensor::clone(&old));
+                let sum = sum * (old - max.clone()).exp();
+                (max.clone(), sum + (logits - max).exp().sum_dim(1))
+            }
+        });
+    }
+    let (max, sum) = running.expect("a vocabulary is not empty");
+    (max + sum.log()).squeeze_dim::<1>(1)
+}
+
+/// The gradient of the logits is `dy·weight·(softmax - one_hot(target))`.
+pub(super) fn backward<B: Backend>(
+    [hidden, head]: [F<B>; 2],
+    targets: &Targets<B>,
+    [lse, dy]: [F<B>; 2],
+    trained: bool,
+) -> (F<B>, Option<F<B>>) {
+    let (hidden, head) = (tensor::<B, 2>(hidden), tensor::<B, 2>(head));
+    let (lse, scale) = (tensor::<B, 1>(lse), tensor::<B, 1>(dy) * targets.weights.clone());
+    let vocabulary = head.dims()[0];
+    let mut d_hidden = Vec::new();
+    let mut d_head: Option<Tensor<B, 2>> = None;
+    for (from, to) in blocks(hidden.dims()[0], TOKENS) {
+        let h = hidden.clone().slice(s![from..to, ..]);
+        let column = |x: &Tensor<B, 1>| x.clone().slice(s![from..to]).unsqueeze_dim::<2>(1);
+        let (lse, scale) = (column(&lse), column(&scale));
+        let ids = targets.ids.clone().slice(s![from..to]);
+        let mut dh = (head.clone().select(0, ids.clone()).cast(DType::F32) * scale.clone()).neg();
+        let mut parts = Vec::new();
+        for (first, end) in vocabulary_blocks(to - from, vocabulary) {
+            let w = rows(&head, first, end);
+            let logits = h.clone().matmul(w.clone().transpose());
+            let d_logits = (logits - lse.clone()).exp() * scale.clone();
+            if trained {
+                parts.push(d_logits.clone().transpose().matmul(h.clone()));
+            }
+            dh = dh + d_logits.matmul(w);
+        }
+        if trained {
+            let part = Tensor::cat(parts, 0).select_assign(0, ids, (h * scale).neg(), IndexingUpdateOp::Add);
+            d_head = Some(match d_head {
+                Some(sum) => sum + part,
+                None => part,
+            });
+        }
+        d_hidden.push(dh);
+    }
+    (primitive(Tensor::cat(d_hidden, 0)), d_head.map(primitive))
+}

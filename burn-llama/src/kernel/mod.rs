@@ -1,0 +1,96 @@
+//! The fused operations of a transformer block, as a backend extension.
+//!
+//! Default bodies are tensor operations that stream already: attention runs over blocks of queries and keeps only the
+//! log-sum-exp, cross-entropy runs over blocks of tokens and of the vocabulary. The implementation for
+//! [`Autodiff`](burn::backend::Autodiff) has a hand-written backward pass for each, so nothing of size length × length or
+//! tokens × vocabulary survives an operation on any backend.
+
+mod attention;
+mod autodiff;
+mod backends;
+mod cross_entropy;
+mod rms_norm;
+mod rope;
+mod swiglu;
+
+pub use attention::Visibility;
+pub use cross_entropy::Targets;
+
+use burn::tensor::{Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
+use burn_peft::kernel::LinearKernels;
+
+/// A float tensor of the backend.
+type F<B> = FloatTensor<B>;
+
+/// The operations that the model is made of, beside [`LinearKernels`]. Forward and backward; the backward methods are given
+/// the gradient of the output and return the gradients of the float inputs.
+pub trait Kernels: LinearKernels {
+    /// `x / √(mean(x²) + eps) · weight` over the last dimension: `x [n, features]`, `weight [features]`.
+    /// (Zhang and Sennrich, 2019, arXiv:1910.07467.)
+    fn rms_norm(x: F<Self>, weight: F<Self>, epsilon: f64) -> F<Self> {
+        rms_norm::forward::<Self>(x, weight, epsilon)
+    }
+
+    /// The gradients of `x`, and of `weight` if `trained`.
+    fn rms_norm_backward(x: F<Self>, weight: F<Self>, dy: F<Self>, rule: (f64, bool)) -> (F<Self>, Option<F<Self>>) {
+        rms_norm::backward::<Self>(x, weight, dy, rule)
+    }
+
+    /// Rotates the halves of every head: `x [n, heads, head_dim]`, `cos`, `sin [n, head_dim / 2]`. With `sin` negated it is its
+    /// own inverse and backward. (Su et al., 2021, arXiv:2104.09864, in the rotate-half form of `transformers`.)
+    fn rope(x: F<Self>, cos: F<Self>, sin: F<Self>) -> F<Self> {
+        rope::forward::<Self>(x, cos, sin)
+    }
+
+    /// `silu(gate) · up`, element by element. (Shazeer, 2020, arXiv:2002.05202.)
+    fn swiglu(gate: F<Self>, up: F<Self>) -> F<Self> {
+        swiglu::forward::<Self>(gate, up)
+    }
+
+    /// The gradients of `gate` and `up`.
+    fn swiglu_backward(gate: F<Self>, up: F<Self>, dy: F<Self>) -> (F<Self>, F<Self>) {
+        swiglu::backward::<Self>(gate, up, dy)
+    }
+
+    /// Softmax attention of grouped heads: `q [rows, queries, heads, head_dim]`, `k` and `v [rows, keys, kv_heads, head_dim]`,
+    /// visibility by segment and position. Returns the output in the shape of `q` and the log-sum-exp of the scores
+    /// `[rows, kv_heads, heads / kv_heads, queries]`. The last `queries` keys belong to the queries themselves.
+    fn flash_attention(qkv: [F<Self>; 3], visibility: &Visibility<Self>) -> (F<Self>, F<Self>) {
+        attention::forward::<Self>(qkv, visibility)
+    }
+
+    /// The gradients of `q`, `k` and `v`, from the output, its log-sum-exp and its gradient.
+    fn flash_attention_backward(
+        qkv: [F<Self>; 3],
+        visibility: &Visibility<Self>,
+        [output, lse, dy]: [F<Self>; 3],
+    ) -> [F<Self>; 3] {
+        attention::backward::<Self>(qkv, visibility, [output, lse, dy])
+    }
+
+    /// Per token, `weight · -log softmax(hidden · headᵀ)[target]`: `hidden [n, features]`, `head [vocabulary, features]` →
+    /// `[n]` and the log-sum-exp of the logits `[n]`.
+    fn linear_cross_entropy(hidden: F<Self>, head: F<Self>, targets: &Targets<Self>) -> (F<Self>, F<Self>) {
+        cross_entropy::forward::<Self>(hidden, head, targets)
+    }
+
+    /// The gradients of `hidden`, and of `head` if `trained`; `dy [n]` is the gradient of the losses.
+    fn linear_cross_entropy_backward(
+        [hidden, head]: [F<Self>; 2],
+        targets: &Targets<Self>,
+        [lse, dy]: [F<Self>; 2],
+        trained: bool,
+    ) -> (F<Self>, Option<F<Self>>) {
+        cross_entropy::backward::<Self>([hidden, head], targets, [lse, dy], trained)
+    }
+}
+
+/// The primitive of a tensor.
+pub(crate) fn primitive<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> F<B> {
+    tensor.into_primitive().tensor()
+}
+
+/// The tensor of a primitive.
+pub(crate) fn tensor<B: Backend, const D: usize>(primitive: F<B>) -> Tensor<B, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
+}

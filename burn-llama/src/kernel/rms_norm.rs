@@ -1,0 +1,30 @@
+//! Root-mean-square normalisation by tensor operations.
+
+use super::{F, primitive, tensor};
+use burn::tensor::{DType, Tensor, backend::Backend};
+
+/// `1 / √(mean(x²) + eps)`, `[n, 1]`.
+fn inverse_rms<B: Backend>(x: &Tensor<B, 2>, epsilon: f64) -> Tensor<B, 2> {
+    (x.clone().powi_scalar(2).mean_dim(1) + epsilon).sqrt().recip()
+}
+
+pub(super) fn forward<B: Backend>(x: F<B>, weight: F<B>, epsilon: f64) -> F<B> {
+    let (x, weight) = (tensor::<B, 2>(x), tensor::<B, 1>(weight).cast(DType::F32));
+    let r = inverse_rms(&x, epsilon);
+    primitive(x * r * weight.unsqueeze())
+}
+
+pub(super) fn backward<B: Backend>(
+    x: F<B>,
+    weight: F<B>,
+    dy: F<B>,
+    (epsilon, trained): (f64, bool),
+) -> (F<B>, Option<F<B>>) {
+    let (x, weight, dy) = (tensor::<B, 2>(x), tensor::<B, 1>(weight).cast(DType::F32), tensor::<B, 2>(dy));
+    let r = inverse_rms(&x, epsilon);
+    let normed = x * r.clone();
+    let dw = trained.then(|| primitive((dy.clone() * normed.clone()).sum_dim(0).squeeze_dim::<1>(0)));
+    let dn = dy * weight.unsqueeze();
+    let dot = (dn.clone() * normed.clone()).mean_dim(1);
+    (primitive((dn - normed * dot) * r), dw)
+}

@@ -1,0 +1,18 @@
+//! The gated activation by tensor operations.
+
+use super::{F, primitive, tensor};
+use burn::tensor::{activation::sigmoid, backend::Backend};
+
+pub(super) fn forward<B: Backend>(gate: F<B>, up: F<B>) -> F<B> {
+    let gate = tensor::<B, 2>(gate);
+    primitive(sigmoid(gate.clone()) * gate * tensor::<B, 2>(up))
+}
+
+/// With `s = σ(gate)` and `a = gate·s`: `d up = dy·a`, `d gate = dy·up·(s + a·(1 - s))`.
+pub(super) fn backward<B: Backend>(gate: F<B>, up: F<B>, dy: F<B>) -> (F<B>, F<B>) {
+    let (gate, up, dy) = (tensor::<B, 2>(gate), tensor::<B, 2>(up), tensor::<B, 2>(dy));
+    let s = sigmoid(gate.clone());
+    let a = gate * s.clone();
+    let slope = s.clone() + a.clone() * (s.neg() + 1.0);
+    (primitive(dy.clone() * up * slope), primitive(dy * a))
+}

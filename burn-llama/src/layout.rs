@@ -1,0 +1,74 @@
+//! Which token stands where in a batch.
+
+use crate::kernel::Visibility;
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+
+/// The slots of a batch of `rows` × `length`: to which sequence each belongs and at which position.
+///
+/// Padding is a segment of its own, so that no slot ever sees nothing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// The number of rows.
+    pub rows: usize,
+    /// Slots per row.
+    pub length: usize,
+    /// `[rows · length]`; 0 is padding.
+    pub segments: Vec<i32>,
+    /// `[rows · length]`; counted from 0 in every segment.
+    pub positions: Vec<i32>,
+}
+
+impl Layout {
+    /// One sequence per row, padded on the right to the longest.
+    pub fn padded(lengths: &[usize]) -> Self {
+        Self::packed(&lengths.iter().map(|&n| vec![n]).collect::<Vec<_>>())
+    }
+
+    /// Several sequences per row, one after the other, padded on the right to the longest row.
+    pub fn packed(rows: &[Vec<usize>]) -> Self {
+        let length = rows.iter().map(|row| row.iter().sum()).max().unwrap_or(0);
+        let (mut segments, mut positions) = (Vec::new(), Vec::new());
+        for row in rows {
+            let used: usize = row.iter().sum();
+            for (segment, &n) in row.iter().enumerate() {
+                segments.extend(std::iter::repeat_n(segment as i32 + 1, n));
+                positions.extend(0..n as i32);
+            }
+            segments.extend(std::iter::repeat_n(0, length - used));
+            positions.extend(0..(length - used) as i32);
+        }
+        Self { rows: rows.len(), length, segments, positions }
+    }
+
+    /// One more token for every row, at the given positions, all in segment 1.
+    pub fn next(positions: &[usize]) -> Self {
+        let rows = positions.len();
+        Self { rows, length: 1, segments: vec![1; rows], positions: positions.iter().map(|&p| p as i32).collect() }
+    }
+
+    /// The largest position, plus one.
+    pub fn span(&self) -> usize {
+        self.positions.iter().max().map_or(0, |&p| p as usize + 1)
+    }
+}
+
+/// What every block of one forward pass needs: rotations and visibility, on the device.
+#[derive(Debug, Clone)]
+pub struct Context<B: Backend> {
+    /// Rows of the batch.
+    pub rows: usize,
+    /// New slots per row.
+    pub length: usize,
+    /// `[rows · length, head_dim / 2]`.
+    pub cos: Tensor<B, 2>,
+    /// `[rows · length, head_dim / 2]`.
+    pub sin: Tensor<B, 2>,
+    /// Who sees whom, keys of the past included.
+    pub visibility: Visibility<B>,
+}
+
+/// Integers on the device, `[rows, values.len() / rows]`.
+pub(crate) fn ints<B: Backend>(values: Vec<i32>, rows: usize, device: &B::Device) -> Tensor<B, 2, Int> {
+    let columns = values.len() / rows.max(1);
+    Tensor::from_data(TensorData::new(values, [rows, columns]), (device, DType::I32))
+}

@@ -1,0 +1,140 @@
+//! The model: embedding, blocks, norm, head.
+
+mod block;
+mod norm;
+#[cfg(feature = "zero")]
+mod segments;
+mod visit;
+
+pub use block::{Attention, Layer, Mlp};
+pub use norm::RmsNorm;
+
+use crate::{
+    Context, Error, Layout, LlamaConfig, Past,
+    kernel::{Kernels, Targets, Visibility, primitive, tensor},
+    layout::ints,
+};
+use burn::{
+    module::{Module, Param},
+    tensor::{DType, Int, Tensor, TensorData, backend::Backend},
+};
+use burn_peft::{Linear, Pass};
+
+/// The token table; its path is `model.embed_tokens.weight`.
+#[derive(Module, Debug)]
+pub struct Embedding<B: Backend> {
+    /// `[vocab_size, hidden_size]`, in any float type.
+    pub weight: Param<Tensor<B, 2>>,
+}
+
+/// The transformer without its head.
+#[derive(Module, Debug)]
+pub struct Decoder<B: Kernels> {
+    /// The token table.
+    pub embed_tokens: Embedding<B>,
+    /// The blocks.
+    pub layers: Vec<Layer<B>>,
+    /// The last norm.
+    pub norm: RmsNorm<B>,
+}
+
+/// A causal language model of LLaMA's architecture. Paths and layouts of its parameters are those of the checkpoint.
+#[derive(Module, Debug)]
+pub struct Llama<B: Kernels> {
+    /// The transformer.
+    pub model: Decoder<B>,
+    /// The head, `None` when it is the embedding.
+    pub lm_head: Option<Linear<B>>,
+    pub(crate) config: LlamaConfig,
+}
+
+impl<B: Kernels> Llama<B> {
+    /// The sizes and variants.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// The device that holds the model.
+    pub fn device(&self) -> B::Device {
+        self.model.embed_tokens.weight.lazy_device()
+    }
+
+    /// Token ids `[rows, length]` → embeddings `[rows · length, hidden_size]` in f32.
+    pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 2> {
+        let [rows, length] = ids.dims();
+        self.model.embed_tokens.weight.val().select(0, ids.reshape([rows * length])).cast(DType::F32)
+    }
+
+    /// Rotations and visibility for the tokens of `layout` after `past`.
+    ///
+    /// # Errors
+    /// If the positions go beyond what the model's rotary frequencies cover.
+    pub fn context(&self, layout: &Layout, past: Option<&Past<B>>) -> Result<Context<B>, Error> {
+        self.config.rope_scaling.check_length(layout.span())?;
+        let (device, config) = (self.device(), &self.config);
+        let (frequencies, scale) = config.rope_scaling.frequencies(config.head_dim, config.rope_theta);
+        // The angle is rounded to f32 before its cosine, as the reference does.
+        let angles = layout.positions.iter().flat_map(|&p| frequencies.iter().map(move |f| (p as f32 * f) as f64));
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for angle in angles {
+            cos.push((angle.cos() * scale) as f32);
+            sin.push((angle.sin() * scale) as f32);
+        }
+        let table = |values: Vec<f32>| {
+            let data = TensorData::new(values, [layout.positions.len(), frequencies.len()]);
+            Tensor::<B, 2>::from_data(data, (&device, DType::F32))
+        };
+        let (segments, positions) = match past {
+            Some(past) => past.with(layout),
+            None => (layout.segments.clone(), layout.positions.clone()),
+        };
+        let ids = |values: Vec<i32>| ints(values, layout.rows, &device);
+        let visibility = Visibility {
+            query_segments: ids(layout.segments.clone()),
+            query_positions: ids(layout.positions.clone()),
+            key_segments: ids(segments),
+            key_positions: ids(positions),
+            window: config.sliding_window,
+        };
+        Ok(Context { rows: layout.rows, length: layout.length, cos: table(cos), sin: table(sin), visibility })
+    }
+
+    /// Embeddings `[rows · length, hidden_size]` → the normalised hidden states of the last block, in the same shape. New keys and
+    /// values are added to `past`.
+    ///
+    /// # Errors
+    /// If the positions go beyond what the model's rotary frequencies cover.
+    pub fn hidden(
+        &self,
+        embeddings: Tensor<B, 2>,
+        layout: &Layout,
+        past: Option<&mut Past<B>>,
+        pass: &Pass,
+    ) -> Result<Tensor<B, 2>, Error> {
+        let context = self.context(layout, past.as_deref())?;
+        let (mut x, mut past) = (embeddings, past);
+        for (index, layer) in self.model.layers.iter().enumerate() {
+            x = layer.attend(x, &context, past.as_deref_mut().map(|past| (past, index)), pass);
+            x = layer.transform(x, pass);
+        }
+        if let Some(past) = past {
+            past.advance(layout);
+        }
+        Ok(self.model.norm.forward(x))
+    }
+
+    /// Normalised hidden states `[n, hidden_size]` → logits `[n, vocab_size]`.
+    pub fn head(&self, hidden: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
+        match &self.lm_head {
+            Some(head) => head.forward(hidden, pass),
+            None => burn_peft::kernel::linear(hidden, self.model.embed_tokens.weight.val()),
+        }
+    }
+
+    /// Normalised hidden states `[n, hidden_size]` → the weighted negative log-likelihood of each target, `[n]`. The logits never
+    /// exist whole. An adapter on the head is not seen here.
+    pub fn loss(&self, hidden: Tensor<B, 2>, targets: &Targets<B>) -> Tensor<B, 1> {
+        let head = self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight);
+        tensor(B::linear_cross_entropy(primitive(hidden), primitive(head.val()), targets).0)
+    }
+}

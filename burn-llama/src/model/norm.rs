@@ -1,0 +1,23 @@
+//! RMSNorm with the checkpoint's parameter name.
+
+use crate::kernel::{Kernels, primitive, tensor};
+use burn::{
+    module::{Module, Param},
+    tensor::Tensor,
+};
+
+/// `x / √(mean(x²) + epsilon) · weight` over the last dimension.
+#[derive(Module, Debug)]
+pub struct RmsNorm<B: Kernels> {
+    /// `[features]`.
+    pub weight: Param<Tensor<B, 1>>,
+    /// Added to the mean square.
+    pub epsilon: f64,
+}
+
+impl<B: Kernels> RmsNorm<B> {
+    /// `[n, features]` → `[n, features]`.
+    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        tensor(B::rms_norm(primitive(x), primitive(self.weight.val()), self.epsilon))
+    }
+}

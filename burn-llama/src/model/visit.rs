@@ -1,0 +1,47 @@
+//! The model's linear layers by path.
+
+use super::Llama;
+use crate::kernel::Kernels;
+use burn_peft::{Linear, Linears};
+
+impl<B: Kernels> Linears<B> for Llama<B> {
+    fn linears(&self, visit: &mut dyn FnMut(&str, &Linear<B>)) {
+        for (index, layer) in self.model.layers.iter().enumerate() {
+            let (attention, mlp) = (&layer.self_attn, &layer.mlp);
+            for (name, linear) in [
+                ("self_attn.q_proj", &attention.q_proj),
+                ("self_attn.k_proj", &attention.k_proj),
+                ("self_attn.v_proj", &attention.v_proj),
+                ("self_attn.o_proj", &attention.o_proj),
+                ("mlp.gate_proj", &mlp.gate_proj),
+                ("mlp.up_proj", &mlp.up_proj),
+                ("mlp.down_proj", &mlp.down_proj),
+            ] {
+                visit(&format!("model.layers.{index}.{name}"), linear);
+            }
+        }
+        if let Some(head) = &self.lm_head {
+            visit("lm_head", head);
+        }
+    }
+
+    fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>)) {
+        for (index, layer) in self.model.layers.iter_mut().enumerate() {
+            let (attention, mlp) = (&mut layer.self_attn, &mut layer.mlp);
+            for (name, linear) in [
+                ("self_attn.q_proj", &mut attention.q_proj),
+                ("self_attn.k_proj", &mut attention.k_proj),
+                ("self_attn.v_proj", &mut attention.v_proj),
+                ("self_attn.o_proj", &mut attention.o_proj),
+                ("mlp.gate_proj", &mut mlp.gate_proj),
+                ("mlp.up_proj", &mut mlp.up_proj),
+                ("mlp.down_proj", &mut mlp.down_proj),
+            ] {
+                visit(&format!("model.layers.{index}.{name}"), linear);
+            }
+        }
+        if let Some(head) = &mut self.lm_head {
+            visit("lm_head", head);
+        }
+    }
+}

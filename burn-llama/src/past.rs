@@ -1,0 +1,105 @@
+//! Keys and values of what came before: the cache of generation and the prefix of P-tuning.
+
+use crate::Layout;
+use burn::tensor::{Tensor, backend::Backend, s};
+
+/// Keys and values of one layer, `[rows, capacity, kv_heads, head_dim]`, of which the first slots are in use.
+#[derive(Debug, Clone)]
+pub struct KeyValue<B: Backend> {
+    /// Rotated keys.
+    pub keys: Tensor<B, 4>,
+    /// Values.
+    pub values: Tensor<B, 4>,
+}
+
+/// What the new tokens of a batch may see before themselves, per row and layer.
+///
+/// Every slot has a segment and a position as in [`Layout`]; slots of segment [`HOLE`](crate::kernel::Visibility::HOLE) hold
+/// nothing, those of [`ANY`](crate::kernel::Visibility::ANY) are seen by every segment of their row.
+#[derive(Debug, Clone)]
+pub struct Past<B: Backend> {
+    layers: Vec<Option<KeyValue<B>>>,
+    rows: usize,
+    slots: usize,
+    segments: Vec<i32>,
+    positions: Vec<i32>,
+}
+
+impl<B: Backend> Past<B> {
+    /// An empty past of `layers` layers.
+    pub fn new(layers: usize, rows: usize) -> Self {
+        Self { layers: vec![None; layers], rows, slots: 0, segments: Vec::new(), positions: Vec::new() }
+    }
+
+    /// Slots in use per row.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Segments and positions of all keys, those of `layout` after those of the past: `[rows, slots + layout.length]` each.
+    pub(crate) fn with(&self, layout: &Layout) -> (Vec<i32>, Vec<i32>) {
+        assert_eq!(self.rows, layout.rows, "a past of {} rows meets a batch of {}", self.rows, layout.rows);
+        let join = |past: &[i32], new: &[i32]| {
+            let rows = 0..self.rows;
+            rows.flat_map(|row| {
+                let past = &past[row * self.slots..(row + 1) * self.slots];
+                past.iter().chain(&new[row * layout.length..(row + 1) * layout.length]).copied()
+            })
+            .collect()
+        };
+        (join(&self.segments, &layout.segments), join(&self.positions, &layout.positions))
+    }
+
+    /// Takes over the slots of `layout`, after every layer has [pushed](Self::push) its keys. Padding becomes holes.
+    pub(crate) fn advance(&mut self, layout: &Layout) {
+        let (segments, positions) = self.with(layout);
+        self.segments =
+            segments.into_iter().map(|s| if s == 0 { crate::kernel::Visibility::<B>::HOLE } else { s }).collect();
+        self.positions = positions;
+        self.slots += layout.length;
+    }
+
+    /// Adds new keys and values `[rows, n, kv_heads, head_dim]` of one layer and returns all in use. Room is made in powers of
+    /// two, so that most steps write in place.
+    pub(crate) fn push(&mut self, layer: usize, keys: Tensor<B, 4>, values: Tensor<B, 4>) -> KeyValue<B> {
+        let (from, to) = (self.slots, self.slots + keys.dims()[1]);
+        let cache = match self.layers[layer].take() {
+            None => KeyValue { keys, values },
+            Some(cache) => KeyValue { keys: write(cache.keys, keys, from), values: write(cache.values, values, from) },
+        };
+        let used = |x: &Tensor<B, 4>| x.clone().slice(s![.., ..to]);
+        let all = KeyValue { keys: used(&cache.keys), values: used(&cache.values) };
+        self.layers[layer] = Some(cache);
+        all
+    }
+
+    /// Keeps the given rows, in the given order.
+    pub fn select(&mut self, rows: &[usize]) {
+        let pick = |ids: &[i32]| {
+            rows.iter()
+                .flat_map(|&row| ids[row * self.slots..(row + 1) * self.slots].iter().copied())
+                .collect::<Vec<_>>()
+        };
+        (self.segments, self.positions) = (pick(&self.segments), pick(&self.positions));
+        self.rows = rows.len();
+        for cache in self.layers.iter_mut().flatten() {
+            let device = cache.keys.device();
+            let index = Tensor::from_ints(rows.iter().map(|&r| r as i32).collect::<Vec<_>>().as_slice(), &device);
+            cache.keys = cache.keys.clone().select(0, index.clone());
+            cache.values = cache.values.clone().select(0, index);
+        }
+    }
+}
+
+/// Writes `new` at slot `from`, growing the buffer if it is full.
+fn write<B: Backend>(cache: Tensor<B, 4>, new: Tensor<B, 4>, from: usize) -> Tensor<B, 4> {
+    let ([rows, capacity, heads, dim], n) = (cache.dims(), new.dims()[1]);
+    let cache = if capacity < from + n {
+        let room = (from + n).next_power_of_two().max(64) - from;
+        let (device, dtype) = (cache.device(), cache.dtype());
+        Tensor::cat(vec![cache.slice(s![.., ..from]), Tensor::zeros([rows, room, heads, dim], (&device, dtype))], 1)
+    } else {
+        cache
+    };
+    cache.slice_assign(s![.., from..from + n], new)
+}

@@ -1,0 +1,155 @@
+//! Rotary frequencies and their scaling, as `transformers`' `modeling_rope_utils`.
+
+use crate::Error;
+use serde_json::Value;
+use std::f64::consts::PI;
+
+/// How rotary frequencies are stretched.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// As they are.
+    None,
+    /// All divided by a factor.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// Llama 3.1's: low frequencies divided, high ones kept, a smooth ramp between.
+    Llama3 {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` are divided.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// The length of pretraining.
+        original: f64,
+    },
+    /// YaRN (Peng et al., 2023, arXiv:2309.00071).
+    Yarn {
+        /// Divisor of the low frequencies.
+        factor: f64,
+        /// Factor of cosines and sines.
+        attention_factor: f64,
+        /// Rotations at the two ends of the ramp.
+        beta: (f64, f64),
+        /// Whether the ends of the ramp are rounded to whole dimensions.
+        truncate: bool,
+        /// The length of pretraining.
+        original: f64,
+    },
+    /// One divisor per frequency, as GGUF files carry them.
+    Factors(Vec<f64>),
+    /// Frequencies that change beyond the original length; used up to it.
+    Dynamic {
+        /// The length up to which the frequencies are the plain ones.
+        original: usize,
+    },
+}
+
+impl RopeScaling {
+    /// Reads `rope_parameters` or `rope_scaling`.
+    ///
+    /// # Errors
+    /// If the type is not supported or a factor is missing or impossible.
+    pub fn from_json(value: Option<&Value>, max_positions: usize, head_dim: usize) -> Result<Self, Error> {
+        let Some(value) = value.filter(|value| !value.is_null()) else { return Ok(Self::None) };
+        let kind = value.get("rope_type").or_else(|| value.get("type")).and_then(Value::as_str).unwrap_or("default");
+        let optional = |name: &str| value.get(name).and_then(Value::as_f64);
+        let number = |name: &str| match optional(name) {
+            Some(x) if x > 0.0 => Ok(x),
+            _ => Err(Error::config(format!("rope_scaling.{name}"), "a positive number", value)),
+        };
+        let original = optional("original_max_position_embeddings").unwrap_or(max_positions as f64);
+        Ok(match kind {
+            "default" => Self::None,
+            "linear" => Self::Linear { factor: number("factor")? },
+            "dynamic" => Self::Dynamic { original: original as usize },
+            "llama3" => Self::Llama3 {
+                factor: number("factor")?,
+                low_freq_factor: number("low_freq_factor")?,
+                high_freq_factor: number("high_freq_factor")?,
+                original: number("original_max_position_embeddings")?,
+            },
+            "yarn" => Self::Yarn {
+                factor: number("factor")?,
+                attention_factor: yarn_attention(value, number("factor")?),
+                beta: (optional("beta_fast").unwrap_or(32.0), optional("beta_slow").unwrap_or(1.0)),
+                truncate: value.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+                original,
+            },
+            "factors" => Self::Factors(factors(value, head_dim)?),
+            found => {
+                let expected = "default, linear, llama3, yarn or dynamic";
+                return Err(Error::config("rope_scaling.rope_type", expected, found));
+            }
+        })
+    }
+
+    /// The rotation per position of each pair of features, `[head_dim / 2]`, and the factor of cosines and sines.
+    pub fn frequencies(&self, head_dim: usize, theta: f64) -> (Vec<f32>, f64) {
+        let plain = (0..head_dim / 2).map(|i| theta.powf(-((2 * i) as f64) / head_dim as f64));
+        let attention = if let Self::Yarn { attention_factor, .. } = self { *attention_factor } else { 1.0 };
+        let frequencies = plain.enumerate().map(|(i, f)| self.scale(i, f, head_dim, theta) as f32).collect();
+        (frequencies, attention)
+    }
+
+    fn scale(&self, i: usize, frequency: f64, head_dim: usize, theta: f64) -> f64 {
+        match self {
+            Self::None | Self::Dynamic { .. } => frequency,
+            Self::Linear { factor } => frequency / factor,
+            Self::Factors(factors) => frequency / factors[i],
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
+                let turns = original * frequency / (2.0 * PI);
+                let smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                (1.0 - smooth) * frequency / factor + smooth * frequency
+            }
+            Self::Yarn { factor, beta, truncate, original, .. } => {
+                let dimension =
+                    |turns: f64| head_dim as f64 * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
+                let (mut low, mut high) = (dimension(beta.0), dimension(beta.1));
+                if *truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                (low, high) = (low.max(0.0), high.min(head_dim as f64 - 1.0));
+                let width = if high == low { 0.001 } else { high - low };
+                let ramp = ((i as f64 - low) / width).clamp(0.0, 1.0);
+                frequency / factor * ramp + frequency * (1.0 - ramp)
+            }
+        }
+    }
+
+    /// Refuses positions at which the frequencies would have to change.
+    ///
+    /// # Errors
+    /// If `length` positions go beyond what a dynamic scaling's plain frequencies cover.
+    pub fn check_length(&self, length: usize) -> Result<(), Error> {
+        match self {
+            Self::Dynamic { original } if length > *original => Err(Error::config(
+                "rope_scaling.rope_type = dynamic",
+                format!("at most {original} positions, since its frequencies change beyond them"),
+                length,
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The factor that YaRN's attention is scaled with, explicit or by its formula.
+fn yarn_attention(value: &Value, factor: f64) -> f64 {
+    let number = |name: &str| value.get(name).and_then(Value::as_f64);
+    let mscale = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+    number("attention_factor").unwrap_or_else(|| match (number("mscale"), number("mscale_all_dim")) {
+        (Some(one), Some(all)) if one != 0.0 && all != 0.0 => mscale(one) / mscale(all),
+        _ => mscale(1.0),
+    })
+}
+
+fn factors(value: &Value, head_dim: usize) -> Result<Vec<f64>, Error> {
+    let list = value.get("factors").and_then(Value::as_array);
+    let list: Vec<f64> = list.into_iter().flatten().filter_map(Value::as_f64).filter(|&x| x > 0.0).collect();
+    if list.len() == head_dim / 2 {
+        return Ok(list);
+    }
+    Err(Error::config("rope_scaling.factors", format!("{} positive numbers", head_dim / 2), list.len()))
+}

@@ -1,0 +1,107 @@
+//! SentencePiece's BPE as llama.cpp runs it: neighbours merge into the token with the highest score, leftmost first.
+
+use std::cmp::Ordering;
+use std::collections::{BinaryHeap, HashMap};
+
+/// The space as SentencePiece writes it.
+pub(super) const SPACE: char = '\u{2581}';
+
+/// Two neighbours that make a token.
+struct Merge {
+    score: f32,
+    left: usize,
+    right: usize,
+    /// Bytes of both together: differs from what is there once either has grown.
+    bytes: usize,
+}
+
+impl Ord for Merge {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.score.total_cmp(&other.score).then_with(|| other.left.cmp(&self.left))
+    }
+}
+
+impl PartialOrd for Merge {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Merge {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Merge {}
+
+/// A stretch of the text that is one piece so far; empty once it went into its left neighbour.
+struct Piece {
+    start: usize,
+    bytes: usize,
+    before: Option<usize>,
+    after: Option<usize>,
+}
+
+/// Cuts a text, spaces already written as [`SPACE`], into the pieces that are left when no neighbours merge any more.
+///
+/// `scores` holds the score of every token by its text.
+pub(super) fn pieces<'t>(text: &'t str, ids: &HashMap<String, u32>, scores: &[f32]) -> Vec<&'t str> {
+    let mut pieces: Vec<Piece> = text
+        .char_indices()
+        .enumerate()
+        .map(|(index, (start, c))| Piece {
+            start,
+            bytes: c.len_utf8(),
+            before: index.checked_sub(1),
+            after: (start + c.len_utf8() < text.len()).then_some(index + 1),
+        })
+        .collect();
+    let mut queue = BinaryHeap::new();
+    let propose = |pieces: &[Piece], left: Option<usize>, right: Option<usize>, queue: &mut BinaryHeap<Merge>| {
+        let (Some(left), Some(right)) = (left, right) else { return };
+        let bytes = pieces[left].bytes + pieces[right].bytes;
+        let token = &text[pieces[left].start..][..bytes];
+        if let Some(score) = ids.get(token).and_then(|id| scores.get(*id as usize)) {
+            // Adding zero makes the two zeros one: they are equal to the reference, but not to `total_cmp`.
+            queue.push(Merge { score: score + 0.0, left, right, bytes });
+        }
+    };
+    for right in 1..pieces.len() {
+        propose(&pieces, Some(right - 1), Some(right), &mut queue);
+    }
+    while let Some(Merge { left, right, bytes, .. }) = queue.pop() {
+        let stale = pieces[left].bytes == 0 || pieces[right].bytes == 0;
+        if stale || pieces[left].bytes + pieces[right].bytes != bytes {
+            continue;
+        }
+        pieces[left].bytes = bytes;
+        pieces[right].bytes = 0;
+        let after = pieces[right].after;
+        pieces[left].after = after;
+        if let Some(after) = after {
+            pieces[after].before = Some(left);
+        }
+        let before = pieces[left].before;
+        propose(&pieces, before, Some(left), &mut queue);
+        propose(&pieces, Some(left), after, &mut queue);
+    }
+    pieces.iter().filter(|piece| piece.bytes > 0).map(|piece| &text[piece.start..][..piece.bytes]).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_score_merges_first_and_the_leftmost_of_equals() {
+        let tokens = [("a", -9.0), ("b", -9.0), ("ab", -2.0), ("ba", -1.0), ("aba", -5.0)];
+        let ids: HashMap<_, _> = tokens.iter().zip(0..).map(|((token, _), id)| ((*token).to_owned(), id)).collect();
+        let mut scores: Vec<f32> = tokens.iter().map(|(_, score)| *score).collect();
+        assert_eq!(pieces("abab", &ids, &scores), ["aba", "b"]);
+        scores[3] = -2.0;
+        assert_eq!(pieces("abab", &ids, &scores), ["ab", "ab"]);
+        assert_eq!(pieces("", &ids, &scores), [""; 0]);
+        assert_eq!(pieces("xéa", &ids, &scores), ["x", "é", "a"]);
+    }
+}

@@ -1,0 +1,221 @@
+//! The model is `transformers`': logits and every gradient, on random models of every variant.
+
+use burn::{
+    backend::{Autodiff, Flex},
+    module::{Module, ModuleVisitor, Param},
+    tensor::{DType, Tensor, TensorData},
+};
+use burn_llama::{Checkpoint, Example, Layout, Llama, kernel::Kernels};
+use burn_peft::{Pass, adapter, param};
+use laws::{fixture, floats, integers, max_abs, max_diff, one_backward_at_a_time, tensors};
+use std::collections::BTreeMap;
+
+type Reference = BTreeMap<String, TensorData>;
+
+/// The rows of a reference as examples.
+fn examples(reference: &Reference) -> Vec<Example> {
+    let (ids, labels) = (integers(&reference["ids"]), integers(&reference["labels"]));
+    let width = reference["ids"].shape[1];
+    let row = |(row, &length): (usize, &i64)| {
+        let range = row * width..row * width + length as usize;
+        Example {
+            ids: ids[range.clone()].iter().map(|&id| id as u32).collect(),
+            learned: labels[range].iter().map(|&label| label != -100).collect(),
+        }
+    };
+    integers(&reference["lengths"]).iter().enumerate().map(row).collect()
+}
+
+/// The largest difference of logits over the tokens that are not padding.
+fn logits_differ<B: Kernels>(model: &Llama<B>, reference: &Reference) -> f32 {
+    let (rows, pass) = (examples(reference), Pass::default());
+    let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
+    let batch = model.batch(&rows, 1.0, pass.clone()).unwrap();
+    let hidden = model.hidden(model.embed(batch.ids), &Layout::padded(&lengths), None, &pass).unwrap();
+    let found = floats(&model.head(hidden, &pass).into_data());
+    let (expected, width) = (floats(&reference["logits"]), reference["ids"].shape[1]);
+    let vocabulary = reference["logits"].shape[2];
+    let row = |(row, length): (usize, &usize)| {
+        let range = row * width * vocabulary..(row * width + length) * vocabulary;
+        assert!(max_abs(&expected[range.clone()]) > 0.1, "logits that could be anything prove nothing");
+        max_diff(&found[range.clone()], &expected[range])
+    };
+    lengths.iter().enumerate().map(row).fold(0.0, f32::max)
+}
+
+/// Every gradient of the mean loss, by path; checked against `grad.<key>` of the reference.
+struct Check<'a> {
+    grads: &'a mut <Autodiff<Flex> as burn::tensor::backend::AutodiffBackend>::Gradients,
+    path: Vec<String>,
+    found: BTreeMap<String, Vec<f32>>,
+}
+
+impl ModuleVisitor<Autodiff<Flex>> for Check<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Autodiff<Flex>, D>>) {
+        if let Some(gradient) = param.val().grad_remove(self.grads) {
+            self.found.insert(self.path.join("."), floats(&gradient.into_data()));
+        }
+    }
+}
+
+fn gradients(model: &Llama<Autodiff<Flex>>, reference: &Reference) -> (f32, BTreeMap<String, Vec<f32>>) {
+    let rows = examples(reference);
+    let targets: usize = rows.iter().map(Example::targets).sum();
+    let batch = model.batch(&rows, 1.0 / targets as f32, Pass::default()).unwrap();
+    let loss = model.batch_loss(&batch).sum();
+    let mut grads = loss.backward();
+    let mut check = Check { grads: &mut grads, path: Vec::new(), found: BTreeMap::new() };
+    model.visit(&mut check);
+    (floats(&loss.into_data())[0], check.found)
+}
+
+fn compare(found: &[f32], expected: &[f32], name: &str) {
+    let (difference, size) = (max_diff(found, expected), max_abs(expected));
+    assert!(size > 0.0, "{name}: the reference gradient is zero");
+    assert!(difference <= 1e-4 * size, "{name}: max|Δ| = {difference:e}, max|g| = {size:e}");
+}
+
+#[test]
+fn logits_and_every_gradient_are_those_of_transformers() {
+    let _lock = one_backward_at_a_time();
+    let names = ["mha", "gqa_llama3", "tied_bias", "linear_rope", "yarn", "qwen2", "qwen3", "mistral_window"];
+    for name in names {
+        let reference = tensors(&format!("models/{name}/reference.safetensors"));
+        let checkpoint = Checkpoint::open(&fixture(&format!("models/{name}"))).unwrap();
+        let model = checkpoint.load::<Autodiff<Flex>>(DType::F32, &Default::default()).unwrap();
+        let difference = logits_differ(&model.valid_model(), &reference);
+        assert!(difference < 1e-4, "{name}: logits differ by {difference:e}");
+        let (loss, found) = gradients(&model, &reference);
+        assert!((loss - floats(&reference["loss"])[0]).abs() < 1e-5, "{name}: loss {loss}");
+        let expected = reference.iter().filter_map(|(key, value)| Some((key.strip_prefix("grad.")?, value)));
+        let mut count = 0;
+        for (key, value) in expected {
+            compare(&found[key], &floats(value), &format!("{name}: {key}"));
+            count += 1;
+        }
+        assert_eq!(count, found.len(), "{name}: gradients without a reference");
+    }
+}
+
+trait Valid {
+    fn valid_model(&self) -> Llama<Flex>;
+}
+
+impl Valid for Llama<Autodiff<Flex>> {
+    fn valid_model(&self) -> Llama<Flex> {
+        burn::module::AutodiffModule::valid(self)
+    }
+}
+
+#[test]
+fn shards_and_half_precision_are_read() {
+    for (name, stored) in [("sharded", DType::BF16), ("f16", DType::F16)] {
+        let reference = tensors(&format!("models/{name}/reference.safetensors"));
+        let checkpoint = Checkpoint::open(&fixture(&format!("models/{name}"))).unwrap();
+        // In f32, and with matrices kept as they are stored: the products are f32 either way.
+        for dtype in [DType::F32, stored] {
+            let model = checkpoint.load::<Flex>(dtype, &Default::default()).unwrap();
+            assert_eq!(model.model.layers[0].self_attn.q_proj.weight.val().dtype(), dtype);
+            let difference = logits_differ(&model, &reference);
+            assert!(difference < 1e-4, "{name} as {dtype:?}: logits differ by {difference:e}");
+        }
+    }
+}
+
+#[test]
+fn both_spellings_of_a_configuration_say_the_same() {
+    let new = burn_llama::LlamaConfig::load(&fixture("models/gqa_llama3/config.json")).unwrap();
+    let old = burn_llama::LlamaConfig::load(&fixture("models/gqa_llama3/config_old.json")).unwrap();
+    assert!(matches!(new.rope_scaling, burn_llama::rope::RopeScaling::Llama3 { .. }));
+    assert_eq!((new.rope_scaling, new.rope_theta), (old.rope_scaling, old.rope_theta));
+}
+
+#[test]
+fn a_saved_model_is_the_model() {
+    let checkpoint = Checkpoint::open(&fixture("models/qwen3")).unwrap();
+    let model = checkpoint.load::<Flex>(DType::F32, &Default::default()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    burn_llama::checkpoint::save(&model, directory.path()).unwrap();
+    let again = Checkpoint::open(directory.path()).unwrap().load::<Flex>(DType::F32, &Default::default()).unwrap();
+    let reference = tensors("models/qwen3/reference.safetensors");
+    assert_eq!(logits_differ(&model, &reference), logits_differ(&again, &reference));
+    let names = |m: &Llama<Flex>| param::list::<Flex, _>(m).into_iter().map(|(name, ..)| name).collect::<Vec<_>>();
+    assert_eq!(names(&model), names(&again));
+}
+
+#[test]
+fn lora_is_peft_s() {
+    let _lock = one_backward_at_a_time();
+    let checkpoint = Checkpoint::open(&fixture("models/gqa_llama3")).unwrap();
+    for name in ["lora_qv", "lora_all", "lora_regex"] {
+        let reference = tensors(&format!("peft/{name}/reference.safetensors"));
+        let mut model = checkpoint.load::<Autodiff<Flex>>(DType::F32, &Default::default()).unwrap();
+        adapter::load(&mut model, "default", &fixture(&format!("peft/{name}"))).unwrap();
+        let model = param::train_only(model, adapter::is_adapter);
+        let difference = logits_differ(&model.valid_model(), &reference);
+        assert!(difference < 1e-4, "{name}: logits differ by {difference:e}");
+        let (_, found) = gradients(&model, &reference);
+        let keys: Vec<&str> = reference.keys().filter_map(|key| key.strip_prefix("grad.")).collect();
+        assert_eq!(keys.len(), found.len(), "{name}: only adapters carry gradients, and all of them do");
+        for key in keys {
+            let path = key.strip_prefix("base_model.model.").unwrap();
+            let path =
+                path.replace(".lora_A.weight", ".adapters.0.lora_a").replace(".lora_B.weight", ".adapters.0.lora_b");
+            compare(&found[&path], &floats(&reference[&format!("grad.{key}")]), &format!("{name}: {key}"));
+        }
+    }
+}
+
+#[test]
+fn an_adapter_survives_its_directory_and_merging() {
+    let checkpoint = Checkpoint::open(&fixture("models/gqa_llama3")).unwrap();
+    let load = || checkpoint.load::<Flex>(DType::F32, &Default::default()).unwrap();
+    let (mut model, reference) = (load(), tensors("peft/lora_qv/reference.safetensors"));
+    let base = tensors("models/gqa_llama3/reference.safetensors");
+    let (config, unknown) = adapter::load(&mut model, "default", &fixture("peft/lora_qv")).unwrap();
+    assert!(unknown.is_empty(), "{unknown:?}");
+    let directory = tempfile::tempdir().unwrap();
+    adapter::save(&model, "default", &config, directory.path()).unwrap();
+    let ours = std::fs::read(directory.path().join("adapter_model.safetensors")).unwrap();
+    let theirs = std::fs::read(fixture("peft/lora_qv/adapter_model.safetensors")).unwrap();
+    let (ours, theirs) = (safetensors::SafeTensors::deserialize(&ours), safetensors::SafeTensors::deserialize(&theirs));
+    let (ours, theirs) = (ours.unwrap(), theirs.unwrap());
+    let mut keys = ours.names();
+    keys.sort();
+    for key in &keys {
+        assert_eq!(ours.tensor(key).unwrap(), theirs.tensor(key).unwrap(), "{key}");
+    }
+    assert_eq!(keys.len(), theirs.names().len());
+
+    let merged = tensors("peft/lora_qv/merged.safetensors");
+    adapter::merge(&mut model, "default");
+    adapter::merge(&mut model, "default");
+    burn_peft::Linears::linears(&model, &mut |path, linear| {
+        if let Some(expected) = merged.get(&format!("{path}.weight")) {
+            let difference = max_diff(&floats(&linear.weight.val().into_data()), &floats(expected));
+            assert!(difference < 1e-6, "{path}: merged weights differ by {difference:e}");
+        }
+    });
+    assert!(logits_differ(&model, &reference) < 1e-4);
+    adapter::unmerge(&mut model, "default");
+    assert!(logits_differ(&model, &reference) < 1e-4);
+    assert!(logits_differ(&model, &base) > 1e-2, "the adapter must matter");
+    burn_peft::Linears::linears_mut(&mut model, &mut |_, linear| linear.detach("default").unwrap());
+    assert!(logits_differ(&model, &base) < 1e-4);
+}
+
+#[test]
+fn an_adapter_for_another_model_is_refused() {
+    let checkpoint = Checkpoint::open(&fixture("models/mha")).unwrap();
+    let mut model = checkpoint.load::<Flex>(DType::F32, &Default::default()).unwrap();
+    let error = adapter::load(&mut model, "default", &fixture("peft/lora_qv")).unwrap_err().to_string();
+    assert!(error.contains("another base model") && error.contains("q_proj.lora_A"), "{error}");
+}
