@@ -58,7 +58,7 @@ impl<B: AutodiffBackend> Engine<B> {
         let gradients = &mut self.gradients;
         let loss = segment::run::<B, M>(model, batch, self.checkpointing, &mut |found| {
             for mut gradient in found {
-                gradient.value = gradient.value.to_f32();
+                gradient.value = gradient.value.into_f32();
                 if let Some(sum) = gradients.remove(&gradient.id) {
                     gradient.value = sum.value.add(gradient.value);
                 }
@@ -152,3 +152,6 @@ impl<B: AutodiffBackend> ModuleMapper<B> for Update<'_, B::InnerBackend> {
         Param::from_mapped_value(id, Tensor::from_inner(parameter).require_grad(), mapper)
     }
 }
+
+#[cfg(test)]
+mod tests;

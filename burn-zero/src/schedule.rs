@@ -95,7 +95,7 @@ mod tests {
     #[test]
     fn the_golden_values_of_deepspeed_hold() {
         let table = [
-            (Kind::WarmupLr, 110, [(0, 0.0), (1, 0.30103), (4, 0.69897), (9, 1.0), (10, 1.0), (50, 1.0)]),
+            (Kind::WarmupLr, 110, [(0, 0.0), (1, 2f64.log10()), (4, 0.69897), (9, 1.0), (10, 1.0), (50, 1.0)]),
             (Kind::WarmupDecayLr, 110, [(9, 1.0), (10, 1.0), (60, 0.5), (109, 0.01), (110, 0.0), (200, 0.0)]),
             (
                 Kind::WarmupCosineLr,

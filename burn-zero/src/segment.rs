@@ -61,7 +61,7 @@ impl<B: Backend> Value<B> {
     }
 
     /// The same value in f32; the value itself where it is f32 already.
-    pub(crate) fn to_f32(self) -> Self {
+    pub(crate) fn into_f32(self) -> Self {
         if self.0.dtype() == DType::F32 { self } else { Self(B::float_cast(self.0, FloatDType::F32)) }
     }
 }
@@ -122,7 +122,7 @@ impl Checkpointing {
     fn recomputes(self, segment: usize) -> bool {
         match self {
             Self::None => false,
-            Self::Every(k) => k > 0 && segment % k == 0,
+            Self::Every(k) => k > 0 && segment.is_multiple_of(k),
             Self::Full => true,
         }
     }
@@ -280,15 +280,15 @@ fn seed<B: AutodiffBackend>(outputs: Vec<Value<B>>, upstream: Option<Gradients<B
         Some(gradients) => {
             assert_eq!(gradients.len(), outputs.len(), "the outputs of a segment are the inputs of the next");
             let pairs = outputs.into_iter().zip(gradients);
-            let weigh = |(y, dy): (Value<B>, Option<_>)| Some(Value(B::float_mul(y.0, Value::leaf(dy?, false).0)));
+            let weigh = |(y, dy): (Value<B>, Option<_>)| Some(Value(B::float_mul(y.0, Value::<B>::leaf(dy?, false).0)));
             pairs.filter_map(weigh).collect()
         }
     };
     // Outputs without a graph are legal, a backward pass from a scalar without one is not: a leaf of zero joins the sum.
     let device = weighted.first().map(|value| B::float_device(&value.0)).unwrap_or_default();
     let zero = B::float_zeros(Shape::new([1]), &device, FloatDType::F32);
-    let zero = Value(B::float_set_require_grad(zero, true));
-    weighted.into_iter().map(|value| Value(B::float_sum(value.0)).to_f32()).fold(zero, Value::add).0
+    let zero = Value::<B>(B::float_set_require_grad(zero, true));
+    weighted.into_iter().map(|value| Value(B::float_sum(value.0)).into_f32()).fold(zero, Value::add).0
 }
 
 /// Takes the gradients of one segment's parameters, and hands out those that no earlier segment adds to.

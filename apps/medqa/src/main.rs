@@ -1,1 +1,35 @@
-fn main() {}
+//! medqa: a medical question answering system, from data to chat.
+#![recursion_limit = "256"]
+
+mod backend;
+mod chat;
+mod cli;
+mod data;
+mod eval;
+mod fetch;
+mod logits;
+mod model;
+mod recipe;
+mod train;
+mod write;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    // Deep graphs are walked recursively when they are freed.
+    let work = std::thread::Builder::new().stack_size(64 << 20).spawn(move || cli::run(cli));
+    let result = match work.map(std::thread::JoinHandle::join) {
+        Ok(Ok(result)) => result,
+        Ok(Err(_)) => return ExitCode::from(101),
+        Err(error) => Err(error.into()),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! Talking to a model.
+
+use crate::{
+    backend::Inference,
+    cli::ChatArgs,
+    model::{self, Loaded, conversation},
+};
+use anyhow::Result;
+use burn_llama::{Generate, Message, Settings};
+use rustyline::{DefaultEditor, error::ReadlineError};
+use std::io::Write;
+
+/// The verb `chat`: one answer, or a conversation.
+pub fn chat(args: &ChatArgs) -> Result<()> {
+    let loaded = model::load::<Inference>(&args.model)?;
+    let settings = Settings {
+        max_new_tokens: args.max_new_tokens,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        repetition_penalty: args.repetition_penalty,
+        seed: args.seed,
+        eos: loaded.tokenizer.eos_ids().to_vec(),
+    };
+    settings.check()?;
+    let mut history = Vec::new();
+    if let Some(prompt) = &args.prompt {
+        history.push(Message::new("user", prompt.as_str()));
+        answer(&loaded, &history, &settings, &args.stop)?;
+        return Ok(());
+    }
+    eprintln!("Ask a question; /new forgets the conversation, /quit or Ctrl-D ends it.");
+    let mut editor = DefaultEditor::new()?;
+    loop {
+        let line = match editor.readline("> ") {
+            Ok(line) => line,
+            Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        match line.trim() {
+            "" => continue,
+            "/quit" => return Ok(()),
+            "/new" => history.clear(),
+            question => {
+                editor.add_history_entry(question)?;
+                history.push(Message::new("user", question));
+                let text = answer(&loaded, &history, &settings, &args.stop)?;
+                history.push(Message::new("assistant", text));
+            }
+        }
+    }
+}
+
+/// Streams the assistant's next words to stdout and returns them.
+fn answer(loaded: &Loaded<Inference>, history: &[Message], settings: &Settings, stop: &[String]) -> Result<String> {
+    let prompt = conversation(&loaded.tokenizer, history)?;
+    let mut generate = Generate::new(&loaded.model, &[prompt], settings)?;
+    let (mut stream, mut text, mut shown) = (loaded.tokenizer.stream(), String::new(), 0);
+    // Text that may yet become a stop string is held back.
+    let held = stop.iter().map(|s| s.len().saturating_sub(1)).max().unwrap_or(0);
+    let mut out = std::io::stdout().lock();
+    'words: while let Some(ids) = generate.next()? {
+        let Some(piece) = ids.first().copied().flatten().map(|id| stream.push(id)).transpose()?.flatten() else {
+            continue;
+        };
+        text.push_str(&piece);
+        if let Some(end) = stop.iter().filter(|s| !s.is_empty()).filter_map(|s| text.find(s.as_str())).min() {
+            text.truncate(end);
+            break 'words;
+        }
+        let mut upto = text.len().saturating_sub(held).max(shown);
+        while !text.is_char_boundary(upto) {
+            upto -= 1;
+        }
+        if upto > shown {
+            write!(out, "{}", &text[shown..upto])?;
+            out.flush()?;
+            shown = upto;
+        }
+    }
+    if let Some(rest) = stream.finish()?
+        && stop.is_empty()
+    {
+        text.push_str(&rest);
+    }
+    writeln!(out, "{}", text.get(shown..).unwrap_or_default())?;
+    Ok(text)
+}

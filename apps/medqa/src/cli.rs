@@ -1,0 +1,147 @@
+//! The command line.
+
+use crate::{chat, data::Format, eval, fetch, logits, train};
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Fine-tune, evaluate and chat with a LLaMA on medical questions.
+#[derive(Parser)]
+#[command(version, about)]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Get a model and print where it is
+    FetchModel {
+        /// The model: smollm2-135m-instruct, or a hub id such as owner/name
+        #[arg(default_value = fetch::SMOLLM2)]
+        name: String,
+        /// A folder to put it in; default: the cache
+        #[arg(long)]
+        dest: Option<PathBuf>,
+    },
+    /// Fine-tune a model as a recipe says
+    Train {
+        /// The recipe, a TOML file
+        recipe: PathBuf,
+        /// Change a value of the recipe, for example --set train.max_steps=64
+        #[arg(long = "set", value_name = "KEY=VALUE")]
+        sets: Vec<String>,
+        /// The folder for everything the run writes; default: runs/NAME-OF-RECIPE
+        #[arg(long)]
+        dir: Option<PathBuf>,
+    },
+    /// Measure a model: the loss of answers, or accuracy on PubMedQA
+    Eval(EvalArgs),
+    /// Talk to a model
+    Chat(ChatArgs),
+    /// Write the logits of every token of a text
+    Logits {
+        #[command(flatten)]
+        model: ModelArgs,
+        /// The text
+        #[arg(long)]
+        text: String,
+        /// The file: safetensors with `ids` (i64) and `logits` [tokens, vocabulary] (f32)
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+/// Which model.
+#[derive(Args, Clone)]
+pub struct ModelArgs {
+    /// smollm2-135m-instruct, a hub id, a Hugging Face directory or a GGUF file
+    #[arg(long, default_value = fetch::SMOLLM2)]
+    pub model: String,
+    /// An adapter directory (PEFT's format)
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
+    /// Take the tokenizer from this directory or GGUF file instead of the model's
+    #[arg(long)]
+    pub tokenizer: Option<PathBuf>,
+}
+
+/// What is measured.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum Task {
+    /// The mean loss over the tokens of answers
+    QaLoss,
+    /// PubMedQA: yes, no or maybe, by log-likelihood
+    Pubmedqa,
+}
+
+#[derive(Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// What to measure
+    #[arg(long)]
+    pub task: Task,
+    /// The rows
+    #[arg(long)]
+    pub data: PathBuf,
+    /// The format of the rows, for qa-loss
+    #[arg(long, default_value = "qa")]
+    pub format: Format,
+    /// Only the first rows
+    #[arg(long)]
+    pub limit: Option<usize>,
+    /// Cut rows to this many tokens
+    #[arg(long)]
+    pub max_length: Option<usize>,
+    /// Rows computed together, for qa-loss
+    #[arg(long, default_value_t = 4)]
+    pub batch_size: usize,
+    /// Write the result, with every item, as JSON
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Answer this one question and stop; without it, a conversation starts
+    #[arg(long)]
+    pub prompt: Option<String>,
+    /// At most this many tokens per answer
+    #[arg(long, default_value_t = 256)]
+    pub max_new_tokens: usize,
+    /// 0 always takes the likeliest token; higher is more varied
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Draw from the likeliest tokens only; 0: from all
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Draw from the likeliest tokens that together have this probability
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Above 1, tokens that occurred become less likely
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f64,
+    /// The seed of the draws
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Stop when the answer contains this text; may be given several times
+    #[arg(long)]
+    pub stop: Vec<String>,
+}
+
+/// Does what the command line says.
+pub fn run(cli: Cli) -> Result<()> {
+    match cli.verb {
+        Verb::FetchModel { name, dest } => {
+            println!("{}", fetch::fetch(&name, dest.as_deref())?.display());
+            Ok(())
+        }
+        Verb::Train { recipe, sets, dir } => train::train(&recipe, &sets, dir),
+        Verb::Eval(args) => eval::eval(&args),
+        Verb::Chat(args) => chat::chat(&args),
+        Verb::Logits { model, text, out } => logits::logits(&model, &text, &out),
+    }
+}

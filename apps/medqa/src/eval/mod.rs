@@ -1,0 +1,39 @@
+//! Measuring a model.
+
+mod pubmedqa;
+mod qa_loss;
+mod score;
+
+pub use qa_loss::mean_loss;
+
+use crate::{
+    backend::Inference,
+    cli::{EvalArgs, Task},
+    data::{Format, read},
+    model, write,
+};
+use anyhow::Result;
+
+/// The verb `eval`: the figures on stdout, everything in `--out`.
+pub fn eval(args: &EvalArgs) -> Result<()> {
+    let format = match args.task {
+        Task::QaLoss => args.format,
+        Task::Pubmedqa => Format::PubMedQa,
+    };
+    let mut rows = read(&args.data, format)?;
+    rows.truncate(args.limit.unwrap_or(usize::MAX));
+    let loaded = model::load::<Inference>(&args.model)?;
+    let result = match args.task {
+        Task::QaLoss => qa_loss::measure(&loaded, &rows, args)?,
+        Task::Pubmedqa => pubmedqa::measure(&loaded, &rows, args)?,
+    };
+    if let Some(path) = &args.out {
+        write::whole(path, format!("{result:#}\n").as_bytes())?;
+    }
+    let mut short = result;
+    if let Some(fields) = short.as_object_mut() {
+        fields.remove("items");
+    }
+    println!("{short}");
+    Ok(())
+}

@@ -1,0 +1,59 @@
+//! PubMedQA by log-likelihood, as lm-evaluation-harness's task `pubmedqa`.
+
+use super::score::{accuracy, macro_f1};
+use crate::{
+    cli::EvalArgs,
+    data::{Row, pubmedqa_prompt},
+    model::Loaded,
+};
+use anyhow::{Context, Result, bail};
+use burn_llama::{Tokenizer, generate, kernel::Kernels};
+use serde_json::{Map, Value, json};
+
+const CHOICES: [&str; 3] = ["yes", "no", "maybe"];
+
+pub fn measure<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
+    let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
+    let (mut items, mut pairs) = (Map::new(), Vec::new());
+    for row in rows {
+        let Row::PubMedQa { pmid, question, contexts, decision } = row else {
+            bail!("the task pubmedqa needs rows in PubMedQA's layout");
+        };
+        let gold = decision.as_deref().with_context(|| format!("{pmid}: `final_decision` is missing"))?;
+        let scores = score(loaded, &pubmedqa_prompt(question, contexts), longest)?;
+        let best = (1..3).fold(0, |best, i| if scores[i] > scores[best] { i } else { best });
+        items.insert(pmid.clone(), json!({ "prediction": CHOICES[best], "gold": gold, "loglikelihood": scores }));
+        pairs.push((CHOICES[best], gold));
+    }
+    Ok(json!({
+        "task": "pubmedqa", "n": pairs.len(), "accuracy": accuracy(&pairs), "macro_f1": macro_f1(&pairs), "items": items,
+    }))
+}
+
+/// The log-likelihood of each choice after the context. Both are encoded together and split, as the harness does.
+fn score<B: Kernels>(loaded: &Loaded<B>, context: &str, longest: usize) -> Result<Vec<f64>> {
+    let context_ids = loaded.tokenizer.encode(context, true)?;
+    let choices = CHOICES.map(|choice| split(&loaded.tokenizer, context, choice, context_ids.len()));
+    let choices = choices.into_iter().collect::<Result<Vec<_>>>()?;
+    let room = choices.iter().map(|(_, ids)| ids.len()).max().unwrap_or(1);
+    let cut = |ids: &[u32]| ids[(ids.len() + room).saturating_sub(longest).min(ids.len() - 1)..].to_vec();
+    if choices.iter().all(|(before, _)| *before == context_ids) {
+        let continuations: Vec<Vec<u32>> = choices.into_iter().map(|(_, ids)| ids).collect();
+        return Ok(generate::log_likelihoods(&loaded.model, &cut(&context_ids), &continuations)?);
+    }
+    // A tokenizer that merges across the boundary sees another context for every choice.
+    let mut scores = Vec::new();
+    for (before, ids) in choices {
+        scores.extend(generate::log_likelihoods(&loaded.model, &cut(&before), &[ids])?);
+    }
+    Ok(scores)
+}
+
+fn split(tokenizer: &Tokenizer, context: &str, choice: &str, at: usize) -> Result<(Vec<u32>, Vec<u32>)> {
+    let mut whole = tokenizer.encode(&format!("{context} {choice}"), true)?;
+    if at == 0 || whole.len() <= at {
+        bail!("the tokenizer leaves no token of the choice `{choice}`");
+    }
+    let ids = whole.split_off(at);
+    Ok((whole, ids))
+}

@@ -1,0 +1,22 @@
+//! The logits of a text, for comparison with other programs.
+
+use crate::{backend::Inference, cli::ModelArgs, model};
+use anyhow::{Context, Result};
+use burn::tensor::DType;
+use burn_llama::generate;
+use safetensors::{Dtype, tensor::TensorView};
+use std::path::Path;
+
+/// The verb `logits`.
+pub fn logits(args: &ModelArgs, text: &str, out: &Path) -> Result<()> {
+    let loaded = model::load::<Inference>(args)?;
+    let ids = loaded.tokenizer.encode(text, true)?;
+    let logits = generate::logits(&loaded.model, &ids)?.cast(DType::F32).into_data();
+    let id_bytes: Vec<u8> = ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()).collect();
+    let tensors = [
+        ("ids", TensorView::new(Dtype::I64, vec![ids.len()], &id_bytes)?),
+        ("logits", TensorView::new(Dtype::F32, logits.shape.to_vec(), logits.as_bytes())?),
+    ];
+    let bytes = safetensors::serialize(tensors, None).context("logits cannot be serialised")?;
+    crate::write::whole(out, &bytes)
+}

@@ -1,0 +1,59 @@
+//! A model with its tokenizer, as the user named it.
+
+use crate::{cli::ModelArgs, fetch};
+use anyhow::{Context, Result};
+use burn::tensor::DType;
+use burn_llama::{Checkpoint, Llama, Message, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels};
+use burn_peft::adapter;
+use std::path::{Path, PathBuf};
+
+/// A model that is ready to compute.
+pub struct Loaded<B: Kernels> {
+    pub path: PathBuf,
+    pub model: Llama<B>,
+    pub tokenizer: Tokenizer,
+}
+
+/// Loads a model for evaluation, with its adapter.
+pub fn load<B: Kernels>(args: &ModelArgs) -> Result<Loaded<B>> {
+    let mut loaded = base::<B>(&args.model, DType::F32)?;
+    if let Some(path) = &args.tokenizer {
+        loaded.tokenizer = tokenizer(path)?;
+    }
+    if let Some(directory) = &args.adapter {
+        let (_, unknown) = adapter::load(&mut loaded.model, "default", directory)?;
+        warn_unknown(directory, &unknown);
+    }
+    Ok(loaded)
+}
+
+/// Loads a model without adapters, its matrices stored as `dtype`.
+pub fn base<B: Kernels>(name: &str, dtype: DType) -> Result<Loaded<B>> {
+    let path = fetch::resolve(name)?;
+    let checkpoint = Checkpoint::open(&path)?;
+    let tokenizer = match checkpoint.gguf() {
+        Some(gguf) => Tokenizer::from_gguf(gguf)?,
+        None => tokenizer(&path)?,
+    };
+    let model = checkpoint.load::<B>(dtype, &B::Device::default())?;
+    Ok(Loaded { path, model, tokenizer })
+}
+
+fn tokenizer(path: &Path) -> Result<Tokenizer> {
+    if path.is_dir() { Ok(Tokenizer::from_dir(path)?) } else { Ok(Tokenizer::from_gguf(&Gguf::open(path)?)?) }
+}
+
+/// Says which fields of an adapter's configuration have no effect here.
+pub fn warn_unknown(directory: &Path, unknown: &[String]) {
+    if !unknown.is_empty() {
+        eprintln!("warning: {}: fields not known here are passed over: {}", directory.display(), unknown.join(", "));
+    }
+}
+
+/// The tokens of a conversation by the model's own template, ready for the assistant's next words.
+pub fn conversation(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
+    let template =
+        tokenizer.chat_template().context("the model has no chat template; use an instruction-tuned model")?;
+    // The template writes the special tokens itself.
+    Ok(tokenizer.encode(&template.render(messages, true)?, false)?)
+}

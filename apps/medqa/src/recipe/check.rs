@@ -1,0 +1,108 @@
+//! Refuses recipes that cannot be run, by key.
+
+use std::fmt::Display;
+
+use super::{Data, Method, MethodKind, Optimizer, Recipe, Saving, Steps, TargetModules};
+
+/// The key and what is wrong with its value.
+type Problem = (&'static str, String);
+
+/// The first impossible value of `recipe`.
+pub fn check(recipe: &Recipe) -> Result<(), Problem> {
+    given("model.path", &recipe.model.path, "a model: a directory, a .gguf file, a hub id or `smollm2-135m-instruct`")?;
+    data(&recipe.data)?;
+    method(&recipe.method)?;
+    steps(&recipe.train.steps)?;
+    optimizer(&recipe.train.optimizer)?;
+    saving(&recipe.train.saving, recipe.data.valid.is_some())
+}
+
+fn data(data: &Data) -> Result<(), Problem> {
+    if data.train.is_empty() {
+        return Err(("data.train", "expected a file to train on, found none".to_string()));
+    }
+    for source in &data.train {
+        given("data.train", &source.path, "a file's path")?;
+        // An epoch's order is held in memory, so a weight has an upper end too.
+        let weight_fits = source.weight > 0.0 && source.weight <= 1000.0;
+        let expected = format!("a weight above 0 and at most 1000 for {}", source.path);
+        within("data.train", weight_fits, &expected, source.weight)?;
+    }
+    if let Some(valid) = &data.valid {
+        given("data.valid", valid, "a file's path")?;
+    }
+    if let Some(limit) = data.valid_limit {
+        within("data.valid_limit", limit > 0, "at least 1 row", limit)?;
+        within("data.valid_limit", data.valid.is_some(), "`data.valid` to be given too", "no `data.valid`")?;
+    }
+    within("data.max_length", data.max_length >= 2, "at least 2 tokens: one to see, one to predict", data.max_length)
+}
+
+fn method(method: &Method) -> Result<(), Problem> {
+    if method.r == 0 {
+        // peft's own words.
+        let problem = format!("`r` should be a positive integer value but the value passed is {}", method.r);
+        return Err(("method.r", problem));
+    }
+    within("method.alpha", method.alpha > 0.0 && method.alpha.is_finite(), "a number above 0", method.alpha)?;
+    within("method.dropout", (0.0..1.0).contains(&method.dropout), "a probability in [0, 1)", method.dropout)?;
+    let names = match &method.target_modules {
+        TargetModules::Names(names) => names.as_slice(),
+        TargetModules::Pattern(pattern) => std::slice::from_ref(pattern),
+    };
+    let named = !names.is_empty() && names.iter().all(|name| !name.trim().is_empty());
+    within("method.target_modules", named, "at least one module's name, and none empty", format!("{names:?}"))?;
+    if let Some(init) = &method.init {
+        given("method.init", init, "an adapter's directory")?;
+        let lora = method.kind == MethodKind::Lora;
+        within("method.init", lora, "`method.kind` to be \"lora\": it names an adapter", "\"full\"")?;
+    }
+    Ok(())
+}
+
+fn steps(steps: &Steps) -> Result<(), Problem> {
+    at_least_one("train.batch_size", Some(steps.batch_size))?;
+    at_least_one("train.gradient_accumulation", Some(steps.gradient_accumulation))?;
+    at_least_one("train.max_steps", steps.max_steps)?;
+    if let Some(epochs) = steps.epochs {
+        within("train.epochs", epochs > 0.0 && epochs.is_finite(), "a number above 0", epochs)?;
+        if let Some(max_steps) = steps.max_steps {
+            let found = format!("epochs = {epochs} and max_steps = {max_steps}; remove one");
+            within("train.max_steps", false, "either `train.epochs` or `train.max_steps`", found)?;
+        }
+    }
+    Ok(())
+}
+
+fn optimizer(optimizer: &Optimizer) -> Result<(), Problem> {
+    let above = |key, value: f64| within(key, value > 0.0 && value.is_finite(), "a number above 0", value);
+    let not_below = |key, value: f64| within(key, value >= 0.0 && value.is_finite(), "a number, 0 or more", value);
+    if let Some(learning_rate) = optimizer.learning_rate {
+        above("train.learning_rate", learning_rate)?;
+    }
+    not_below("train.weight_decay", optimizer.weight_decay)?;
+    let decays = optimizer.betas.iter().all(|beta| (0.0..1.0).contains(beta));
+    within("train.betas", decays, "two numbers in [0, 1)", format!("{:?}", optimizer.betas))?;
+    above("train.epsilon", optimizer.epsilon)?;
+    not_below("train.max_grad_norm", optimizer.max_grad_norm)
+}
+
+fn saving(saving: &Saving, validates: bool) -> Result<(), Problem> {
+    at_least_one("train.eval_every", saving.eval_every)?;
+    at_least_one("train.save_every", saving.save_every)?;
+    at_least_one("train.keep", Some(saving.keep))?;
+    let possible = validates || saving.eval_every.is_none();
+    within("train.eval_every", possible, "`data.valid` to be given too", "no `data.valid`")
+}
+
+fn at_least_one(key: &'static str, count: Option<usize>) -> Result<(), Problem> {
+    within(key, count != Some(0), "a positive integer", 0)
+}
+
+fn given(key: &'static str, text: &str, expected: &str) -> Result<(), Problem> {
+    within(key, !text.trim().is_empty(), expected, "nothing")
+}
+
+fn within(key: &'static str, holds: bool, expected: &str, found: impl Display) -> Result<(), Problem> {
+    if holds { Ok(()) } else { Err((key, format!("expected {expected}, found {found}"))) }
+}

@@ -1,0 +1,80 @@
+//! A training run as one TOML file, read once and checked once.
+//!
+//! ```text
+//! file + --set key=value → read (known keys, right types) → defaults → check (possible values) → Recipe
+//! ```
+//!
+//! Nobody validates a [`Recipe`] again: what [`Recipe::load`] returns can be run. [`Recipe::to_toml`] writes every
+//! default out, so that the file kept beside a run says all that it did. Relative paths are relative to the current
+//! directory.
+
+mod check;
+mod read;
+mod tables;
+mod train;
+mod value;
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+pub use tables::{Data, Dtype, Method, MethodKind, Model, OnTooLong};
+pub use train::{Scheduler, Train};
+pub use value::{Checkpointing, TargetModules};
+
+/// One training run.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Recipe {
+    /// What is trained.
+    pub model: Model,
+    /// What it is trained on.
+    pub data: Data,
+    /// Which of its parameters learn.
+    pub method: Method,
+    /// How they learn.
+    pub train: Train,
+}
+
+impl Recipe {
+    /// Reads the recipe at `path`; each of `sets` is a `table.key=value` that overrides it.
+    ///
+    /// # Errors
+    /// One line that names the file (or `--set`), the key, what was expected and what was found.
+    pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()))?;
+        Self::parse(&text, path, sets)
+    }
+
+    /// [`Recipe::load`] for a text that came from `path`.
+    pub fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Self> {
+        let (mut recipe, origin) = read::read(text, path, sets)?;
+        // Impossible values are refused before defaults that depend on them are chosen.
+        check::check(&recipe).map_err(|(key, problem)| origin.error(key, &problem))?;
+        recipe.fill();
+        Ok(recipe)
+    }
+
+    /// The recipe with every default written out; loading it gives the same recipe.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string_pretty(self).context("the recipe cannot be written as TOML")
+    }
+
+    /// Defaults that depend on other keys.
+    fn fill(&mut self) {
+        let default = match self.method.kind {
+            MethodKind::Lora => 2e-4,
+            MethodKind::Full => 2e-5,
+        };
+        self.train.optimizer.learning_rate.get_or_insert(default);
+        let steps = &mut self.train.steps;
+        if steps.max_steps.is_none() {
+            steps.epochs.get_or_insert(1.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

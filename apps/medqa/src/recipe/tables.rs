@@ -1,0 +1,123 @@
+//! The tables `[model]`, `[data]` and `[method]`.
+
+use serde::{Deserialize, Serialize};
+
+use super::value::{Source, TargetModules, sources};
+use crate::data::source::Format;
+
+/// `[model]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Model {
+    /// A Hugging Face directory, a GGUF file, a hub id or `smollm2-135m-instruct`.
+    pub path: String,
+    /// Storage of the weights that do not learn.
+    pub dtype: Dtype,
+}
+
+/// How a frozen weight is stored.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 4 bytes.
+    #[default]
+    F32,
+    /// 2 bytes, 10 bits of mantissa.
+    F16,
+    /// 2 bytes, the range of f32.
+    Bf16,
+}
+
+/// `[data]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Data {
+    /// Rows to validate on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub valid: Option<String>,
+    /// At most so many rows of `valid`, the first ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub valid_limit: Option<usize>,
+    /// Format of every file that does not name its own.
+    pub format: Format,
+    /// Longest row, in tokens.
+    pub max_length: usize,
+    /// What happens to a longer one.
+    pub on_too_long: OnTooLong,
+    /// Whether each epoch sees the rows in an order of its own.
+    pub shuffle: bool,
+    /// Rows to train on: a path, or a list of `{ path, format, weight }`.
+    #[serde(deserialize_with = "sources")]
+    pub train: Vec<Source>,
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            valid: None,
+            valid_limit: None,
+            format: Format::Qa,
+            max_length: 512,
+            on_too_long: OnTooLong::Truncate,
+            shuffle: true,
+            train: Vec::new(),
+        }
+    }
+}
+
+/// What happens to a row longer than `max_length`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnTooLong {
+    /// It is cut to `max_length`.
+    Truncate,
+    /// It is left out, and counted.
+    Drop,
+    /// The run does not start.
+    Error,
+}
+
+/// `[method]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Method {
+    /// Low-rank adapters or every weight.
+    pub kind: MethodKind,
+    /// Rank of the adapters.
+    pub r: usize,
+    /// Their scale: `alpha / r`, or `alpha / √r` with `use_rslora`.
+    pub alpha: f64,
+    /// Dropout before the adapters, in [0, 1).
+    pub dropout: f64,
+    /// Rank-stabilised scale.
+    pub use_rslora: bool,
+    /// Which projections get one: names, or one pattern.
+    pub target_modules: TargetModules,
+    /// An adapter directory to start from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init: Option<String>,
+}
+
+impl Default for Method {
+    fn default() -> Self {
+        Self {
+            kind: MethodKind::Lora,
+            r: 8,
+            alpha: 16.0,
+            dropout: 0.0,
+            use_rslora: false,
+            target_modules: TargetModules::default(),
+            init: None,
+        }
+    }
+}
+
+/// Which parameters learn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MethodKind {
+    /// Low-rank adapters beside frozen weights.
+    Lora,
+    /// Every weight.
+    Full,
+}

@@ -1,0 +1,164 @@
+use super::*;
+
+const LEAST: &str = "[model]\npath = \"m.gguf\"\n[data]\ntrain = \"t.jsonl\"\n";
+
+fn parse(text: &str, sets: &[&str]) -> Result<Recipe> {
+    let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+    Recipe::parse(text, Path::new("r.toml"), &sets)
+}
+
+fn refusal(text: &str, sets: &[&str]) -> String {
+    let error = format!("{:#}", parse(text, sets).expect_err(&format!("{text} {sets:?}")));
+    assert!(!error.contains('\n') || error.contains("not valid TOML"), "one line: {error}");
+    error
+}
+
+#[test]
+fn the_least_recipe_has_every_default() {
+    let recipe = parse(LEAST, &[]).unwrap();
+    assert_eq!(recipe.train.optimizer.learning_rate, Some(2e-4));
+    assert_eq!(recipe.train.steps.epochs, Some(1.0));
+    assert_eq!(recipe.train.schedule.warmup, Warmup::Ratio(0.03));
+    assert_eq!(recipe.data.train[0].path, "t.jsonl");
+    assert_eq!(recipe.method.target_modules, TargetModules::default());
+    let full = parse(LEAST, &["method.kind=full", "train.max_steps=3"]).unwrap();
+    assert_eq!(full.train.optimizer.learning_rate, Some(2e-5));
+    assert_eq!((full.train.steps.epochs, full.train.steps.max_steps), (None, Some(3)));
+}
+
+#[test]
+fn a_written_recipe_loads_as_itself() {
+    let rich = "[model]\npath = 'a/b'\ndtype = 'bf16'\n[data]\ntrain = ['x', { path = 'y', format = 'pubmedqa', weight = 2 }]\nvalid = 'v'\nvalid_limit = 7\n[method]\ntarget_modules = 'all-linear'\nalpha = 32\ninit = 'adapter'\n[train]\nmax_steps = 9\nscheduler = 'WarmupDecayLR'\nwarmup = 3\nbetas = [0.9, 0.95]\nactivation_checkpointing = 2\neval_every = 4\nsave_every = 5\n";
+    for (text, sets) in
+        [(LEAST, &[][..]), (rich, &[]), (LEAST, &["train.activation_checkpointing=full", "train.warmup=0"])]
+    {
+        let recipe = parse(text, sets).unwrap();
+        let written = recipe.to_toml().unwrap();
+        assert_eq!(parse(&written, &[]).expect(&written), recipe, "{written}");
+    }
+    let recipe = parse(rich, &[]).unwrap();
+    assert_eq!(recipe.data.train[1].weight, 2.0);
+    assert_eq!(recipe.train.steps.activation_checkpointing, Checkpointing::Every(2));
+    assert_eq!(recipe.train.schedule.warmup, Warmup::Steps(3));
+}
+
+#[test]
+fn sets_override_and_fall_back_to_strings() {
+    let recipe = parse(
+        LEAST,
+        &[
+            "train.batch_size=8",
+            "data.train=a b.jsonl",
+            "data.valid=\"v\"",
+            "method.target_modules=[\"o_proj\"]",
+            "method.dropout = 0.1",
+        ],
+    )
+    .unwrap();
+    assert_eq!(recipe.train.steps.batch_size, 8);
+    assert_eq!(recipe.data.train[0].path, "a b.jsonl");
+    assert_eq!(recipe.data.valid.as_deref(), Some("v"));
+    assert_eq!(recipe.method.target_modules, TargetModules::Names(vec!["o_proj".into()]));
+    assert_eq!(parse("", &["model.path=m", "data.train=t"]).unwrap().model.path, "m");
+    // A value that would open a line of its own stays one string.
+    assert_eq!(parse(LEAST, &["model.path=1\nx = 2"]).unwrap().model.path, "1\nx = 2");
+}
+
+#[test]
+fn unknown_keys_name_their_nearest() {
+    for (table, near) in [
+        ("[train]\nbatchsize = 1", "`train.batchsize`: unknown key; the nearest known key is `train.batch_size`"),
+        ("[train]\nmax_length = 1", "`data.max_length`"),
+        ("[method]\nlora_alpha = 1", "`method.alpha`"),
+        ("[method]\nrank = 1", "r.toml: `method.rank`"),
+        ("[trian]\nseed = 1", "nearest known key is `train`"),
+        ("[train]\nLearning_Rate = 1", "`train.learning_rate`"),
+    ] {
+        let error = refusal(table, &[]);
+        assert!(error.starts_with("r.toml: ") && error.contains(near), "{error}");
+    }
+    let error = refusal(LEAST, &["train.lr_scheduler=cosine"]);
+    assert!(error.starts_with("--set: `train.lr_scheduler`") && error.contains("`train.scheduler`"), "{error}");
+    assert!(refusal(LEAST, &["seed=1"]).contains("expected table.key"));
+    assert!(refusal(LEAST, &["seed"]).contains("table.key=value"));
+    assert!(refusal("model = 3", &["model.path=x"]).contains("found integer"));
+    assert!(refusal(LEAST, &["data.train=[{path = 'x', wieght = 2}]"]).contains("wieght"));
+}
+
+#[test]
+fn wrong_types_name_key_expected_and_found() {
+    for (set, parts) in [
+        ("train.batch_size=many", "`train.batch_size`: expected a whole number, 0 or more, found string \"many\""),
+        ("train.batch_size=-1", "expected a whole number, 0 or more, found integer `-1`"),
+        ("train.batch_size=1.5", "found floating point `1.5`"),
+        ("train.learning_rate=fast", "`train.learning_rate`: expected a number, found string \"fast\""),
+        ("train.betas=[0.9]", "`train.betas`: expected a list of 2 numbers"),
+        ("train.betas=[0.9, 0.9, 0.9]", "a list of 2 numbers, found length 3"),
+        ("train.warmup=1.5", "`train.warmup`: expected steps as an integer"),
+        ("train.warmup=-1", "found integer `-1`"),
+        ("train.activation_checkpointing=half", "`train.activation_checkpointing`: expected \"none\", \"full\""),
+        ("train.activation_checkpointing=0", "found integer `0`"),
+        ("train.scheduler=step", "unknown variant `step`, expected one of `constant`"),
+        ("data.shuffle=1", "expected true or false, found integer `1`"),
+        ("data.train=3", "`data.train`: expected a path, or a list"),
+        ("data.train={path = 'x'}", "`data.train`: expected a path, or a list of { path, format, weight }, found map"),
+        ("data.train=[{path = 3}]", "item 1: "),
+        ("data.train=[{weight = 3}]", "item 1: missing field `path`"),
+        ("data.format=csv", "unknown variant `csv`, expected `qa` or `pubmedqa`"),
+        ("method.target_modules=[1]", "`method.target_modules`: expected a string, found integer `1`"),
+        ("method.target_modules=1", "expected a list of module names, or one string"),
+        ("model.dtype=int8", "unknown variant `int8`"),
+        ("model.path=7", "expected a string, found integer `7`"),
+    ] {
+        let error = refusal(LEAST, &[set]);
+        assert!(error.starts_with("--set: ") && error.contains(parts), "{set}: {error}");
+    }
+    assert!(refusal("train = 3", &[]).contains("expected a table [train], found integer"));
+    assert!(refusal("[train", &[]).contains("r.toml: not valid TOML"));
+}
+
+#[test]
+fn impossible_values_are_refused_by_key() {
+    for (set, parts) in [
+        ("method.r=0", "`method.r`: `r` should be a positive integer value but the value passed is 0"),
+        ("method.alpha=0", "above 0, found 0"),
+        ("method.dropout=1", "[0, 1), found 1"),
+        ("method.dropout=nan", "found NaN"),
+        ("method.target_modules=[]", "at least one"),
+        ("data.max_length=1", "at least 2 tokens"),
+        ("data.train=[]", "`data.train`: expected a file"),
+        ("data.train=[{path = 'x', weight = 0}]", "a weight above 0 and at most 1000 for x, found 0"),
+        ("data.train=[{path = 'x', weight = -1}]", "found -1"),
+        ("data.valid_limit=3", "`data.valid` to be given too"),
+        ("train.batch_size=0", "`train.batch_size`: expected a positive integer, found 0"),
+        ("train.gradient_accumulation=0", "positive"),
+        ("train.max_steps=0", "positive"),
+        ("train.epochs=0", "above 0"),
+        ("train.learning_rate=0", "above 0"),
+        ("train.learning_rate=inf", "above 0, found inf"),
+        ("train.weight_decay=-0.1", "0 or more"),
+        ("train.betas=[0.9, 1.0]", "[0, 1)"),
+        ("train.epsilon=0", "above 0"),
+        ("train.max_grad_norm=-1", "0 or more"),
+        ("train.keep=0", "positive"),
+        ("train.save_every=0", "positive"),
+        ("train.eval_every=5", "`data.valid` to be given too"),
+        ("model.path=", "`model.path`: expected a model"),
+    ] {
+        let error = refusal(LEAST, &[set]);
+        let key = set.split_once('=').unwrap().0;
+        assert!(error.starts_with(&format!("--set: `{key}`: ")) && error.contains(parts), "{set}: {error}");
+    }
+    let both = refusal(LEAST, &["train.epochs=1", "train.max_steps=2"]);
+    assert!(both.contains("either `train.epochs` or `train.max_steps`"), "{both}");
+    assert!(refusal(LEAST, &["method.kind=full", "method.init=a"]).contains("`method.kind`"));
+    assert!(refusal("", &[]).starts_with("r.toml: `model.path`"));
+}
+
+#[test]
+fn steps_are_counted() {
+    let steps = Steps { batch_size: 4, gradient_accumulation: 2, epochs: Some(1.5), ..Steps::default() };
+    assert_eq!(steps.total(17), 5);
+    assert_eq!(Steps { max_steps: Some(7), epochs: None, ..steps }.total(17), 7);
+    assert_eq!((Warmup::Ratio(0.03).steps(100), Warmup::Ratio(0.03).steps(101), Warmup::Steps(5).steps(9)), (3, 4, 5));
+}

@@ -1,0 +1,138 @@
+//! The table `[train]`: one flat table in the file, four small structs in the program.
+
+use serde::{Deserialize, Serialize};
+
+use super::value::{Checkpointing, Warmup};
+
+/// `[train]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Train {
+    /// How much is computed.
+    #[serde(flatten)]
+    pub steps: Steps,
+    /// AdamW.
+    #[serde(flatten)]
+    pub optimizer: Optimizer,
+    /// The learning rate's course.
+    #[serde(flatten)]
+    pub schedule: Schedule,
+    /// What happens beside the steps.
+    #[serde(flatten)]
+    pub saving: Saving,
+}
+
+/// How much is computed, per step and in all.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Steps {
+    /// Rows per micro-step.
+    pub batch_size: usize,
+    /// Micro-steps per optimizer step.
+    pub gradient_accumulation: usize,
+    /// Passes over the data; 1 if `max_steps` is absent too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub epochs: Option<f64>,
+    /// Optimizer steps, instead of `epochs`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<usize>,
+    /// Of everything random: order of rows, adapters' first values, dropout.
+    pub seed: u64,
+    /// Which blocks' activations are computed again in the backward pass: `"none"`, `"full"` or every k-th.
+    pub activation_checkpointing: Checkpointing,
+}
+
+impl Default for Steps {
+    fn default() -> Self {
+        Self {
+            batch_size: 4,
+            gradient_accumulation: 1,
+            epochs: None,
+            max_steps: None,
+            seed: 42,
+            activation_checkpointing: Checkpointing::None,
+        }
+    }
+}
+
+impl Steps {
+    /// Optimizer steps of the whole run, given the rows of one epoch: an epoch's last step may be smaller.
+    pub fn total(&self, rows: usize) -> usize {
+        let per_epoch = rows.div_ceil(self.batch_size).div_ceil(self.gradient_accumulation);
+        self.max_steps.unwrap_or_else(|| (per_epoch as f64 * self.epochs.unwrap_or(1.0)).ceil() as usize)
+    }
+}
+
+/// AdamW's constants.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Optimizer {
+    /// The highest of the run; always there once a recipe is loaded: by default 2e-4 for lora, 2e-5 for full.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learning_rate: Option<f64>,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Decay of the running mean of gradients and of their squares.
+    pub betas: [f64; 2],
+    /// Added to the denominator.
+    pub epsilon: f64,
+    /// Gradients are scaled down to this global norm; 0 leaves them alone.
+    pub max_grad_norm: f64,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self { learning_rate: None, weight_decay: 0.0, betas: [0.9, 0.999], epsilon: 1e-8, max_grad_norm: 1.0 }
+    }
+}
+
+/// The learning rate's course.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Schedule {
+    /// Its shape.
+    pub scheduler: Scheduler,
+    /// Steps until it is at its highest: a count, or a fraction of all steps.
+    pub warmup: Warmup,
+}
+
+/// Shapes of the learning rate's course after the warmup.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Scheduler {
+    /// Level.
+    #[serde(rename = "constant")]
+    Constant,
+    /// In a line to 0.
+    #[serde(rename = "linear")]
+    Linear,
+    /// Half a cosine to 0.
+    #[default]
+    #[serde(rename = "cosine")]
+    Cosine,
+    /// DeepSpeed's: level.
+    WarmupLR,
+    /// DeepSpeed's: in a line to 0.
+    WarmupDecayLR,
+    /// DeepSpeed's: half a cosine to its least ratio.
+    WarmupCosineLR,
+}
+
+/// What happens beside the steps.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Saving {
+    /// Validation after every so many steps; without it at each epoch's end alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_every: Option<usize>,
+    /// A checkpoint after every so many steps; without it at the end alone.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_every: Option<usize>,
+    /// So many checkpoints stay, the newest.
+    pub keep: usize,
+}
+
+impl Default for Saving {
+    fn default() -> Self {
+        Self { eval_every: None, save_every: None, keep: 2 }
+    }
+}

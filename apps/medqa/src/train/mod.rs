@@ -1,0 +1,6 @@
+//! Fine-tuning: from a recipe to a run folder.
+
+mod record;
+mod run;
+
+pub use run::train;

@@ -1,0 +1,121 @@
+use super::*;
+use crate::segment::tests::{AB, Toy, ToyBatch, alone, frozen, toy};
+use burn::module::{AutodiffModule, Module, ModuleVisitor};
+
+/// Every parameter: identity, whether it needs a gradient, values.
+#[derive(Default, Debug, PartialEq)]
+struct Read(Vec<(ParamId, bool, Vec<f32>)>);
+
+impl ModuleVisitor<AB> for Read {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<AB, D>>) {
+        let value = param.val();
+        self.0.push((param.id, value.is_require_grad(), value.into_data().to_vec().unwrap()));
+    }
+}
+
+fn read(model: &Toy<AB>) -> Read {
+    let mut read = Read::default();
+    model.visit(&mut read);
+    read
+}
+
+fn engine(max_grad_norm: Option<f64>) -> Engine<AB> {
+    Engine::new(AdamW::default(), max_grad_norm, Checkpointing::Every(2))
+}
+
+/// The accumulated gradients in the order of paths.
+fn gradients(engine: &Engine<AB>) -> Vec<f64> {
+    let mut sorted: Vec<_> = engine.gradients.values().collect();
+    sorted.sort_by(|a, b| a.path.cmp(&b.path));
+    let host = |g: &Gradient<_>| g.value.clone().flatten().into_data().iter::<f64>().collect::<Vec<_>>();
+    sorted.into_iter().flat_map(host).collect()
+}
+
+#[test]
+fn unequal_micro_batches_add_up_to_one_batch() {
+    let _alone = alone();
+    let (model, mut parts, mut whole) = (toy(), engine(None), engine(None));
+    let loss =
+        parts.accumulate(&model, &ToyBatch::new(0, 5, 13.0)) + parts.accumulate(&model, &ToyBatch::new(5, 20, 13.0));
+    let expected = whole.accumulate(&model, &ToyBatch::new(0, 20, 13.0));
+    assert!((loss - expected).abs() < 1e-6 * expected, "{loss} against {expected}");
+    let (parts, whole) = (gradients(&parts), gradients(&whole));
+    let largest = whole.iter().fold(0f64, |a, b| a.max(b.abs()));
+    assert_eq!(parts.len(), whole.len());
+    for (part, whole) in parts.iter().zip(&whole) {
+        assert!((part - whole).abs() <= 1e-6 * largest, "{part} against {whole}");
+    }
+}
+
+#[test]
+fn gradients_are_clipped_by_their_global_norm() {
+    let _alone = alone();
+    let (batch, start) = (ToyBatch::new(0, 20, 1.0), toy());
+    let mut reference = engine(None);
+    reference.accumulate(&start, &batch);
+    let norm = gradients(&reference).iter().map(|g| g * g).sum::<f64>().sqrt();
+    for (max, clipped) in [(norm / 4.0, true), (norm * 2.0, false)] {
+        let (mut model, mut engine) = (start.clone(), engine(Some(max)));
+        engine.accumulate(&model, &batch);
+        let unclipped = gradients(&engine);
+        let report = engine.step(&mut model, 1e-3).unwrap();
+        assert!((report.grad_norm - norm).abs() < 1e-6 * norm);
+        assert_eq!(report.clipped, clipped);
+        // After one step the first moment is (1 − β₁) times the clipped gradient.
+        let coefficient = (max / (norm + 1e-6)).min(1.0);
+        let largest = unclipped.iter().fold(0f64, |a, b| a.max(b.abs()));
+        let embed = engine.moments[&model.embed.id].exp_avg.clone().flatten().into_data();
+        for (moment, gradient) in embed.iter::<f64>().zip(&unclipped[model.down.val().shape().num_elements()..]) {
+            assert!((moment - 0.1 * coefficient * gradient).abs() <= 1e-6 * largest, "{moment} for {gradient}");
+        }
+    }
+}
+
+#[test]
+fn a_step_changes_what_is_trainable_and_nothing_else() {
+    let _alone = alone();
+    let batch = ToyBatch::new(0, 20, 13.0);
+    let (mut model, mut engine) = (frozen(&["embed", "up_bias"]), engine(Some(1.0)));
+    let before = read(&model);
+    let mut losses = vec![];
+    for _ in 0..3 {
+        losses.push(engine.accumulate(&model, &batch));
+        engine.step(&mut model, 1e-2).unwrap();
+    }
+    assert!(losses[2] < losses[1] && losses[1] < losses[0], "{losses:?}");
+    assert_eq!((engine.steps(), engine.moments.len(), engine.communicator().world()), (3, 3, 1));
+    for (before, after) in before.0.iter().zip(read(&model).0) {
+        assert_eq!((before.0, before.1), (after.0, after.1), "identity and trainability stay");
+        assert_eq!(before.2 != after.2, before.1, "the trainable ones change, the others do not");
+    }
+}
+
+#[test]
+fn vectors_do_not_decay() {
+    let _alone = alone();
+    // Without weight on any token every gradient is zero: what moves a parameter is decay alone.
+    let (mut model, lr) = (toy(), 0.5);
+    let mut engine = Engine::<AB>::new(AdamW { weight_decay: 0.2, ..AdamW::default() }, None, Checkpointing::None);
+    let (up, bias) = (model.up.val().into_data(), model.up_bias.val().into_data());
+    engine.accumulate(&model, &ToyBatch::new(0, 1, 1.0));
+    assert_eq!(engine.step(&mut model, lr).unwrap().grad_norm, 0.0);
+    assert_eq!(model.up_bias.val().into_data(), bias);
+    for (after, before) in model.up.val().into_data().iter::<f64>().zip(up.iter::<f64>()) {
+        assert!((after - 0.9 * before).abs() <= 1e-6 * before.abs(), "{after} for {before}");
+    }
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_leaves_everything_as_it_was() {
+    let _alone = alone();
+    let (mut model, mut engine) = (toy(), engine(Some(1.0)));
+    let before = read(&model);
+    engine.accumulate(&model, &ToyBatch::new(0, 20, 0.0));
+    let error = engine.step(&mut model, 1e-3).unwrap_err();
+    assert!(matches!(error, Error::NotFinite { step: 0, .. }), "{error}");
+    assert_eq!(read(&model), before);
+    assert_eq!((engine.steps(), engine.moments.len(), engine.gradients.len()), (0, 0, 0));
+    engine.accumulate(&model, &ToyBatch::new(0, 20, 13.0));
+    assert!(engine.step(&mut model, 1e-3).is_ok());
+    assert!(model.valid().embed.val().into_data().iter::<f64>().all(f64::is_finite));
+}
