@@ -117,7 +117,7 @@ impl LlamaConfig {
         let model_type = model_type(&fields)?;
         refuse_unsupported(&fields)?;
         let (hidden_size, heads) = (fields.needed("hidden_size")?, fields.needed("num_attention_heads")?);
-        if fields.get("head_dim").is_none() && hidden_size % heads != 0 {
+        if fields.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
             return Err(Error::config(
                 "hidden_size",
                 format!("a multiple of num_attention_heads = {heads}"),
@@ -158,14 +158,14 @@ impl LlamaConfig {
 
     fn check(&self) -> Result<(), Error> {
         let (heads, kv) = (self.num_attention_heads, self.num_key_value_heads);
-        if heads % kv != 0 {
+        if !heads.is_multiple_of(kv) {
             return Err(Error::config(
                 "num_key_value_heads",
                 format!("a divisor of num_attention_heads = {heads}"),
                 kv,
             ));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(Error::config("head_dim", "an even number, since positions rotate pairs", self.head_dim));
         }
         Ok(())

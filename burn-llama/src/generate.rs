@@ -184,7 +184,7 @@ impl<'a, B: Kernels> Generate<'a, B> {
     ///
     /// # Errors
     /// If a position goes beyond what the model's rotary frequencies cover.
-    pub fn next(&mut self) -> Result<Option<Vec<Option<u32>>>, Error> {
+    pub fn advance(&mut self) -> Result<Option<Vec<Option<u32>>>, Error> {
         if self.step >= self.settings.max_new_tokens || self.done.iter().all(|&done| done) {
             return Ok(None);
         }
@@ -215,10 +215,10 @@ impl<'a, B: Kernels> Generate<'a, B> {
     /// Runs to the end and returns the new tokens of every row.
     ///
     /// # Errors
-    /// As [`Generate::next`].
+    /// As [`Generate::advance`].
     pub fn finish(mut self) -> Result<Vec<Vec<u32>>, Error> {
         let mut rows = vec![Vec::new(); self.tokens.len()];
-        while let Some(new) = self.next()? {
+        while let Some(new) = self.advance()? {
             rows.iter_mut().zip(new).for_each(|(row, id)| row.extend(id));
         }
         Ok(rows)

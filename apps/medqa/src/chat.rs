@@ -59,7 +59,7 @@ fn answer(loaded: &Loaded<Inference>, history: &[Message], settings: &Settings, 
     // Text that may yet become a stop string is held back.
     let held = stop.iter().map(|s| s.len().saturating_sub(1)).max().unwrap_or(0);
     let mut out = std::io::stdout().lock();
-    'words: while let Some(ids) = generate.next()? {
+    'words: while let Some(ids) = generate.advance()? {
         let Some(piece) = ids.first().copied().flatten().map(|id| stream.push(id)).transpose()?.flatten() else {
             continue;
         };

@@ -1,7 +1,7 @@
 //! The products of a linear layer, as a backend extension.
 //!
 //! The default bodies are tensor operations and serve every backend; a backend that can do better overrides them. The
-//! implementation for [`Autodiff`] has a hand-written backward pass: a frozen weight costs no product and keeps no
+//! implementation for [`Autodiff`](burn::backend::Autodiff) has a hand-written backward pass: a frozen weight costs no product and keeps no
 //! activation, and a weight stored in half precision is widened for the moment of a product only.
 
 mod autodiff;
@@ -45,7 +45,7 @@ fn float_dtype(dtype: DType) -> FloatDType {
     }
 }
 
-/// [`LinearKernels::linear`] on tensors: `x [tokens, in]`, `weight [out, in]` → `[tokens, out]`.
+/// [`LinearKernels::linear_forward`] on tensors: `x [tokens, in]`, `weight [out, in]` → `[tokens, out]`.
 ///
 /// # Panics
 /// If the inner dimensions differ.

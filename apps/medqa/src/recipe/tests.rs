@@ -1,3 +1,4 @@
+use super::value::Warmup;
 use super::*;
 
 const LEAST: &str = "[model]\npath = \"m.gguf\"\n[data]\ntrain = \"t.jsonl\"\n";

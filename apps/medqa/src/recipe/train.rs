@@ -38,7 +38,7 @@ pub struct Steps {
     pub max_steps: Option<usize>,
     /// Of everything random: order of rows, adapters' first values, dropout.
     pub seed: u64,
-    /// Which blocks' activations are computed again in the backward pass: `"none"`, `"full"` or every k-th.
+    /// Which segments' activations are computed again in the backward pass: `"none"`, `"full"` or every k-th.
     pub activation_checkpointing: Checkpointing,
 }
 
@@ -121,10 +121,10 @@ pub enum Scheduler {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Saving {
-    /// Validation after every so many steps; without it at each epoch's end alone.
+    /// Validation after every so many steps, besides the first and the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_every: Option<usize>,
-    /// A checkpoint after every so many steps; without it at the end alone.
+    /// A checkpoint after every so many steps, besides the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_every: Option<usize>,
     /// So many checkpoints stay, the newest.

@@ -163,16 +163,15 @@ impl<'de> Deserialize<'de> for Warmup {
 
             fn visit_f64<E: Error>(self, ratio: f64) -> Result<Warmup, E> {
                 let is_ratio = (0.0..1.0).contains(&ratio);
-                is_ratio
-                    .then_some(Warmup::Ratio(ratio))
-                    .ok_or_else(|| E::invalid_value(Unexpected::Float(ratio), &self))
+                let invalid = || E::invalid_value(Unexpected::Float(ratio), &self);
+                is_ratio.then_some(Warmup::Ratio(ratio)).ok_or_else(invalid)
             }
         }
         deserializer.deserialize_any(Length)
     }
 }
 
-/// Which blocks' activations are dropped in the forward pass and computed again in the backward pass.
+/// Which segments' activations are dropped in the forward pass and computed again in the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Checkpointing {
     /// None.
@@ -200,7 +199,7 @@ impl<'de> Deserialize<'de> for Checkpointing {
             type Value = Checkpointing;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("\"none\", \"full\" or an integer k ≥ 1 (every k-th block)")
+                f.write_str("\"none\", \"full\" or an integer k ≥ 1 (every k-th segment)")
             }
 
             fn visit_str<E: Error>(self, word: &str) -> Result<Checkpointing, E> {
