@@ -1,0 +1,189 @@
+//! Training is torch's, and does not depend on how gradients are made or rows are cut.
+
+use burn::{
+    backend::{Autodiff, Flex},
+    tensor::{DType, Tensor, TensorData},
+};
+use burn_llama::{Checkpoint, Example, Llama};
+use burn_peft::{LoraConfig, Noise, Pass, TargetModules, Token, adapter, param};
+use burn_zero::{
+    Engine,
+    optimizer::AdamW,
+    segment::{self, Checkpointing},
+};
+use laws::{fixture, floats, max_abs, max_diff, one_backward_at_a_time, tensors};
+use std::collections::BTreeMap;
+
+type Train = Autodiff<Flex>;
+
+fn rows() -> Vec<Example> {
+    let row = |n: usize, prompt: usize| Example {
+        ids: (0..n).map(|i| (i * 13 + prompt) as u32 % 60).collect(),
+        learned: (0..n).map(|i| i >= prompt).collect(),
+    };
+    vec![row(20, 5), row(9, 2), row(14, 11), row(31, 3)]
+}
+
+fn pass(rows: &[Example], first: usize) -> Pass {
+    let length = rows.iter().map(|row| row.ids.len()).max().unwrap();
+    let token = |slot| Token { row: (first + slot / length) as u64, index: (slot % length) as u32 };
+    Pass::training(Noise { seed: 1, step: 2, tokens: (0..rows.len() * length).map(token).collect() })
+}
+
+fn adapted(dropout: f64, dtype: DType) -> Llama<Train> {
+    let checkpoint = Checkpoint::open(&fixture("models/gqa_llama3")).unwrap();
+    let mut model = checkpoint.load::<Train>(dtype, &Default::default()).unwrap();
+    let target_modules = TargetModules::Pattern("all-linear".into());
+    let config = LoraConfig { r: 3, lora_alpha: 7.0, lora_dropout: dropout, target_modules, ..LoraConfig::default() };
+    adapter::attach(&mut model, "default", &config, 5).unwrap();
+    // B starts at zero, and so would the gradient of A.
+    burn_peft::Linears::linears_mut(&mut model, &mut |_, linear| {
+        for adapter in &mut linear.adapters {
+            adapter.lora_b = adapter.lora_b.clone().map(|b| (b.detach() + 0.03).detach().require_grad());
+        }
+    });
+    param::train_only(model, adapter::is_adapter)
+}
+
+fn gradients(model: &Llama<Train>, dropout: bool, checkpointing: Checkpointing) -> BTreeMap<String, Vec<f32>> {
+    let rows = rows();
+    let targets: usize = rows.iter().map(Example::targets).sum();
+    let pass = if dropout { pass(&rows, 0) } else { Pass::default() };
+    let batch = model.batch(&rows, 1.0 / targets as f32, pass).unwrap();
+    let mut found = BTreeMap::new();
+    segment::run(model, &batch, checkpointing, &mut |ready| {
+        for gradient in ready {
+            let before = found.insert(gradient.path, floats(&gradient.value.flatten().into_data()));
+            assert!(before.is_none(), "a gradient came twice");
+        }
+    });
+    found
+}
+
+#[test]
+fn recomputed_segments_give_the_retained_gradients_with_dropout() {
+    let _lock = one_backward_at_a_time();
+    let model = adapted(0.1, DType::F32);
+    let retained = gradients(&model, true, Checkpointing::None);
+    assert_eq!(retained.len(), 2 * 7 * 2, "A and B of seven layers in two blocks");
+    for checkpointing in [Checkpointing::Full, Checkpointing::Every(2), Checkpointing::Every(3)] {
+        assert_eq!(gradients(&model, true, checkpointing), retained, "{checkpointing:?}");
+    }
+    let without = gradients(&model, false, Checkpointing::None);
+    let difference = |path: &String| max_diff(&without[path], &retained[path]) / max_abs(&retained[path]);
+    assert!(retained.keys().all(|path| difference(path) > 1e-3), "dropout must matter");
+}
+
+#[test]
+fn a_tied_embedding_s_gradient_comes_once_and_whole() {
+    let _lock = one_backward_at_a_time();
+    let checkpoint = Checkpoint::open(&fixture("models/tied_bias")).unwrap();
+    let model = checkpoint.load::<Train>(DType::F32, &Default::default()).unwrap();
+    let rows = rows();
+    let batch = model.batch(&rows, 0.1, Pass::default()).unwrap();
+    let mut grads = model.batch_loss(&batch).sum().backward();
+    let expected = model.model.embed_tokens.weight.val().grad_remove(&mut grads).unwrap();
+    let expected = floats(&expected.into_data());
+    let mut found = Vec::new();
+    segment::run(&model, &batch, Checkpointing::None, &mut |ready| found.extend(ready));
+    let names = found.iter().filter(|gradient| gradient.path == "model.embed_tokens.weight").count();
+    assert_eq!(names, 1);
+    let last = found.pop().unwrap();
+    assert_eq!(last.path, "model.embed_tokens.weight");
+    assert!(max_diff(&floats(&last.value.flatten().into_data()), &expected) <= 1e-6 * max_abs(&expected));
+}
+
+/// The adapters after three steps.
+fn trained(micro: usize, dtype: DType) -> Vec<f32> {
+    let (mut model, rows) = (adapted(0.1, dtype), rows());
+    let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
+    let targets: usize = rows.iter().map(Example::targets).sum();
+    for _ in 0..3 {
+        for (index, part) in rows.chunks(micro).enumerate() {
+            let batch = model.batch(part, 1.0 / targets as f32, pass(part, index * micro)).unwrap();
+            engine.accumulate(&model, &batch);
+        }
+        engine.step(&mut model, 1e-2).unwrap();
+    }
+    let mut all = Vec::new();
+    burn_peft::Linears::linears(&model, &mut |_, linear| {
+        for adapter in &linear.adapters {
+            all.extend(floats(&adapter.lora_a.val().into_data()));
+            all.extend(floats(&adapter.lora_b.val().into_data()));
+        }
+    });
+    all
+}
+
+#[test]
+fn accumulated_micro_batches_are_one_batch_with_unequal_targets_and_dropout() {
+    let _lock = one_backward_at_a_time();
+    let one = trained(4, DType::F32);
+    for micro in [1, 2, 3] {
+        let difference = max_diff(&trained(micro, DType::F32), &one);
+        assert!(difference < 2e-5, "micro-batches of {micro}: {difference:e}");
+    }
+}
+
+#[test]
+fn half_precision_weights_train_close_to_f32() {
+    let _lock = one_backward_at_a_time();
+    let reference = trained(4, DType::F32);
+    for dtype in [DType::BF16, DType::F16] {
+        let found = trained(4, dtype);
+        assert!(found.iter().all(|x| x.is_finite()));
+        // Three steps of Adam move every weight by at most 0.03 or so, whatever rounding does.
+        let difference = found.iter().zip(&reference).map(|(a, b)| (a - b).abs() as f64).sum::<f64>();
+        assert!(difference / (found.len() as f64) < 4e-3, "{dtype:?}: {difference}");
+    }
+}
+
+#[test]
+fn adamw_is_torch_s() {
+    let golden = tensors("torch/adamw.safetensors");
+    let rates = golden["lr"].clone().convert::<f64>().into_vec::<f64>().unwrap();
+    let adamw = AdamW::default();
+    for name in ["a", "b"] {
+        let tensor = |key: String| {
+            let values = floats(&golden[&key]);
+            let n = values.len();
+            Tensor::<Flex, 1>::from_data(TensorData::new(values, [n]), &Default::default())
+        };
+        let (mut value, mut state) = (tensor(format!("param0.{name}")), None);
+        for (t, &rate) in rates.iter().enumerate() {
+            let (new, moments) =
+                adamw.update(rate, adamw.weight_decay, value, tensor(format!("grad.{t}.{name}")), state);
+            (value, state) = (new, Some(moments));
+            let expected = floats(&golden[&format!("param.{t}.{name}")]);
+            let difference = max_diff(&floats(&value.clone().into_data()), &expected);
+            assert!(difference <= 1e-6 * max_abs(&expected), "{name} after step {t}: {difference:e}");
+        }
+    }
+}
+
+#[test]
+fn trainable_counts_are_peft_s() {
+    let text = std::fs::read(fixture("peft/trainable_counts.json")).unwrap();
+    let cases: Vec<serde_json::Value> = serde_json::from_slice(&text).unwrap();
+    assert!(cases.len() >= 8);
+    for case in cases {
+        let size = |key: &str| case[key].as_u64().unwrap() as usize;
+        let (hidden, mlp) = (size("hidden_size"), size("intermediate_size"));
+        let kv = hidden / size("num_attention_heads") * size("num_key_value_heads");
+        let target: TargetModules = serde_json::from_value(case["target_modules"].clone()).unwrap();
+        let matcher = target.matcher().unwrap();
+        let layers = [
+            ("self_attn.q_proj", hidden + hidden),
+            ("self_attn.k_proj", hidden + kv),
+            ("self_attn.v_proj", hidden + kv),
+            ("self_attn.o_proj", hidden + hidden),
+            ("mlp.gate_proj", hidden + mlp),
+            ("mlp.up_proj", hidden + mlp),
+            ("mlp.down_proj", hidden + mlp),
+        ];
+        let chosen = layers.iter().filter(|(name, _)| matcher.selects(&format!("model.layers.0.{name}")));
+        let count = chosen.map(|(_, width)| width).sum::<usize>() * size("num_hidden_layers") * size("r");
+        assert_eq!(count, size("trainable"), "{} {target}", case["model"]);
+        assert!(!matcher.selects("lm_head"));
+    }
+}
