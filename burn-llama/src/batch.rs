@@ -53,11 +53,12 @@ impl<B: Kernels> Llama<B> {
     /// `examples` as one padded batch; every target's loss is multiplied by `weight`.
     ///
     /// # Errors
-    /// If a row is longer than the model's rotary frequencies cover.
+    /// If a token is not in the model's vocabulary, or a row is longer than the model's rotary frequencies cover.
     ///
     /// # Panics
     /// If no token is a target, or a row is empty.
     pub fn batch(&self, examples: &[Example], weight: f32, pass: Pass) -> Result<Batch<B>, Error> {
+        check_ids(examples.iter().flat_map(|example| &example.ids), self.config().vocab_size)?;
         let layout = Layout::padded(&examples.iter().map(|example| example.ids.len()).collect::<Vec<_>>());
         let (length, device) = (layout.length, self.device());
         let mut ids = vec![0i32; layout.rows * length];
@@ -90,5 +91,16 @@ impl<B: Kernels> Llama<B> {
             x = layer.transform(layer.attend(x, &batch.context, None, &batch.pass), &batch.pass);
         }
         self.loss(self.model.norm.forward(x.select(0, batch.slots.clone())), &batch.targets)
+    }
+}
+
+/// Refuses tokens that the embedding has no row for: a tokenizer and a model that do not belong together.
+pub(crate) fn check_ids<'a>(mut ids: impl Iterator<Item = &'a u32>, vocabulary: usize) -> Result<(), Error> {
+    match ids.find(|&&id| id as usize >= vocabulary) {
+        None => Ok(()),
+        Some(id) => {
+            let expected = format!("token ids below {vocabulary} (is the tokenizer the model's own?)");
+            Err(Error::config("vocab_size", expected, id))
+        }
     }
 }

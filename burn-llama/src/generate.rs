@@ -1,6 +1,6 @@
 //! Generation: one token after the other, with a cache.
 
-use crate::{Error, Layout, Llama, Past, kernel::Kernels, layout::ints};
+use crate::{Error, Layout, Llama, Past, batch::check_ids, kernel::Kernels, layout::ints};
 use burn::tensor::{DType, Int, Tensor, TensorData, s};
 use burn_peft::{Pass, random};
 
@@ -140,10 +140,7 @@ impl<'a, B: Kernels> Generate<'a, B> {
         if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
             return Err(Error::config("prompt", "at least one token", "none"));
         }
-        let vocabulary = model.config().vocab_size;
-        if let Some(id) = prompts.iter().flatten().find(|&&id| id as usize >= vocabulary) {
-            return Err(Error::config("prompt", format!("token ids below vocab_size = {vocabulary}"), id));
-        }
+        check_ids(prompts.iter().flatten(), model.config().vocab_size)?;
         let layout = Layout::padded(&prompts.iter().map(Vec::len).collect::<Vec<_>>());
         let padded = |row: &Vec<u32>| {
             let row = row.iter().map(|&id| id as i32);
@@ -233,6 +230,7 @@ pub fn logits<B: Kernels>(model: &Llama<B>, ids: &[u32]) -> Result<Tensor<B, 2>,
     if ids.is_empty() {
         return Err(Error::config("text", "at least one token", "none"));
     }
+    check_ids(ids.iter(), model.config().vocab_size)?;
     let pass = Pass::default();
     let tokens = ints(ids.iter().map(|&id| id as i32).collect(), 1, &model.device());
     let hidden = model.hidden(model.embed(tokens), &Layout::padded(&[ids.len()]), None, &pass)?;
@@ -248,6 +246,7 @@ pub fn log_likelihoods<B: Kernels>(model: &Llama<B>, context: &[u32], choices: &
     let start = Generate::new(model, &[context.to_vec()], &settings)?;
     let mut sums = Vec::with_capacity(choices.len());
     for choice in choices {
+        check_ids(choice.iter(), model.config().vocab_size)?;
         let Some((&first, rest)) = choice.split_first() else {
             return Err(Error::config("choice", "at least one token", "none"));
         };

@@ -15,6 +15,15 @@
 //! cannot hold it. The cost is one product of the size of a segment's output per segment.
 //!
 //! A world of one process is a communicator like any other ([`comm::Solo`]), not a branch.
+//!
+//! ```
+//! use burn_zero::schedule::{Kind, Schedule};
+//!
+//! let schedule = Schedule { kind: Kind::Cosine, peak: 2e-4, warmup: 10, total: 110 };
+//! assert_eq!(schedule.at(0), 0.0);
+//! assert_eq!(schedule.at(10), 2e-4);
+//! assert!(schedule.at(110) < 1e-12);
+//! ```
 #![deny(missing_docs)]
 
 pub mod comm;
