@@ -43,6 +43,8 @@ struct Run {
     progress: ProgressBar,
     start: Instant,
     tokens: usize,
+    /// Seconds spent in steps, evaluations and saves aside.
+    stepping: f64,
     saved: Vec<PathBuf>,
 }
 
@@ -104,6 +106,7 @@ impl Run {
             progress,
             start,
             tokens: 0,
+            stepping: 0.0,
             saved,
         })
     }
@@ -158,7 +161,9 @@ impl Run {
         let learning_rate = self.schedule(steps).at(step);
         let report = self.engine.step(&mut self.model, learning_rate)?;
         self.tokens += tokens;
-        let speed = tokens as f64 / begin.elapsed().as_secs_f64();
+        let seconds = begin.elapsed().as_secs_f64();
+        self.stepping += seconds;
+        let speed = tokens as f64 / seconds;
         self.metrics.write(&json!({
             "step": step + 1, "epoch": (step + 1) as f64 / per_epoch as f64, "loss": loss,
             "learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens": tokens,
@@ -247,7 +252,7 @@ impl Run {
         let seconds = self.start.elapsed().as_secs_f64();
         let summary = json!({
             "valid_loss_before": before, "valid_loss_after": after, "steps": steps, "seconds": seconds,
-            "tokens": self.tokens, "tokens_per_second": self.tokens as f64 / seconds,
+            "tokens": self.tokens, "tokens_per_second": self.tokens as f64 / self.stepping,
             "peak_rss_bytes": peak_rss_bytes(),
             "trainable_parameters": param::count_trainable::<Training, _>(&self.model),
         });
