@@ -1,6 +1,6 @@
 //! The backward passes of the kernels: what each keeps, and what it registers.
 
-use super::{F, Kernels, Targets, Visibility};
+use super::{F, Kernels, Losses, Targets, Visibility};
 use burn::{
     backend::autodiff::{
         Autodiff, NodeId,
@@ -81,20 +81,22 @@ impl<B: Kernels> Backward<B, 3> for Attention {
     }
 }
 
-/// State: hidden states, head, targets, log-sum-exp.
+/// State: hidden states and head, targets, what the forward pass gave.
 #[derive(Debug)]
 struct CrossEntropy;
 
 impl<B: Kernels> Backward<B, 2> for CrossEntropy {
-    type State = ([F<B>; 2], Targets<B>, F<B>);
+    type State = ([F<B>; 2], Targets<B>, Losses<B>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let ([hidden_node, head_node], (inputs, targets, lse)) = (ops.parents, ops.state);
-        let (dh, dw) = B::linear_cross_entropy_backward(inputs, &targets, [lse, dy], head_node.is_some());
-        register::<B>(grads, hidden_node.map(|n| n.id), dh);
-        if let Some(dw) = dw {
-            register::<B>(grads, head_node.map(|n| n.id), dw);
+        let (inputs, targets, kept) = ops.state;
+        let wanted = [ops.parents[0].is_some(), ops.parents[1].is_some()];
+        let gradients = B::linear_cross_entropy_backward(inputs, &targets, (kept, dy), wanted);
+        for (node, gradient) in ops.parents.into_iter().zip(gradients) {
+            if let Some(gradient) = gradient {
+                register::<B>(grads, node.map(|n| n.id), gradient);
+            }
         }
     }
 }
@@ -146,15 +148,17 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         (tracked, <Self as AutodiffBackend>::from_inner(lse))
     }
 
-    fn linear_cross_entropy(hidden: F<Self>, head: F<Self>, targets: &Targets<Self>) -> (F<Self>, F<Self>) {
+    fn linear_cross_entropy(hidden: F<Self>, head: F<Self>, targets: &Targets<Self>, _: [bool; 2]) -> Losses<Self> {
         let targets = Targets { ids: targets.ids.clone().inner(), weights: targets.weights.clone().inner() };
+        let wanted = [hidden.is_tracked(), head.is_tracked()];
         let nodes = [hidden.node.clone(), head.node.clone()];
         let inputs = [hidden.primitive, head.primitive];
-        let (loss, lse) = B::linear_cross_entropy(inputs[0].clone(), inputs[1].clone(), &targets);
-        let tracked = match CrossEntropy.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((inputs, targets, lse.clone()), loss),
-            OpsKind::UnTracked(prep) => prep.finish(loss),
+        let kept = B::linear_cross_entropy(inputs[0].clone(), inputs[1].clone(), &targets, wanted);
+        let (losses, lse) = (kept.losses.clone(), kept.lse.clone());
+        let losses = match CrossEntropy.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((inputs, targets, kept), losses),
+            OpsKind::UnTracked(prep) => prep.finish(losses),
         };
-        (tracked, <Self as AutodiffBackend>::from_inner(lse))
+        Losses { losses, lse: <Self as AutodiffBackend>::from_inner(lse), unit: [None, None] }
     }
 }

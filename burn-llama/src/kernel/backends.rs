@@ -1,9 +1,7 @@
 //! Which backends have the kernels.
 
+#[cfg(any(feature = "tch", feature = "cuda", feature = "vulkan", feature = "wgpu"))]
 use super::Kernels;
-
-#[cfg(feature = "flex")]
-impl Kernels for burn::backend::Flex {}
 
 #[cfg(feature = "tch")]
 impl<E: burn::backend::libtorch::TchElement> Kernels for burn::backend::LibTorch<E> {}

@@ -17,6 +17,17 @@ pub struct Targets<B: Backend> {
     pub weights: Tensor<B, 1>,
 }
 
+/// What the loss of the head gives, and what its backward pass may use.
+#[derive(Debug, Clone)]
+pub struct Losses<B: Backend> {
+    /// The weighted loss of each token, `[n]`.
+    pub losses: F<B>,
+    /// The log-sum-exp of each token's logits, `[n]`.
+    pub lse: F<B>,
+    /// The gradients of the sum of the losses with respect to the hidden states and the head, where they were made on the way.
+    pub unit: [Option<F<B>>; 2],
+}
+
 impl<B: Backend> Targets<B> {
     fn slice(&self, from: usize, to: usize) -> Self {
         Self { ids: self.ids.clone().slice(s![from..to]), weights: self.weights.clone().slice(s![from..to]) }
@@ -38,7 +49,7 @@ fn rows<B: Backend>(head: &Tensor<B, 2>, from: usize, to: usize) -> Tensor<B, 2>
     head.clone().slice(s![from..to, ..]).cast(DType::F32)
 }
 
-pub(super) fn forward<B: Backend>(hidden: F<B>, head: F<B>, targets: &Targets<B>) -> (F<B>, F<B>) {
+pub(super) fn forward<B: Backend>(hidden: F<B>, head: F<B>, targets: &Targets<B>) -> Losses<B> {
     let (hidden, head) = (tensor::<B, 2>(hidden), tensor::<B, 2>(head));
     let (mut losses, mut sums) = (Vec::new(), Vec::new());
     for (from, to) in blocks(hidden.dims()[0], TOKENS) {
@@ -48,7 +59,7 @@ pub(super) fn forward<B: Backend>(hidden: F<B>, head: F<B>, targets: &Targets<B>
         losses.push((lse.clone() - target) * targets.weights);
         sums.push(lse);
     }
-    (primitive(Tensor::cat(losses, 0)), primitive(Tensor::cat(sums, 0)))
+    Losses { losses: primitive(Tensor::cat(losses, 0)), lse: primitive(Tensor::cat(sums, 0)), unit: [None, None] }
 }
 
 /// `log Σ exp(hidden · headᵀ)` over the vocabulary, `[n]`.
@@ -76,8 +87,8 @@ pub(super) fn backward<B: Backend>(
     [hidden, head]: [F<B>; 2],
     targets: &Targets<B>,
     [lse, dy]: [F<B>; 2],
-    trained: bool,
-) -> (F<B>, Option<F<B>>) {
+    [_, trained]: [bool; 2],
+) -> [Option<F<B>>; 2] {
     let (hidden, head) = (tensor::<B, 2>(hidden), tensor::<B, 2>(head));
     let (lse, scale) = (tensor::<B, 1>(lse), tensor::<B, 1>(dy) * targets.weights.clone());
     let vocabulary = head.dims()[0];
@@ -108,5 +119,5 @@ pub(super) fn backward<B: Backend>(
         }
         d_hidden.push(dh);
     }
-    (primitive(Tensor::cat(d_hidden, 0)), d_head.map(primitive))
+    [Some(primitive(Tensor::cat(d_hidden, 0))), d_head.map(primitive)]
 }

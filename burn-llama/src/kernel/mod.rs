@@ -9,12 +9,14 @@ mod attention;
 mod autodiff;
 mod backends;
 mod cross_entropy;
+#[cfg(feature = "flex")]
+mod flex;
 mod rms_norm;
 mod rope;
 mod swiglu;
 
 pub use attention::Visibility;
-pub use cross_entropy::Targets;
+pub use cross_entropy::{Losses, Targets};
 
 use burn::tensor::{Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
 use burn_peft::kernel::LinearKernels;
@@ -68,20 +70,26 @@ pub trait Kernels: LinearKernels {
         attention::backward::<Self>(qkv, visibility, [output, lse, dy])
     }
 
-    /// Per token, `weight · -log softmax(hidden · headᵀ)[target]`: `hidden [n, features]`, `head [vocabulary, features]` →
-    /// `[n]` and the log-sum-exp of the logits `[n]`.
-    fn linear_cross_entropy(hidden: F<Self>, head: F<Self>, targets: &Targets<Self>) -> (F<Self>, F<Self>) {
+    /// Per token, `weight · -log softmax(hidden · headᵀ)[target]`: `hidden [n, features]`, `head [vocabulary, features]`.
+    /// `wanted` says for which of the two a backward pass will follow, so that a backend may make gradients on the way.
+    fn linear_cross_entropy(
+        hidden: F<Self>,
+        head: F<Self>,
+        targets: &Targets<Self>,
+        _wanted: [bool; 2],
+    ) -> Losses<Self> {
         cross_entropy::forward::<Self>(hidden, head, targets)
     }
 
-    /// The gradients of `hidden`, and of `head` if `trained`; `dy [n]` is the gradient of the losses.
+    /// The gradients of `hidden` and `head` as far as they are `wanted`, from what the forward pass gave and the gradient
+    /// `dy [n]` of the losses.
     fn linear_cross_entropy_backward(
-        [hidden, head]: [F<Self>; 2],
+        inputs: [F<Self>; 2],
         targets: &Targets<Self>,
-        [lse, dy]: [F<Self>; 2],
-        trained: bool,
-    ) -> (F<Self>, Option<F<Self>>) {
-        cross_entropy::backward::<Self>([hidden, head], targets, [lse, dy], trained)
+        (kept, dy): (Losses<Self>, F<Self>),
+        wanted: [bool; 2],
+    ) -> [Option<F<Self>>; 2] {
+        cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], wanted)
     }
 }
 

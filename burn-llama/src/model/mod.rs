@@ -135,6 +135,6 @@ impl<B: Kernels> Llama<B> {
     /// exist whole. An adapter on the head is not seen here.
     pub fn loss(&self, hidden: Tensor<B, 2>, targets: &Targets<B>) -> Tensor<B, 1> {
         let head = self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight);
-        tensor(B::linear_cross_entropy(primitive(hidden), primitive(head.val()), targets).0)
+        tensor(B::linear_cross_entropy(primitive(hidden), primitive(head.val()), targets, [true, true]).losses)
     }
 }

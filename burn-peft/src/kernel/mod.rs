@@ -6,6 +6,8 @@
 
 mod autodiff;
 mod backends;
+#[cfg(feature = "flex")]
+pub mod matrix;
 
 use burn::tensor::{DType, FloatDType, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor};
 

@@ -1,0 +1,64 @@
+//! Flex tensors as slices of f32, and scratch memory that is kept.
+
+use burn::tensor::{DType, Shape, TensorData, bf16, f16};
+use burn_flex::FlexTensor;
+use std::{borrow::Cow, cell::Cell};
+
+/// The tensor with its values in order from the start of its buffer.
+pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
+    tensor.to_contiguous()
+}
+
+/// The values of a contiguous f32 tensor.
+pub(super) fn values(tensor: &FlexTensor) -> &[f32] {
+    tensor.storage::<f32>()
+}
+
+/// The values of a contiguous float tensor in f32: as they lie, or widened.
+pub(super) fn widened(tensor: &FlexTensor) -> Cow<'_, [f32]> {
+    widened_part(tensor, 0, tensor.layout().num_elements())
+}
+
+/// Values `from..to` of a contiguous float tensor in f32.
+pub(super) fn widened_part(tensor: &FlexTensor, from: usize, to: usize) -> Cow<'_, [f32]> {
+    match tensor.dtype() {
+        DType::F32 => Cow::Borrowed(&tensor.storage::<f32>()[from..to]),
+        DType::F16 => Cow::Owned(tensor.storage::<f16>()[from..to].iter().map(|v| v.to_f32()).collect()),
+        DType::BF16 => Cow::Owned(tensor.storage::<bf16>()[from..to].iter().map(|v| v.to_f32()).collect()),
+        other => panic!("a weight of the type {other:?} is no f32, f16 or bf16"),
+    }
+}
+
+/// Integers in order.
+pub(super) fn integers(data: TensorData) -> Vec<i32> {
+    data.iter::<i32>().collect()
+}
+
+/// A tensor of the given values.
+pub(super) fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, Shape::from(shape.to_vec())))
+}
+
+/// Memory for `n` values, every one of which the caller writes before anything reads it.
+#[allow(clippy::uninit_vec)]
+pub(super) fn unwritten(n: usize) -> Vec<f32> {
+    let mut values = Vec::with_capacity(n);
+    // SAFETY: the capacity is there, every bit pattern is an f32, and the callers in this folder write before they read.
+    unsafe { values.set_len(n) };
+    values
+}
+
+thread_local! {
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Runs `work` with at least `n` values of memory that stays with the thread. What they hold is left from before.
+pub(super) fn with_scratch<R>(n: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    let mut scratch = SCRATCH.take();
+    if scratch.len() < n {
+        scratch.resize(n, 0.0);
+    }
+    let result = work(&mut scratch[..n]);
+    SCRATCH.set(scratch);
+    result
+}

@@ -1,0 +1,154 @@
+//! The loss of the output head over blocks of tokens. While the logits of a block exist, the gradients are made from them
+//! too, so that no product is computed twice.
+
+use super::{
+    buffer::{contiguous, integers, tensor, values, widened_part, with_scratch},
+    lanes::{exp_sum, max, scale, vectorized},
+};
+use crate::kernel::{Losses, Targets, tensor as wrapped};
+use burn::{backend::Flex, tensor::DType};
+use burn_flex::FlexTensor;
+use burn_peft::kernel::matrix::{Matrix, Output, Threads, product};
+use rayon::prelude::*;
+
+/// The number of logits that exist at a time, unless that is fewer than 64 tokens'.
+const LOGITS: usize = 1 << 22;
+/// Rows of a head in half precision that are widened at a time.
+const ROWS: usize = 4096;
+
+/// The head, read in blocks of rows.
+struct Head<'a> {
+    weight: &'a FlexTensor,
+    vocabulary: usize,
+    width: usize,
+}
+
+impl Head<'_> {
+    /// Calls `work` with the first row and the values of one block after the other.
+    fn blocks(&self, mut work: impl FnMut(usize, Matrix<'_>, usize)) {
+        let step = if self.weight.dtype() == DType::F32 { self.vocabulary } else { ROWS };
+        for from in (0..self.vocabulary).step_by(step.max(1)) {
+            let to = self.vocabulary.min(from + step);
+            let part = widened_part(self.weight, from * self.width, to * self.width);
+            work(from, Matrix::new(&part, [to - from, self.width]), to - from);
+        }
+    }
+
+    fn tokens(&self) -> usize {
+        (LOGITS / self.vocabulary).max(64)
+    }
+}
+
+/// What one block of tokens adds to.
+struct Sums<'a> {
+    losses: &'a mut [f32],
+    lse: &'a mut [f32],
+    /// `[block, width]`, overwritten; empty if nobody asks.
+    d_hidden: &'a mut [f32],
+    /// `[vocabulary, width]`, added to; empty if nobody asks.
+    d_head: &'a mut [f32],
+}
+
+/// Losses, and the gradients of their sum with respect to the hidden states and the head as far as they are `wanted`.
+pub(super) fn forward(
+    hidden: FlexTensor,
+    head: FlexTensor,
+    targets: &Targets<Flex>,
+    wanted: [bool; 2],
+) -> Losses<Flex> {
+    let weights = contiguous(targets.weights.clone().into_primitive().tensor());
+    let (hidden, weight) = (contiguous(hidden), contiguous(head));
+    let ([n, width], [vocabulary, _]) = (hidden.layout().shape().dims(), weight.layout().shape().dims());
+    let head = Head { weight: &weight, vocabulary, width };
+    let (ids, weights) = (integers(targets.ids.to_data()), values(&weights));
+    let room = |wanted: bool, size: usize| if wanted { vec![0.0; size] } else { Vec::new() };
+    let (mut losses, mut lse) = (vec![0.0; n], vec![0.0; n]);
+    let (mut d_hidden, mut d_head) = (room(wanted[0], n * width), room(wanted[1], vocabulary * width));
+    for from in (0..n).step_by(head.tokens()) {
+        let to = n.min(from + head.tokens());
+        let d_hidden = if wanted[0] { &mut d_hidden[from * width..to * width] } else { &mut [] };
+        let sums = Sums { losses: &mut losses[from..to], lse: &mut lse[from..to], d_hidden, d_head: &mut d_head };
+        let tokens = Matrix::new(&values(&hidden)[from * width..to * width], [to - from, width]);
+        block(&head, tokens, (&ids[from..to], &weights[from..to]), sums);
+    }
+    let unit = |wanted: bool, values: Vec<f32>, shape: [usize; 2]| wanted.then(|| tensor(values, &shape));
+    Losses {
+        losses: tensor(losses, &[n]),
+        lse: tensor(lse, &[n]),
+        unit: [unit(wanted[0], d_hidden, [n, width]), unit(wanted[1], d_head, [vocabulary, width])],
+    }
+}
+
+fn block(head: &Head<'_>, tokens: Matrix<'_>, (ids, weights): (&[i32], &[f32]), sums: Sums<'_>) {
+    let (n, vocabulary, width) = (ids.len(), head.vocabulary, head.width);
+    let gradient = !sums.d_hidden.is_empty() || !sums.d_head.is_empty();
+    with_scratch(n * vocabulary, |logits| {
+        head.blocks(|from, rows, _| {
+            let to = Output { values: &mut logits[from..], stride: vocabulary, add: false };
+            product(to, tokens, rows.transposed(), 1.0, Threads::All);
+        });
+        let rows = logits.par_chunks_exact_mut(vocabulary).zip(sums.losses).zip(sums.lse);
+        rows.zip(ids.par_iter().zip(weights)).for_each(|(((logits, loss), lse), (&id, &weight))| {
+            (*loss, *lse) = row(logits, id as usize, weight, gradient);
+        });
+        let logits = &*logits;
+        if !sums.d_hidden.is_empty() {
+            head.blocks(|from, rows, count| {
+                let part = Matrix::strided(&logits[from..], [n, count], vocabulary);
+                let to = Output { values: sums.d_hidden, stride: width, add: from > 0 };
+                product(to, part, rows, 1.0, Threads::All);
+            });
+        }
+        if !sums.d_head.is_empty() {
+            let to = Output { values: sums.d_head, stride: width, add: true };
+            product(to, Matrix::new(logits, [n, vocabulary]).transposed(), tokens, 1.0, Threads::All);
+        }
+    });
+}
+
+/// The loss and log-sum-exp of a row of logits, which becomes `weight·(softmax - one_hot(id))` if `gradient`.
+fn row(logits: &mut [f32], id: usize, weight: f32, gradient: bool) -> (f32, f32) {
+    let target = logits[id];
+    let (largest, sum) = vectorized(
+        #[inline(always)]
+        || {
+            let largest = max(logits);
+            let sum = exp_sum(logits, largest);
+            if gradient {
+                scale(logits, weight / sum);
+            }
+            (largest, sum)
+        },
+    );
+    if gradient {
+        logits[id] -= weight;
+    }
+    let lse = largest + sum.ln();
+    ((lse - target) * weight, lse)
+}
+
+/// The gradients for `dy [n]`: those of the sum times a factor where all losses have the same one, else made anew.
+pub(super) fn backward(
+    [hidden, head]: [FlexTensor; 2],
+    targets: &Targets<Flex>,
+    (kept, dy): (Losses<Flex>, FlexTensor),
+    wanted: [bool; 2],
+) -> [Option<FlexTensor>; 2] {
+    let factors = contiguous(dy.clone());
+    let factor = values(&factors).first().copied().unwrap_or(0.0);
+    let same = values(&factors).iter().all(|&dy| dy == factor);
+    let made = kept.unit.iter().zip(wanted).all(|(unit, wanted)| unit.is_some() || !wanted);
+    if same && made {
+        return kept.unit.map(|unit| unit.map(|unit| times(unit, factor)));
+    }
+    let weights = targets.weights.clone() * wrapped::<Flex, 1>(dy);
+    forward(hidden, head, &Targets { ids: targets.ids.clone(), weights }, wanted).unit
+}
+
+/// In place where nobody else holds the tensor.
+fn times(mut x: FlexTensor, factor: f32) -> FlexTensor {
+    if factor != 1.0 {
+        x.storage_mut::<f32>().par_chunks_mut(1 << 14).for_each(|x| scale(x, factor));
+    }
+    x
+}

@@ -1,0 +1,78 @@
+//! Rotary position embedding and the gated activation, each in one pass.
+
+use super::{
+    buffer::{contiguous, tensor, unwritten, values},
+    lanes::{exp, vectorized},
+};
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+/// Values that a thread takes at a time.
+const BLOCK: usize = 1 << 14;
+
+/// Rotates in place where nobody else holds the tensor.
+pub(super) fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {
+    let (mut x, cos, sin) = (contiguous(x), contiguous(cos), contiguous(sin));
+    let [_, heads, dim] = x.layout().shape().dims();
+    let (cos, sin, width) = (values(&cos), values(&sin), heads * dim);
+    let token = |x: &mut [f32], index: usize| {
+        let at = index * (dim / 2)..(index + 1) * (dim / 2);
+        let (cos, sin) = (&cos[at.clone()], &sin[at]);
+        vectorized(
+            #[inline(always)]
+            || x.chunks_exact_mut(dim).for_each(|head| rotate(head, cos, sin)),
+        )
+    };
+    x.storage_mut::<f32>().par_chunks_mut(width).with_min_len(16).enumerate().for_each(|(index, x)| token(x, index));
+    x
+}
+
+#[inline(always)]
+fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+    let (first, second) = head.split_at_mut(cos.len());
+    for (((a, b), &cos), &sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+    }
+}
+
+pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+    let (gate, up) = (contiguous(gate), contiguous(up));
+    let shape = gate.layout().shape().clone();
+    let (gate, up) = (values(&gate), values(&up));
+    let mut out = unwritten(gate.len());
+    out.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK)).for_each(|((out, gate), up)| {
+        vectorized(
+            #[inline(always)]
+            || {
+                for ((out, &gate), &up) in out.iter_mut().zip(gate).zip(up) {
+                    *out = gate / (1.0 + exp(-gate)) * up;
+                }
+            },
+        )
+    });
+    tensor(out, &shape)
+}
+
+pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, dy: FlexTensor) -> (FlexTensor, FlexTensor) {
+    let (gate, up, dy) = (contiguous(gate), contiguous(up), contiguous(dy));
+    let shape = gate.layout().shape().clone();
+    let (gate, up, dy) = (values(&gate), values(&up), values(&dy));
+    let (mut d_gate, mut d_up) = (unwritten(gate.len()), unwritten(gate.len()));
+    let outputs = d_gate.par_chunks_mut(BLOCK).zip(d_up.par_chunks_mut(BLOCK));
+    let inputs = gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK));
+    outputs.zip(inputs).for_each(|((d_gate, d_up), ((gate, up), dy))| {
+        vectorized(
+            #[inline(always)]
+            || {
+                let inputs = gate.iter().zip(up).zip(dy);
+                for ((d_gate, d_up), ((&gate, &up), &dy)) in d_gate.iter_mut().zip(d_up).zip(inputs) {
+                    let s = 1.0 / (1.0 + exp(-gate));
+                    let a = gate * s;
+                    *d_up = dy * a;
+                    *d_gate = dy * up * (s + a * (1.0 - s));
+                }
+            },
+        )
+    });
+    (tensor(d_gate, &shape), tensor(d_up, &shape))
+}

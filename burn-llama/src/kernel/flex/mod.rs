@@ -1,0 +1,98 @@
+//! The kernels on Flex's buffers: one pass over memory each, vector instructions, all cores.
+//!
+//! They take f32. Other float types go through the tensor operations of the default bodies.
+
+mod attention;
+mod buffer;
+mod cross_entropy;
+mod elementwise;
+mod lanes;
+mod rms_norm;
+mod visible;
+
+use super::{F, Kernels, Losses, Targets, Visibility};
+use burn::{backend::Flex, tensor::DType};
+use burn_flex::FlexTensor;
+
+/// Whether all are f32.
+fn plain(tensors: &[&FlexTensor]) -> bool {
+    tensors.iter().all(|tensor| tensor.dtype() == DType::F32)
+}
+
+impl Kernels for Flex {
+    fn rms_norm(x: FlexTensor, weight: FlexTensor, epsilon: f64) -> FlexTensor {
+        if plain(&[&x]) {
+            return rms_norm::forward(x, weight, epsilon);
+        }
+        super::rms_norm::forward::<Self>(x, weight, epsilon)
+    }
+
+    fn rms_norm_backward(
+        x: FlexTensor,
+        weight: FlexTensor,
+        dy: FlexTensor,
+        rule: (f64, bool),
+    ) -> (FlexTensor, Option<FlexTensor>) {
+        if plain(&[&x, &dy]) {
+            return rms_norm::backward([x, weight, dy], rule);
+        }
+        super::rms_norm::backward::<Self>(x, weight, dy, rule)
+    }
+
+    fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {
+        if plain(&[&x, &cos, &sin]) {
+            elementwise::rope(x, cos, sin)
+        } else {
+            super::rope::forward::<Self>(x, cos, sin)
+        }
+    }
+
+    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+        if plain(&[&gate, &up]) { elementwise::swiglu(gate, up) } else { super::swiglu::forward::<Self>(gate, up) }
+    }
+
+    fn swiglu_backward(gate: FlexTensor, up: FlexTensor, dy: FlexTensor) -> (FlexTensor, FlexTensor) {
+        if plain(&[&gate, &up, &dy]) {
+            return elementwise::swiglu_backward(gate, up, dy);
+        }
+        super::swiglu::backward::<Self>(gate, up, dy)
+    }
+
+    fn flash_attention(qkv: [F<Self>; 3], visibility: &Visibility<Self>) -> (F<Self>, F<Self>) {
+        if plain(&[&qkv[0], &qkv[1], &qkv[2]]) {
+            return attention::forward(qkv, visibility);
+        }
+        super::attention::forward::<Self>(qkv, visibility)
+    }
+
+    fn flash_attention_backward(qkv: [F<Self>; 3], visibility: &Visibility<Self>, saved: [F<Self>; 3]) -> [F<Self>; 3] {
+        if plain(&[&qkv[0], &qkv[1], &qkv[2], &saved[2]]) {
+            return attention::backward(qkv, visibility, saved);
+        }
+        super::attention::backward::<Self>(qkv, visibility, saved)
+    }
+
+    fn linear_cross_entropy(
+        hidden: F<Self>,
+        head: F<Self>,
+        targets: &Targets<Self>,
+        wanted: [bool; 2],
+    ) -> Losses<Self> {
+        if plain(&[&hidden]) {
+            return cross_entropy::forward(hidden, head, targets, wanted);
+        }
+        super::cross_entropy::forward::<Self>(hidden, head, targets)
+    }
+
+    fn linear_cross_entropy_backward(
+        inputs: [F<Self>; 2],
+        targets: &Targets<Self>,
+        (kept, dy): (Losses<Self>, F<Self>),
+        wanted: [bool; 2],
+    ) -> [Option<F<Self>>; 2] {
+        if plain(&[&inputs[0]]) {
+            return cross_entropy::backward(inputs, targets, (kept, dy), wanted);
+        }
+        super::cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], wanted)
+    }
+}
