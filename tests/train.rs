@@ -4,8 +4,8 @@ use burn::{
     backend::{Autodiff, Flex},
     tensor::{DType, Tensor, TensorData},
 };
-use burn_llama::{Checkpoint, Example, Llama};
-use burn_peft::{LoraConfig, Noise, Pass, TargetModules, Token, adapter, param};
+use burn_llama::{Checkpoint, Example, Layout, Llama};
+use burn_peft::{LoraConfig, Noise, Pass, TargetModules, adapter, param};
 use burn_zero::{
     Engine,
     optimizer::AdamW,
@@ -24,10 +24,12 @@ fn rows() -> Vec<Example> {
     vec![row(20, 5), row(9, 2), row(14, 11), row(31, 3)]
 }
 
-fn pass(rows: &[Example], first: usize) -> Pass {
-    let length = rows.iter().map(|row| row.ids.len()).max().unwrap();
-    let token = |slot| Token { row: (first + slot / length) as u64, index: (slot % length) as u32 };
-    Pass::training(Noise { seed: 1, step: 2, tokens: (0..rows.len() * length).map(token).collect() })
+fn layout(rows: &[Example], packed: bool) -> Layout {
+    Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed)
+}
+
+fn pass(layout: &Layout, first: usize) -> Pass {
+    Pass::training(Noise { seed: 1, step: 2, tokens: layout.tokens(first as u64) })
 }
 
 fn adapted(dropout: f64, dtype: DType) -> Llama<Train> {
@@ -47,9 +49,9 @@ fn adapted(dropout: f64, dtype: DType) -> Llama<Train> {
 
 fn gradients(model: &Llama<Train>, dropout: bool, checkpointing: Checkpointing) -> BTreeMap<String, Vec<f32>> {
     let rows = rows();
-    let targets: usize = rows.iter().map(Example::targets).sum();
-    let pass = if dropout { pass(&rows, 0) } else { Pass::default() };
-    let batch = model.batch(&rows, 1.0 / targets as f32, pass).unwrap();
+    let (layout, targets) = (layout(&rows, false), rows.iter().map(Example::targets).sum::<usize>());
+    let pass = if dropout { pass(&layout, 0) } else { Pass::default() };
+    let batch = model.batch(&rows, &layout, 1.0 / targets as f32, pass).unwrap();
     let mut found = BTreeMap::new();
     segment::run(model, &batch, checkpointing, &mut |ready| {
         for gradient in ready {
@@ -80,7 +82,7 @@ fn a_tied_embedding_s_gradient_comes_once_and_whole() {
     let checkpoint = Checkpoint::open(&fixture("models/tied_bias")).unwrap();
     let model = checkpoint.load::<Train>(DType::F32, &Default::default()).unwrap();
     let rows = rows();
-    let batch = model.batch(&rows, 0.1, Pass::default()).unwrap();
+    let batch = model.batch(&rows, &layout(&rows, true), 0.1, Pass::default()).unwrap();
     let mut grads = model.batch_loss(&batch).sum().backward();
     let expected = model.model.embed_tokens.weight.val().grad_remove(&mut grads).unwrap();
     let expected = floats(&expected.into_data());
@@ -94,13 +96,15 @@ fn a_tied_embedding_s_gradient_comes_once_and_whole() {
 }
 
 /// The adapters after three steps.
-fn trained(micro: usize, dtype: DType) -> Vec<f32> {
+fn trained(micro: usize, packed: bool, dtype: DType) -> Vec<f32> {
     let (mut model, rows) = (adapted(0.1, dtype), rows());
     let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
     let targets: usize = rows.iter().map(Example::targets).sum();
     for _ in 0..3 {
         for (index, part) in rows.chunks(micro).enumerate() {
-            let batch = model.batch(part, 1.0 / targets as f32, pass(part, index * micro)).unwrap();
+            let layout = layout(part, packed);
+            let pass = pass(&layout, index * micro);
+            let batch = model.batch(part, &layout, 1.0 / targets as f32, pass).unwrap();
             engine.accumulate(&model, &batch);
         }
         engine.step(&mut model, 1e-2).unwrap();
@@ -116,21 +120,21 @@ fn trained(micro: usize, dtype: DType) -> Vec<f32> {
 }
 
 #[test]
-fn accumulated_micro_batches_are_one_batch_with_unequal_targets_and_dropout() {
+fn accumulated_and_packed_micro_batches_are_one_batch_with_unequal_targets_and_dropout() {
     let _lock = one_backward_at_a_time();
-    let one = trained(4, DType::F32);
-    for micro in [1, 2, 3] {
-        let difference = max_diff(&trained(micro, DType::F32), &one);
-        assert!(difference < 2e-5, "micro-batches of {micro}: {difference:e}");
+    let one = trained(4, false, DType::F32);
+    for (micro, packed) in [(1, false), (2, false), (3, false), (4, true), (3, true)] {
+        let difference = max_diff(&trained(micro, packed, DType::F32), &one);
+        assert!(difference < 2e-5, "micro-batches of {micro}, packed {packed}: {difference:e}");
     }
 }
 
 #[test]
 fn half_precision_weights_train_close_to_f32() {
     let _lock = one_backward_at_a_time();
-    let reference = trained(4, DType::F32);
+    let reference = trained(4, true, DType::F32);
     for dtype in [DType::BF16, DType::F16] {
-        let found = trained(4, dtype);
+        let found = trained(4, true, dtype);
         assert!(found.iter().all(|x| x.is_finite()));
         // Three steps of Adam move every weight by at most 0.03 or so, whatever rounding does.
         let difference = found.iter().zip(&reference).map(|(a, b)| (a - b).abs() as f64).sum::<f64>();

@@ -30,8 +30,9 @@ fn examples(reference: &Reference) -> Vec<Example> {
 fn logits_differ<B: Kernels>(model: &Llama<B>, reference: &Reference) -> f32 {
     let (rows, pass) = (examples(reference), Pass::default());
     let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
-    let batch = model.batch(&rows, 1.0, pass.clone()).unwrap();
-    let hidden = model.hidden(model.embed(batch.ids), &Layout::padded(&lengths), None, &pass).unwrap();
+    let layout = Layout::padded(&lengths);
+    let batch = model.batch(&rows, &layout, 1.0, pass.clone()).unwrap();
+    let hidden = model.hidden(model.embed(batch.ids), &layout, None, &pass).unwrap();
     let found = floats(&model.head(hidden, &pass).into_data());
     let (expected, width) = (floats(&reference["logits"]), reference["ids"].shape[1]);
     let vocabulary = reference["logits"].shape[2];
@@ -69,7 +70,8 @@ impl ModuleVisitor<Autodiff<Flex>> for Check<'_> {
 fn gradients(model: &Llama<Autodiff<Flex>>, reference: &Reference) -> (f32, BTreeMap<String, Vec<f32>>) {
     let rows = examples(reference);
     let targets: usize = rows.iter().map(Example::targets).sum();
-    let batch = model.batch(&rows, 1.0 / targets as f32, Pass::default()).unwrap();
+    let layout = Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), true);
+    let batch = model.batch(&rows, &layout, 1.0 / targets as f32, Pass::default()).unwrap();
     let loss = model.batch_loss(&batch).sum();
     let mut grads = loss.backward();
     let mut check = Check { grads: &mut grads, path: Vec::new(), found: BTreeMap::new() };

@@ -50,33 +50,33 @@ pub struct Batch<B: Backend> {
 }
 
 impl<B: Kernels> Llama<B> {
-    /// `examples` as one padded batch; every target's loss is multiplied by `weight`.
+    /// `examples` as one batch, the tokens where `layout` has them (see [`Layout::of`]); every target's loss is multiplied by
+    /// `weight`.
     ///
     /// # Errors
     /// If a token is not in the model's vocabulary, or a row is longer than the model's rotary frequencies cover.
     ///
     /// # Panics
-    /// If no token is a target, or a row is empty.
-    pub fn batch(&self, examples: &[Example], weight: f32, pass: Pass) -> Result<Batch<B>, Error> {
+    /// If no token is a target, a row is empty, or the layout is not that of the examples.
+    pub fn batch(&self, examples: &[Example], layout: &Layout, weight: f32, pass: Pass) -> Result<Batch<B>, Error> {
         check_ids(examples.iter().flat_map(|example| &example.ids), self.config().vocab_size)?;
-        let layout = Layout::padded(&examples.iter().map(|example| example.ids.len()).collect::<Vec<_>>());
-        let (length, device) = (layout.length, self.device());
-        let mut ids = vec![0i32; layout.rows * length];
+        let device = self.device();
+        let mut ids = vec![0i32; layout.rows * layout.length];
         let (mut slots, mut targets) = (Vec::new(), Vec::new());
-        for (row, example) in examples.iter().enumerate() {
-            for (index, &id) in example.ids.iter().enumerate() {
-                ids[row * length + index] = id as i32;
-                if index > 0 && example.learned[index] {
-                    slots.push((row * length + index - 1) as i32);
-                    targets.push(id as i32);
-                }
+        for (slot, token) in layout.slots() {
+            let (example, index) = (&examples[token.row as usize], token.index as usize);
+            let id = example.ids[index] as i32;
+            ids[slot] = id;
+            if index > 0 && example.learned[index] {
+                slots.push(slot as i32 - 1);
+                targets.push(id);
             }
         }
         assert!(!slots.is_empty(), "a batch has at least one target");
         let n = slots.len();
         let list = |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [n]), (&device, DType::I32));
         Ok(Batch {
-            context: self.context(&layout, None)?,
+            context: self.context(layout, None)?,
             ids: ints(ids, layout.rows, &device),
             slots: list(slots),
             targets: Targets { ids: list(targets), weights: Tensor::full([n], weight, (&device, DType::F32)) },

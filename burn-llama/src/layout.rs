@@ -2,6 +2,8 @@
 
 use crate::kernel::Visibility;
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use burn_peft::Token;
+use std::sync::Arc;
 
 /// The slots of a batch of `rows` × `length`: to which sequence each belongs and at which position.
 ///
@@ -38,6 +40,33 @@ impl Layout {
             positions.extend(0..(length - used) as i32);
         }
         Self { rows: rows.len(), length, segments, positions }
+    }
+
+    /// Sequences of the given lengths, all in one row if `packed`, else each in its own.
+    pub fn of(lengths: &[usize], packed: bool) -> Self {
+        if packed { Self::packed(&[lengths.to_vec()]) } else { Self::padded(lengths) }
+    }
+
+    /// The slots that hold a token, in order, each with the sequence it belongs to (counted over all rows) and its place there.
+    pub fn slots(&self) -> impl Iterator<Item = (usize, Token)> {
+        let (mut sequence, mut last) = (0, None);
+        self.segments.iter().zip(&self.positions).enumerate().filter(|(_, (segment, _))| **segment != 0).map(
+            move |(slot, (&segment, &position))| {
+                let own = (slot / self.length, segment);
+                sequence += u64::from(last.is_some_and(|last| last != own));
+                last = Some(own);
+                (slot, Token { row: sequence, index: position as u32 })
+            },
+        )
+    }
+
+    /// The name of every slot for the noise of a pass, sequences counted from `first`. Slots without a token share a name.
+    pub fn tokens(&self, first: u64) -> Arc<[Token]> {
+        let mut tokens = vec![Token { row: first, index: u32::MAX }; self.segments.len()];
+        for (slot, token) in self.slots() {
+            tokens[slot] = Token { row: first + token.row, ..token };
+        }
+        tokens.into()
     }
 
     /// One more token for every row, at the given positions, all in segment 1.

@@ -8,15 +8,20 @@ use crate::{
 };
 use anyhow::Result;
 use burn::tensor::ElementConversion;
-use burn_llama::{Example, Llama, kernel::Kernels};
+use burn_llama::{Example, Layout, Llama, kernel::Kernels};
 use burn_peft::Pass;
 use serde_json::{Value, json};
 
-/// The mean loss over all target tokens, and their number.
-pub fn mean_loss<B: Kernels>(model: &Llama<B>, examples: &[Example], batch_size: usize) -> Result<(f64, usize)> {
+/// The mean loss over all target tokens, and their number. With `packing` the rows of a batch stand in one, without padding.
+pub fn mean_loss<B: Kernels>(
+    model: &Llama<B>,
+    examples: &[Example],
+    (batch_size, packing): (usize, bool),
+) -> Result<(f64, usize)> {
     let (mut sum, mut targets) = (0.0, 0);
     for rows in examples.chunks(batch_size.max(1)) {
-        let batch = model.batch(rows, 1.0, Pass::default())?;
+        let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
+        let batch = model.batch(rows, &Layout::of(&lengths, packing), 1.0, Pass::default())?;
         sum += model.batch_loss(&batch).sum().into_scalar().elem::<f64>();
         targets += rows.iter().map(Example::targets).sum::<usize>();
     }
@@ -26,7 +31,7 @@ pub fn mean_loss<B: Kernels>(model: &Llama<B>, examples: &[Example], batch_size:
 pub fn measure<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let encoded = encode(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
-    let (loss, targets) = mean_loss(&loaded.model, &encoded.examples, args.batch_size)?;
+    let (loss, targets) = mean_loss(&loaded.model, &encoded.examples, (args.batch_size, true))?;
     Ok(json!({
         "task": "qa-loss", "rows": encoded.examples.len(), "loss": loss, "perplexity": loss.exp(),
         "target_tokens": targets,

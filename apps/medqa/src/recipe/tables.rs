@@ -46,6 +46,8 @@ pub struct Data {
     pub on_too_long: OnTooLong,
     /// Whether each epoch sees the rows in an order of its own.
     pub shuffle: bool,
+    /// Whether the rows of a batch are joined into one without padding. It changes no result beyond rounding.
+    pub packing: bool,
     /// Rows to train on: a path, or a list of `{ path, format, weight }`.
     #[serde(deserialize_with = "sources")]
     pub train: Vec<Source>,
@@ -60,6 +62,7 @@ impl Default for Data {
             max_length: 512,
             on_too_long: OnTooLong::Truncate,
             shuffle: true,
+            packing: true,
             train: Vec::new(),
         }
     }

@@ -11,8 +11,8 @@ use crate::{
 };
 use anyhow::{Context, Result, bail};
 use burn::{module::AutodiffModule, tensor::DType};
-use burn_llama::{Example, Llama, checkpoint};
-use burn_peft::{LoraConfig, Noise, Pass, TargetModules, Token, adapter, param};
+use burn_llama::{Example, Layout, Llama, checkpoint};
+use burn_peft::{LoraConfig, Noise, Pass, TargetModules, adapter, param};
 use burn_zero::{
     Engine,
     optimizer::AdamW,
@@ -154,8 +154,11 @@ impl Run {
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
         let mut loss = 0.0;
         for (index, micro) in rows.chunks(self.recipe.train.steps.batch_size).enumerate() {
-            let pass = self.pass(step, index * self.recipe.train.steps.batch_size, micro);
-            let batch = self.model.batch(micro, 1.0 / targets as f32, pass)?;
+            let lengths: Vec<usize> = micro.iter().map(|row| row.ids.len()).collect();
+            let layout = Layout::of(&lengths, self.recipe.data.packing);
+            let tokens = layout.tokens((index * self.recipe.train.steps.batch_size) as u64);
+            let noise = Noise { seed: self.recipe.train.steps.seed, step: step as u64, tokens };
+            let batch = self.model.batch(micro, &layout, 1.0 / targets as f32, Pass::training(noise))?;
             loss += self.engine.accumulate(&self.model, &batch);
         }
         let learning_rate = self.schedule(steps).at(step);
@@ -195,19 +198,12 @@ impl Run {
         }
     }
 
-    fn pass(&self, step: usize, first_row: usize, rows: &[Example]) -> Pass {
-        let length = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
-        let token = |slot: usize| Token { row: (first_row + slot / length) as u64, index: (slot % length) as u32 };
-        let tokens = (0..rows.len() * length).map(token).collect();
-        Pass::training(Noise { seed: self.recipe.train.steps.seed, step: step as u64, tokens })
-    }
-
     fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
         if self.valid.is_empty() {
             return Ok(None);
         }
         let model: Llama<Inference> = self.model.valid();
-        let (loss, _) = mean_loss(&model, &self.valid, self.recipe.train.steps.batch_size)?;
+        let (loss, _) = mean_loss(&model, &self.valid, (self.recipe.train.steps.batch_size, self.recipe.data.packing))?;
         self.metrics.write(&json!({
             "step": step, "valid_loss": loss, "elapsed_seconds": self.start.elapsed().as_secs_f64(),
         }))?;
