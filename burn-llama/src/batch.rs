@@ -50,6 +50,16 @@ pub struct Batch<B: Backend> {
 }
 
 impl<B: Kernels> Llama<B> {
+    /// Whether [`Llama::batch`] takes these rows, found out before anything is computed.
+    ///
+    /// # Errors
+    /// If a token is not in the model's vocabulary, or a row is longer than the model's rotary frequencies cover.
+    pub fn accepts(&self, examples: &[Example]) -> Result<(), Error> {
+        check_ids(examples.iter().flat_map(|example| &example.ids), self.config().vocab_size)?;
+        let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+        self.config().rope_scaling.check_length(longest)
+    }
+
     /// `examples` as one batch, the tokens where `layout` has them (see [`Layout::of`]); every target's loss is multiplied by
     /// `weight`.
     ///
@@ -59,7 +69,7 @@ impl<B: Kernels> Llama<B> {
     /// # Panics
     /// If no token is a target, a row is empty, or the layout is not that of the examples.
     pub fn batch(&self, examples: &[Example], layout: &Layout, weight: f32, pass: Pass) -> Result<Batch<B>, Error> {
-        check_ids(examples.iter().flat_map(|example| &example.ids), self.config().vocab_size)?;
+        self.accepts(examples)?;
         let device = self.device();
         let mut ids = vec![0i32; layout.rows * layout.length];
         let (mut slots, mut targets) = (Vec::new(), Vec::new());

@@ -5,6 +5,7 @@ pub mod gguf;
 pub mod safetensors;
 mod save;
 
+pub(crate) use save::replace;
 pub use save::save;
 
 use crate::{Error, Llama, LlamaConfig, Mismatch, kernel::Kernels};
@@ -40,7 +41,8 @@ impl Checkpoint {
             (config, Source::HuggingFace(safetensors::Shards::open(path)?))
         } else {
             let gguf = Gguf::open(path)?;
-            (LlamaConfig::from_json(gguf.config_json()?)?, Source::Gguf(Box::new(gguf)))
+            let config = LlamaConfig::from_json(gguf.config_json()?).map_err(|error| error.in_file(path))?;
+            (config, Source::Gguf(Box::new(gguf)))
         };
         Ok(Self { path: path.to_owned(), config, source })
     }

@@ -27,9 +27,19 @@ pub fn save<B: Kernels>(model: &Llama<B>, directory: &Path) -> Result<(), Error>
         return Err(Error::io(&path, std::io::Error::other(error)));
     }
     fs::rename(&beside, &path).map_err(|e| Error::io(&path, e))?;
-    let (path, beside) = (directory.join("config.json"), directory.join("config.json.part"));
-    let json = format!("{:#}\n", model.config.to_json());
-    fs::write(&beside, json).and_then(|()| fs::rename(&beside, &path)).map_err(|e| Error::io(&path, e))
+    replace(&directory.join("config.json"), format!("{:#}\n", model.config.to_json()).as_bytes())
+}
+
+/// Writes beside `path`, then renames, so that a reader sees the old file or the new one.
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".part");
+    let beside = Path::new(&beside);
+    fs::write(beside, bytes).and_then(|()| fs::rename(beside, path)).map_err(|e| {
+        // What was half-written goes; the error that matters is the first one.
+        let _ = fs::remove_file(beside);
+        Error::io(path, e)
+    })
 }
 
 /// The base model's parameters by path.

@@ -31,7 +31,7 @@ pub fn mean_loss<B: Kernels>(
 pub fn measure<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let encoded = encode(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
-    let (loss, targets) = mean_loss(&loaded.model, &encoded.examples, (args.batch_size, true))?;
+    let (loss, targets) = mean_loss(&loaded.model, &encoded.examples, (args.batch_size.get(), true))?;
     Ok(json!({
         "task": "qa-loss", "rows": encoded.examples.len(), "loss": loss, "perplexity": loss.exp(),
         "target_tokens": targets,
