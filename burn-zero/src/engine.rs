@@ -15,6 +15,8 @@ use burn::{
 };
 use std::collections::HashMap;
 
+mod checkpoint;
+
 /// What a step found.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepReport {

@@ -27,9 +27,13 @@
 #![deny(missing_docs)]
 
 pub mod comm;
+pub mod ds_config;
 mod engine;
 mod error;
+pub mod estimate;
 pub mod optimizer;
+pub mod pipeline;
+pub mod precision;
 pub mod schedule;
 pub mod segment;
 

@@ -1,5 +1,9 @@
 //! Learning rates as functions of the step.
 
+mod deepspeed;
+
+pub use deepspeed::{DeepSpeed, HalfCycle, OneCycle, Warmup, WarmupType};
+
 use crate::Error;
 use std::f64::consts::PI;
 
@@ -59,30 +63,29 @@ pub struct Schedule {
 impl Schedule {
     /// The learning rate of `step`, counted from 0.
     pub fn at(&self, step: usize) -> f64 {
-        self.peak * self.ratio(step)
+        let warmup = Warmup { steps: self.warmup as u64, form: WarmupType::Log };
+        let (min, max, total) = (0.0, self.peak, self.total as u64);
+        let deepspeed = match self.kind {
+            Kind::Constant | Kind::Linear | Kind::Cosine => return self.peak * self.ratio(step),
+            Kind::WarmupLr => DeepSpeed::WarmupLr { warmup, min, max },
+            Kind::WarmupDecayLr => DeepSpeed::WarmupDecayLr { warmup, min, max, total },
+            Kind::WarmupCosineLr => {
+                DeepSpeed::WarmupCosineLr { warmup, peak: max, min_ratio: 0.0, cos_min_ratio: 1e-4, total }
+            }
+        };
+        deepspeed.at(step as u64)
     }
 
+    /// The share of the peak, of the schedules that are not DeepSpeed's.
     fn ratio(&self, step: usize) -> f64 {
-        let deepspeed = matches!(self.kind, Kind::WarmupLr | Kind::WarmupDecayLr | Kind::WarmupCosineLr);
-        // DeepSpeed takes at least two warm-up steps: it divides by their logarithm.
-        let warmup = if deepspeed { self.warmup.max(2) } else { self.warmup };
-        if step < warmup {
-            return if deepspeed {
-                ((step + 1) as f64).ln() / (warmup as f64).ln()
-            } else {
-                step as f64 / warmup as f64
-            };
+        if step < self.warmup {
+            return step as f64 / self.warmup as f64;
         }
-        let rest = self.total.saturating_sub(warmup).max(1) as f64;
-        let done = (step - warmup) as f64 / rest;
+        let done = (step - self.warmup) as f64 / self.total.saturating_sub(self.warmup).max(1) as f64;
         match self.kind {
-            Kind::Constant | Kind::WarmupLr => 1.0,
-            Kind::Linear | Kind::WarmupDecayLr => (1.0 - done).max(0.0),
+            Kind::Linear => (1.0 - done).max(0.0),
             Kind::Cosine => 0.5 * (1.0 + (PI * done.min(1.0)).cos()),
-            Kind::WarmupCosineLr => {
-                let done = ((step - warmup + 1) as f64 / rest).min(1.0);
-                1e-4 + (1.0 - 1e-4) * 0.5 * (1.0 + (PI * done).cos())
-            }
+            _ => 1.0,
         }
     }
 }

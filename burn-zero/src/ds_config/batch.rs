@@ -1,0 +1,115 @@
+//! The three batch settings, of which two give the third.
+
+use crate::Error;
+
+/// How many samples a step takes, checked: `train = micro · accumulation · world`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch {
+    /// `train_batch_size`: samples per optimizer step, of all ranks together.
+    pub train: u64,
+    /// `train_micro_batch_size_per_gpu`: samples per forward pass of one rank.
+    pub micro: u64,
+    /// `gradient_accumulation_steps`: micro-batches per optimizer step.
+    pub accumulation: u64,
+}
+
+impl Batch {
+    /// The three settings from those that are given, for `world` ranks, by DeepSpeed's rules: two give the third, rounded
+    /// down; `train` alone means no accumulation; `micro` alone means no accumulation.
+    ///
+    /// # Errors
+    /// DeepSpeed's, in its words: [`Error::NoBatch`], [`Error::ZeroBatch`], and [`Error::Batch`] if they do not multiply.
+    ///
+    /// # Panics
+    /// If the world has no rank.
+    pub fn complete(
+        train: Option<u64>,
+        micro: Option<u64>,
+        accumulation: Option<u64>,
+        world: u64,
+    ) -> Result<Self, Error> {
+        let given = Batch {
+            train: positive(train.unwrap_or(1), "Train batch size")?,
+            micro: positive(micro.unwrap_or(1), "Micro batch size per gpu")?,
+            accumulation: positive(accumulation.unwrap_or(1), "Gradient accumulation steps")?,
+        };
+        let batch = match (train, micro, accumulation) {
+            (Some(_), Some(_), Some(_)) => given,
+            (Some(train), Some(micro), None) => Self { accumulation: train / micro / world, ..given },
+            (Some(train), None, _) => Self { micro: train / world / given.accumulation, ..given },
+            (None, Some(micro), _) => {
+                Self { train: micro.saturating_mul(given.accumulation).saturating_mul(world), ..given }
+            }
+            (None, None, _) => return Err(Error::NoBatch),
+        };
+        positive(batch.micro, "Micro batch size per gpu")?;
+        positive(batch.accumulation, "Gradient accumulation steps")?;
+        let Self { train, micro, accumulation } = batch;
+        if micro.checked_mul(accumulation).and_then(|part| part.checked_mul(world)) != Some(train) {
+            return Err(Error::Batch { train, micro, accumulation, world });
+        }
+        Ok(batch)
+    }
+}
+
+fn positive(number: u64, what: &'static str) -> Result<u64, Error> {
+    if number == 0 { Err(Error::ZeroBatch { what }) } else { Ok(number) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_settings_give_the_third() {
+        // (train, micro, accumulation, world, expected)
+        let table = [
+            (Some(32), Some(4), Some(2), 4, [32, 4, 2]),
+            (Some(32), Some(4), None, 4, [32, 4, 2]),
+            (Some(32), None, Some(2), 4, [32, 4, 2]),
+            (None, Some(4), Some(2), 4, [32, 4, 2]),
+            (Some(32), None, None, 4, [32, 8, 1]),
+            (None, Some(4), None, 4, [16, 4, 1]),
+            (Some(1), None, None, 1, [1, 1, 1]),
+        ];
+        for (train, micro, accumulation, world, expected) in table {
+            let Batch { train, micro, accumulation } = Batch::complete(train, micro, accumulation, world).unwrap();
+            assert_eq!([train, micro, accumulation], expected);
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_said_in_deepspeeds_words() {
+        let missing = "Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided";
+        let product = "Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * \
+                       gradient_acc_step * world_size";
+        let zero = |what: &str| format!("{what}: 0 has to be greater than 0");
+        let table = [
+            (None, None, None, 4, missing.to_owned()),
+            (None, None, Some(2), 4, missing.to_owned()),
+            (Some(32), Some(4), Some(4), 4, format!("{product} 32 != 4 * 4 * 4")),
+            // Rounded down: 10 / 4 / 1, 10 / 2 / 4, 10 / 4.
+            (Some(10), Some(4), None, 1, format!("{product} 10 != 4 * 2 * 1")),
+            (Some(10), None, Some(4), 2, format!("{product} 10 != 1 * 4 * 2")),
+            (Some(10), None, None, 4, format!("{product} 10 != 2 * 1 * 4")),
+            (Some(4), Some(4), None, 2, zero("Gradient accumulation steps")),
+            (Some(2), None, None, 4, zero("Micro batch size per gpu")),
+            (Some(4), None, Some(4), 2, zero("Micro batch size per gpu")),
+            (Some(0), Some(4), Some(4), 1, zero("Train batch size")),
+            (Some(4), Some(0), None, 1, zero("Micro batch size per gpu")),
+            (Some(4), None, Some(0), 1, zero("Gradient accumulation steps")),
+            (None, Some(0), None, 1, zero("Micro batch size per gpu")),
+            (None, Some(4), Some(0), 1, zero("Gradient accumulation steps")),
+        ];
+        for (train, micro, accumulation, world, expected) in table {
+            let found = Batch::complete(train, micro, accumulation, world).unwrap_err().to_string();
+            assert_eq!(found, expected, "{train:?} {micro:?} {accumulation:?} {world}");
+        }
+    }
+
+    #[test]
+    fn products_that_overflow_do_not_panic() {
+        let error = Batch::complete(None, Some(u64::MAX), Some(2), 2).unwrap_err();
+        assert!(matches!(error, Error::Batch { .. }), "{error}");
+    }
+}

@@ -1,0 +1,119 @@
+//! `fp16` and `bf16`: the numbers of the forward and the backward pass.
+
+use super::check::wrong;
+use crate::{
+    Error,
+    precision::{DynamicScale, LossScaler},
+};
+use serde_json::{Map, Value, json};
+
+/// The numbers of the forward and the backward pass; the optimizer's are f32.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Precision {
+    /// f32.
+    F32,
+    /// bf16.
+    Bf16,
+    /// f16, with a scaled loss.
+    F16 {
+        /// A fixed scale, or 0 for the one that moves.
+        loss_scale: f64,
+        /// How it moves.
+        dynamic: DynamicScale,
+    },
+}
+
+impl Precision {
+    /// The scaler of the loss: 1 unless the numbers are f16.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for a scale that cannot be.
+    pub fn loss_scaler(&self) -> Result<LossScaler, Error> {
+        match *self {
+            Self::F32 | Self::Bf16 => LossScaler::fixed(1.0),
+            Self::F16 { loss_scale: 0.0, dynamic } => LossScaler::dynamic(dynamic),
+            Self::F16 { loss_scale, .. } => LossScaler::fixed(loss_scale),
+        }
+    }
+
+    pub(super) fn blocks(&self) -> Map<String, Value> {
+        let (name, block) = match self {
+            Self::F32 => return Map::new(),
+            Self::Bf16 => ("bf16", json!({"enabled": true})),
+            Self::F16 { loss_scale, dynamic } => (
+                "fp16",
+                json!({
+                    "enabled": true,
+                    "loss_scale": loss_scale,
+                    "initial_scale_power": dynamic.initial_scale_power,
+                    "loss_scale_window": dynamic.loss_scale_window,
+                    "hysteresis": dynamic.hysteresis,
+                    "consecutive_hysteresis": dynamic.consecutive_hysteresis,
+                    "min_loss_scale": dynamic.min_loss_scale,
+                }),
+            ),
+        };
+        Map::from_iter([(name.to_owned(), block)])
+    }
+}
+
+/// `fp16`.
+#[derive(serde::Deserialize)]
+#[serde(default)]
+pub(super) struct Fp16 {
+    enabled: bool,
+    loss_scale: f64,
+    initial_scale_power: u32,
+    loss_scale_window: u64,
+    hysteresis: u64,
+    consecutive_hysteresis: bool,
+    min_loss_scale: f64,
+}
+
+impl Default for Fp16 {
+    fn default() -> Self {
+        let dynamic = DynamicScale::default();
+        Self {
+            enabled: false,
+            loss_scale: 0.0,
+            initial_scale_power: dynamic.initial_scale_power,
+            loss_scale_window: dynamic.loss_scale_window,
+            hysteresis: dynamic.hysteresis,
+            consecutive_hysteresis: dynamic.consecutive_hysteresis,
+            min_loss_scale: dynamic.min_loss_scale,
+        }
+    }
+}
+
+/// `bf16`.
+#[derive(Default, serde::Deserialize)]
+#[serde(default)]
+pub(super) struct Bf16 {
+    enabled: bool,
+}
+
+/// # Errors
+/// [`Error::Key`] if both are on, or [`Error::Setting`] for a scale that cannot be.
+pub(super) fn precision(fp16: Fp16, bf16: &Bf16) -> Result<Precision, Error> {
+    let precision = match (fp16.enabled, bf16.enabled) {
+        (true, true) => {
+            let expected = "false, because fp16.enabled is true and they cannot be simultaneously enabled";
+            return Err(wrong("bf16.enabled", expected, "true"));
+        }
+        (false, false) => Precision::F32,
+        (false, true) => Precision::Bf16,
+        (true, false) => Precision::F16 {
+            loss_scale: fp16.loss_scale,
+            dynamic: DynamicScale {
+                initial_scale_power: fp16.initial_scale_power,
+                loss_scale_window: fp16.loss_scale_window,
+                hysteresis: fp16.hysteresis,
+                consecutive_hysteresis: fp16.consecutive_hysteresis,
+                min_loss_scale: fp16.min_loss_scale,
+                ..DynamicScale::default()
+            },
+        },
+    };
+    precision.loss_scaler()?;
+    Ok(precision)
+}

@@ -1,0 +1,92 @@
+//! JSON and YAML trees in which no key stands twice.
+
+use crate::Error;
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Value};
+use std::fmt;
+
+/// A tree; reading it fails where a key stands twice, which serde_json and Python silently take the last of.
+struct Strict(Value);
+
+impl<'de> Deserialize<'de> for Strict {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Tree).map(Self)
+    }
+}
+
+struct Tree;
+
+impl<'de> Visitor<'de> for Tree {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    /// YAML has infinities and NaN, which a tree of JSON cannot hold.
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
+        if value.is_finite() { Ok(value.into()) } else { Err(E::custom(format!("{value} is not a finite number"))) }
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(Strict(item)) = items.next_element()? {
+            list.push(item);
+        }
+        Ok(list.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut map = Map::new();
+        while let Some((key, Strict(value))) = entries.next_entry::<String, Strict>()? {
+            if map.contains_key(&key) {
+                return Err(A::Error::custom(format!("the key `{key}` stands twice")));
+            }
+            map.insert(key, value);
+        }
+        Ok(map.into())
+    }
+}
+
+fn block(Strict(value): Strict) -> Result<Map<String, Value>, Error> {
+    match value {
+        Value::Object(map) => Ok(map),
+        other => Err(Error::Key {
+            key: "the file".to_owned(),
+            expected: "keys and values".to_owned(),
+            found: other.to_string(),
+        }),
+    }
+}
+
+/// The top block of a JSON file.
+pub(super) fn from_json(text: &str) -> Result<Map<String, Value>, Error> {
+    let syntax = |error: serde_json::Error| Error::Syntax { format: "JSON", message: error.to_string() };
+    block(serde_json::from_str(text).map_err(syntax)?)
+}
+
+/// The top block of a YAML file.
+pub(super) fn from_yaml(text: &str) -> Result<Map<String, Value>, Error> {
+    let syntax = |error: serde_yaml_ng::Error| Error::Syntax { format: "YAML", message: error.to_string() };
+    block(serde_yaml_ng::from_str(text).map_err(syntax)?)
+}

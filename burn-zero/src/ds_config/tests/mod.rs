@@ -1,0 +1,29 @@
+//! The laws of reading configurations.
+
+mod accelerate;
+mod blocks;
+mod keys;
+mod resolve;
+
+use super::*;
+use crate::Error;
+
+/// The configuration of a JSON text on two ranks, `"auto"`s by their defaults.
+fn resolve(text: &str) -> Result<DsConfig, Error> {
+    Document::from_json(text)?.resolve(2, &AutoValues::default())
+}
+
+/// The same for a text that says nothing of batches.
+fn with_batch(text: &str) -> Result<DsConfig, Error> {
+    let text = text.trim().strip_prefix('{').unwrap();
+    let comma = if text.trim_start().starts_with('}') { "" } else { "," };
+    resolve(&format!("{{\"train_micro_batch_size_per_gpu\": 1{comma} {text}"))
+}
+
+fn message<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
+    result.unwrap_err().to_string()
+}
+
+fn keys(config: &DsConfig) -> Vec<&str> {
+    config.unhonoured.iter().map(|it| it.key.as_str()).collect()
+}

@@ -1,0 +1,169 @@
+//! What a LLaMA keeps of a micro-batch for the backward pass.
+
+/// The most logits that exist at a time: the head's loss goes over blocks of tokens and vocabulary.
+pub const LOGITS: u64 = 1 << 21;
+
+/// The sizes of a LLaMA.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// The number of layers.
+    pub layers: u64,
+    /// `hidden_size`.
+    pub hidden: u64,
+    /// `intermediate_size`.
+    pub intermediate: u64,
+    /// `num_attention_heads`.
+    pub heads: u64,
+    /// `num_key_value_heads`.
+    pub kv_heads: u64,
+    /// The width of a head.
+    pub head_dim: u64,
+    /// `vocab_size`.
+    pub vocabulary: u64,
+}
+
+/// Which layers run again in the backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Recompute {
+    /// None: everything is kept.
+    None,
+    /// All: only what goes into each attention and MLP block is kept, and one block's insides at a time.
+    Full,
+}
+
+/// Bytes of one rank, by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Activations {
+    /// What goes into each attention block, each MLP block and the head.
+    pub inputs: u64,
+    /// What the blocks keep inside: all of them, or the largest one where they run again.
+    pub kept: u64,
+    /// The head: normed states, their gradient, log-sum-exp, and one block of logits.
+    pub head: u64,
+    /// The gradients inside the block that is walked backward.
+    pub working: u64,
+}
+
+impl Activations {
+    /// All bytes.
+    pub fn total(&self) -> u64 {
+        self.inputs + self.kept + self.head + self.working
+    }
+}
+
+impl Shape {
+    /// The number of weights, with the embedding used as head (`tied`) or with a head of its own.
+    pub fn parameters(&self, tied: bool) -> u64 {
+        let embedding = self.vocabulary * self.hidden;
+        let ends = if tied { embedding } else { 2 * embedding };
+        ends + self.layers * (self.attention_parameters() + self.mlp_parameters()) + self.hidden
+    }
+
+    /// The number of weights of the largest segment: embedding or head, an attention block or an MLP block.
+    pub fn largest_segment(&self) -> u64 {
+        let head = self.vocabulary * self.hidden + self.hidden;
+        head.max(self.attention_parameters()).max(self.mlp_parameters())
+    }
+
+    fn attention_parameters(&self) -> u64 {
+        self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads) + self.hidden
+    }
+
+    fn mlp_parameters(&self) -> u64 {
+        3 * self.hidden * self.intermediate + self.hidden
+    }
+
+    /// The bytes that a micro-batch of `tokens` needs on top of the states, with numbers of `bytes` bytes.
+    ///
+    /// An attention block keeps its input, the normed input, queries, keys, values, output and log-sum-exp (four bytes); an
+    /// MLP block its input, the normed input, gate, up and their product. What only some methods keep besides, LoRA's narrow
+    /// products or a P-tuning prefix, is not counted.
+    pub fn activations(&self, tokens: u64, bytes: u64, recompute: Recompute) -> Activations {
+        let (wide, narrow) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let attention = tokens * (bytes * (self.hidden + 2 * wide + 2 * narrow) + 4 * self.heads);
+        let mlp = tokens * bytes * (self.hidden + 3 * self.intermediate);
+        let kept = match recompute {
+            Recompute::None => self.layers * (attention + mlp),
+            Recompute::Full if self.layers == 0 => 0,
+            Recompute::Full => attention.max(mlp),
+        };
+        let logits = 4 * LOGITS.min(tokens * self.vocabulary);
+        let working = self.hidden + (2 * (wide + narrow)).max(3 * self.intermediate);
+        Activations {
+            inputs: tokens * bytes * self.hidden * (2 * self.layers + 1),
+            kept,
+            head: tokens * (bytes * 2 * self.hidden + 4) + logits,
+            working: tokens * bytes * working,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(sizes: [u64; 7]) -> Shape {
+        let [layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary] = sizes;
+        Shape { layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary }
+    }
+
+    /// (sizes, tied, parameters of the published checkpoint)
+    #[test]
+    fn published_models_have_their_number_of_weights() {
+        let table = [
+            ([22, 2048, 5632, 32, 4, 64, 32000], false, 1_100_048_384),
+            ([32, 4096, 11008, 32, 32, 128, 32000], false, 6_738_415_616),
+            ([16, 2048, 8192, 32, 8, 64, 128_256], true, 1_235_814_400),
+            ([28, 3072, 8192, 24, 8, 128, 128_256], true, 3_212_749_824),
+            ([32, 4096, 14336, 32, 8, 128, 128_256], false, 8_030_261_248),
+            ([40, 5120, 13824, 40, 40, 128, 32000], false, 13_015_864_320),
+        ];
+        for (sizes, tied, expected) in table {
+            assert_eq!(shape(sizes).parameters(tied), expected, "{sizes:?}");
+        }
+        assert_eq!(shape(table[0].0).largest_segment(), 32000 * 2048 + 2048);
+        assert_eq!(shape([1, 64, 512, 4, 2, 16, 8]).largest_segment(), 3 * 64 * 512 + 64);
+    }
+
+    #[test]
+    fn every_kept_tensor_is_counted() {
+        let shape = shape([3, 64, 176, 4, 2, 16, 512]);
+        let tokens = 10;
+        let found = shape.activations(tokens, 4, Recompute::None);
+        let attention = [64, 64, 32, 32, 64, 4]; // normed, q, k, v, output, log-sum-exp
+        let mlp = [64, 176, 176, 176]; // normed, gate, up, product
+        let layer: u64 = attention.iter().chain(&mlp).sum();
+        assert_eq!(found.inputs, 4 * tokens * 64 * 7);
+        assert_eq!(found.kept, 3 * 4 * tokens * layer);
+        assert_eq!(found.head, 4 * tokens * (2 * 64 + 1) + 4 * tokens * 512);
+        assert_eq!(found.working, 4 * tokens * (64 + 3 * 176));
+        assert_eq!(found.total(), found.inputs + found.kept + found.head + found.working);
+    }
+
+    #[test]
+    fn recomputing_keeps_the_inputs_and_one_block() {
+        let shape = shape([3, 64, 176, 4, 2, 16, 512]);
+        let (all, none) = (shape.activations(10, 4, Recompute::None), shape.activations(10, 4, Recompute::Full));
+        assert_eq!(none.kept, 4 * 10 * (64 + 3 * 176));
+        assert_eq!(Activations { kept: all.kept, ..none }, all);
+    }
+
+    #[test]
+    fn half_the_bytes_need_half_the_memory_but_for_sums_and_logits() {
+        let shape = shape([3, 64, 176, 4, 2, 16, 512]);
+        let (full, half) = (shape.activations(8, 4, Recompute::None), shape.activations(8, 2, Recompute::None));
+        assert_eq!(full.inputs, 2 * half.inputs);
+        assert_eq!(full.kept + 3 * 8 * 4 * 4, 2 * half.kept);
+        assert_eq!(full.working, 2 * half.working);
+    }
+
+    #[test]
+    fn logits_never_take_more_than_a_block() {
+        let shape = shape([1, 8, 8, 1, 1, 8, 128_256]);
+        let rest = |tokens| tokens * (4 * 2 * 8 + 4);
+        for (tokens, logits) in [(1, 128_256), (16, 16 * 128_256), (17, LOGITS), (100_000, LOGITS)] {
+            let found = shape.activations(tokens, 4, Recompute::None).head;
+            assert_eq!(found, rest(tokens) + 4 * logits, "{tokens} tokens");
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! Schedules as others have them.
+
+use super::*;
+
+/// A rank's row as DeepSpeed's goldens are written: `F0 . F1 B0`.
+fn row(schedule: &Schedule, rank: usize) -> String {
+    let cell = |work: &Option<Work>| match work {
+        None => ".".to_owned(),
+        Some(Work { pass: Pass::Forward, micro_batch, .. }) => format!("F{micro_batch}"),
+        Some(Work { micro_batch, .. }) => format!("B{micro_batch}"),
+    };
+    schedule.rows()[rank].iter().map(cell).collect::<Vec<_>>().join(" ")
+}
+
+/// DeepSpeed's TrainSchedule, computed from its formulas.
+#[test]
+fn the_goldens_of_deepspeed_hold() {
+    let rows = |ranks, micro_batches| {
+        let schedule = Schedule::new(Kind::OneFOneB, Layout::new(ranks, 1, micro_batches).unwrap()).unwrap();
+        (0..ranks).map(|rank| row(&schedule, rank)).collect::<Vec<_>>()
+    };
+    assert_eq!(rows(2, 4), ["F0 . F1 B0 F2 B1 F3 B2 . B3", ". F0 B0 F1 B1 F2 B2 F3 B3 ."]);
+    let four = rows(4, 4);
+    assert_eq!(four[0], "F0 . F1 . F2 . F3 B0 . B1 . B2 . B3");
+    assert_eq!(four[3], ". . . F0 B0 F1 B1 F2 B2 F3 B3 . . .");
+    for (ranks, micro_batches) in [(1, 1), (2, 4), (3, 5), (4, 4), (8, 3), (5, 16)] {
+        for (stage, row) in rows(ranks, micro_batches).iter().enumerate() {
+            let slots = row.split(' ').enumerate().collect::<Vec<_>>();
+            assert_eq!(slots.len(), 2 * (micro_batches + ranks - 1));
+            for (slot, cell) in slots {
+                assert_eq!(cell, deepspeed(slot as i64, stage as i64, ranks as i64, micro_batches as i64));
+            }
+        }
+    }
+}
+
+/// The cell of DeepSpeed's schedule by its four formulas, one per parity of slot and stage (here all divisions are exact).
+fn deepspeed(slot: i64, stage: i64, stages: i64, micro_batches: i64) -> String {
+    let (pass, micro_batch) = match (slot % 2, stage % 2) {
+        (0, 0) => ('F', slot / 2 - stage / 2),
+        (1, 1) => ('F', (slot - 1) / 2 - (stage - 1) / 2),
+        (0, _) => ('B', slot / 2 - stages + (stage + 1) / 2),
+        (_, _) => ('B', (slot - 1) / 2 - stages + 1 + stage / 2),
+    };
+    if (0..micro_batches).contains(&micro_batch) { format!("{pass}{micro_batch}") } else { ".".to_owned() }
+}
+
+#[test]
+fn instructions_are_those_of_deepspeed() {
+    let list = &program(Kind::OneFOneB, 3, 1, 4).ranks[1];
+    let count = |wanted: fn(&Instruction) -> bool| list.iter().filter(|instruction| wanted(instruction)).count();
+    assert_eq!(count(|i| matches!(i, Instruction::Compute(_))), 8);
+    assert_eq!(count(|i| matches!(i, Instruction::Send { to: 2, work: Work { pass: Pass::Forward, .. } })), 4);
+    assert_eq!(count(|i| matches!(i, Instruction::Send { to: 0, work: Work { pass: Pass::Backward, .. } })), 4);
+    assert_eq!(count(|i| matches!(i, Instruction::Recv { from: 0, work: Work { pass: Pass::Forward, .. } })), 4);
+    assert_eq!(count(|i| matches!(i, Instruction::Recv { from: 2, work: Work { pass: Pass::Backward, .. } })), 4);
+    assert_eq!(list.len(), 24 + 3);
+    assert_eq!(list[24..], Instruction::CLOSING);
+    // One rank sends nothing, however many chunks it has.
+    assert_eq!(program(Kind::Interleaved1F1B, 1, 3, 2).ranks[0].len(), 12 + 3);
+}
+
+#[test]
+fn interleaving_one_chunk_is_1f1b() {
+    for (ranks, micro_batches) in [(1, 3), (2, 4), (4, 8), (8, 16)] {
+        let layout = Layout::new(ranks, 1, micro_batches).unwrap();
+        let order = |kind| {
+            let schedule = Schedule::new(kind, layout).unwrap();
+            schedule.rows().iter().map(|row| row.iter().flatten().copied().collect()).collect::<Vec<Vec<_>>>()
+        };
+        assert_eq!(order(Kind::Interleaved1F1B), order(Kind::OneFOneB));
+    }
+}
+
+/// PyTorch 2.9's `Interleaved1F1B` for 2 ranks with 2 stages each and 4 micro-batches. It has the same orders, with idle slots where
+/// its own rules put them.
+#[test]
+fn the_interleaved_order_is_that_of_pytorch() {
+    let text = "0F0,0F1,2F0,2F1,,,0F2,2B0,0F3,2B1,2F2,0B0,2F3,0B1,,2B2,,2B3,,0B2,,0B3\n\
+                ,1F0,1F1,,3F0,3B0,3F1,3B1,1F2,1B0,1F3,1B1,3F2,3B2,3F3,3B3,,1B2,,1B3\n";
+    let theirs = Schedule::from_csv(text).unwrap();
+    let ours = Schedule::new(Kind::Interleaved1F1B, theirs.layout()).unwrap();
+    let order = |schedule: &Schedule, rank: usize| schedule.rows()[rank].iter().flatten().copied().collect::<Vec<_>>();
+    for rank in 0..2 {
+        assert_eq!(order(&theirs, rank), order(&ours, rank));
+    }
+    assert_eq!((theirs.rows()[0].len(), ours.rows()[0].len()), (22, 18));
+    assert_eq!(theirs.program(Transport::Blocking).validate(Transport::Blocking), Ok(()));
+}

@@ -1,0 +1,5 @@
+//! Training in half precision: what keeps small gradients from rounding to zero.
+
+mod loss_scaler;
+
+pub use loss_scaler::{DynamicScale, LossScaler};
