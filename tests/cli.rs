@@ -6,7 +6,8 @@ use std::{
     collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
+    time::Duration,
 };
 use tempfile::TempDir;
 
@@ -90,16 +91,27 @@ impl Work {
         fs::write(self.at(name), safetensors::serialize(tensors, None).unwrap()).unwrap();
     }
 
-    /// Runs the binary in this folder, far from the user's caches and from the network.
-    fn run(&self, arguments: &[&str]) -> Done {
+    /// The binary in this folder, far from the user's caches and from the network.
+    fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_medqa"));
         command.args(arguments).current_dir(self.0.path()).env("HOME", self.at("home")).env("HF_HUB_OFFLINE", "1");
         for name in ["XDG_CACHE_HOME", "HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "MEDQA_CACHE"] {
             command.env_remove(name);
         }
-        let output = command.output().unwrap();
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Done {
+        let output = self.command(arguments).output().unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         Done { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    }
+
+    fn json_of_latest_checkpoint(&self, folder: &str) -> Value {
+        let names =
+            fs::read_dir(self.at(folder)).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let steps = names.filter_map(|name| name.strip_prefix("checkpoint-")?.parse::<usize>().ok());
+        self.json(&format!("{folder}/checkpoint-{}/state.json", steps.max().unwrap()))
     }
 
     fn succeed(&self, arguments: &[&str]) -> Done {
@@ -661,4 +673,104 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
     table.push(([&["train", "run.toml", "--dir", "out"], &drop[..]].concat(), &["train.jsonl", "max_length", "20"]));
     let rows: Vec<(&[&str], &[&str])> = table.iter().map(|(arguments, words)| (&arguments[..], *words)).collect();
     refused(&rows);
+}
+
+/// A long run that saves after every step, into `folder`.
+fn long<'a>(folder: &'a str, sets: &[&'a str]) -> Vec<&'a str> {
+    let mut arguments = vec!["train", "run.toml", "--dir", folder, "--set", "train.save_every=1"];
+    for set in ["method.dropout=0.1", "train.eval_every=40", "train.learning_rate=1e-3"].iter().chain(sets) {
+        arguments.extend(["--set", set]);
+    }
+    arguments
+}
+
+/// `metrics.jsonl` without what differs from one run of the same steps to another.
+fn lasting(work: &Work, folder: &str) -> Vec<Value> {
+    let line = |line: &str| {
+        let mut line: Value = serde_json::from_str(line).unwrap();
+        for key in ["elapsed_seconds", "tokens_per_second", "peak_rss_bytes"] {
+            line.as_object_mut().unwrap().remove(key);
+        }
+        line
+    };
+    work.text(&format!("{folder}/metrics.jsonl")).lines().map(line).collect()
+}
+
+/// Kills the run in `folder` once it has written `lines` lines and a moment more has passed.
+fn kill_after(work: &Work, arguments: &[&str], folder: &str, lines: usize, moment: Duration) {
+    let mut run = work.command(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let metrics = work.at(&format!("{folder}/metrics.jsonl"));
+    let written = || fs::read_to_string(&metrics).unwrap_or_default().lines().count();
+    while written() < lines {
+        assert!(run.try_wait().unwrap().is_none(), "ended early: {:?}", run.wait_with_output());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(moment);
+    run.kill().unwrap();
+    run.wait().unwrap();
+}
+
+#[test]
+fn runs_that_were_killed_go_on_bit_for_bit() {
+    let work = Work::new();
+    for (kills, sets, written) in [
+        (20, vec!["train.max_steps=260"], "adapter/adapter_model.safetensors"),
+        (3, vec!["train.max_steps=60", "method.kind=full"], "model/model.safetensors"),
+    ] {
+        let (whole, broken) = (format!("whole-{kills}"), format!("broken-{kills}"));
+        work.succeed(&long(&whole, &sets));
+        for kill in 0..kills {
+            let mut arguments = long(&broken, &sets);
+            arguments.extend((kill > 0).then_some("--resume"));
+            // Steps and saves take about as long as each other here: many of the moments lie inside a save.
+            let moment = Duration::from_micros(kill as u64 * 2654435761 % 7000);
+            kill_after(&work, &arguments, &broken, 12 * (kill + 1), moment);
+        }
+        let mut arguments = long(&broken, &sets);
+        arguments.push("--resume");
+        let done = work.succeed(&arguments);
+        assert!(done.stderr.contains("going on after step"), "{done:?}");
+        let bytes = |folder: &str| fs::read(work.at(&format!("{folder}/{written}"))).unwrap();
+        assert_eq!(bytes(&broken), bytes(&whole));
+        assert_eq!(lasting(&work, &broken), lasting(&work, &whole));
+        let left: Vec<_> =
+            work.listing().into_keys().filter(|path| path.extension() == Some("part".as_ref())).collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+#[test]
+fn an_interrupted_run_leaves_a_checkpoint_and_can_be_longer_when_it_goes_on() {
+    let work = Work::new();
+    let arguments = ["train", "run.toml", "--dir", "run", "--set", "train.max_steps=100000"];
+    let run = work.command(&arguments).stderr(Stdio::piped()).spawn().unwrap();
+    while !work.at("run/metrics.jsonl").exists() || work.text("run/metrics.jsonl").lines().count() < 4 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(Command::new("kill").args(["-INT", &run.id().to_string()]).status().unwrap().success());
+    let output = run.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{stderr}");
+    let step: usize = work.json_of_latest_checkpoint("run")["step"].as_u64().unwrap() as usize;
+    assert!(stderr.contains(&format!("interrupted after step {step}")), "{stderr}");
+    let steps = format!("train.max_steps={}", step + 5);
+    work.succeed(&["train", "run.toml", "--dir", "run", "--resume", "--set", &steps]);
+    assert_eq!(lasting(&work, "run").last().unwrap()["step"], json!(step + 5));
+    // What cannot be resumed says so.
+    for (arguments, words) in [
+        (vec!["--dir", "run", "--resume", "--set", &steps], "the run is complete"),
+        (vec!["--dir", "other", "--resume"], "there is no run to resume"),
+    ] {
+        let done = work.run(&[&["train", "run.toml"], &arguments[..]].concat());
+        assert!(done.code == Some(2) && done.stderr.contains(words), "{done:?}");
+    }
+    fs::remove_file(work.at("run/summary.json")).unwrap();
+    let done = work.run(&["train", "run.toml", "--dir", "run", "--resume", "--set", "method.r=8"]);
+    assert!(done.code == Some(2) && done.stderr.contains("`method.r`: the run has 4, the recipe 8"), "{done:?}");
+    let state = work.at(&format!("run/checkpoint-{step}/training.safetensors"));
+    let bytes = fs::read(&state).unwrap();
+    fs::write(&state, &bytes[..bytes.len() / 2]).unwrap();
+    let done = work.run(&["train", "run.toml", "--dir", "run", "--resume", "--set", &steps]);
+    let clear = done.stderr.contains("the checkpoint is damaged; remove this folder");
+    assert!(done.code == Some(2) && clear && !done.stderr.contains("panicked"), "{done:?}");
 }

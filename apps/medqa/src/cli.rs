@@ -34,6 +34,9 @@ enum Verb {
         /// The folder for everything the run writes; default: runs/NAME-OF-RECIPE
         #[arg(long)]
         dir: Option<PathBuf>,
+        /// Go on with the run in --dir after its last checkpoint
+        #[arg(long)]
+        resume: bool,
     },
     /// Measure a model: the loss of answers, or accuracy on PubMedQA
     Eval(EvalArgs),
@@ -139,7 +142,7 @@ pub fn run(cli: Cli) -> Result<()> {
             println!("{}", fetch::fetch(&name, dest.as_deref())?.display());
             Ok(())
         }
-        Verb::Train { recipe, sets, dir } => train::train(&recipe, &sets, dir),
+        Verb::Train { recipe, sets, dir, resume } => train::train(&recipe, &sets, dir, resume),
         Verb::Eval(args) => eval::eval(&args),
         Verb::Chat(args) => chat::chat(&args),
         Verb::Logits { model, text, out } => logits::logits(&model, &text, &out),

@@ -1,19 +1,42 @@
 //! What a run writes about itself.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde_json::Value;
-use std::{fs::File, io::Write, path::Path};
+use std::{
+    fs::File,
+    io::{Seek, SeekFrom, Write},
+    path::Path,
+};
 
 /// `metrics.jsonl`: one line per step or evaluation, written at once.
-pub struct Metrics(File);
+pub struct Metrics {
+    file: File,
+    bytes: u64,
+}
 
 impl Metrics {
-    pub fn create(path: &Path) -> Result<Self> {
-        Ok(Self(File::create(path).with_context(|| format!("{}: cannot be written", path.display()))?))
+    /// Opens the file to write behind its first `bytes`; the rest is cut off.
+    pub fn open(path: &Path, bytes: u64) -> Result<Self> {
+        let place = || format!("{}: cannot be written", path.display());
+        let mut file = File::options().write(true).create(true).truncate(false).open(path).with_context(place)?;
+        let found = file.metadata().with_context(place)?.len();
+        if found < bytes {
+            bail!("{}: expected at least {bytes} bytes from before, found {found}", path.display());
+        }
+        file.set_len(bytes).and_then(|()| file.seek(SeekFrom::End(0))).with_context(place)?;
+        Ok(Self { file, bytes })
     }
 
     pub fn write(&mut self, line: &Value) -> Result<()> {
-        writeln!(self.0, "{line}").context("metrics.jsonl cannot be written")
+        let line = format!("{line}\n");
+        self.file.write_all(line.as_bytes()).context("metrics.jsonl: cannot be written")?;
+        self.bytes += line.len() as u64;
+        Ok(())
+    }
+
+    /// Bytes written so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
     }
 }
 

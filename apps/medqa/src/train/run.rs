@@ -1,6 +1,10 @@
 //! The step loop.
 
-use super::record::{Metrics, peak_rss_bytes};
+use super::{
+    interrupt,
+    record::{Metrics, peak_rss_bytes},
+    state::{self, Progress},
+};
 use crate::{
     backend::{Inference, Training},
     data::{Encoded, Format, encode, epoch_order, read},
@@ -24,10 +28,15 @@ use serde_json::json;
 use std::{
     fs,
     path::{Path, PathBuf},
+    sync::atomic::Ordering,
     time::Instant,
 };
 
 const ADAPTER: &str = "default";
+/// The exit code of a run that the user interrupted, as shells have it.
+const INTERRUPTED: i32 = 130;
+/// The file of a checkpoint that holds what learns and what the optimizer remembers.
+const STATE: &str = "training.safetensors";
 
 /// A run under way.
 struct Run {
@@ -40,35 +49,65 @@ struct Run {
     sources: Vec<Vec<Example>>,
     valid: Vec<Example>,
     metrics: Metrics,
-    progress: ProgressBar,
+    bar: ProgressBar,
+    /// Of this process; what came before is in `progress`.
     start: Instant,
-    tokens: usize,
-    /// Seconds spent in steps, evaluations and saves aside.
-    stepping: f64,
-    saved: Vec<PathBuf>,
+    progress: Progress,
+}
+
+/// What the user asks of `train` beside the recipe.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// The run folder.
+    pub directory: PathBuf,
+    /// Whether to go on with the run that is in it.
+    pub resume: bool,
 }
 
 /// The verb `train`.
-pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>) -> Result<()> {
+pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, resume: bool) -> Result<()> {
     let recipe = Recipe::load(path, sets)?;
     let name = path.file_stem().unwrap_or_default();
     let directory = directory.unwrap_or_else(|| Path::new("runs").join(name));
-    if directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
-        bail!("{}: the run folder is not empty; choose another with --dir", directory.display());
+    run(recipe, &Options { directory, resume })
+}
+
+/// Trains by a recipe until it ends or the user interrupts it, which leaves a checkpoint.
+pub fn run(recipe: Recipe, options: &Options) -> Result<()> {
+    let directory = &options.directory;
+    if options.resume {
+        state::same_recipe(directory, &recipe)?;
+        if directory.join("summary.json").exists() {
+            bail!("{}: the run is complete; there is nothing to resume", directory.display());
+        }
+    } else if directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
+        bail!(
+            "{}: the run folder is not empty; choose another with --dir, or go on with its run by --resume",
+            directory.display()
+        );
     }
+    let interrupted = interrupt::watch()?;
     let loaded = model::base::<Training>(&recipe.model.path, stored(recipe.model.dtype))?;
-    let mut run = Run::new(recipe, directory, loaded)?;
-    let before = run.evaluate(0)?;
+    let mut run = Run::new(recipe, options, loaded)?;
     let steps = run.steps();
-    run.progress.set_length(steps as u64);
-    for step in 0..steps {
-        run.step(step, steps)?;
+    run.bar.set_length(steps as u64);
+    if run.progress.step == 0 {
+        run.progress.valid_loss_before = run.evaluate(0)?;
     }
-    run.finish(before, steps)
+    for step in run.progress.step..steps {
+        run.step(step, steps)?;
+        if interrupted.load(Ordering::Relaxed) && step + 1 < steps {
+            run.checkpoint(step + 1)?;
+            run.bar.finish_and_clear();
+            eprintln!("interrupted after step {}; go on with --dir {} --resume", step + 1, directory.display());
+            std::process::exit(INTERRUPTED);
+        }
+    }
+    run.finish(steps)
 }
 
 impl Run {
-    fn new(recipe: Recipe, directory: PathBuf, loaded: Loaded<Training>) -> Result<Self> {
+    fn new(recipe: Recipe, options: &Options, loaded: Loaded<Training>) -> Result<Self> {
         let data = &recipe.data;
         let sources = data.train.iter();
         let sources = sources.map(|source| rows(&loaded, data, &source.path, source.format));
@@ -78,29 +117,26 @@ impl Run {
         valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
         let (model, lora) = adapt(loaded.model, &recipe)?;
         let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
-        let engine = Engine::new(optimizer(&recipe), clip, checkpointing(&recipe));
+        let mut engine = Engine::new(optimizer(&recipe), clip, checkpointing(&recipe));
+        let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
+        let (mut model, mut progress) = (model, Progress::default());
+        if let Some(checkpoint) = state::checkpoints(&directory)?.last() {
+            progress = state::read(checkpoint)?;
+            model = engine.restore(model, &checkpoint.join(STATE)).with_context(|| state::advice(checkpoint))?;
+            eprintln!("going on after step {} ({})", progress.step, checkpoint.display());
+        }
         write::whole(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
-        let metrics = Metrics::create(&directory.join("metrics.jsonl"))?;
-        let progress =
+        let metrics = Metrics::open(&directory.join("metrics.jsonl"), progress.metrics_bytes)?;
+        let bar =
             ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}, {eta} left")?);
-        let (start, saved) = (Instant::now(), Vec::new());
-        Ok(Self {
-            recipe,
-            directory,
-            model,
-            engine,
-            lora,
-            tokenizer: loaded.tokenizer,
-            sources,
-            valid,
-            metrics,
-            progress,
-            start,
-            tokens: 0,
-            stepping: 0.0,
-            saved,
-        })
+        let (tokenizer, start) = (loaded.tokenizer, Instant::now());
+        Ok(Self { recipe, directory, model, engine, lora, tokenizer, sources, valid, metrics, bar, start, progress })
+    }
+
+    /// Seconds since the run began, pauses aside.
+    fn elapsed(&self) -> f64 {
+        self.progress.seconds + self.start.elapsed().as_secs_f64()
     }
 
     /// Rows per optimizer step.
@@ -155,15 +191,15 @@ impl Run {
         }
         let learning_rate = self.schedule(steps).at(step);
         let report = self.engine.step(&mut self.model, learning_rate)?;
-        self.tokens += tokens;
         let seconds = begin.elapsed().as_secs_f64();
-        self.stepping += seconds;
+        self.progress.tokens += tokens;
+        self.progress.stepping += seconds;
         let speed = tokens as f64 / seconds;
         self.metrics.write(&json!({
             "step": step + 1, "epoch": (step + 1) as f64 / per_epoch as f64, "loss": loss,
             "learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens": tokens,
             "target_tokens": targets, "tokens_per_second": speed,
-            "elapsed_seconds": self.start.elapsed().as_secs_f64(), "peak_rss_bytes": peak_rss_bytes(),
+            "elapsed_seconds": self.elapsed(), "peak_rss_bytes": peak_rss_bytes(),
         }))?;
         self.show(step + 1, steps, format!("loss {loss:.4}, {speed:.0} tokens/s"));
         let train = &self.recipe.train;
@@ -179,14 +215,14 @@ impl Run {
 
     /// A progress bar on a terminal, a line every tenth of the way otherwise.
     fn show(&self, step: usize, steps: usize, message: String) {
-        if self.progress.is_hidden() {
+        if self.bar.is_hidden() {
             if step == 1 || step.is_multiple_of((steps / 10).max(1)) || step == steps {
                 let left = self.start.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64;
                 eprintln!("step {step}/{steps}: {message}, {left:.0} s left");
             }
         } else {
-            self.progress.set_message(message);
-            self.progress.set_position(step as u64);
+            self.bar.set_message(message);
+            self.bar.set_position(step as u64);
         }
     }
 
@@ -197,13 +233,13 @@ impl Run {
         let model: Llama<Inference> = self.model.valid();
         let (loss, _) = mean_loss(&model, &self.valid, (self.recipe.train.steps.batch_size, self.recipe.data.packing))?;
         self.metrics.write(&json!({
-            "step": step, "valid_loss": loss, "elapsed_seconds": self.start.elapsed().as_secs_f64(),
+            "step": step, "valid_loss": loss, "elapsed_seconds": self.elapsed(),
         }))?;
         let message = format!("step {step}: validation loss {loss:.4}");
-        if self.progress.is_hidden() {
+        if self.bar.is_hidden() {
             eprintln!("{message}")
         } else {
-            self.progress.println(message)
+            self.bar.println(message)
         }
         Ok(Some(loss))
     }
@@ -221,26 +257,28 @@ impl Run {
         Ok(())
     }
 
+    /// Writes all that it takes to go on after `step`, and removes what is older than the recipe keeps.
     fn checkpoint(&mut self, step: usize) -> Result<()> {
-        let directory = self.directory.join(format!("checkpoint-{step}"));
-        self.save(&directory)?;
-        self.saved.push(directory);
-        while self.saved.len() > self.recipe.train.saving.keep {
-            let old = self.saved.remove(0);
-            fs::remove_dir_all(&old).with_context(|| format!("{}: cannot be removed", old.display()))?;
-        }
-        Ok(())
+        let progress =
+            Progress { step, seconds: self.elapsed(), metrics_bytes: self.metrics.bytes(), ..self.progress.clone() };
+        state::commit(&self.directory.join(format!("checkpoint-{step}")), &progress, |directory| {
+            self.save(directory)?;
+            Ok(self.engine.save(&self.model, &directory.join(STATE))?)
+        })?;
+        let all = state::checkpoints(&self.directory)?;
+        let surplus = all.len().saturating_sub(self.recipe.train.saving.keep);
+        all[..surplus].iter().try_for_each(|old| state::remove(old))
     }
 
-    fn finish(mut self, before: Option<f64>, steps: usize) -> Result<()> {
+    fn finish(mut self, steps: usize) -> Result<()> {
         let after = self.evaluate(steps)?;
         let directory = self.directory.clone();
         self.save(&directory)?;
-        self.progress.finish_and_clear();
-        let seconds = self.start.elapsed().as_secs_f64();
+        self.bar.finish_and_clear();
+        let Progress { tokens, stepping, valid_loss_before, .. } = self.progress;
         let summary = json!({
-            "valid_loss_before": before, "valid_loss_after": after, "steps": steps, "seconds": seconds,
-            "tokens": self.tokens, "tokens_per_second": self.tokens as f64 / self.stepping,
+            "valid_loss_before": valid_loss_before, "valid_loss_after": after, "steps": steps,
+            "seconds": self.elapsed(), "tokens": tokens, "tokens_per_second": tokens as f64 / stepping,
             "peak_rss_bytes": peak_rss_bytes(),
             "trainable_parameters": param::count_trainable::<Training, _>(&self.model),
         });
