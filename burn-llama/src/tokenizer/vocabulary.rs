@@ -12,7 +12,7 @@ use crate::error::Error;
 
 /// How text between special tokens becomes ids.
 #[derive(Debug, Clone)]
-enum Model {
+pub(super) enum Model {
     /// Byte-level BPE.
     Bpe(Box<tokenizers::Tokenizer>),
     /// SentencePiece: the score of every token, and whether a space is put before a text.
@@ -48,14 +48,17 @@ impl Model {
 /// The vocabulary of a GGUF file.
 #[derive(Debug, Clone)]
 pub(super) struct Vocabulary {
-    tokens: Vec<String>,
+    pub tokens: Vec<String>,
     ids: HashMap<String, u32>,
-    kinds: Vec<Kind>,
+    /// What every token is.
+    pub kinds: Vec<Kind>,
     /// Ids that are looked for in the text, those of the longest tokens first.
     parsed: Vec<u32>,
-    model: Model,
+    pub model: Model,
     /// What `add_special_tokens` puts before and after a text.
-    around: (Option<u32>, Option<u32>),
+    pub around: (Option<u32>, Option<u32>),
+    /// What stands for text without a token, where not even bytes have one.
+    pub unknown: Option<u32>,
 }
 
 /// A part of a text: still text, or the special token that stood there.
@@ -85,9 +88,11 @@ impl Vocabulary {
             Ok::<_, Error>(gguf.typed(&key, "a boolean", Value::as_bool)?.unwrap_or(default))
         };
         let (add_bos, add_eos) = (flag("bos", add_bos)?, flag("eos", false)?);
-        let mut vocabulary = Self { tokens, ids, kinds, parsed, model, around: (None, None) };
+        let mut vocabulary = Self { tokens, ids, kinds, parsed, model, around: (None, None), unknown: None };
         let special = vocabulary.special(gguf)?;
         vocabulary.around = (special.bos.filter(|_| add_bos), special.eos.filter(|_| add_eos));
+        let named = gguf.integer("tokenizer.ggml.unknown_token_id")?.and_then(|id| u32::try_from(id).ok());
+        vocabulary.unknown = named.filter(|id| vocabulary.token(*id).is_some());
         Ok(vocabulary)
     }
 
