@@ -50,6 +50,16 @@ pub struct Batch<B: Backend> {
 }
 
 impl<B: Kernels> Llama<B> {
+    /// Whether [`Llama::batch`] takes these rows, found out before anything is computed.
+    ///
+    /// # Errors
+    /// If a token is not in the model's vocabulary, or a row is longer than the model's rotary frequencies cover.
+    pub fn accepts(&self, examples: &[Example]) -> Result<(), Error> {
+        check_ids(examples.iter().flat_map(|example| &example.ids), self.config().vocab_size)?;
+        let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
+        self.config().rope_scaling.check_length(longest)
+    }
+
     /// `examples` as one padded batch; every target's loss is multiplied by `weight`.
     ///
     /// # Errors
@@ -58,7 +68,7 @@ impl<B: Kernels> Llama<B> {
     /// # Panics
     /// If no token is a target, or a row is empty.
     pub fn batch(&self, examples: &[Example], weight: f32, pass: Pass) -> Result<Batch<B>, Error> {
-        check_ids(examples.iter().flat_map(|example| &example.ids), self.config().vocab_size)?;
+        self.accepts(examples)?;
         let layout = Layout::padded(&examples.iter().map(|example| example.ids.len()).collect::<Vec<_>>());
         let (length, device) = (layout.length, self.device());
         let mut ids = vec![0i32; layout.rows * length];

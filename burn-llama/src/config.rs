@@ -102,7 +102,7 @@ impl LlamaConfig {
     pub fn load(path: &Path) -> Result<Self, Error> {
         let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
         let value = serde_json::from_slice(&text).map_err(|e| Error::format(path, "content", "JSON", e.to_string()))?;
-        Self::from_json(value)
+        Self::from_json(value).map_err(|error| error.in_file(path))
     }
 
     /// Reads the fields of a `config.json`.

@@ -76,6 +76,15 @@ impl Error {
         Self::Format { path: path.to_owned(), key: key.into(), expected: expected.into(), found: found.into() }
     }
 
+    /// Names the file in which a wrong configuration field or a template that does not parse stands.
+    pub fn in_file(self, path: &Path) -> Self {
+        match self {
+            Self::Config { field, expected, found } => Self::format(path, field, expected, found),
+            Self::Template { message } => Self::format(path, "chat_template", "a Jinja template that parses", message),
+            other => other,
+        }
+    }
+
     /// A configuration field with a wrong or unsupported value.
     pub fn config(field: impl Into<String>, expected: impl Into<String>, found: impl ToString) -> Self {
         Self::Config { field: field.into(), expected: expected.into(), found: found.to_string() }

@@ -78,7 +78,9 @@ pub fn load<B: LinearKernels, M: Linears<B>>(
                 let key = format::key(path, part);
                 match tensors.remove(&key) {
                     Some(tensor) if tensor.shape.as_slice() == shape => found.push(tensor),
-                    Some(tensor) => problems.push(format!("{key}: expected {shape:?}, found {:?}", tensor.shape)),
+                    Some(tensor) => {
+                        problems.push(format!("{key}: expected {shape:?}, found {:?}", tensor.shape.as_slice()))
+                    }
                     None => problems.push(format!("{key} is missing")),
                 }
             }

@@ -3,7 +3,7 @@
 use crate::{chat, data::Format, eval, export, fetch, logits, train};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use std::{num::NonZeroUsize, path::PathBuf};
 
 /// Fine-tune, evaluate and chat with a LLaMA on medical questions.
 #[derive(Parser)]
@@ -92,13 +92,13 @@ pub struct EvalArgs {
     pub format: Format,
     /// Only the first rows
     #[arg(long)]
-    pub limit: Option<usize>,
+    pub limit: Option<NonZeroUsize>,
     /// Cut rows to this many tokens
     #[arg(long)]
     pub max_length: Option<usize>,
     /// Rows computed together, for qa-loss
-    #[arg(long, default_value_t = 4)]
-    pub batch_size: usize,
+    #[arg(long, default_value = "4")]
+    pub batch_size: NonZeroUsize,
     /// Write the result, with every item, as JSON
     #[arg(long)]
     pub out: Option<PathBuf>,

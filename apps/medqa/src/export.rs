@@ -86,7 +86,7 @@ fn file(loaded: &Loaded<Inference>, args: &ExportArgs) -> Result<()> {
 fn directory(loaded: &Loaded<Inference>, args: &ExportArgs) -> Result<()> {
     let config = loaded.model.config();
     if config.to_json()["rope_scaling"]["rope_type"] == "factors" {
-        let model = loaded.path.display();
+        let model = &args.model.model;
         bail!(
             "{model}: rope_freqs.weight: expected Llama 3's divisors, the only ones transformers knows; export to GGUF"
         );

@@ -5,11 +5,10 @@ use anyhow::{Context, Result};
 use burn::tensor::DType;
 use burn_llama::{Checkpoint, Llama, Message, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels};
 use burn_peft::adapter;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// A model that is ready to compute.
 pub struct Loaded<B: Kernels> {
-    pub path: PathBuf,
     pub model: Llama<B>,
     pub tokenizer: Tokenizer,
 }
@@ -36,7 +35,7 @@ pub fn base<B: Kernels>(name: &str, dtype: DType) -> Result<Loaded<B>> {
         None => tokenizer(&path)?,
     };
     let model = checkpoint.load::<B>(dtype, &B::Device::default())?;
-    Ok(Loaded { path, model, tokenizer })
+    Ok(Loaded { model, tokenizer })
 }
 
 fn tokenizer(path: &Path) -> Result<Tokenizer> {
@@ -52,8 +51,9 @@ pub fn warn_unknown(directory: &Path, unknown: &[String]) {
 
 /// The tokens of a conversation by the model's own template, ready for the assistant's next words.
 pub fn conversation(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
-    let template =
-        tokenizer.chat_template().context("the model has no chat template; use an instruction-tuned model")?;
+    let template = tokenizer
+        .chat_template()
+        .with_context(|| format!("{}: no chat template; use an instruction-tuned model", tokenizer.path().display()))?;
     // The template writes the special tokens itself.
     Ok(tokenizer.encode(&template.render(messages, true)?, false)?)
 }

@@ -43,7 +43,8 @@ impl Checkpoint {
             (config, Source::HuggingFace(safetensors::Shards::open(path)?))
         } else {
             let gguf = Gguf::open(path)?;
-            (LlamaConfig::from_json(gguf.config_json()?)?, Source::Gguf(Box::new(gguf)))
+            let config = LlamaConfig::from_json(gguf.config_json()?).map_err(|error| error.in_file(path))?;
+            (config, Source::Gguf(Box::new(gguf)))
         };
         Ok(Self { path: path.to_owned(), config, source })
     }

@@ -1,6 +1,6 @@
 //! The tokenizer of a Hugging Face directory, put together as `transformers` 5 does it.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use tokenizers::decoders::byte_fallback::ByteFallback;
@@ -28,7 +28,7 @@ impl Tokenizer {
     /// # Errors
     ///
     /// [`Error::Io`] if `tokenizer.json` is missing, [`Error::Tokenizer`] if it or a configuration is malformed,
-    /// [`Error::Template`] if the chat template does not parse.
+    /// [`Error::Format`] if the chat template does not parse.
     pub fn from_dir(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|source| Error::io(&path, source))?;
@@ -38,7 +38,8 @@ impl Tokenizer {
             .and_then(|tokenizer| files.complete(tokenizer))
             .map_err(|message| Error::Tokenizer { path: path.clone(), message })?;
         let special = files.special(&tokenizer);
-        let chat_template = special.template(files.template(dir)?.as_deref())?;
+        let (place, template) = files.template(dir)?;
+        let chat_template = special.template(template.as_deref(), &place)?;
         Ok(Self { path, encoder: Encoder::Json(Box::new(tokenizer)), special, chat_template })
     }
 }
@@ -173,18 +174,19 @@ impl Files {
         Special { bos, eos, pad, bos_token: token(bos), eos_token: token(eos), stop: Vec::new() }.stops(stop)
     }
 
-    /// The chat template: the file of its own, else the one in `tokenizer_config.json`, of several the one named
+    /// The chat template and where it stands: the file of its own, else the one in `tokenizer_config.json`, of several the one named
     /// `default`.
-    fn template(&self, dir: &Path) -> Result<Option<String>, Error> {
+    fn template(&self, dir: &Path) -> Result<(PathBuf, Option<String>), Error> {
         let path = dir.join("chat_template.jinja");
         match std::fs::read_to_string(&path) {
-            Ok(source) => return Ok(Some(source)),
+            Ok(source) => return Ok((path, Some(source))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(Error::io(&path, error)),
         }
         let template = &self.tokenizer["chat_template"];
         let default = template.as_array().into_iter().flatten().find(|named| named["name"] == "default");
-        Ok(default.map_or(template, |named| &named["template"]).as_str().map(str::to_owned))
+        let template = default.map_or(template, |named| &named["template"]).as_str().map(str::to_owned);
+        Ok((dir.join("tokenizer_config.json"), template))
     }
 }
 

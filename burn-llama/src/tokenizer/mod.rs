@@ -3,7 +3,7 @@
 //! Each source has its own reference: ids equal those of `transformers` for a directory, and those of llama.cpp for a
 //! GGUF file, which has the vocabulary but not the rules by which text is cut.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::chat::ChatTemplate;
 use crate::checkpoint::gguf::Gguf;
@@ -13,6 +13,7 @@ mod bpe;
 mod directory;
 mod gguf_metadata;
 mod metadata;
+mod pipeline;
 mod save;
 mod sentencepiece;
 mod stream;
@@ -61,9 +62,10 @@ impl Special {
         self
     }
 
-    /// A chat template that may write these tokens.
-    fn template(&self, source: Option<&str>) -> Result<Option<ChatTemplate>, Error> {
-        source.map(|source| ChatTemplate::new(source, self.bos_token.as_deref(), self.eos_token.as_deref())).transpose()
+    /// The chat template in the file at `path`, which may write these tokens.
+    fn template(&self, source: Option<&str>, path: &Path) -> Result<Option<ChatTemplate>, Error> {
+        let parse = |source| ChatTemplate::new(source, self.bos_token.as_deref(), self.eos_token.as_deref());
+        source.map(parse).transpose().map_err(|error| error.in_file(path))
     }
 }
 
@@ -75,13 +77,18 @@ impl Tokenizer {
     /// # Errors
     ///
     /// [`Error::Tokenizer`] naming a model or a `pre` that is not among these, or what is wrong with the vocabulary;
-    /// [`Error::Template`] if the file's chat template does not parse.
+    /// [`Error::Format`] if the file's chat template does not parse.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, Error> {
         let vocabulary = vocabulary::Vocabulary::read(gguf)?;
         let special = vocabulary.special(gguf)?;
-        let chat_template = special.template(gguf.text("tokenizer.chat_template")?)?;
+        let chat_template = special.template(gguf.text("tokenizer.chat_template")?, gguf.path())?;
         let encoder = Encoder::Gguf(Box::new(vocabulary));
         Ok(Self { path: gguf.path().to_owned(), encoder, special, chat_template })
+    }
+
+    /// The file that the tokenizer was read from.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The ids of a text. Special tokens written out in the text become their ids; `add_special_tokens` adds those that

@@ -89,6 +89,22 @@ pub(super) fn pieces<'t>(text: &'t str, ids: &HashMap<String, u32>, scores: &[f3
     pieces.iter().filter(|piece| piece.bytes > 0).map(|piece| &text[piece.start..][..piece.bytes]).collect()
 }
 
+/// The merges that [`pieces`] makes, as a list in which the best comes first: every way to put a token together from two
+/// others, by falling score.
+pub(super) fn merges(tokens: &[String], ids: &HashMap<String, u32>, scores: &[f32]) -> Vec<(String, String)> {
+    let mut merges = Vec::new();
+    for (token, score) in tokens.iter().zip(scores) {
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            if ids.contains_key(left) && ids.contains_key(right) {
+                merges.push((score + 0.0, left.to_owned(), right.to_owned()));
+            }
+        }
+    }
+    merges.sort_by(|(a, ..), (b, ..)| b.total_cmp(a));
+    merges.into_iter().map(|(_, left, right)| (left, right)).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

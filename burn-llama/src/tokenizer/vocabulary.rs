@@ -49,16 +49,15 @@ impl Model {
 #[derive(Debug, Clone)]
 pub(super) struct Vocabulary {
     pub tokens: Vec<String>,
-    ids: HashMap<String, u32>,
-    /// What every token is.
+    pub ids: HashMap<String, u32>,
     pub kinds: Vec<Kind>,
     /// Ids that are looked for in the text, those of the longest tokens first.
     parsed: Vec<u32>,
     pub model: Model,
+    /// What stands for text that has no token.
+    pub unknown: Option<u32>,
     /// What `add_special_tokens` puts before and after a text.
     pub around: (Option<u32>, Option<u32>),
-    /// What stands for text without a token, where not even bytes have one.
-    pub unknown: Option<u32>,
 }
 
 /// A part of a text: still text, or the special token that stood there.
@@ -88,24 +87,17 @@ impl Vocabulary {
             Ok::<_, Error>(gguf.typed(&key, "a boolean", Value::as_bool)?.unwrap_or(default))
         };
         let (add_bos, add_eos) = (flag("bos", add_bos)?, flag("eos", false)?);
-        let mut vocabulary = Self { tokens, ids, kinds, parsed, model, around: (None, None), unknown: None };
+        let mut vocabulary = Self { tokens, ids, kinds, parsed, model, unknown: None, around: (None, None) };
+        vocabulary.unknown = vocabulary.named(gguf, "unknown", 0)?;
         let special = vocabulary.special(gguf)?;
         vocabulary.around = (special.bos.filter(|_| add_bos), special.eos.filter(|_| add_eos));
-        let named = gguf.integer("tokenizer.ggml.unknown_token_id")?.and_then(|id| u32::try_from(id).ok());
-        vocabulary.unknown = named.filter(|id| vocabulary.token(*id).is_some());
         Ok(vocabulary)
     }
 
     /// The ids with a meaning: those that the file names, and those that llama.cpp knows by their text.
     pub fn special(&self, gguf: &Gguf) -> Result<Special, Error> {
-        let named = |name: &str| {
-            let id = gguf.integer(&format!("tokenizer.ggml.{name}_token_id"))?;
-            Ok::<_, Error>(id.filter(|id| *id < self.tokens.len()).map(|id| id as u32))
-        };
-        // SentencePiece models have their special tokens in the same places.
-        let placed = matches!(self.model, Model::SentencePiece { .. });
-        let usual = |id: u32| (placed && (id as usize) < self.len()).then_some(id);
-        let (bos, eos) = (named("bos")?.or(usual(1)), named("eos")?.or(usual(2)));
+        let named = |name: &str| self.named(gguf, name, u32::MAX);
+        let (bos, eos) = (self.named(gguf, "bos", 1)?, self.named(gguf, "eos", 2)?);
         let token = |id: Option<u32>| id.and_then(|id| self.token(id)).map(str::to_owned);
         let (bos_token, eos_token) = (token(bos), token(eos));
         let special = Special { bos, eos, pad: named("padding")?, bos_token, eos_token, stop: Vec::new() };
@@ -115,6 +107,15 @@ impl Vocabulary {
             stop.extend(id?);
         }
         Ok(special.stops(stop))
+    }
+
+    /// The id that the file names; without it, the `usual` one if it is a SentencePiece model, which all have their special
+    /// tokens in the same places.
+    fn named(&self, gguf: &Gguf, name: &str, usual: u32) -> Result<Option<u32>, Error> {
+        let id = gguf.integer(&format!("tokenizer.ggml.{name}_token_id"))?;
+        let id = id.filter(|id| *id < self.len()).map(|id| id as u32);
+        let placed = matches!(self.model, Model::SentencePiece { .. }) && (usual as usize) < self.len();
+        Ok(id.or(placed.then_some(usual)))
     }
 
     /// Number of tokens.

@@ -12,7 +12,7 @@ use crate::{
     data::{Format, read},
     model, write,
 };
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 /// The verb `eval`: the figures on stdout, everything in `--out`.
 pub fn eval(args: &EvalArgs) -> Result<()> {
@@ -21,12 +21,13 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
         Task::Pubmedqa => Format::PubMedQa,
     };
     let mut rows = read(&args.data, format)?;
-    rows.truncate(args.limit.unwrap_or(usize::MAX));
+    rows.truncate(args.limit.map_or(usize::MAX, usize::from));
     let loaded = model::load::<Inference>(&args.model)?;
     let result = match args.task {
-        Task::QaLoss => qa_loss::measure(&loaded, &rows, args)?,
-        Task::Pubmedqa => pubmedqa::measure(&loaded, &rows, args)?,
+        Task::QaLoss => qa_loss::measure(&loaded, &rows, args),
+        Task::Pubmedqa => pubmedqa::measure(&loaded, &rows, args),
     };
+    let result = result.with_context(|| args.data.display().to_string())?;
     if let Some(path) = &args.out {
         write::whole(path, format!("{result:#}\n").as_bytes())?;
     }

@@ -26,7 +26,7 @@ pub fn mean_loss<B: Kernels>(model: &Llama<B>, examples: &[Example], batch_size:
 pub fn measure<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let encoded = encode(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
-    let (loss, targets) = mean_loss(&loaded.model, &encoded.examples, args.batch_size)?;
+    let (loss, targets) = mean_loss(&loaded.model, &encoded.examples, args.batch_size.get())?;
     Ok(json!({
         "task": "qa-loss", "rows": encoded.examples.len(), "loss": loss, "perplexity": loss.exp(),
         "target_tokens": targets,

@@ -30,8 +30,11 @@ impl Origin {
 
 /// Reads `text`, overridden by `sets`.
 pub fn read(text: &str, file: &Path, sets: &[String]) -> Result<(Recipe, Origin)> {
-    // TOML's own message shows the line and points at the place in it.
-    let mut table: Table = text.parse().map_err(|error| anyhow!("{}: not valid TOML: {error}", file.display()))?;
+    let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
+        let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        let (line, message) = (before.matches('\n').count() + 1, error.message().replace('\n', ", "));
+        anyhow!("{}:{line}: not valid TOML: {message}", file.display())
+    })?;
     let mut origin = Origin { file: file.to_path_buf(), sets: BTreeSet::new() };
     for set in sets {
         let key = apply(&mut table, set)?;

@@ -3,15 +3,15 @@
 use super::record::{Metrics, peak_rss_bytes};
 use crate::{
     backend::{Inference, Training},
-    data::{Encoded, encode, epoch_order, read},
+    data::{Encoded, Format, encode, epoch_order, read},
     eval::mean_loss,
     model::{self, Loaded},
-    recipe::{Checkpointing as Recompute, Dtype, MethodKind, Recipe, Scheduler, TargetModules as Targets},
+    recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Recipe, Scheduler, TargetModules as Targets},
     write,
 };
 use anyhow::{Context, Result, bail};
 use burn::{module::AutodiffModule, tensor::DType};
-use burn_llama::{Example, Llama, checkpoint};
+use burn_llama::{Example, Llama, Tokenizer, checkpoint};
 use burn_peft::{LoraConfig, Noise, Pass, TargetModules, Token, adapter, param};
 use burn_zero::{
     Engine,
@@ -36,7 +36,7 @@ struct Run {
     model: Llama<Training>,
     engine: Engine<Training>,
     lora: Option<LoraConfig>,
-    base: PathBuf,
+    tokenizer: Tokenizer,
     sources: Vec<Vec<Example>>,
     valid: Vec<Example>,
     metrics: Metrics,
@@ -69,22 +69,14 @@ pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>) -> Result
 
 impl Run {
     fn new(recipe: Recipe, directory: PathBuf, loaded: Loaded<Training>) -> Result<Self> {
-        let Loaded { path: base, model, tokenizer } = loaded;
-        let read_rows = |path: &Path, format| {
-            let rows = read(path, format)?;
-            let encoded = encode(&tokenizer, &rows, recipe.data.max_length, recipe.data.on_too_long);
-            let encoded = encoded.with_context(|| path.display().to_string())?;
-            report(path, &encoded);
-            Ok::<_, anyhow::Error>(encoded.examples)
-        };
-        let format = recipe.data.format;
-        let sources = recipe.data.train.iter();
-        let sources = sources.map(|source| read_rows(Path::new(&source.path), source.format.unwrap_or(format)));
+        let data = &recipe.data;
+        let sources = data.train.iter();
+        let sources = sources.map(|source| rows(&loaded, data, &source.path, source.format));
         let sources = sources.collect::<Result<Vec<_>>>()?;
-        let valid = recipe.data.valid.as_ref().map(|path| read_rows(Path::new(path), format));
+        let valid = data.valid.as_ref().map(|path| rows(&loaded, data, path, None));
         let mut valid = valid.transpose()?.unwrap_or_default();
-        valid.truncate(recipe.data.valid_limit.unwrap_or(usize::MAX));
-        let (model, lora) = adapt(model, &recipe)?;
+        valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
+        let (model, lora) = adapt(loaded.model, &recipe)?;
         let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
         let engine = Engine::new(optimizer(&recipe), clip, checkpointing(&recipe));
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
@@ -99,7 +91,7 @@ impl Run {
             model,
             engine,
             lora,
-            base,
+            tokenizer: loaded.tokenizer,
             sources,
             valid,
             metrics,
@@ -227,7 +219,7 @@ impl Run {
             None => {
                 let directory = directory.join("model");
                 checkpoint::save(&self.model, &directory)?;
-                copy_tokenizer(&self.base, &directory)?;
+                self.tokenizer.save(&directory)?;
             }
         }
         Ok(())
@@ -318,32 +310,21 @@ fn lora(recipe: &Recipe) -> LoraConfig {
     }
 }
 
-fn report(path: &Path, encoded: &Encoded) {
+/// The examples of a file, which is of the recipe's format unless it names its own.
+fn rows(loaded: &Loaded<Training>, data: &Data, path: &str, format: Option<Format>) -> Result<Vec<Example>> {
+    let rows = read(Path::new(path), format.unwrap_or(data.format))?;
+    let encoded = encode(&loaded.tokenizer, &rows, data.max_length, data.on_too_long);
+    let encoded = encoded.with_context(|| path.to_owned())?;
+    report(path, &encoded);
+    loaded.model.accepts(&encoded.examples).with_context(|| path.to_owned())?;
+    Ok(encoded.examples)
+}
+
+fn report(path: &str, encoded: &Encoded) {
     let Encoded { examples, truncated, dropped, without_target } = encoded;
     eprintln!(
         "{}: {} rows, {truncated} truncated, {dropped} dropped as too long, {without_target} without a token to learn",
-        path.display(),
+        path,
         examples.len()
     );
-}
-
-/// The tokenizer's files go with a whole model; a GGUF file keeps its own.
-fn copy_tokenizer(from: &Path, to: &Path) -> Result<()> {
-    if !from.is_dir() {
-        eprintln!("note: read the tokenizer of {} with --tokenizer {}", to.display(), from.display());
-        return Ok(());
-    }
-    for name in [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "generation_config.json",
-        "chat_template.jinja",
-    ] {
-        if from.join(name).is_file() {
-            fs::copy(from.join(name), to.join(name))
-                .with_context(|| format!("{}: cannot be copied", to.join(name).display()))?;
-        }
-    }
-    Ok(())
 }

@@ -1,0 +1,664 @@
+//! The command line as a user meets it: every verb on a small random model, and every mistake as one line.
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::{Value, json};
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+use tempfile::TempDir;
+
+const TEMPLATE: &str = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}\
+    {% if add_generation_prompt %}assistant:{% endif %}";
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
+}
+
+/// What a command left behind.
+#[derive(Debug)]
+struct Done {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+impl Done {
+    /// The last line of stdout as JSON.
+    fn json(&self) -> Value {
+        let line = self.stdout.lines().last().unwrap_or_default();
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+}
+
+/// A folder with a model in it, in which commands run.
+struct Work(TempDir);
+
+impl Work {
+    /// `model/`: two blocks with random weights and the fixture's tokenizer, with a chat template.
+    fn new() -> Self {
+        let work = Self(tempfile::tempdir().unwrap());
+        fs::create_dir(work.at("model")).unwrap();
+        let config = json!({
+            "model_type": "llama", "vocab_size": 376, "hidden_size": 16, "intermediate_size": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 256, "tie_word_embeddings": false, "bos_token_id": 0, "eos_token_id": 1,
+        });
+        work.write("model/config.json", &config.to_string());
+        work.weights("model/model.safetensors", &shapes(376, 16));
+        fs::copy(fixture("tokenizer/tokenizer.json"), work.at("model/tokenizer.json")).unwrap();
+        work.write("model/tokenizer_config.json", &tokenizer_config(TEMPLATE));
+        work.write("train.jsonl", &rows(0..6));
+        work.write("valid.jsonl", &rows(6..9));
+        work.write("run.toml", RECIPE);
+        work
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::create_dir_all(self.at(name).parent().unwrap()).unwrap();
+        fs::write(self.at(name), text).unwrap();
+    }
+
+    fn text(&self, name: &str) -> String {
+        fs::read_to_string(self.at(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    fn json(&self, name: &str) -> Value {
+        serde_json::from_str(&self.text(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+    }
+
+    /// A copy of `model/`, to be spoiled.
+    fn copy_of_model(&self, name: &str) {
+        fs::create_dir(self.at(name)).unwrap();
+        for file in fs::read_dir(self.at("model")).unwrap() {
+            let file = file.unwrap();
+            fs::copy(file.path(), self.at(name).join(file.file_name())).unwrap();
+        }
+    }
+
+    fn weights(&self, name: &str, shapes: &[(String, Vec<usize>)]) {
+        let bytes: Vec<_> = shapes.iter().map(|(name, shape)| random(name, shape)).collect();
+        let tensors = shapes.iter().zip(&bytes);
+        let tensors =
+            tensors.map(|((name, shape), bytes)| (name, TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+        fs::write(self.at(name), safetensors::serialize(tensors, None).unwrap()).unwrap();
+    }
+
+    /// Runs the binary in this folder, far from the user's caches and from the network.
+    fn run(&self, arguments: &[&str]) -> Done {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_medqa"));
+        command.args(arguments).current_dir(self.0.path()).env("HOME", self.at("home")).env("HF_HUB_OFFLINE", "1");
+        for name in ["XDG_CACHE_HOME", "HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "MEDQA_CACHE"] {
+            command.env_remove(name);
+        }
+        let output = command.output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        Done { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
+    }
+
+    fn succeed(&self, arguments: &[&str]) -> Done {
+        let done = self.run(arguments);
+        assert_eq!(done.code, Some(0), "{arguments:?}: {done:?}");
+        done
+    }
+
+    /// Every file and folder with its size.
+    fn listing(&self) -> BTreeMap<PathBuf, u64> {
+        fn walk(folder: &Path, into: &mut BTreeMap<PathBuf, u64>) {
+            for entry in fs::read_dir(folder).unwrap() {
+                let entry = entry.unwrap();
+                let kind = entry.metadata().unwrap();
+                into.insert(entry.path(), if kind.is_dir() { 0 } else { kind.len() });
+                if kind.is_dir() {
+                    walk(&entry.path(), into);
+                }
+            }
+        }
+        let mut all = BTreeMap::new();
+        walk(self.0.path(), &mut all);
+        all
+    }
+}
+
+const RECIPE: &str = "[model]\npath = 'model'\n[data]\ntrain = 'train.jsonl'\nvalid = 'valid.jsonl'\n\
+    [method]\nr = 4\ntarget_modules = 'all-linear'\n[train]\nbatch_size = 2\nmax_steps = 12\nlearning_rate = 2e-2\nwarmup = 0\n";
+
+fn tokenizer_config(template: &str) -> String {
+    let mut config: Value =
+        serde_json::from_slice(&fs::read(fixture("tokenizer/tokenizer_config.json")).unwrap()).unwrap();
+    config["chat_template"] = json!(template);
+    config.to_string()
+}
+
+/// Questions and answers that look alike, so that a small model learns something within a few steps.
+fn rows(range: std::ops::Range<usize>) -> String {
+    range
+        .map(|i| json!({"question": format!("What is {i}?"), "answer": "It is a number."}).to_string() + "\n")
+        .collect()
+}
+
+/// The parameters of a Llama of two blocks, two heads and one key head, untied.
+fn shapes(vocabulary: usize, hidden: usize) -> Vec<(String, Vec<usize>)> {
+    let mut all = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![vocabulary, hidden]),
+        ("model.norm.weight".to_owned(), vec![hidden]),
+        ("lm_head.weight".to_owned(), vec![vocabulary, hidden]),
+    ];
+    for layer in 0..2 {
+        for (name, shape) in [
+            ("input_layernorm", vec![hidden]),
+            ("self_attn.q_proj", vec![hidden, hidden]),
+            ("self_attn.k_proj", vec![hidden / 2, hidden]),
+            ("self_attn.v_proj", vec![hidden / 2, hidden]),
+            ("self_attn.o_proj", vec![hidden, hidden]),
+            ("post_attention_layernorm", vec![hidden]),
+            ("mlp.gate_proj", vec![24, hidden]),
+            ("mlp.up_proj", vec![24, hidden]),
+            ("mlp.down_proj", vec![hidden, 24]),
+        ] {
+            all.push((format!("model.layers.{layer}.{name}.weight"), shape));
+        }
+    }
+    all
+}
+
+/// A random tensor's bytes in f32; norms are ones.
+fn random(name: &str, shape: &[usize]) -> Vec<u8> {
+    let mut state = name.bytes().fold(1u32, |state, byte| state.wrapping_mul(31).wrapping_add(byte.into()));
+    let value = |_| {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        if name.contains("norm") { 1.0 } else { (state >> 8) as f32 / (1 << 24) as f32 - 0.5 }
+    };
+    (0..shape.iter().product()).map(value).flat_map(f32::to_le_bytes).collect()
+}
+
+/// A GGUF file of the same kind of model: the fixture's vocabulary with the sizes, a chat template and tensors.
+fn gguf() -> Vec<u8> {
+    let vocabulary = fs::read(fixture("gguf/vocab-smollm.gguf")).unwrap();
+    let string = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+    let value = |key: &str, kind: u32, value: &[u8]| [&string(key), &kind.to_le_bytes()[..], value].concat();
+    let mut metadata: Vec<Vec<u8>> = [
+        ("embedding_length", 16u32),
+        ("block_count", 2),
+        ("feed_forward_length", 24),
+        ("attention.head_count", 2),
+        ("attention.head_count_kv", 1),
+    ]
+    .map(|(key, size)| value(&format!("llama.{key}"), 4, &size.to_le_bytes()))
+    .into();
+    metadata.push(value("llama.attention.layer_norm_rms_epsilon", 6, &1e-5f32.to_le_bytes()));
+    metadata.push(value("tokenizer.chat_template", 8, &string(TEMPLATE)));
+    let (mut table, mut tensors) = (Vec::new(), Vec::new());
+    let shapes = shapes(630, 16);
+    for (key, shape) in &shapes {
+        table.extend(string(&burn_llama::checkpoint::gguf::gguf_name(key).unwrap()));
+        table.extend((shape.len() as u32).to_le_bytes());
+        shape.iter().rev().for_each(|size| table.extend((*size as u64).to_le_bytes()));
+        table.extend(0u32.to_le_bytes());
+        table.extend((tensors.len() as u64).to_le_bytes());
+        tensors.extend(random(key, shape));
+        tensors.resize(tensors.len().next_multiple_of(32), 0);
+    }
+    // The vocabulary's last value is a text, and what follows it is padding.
+    let end = vocabulary.iter().rposition(|byte| *byte != 0).unwrap() + 1;
+    let counts =
+        [shapes.len() as u64, u64::from_le_bytes(vocabulary[16..24].try_into().unwrap()) + metadata.len() as u64];
+    let counts = counts.map(u64::to_le_bytes).concat();
+    let mut file = [&vocabulary[..8], &counts, &metadata.concat(), &vocabulary[24..end], &table].concat();
+    file.resize(file.len().next_multiple_of(32), 0);
+    [file, tensors].concat()
+}
+
+/// The tensors of a safetensors file: type, shape and bytes by name.
+fn tensors(path: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
+    let bytes = fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let tensor =
+        |(name, view): (String, TensorView)| (name, (view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+    file.tensors().into_iter().map(tensor).collect()
+}
+
+fn number(value: &Value, key: &str) -> f64 {
+    value[key].as_f64().unwrap_or_else(|| panic!("{key}: {value}"))
+}
+
+/// Checks a run folder and returns its summary.
+fn run_folder(work: &Work, folder: &str, steps: usize, trained: &[&str]) -> Value {
+    for name in ["recipe.toml", "metrics.jsonl", "summary.json"].iter().chain(trained) {
+        assert!(work.at(folder).join(name).is_file(), "{folder}/{name}");
+    }
+    assert!(work.listing().keys().all(|path| path.extension().is_none_or(|end| end != "part")));
+    let metrics = work.text(&format!("{folder}/metrics.jsonl"));
+    let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let (evaluations, taken): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line.get("valid_loss").is_some());
+    assert_eq!(taken.len(), steps, "{metrics}");
+    assert!(evaluations.len() >= 2, "{metrics}");
+    for (index, line) in taken.iter().enumerate() {
+        assert_eq!(line["step"], index + 1);
+        for key in ["epoch", "loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "tokens_per_second"] {
+            assert!(number(line, key) > 0.0, "{key}: {line}");
+        }
+        assert!(number(line, "elapsed_seconds") >= 0.0 && number(line, "peak_rss_bytes") >= 0.0, "{line}");
+    }
+    let (first, last) = (number(taken[0], "loss"), number(taken[steps - 1], "loss"));
+    assert!(last < first - 0.1, "the loss went from {first} to {last}");
+    let summary = work.json(&format!("{folder}/summary.json"));
+    let (before, after) = (number(&summary, "valid_loss_before"), number(&summary, "valid_loss_after"));
+    assert!(after < before - 0.1, "the validation loss went from {before} to {after}");
+    for key in ["steps", "seconds", "tokens", "tokens_per_second", "trainable_parameters"] {
+        assert!(number(&summary, key) > 0.0, "{key}: {summary}");
+    }
+    summary
+}
+
+/// Evaluation, chat and logits of what a run made.
+fn usable(work: &Work, model: &[&str], after: f64) {
+    let with = |verb: &[&str]| work.succeed(&[verb, model].concat());
+    let loss = with(&["eval", "--task", "qa-loss", "--data", "valid.jsonl", "--batch-size", "2"]).json();
+    assert!((number(&loss, "loss") - after).abs() < 1e-4, "{loss} against {after}");
+    assert_eq!((&loss["task"], &loss["rows"]), (&json!("qa-loss"), &json!(3)));
+    assert!(
+        (number(&loss, "perplexity") - after.exp()).abs() < 1e-2 * after.exp() && number(&loss, "target_tokens") > 0.0
+    );
+
+    let chat = ["chat", "--prompt", "What is 4?", "--temperature", "0", "--max-new-tokens", "12"];
+    let (first, again) = (with(&chat), with(&chat));
+    assert_eq!(first.stdout, again.stdout);
+    assert!(first.stdout.ends_with('\n') && first.stdout.trim() != "", "{first:?}");
+    assert_eq!(first.stderr, "", "the answer stands alone");
+
+    with(&["logits", "--text", "What is 4?", "--out", "logits.safetensors"]);
+    let found = tensors(&work.at("logits.safetensors"));
+    let (kind, shape, bytes) = &found["ids"];
+    assert_eq!((found.len(), *kind, shape.len()), (2, Dtype::I64, 1));
+    assert_eq!(bytes.len(), shape[0] * 8);
+    let (kind, rows, bytes) = &found["logits"];
+    assert_eq!((*kind, rows[0]), (Dtype::F32, shape[0]));
+    let finite = bytes.chunks_exact(4).all(|b| f32::from_le_bytes(b.try_into().unwrap()).is_finite());
+    assert!(finite && rows[1] >= 373, "{rows:?}");
+}
+
+#[test]
+fn lora_from_a_recipe_to_chat() {
+    let work = Work::new();
+    let sets = ["--set", "train.max_steps=10", "--set", "method.dropout=0.05", "--set", "train.eval_every=4"];
+    let done =
+        work.succeed(&[&["train", "run.toml", "--dir", "out", "--set", "train.save_every=3"], &sets[..]].concat());
+    let trained = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"];
+    let summary = run_folder(&work, "out", 10, &trained);
+    assert_eq!(done.json(), summary);
+    assert!(!work.at("out/model").exists());
+    // Two checkpoints are kept, and the end is no checkpoint.
+    assert!(!work.at("out/checkpoint-3").exists() && work.at("out/checkpoint-9/adapter/adapter_config.json").is_file());
+    assert!(work.at("out/checkpoint-6").is_dir() && !work.at("out/checkpoint-10").exists());
+    assert_eq!(work.text("out/metrics.jsonl").matches("valid_loss").count(), 4);
+    let resolved = work.text("out/recipe.toml");
+    for line in ["max_steps = 10", "dropout = 0.05", "seed = 42", "epsilon = "] {
+        assert!(resolved.contains(line), "{resolved}");
+    }
+    usable(&work, &["--model", "model", "--adapter", "out/adapter"], number(&summary, "valid_loss_after"));
+
+    // What was written is a recipe: it makes the same adapter again, bit for bit.
+    work.succeed(&["train", "out/recipe.toml", "--dir", "again"]);
+    let weights = |folder: &str| tensors(&work.at(folder).join("adapter/adapter_model.safetensors"));
+    assert_eq!(weights("again"), weights("out"));
+    // And goes on from where an adapter is.
+    let sets = ["--set", "method.init=out/adapter", "--set", "train.max_steps=2", "--set", "train.learning_rate=1e-4"];
+    let further = work.succeed(&[&["train", "run.toml", "--dir", "further"], &sets[..]].concat()).json();
+    let gap = number(&further, "valid_loss_before") - number(&summary, "valid_loss_after");
+    assert!(gap.abs() < 1e-4, "{gap}");
+}
+
+#[test]
+fn full_fine_tuning_from_a_recipe_to_chat() {
+    let work = Work::new();
+    let sets = ["--set", "method.kind=full", "--set", "train.gradient_accumulation=2"];
+    work.succeed(&[&["train", "run.toml", "--dir", "runs/full"], &sets[..]].concat());
+    let trained = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+    let summary =
+        run_folder(&work, "runs/full", 12, &trained.map(|name| format!("model/{name}")).each_ref().map(String::as_str));
+    let parameters: usize = shapes(376, 16).iter().map(|(_, shape)| shape.iter().product::<usize>()).sum();
+    assert_eq!(summary["trainable_parameters"], parameters);
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        assert_eq!(work.text(&format!("runs/full/model/{name}")), work.text(&format!("model/{name}")));
+    }
+    usable(&work, &["--model", "runs/full/model"], number(&summary, "valid_loss_after"));
+}
+
+#[test]
+fn full_fine_tuning_of_a_gguf_file_gives_a_directory_with_its_tokenizer() {
+    let work = Work::new();
+    fs::write(work.at("small.gguf"), gguf()).unwrap();
+    let sets = ["--set", "method.kind=full", "--set", "model.path=small.gguf"];
+    work.succeed(&[&["train", "run.toml", "--dir", "out"], &sets[..]].concat());
+    let trained =
+        ["model/config.json", "model/model.safetensors", "model/tokenizer.json", "model/generation_config.json"];
+    let summary = run_folder(&work, "out", 12, &trained);
+    assert_eq!(work.json("out/model/tokenizer_config.json")["chat_template"], TEMPLATE);
+    let after = number(&summary, "valid_loss_after");
+    usable(&work, &["--model", "out/model"], after);
+    usable(&work, &["--model", "out/model", "--tokenizer", "small.gguf"], after);
+}
+
+#[test]
+fn without_dir_a_run_goes_to_the_recipe_s_name() {
+    let work = Work::new();
+    let sets = ["--set", "train.max_steps=1", "--set", "data.valid_limit=1"];
+    let summary = work.succeed(&[&["train", "run.toml"], &sets[..]].concat()).json();
+    assert_eq!(work.json("runs/run/summary.json"), summary);
+    assert!(work.at("runs/run/adapter/adapter_model.safetensors").is_file());
+}
+
+/// PubMedQA's layout: items by id.
+fn pubmedqa() -> String {
+    let item =
+        |decision: &str| json!({"QUESTION": "Is it so?", "CONTEXTS": ["One.", "Two."], "final_decision": decision});
+    json!({"31": item("yes"), "7": item("no"), "12": item("maybe")}).to_string()
+}
+
+#[test]
+fn pubmedqa_is_trained_and_scored() {
+    let work = Work::new();
+    work.write("pubmedqa.json", &pubmedqa());
+    let sets = ["data.train=pubmedqa.json", "data.format=pubmedqa", "data.valid=pubmedqa.json"];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    let summary = work.succeed(&[&["train", "run.toml", "--dir", "out"], &sets[..]].concat()).json();
+    let with = |extra: &[&str]| {
+        let task =
+            ["eval", "--task", "pubmedqa", "--data", "pubmedqa.json", "--model", "model", "--adapter", "out/adapter"];
+        work.succeed(&[&task[..], extra].concat()).json()
+    };
+    let short = with(&["--out", "scores.json"]);
+    let whole = work.json("scores.json");
+    for key in ["task", "n", "accuracy", "macro_f1"] {
+        assert_eq!(short[key], whole[key], "{key}");
+    }
+    assert_eq!((&short["task"], &short["n"], short.get("items")), (&json!("pubmedqa"), &json!(3), None));
+    assert!((0.0..=1.0).contains(&number(&short, "accuracy")) && (0.0..=1.0).contains(&number(&short, "macro_f1")));
+    let items = whole["items"].as_object().unwrap();
+    assert_eq!(items.keys().collect::<Vec<_>>(), ["31", "7", "12"]);
+    for item in items.values() {
+        let scores: Vec<f64> = serde_json::from_value(item["loglikelihood"].clone()).unwrap();
+        let best = (0..3).max_by(|&a, &b| scores[a].total_cmp(&scores[b])).unwrap();
+        assert!(scores.iter().all(|score| *score < 0.0), "{item}");
+        assert_eq!(item["prediction"], ["yes", "no", "maybe"][best]);
+    }
+    assert_eq!(with(&["--limit", "2"])["n"], 2);
+    // The loss of the decisions is what training measured.
+    let loss = work.succeed(&[
+        "eval",
+        "--task",
+        "qa-loss",
+        "--format",
+        "pubmedqa",
+        "--data",
+        "pubmedqa.json",
+        "--model",
+        "model",
+        "--adapter",
+        "out/adapter",
+    ]);
+    assert!((number(&loss.json(), "loss") - number(&summary, "valid_loss_after")).abs() < 1e-4);
+}
+
+#[test]
+fn draws_follow_the_seed_and_end_at_stop_strings() {
+    let work = Work::new();
+    let chat = |extra: &[&str]| {
+        let base = ["chat", "--model", "model", "--prompt", "Hi", "--max-new-tokens", "24"];
+        work.succeed(&[&base[..], extra].concat()).stdout
+    };
+    let hot = |extra: &[&str]| chat(&[&["--temperature", "1.5"], extra].concat());
+    let one = hot(&["--seed", "1"]);
+    assert_eq!(one, hot(&["--seed", "1"]));
+    assert_ne!(one, hot(&["--seed", "2"]));
+    assert_eq!(hot(&["--top-k", "1"]), chat(&[]), "one token to draw from is the likeliest");
+    let stop: String = one.trim_end().chars().skip(2).take(2).collect();
+    let stopped = hot(&["--seed", "1", "--stop", &stop]);
+    assert_eq!(stopped.trim_end_matches('\n'), &one[..one.find(&stop).unwrap()]);
+}
+
+/// Everything that can be wrong with what a user brings, beside a model and data that are right.
+fn spoiled() -> Work {
+    let work = Work::new();
+    for name in [
+        "cut", "shape", "lacking", "arch", "noconfig", "notjson", "field", "template", "jinja", "base", "nowords",
+        "words",
+    ] {
+        work.copy_of_model(name);
+    }
+    let weights = fs::read(work.at("model/model.safetensors")).unwrap();
+    fs::write(work.at("cut/model.safetensors"), &weights[..weights.len() / 2]).unwrap();
+    work.weights("shape/model.safetensors", &shapes(376, 20));
+    work.weights("lacking/model.safetensors", &shapes(376, 16)[1..]);
+    work.write("arch/config.json", &work.text("model/config.json").replace("llama", "gpt2"));
+    fs::remove_file(work.at("noconfig/config.json")).unwrap();
+    work.write("notjson/config.json", "{\"model_type\": ");
+    work.write(
+        "field/config.json",
+        &work.text("model/config.json").replace("\"num_attention_heads\":2", "\"num_attention_heads\":\"two\""),
+    );
+    work.write("template/tokenizer_config.json", &tokenizer_config("{% for m in messages %}\n{{ m.role }"));
+    work.write("jinja/chat_template.jinja", "{% endfor %}");
+    let mut config: Value = work.json("model/tokenizer_config.json");
+    config.as_object_mut().unwrap().remove("chat_template");
+    work.write("base/tokenizer_config.json", &config.to_string());
+    fs::remove_file(work.at("nowords/tokenizer.json")).unwrap();
+    work.write("words/tokenizer.json", "{\"version\": \"1.0\"}");
+    // A model with fewer tokens than its tokenizer.
+    work.copy_of_model("few");
+    work.write("few/config.json", &work.text("model/config.json").replace("376", "96"));
+    work.weights("few/model.safetensors", &shapes(96, 16));
+
+    let gguf = fs::read(fixture("gguf/model.gguf")).unwrap();
+    fs::write(work.at("magic.gguf"), [b"GGUX", &gguf[4..]].concat()).unwrap();
+    fs::write(work.at("cut.gguf"), &gguf[..gguf.len() / 2]).unwrap();
+    fs::write(work.at("lengths.gguf"), [&gguf[..24], &[0xff; 8], &gguf[32..]].concat()).unwrap();
+    fs::copy(fixture("gguf/vocab-spm.gguf"), work.at("vocabulary.gguf")).unwrap();
+    fs::copy(fixture("gguf/model.gguf"), work.at("nowords.gguf")).unwrap();
+
+    for name in ["other", "adapter-json", "adapter-kind", "adapter-cut", "adapter-weights"] {
+        fs::create_dir(work.at(name)).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(fixture("peft/lora_qv").join(file), work.at(name).join(file)).unwrap();
+        }
+    }
+    work.write("adapter-json/adapter_config.json", "r = 8");
+    work.write("adapter-kind/adapter_config.json", "{\"peft_type\": \"VERA\"}");
+    fs::write(work.at("adapter-cut/adapter_model.safetensors"), [7; 20]).unwrap();
+    fs::remove_file(work.at("adapter-weights/adapter_model.safetensors")).unwrap();
+
+    work.write("empty.jsonl", "\n\n");
+    work.write("broken.jsonl", &(rows(0..1) + "{\"question\": \"a\", \"answer\"\n"));
+    work.write("keys.jsonl", "{\"question\": \"a\", \"reply\": \"b\"}\n");
+    work.write("kinds.jsonl", &(rows(0..2) + "{\"question\": \"a\", \"answer\": 3}\n"));
+    work.write("pubmedqa.json", &pubmedqa());
+    work.write("decision.json", &pubmedqa().replace("maybe", "perhaps"));
+    work.write("undecided.json", &pubmedqa().replace("\"maybe\"", "null"));
+    work.write("file", "a regular file");
+    work.write("full/notes.txt", "of an earlier run");
+    work.write("toml.toml", "[model]\npath = model\n");
+    work
+}
+
+/// Runs a table of commands that must fail: each with the code 2 and one line that has all the words, and leaving the
+/// folder as it was.
+fn refused(table: &[(&[&str], &[&str])]) {
+    let work = spoiled();
+    let before = work.listing();
+    let mut wrong = String::new();
+    for (arguments, words) in table {
+        let done = work.run(arguments);
+        // The argument parser's own errors go on with how to ask for help.
+        let stderr = done.stderr.split("\n\nFor more information, try '--help'.").next().unwrap_or_default();
+        let errors: Vec<&str> = stderr.lines().filter(|line| line.contains("error")).collect();
+        let last = stderr.lines().last().unwrap_or_default();
+        let clear = done.code == Some(2) && done.stdout.is_empty() && !done.stderr.contains("panicked");
+        let one = errors.len() == 1 && last.starts_with("error: ") && words.iter().all(|word| last.contains(word));
+        if !(clear && one) {
+            wrong += &format!("{}\n  expected {words:?}\n  {done:?}\n", arguments.join(" "));
+        }
+        if work.listing() != before {
+            let new: Vec<_> = work.listing().into_keys().filter(|path| !before.contains_key(path)).collect();
+            wrong += &format!("{}\n  left {new:?}\n", arguments.join(" "));
+            new.iter().rev().for_each(|path| drop(fs::remove_dir(path).or_else(|_| fs::remove_file(path))));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+#[test]
+fn models_that_cannot_be_read_are_refused() {
+    let table: Vec<(&str, &[&str])> = vec![
+        ("nothing-here", &["nothing-here", "no such model"]),
+        ("./nothing/here", &["./nothing/here", "no such model"]),
+        ("missing.gguf", &["missing.gguf", "no such file"]),
+        ("train.jsonl", &["train.jsonl", ".gguf"]),
+        ("noconfig", &["noconfig", "config.json"]),
+        ("notjson", &["notjson/config.json", "expected JSON", "found"]),
+        ("arch", &["arch/config.json", "model_type", "expected llama", "found gpt2"]),
+        ("field", &["field/config.json", "num_attention_heads", "expected a positive integer", "found \"two\""]),
+        ("cut", &["cut/model.safetensors", "expected a complete safetensors file", "found"]),
+        ("shape", &["shape", "model.norm.weight", "expected [16]", "found [20]"]),
+        ("lacking", &["lacking", "missing: model.embed_tokens.weight"]),
+        ("template", &["template/tokenizer_config.json", "chat_template", "found"]),
+        ("jinja", &["jinja/chat_template.jinja", "chat_template", "found"]),
+        ("nowords", &["nowords/tokenizer.json", "No such file"]),
+        ("words", &["words/tokenizer.json", "tokenizer: Model missing"]),
+        ("few", &["expected token ids below 96", "is the tokenizer the model's own?", "found"]),
+        ("magic.gguf", &["magic.gguf", "magic", "expected GGUF", "found"]),
+        ("lengths.gguf", &["lengths.gguf", "metadata key", "expected 18446744073709551615 bytes", "found"]),
+        ("cut.gguf", &["cut.gguf", "expected", "is it complete?"]),
+        ("vocabulary.gguf", &["vocabulary.gguf", "llama.embedding_length", "expected", "found no such key"]),
+        ("nowords.gguf", &["nowords.gguf", "tokenizer.ggml.tokens", "expected an array of strings", "found nothing"]),
+    ];
+    let commands: Vec<[&str; 7]> = table
+        .iter()
+        .map(|(model, _)| {
+            ["logits", "--model", model, "--text", "The patient should rest", "--out", "logits.safetensors"]
+        })
+        .collect();
+    let rows: Vec<(&[&str], &[&str])> = commands.iter().zip(&table).map(|(c, (_, words))| (&c[..], *words)).collect();
+    refused(&rows);
+}
+
+#[test]
+fn adapters_and_arguments_that_do_not_fit_are_refused() {
+    let eval = |rest: &'static [&str]| [&["eval", "--model", "model"], rest].concat();
+    let chat = |rest: &'static [&str]| [&["chat", "--prompt", "Hi"], rest].concat();
+    let table: Vec<(Vec<&str>, &[&str])> = vec![
+        (chat(&["--model", "model", "--adapter", "nowhere"]), &["nowhere/adapter_config.json", "No such file"]),
+        (
+            chat(&["--model", "model", "--adapter", "other"]),
+            &["other", "does not fit", "expected [4, 16]", "found [4, 32]"],
+        ),
+        (
+            chat(&["--model", "model", "--adapter", "adapter-json"]),
+            &["adapter-json/adapter_config.json", "expected JSON", "found"],
+        ),
+        (
+            chat(&["--model", "model", "--adapter", "adapter-kind"]),
+            &["adapter-kind/adapter_config.json", "peft_type", "expected LORA", "found VERA"],
+        ),
+        (
+            chat(&["--model", "model", "--adapter", "adapter-cut"]),
+            &["adapter-cut/adapter_model.safetensors", "expected safetensors", "found"],
+        ),
+        (
+            chat(&["--model", "model", "--adapter", "adapter-weights"]),
+            &["adapter-weights/adapter_model.safetensors", "No such file"],
+        ),
+        (chat(&["--model", "model", "--tokenizer", "nowhere"]), &["nowhere", "No such file"]),
+        (chat(&["--model", "base"]), &["base", "no chat template"]),
+        (
+            chat(&["--model", "model", "--temperature", "nan"]),
+            &["temperature", "expected a number of at least 0", "found NaN"],
+        ),
+        (chat(&["--model", "model", "--top-p", "0"]), &["top_p", "expected", "found 0"]),
+        (chat(&["--model", "model", "--repetition-penalty", "0"]), &["repetition_penalty", "expected", "found 0"]),
+        (eval(&["--task", "qa-loss", "--data", "missing.jsonl"]), &["missing.jsonl", "cannot be read"]),
+        (eval(&["--task", "qa-loss", "--data", "model"]), &["model", "cannot be read"]),
+        (
+            eval(&["--task", "qa-loss", "--data", "empty.jsonl"]),
+            &["empty.jsonl", "expected at least one row", "found none"],
+        ),
+        (eval(&["--task", "qa-loss", "--data", "broken.jsonl"]), &["broken.jsonl:2", "expected a JSON object"]),
+        (eval(&["--task", "qa-loss", "--data", "model/model.safetensors"]), &["model.safetensors", "UTF-8"]),
+        (
+            eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--max-length", "3"]),
+            &["valid.jsonl", "no row has a token to learn", "3"],
+        ),
+        (eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--limit", "0"]), &["--limit", "0"]),
+        (eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--batch-size", "0"]), &["--batch-size", "0"]),
+        (
+            eval(&["--task", "pubmedqa", "--data", "undecided.json"]),
+            &["undecided.json", "12", "`final_decision` is missing"],
+        ),
+        (eval(&["--task", "pubmedqa", "--data", "valid.jsonl"]), &["valid.jsonl", "expected JSON"]),
+        (
+            eval(&["--task", "pubmedqa", "--data", "decision.json"]),
+            &["decision.json", "12", "final_decision", "expected yes, no or maybe", "found \"perhaps\""],
+        ),
+        (
+            eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--out", "file/scores.json"]),
+            &["file/scores.json", "cannot be written"],
+        ),
+        (
+            vec!["logits", "--model", "model", "--text", "Hi", "--out", "file/logits"],
+            &["file/logits", "cannot be written"],
+        ),
+    ];
+    let rows: Vec<(&[&str], &[&str])> = table.iter().map(|(arguments, words)| (&arguments[..], *words)).collect();
+    refused(&rows);
+}
+
+#[test]
+fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
+    let mut table: Vec<(Vec<&str>, &[&str])> = vec![
+        (vec!["train", "missing.toml"], &["missing.toml", "the recipe cannot be read"]),
+        (vec!["train", "toml.toml"], &["toml.toml:2", "not valid TOML"]),
+        (vec!["train", "run.toml", "--dir", "full"], &["full", "not empty", "--dir"]),
+        (vec!["train", "run.toml", "--dir", "file/run"], &["file/run", "cannot be made"]),
+        (vec!["train", "run.toml", "--dir", "file"], &["file", "cannot be made"]),
+    ];
+    let sets: [(&str, &[&str]); 22] = [
+        ("train.batchsize=2", &["--set", "train.batchsize", "unknown key", "`train.batch_size`"]),
+        ("train.lora_alpha=2", &["--set", "train.lora_alpha", "`method.alpha`"]),
+        ("train.batch_size=many", &["--set", "train.batch_size", "expected a whole number", "found string \"many\""]),
+        ("method.r=0", &["--set", "method.r", "positive integer", "0"]),
+        ("model.path=nothing-here", &["nothing-here", "no such model"]),
+        ("model.path=cut", &["cut/model.safetensors", "complete safetensors"]),
+        ("model.path=base", &["no chat template"]),
+        ("model.path=few", &["expected token ids below 96", "found"]),
+        ("data.train=missing.jsonl", &["missing.jsonl", "cannot be read"]),
+        ("data.valid=missing.jsonl", &["missing.jsonl", "cannot be read"]),
+        ("data.train=empty.jsonl", &["empty.jsonl", "expected at least one row", "found none"]),
+        ("data.train=broken.jsonl", &["broken.jsonl:2", "expected a JSON object"]),
+        ("data.train=keys.jsonl", &["keys.jsonl:1", "expected the key `answer`", "found question, reply"]),
+        ("data.train=kinds.jsonl", &["kinds.jsonl:3", "`answer`", "expected a string", "found 3"]),
+        ("data.format=pubmedqa", &["train.jsonl", "expected JSON"]),
+        ("data.train=pubmedqa.json", &["pubmedqa.json:1", "expected the key `question`"]),
+        ("data.max_length=4", &["train.jsonl", "no row has a token to learn", "max_length", "4"]),
+        ("method.target_modules=[\"query\"]", &["target_modules", "query", "selects no linear layer", "q_proj"]),
+        ("method.target_modules=([)", &["target_modules", "([)"]),
+        ("method.init=nowhere", &["nowhere/adapter_config.json", "No such file"]),
+        ("method.init=other", &["other", "does not fit"]),
+        ("method.init=adapter-json", &["adapter-json/adapter_config.json", "expected JSON"]),
+    ];
+    table.extend(sets.map(|(set, words)| (vec!["train", "run.toml", "--dir", "out", "--set", set], words)));
+    let long = ["--set", "data.on_too_long=error", "--set", "data.max_length=20"];
+    table.push((
+        [&["train", "run.toml", "--dir", "out"], &long[..]].concat(),
+        &["train.jsonl", "row 1", "more than `data.max_length` = 20", "truncate"],
+    ));
+    let drop = ["--set", "data.on_too_long=drop", "--set", "data.max_length=20"];
+    table.push(([&["train", "run.toml", "--dir", "out"], &drop[..]].concat(), &["train.jsonl", "max_length", "20"]));
+    let rows: Vec<(&[&str], &[&str])> = table.iter().map(|(arguments, words)| (&arguments[..], *words)).collect();
+    refused(&rows);
+}
