@@ -176,7 +176,8 @@ impl LlamaConfig {
         (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim)
     }
 
-    /// `config.json` of this model in f32.
+    /// `config.json` of this model in f32. Rotary divisors from a GGUF file are written as Llama 3's rule if they follow it;
+    /// others keep the type `factors`, which `transformers` does not know.
     pub fn to_json(&self) -> Value {
         let mut fields = self.source.clone();
         let architecture = match self.model_type.as_str() {
@@ -192,6 +193,9 @@ impl LlamaConfig {
             ("model_type", json!(self.model_type)),
         ] {
             fields.insert(name.to_owned(), value);
+        }
+        if let Some(scaling) = self.rope_scaling.as_llama3(self.head_dim, self.rope_theta) {
+            fields.insert("rope_scaling".to_owned(), scaling);
         }
         Value::Object(fields)
     }

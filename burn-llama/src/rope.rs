@@ -1,7 +1,7 @@
 //! Rotary frequencies and their scaling, as `transformers`' `modeling_rope_utils`.
 
 use crate::Error;
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::f64::consts::PI;
 
 /// How rotary frequencies are stretched.
@@ -117,6 +117,43 @@ impl RopeScaling {
                 frequency / factor * ramp + frequency * (1.0 - ramp)
             }
         }
+    }
+
+    /// What divides each plain frequency, `[head_dim / 2]`, for the scalings that GGUF keeps as `rope_freqs.weight`: Llama 3's
+    /// and explicit divisors.
+    pub fn divisors(&self, head_dim: usize, theta: f64) -> Option<Vec<f64>> {
+        match self {
+            Self::Factors(factors) => Some(factors.clone()),
+            Self::Llama3 { .. } => {
+                let plain = (0..head_dim / 2).map(|i| theta.powf(-((2 * i) as f64) / head_dim as f64));
+                Some(plain.enumerate().map(|(i, f)| f / self.scale(i, f, head_dim, theta)).collect())
+            }
+            _ => None,
+        }
+    }
+
+    /// Llama 3's rule as `rope_scaling`, if explicit divisors follow it with its usual factors 1 and 4 of low and high
+    /// frequencies: `transformers` knows the rule, but not the divisors that a GGUF file keeps.
+    pub fn as_llama3(&self, head_dim: usize, theta: f64) -> Option<Value> {
+        let Self::Factors(factors) = self else { return None };
+        let (factor, low, high) = (factors.iter().copied().fold(1.0, f64::max), 1.0, 4.0);
+        // A frequency on the ramp between the two tells the length of pretraining; without one, it is Llama 3's own.
+        let ramp = factors.iter().enumerate().find(|&(_, &divisor)| divisor > 1.001 && divisor < factor * 0.999);
+        let original = ramp.map_or(8192.0, |(i, divisor)| {
+            let smooth = (1.0 / divisor - 1.0 / factor) / (1.0 - 1.0 / factor);
+            let frequency = theta.powf(-((2 * i) as f64) / head_dim as f64);
+            ((low + smooth * (high - low)) * 2.0 * PI / frequency).round()
+        });
+        let rule = Self::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original };
+        let expected = rule.divisors(head_dim, theta)?;
+        // The file has 32 bits of each.
+        let same = factors.iter().zip(&expected).all(|(found, expected)| (found / expected - 1.0).abs() < 1e-5);
+        same.then(|| {
+            json!({
+                "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                "original_max_position_embeddings": original as u64,
+            })
+        })
     }
 
     /// Refuses positions at which the frequencies would have to change.

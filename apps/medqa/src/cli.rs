@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{chat, data::Format, eval, fetch, logits, train};
+use crate::{chat, data::Format, eval, export, fetch, logits, train};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{num::NonZeroUsize, path::PathBuf};
@@ -42,6 +42,8 @@ enum Verb {
     Eval(EvalArgs),
     /// Talk to a model
     Chat(ChatArgs),
+    /// Write a model, its adapter merged, as a Hugging Face directory or as a GGUF file for llama.cpp
+    Export(ExportArgs),
     /// Write the logits of every token of a text
     Logits {
         #[command(flatten)]
@@ -135,6 +137,33 @@ pub struct ChatArgs {
     pub stop: Vec<String>,
 }
 
+/// How matrices are stored.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    /// 32-bit floats
+    F32,
+    /// 16-bit floats
+    F16,
+    /// 8-bit integers with a scale for every 32 (GGUF only)
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+#[derive(Args)]
+pub struct ExportArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// FILE.gguf for a GGUF file; any other name is a new folder with config.json, model.safetensors and the tokenizer
+    #[arg(long)]
+    pub out: PathBuf,
+    /// How matrices are stored; norms and biases are f32 in GGUF
+    #[arg(long, default_value = "f32")]
+    pub dtype: Precision,
+    /// Write the adapter alone, as a GGUF file that llama.cpp applies with --lora to the model exported as GGUF
+    #[arg(long)]
+    pub adapter_only: bool,
+}
+
 /// Does what the command line says.
 pub fn run(cli: Cli) -> Result<()> {
     match cli.verb {
@@ -145,6 +174,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Verb::Train { recipe, sets, dir, resume } => train::train(&recipe, &sets, dir, resume),
         Verb::Eval(args) => eval::eval(&args),
         Verb::Chat(args) => chat::chat(&args),
+        Verb::Export(args) => export::export(&args),
         Verb::Logits { model, text, out } => logits::logits(&model, &text, &out),
     }
 }

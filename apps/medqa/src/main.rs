@@ -6,6 +6,7 @@ mod chat;
 mod cli;
 mod data;
 mod eval;
+mod export;
 mod fetch;
 mod logits;
 mod model;

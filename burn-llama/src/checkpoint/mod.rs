@@ -1,12 +1,14 @@
 //! Checkpoints: Hugging Face directories and GGUF files, read one tensor at a time into the model.
 
+mod beside;
 mod build;
 pub mod gguf;
+mod parameters;
 pub mod safetensors;
 mod save;
 
-pub(crate) use save::replace;
-pub use save::save;
+pub(crate) use beside::{beside, replace};
+pub use save::{save, save_as};
 
 use crate::{Error, Llama, LlamaConfig, Mismatch, kernel::Kernels};
 use burn::tensor::{DType, TensorData};

@@ -1,5 +1,6 @@
 //! Byte-level BPE as llama.cpp runs it on the vocabulary of a GGUF file.
 
+use serde_json::Value;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
@@ -8,6 +9,8 @@ use tokenizers::{PreTokenizerWrapper, SplitDelimiterBehavior};
 
 /// GPT-2's words: contractions, letters, numbers, the rest, white space.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+/// Digits one by one.
+const DIGIT: &str = r"\p{N}";
 /// Llama 3's words: numbers in threes, and any one character before letters.
 const LLAMA3: &str = concat!(
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
@@ -18,6 +21,9 @@ const QWEN2: &str = concat!(
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
+
+/// Contractions as Hugging Face's files of Llama 3 and Qwen write them, and as they are written here.
+const CASELESS: [&str; 2] = [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"];
 
 /// How text is cut into words before merging: what `tokenizer.ggml.pre` names.
 pub(super) struct Cut {
@@ -31,15 +37,30 @@ pub(super) struct Cut {
 
 impl Cut {
     /// The names that are known, for a message.
-    pub const NAMES: &str = "smollm, llama-bpe, llama3, llama-v3, qwen2, deepseek-r1-qwen, default";
+    pub const NAMES: &str = "smollm, llama-bpe, llama3, llama-v3, qwen2, deepseek-r1-qwen, gpt-2, default";
+
+    /// The `tokenizer.ggml.pre` of a `tokenizer.json`: the pre-tokenizer's steps and whether merges are ignored for words
+    /// that are tokens. Where no name means the same cuts, the error says what the file has.
+    pub fn name(pre_tokenizer: &Value, ignore_merges: bool) -> Result<&'static str, String> {
+        let patterns = patterns(pre_tokenizer)?;
+        let same = |name: &&&str| {
+            Self::named(name).is_some_and(|cut| cut.patterns == patterns && cut.ignore_merges == ignore_merges)
+        };
+        let names = ["smollm", "llama-bpe", "qwen2", "gpt-2", "default"];
+        names.iter().find(same).copied().ok_or_else(|| {
+            let names = names.join(", ");
+            format!("expected the pre-tokenizer of {names}, found {patterns:?} with ignore_merges {ignore_merges}")
+        })
+    }
 
     /// The rules of a `tokenizer.ggml.pre`.
     pub fn named(pre: &str) -> Option<Self> {
         let plain = Self { patterns: &[], ignore_merges: false, add_bos: false };
         Some(match pre {
-            "smollm" => Self { patterns: &[r"\p{N}", GPT2], ..plain },
+            "smollm" => Self { patterns: &[DIGIT, GPT2], ..plain },
             "llama-bpe" | "llama3" | "llama-v3" => Self { patterns: &[LLAMA3], ignore_merges: true, add_bos: true },
             "qwen2" | "deepseek-r1-qwen" => Self { patterns: &[QWEN2], ..plain },
+            "gpt-2" => Self { patterns: &[GPT2], ..plain },
             "default" => Self { patterns: &[r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"], ..plain },
             _ => return None,
         })
@@ -67,6 +88,29 @@ impl Cut {
     }
 }
 
+/// The patterns of a pre-tokenizer that ends in bytes, as [`Cut`] writes them.
+fn patterns(pre_tokenizer: &Value) -> Result<Vec<String>, String> {
+    let steps = match &pre_tokenizer["pretokenizers"] {
+        Value::Array(steps) => steps.clone(),
+        _ => vec![pre_tokenizer.clone()],
+    };
+    let mut patterns = Vec::new();
+    for step in &steps {
+        let flag = |name: &str| step[name].as_bool().unwrap_or(false);
+        match (step["type"].as_str(), step["pattern"]["Regex"].as_str()) {
+            (Some("Split"), Some(regex)) if step["behavior"] == "Isolated" && !flag("invert") => {
+                patterns.push(regex.replace(CASELESS[0], CASELESS[1]));
+            }
+            (Some("Digits"), _) if flag("individual_digits") => patterns.push(DIGIT.to_owned()),
+            (Some("ByteLevel"), _) if !flag("add_prefix_space") => {
+                patterns.extend(flag("use_regex").then(|| GPT2.to_owned()));
+            }
+            _ => return Err(format!("expected Split, Digits and ByteLevel as pre-tokenizers, found {step}")),
+        }
+    }
+    Ok(patterns)
+}
+
 /// The byte that a character of a byte-level token stands for: printable Latin-1 for itself, the other 68 bytes in
 /// order for the characters from U+0100 on.
 pub(super) fn byte(c: char) -> Option<u8> {
@@ -81,6 +125,32 @@ pub(super) fn byte(c: char) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pre_tokenizer_has_the_name_of_its_cuts() {
+        let split = |regex: &str| serde_json::json!({"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false});
+        let bytes = |use_regex: bool| serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": use_regex});
+        let steps = |steps: &[Value]| serde_json::json!({"type": "Sequence", "pretokenizers": steps});
+        let digits = serde_json::json!({"type": "Digits", "individual_digits": true});
+        let caseless = LLAMA3.replace(CASELESS[1], CASELESS[0]);
+        assert_ne!(caseless, LLAMA3);
+        for (pre_tokenizer, ignore_merges, expected) in [
+            (bytes(true), false, Ok("gpt-2")),
+            (steps(&[digits.clone(), bytes(true)]), false, Ok("smollm")),
+            (steps(&[split(&caseless), bytes(false)]), true, Ok("llama-bpe")),
+            (steps(&[split(QWEN2), bytes(false)]), false, Ok("qwen2")),
+            (steps(&[split(&caseless), bytes(false)]), false, Err("ignore_merges false")),
+            (steps(&[split("[a-z]+"), bytes(false)]), false, Err("[a-z]+")),
+            (serde_json::json!({"type": "Whitespace"}), false, Err("Whitespace")),
+            (serde_json::json!({"type": "ByteLevel", "add_prefix_space": true}), false, Err("add_prefix_space")),
+        ] {
+            match (Cut::name(&pre_tokenizer, ignore_merges), expected) {
+                (Ok(found), Ok(expected)) => assert_eq!(found, expected),
+                (Err(found), Err(expected)) => assert!(found.contains(expected), "{found}"),
+                (found, expected) => panic!("{found:?}, expected {expected:?}"),
+            }
+        }
+    }
 
     #[test]
     fn every_byte_has_its_character() {

@@ -11,6 +11,7 @@ use crate::error::Error;
 
 mod bpe;
 mod directory;
+mod gguf_metadata;
 mod metadata;
 mod pipeline;
 mod save;
@@ -70,7 +71,7 @@ impl Special {
 
 impl Tokenizer {
     /// Reads the tokenizer of a GGUF file: `tokenizer.ggml.model` `gpt2` (byte-level BPE with `tokenizer.ggml.pre`
-    /// `smollm`, `llama-bpe`, `qwen2` or `default`) or `llama` (SentencePiece). Ids equal llama.cpp's
+    /// `smollm`, `llama-bpe`, `qwen2`, `gpt-2` or `default`) or `llama` (SentencePiece). Ids equal llama.cpp's
     /// `llama_tokenize(add_special, parse_special = true)`.
     ///
     /// # Errors

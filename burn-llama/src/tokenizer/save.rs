@@ -10,10 +10,14 @@ use crate::checkpoint::replace;
 use crate::error::Error;
 
 /// The files of a Hugging Face directory that say how text becomes ids and where generation stops.
-const FILES: [&str; 5] = [
+const FILES: [&str; 9] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
     "generation_config.json",
     "chat_template.jinja",
 ];

@@ -16,6 +16,7 @@ mod blocks;
 mod config;
 mod header;
 mod names;
+pub mod write;
 
 pub use blocks::BlockType;
 pub use header::{Array, TensorEntry, Value};
@@ -67,6 +68,13 @@ impl Gguf {
     /// The metadata value of a key, for example `llama.block_count`.
     pub fn metadata(&self, key: &str) -> Option<&Value> {
         self.metadata.get(key)
+    }
+
+    /// All metadata, sorted by key.
+    pub fn all_metadata(&self) -> impl Iterator<Item = (&str, &Value)> {
+        let mut all: Vec<_> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+        all.sort_by_key(|(key, _)| *key);
+        all.into_iter()
     }
 
     /// Every tensor, in the order of the file.
@@ -187,13 +195,20 @@ fn interleaved(index: usize, head_dim: usize) -> usize {
     head * head_dim + pair * 2 + half
 }
 
+/// The row that the file keeps at `stored`: the inverse of [`interleaved`].
+fn deinterleaved(stored: usize, head_dim: usize) -> usize {
+    let (head, row) = (stored / head_dim, stored % head_dim);
+    head * head_dim + row % 2 * (head_dim / 2) + row / 2
+}
+
 #[cfg(test)]
 mod tests {
-    use super::interleaved;
+    use super::{deinterleaved, interleaved};
 
     #[test]
     fn rows_of_a_head_are_stored_in_pairs() {
         let stored: Vec<_> = (0..8).map(|row| interleaved(row, 4)).collect();
         assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
+        assert!((0..96).all(|row| deinterleaved(interleaved(row, 12), 12) == row));
     }
 }

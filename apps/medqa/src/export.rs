@@ -1,0 +1,137 @@
+//! A model for other programs: a Hugging Face directory, or a GGUF file that llama.cpp loads.
+
+use crate::{
+    backend::Inference,
+    cli::{ExportArgs, ModelArgs, Precision},
+    fetch,
+    model::{self, Loaded},
+};
+use anyhow::{Context, Result, bail};
+use burn::tensor::DType;
+use burn_llama::{
+    Checkpoint,
+    checkpoint::{
+        gguf::{BlockType, write},
+        save_as,
+    },
+};
+use burn_peft::adapter;
+use std::{
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// The verb `export`.
+pub fn export(args: &ExportArgs) -> Result<()> {
+    let gguf = args.out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+    check(args, gguf)?;
+    if args.adapter_only {
+        adapter_only(args)?;
+    } else {
+        let from = fetch::resolve(&args.model.model)?;
+        if from.canonicalize().is_ok_and(|from| args.out.canonicalize().is_ok_and(|to| to == from)) {
+            bail!("{}: this is the model itself; choose another --out", args.out.display());
+        }
+        let model = from.to_str().with_context(|| format!("{}: the name is no UTF-8", from.display()))?.to_owned();
+        let mut loaded = model::load::<Inference>(&ModelArgs { model, ..args.model.clone() })?;
+        adapter::merge(&mut loaded.model, "default");
+        if gguf { file(&loaded, args)? } else { directory(&loaded, args)? }
+    }
+    println!("{}", args.out.display());
+    Ok(())
+}
+
+/// Refuses what cannot be, before anything is loaded.
+fn check(args: &ExportArgs, gguf: bool) -> Result<()> {
+    let out = args.out.display();
+    if args.adapter_only && args.model.adapter.is_none() {
+        bail!("--adapter-only writes the adapter of --adapter DIR, which is missing");
+    }
+    if args.adapter_only && !gguf {
+        bail!("{out}: an adapter by itself is written as a GGUF file; end the name in .gguf");
+    }
+    let possible = match (gguf, args.adapter_only) {
+        (false, _) => "f32 or f16 for a directory; q8_0 needs a name that ends in .gguf",
+        (_, true) => "f32 or f16 for an adapter",
+        (true, false) => return Ok(()),
+    };
+    if args.dtype == Precision::Q8_0 {
+        bail!("--dtype: expected {possible}, found q8_0");
+    }
+    if !gguf && args.out.exists() && !args.out.is_dir() {
+        bail!("{out}: expected a folder or a name that ends in .gguf, found a file");
+    }
+    if !gguf && args.out.read_dir().is_ok_and(|mut files| files.next().is_some()) {
+        bail!("{out}: the folder is not empty; choose another with --out");
+    }
+    Ok(())
+}
+
+fn kind(precision: Precision) -> BlockType {
+    match precision {
+        Precision::F32 => BlockType::F32,
+        Precision::F16 => BlockType::F16,
+        Precision::Q8_0 => BlockType::Q8_0,
+    }
+}
+
+fn file(loaded: &Loaded<Inference>, args: &ExportArgs) -> Result<()> {
+    parent(&args.out)?;
+    let tokens = loaded.tokenizer.gguf_metadata(loaded.model.config().vocab_size)?;
+    Ok(write::save(&loaded.model, tokens, kind(args.dtype), &args.out)?)
+}
+
+/// Fills a folder beside the place, then renames it.
+fn directory(loaded: &Loaded<Inference>, args: &ExportArgs) -> Result<()> {
+    let config = loaded.model.config();
+    if config.to_json()["rope_scaling"]["rope_type"] == "factors" {
+        let model = &args.model.model;
+        bail!(
+            "{model}: rope_freqs.weight: expected Llama 3's divisors, the only ones transformers knows; export to GGUF"
+        );
+    }
+    let out = std::path::absolute(&args.out).with_context(|| args.out.display().to_string())?;
+    parent(&out)?;
+    let mut part = OsString::from(out.as_os_str());
+    part.push(".part");
+    let part = PathBuf::from(part);
+    // What an earlier attempt that was cut short has left.
+    remove(&part)?;
+    let fill = || -> Result<()> {
+        fs::create_dir(&part).with_context(|| format!("{}: cannot be made", part.display()))?;
+        loaded.tokenizer.save(&part)?;
+        let dtype = if args.dtype == Precision::F16 { DType::F16 } else { DType::F32 };
+        save_as(&loaded.model, dtype, &part)?;
+        if out.is_dir() {
+            fs::remove_dir(&out).with_context(|| format!("{}: cannot be replaced", out.display()))?;
+        }
+        fs::rename(&part, &out).with_context(|| format!("{}: cannot be made", out.display()))
+    };
+    // The error that matters is the first one.
+    fill().inspect_err(|_| drop(remove(&part)))
+}
+
+fn adapter_only(args: &ExportArgs) -> Result<()> {
+    let directory = args.model.adapter.as_deref().context("--adapter is missing")?;
+    let checkpoint = Checkpoint::open(&fetch::resolve(&args.model.model)?)?;
+    parent(&args.out)?;
+    let unknown = write::save_adapter(checkpoint.config(), directory, kind(args.dtype), &args.out)?;
+    model::warn_unknown(directory, &unknown);
+    Ok(())
+}
+
+/// Makes the folder that `path` lies in.
+fn parent(path: &Path) -> Result<()> {
+    let Some(parent) = path.parent() else { return Ok(()) };
+    fs::create_dir_all(parent).with_context(|| format!("{}: cannot be made", parent.display()))
+}
+
+fn remove(directory: &Path) -> Result<()> {
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("{}: cannot be removed", directory.display()))
+        }
+        _ => Ok(()),
+    }
+}
