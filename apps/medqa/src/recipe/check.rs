@@ -89,6 +89,9 @@ fn optimizer(optimizer: &Optimizer) -> Result<(), Problem> {
 
 fn saving(saving: &Saving, validates: bool) -> Result<(), Problem> {
     at_least_one("train.eval_every", saving.eval_every)?;
+    at_least_one("train.early_stopping", saving.early_stopping)?;
+    let possible = saving.eval_every.is_some() || saving.early_stopping.is_none();
+    within("train.early_stopping", possible, "`train.eval_every` to be given too", "no `train.eval_every`")?;
     at_least_one("train.save_every", saving.save_every)?;
     at_least_one("train.keep", Some(saving.keep))?;
     let possible = validates || saving.eval_every.is_none();

@@ -129,10 +129,13 @@ pub struct Saving {
     pub save_every: Option<usize>,
     /// So many checkpoints stay, the newest.
     pub keep: usize,
+    /// The run ends after so many evaluations without a lower validation loss than before.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub early_stopping: Option<usize>,
 }
 
 impl Default for Saving {
     fn default() -> Self {
-        Self { eval_every: None, save_every: None, keep: 2 }
+        Self { eval_every: None, save_every: None, keep: 2, early_stopping: None }
     }
 }

@@ -5,11 +5,12 @@ use serde_json::Value;
 use std::{
     fs::File,
     io::{Seek, SeekFrom, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 /// `metrics.jsonl`: one line per step or evaluation, written at once.
 pub struct Metrics {
+    path: PathBuf,
     file: File,
     bytes: u64,
 }
@@ -24,7 +25,7 @@ impl Metrics {
             bail!("{}: expected at least {bytes} bytes from before, found {found}", path.display());
         }
         file.set_len(bytes).and_then(|()| file.seek(SeekFrom::End(0))).with_context(place)?;
-        Ok(Self { file, bytes })
+        Ok(Self { path: path.to_owned(), file, bytes })
     }
 
     pub fn write(&mut self, line: &Value) -> Result<()> {
@@ -32,6 +33,13 @@ impl Metrics {
         self.file.write_all(line.as_bytes()).context("metrics.jsonl: cannot be written")?;
         self.bytes += line.len() as u64;
         Ok(())
+    }
+
+    /// The lines written so far.
+    pub fn lines(&self) -> Result<Vec<Value>> {
+        let place = || self.path.display().to_string();
+        let text = std::fs::read_to_string(&self.path).with_context(place)?;
+        text.lines().map(|line| serde_json::from_str(line).with_context(place)).collect()
     }
 
     /// Bytes written so far.

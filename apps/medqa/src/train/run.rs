@@ -2,6 +2,8 @@
 
 use super::{
     interrupt,
+    learner::{self, Feed},
+    quiet,
     record::{Metrics, peak_rss_bytes},
     state::{self, Progress},
 };
@@ -24,11 +26,10 @@ use burn_zero::{
     segment::Checkpointing,
 };
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     fs,
     path::{Path, PathBuf},
-    sync::atomic::Ordering,
     time::Instant,
 };
 
@@ -39,10 +40,9 @@ const INTERRUPTED: i32 = 130;
 const STATE: &str = "training.safetensors";
 
 /// A run under way.
-struct Run {
+pub struct Run {
     recipe: Recipe,
     directory: PathBuf,
-    model: Llama<Training>,
     engine: Engine<Training>,
     lora: Option<LoraConfig>,
     tokenizer: Tokenizer,
@@ -86,28 +86,31 @@ pub fn run(recipe: Recipe, options: &Options) -> Result<()> {
             directory.display()
         );
     }
-    let interrupted = interrupt::watch()?;
+    let interrupter = interrupt::watch()?;
     let loaded = model::base::<Training>(&recipe.model.path, stored(recipe.model.dtype))?;
-    let mut run = Run::new(recipe, options, loaded)?;
-    let steps = run.steps();
-    run.bar.set_length(steps as u64);
-    if run.progress.step == 0 {
-        run.progress.valid_loss_before = run.evaluate(0)?;
-    }
-    for step in run.progress.step..steps {
-        run.step(step, steps)?;
-        if interrupted.load(Ordering::Relaxed) && step + 1 < steps {
-            run.checkpoint(step + 1)?;
-            run.bar.finish_and_clear();
-            eprintln!("interrupted after step {}; go on with --dir {} --resume", step + 1, directory.display());
+    let (run, model) = Run::new(recipe, options, loaded)?;
+    match learner::launch(run, model, interrupter)? {
+        Ended::Complete(summary) => {
+            println!("{summary}");
+            Ok(())
+        }
+        Ended::Interrupted(step) => {
+            eprintln!("interrupted after step {step}; go on with --dir {} --resume", directory.display());
             std::process::exit(INTERRUPTED);
         }
     }
-    run.finish(steps)
+}
+
+/// How a run came to its end.
+pub enum Ended {
+    /// With everything written; what `summary.json` says.
+    Complete(Value),
+    /// With a checkpoint after this step.
+    Interrupted(usize),
 }
 
 impl Run {
-    fn new(recipe: Recipe, options: &Options, loaded: Loaded<Training>) -> Result<Self> {
+    fn new(recipe: Recipe, options: &Options, loaded: Loaded<Training>) -> Result<(Self, Llama<Training>)> {
         let data = &recipe.data;
         let sources = data.train.iter();
         let sources = sources.map(|source| rows(&loaded, data, &source.path, source.format));
@@ -131,7 +134,57 @@ impl Run {
         let bar =
             ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}, {eta} left")?);
         let (tokenizer, start) = (loaded.tokenizer, Instant::now());
-        Ok(Self { recipe, directory, model, engine, lora, tokenizer, sources, valid, metrics, bar, start, progress })
+        let run = Self { recipe, directory, engine, lora, tokenizer, sources, valid, metrics, bar, start, progress };
+        Ok((run, model))
+    }
+
+    /// Steps from one evaluation to the next, and in all.
+    pub fn evaluated_every(&self) -> (usize, usize) {
+        let steps = self.steps();
+        (self.recipe.train.saving.eval_every.unwrap_or(steps), steps)
+    }
+
+    /// Evaluations without improvement after which the run ends.
+    pub fn patience(&self) -> Option<usize> {
+        self.recipe.train.saving.early_stopping
+    }
+
+    /// Takes the steps that are left and writes what has been learned.
+    pub fn go(&mut self, model: &mut Llama<Training>, feed: &mut Feed) -> Result<Ended> {
+        let steps = self.steps();
+        self.bar.set_length(steps as u64);
+        for line in self.metrics.lines()? {
+            feed.line(&line);
+        }
+        if self.progress.step == 0 {
+            self.progress.valid_loss_before = self.evaluate(model, 0, feed)?.map(|(loss, _)| loss);
+        }
+        let mut last = self.progress.step;
+        for step in last..steps {
+            self.step(model, step, feed)?;
+            last = step + 1;
+            if last < steps && self.between(model, last, feed)? {
+                break;
+            }
+            if feed.interrupter.should_stop() && last < steps {
+                self.checkpoint(model, last)?;
+                self.bar.finish_and_clear();
+                return Ok(Ended::Interrupted(last));
+            }
+        }
+        self.finish(model, last, feed).map(Ended::Complete)
+    }
+
+    /// What is due between two steps; whether early stopping has had enough.
+    fn between(&mut self, model: &Llama<Training>, step: usize, feed: &mut Feed) -> Result<bool> {
+        let saving = &self.recipe.train.saving;
+        let due = |every: Option<usize>| every.is_some_and(|every| step.is_multiple_of(every));
+        let (evaluate, save) = (due(saving.eval_every), due(saving.save_every));
+        let enough = evaluate && self.evaluate(model, step, feed)?.is_some_and(|(_, enough)| enough);
+        if save {
+            self.checkpoint(model, step)?;
+        }
+        Ok(enough)
     }
 
     /// Seconds since the run began, pauses aside.
@@ -172,7 +225,8 @@ impl Run {
         Schedule { kind, peak, warmup: train.schedule.warmup.steps(total), total }
     }
 
-    fn step(&mut self, step: usize, steps: usize) -> Result<()> {
+    fn step(&mut self, model: &mut Llama<Training>, step: usize, feed: &mut Feed) -> Result<()> {
+        let steps = self.steps();
         let (begin, per_epoch, per_step) = (Instant::now(), self.steps_per_epoch(), self.rows_per_step());
         let order = self.order(step / per_epoch);
         let first = step % per_epoch * per_step;
@@ -186,30 +240,24 @@ impl Run {
             let layout = Layout::of(&lengths, self.recipe.data.packing);
             let tokens = layout.tokens((index * self.recipe.train.steps.batch_size) as u64);
             let noise = Noise { seed: self.recipe.train.steps.seed, step: step as u64, tokens };
-            let batch = self.model.batch(micro, &layout, 1.0 / targets as f32, Pass::training(noise))?;
-            loss += self.engine.accumulate(&self.model, &batch);
+            let batch = model.batch(micro, &layout, 1.0 / targets as f32, Pass::training(noise))?;
+            loss += self.engine.accumulate(model, &batch);
         }
         let learning_rate = self.schedule(steps).at(step);
-        let report = self.engine.step(&mut self.model, learning_rate)?;
+        let report = self.engine.step(model, learning_rate)?;
         let seconds = begin.elapsed().as_secs_f64();
         self.progress.tokens += tokens;
         self.progress.stepping += seconds;
         let speed = tokens as f64 / seconds;
-        self.metrics.write(&json!({
+        let line = json!({
             "step": step + 1, "epoch": (step + 1) as f64 / per_epoch as f64, "loss": loss,
             "learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens": tokens,
             "target_tokens": targets, "tokens_per_second": speed,
             "elapsed_seconds": self.elapsed(), "peak_rss_bytes": peak_rss_bytes(),
-        }))?;
+        });
+        self.metrics.write(&line)?;
+        feed.line(&line);
         self.show(step + 1, steps, format!("loss {loss:.4}, {speed:.0} tokens/s"));
-        let train = &self.recipe.train;
-        let (evaluate, save) = (train.saving.eval_every, train.saving.save_every);
-        if evaluate.is_some_and(|every| (step + 1).is_multiple_of(every)) && step + 1 < steps {
-            self.evaluate(step + 1)?;
-        }
-        if save.is_some_and(|every| (step + 1).is_multiple_of(every)) && step + 1 < steps {
-            self.checkpoint(step + 1)?;
-        }
         Ok(())
     }
 
@@ -226,31 +274,32 @@ impl Run {
         }
     }
 
-    fn evaluate(&mut self, step: usize) -> Result<Option<f64>> {
+    /// The validation loss, if there are rows to validate on, and whether early stopping has had enough.
+    fn evaluate(&mut self, model: &Llama<Training>, step: usize, feed: &mut Feed) -> Result<Option<(f64, bool)>> {
         if self.valid.is_empty() {
             return Ok(None);
         }
-        let model: Llama<Inference> = self.model.valid();
+        let model: Llama<Inference> = model.valid();
         let (loss, _) = mean_loss(&model, &self.valid, (self.recipe.train.steps.batch_size, self.recipe.data.packing))?;
-        self.metrics.write(&json!({
-            "step": step, "valid_loss": loss, "elapsed_seconds": self.elapsed(),
-        }))?;
+        let line = json!({ "step": step, "valid_loss": loss, "elapsed_seconds": self.elapsed() });
+        self.metrics.write(&line)?;
+        let enough = feed.line(&line);
         let message = format!("step {step}: validation loss {loss:.4}");
-        if self.bar.is_hidden() {
-            eprintln!("{message}")
-        } else {
-            self.bar.println(message)
+        match (self.bar.is_hidden(), quiet::display()) {
+            (_, true) => {}
+            (true, false) => eprintln!("{message}"),
+            (false, false) => self.bar.println(message),
         }
-        Ok(Some(loss))
+        Ok(Some((loss, enough)))
     }
 
     /// Writes what is trained into `directory`: `adapter/` or `model/`.
-    fn save(&self, directory: &Path) -> Result<()> {
+    fn save(&self, model: &Llama<Training>, directory: &Path) -> Result<()> {
         match &self.lora {
-            Some(config) => adapter::save(&self.model, ADAPTER, config, &directory.join("adapter"))?,
+            Some(config) => adapter::save(model, ADAPTER, config, &directory.join("adapter"))?,
             None => {
                 let directory = directory.join("model");
-                checkpoint::save(&self.model, &directory)?;
+                checkpoint::save(model, &directory)?;
                 self.tokenizer.save(&directory)?;
             }
         }
@@ -258,33 +307,31 @@ impl Run {
     }
 
     /// Writes all that it takes to go on after `step`, and removes what is older than the recipe keeps.
-    fn checkpoint(&mut self, step: usize) -> Result<()> {
+    fn checkpoint(&mut self, model: &Llama<Training>, step: usize) -> Result<()> {
         let progress =
             Progress { step, seconds: self.elapsed(), metrics_bytes: self.metrics.bytes(), ..self.progress.clone() };
         state::commit(&self.directory.join(format!("checkpoint-{step}")), &progress, |directory| {
-            self.save(directory)?;
-            Ok(self.engine.save(&self.model, &directory.join(STATE))?)
+            self.save(model, directory)?;
+            Ok(self.engine.save(model, &directory.join(STATE))?)
         })?;
         let all = state::checkpoints(&self.directory)?;
         let surplus = all.len().saturating_sub(self.recipe.train.saving.keep);
         all[..surplus].iter().try_for_each(|old| state::remove(old))
     }
 
-    fn finish(mut self, steps: usize) -> Result<()> {
-        let after = self.evaluate(steps)?;
+    fn finish(&mut self, model: &Llama<Training>, steps: usize, feed: &mut Feed) -> Result<Value> {
+        let after = self.evaluate(model, steps, feed)?.map(|(loss, _)| loss);
         let directory = self.directory.clone();
-        self.save(&directory)?;
+        self.save(model, &directory)?;
         self.bar.finish_and_clear();
         let Progress { tokens, stepping, valid_loss_before, .. } = self.progress;
         let summary = json!({
             "valid_loss_before": valid_loss_before, "valid_loss_after": after, "steps": steps,
             "seconds": self.elapsed(), "tokens": tokens, "tokens_per_second": tokens as f64 / stepping,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "trainable_parameters": param::count_trainable::<Training, _>(&self.model),
+            "peak_rss_bytes": peak_rss_bytes(), "trainable_parameters": param::count_trainable::<Training, _>(model),
         });
         write::whole(&directory.join("summary.json"), format!("{summary:#}\n").as_bytes())?;
-        println!("{summary}");
-        Ok(())
+        Ok(summary)
     }
 }
 

@@ -1,0 +1,35 @@
+//! burn-train's display where there is none: the run prints its own lines.
+
+use burn::train::{
+    metric::MetricDefinition,
+    renderer::{
+        EvaluationName, EvaluationProgress, MetricState, MetricsRenderer, MetricsRendererEvaluation,
+        MetricsRendererTraining, ProgressType, TrainingProgress,
+    },
+};
+use std::io::IsTerminal;
+
+/// Whether burn-train's own display has the terminal.
+pub fn display() -> bool {
+    std::io::stdout().is_terminal()
+}
+
+/// Shows nothing.
+pub struct Quiet;
+
+impl MetricsRendererTraining for Quiet {
+    fn update_train(&mut self, _: MetricState) {}
+    fn update_valid(&mut self, _: MetricState) {}
+    fn render_train(&mut self, _: TrainingProgress, _: Vec<ProgressType>) {}
+    fn render_valid(&mut self, _: TrainingProgress, _: Vec<ProgressType>) {}
+}
+
+impl MetricsRendererEvaluation for Quiet {
+    fn update_test(&mut self, _: EvaluationName, _: MetricState) {}
+    fn render_test(&mut self, _: EvaluationProgress, _: Vec<ProgressType>) {}
+}
+
+impl MetricsRenderer for Quiet {
+    fn manual_close(&mut self) {}
+    fn register_metric(&mut self, _: MetricDefinition) {}
+}
