@@ -1,6 +1,6 @@
 //! Checkpoints: Hugging Face directories and GGUF files, read one tensor at a time into the model.
 
-mod build;
+pub(crate) mod build;
 pub mod gguf;
 pub mod safetensors;
 mod save;
