@@ -1,7 +1,7 @@
 //! The model from a configuration and a source of tensors.
 
 use crate::{
-    Error, LlamaConfig,
+    LlamaConfig,
     kernel::Kernels,
     model::{Attention, Decoder, Embedding, Layer, Llama, Mlp, RmsNorm},
 };
@@ -12,7 +12,7 @@ use burn::{
 use burn_peft::{Linear, param};
 
 /// Every parameter of the model: its name and shape.
-pub(super) fn shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+pub(crate) fn shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     let (hidden, mlp, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
     let (q, kv) = config.attention_widths();
     let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden])];
@@ -47,11 +47,11 @@ pub(super) fn shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     all
 }
 
-/// Tensors by name.
-type Read<'a> = &'a dyn Fn(&str) -> Result<TensorData, Error>;
+/// Tensors by name, or why one cannot be had.
+type Read<'a, E> = &'a dyn Fn(&str) -> Result<TensorData, E>;
 
 /// The model whose tensors `read` gives, each asked for once.
-pub(super) fn build<B: Kernels>(config: &LlamaConfig, read: Read<'_>, device: &B::Device) -> Result<Llama<B>, Error> {
+pub(crate) fn build<B: Kernels, E>(config: &LlamaConfig, read: Read<'_, E>, device: &B::Device) -> Result<Llama<B>, E> {
     let build = Build { config, read, device };
     let layers = (0..config.num_hidden_layers).map(|index| build.layer(index)).collect::<Result<_, _>>()?;
     let embedding = "model.embed_tokens.weight";
@@ -68,31 +68,31 @@ pub(super) fn build<B: Kernels>(config: &LlamaConfig, read: Read<'_>, device: &B
     })
 }
 
-struct Build<'a, D> {
+struct Build<'a, D, E> {
     config: &'a LlamaConfig,
-    read: Read<'a>,
+    read: Read<'a, E>,
     device: &'a D,
 }
 
-impl<D> Build<'_, D> {
-    fn tensor<B: Kernels<Device = D>, const N: usize>(&self, name: &str) -> Result<Tensor<B, N>, Error> {
+impl<D, E> Build<'_, D, E> {
+    fn tensor<B: Kernels<Device = D>, const N: usize>(&self, name: &str) -> Result<Tensor<B, N>, E> {
         let data = (self.read)(name)?;
         let dtype = data.dtype;
         Ok(Tensor::from_data(data, (self.device, dtype)))
     }
 
-    fn norm<B: Kernels<Device = D>>(&self, path: &str) -> Result<RmsNorm<B>, Error> {
+    fn norm<B: Kernels<Device = D>>(&self, path: &str) -> Result<RmsNorm<B>, E> {
         let name = format!("{path}.weight");
         let weight = self.tensor::<B, 1>(&name)?.require_grad();
         Ok(RmsNorm { weight: Param::initialized(param::id(&name), weight), epsilon: self.config.rms_norm_eps })
     }
 
-    fn linear<B: Kernels<Device = D>>(&self, path: &str, bias: bool) -> Result<Linear<B>, Error> {
+    fn linear<B: Kernels<Device = D>>(&self, path: &str, bias: bool) -> Result<Linear<B>, E> {
         let bias = if bias { Some(self.tensor(&format!("{path}.bias"))?) } else { None };
         Ok(Linear::new(path, self.tensor(&format!("{path}.weight"))?, bias))
     }
 
-    fn layer<B: Kernels<Device = D>>(&self, index: usize) -> Result<Layer<B>, Error> {
+    fn layer<B: Kernels<Device = D>>(&self, index: usize) -> Result<Layer<B>, E> {
         let (path, biases) = (format!("model.layers.{index}"), self.config.biases);
         let linear = |name: &str, bias| self.linear(&format!("{path}.{name}"), bias);
         let norm = |name: &str| self.norm(&format!("{path}.{name}"));

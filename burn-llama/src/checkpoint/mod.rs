@@ -1,7 +1,7 @@
 //! Checkpoints: Hugging Face directories and GGUF files, read one tensor at a time into the model.
 
 mod beside;
-mod build;
+pub(crate) mod build;
 pub mod gguf;
 mod parameters;
 pub mod safetensors;

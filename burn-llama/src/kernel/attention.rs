@@ -5,6 +5,8 @@ use burn::tensor::{Bool, Int, Tensor, backend::Backend, s};
 
 /// Queries per block: scores of one block are the largest tensor that exists.
 const BLOCK: usize = 64;
+/// The score of a hidden pair.
+const HIDDEN: f64 = -1e30;
 
 /// Who may see whom. A query sees a key of its own segment (or of the segment [`Visibility::ANY`]) at its own position or
 /// before, and within the sliding window if there is one.
@@ -74,7 +76,7 @@ fn scores<B: Backend>(q: Tensor<B, 5>, k: &Tensor<B, 4>, hidden: Tensor<B, 5, Bo
     let k = k.clone().slice(s![.., .., ..keys, ..]).swap_dims(2, 3);
     let scores = (stacked(q) * (dim as f64).powf(-0.5)).matmul(k).reshape([rows, kv_heads, group, n, keys]);
     // Finite, so that a query that sees nothing gives no NaN.
-    scores.mask_fill(hidden.expand([rows, kv_heads, group, n, keys]), -1e30)
+    scores.mask_fill(hidden.expand([rows, kv_heads, group, n, keys]), HIDDEN)
 }
 
 /// Blocks of queries: (first, end, keys that the block can see).
@@ -100,8 +102,11 @@ pub(super) fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<
         let n = to - from;
         let stacked = weights.reshape([rows, kv_heads, group * n, seen]);
         let output = stacked.matmul(v.clone().slice(s![.., .., ..seen, ..])).reshape([rows, kv_heads, group, n, dim]);
-        outputs.push(ungrouped(output / sum.clone()));
-        sums.push((max + sum.log()).squeeze_dim::<4>(4));
+        // A query that sees nothing gets nothing; with this log-sum-exp its weights are 0 in the backward pass too.
+        let blind = max.clone().equal_elem(HIDDEN);
+        let output = (output / sum.clone()).mask_fill(blind.clone().expand([rows, kv_heads, group, n, dim]), 0.0);
+        outputs.push(ungrouped(output));
+        sums.push((max + sum.log()).mask_fill(blind, 0.0).squeeze_dim::<4>(4));
     }
     (primitive(Tensor::cat(outputs, 1)), primitive(Tensor::cat(sums, 3)))
 }

@@ -44,9 +44,9 @@ fn vocabulary_blocks(n: usize, vocabulary: usize) -> impl Iterator<Item = (usize
     blocks(vocabulary, (LOGITS / n.max(1)).max(256))
 }
 
-/// Rows `from..to` of the head, in f32.
-fn rows<B: Backend>(head: &Tensor<B, 2>, from: usize, to: usize) -> Tensor<B, 2> {
-    head.clone().slice(s![from..to, ..]).cast(DType::F32)
+/// Rows `from..to` of the head, in the type of the hidden states.
+fn rows<B: Backend>(head: &Tensor<B, 2>, (from, to): (usize, usize), dtype: DType) -> Tensor<B, 2> {
+    head.clone().slice(s![from..to, ..]).cast(dtype)
 }
 
 pub(super) fn forward<B: Backend>(hidden: F<B>, head: F<B>, targets: &Targets<B>) -> Losses<B> {
@@ -55,7 +55,8 @@ pub(super) fn forward<B: Backend>(hidden: F<B>, head: F<B>, targets: &Targets<B>
     for (from, to) in blocks(hidden.dims()[0], TOKENS) {
         let (hidden, targets) = (hidden.clone().slice(s![from..to, ..]), targets.slice(from, to));
         let lse = log_sum_exp(&hidden, &head);
-        let target = (hidden * head.clone().select(0, targets.ids).cast(DType::F32)).sum_dim(1).squeeze_dim::<1>(1);
+        let rows = head.clone().select(0, targets.ids).cast(hidden.dtype());
+        let target = (hidden * rows).sum_dim(1).squeeze_dim::<1>(1);
         losses.push((lse.clone() - target) * targets.weights);
         sums.push(lse);
     }
@@ -67,7 +68,7 @@ fn log_sum_exp<B: Backend>(hidden: &Tensor<B, 2>, head: &Tensor<B, 2>) -> Tensor
     let n = hidden.dims()[0];
     let mut running: Option<(Tensor<B, 2>, Tensor<B, 2>)> = None;
     for (from, to) in vocabulary_blocks(n, head.dims()[0]) {
-        let logits = hidden.clone().matmul(rows(head, from, to).transpose());
+        let logits = hidden.clone().matmul(rows(head, (from, to), hidden.dtype()).transpose());
         let max = logits.clone().max_dim(1);
         running = Some(match running {
             None => (max.clone(), (logits - max).exp().sum_dim(1)),
@@ -99,10 +100,10 @@ pub(super) fn backward<B: Backend>(
         let column = |x: &Tensor<B, 1>| x.clone().slice(s![from..to]).unsqueeze_dim::<2>(1);
         let (lse, scale) = (column(&lse), column(&scale));
         let ids = targets.ids.clone().slice(s![from..to]);
-        let mut dh = (head.clone().select(0, ids.clone()).cast(DType::F32) * scale.clone()).neg();
+        let mut dh = (head.clone().select(0, ids.clone()).cast(h.dtype()) * scale.clone()).neg();
         let mut parts = Vec::new();
         for (first, end) in vocabulary_blocks(to - from, vocabulary) {
-            let w = rows(&head, first, end);
+            let w = rows(&head, (first, end), h.dtype());
             let logits = h.clone().matmul(w.clone().transpose());
             let d_logits = (logits - lse.clone()).exp() * scale.clone();
             if trained {

@@ -56,7 +56,8 @@ pub trait Kernels: LinearKernels {
 
     /// Softmax attention of grouped heads: `q [rows, queries, heads, head_dim]`, `k` and `v [rows, keys, kv_heads, head_dim]`,
     /// visibility by segment and position. Returns the output in the shape of `q` and the log-sum-exp of the scores
-    /// `[rows, kv_heads, heads / kv_heads, queries]`. The last `queries` keys belong to the queries themselves.
+    /// `[rows, kv_heads, heads / kv_heads, queries]`, both 0 for a query that sees nothing. The last `queries` keys belong to the
+    /// queries themselves.
     fn flash_attention(qkv: [F<Self>; 3], visibility: &Visibility<Self>) -> (F<Self>, F<Self>) {
         attention::forward::<Self>(qkv, visibility)
     }

@@ -1,7 +1,7 @@
 //! Root-mean-square normalisation by tensor operations.
 
 use super::{F, primitive, tensor};
-use burn::tensor::{DType, Tensor, backend::Backend};
+use burn::tensor::{Tensor, backend::Backend};
 
 /// `1 / √(mean(x²) + eps)`, `[n, 1]`.
 fn inverse_rms<B: Backend>(x: &Tensor<B, 2>, epsilon: f64) -> Tensor<B, 2> {
@@ -9,7 +9,8 @@ fn inverse_rms<B: Backend>(x: &Tensor<B, 2>, epsilon: f64) -> Tensor<B, 2> {
 }
 
 pub(super) fn forward<B: Backend>(x: F<B>, weight: F<B>, epsilon: f64) -> F<B> {
-    let (x, weight) = (tensor::<B, 2>(x), tensor::<B, 1>(weight).cast(DType::F32));
+    let x = tensor::<B, 2>(x);
+    let weight = tensor::<B, 1>(weight).cast(x.dtype());
     let r = inverse_rms(&x, epsilon);
     primitive(x * r * weight.unsqueeze())
 }
@@ -20,7 +21,8 @@ pub(super) fn backward<B: Backend>(
     dy: F<B>,
     (epsilon, trained): (f64, bool),
 ) -> (F<B>, Option<F<B>>) {
-    let (x, weight, dy) = (tensor::<B, 2>(x), tensor::<B, 1>(weight).cast(DType::F32), tensor::<B, 2>(dy));
+    let (x, dy) = (tensor::<B, 2>(x), tensor::<B, 2>(dy));
+    let weight = tensor::<B, 1>(weight).cast(x.dtype());
     let r = inverse_rms(&x, epsilon);
     let normed = x * r.clone();
     let dw = trained.then(|| primitive((dy.clone() * normed.clone()).sum_dim(0).squeeze_dim::<1>(0)));

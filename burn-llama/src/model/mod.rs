@@ -1,6 +1,7 @@
 //! The model: embedding, blocks, norm, head.
 
 mod block;
+mod init;
 mod norm;
 #[cfg(feature = "zero")]
 mod segments;

@@ -1,0 +1,124 @@
+//! What the segment driver costs: time and peak memory of one backward pass over a random model, by Burn's `backward` over the
+//! whole graph, by segments with their graphs kept, and by segments made again. Rounds alternate, so that a busy machine
+//! slows all of them, and the fastest round of each counts.
+//!
+//! `cargo run --release --example backward [-- ROUNDS]`
+
+use burn::{
+    backend::{Autodiff, Flex},
+    module::{Module, ModuleVisitor, Param},
+    tensor::{Tensor, backend::AutodiffBackend},
+};
+use burn_llama::{Batch, Example, Layout, Llama, LlamaConfig};
+use burn_peft::{LoraConfig, Pass, TargetModules, adapter, param};
+use burn_zero::segment::{self, Checkpointing};
+use std::{
+    alloc::{GlobalAlloc, Layout as Block, System},
+    error::Error,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    time::Instant,
+};
+
+type Train = Autodiff<Flex>;
+
+/// Counts the bytes in use, and the most there were.
+struct Counting;
+
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, block: Block) -> *mut u8 {
+        PEAK.fetch_max(LIVE.fetch_add(block.size(), Relaxed) + block.size(), Relaxed);
+        unsafe { System.alloc(block) }
+    }
+
+    unsafe fn alloc_zeroed(&self, block: Block) -> *mut u8 {
+        PEAK.fetch_max(LIVE.fetch_add(block.size(), Relaxed) + block.size(), Relaxed);
+        unsafe { System.alloc_zeroed(block) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, block: Block) {
+        LIVE.fetch_sub(block.size(), Relaxed);
+        unsafe { System.dealloc(memory, block) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Sums the squares of all gradients.
+struct SquaredNorm<'a>(&'a <Train as AutodiffBackend>::Gradients, f64);
+
+impl ModuleVisitor<Train> for SquaredNorm<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Train, D>>) {
+        if let Some(gradient) = param.val().grad(self.0) {
+            self.1 += gradient.powi_scalar(2).sum().into_scalar() as f64;
+        }
+    }
+}
+
+/// Seconds, bytes at the peak beyond those before, and the squared norm of the gradient, all of which is alive at the end.
+fn measure(model: &Llama<Train>, batch: &Batch<Train>, way: Option<Checkpointing>) -> (f64, usize, f64) {
+    let (before, start) = (LIVE.load(Relaxed), Instant::now());
+    PEAK.store(before, Relaxed);
+    let spent = || (start.elapsed().as_secs_f64(), PEAK.load(Relaxed) - before);
+    match way {
+        None => {
+            let grads = model.batch_loss(batch).sum().backward();
+            let (seconds, bytes) = spent();
+            let mut norm = SquaredNorm(&grads, 0.0);
+            model.visit(&mut norm);
+            (seconds, bytes, norm.1)
+        }
+        Some(checkpointing) => {
+            let mut all = Vec::new();
+            segment::run(model, batch, checkpointing, &mut |gradients| all.extend(gradients));
+            let (seconds, bytes) = spent();
+            let square = |x: Tensor<Flex, 1>| x.powi_scalar(2).sum().into_scalar() as f64;
+            (seconds, bytes, all.into_iter().map(|gradient| square(gradient.value.flatten())).sum())
+        }
+    }
+}
+
+fn compare(name: &str, model: &Llama<Train>, batch: &Batch<Train>, rounds: usize) {
+    let ways = [None, Some(Checkpointing::None), Some(Checkpointing::Full)];
+    let (mut seconds, mut bytes, mut norms) = ([f64::INFINITY; 3], [0; 3], [0.0; 3]);
+    // The first round fills caches and is not counted.
+    for round in 0..=rounds {
+        for (index, way) in ways.into_iter().enumerate() {
+            let (time, peak, norm) = measure(model, batch, way);
+            (bytes[index], norms[index]) = (peak, norm);
+            if round > 0 {
+                seconds[index] = seconds[index].min(time);
+            }
+        }
+    }
+    println!("{name}, {} of {} values", param::count_trainable::<Train, _>(model), model.num_params());
+    for (index, way) in ["one graph", "segments, graphs kept", "segments, graphs made again"].into_iter().enumerate() {
+        assert!((norms[index] / norms[0] - 1.0).abs() < 1e-4, "the gradients differ: {norms:?}");
+        let (time, mib) = (seconds[index], bytes[index] as f64 / (1 << 20) as f64);
+        let (times, memory) = (time / seconds[0], bytes[index] as f64 / bytes[0] as f64);
+        println!("  {way:28} {time:7.3} s  × {times:.2}   {mib:7.1} MiB  × {memory:.2}");
+    }
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let rounds = std::env::args().nth(1).map_or(Ok(7), |rounds| rounds.parse())?;
+    let config = LlamaConfig::from_json(serde_json::json!({
+        "model_type": "llama", "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
+    }))?;
+    let full = config.init::<Train>(0, &Default::default());
+    let lengths = [300, 212];
+    let row = |n: usize| Example { ids: (0..n).map(|i| (i * 37 % 8192) as u32).collect(), learned: vec![true; n] };
+    let batch = full.batch(&lengths.map(row), &Layout::of(&lengths, true), 0.01, Pass::default())?;
+    compare("all parameters", &full, &batch, rounds);
+
+    let mut lora = full;
+    let target_modules = TargetModules::Pattern("all-linear".into());
+    adapter::attach(&mut lora, "default", &LoraConfig { target_modules, ..LoraConfig::default() }, 0)?;
+    compare("LoRA", &param::train_only(lora, adapter::is_adapter), &batch, rounds);
+    Ok(())
+}

@@ -1,0 +1,37 @@
+//! Teaches a model one answer by LoRA and writes the adapter as PEFT's directory:
+//! `cargo run --release --example lora -- MODEL ADAPTER`, where MODEL is a Hugging Face directory.
+
+use burn::{
+    backend::{Autodiff, Flex},
+    tensor::DType,
+};
+use burn_llama::{Checkpoint, Example, Layout, Tokenizer};
+use burn_peft::{LoraConfig, Pass, TargetModules, adapter, param};
+use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
+use std::{error::Error, path::Path};
+
+type Train = Autodiff<Flex>;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [path, out] = arguments.as_slice() else { return Err("usage: lora MODEL ADAPTER".into()) };
+    let tokenizer = Tokenizer::from_dir(Path::new(path))?;
+    let mut model = Checkpoint::open(Path::new(path))?.load::<Train>(DType::F32, &Default::default())?;
+
+    let target_modules = TargetModules::Pattern("all-linear".into());
+    let config = LoraConfig { r: 8, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
+    adapter::attach(&mut model, "default", &config, 0)?;
+    let mut model = param::train_only(model, adapter::is_adapter);
+    println!("{} values are trained", param::count_trainable::<Train, _>(&model));
+
+    let (prompt, answer) = (tokenizer.encode("The heart is", true)?, tokenizer.encode(" a pump of muscle.", false)?);
+    let rows = [Example::new(&prompt, &answer, 512)];
+    let (layout, weight) = (Layout::padded(&[rows[0].ids.len()]), 1.0 / rows[0].targets() as f32);
+    let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
+    for step in 1..=20 {
+        let loss = engine.accumulate(&model, &model.batch(&rows, &layout, weight, Pass::default())?);
+        engine.step(&mut model, 1e-3)?;
+        println!("step {step}: loss {loss:.4}");
+    }
+    Ok(adapter::save(&model, "default", &config, Path::new(out))?)
+}

@@ -1,0 +1,229 @@
+//! Every kernel on every backend: the outputs of plain f64 host code, the gradient that its finite differences have, packed
+//! ≡ separate, NaN in, NaN out, and bit for bit the same with any number of threads.
+//!
+//! The tensor operations that serve backends without kernels of their own run here in f64, on Flex, whose kernels are f32. They are held
+//! against the host code first; then they say what every element of an f32 gradient should be.
+#![cfg(feature = "flex")]
+
+mod cases;
+mod host;
+
+use burn::{
+    backend::{Autodiff, Flex},
+    tensor::{DType, Tensor, backend::Backend},
+};
+use burn_llama::kernel::Kernels;
+use cases::{Case, Kernel, Place, attention, floats, numbers, packed, table};
+use laws::one_backward_at_a_time;
+use std::sync::OnceLock;
+
+/// What a case gives: outputs, and the gradients of the trained inputs.
+#[derive(Debug, Clone, PartialEq)]
+struct Found {
+    outputs: Vec<Vec<f64>>,
+    gradients: Vec<Option<Vec<f64>>>,
+}
+
+/// Runs a case forward, and backward from `dy`.
+fn evaluate<B: Kernels>(case: &Case, inputs: &[Vec<f64>], dy: &[f64], place: &Place<'_, B>) -> Found {
+    let place = Place::<Autodiff<B>> { device: place.device, dtype: place.dtype, views: place.views };
+    let leaves = case.inputs.iter().zip(inputs).map(|(input, values)| {
+        let dtype = if input.dtype == DType::F32 { place.dtype } else { input.dtype };
+        floats::<Autodiff<B>>(values, dtype, place.device).set_require_grad(input.trained)
+    });
+    let leaves: Vec<_> = leaves.collect();
+    let outputs = case.run(&leaves, &place);
+    let loss = outputs[0].clone() * floats(dy, place.dtype, place.device);
+    let mut grads = loss.sum().backward();
+    let gradient = |leaf: &Tensor<Autodiff<B>, 1>| leaf.grad_remove(&mut grads).map(read);
+    Found { gradients: leaves.iter().map(gradient).collect(), outputs: outputs.into_iter().map(read).collect() }
+}
+
+fn read<B: Backend>(x: Tensor<B, 1>) -> Vec<f64> {
+    x.into_data().convert::<f64>().into_vec().unwrap()
+}
+
+/// Asserts that two arrays differ by at most `tolerance` of the largest value expected.
+fn assert_close(found: &[f64], expected: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let scale = expected.iter().fold(0.1, |max: f64, x| max.max(x.abs()));
+    for (index, (found, expected)) in found.iter().zip(expected).enumerate() {
+        let apart = (found - expected).abs() / scale;
+        assert!(apart <= tolerance, "{what}, element {index}: {found} against {expected}, {apart:e} apart");
+    }
+}
+
+fn assert_same(found: &Found, expected: &Found, tolerance: f64, what: &str) {
+    for (index, (found, expected)) in found.outputs.iter().zip(&expected.outputs).enumerate() {
+        assert_close(found, expected, tolerance, &format!("{what}: output {index}"));
+    }
+    for (index, (found, expected)) in found.gradients.iter().zip(&expected.gradients).enumerate() {
+        let what = format!("{what}: gradient of input {index}");
+        assert_eq!(found.is_some(), expected.is_some(), "{what}");
+        if let (Some(found), Some(expected)) = (found, expected) {
+            assert_close(found, expected, tolerance, &what);
+        }
+    }
+}
+
+/// The table with what every case must give.
+fn truth() -> &'static [(Case, Found)] {
+    static TRUTH: OnceLock<Vec<(Case, Found)>> = OnceLock::new();
+    TRUTH.get_or_init(|| {
+        let place = Place::<Flex> { device: &Default::default(), dtype: DType::F64, views: false };
+        let truth = |case: Case| {
+            let inputs = case.values();
+            let found = evaluate(&case, &inputs, &case.dy, &place);
+            let expected = Found { outputs: case.host(&inputs), gradients: found.gradients.clone() };
+            assert_same(&found, &expected, 1e-12, &format!("{} by tensor operations", case.name));
+            (case, expected)
+        };
+        table().into_iter().map(truth).collect()
+    })
+}
+
+/// Directions along which the inputs are moved: each coordinate of a short one, all coordinates of a long one up or down.
+fn directions(name: &str, n: usize) -> Vec<Vec<f64>> {
+    if n <= 42 {
+        return (0..n).map(|i| (0..n).map(|j| f64::from(i == j)).collect()).collect();
+    }
+    let signs = |index: usize| numbers(&format!("{name}.{index}"), n, 1.0).iter().map(|x| x.signum()).collect();
+    (0..2).map(signs).collect()
+}
+
+#[test]
+fn gradients_are_the_finite_differences_of_host_code() {
+    let _lock = one_backward_at_a_time();
+    for (case, truth) in truth() {
+        let loss = |inputs: &[Vec<f64>]| case.host(inputs)[0].iter().zip(&case.dy).map(|(y, dy)| y * dy).sum::<f64>();
+        for (index, gradient) in truth.gradients.iter().enumerate() {
+            let Some(gradient) = gradient else { continue };
+            let values = &case.inputs[index].values;
+            let mean = values.iter().map(|x| x.abs()).sum::<f64>() / values.len() as f64;
+            let step = 1e-4 * if mean > 0.0 { mean } else { 1.0 };
+            let floor = 1e-9 * gradient.iter().fold(1.0, |max: f64, x| max.max(x.abs()));
+            for direction in directions(&format!("{}.{index}", case.name), gradient.len()) {
+                let moved = |step: f64| {
+                    let mut inputs = case.values();
+                    inputs[index].iter_mut().zip(&direction).for_each(|(x, d)| *x += step * d);
+                    loss(&inputs)
+                };
+                let expected = (moved(step) - moved(-step)) / (2.0 * step);
+                let terms = gradient.iter().zip(&direction).map(|(g, d)| g * d);
+                let (found, size): (f64, f64) = (terms.clone().sum(), terms.map(f64::abs).sum());
+                let apart = (found - expected).abs();
+                let name = &case.name;
+                assert!(apart <= 1e-6 * size + floor, "{name}: input {index}: {found} against {expected}");
+            }
+        }
+    }
+}
+
+/// The laws that hold on every backend, in f32; `tolerance` relative to the largest value.
+fn laws<B: Kernels>(device: &B::Device, tolerance: f64) {
+    let _lock = one_backward_at_a_time();
+    let place = Place::<B> { device, dtype: DType::F32, views: false };
+    for (case, truth) in truth() {
+        let inputs = case.values();
+        let found = evaluate(case, &inputs, &case.dy, &place);
+        assert_same(&found, truth, tolerance, &case.name);
+        let apart = evaluate(case, &inputs, &case.dy, &Place { views: true, ..place });
+        assert_same(&apart, &found, tolerance, &format!("{} of views", case.name));
+        if case.dy.len() < 6000 {
+            nan_shows(case, &place);
+        }
+    }
+    packed_is_separate(&[1, 7, 63, 64, 65, 193], &place, tolerance);
+}
+
+/// A NaN in any input shows in every output that depends on it, and one in the gradient of the output shows in all gradients.
+fn nan_shows<B: Kernels>(case: &Case, place: &Place<'_, B>) {
+    for (index, input) in case.inputs.iter().enumerate() {
+        let mut inputs = case.values();
+        inputs[index][input.values.len() * 3 / 4] = f64::NAN;
+        let found = evaluate(case, &inputs, &case.dy, place);
+        for (output, (found, expected)) in found.outputs.iter().zip(case.host(&inputs)).enumerate() {
+            let hidden = found.iter().zip(&expected).position(|(found, expected)| expected.is_nan() && !found.is_nan());
+            assert_eq!(hidden, None, "{}: a NaN in input {index} does not show in output {output}", case.name);
+        }
+    }
+    let blind = |sight: &host::Sight, row, query| (0..sight.keys()).all(|key| !sight.sees(row, query, key));
+    let mut dy = case.dy.clone();
+    dy[0] = f64::NAN;
+    match &case.kernel {
+        Kernel::Attention(sight) if blind(sight, 0, 0) => return,
+        _ => {}
+    }
+    for (index, gradient) in evaluate(case, &case.values(), &dy, place).gradients.iter().enumerate() {
+        let shows = gradient.as_ref().is_none_or(|gradient| gradient.iter().any(|x| x.is_nan()));
+        assert!(shows, "{}: a NaN from behind does not show in the gradient of input {index}", case.name);
+    }
+}
+
+/// Sequences of one row do not see each other: outputs and gradients are those of each alone.
+fn packed_is_separate<B: Kernels>(lengths: &[i32], place: &Place<'_, B>, tolerance: f64) {
+    let heads = [6, 2, 10];
+    let together = attention("packed", packed(lengths), heads);
+    let whole = evaluate(&together, &together.values(), &together.dy, place);
+    let mut start = 0;
+    for &length in lengths {
+        let mut alone = attention("alone", packed(&[length]), heads);
+        let total = lengths.iter().sum::<i32>() as usize;
+        let part = |values: &[f64]| {
+            let width = values.len() / total;
+            values[start * width..(start + length as usize) * width].to_vec()
+        };
+        let inputs: Vec<_> = together.inputs.iter().map(|input| part(&input.values)).collect();
+        alone.dy = part(&together.dy);
+        let found = evaluate(&alone, &inputs, &alone.dy, place);
+        let what = format!("a sequence of {length} in a row of {lengths:?}");
+        assert_close(&part(&whole.outputs[0]), &found.outputs[0], tolerance, &what);
+        for (whole, found) in whole.gradients.iter().zip(&found.gradients) {
+            assert_close(&part(whole.as_ref().unwrap()), found.as_ref().unwrap(), tolerance, &what);
+        }
+        start += length as usize;
+    }
+}
+
+#[test]
+fn flex() {
+    laws::<Flex>(&Default::default(), 3e-6);
+}
+
+#[cfg(feature = "tch")]
+#[test]
+fn tch() {
+    laws::<burn::backend::LibTorch>(&Default::default(), 1e-5);
+}
+
+#[cfg(feature = "vulkan")]
+#[test]
+fn vulkan() {
+    laws::<burn::backend::Vulkan>(&Default::default(), 1e-4);
+}
+
+#[cfg(feature = "wgpu")]
+#[test]
+fn wgpu() {
+    laws::<burn::backend::Wgpu>(&Default::default(), 1e-4);
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn cuda() {
+    laws::<burn::backend::Cuda>(&Default::default(), 1e-2);
+}
+
+#[test]
+fn results_on_flex_do_not_depend_on_the_number_of_threads() {
+    let _lock = one_backward_at_a_time();
+    let place = Place::<Flex> { device: &Default::default(), dtype: DType::F32, views: false };
+    let [one, two, three] = [1, 2, 3].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
+    for case in table() {
+        let run = || evaluate(&case, &case.values(), &case.dy, &place);
+        let expected = one.install(run);
+        for pool in [&two, &three] {
+            assert!(pool.install(run) == expected, "{}: {} threads", case.name, pool.current_num_threads());
+        }
+    }
+}
