@@ -9,6 +9,7 @@ mod eval;
 mod fetch;
 mod logits;
 mod model;
+mod quickstart;
 mod recipe;
 mod train;
 mod write;

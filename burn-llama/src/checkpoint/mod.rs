@@ -1,10 +1,12 @@
 //! Checkpoints: Hugging Face directories and GGUF files, read one tensor at a time into the model.
 
 mod build;
+mod fresh;
 pub mod gguf;
 pub mod safetensors;
 mod save;
 
+pub use fresh::fresh;
 pub(crate) use save::replace;
 pub use save::save;
 

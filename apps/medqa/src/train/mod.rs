@@ -3,4 +3,5 @@
 mod record;
 mod run;
 
-pub use run::train;
+pub use record::Summary;
+pub use run::{run, train};

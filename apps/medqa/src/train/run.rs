@@ -1,6 +1,6 @@
 //! The step loop.
 
-use super::record::{Metrics, peak_rss_bytes};
+use super::record::{Metrics, Summary, peak_rss_bytes};
 use crate::{
     backend::{Inference, Training},
     data::{Encoded, Format, encode, epoch_order, read},
@@ -56,6 +56,12 @@ pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>) -> Result
     if directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
         bail!("{}: the run folder is not empty; choose another with --dir", directory.display());
     }
+    println!("{}", serde_json::to_string(&run(recipe, directory)?)?);
+    Ok(())
+}
+
+/// Trains as the recipe says and writes everything into the run folder.
+pub fn run(recipe: Recipe, directory: PathBuf) -> Result<Summary> {
     let loaded = model::base::<Training>(&recipe.model.path, stored(recipe.model.dtype))?;
     let mut run = Run::new(recipe, directory, loaded)?;
     let before = run.evaluate(0)?;
@@ -232,21 +238,24 @@ impl Run {
         Ok(())
     }
 
-    fn finish(mut self, before: Option<f64>, steps: usize) -> Result<()> {
+    fn finish(mut self, before: Option<f64>, steps: usize) -> Result<Summary> {
         let after = self.evaluate(steps)?;
         let directory = self.directory.clone();
         self.save(&directory)?;
         self.progress.finish_and_clear();
-        let seconds = self.start.elapsed().as_secs_f64();
-        let summary = json!({
-            "valid_loss_before": before, "valid_loss_after": after, "steps": steps, "seconds": seconds,
-            "tokens": self.tokens, "tokens_per_second": self.tokens as f64 / self.stepping,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "trainable_parameters": param::count_trainable::<Training, _>(&self.model),
-        });
-        write::whole(&directory.join("summary.json"), format!("{summary:#}\n").as_bytes())?;
-        println!("{summary}");
-        Ok(())
+        let summary = Summary {
+            valid_loss_before: before,
+            valid_loss_after: after,
+            steps,
+            seconds: self.start.elapsed().as_secs_f64(),
+            tokens: self.tokens,
+            tokens_per_second: self.tokens as f64 / self.stepping,
+            peak_rss_bytes: peak_rss_bytes(),
+            trainable_parameters: param::count_trainable::<Training, _>(&self.model),
+        };
+        let text = serde_json::to_string_pretty(&summary)?;
+        write::whole(&directory.join("summary.json"), format!("{text}\n").as_bytes())?;
+        Ok(summary)
     }
 }
 
