@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::{chat, data::Format, eval, export, fetch, logits, train};
+use crate::{chat, data::Format, eval, export, fetch, logits, quickstart, train};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{num::NonZeroUsize, path::PathBuf};
@@ -15,6 +15,8 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Start here: fine-tune a model on a few hundred embedded lessons and compare before with after; takes minutes
+    Quickstart(QuickstartArgs),
     /// Get a model and print where it is
     FetchModel {
         /// The model: smollm2-135m-instruct, or a hub id such as owner/name
@@ -69,6 +71,19 @@ pub struct ModelArgs {
     /// Take the tokenizer from this directory or GGUF file instead of the model's
     #[arg(long)]
     pub tokenizer: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct QuickstartArgs {
+    /// The folder for everything the run writes
+    #[arg(long, default_value = "runs/quickstart")]
+    pub dir: PathBuf,
+    /// As for `chat`, or `tiny`: made on the spot, needs no network. Default: smollm2-135m-instruct, else `tiny`
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Optimizer steps; fewer are faster and teach less
+    #[arg(long)]
+    pub steps: Option<NonZeroUsize>,
 }
 
 /// What is measured.
@@ -167,6 +182,7 @@ pub struct ExportArgs {
 /// Does what the command line says.
 pub fn run(cli: Cli) -> Result<()> {
     match cli.verb {
+        Verb::Quickstart(args) => quickstart::quickstart(&args),
         Verb::FetchModel { name, dest } => {
             println!("{}", fetch::fetch(&name, dest.as_deref())?.display());
             Ok(())

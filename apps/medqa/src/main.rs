@@ -10,6 +10,7 @@ mod export;
 mod fetch;
 mod logits;
 mod model;
+mod quickstart;
 mod recipe;
 mod train;
 mod write;

@@ -28,14 +28,20 @@ pub fn load<B: Kernels>(args: &ModelArgs) -> Result<Loaded<B>> {
 
 /// Loads a model without adapters, its matrices stored as `dtype`.
 pub fn base<B: Kernels>(name: &str, dtype: DType) -> Result<Loaded<B>> {
+    let (checkpoint, tokenizer) = open(name)?;
+    let model = checkpoint.load::<B>(dtype, &B::Device::default())?;
+    Ok(Loaded { model, tokenizer })
+}
+
+/// A model's sizes and tokenizer; its weights stay in their files.
+pub fn open(name: &str) -> Result<(Checkpoint, Tokenizer)> {
     let path = fetch::resolve(name)?;
     let checkpoint = Checkpoint::open(&path)?;
     let tokenizer = match checkpoint.gguf() {
         Some(gguf) => Tokenizer::from_gguf(gguf)?,
         None => tokenizer(&path)?,
     };
-    let model = checkpoint.load::<B>(dtype, &B::Device::default())?;
-    Ok(Loaded { model, tokenizer })
+    Ok((checkpoint, tokenizer))
 }
 
 fn tokenizer(path: &Path) -> Result<Tokenizer> {

@@ -2,10 +2,16 @@
 
 use anyhow::{Context, Result};
 use burn::train::Interrupter;
+use std::sync::OnceLock;
 
-/// Starts to listen; the interrupter says whether the user has asked to stop.
+static INTERRUPTER: OnceLock<Interrupter> = OnceLock::new();
+
+/// Starts to listen; the interrupter, one for all runs of the program, says whether the user has asked to stop.
 pub fn watch() -> Result<Interrupter> {
-    let interrupter = Interrupter::new();
+    if let Some(interrupter) = INTERRUPTER.get() {
+        return Ok(interrupter.clone());
+    }
+    let interrupter = INTERRUPTER.get_or_init(Interrupter::new).clone();
     let asked = interrupter.clone();
     let stop = move || {
         if asked.should_stop() {

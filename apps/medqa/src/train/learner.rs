@@ -195,7 +195,7 @@ impl SupervisedLearningStrategy<Components> for Steps {
 
 /// Runs on burn-train: on a terminal with its display, else silently beside the run's own lines.
 pub fn launch(run: Run, model: Llama<Training>, interrupter: Interrupter) -> Result<Ended> {
-    let patience = run.patience();
+    let (patience, display) = (run.patience(), run.display);
     let steps = Arc::new(Steps { run: Mutex::new(run), outcome: Mutex::new(None) });
     let metric = Figure::<Loss>::new();
     let mut training: SupervisedTraining<Components> =
@@ -208,7 +208,7 @@ pub fn launch(run: Run, model: Llama<Training>, interrupter: Interrupter) -> Res
             .with_application_logger(None)
             .with_interrupter(interrupter)
             .with_training_strategy(TrainingStrategy::Custom(steps.clone()));
-    if !quiet::display() {
+    if !display {
         training = training.renderer(quiet::Quiet);
     }
     if let Some(n_epochs) = patience {

@@ -8,4 +8,5 @@ mod record;
 mod run;
 mod state;
 
-pub use run::train;
+pub use record::Summary;
+pub use run::{Options, run, train};

@@ -7,12 +7,6 @@ use burn::train::{
         MetricsRendererTraining, ProgressType, TrainingProgress,
     },
 };
-use std::io::IsTerminal;
-
-/// Whether burn-train's own display has the terminal.
-pub fn display() -> bool {
-    std::io::stdout().is_terminal()
-}
 
 /// Shows nothing.
 pub struct Quiet;

@@ -1,6 +1,7 @@
 //! What a run writes about itself.
 
 use anyhow::{Context, Result, bail};
+use serde::Serialize;
 use serde_json::Value;
 use std::{
     fs::File,
@@ -46,6 +47,27 @@ impl Metrics {
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
+}
+
+/// What a run came to: `summary.json`.
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    /// The mean loss over the target tokens of the validation rows; none without such rows.
+    pub valid_loss_before: Option<f64>,
+    /// The same after the last step.
+    pub valid_loss_after: Option<f64>,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// From the end of loading to the end of saving.
+    pub seconds: f64,
+    /// Tokens trained on, those of prompts included.
+    pub tokens: usize,
+    /// Over the time spent in steps.
+    pub tokens_per_second: f64,
+    /// The most memory that the process has held.
+    pub peak_rss_bytes: u64,
+    /// Weights that learned.
+    pub trainable_parameters: usize,
 }
 
 /// The most memory that this process has held so far, in bytes; 0 where the system does not say.

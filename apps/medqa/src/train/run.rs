@@ -3,8 +3,7 @@
 use super::{
     interrupt,
     learner::{self, Feed},
-    quiet,
-    record::{Metrics, peak_rss_bytes},
+    record::{Metrics, Summary, peak_rss_bytes},
     state::{self, Progress},
 };
 use crate::{
@@ -26,9 +25,10 @@ use burn_zero::{
     segment::Checkpointing,
 };
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::{
     fs,
+    io::IsTerminal,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -49,6 +49,8 @@ pub struct Run {
     sources: Vec<Vec<Example>>,
     valid: Vec<Example>,
     metrics: Metrics,
+    /// Whether burn-train's display has the terminal.
+    pub display: bool,
     bar: ProgressBar,
     /// Of this process; what came before is in `progress`.
     start: Instant,
@@ -62,6 +64,8 @@ pub struct Options {
     pub directory: PathBuf,
     /// Whether to go on with the run that is in it.
     pub resume: bool,
+    /// Whether burn-train's display takes the terminal.
+    pub display: bool,
 }
 
 /// The verb `train`.
@@ -69,31 +73,32 @@ pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, resume: b
     let recipe = Recipe::load(path, sets)?;
     let name = path.file_stem().unwrap_or_default();
     let directory = directory.unwrap_or_else(|| Path::new("runs").join(name));
-    run(recipe, &Options { directory, resume })
+    if !resume && directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
+        bail!(
+            "{}: the run folder is not empty; choose another with --dir, or go on with its run by --resume",
+            directory.display()
+        );
+    }
+    let options = Options { directory, resume, display: std::io::stdout().is_terminal() };
+    println!("{}", serde_json::to_string(&run(recipe, &options)?)?);
+    Ok(())
 }
 
-/// Trains by a recipe until it ends or the user interrupts it, which leaves a checkpoint.
-pub fn run(recipe: Recipe, options: &Options) -> Result<()> {
+/// Trains as the recipe says and writes everything into the run folder. When the user interrupts it, it writes a checkpoint
+/// and ends the program.
+pub fn run(recipe: Recipe, options: &Options) -> Result<Summary> {
     let directory = &options.directory;
     if options.resume {
         state::same_recipe(directory, &recipe)?;
         if directory.join("summary.json").exists() {
             bail!("{}: the run is complete; there is nothing to resume", directory.display());
         }
-    } else if directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
-        bail!(
-            "{}: the run folder is not empty; choose another with --dir, or go on with its run by --resume",
-            directory.display()
-        );
     }
     let interrupter = interrupt::watch()?;
     let loaded = model::base::<Training>(&recipe.model.path, stored(recipe.model.dtype))?;
     let (run, model) = Run::new(recipe, options, loaded)?;
     match learner::launch(run, model, interrupter)? {
-        Ended::Complete(summary) => {
-            println!("{summary}");
-            Ok(())
-        }
+        Ended::Complete(summary) => Ok(summary),
         Ended::Interrupted(step) => {
             eprintln!("interrupted after step {step}; go on with --dir {} --resume", directory.display());
             std::process::exit(INTERRUPTED);
@@ -104,7 +109,7 @@ pub fn run(recipe: Recipe, options: &Options) -> Result<()> {
 /// How a run came to its end.
 pub enum Ended {
     /// With everything written; what `summary.json` says.
-    Complete(Value),
+    Complete(Summary),
     /// With a checkpoint after this step.
     Interrupted(usize),
 }
@@ -134,7 +139,9 @@ impl Run {
         let bar =
             ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}, {eta} left")?);
         let (tokenizer, start) = (loaded.tokenizer, Instant::now());
-        let run = Self { recipe, directory, engine, lora, tokenizer, sources, valid, metrics, bar, start, progress };
+        let display = options.display;
+        let run =
+            Self { recipe, directory, engine, lora, tokenizer, sources, valid, metrics, display, bar, start, progress };
         Ok((run, model))
     }
 
@@ -261,8 +268,11 @@ impl Run {
         Ok(())
     }
 
-    /// A progress bar on a terminal, a line every tenth of the way otherwise.
+    /// A progress bar on a terminal, a line every tenth of the way otherwise; nothing beside burn-train's display.
     fn show(&self, step: usize, steps: usize, message: String) {
+        if self.display {
+            return;
+        }
         if self.bar.is_hidden() {
             if step == 1 || step.is_multiple_of((steps / 10).max(1)) || step == steps {
                 let left = self.start.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64;
@@ -285,9 +295,9 @@ impl Run {
         self.metrics.write(&line)?;
         let enough = feed.line(&line);
         let message = format!("step {step}: validation loss {loss:.4}");
-        match (self.bar.is_hidden(), quiet::display()) {
-            (_, true) => {}
-            (true, false) => eprintln!("{message}"),
+        match (self.display, self.bar.is_hidden()) {
+            (true, _) => {}
+            (false, true) => eprintln!("{message}"),
             (false, false) => self.bar.println(message),
         }
         Ok(Some((loss, enough)))
@@ -319,18 +329,24 @@ impl Run {
         all[..surplus].iter().try_for_each(|old| state::remove(old))
     }
 
-    fn finish(&mut self, model: &Llama<Training>, steps: usize, feed: &mut Feed) -> Result<Value> {
+    fn finish(&mut self, model: &Llama<Training>, steps: usize, feed: &mut Feed) -> Result<Summary> {
         let after = self.evaluate(model, steps, feed)?.map(|(loss, _)| loss);
         let directory = self.directory.clone();
         self.save(model, &directory)?;
         self.bar.finish_and_clear();
         let Progress { tokens, stepping, valid_loss_before, .. } = self.progress;
-        let summary = json!({
-            "valid_loss_before": valid_loss_before, "valid_loss_after": after, "steps": steps,
-            "seconds": self.elapsed(), "tokens": tokens, "tokens_per_second": tokens as f64 / stepping,
-            "peak_rss_bytes": peak_rss_bytes(), "trainable_parameters": param::count_trainable::<Training, _>(model),
-        });
-        write::whole(&directory.join("summary.json"), format!("{summary:#}\n").as_bytes())?;
+        let summary = Summary {
+            valid_loss_before,
+            valid_loss_after: after,
+            steps,
+            seconds: self.elapsed(),
+            tokens,
+            tokens_per_second: tokens as f64 / stepping,
+            peak_rss_bytes: peak_rss_bytes(),
+            trainable_parameters: param::count_trainable::<Training, _>(model),
+        };
+        let text = serde_json::to_string_pretty(&summary)?;
+        write::whole(&directory.join("summary.json"), format!("{text}\n").as_bytes())?;
         Ok(summary)
     }
 }

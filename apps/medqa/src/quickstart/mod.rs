@@ -1,0 +1,111 @@
+//! The verb `quickstart`: from nothing to a fine-tuned model, and what it learned, within minutes.
+//!
+//! ```text
+//! lessons (embedded) ─┬─ DIR/data/train.jsonl, valid.jsonl ─► recipe ─► memory estimate
+//!                     └─ unseen questions ─► ask ─► LoRA (train::run) ─► ask again ─► report
+//! model: fetched, or `tiny`, made on the spot
+//! ```
+//!
+//! What is taught is a form, not knowledge: medical answers under fixed headings, a refusal for any other question.
+
+mod ask;
+mod estimate;
+mod lessons;
+mod report;
+mod tiny;
+
+use crate::{
+    cli::{ModelArgs, QuickstartArgs},
+    fetch,
+    recipe::Recipe,
+    train,
+};
+use anyhow::{Context, Result, bail};
+use ask::Questions;
+use estimate::Estimate;
+use lessons::{Lesson, Split};
+use report::Report;
+use std::{fs, path::Path, time::Instant};
+
+/// The model that is made on the spot.
+const TINY: &str = "tiny";
+
+/// The verb: progress on stderr, results on stdout.
+pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
+    let (start, directory) = (Instant::now(), args.dir.as_path());
+    if directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
+        bail!("{}: holds an earlier run; remove it or choose another folder with --dir", directory.display());
+    }
+    let lessons = lessons::all()?;
+    let model = model(args, &lessons)?;
+    let recipe = recipe(args, &model, &lessons)?;
+    let estimate = Estimate::of(&recipe)?;
+    println!("{estimate}");
+    let questions = Questions::among(&lessons);
+    let named = |adapter| ModelArgs { model: model.clone(), adapter, tokenizer: None };
+    let before = questions.ask(&named(None))?;
+    let options = train::Options { directory: directory.to_owned(), ..train::Options::default() };
+    let summary = train::run(recipe, &options)?;
+    let after = questions.ask(&named(Some(directory.join("adapter"))))?;
+    let seconds = start.elapsed().as_secs_f64();
+    let report = Report { questions, before, after, summary, estimate, seconds };
+    println!("{}\n{}\n", report.text(), caution(&model, directory));
+    let program = std::env::args().next().unwrap_or_else(|| "medqa".to_owned());
+    print!("{}", report::next(&program, Some(model.as_str()).filter(|&model| model != fetch::SMOLLM2), directory));
+    Ok(())
+}
+
+/// The model's name as a recipe has it, the model being there.
+fn model(args: &QuickstartArgs, lessons: &[Lesson]) -> Result<String> {
+    match args.model.as_deref() {
+        Some(TINY) => tiny::make(&args.dir, lessons, args.steps),
+        Some(name) => fetch::resolve(name).map(|_| name.to_owned()),
+        None => match fetch::resolve(fetch::SMOLLM2) {
+            Ok(_) => Ok(fetch::SMOLLM2.to_owned()),
+            Err(error) => {
+                eprintln!("{error:#}\nwarning: no model could be fetched; going on with `{TINY}`, made on the spot");
+                tiny::make(&args.dir, lessons, args.steps)
+            }
+        },
+    }
+}
+
+/// Writes the rows and says how they are learned.
+fn recipe(args: &QuickstartArgs, model: &str, lessons: &[Lesson]) -> Result<Recipe> {
+    let data = args.dir.join("data");
+    fs::create_dir_all(&data).with_context(|| format!("{}: cannot be made", data.display()))?;
+    let mut sets = vec![set("model.path", model)];
+    for (name, split) in [("train", Split::Train), ("valid", Split::Valid)] {
+        let path = data.join(format!("{name}.jsonl"));
+        let rows = lessons.iter().filter(|lesson| lesson.split == split);
+        lessons::save(&path, rows.map(|lesson| (lesson.question.as_str(), lesson.answer.clone())))?;
+        sets.push(set(&format!("data.{name}"), text(&path)?));
+    }
+    sets.extend(args.steps.map(|steps| format!("train.max_steps={steps}")));
+    let (name, toml) = match args.dir.join(TINY).is_dir() {
+        true => ("tiny-lora.toml", include_str!("tiny-lora.toml")),
+        false => ("lora.toml", include_str!("lora.toml")),
+    };
+    Recipe::parse(toml, Path::new(name), &sets)
+}
+
+/// A change to a recipe; what a path is called is not read as TOML.
+fn set(key: &str, value: &str) -> String {
+    format!("{key}={}", toml::Value::from(value))
+}
+
+fn text(path: &Path) -> Result<&str> {
+    path.to_str().with_context(|| format!("{}: expected a path in UTF-8; choose another with --dir", path.display()))
+}
+
+/// What the model must not be taken for.
+fn caution(model: &str, directory: &Path) -> &'static str {
+    if Path::new(model) == directory.join(TINY) {
+        "`tiny` has seen nothing but the lessons: it only parrots their words, and its answers mean nothing.\n\
+         It is no source of medical facts."
+    } else if model == fetch::SMOLLM2 {
+        "It learned a form, not medicine: a model of 135 M parameters is no source of medical facts."
+    } else {
+        "It learned a form, not medicine: it is no source of medical facts."
+    }
+}
