@@ -774,3 +774,20 @@ fn an_interrupted_run_leaves_a_checkpoint_and_can_be_longer_when_it_goes_on() {
     let clear = done.stderr.contains("the checkpoint is damaged; remove this folder");
     assert!(done.code == Some(2) && clear && !done.stderr.contains("panicked"), "{done:?}");
 }
+
+#[test]
+fn a_run_that_no_longer_improves_ends_early() {
+    let work = Work::new();
+    let sets = ["train.eval_every=2", "train.early_stopping=2", "train.learning_rate=50", "train.max_steps=40"];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    work.succeed(&[&["train", "run.toml", "--dir", "run"], &sets[..]].concat());
+    let losses = work.text("run/metrics.jsonl");
+    let losses: Vec<Value> = losses.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let losses: Vec<f64> = losses.iter().skip(1).filter_map(|line| line["valid_loss"].as_f64()).collect();
+    let steps = work.json("run/summary.json")["steps"].as_u64().unwrap() as usize;
+    // The rule, on the losses that were measured: the first evaluation with two before it that it does not beat.
+    let best = |end: usize| (0..end).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap();
+    let expected = (1..=losses.len()).find(|&n| n - 1 - best(n) >= 2).unwrap();
+    assert_eq!(steps, 2 * expected, "{losses:?}");
+    assert!(steps < 40);
+}
