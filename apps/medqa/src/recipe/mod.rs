@@ -20,7 +20,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 pub use tables::{Data, Dtype, Method, MethodKind, Model, OnTooLong};
-pub use train::{Optimizer, Saving, Schedule, Scheduler, Steps, Train};
+pub use train::{Optimizer, ReportTo, Saving, Schedule, Scheduler, Steps, Train};
 pub use value::{Checkpointing, TargetModules};
 
 /// One training run.

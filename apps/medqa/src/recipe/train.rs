@@ -132,10 +132,28 @@ pub struct Saving {
     /// The run ends after so many evaluations without a lower validation loss than before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<usize>,
+    /// For whom losses and speeds are written besides `metrics.jsonl`.
+    pub report_to: Vec<ReportTo>,
+}
+
+/// A program that draws what a run writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReportTo {
+    /// Event files in `tensorboard/`.
+    TensorBoard,
+    /// Weights & Biases: an offline run in `wandb/`, to be uploaded by `wandb sync`.
+    Wandb,
 }
 
 impl Default for Saving {
     fn default() -> Self {
-        Self { eval_every: None, save_every: None, keep: 2, early_stopping: None }
+        Self {
+            eval_every: None,
+            save_every: None,
+            keep: 2,
+            early_stopping: None,
+            report_to: vec![ReportTo::TensorBoard],
+        }
     }
 }

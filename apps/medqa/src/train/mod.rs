@@ -1,12 +1,19 @@
 //! Fine-tuning: from a recipe to a run folder.
 
+mod dashboards;
 mod figures;
 mod interrupt;
 mod learner;
+mod plot;
 mod quiet;
 mod record;
 mod run;
+mod scalars;
+mod setup;
 mod state;
+mod tensorboard;
+mod wandb;
+mod wire;
 
 pub use record::Summary;
 pub use run::{Options, run, train};

@@ -1,31 +1,29 @@
 //! The step loop.
 
 use super::{
+    dashboards::Dashboards,
     interrupt,
     learner::{self, Feed},
+    plot,
     record::{Metrics, Summary, peak_rss_bytes},
+    setup,
     state::{self, Progress},
 };
 use crate::{
     backend::{Inference, Training},
-    data::{Encoded, Format, encode, epoch_order, read},
+    data::epoch_order,
     eval::mean_loss,
     model::{self, Loaded},
-    recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Recipe, Scheduler, TargetModules as Targets},
+    recipe::Recipe,
     write,
 };
 use anyhow::{Context, Result, bail};
-use burn::{module::AutodiffModule, tensor::DType};
+use burn::module::AutodiffModule;
 use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint};
-use burn_peft::{LoraConfig, Noise, Pass, TargetModules, adapter, param};
-use burn_zero::{
-    Engine,
-    optimizer::AdamW,
-    schedule::{Kind, Schedule},
-    segment::Checkpointing,
-};
+use burn_peft::{LoraConfig, Noise, Pass, adapter, param};
+use burn_zero::Engine;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     fs,
     io::IsTerminal,
@@ -33,7 +31,6 @@ use std::{
     time::Instant,
 };
 
-const ADAPTER: &str = "default";
 /// The exit code of a run that the user interrupted, as shells have it.
 const INTERRUPTED: i32 = 130;
 /// The file of a checkpoint that holds what learns and what the optimizer remembers.
@@ -49,6 +46,7 @@ pub struct Run {
     sources: Vec<Vec<Example>>,
     valid: Vec<Example>,
     metrics: Metrics,
+    dashboards: Dashboards,
     /// Whether burn-train's display has the terminal.
     pub display: bool,
     bar: ProgressBar,
@@ -95,7 +93,7 @@ pub fn run(recipe: Recipe, options: &Options) -> Result<Summary> {
         }
     }
     let interrupter = interrupt::watch()?;
-    let loaded = model::base::<Training>(&recipe.model.path, stored(recipe.model.dtype))?;
+    let loaded = model::base::<Training>(&recipe.model.path, setup::stored(recipe.model.dtype))?;
     let (run, model) = Run::new(recipe, options, loaded)?;
     match learner::launch(run, model, interrupter)? {
         Ended::Complete(summary) => Ok(summary),
@@ -118,14 +116,14 @@ impl Run {
     fn new(recipe: Recipe, options: &Options, loaded: Loaded<Training>) -> Result<(Self, Llama<Training>)> {
         let data = &recipe.data;
         let sources = data.train.iter();
-        let sources = sources.map(|source| rows(&loaded, data, &source.path, source.format));
+        let sources = sources.map(|source| setup::rows(&loaded, data, &source.path, source.format));
         let sources = sources.collect::<Result<Vec<_>>>()?;
-        let valid = data.valid.as_ref().map(|path| rows(&loaded, data, path, None));
+        let valid = data.valid.as_ref().map(|path| setup::rows(&loaded, data, path, None));
         let mut valid = valid.transpose()?.unwrap_or_default();
         valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
-        let (model, lora) = adapt(loaded.model, &recipe)?;
+        let (model, lora) = setup::adapt(loaded.model, &recipe)?;
         let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
-        let mut engine = Engine::new(optimizer(&recipe), clip, checkpointing(&recipe));
+        let mut engine = Engine::new(setup::optimizer(&recipe), clip, setup::checkpointing(&recipe));
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
         let (mut model, mut progress) = (model, Progress::default());
@@ -136,12 +134,26 @@ impl Run {
         }
         write::whole(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
         let metrics = Metrics::open(&directory.join("metrics.jsonl"), progress.metrics_bytes)?;
+        let dashboards = Dashboards::open(&directory, &recipe, progress.step, &metrics.lines()?)?;
         let bar =
             ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}, {eta} left")?);
         let (tokenizer, start) = (loaded.tokenizer, Instant::now());
         let display = options.display;
-        let run =
-            Self { recipe, directory, engine, lora, tokenizer, sources, valid, metrics, display, bar, start, progress };
+        let run = Self {
+            recipe,
+            directory,
+            engine,
+            lora,
+            tokenizer,
+            sources,
+            valid,
+            metrics,
+            dashboards,
+            display,
+            bar,
+            start,
+            progress,
+        };
         Ok((run, model))
     }
 
@@ -166,20 +178,21 @@ impl Run {
         if self.progress.step == 0 {
             self.progress.valid_loss_before = self.evaluate(model, 0, feed)?.map(|(loss, _)| loss);
         }
-        let mut last = self.progress.step;
-        for step in last..steps {
-            self.step(model, step, feed)?;
-            last = step + 1;
-            if last < steps && self.between(model, last, feed)? {
+        let mut taken = self.progress.step;
+        while taken < steps {
+            self.step(model, taken, feed)?;
+            taken += 1;
+            if taken < steps && self.between(model, taken, feed)? {
                 break;
             }
-            if feed.interrupter.should_stop() && last < steps {
-                self.checkpoint(model, last)?;
+            if taken < steps && feed.interrupter.should_stop() {
+                self.checkpoint(model, taken)?;
                 self.bar.finish_and_clear();
-                return Ok(Ended::Interrupted(last));
+                self.dashboards.finish(INTERRUPTED as u8)?;
+                return Ok(Ended::Interrupted(taken));
             }
         }
-        self.finish(model, last, feed).map(Ended::Complete)
+        self.finish(model, taken, feed).map(Ended::Complete)
     }
 
     /// What is due between two steps; whether early stopping has had enough.
@@ -218,20 +231,6 @@ impl Run {
         self.recipe.train.steps.total(self.order(0).len())
     }
 
-    fn schedule(&self, total: usize) -> Schedule {
-        let train = &self.recipe.train;
-        let kind = match train.schedule.scheduler {
-            Scheduler::Constant => Kind::Constant,
-            Scheduler::Linear => Kind::Linear,
-            Scheduler::Cosine => Kind::Cosine,
-            Scheduler::WarmupLR => Kind::WarmupLr,
-            Scheduler::WarmupDecayLR => Kind::WarmupDecayLr,
-            Scheduler::WarmupCosineLR => Kind::WarmupCosineLr,
-        };
-        let peak = train.optimizer.learning_rate.unwrap_or_default();
-        Schedule { kind, peak, warmup: train.schedule.warmup.steps(total), total }
-    }
-
     fn step(&mut self, model: &mut Llama<Training>, step: usize, feed: &mut Feed) -> Result<()> {
         let steps = self.steps();
         let (begin, per_epoch, per_step) = (Instant::now(), self.steps_per_epoch(), self.rows_per_step());
@@ -250,7 +249,7 @@ impl Run {
             let batch = model.batch(micro, &layout, 1.0 / targets as f32, Pass::training(noise))?;
             loss += self.engine.accumulate(model, &batch);
         }
-        let learning_rate = self.schedule(steps).at(step);
+        let learning_rate = setup::schedule(&self.recipe, steps).at(step);
         let report = self.engine.step(model, learning_rate)?;
         let seconds = begin.elapsed().as_secs_f64();
         self.progress.tokens += tokens;
@@ -262,10 +261,16 @@ impl Run {
             "target_tokens": targets, "tokens_per_second": speed,
             "elapsed_seconds": self.elapsed(), "peak_rss_bytes": peak_rss_bytes(),
         });
-        self.metrics.write(&line)?;
-        feed.line(&line);
+        self.note(&line, feed)?;
         self.show(step + 1, steps, format!("loss {loss:.4}, {speed:.0} tokens/s"));
         Ok(())
+    }
+
+    /// Writes a line wherever lines go; whether early stopping has had enough.
+    fn note(&mut self, line: &Value, feed: &mut Feed) -> Result<bool> {
+        self.metrics.write(line)?;
+        self.dashboards.write(line)?;
+        Ok(feed.line(line))
     }
 
     /// A progress bar on a terminal, a line every tenth of the way otherwise; nothing beside burn-train's display.
@@ -292,8 +297,7 @@ impl Run {
         let model: Llama<Inference> = model.valid();
         let (loss, _) = mean_loss(&model, &self.valid, (self.recipe.train.steps.batch_size, self.recipe.data.packing))?;
         let line = json!({ "step": step, "valid_loss": loss, "elapsed_seconds": self.elapsed() });
-        self.metrics.write(&line)?;
-        let enough = feed.line(&line);
+        let enough = self.note(&line, feed)?;
         let message = format!("step {step}: validation loss {loss:.4}");
         match (self.display, self.bar.is_hidden()) {
             (true, _) => {}
@@ -306,7 +310,7 @@ impl Run {
     /// Writes what is trained into `directory`: `adapter/` or `model/`.
     fn save(&self, model: &Llama<Training>, directory: &Path) -> Result<()> {
         match &self.lora {
-            Some(config) => adapter::save(model, ADAPTER, config, &directory.join("adapter"))?,
+            Some(config) => adapter::save(model, setup::ADAPTER, config, &directory.join("adapter"))?,
             None => {
                 let directory = directory.join("model");
                 checkpoint::save(model, &directory)?;
@@ -334,6 +338,11 @@ impl Run {
         let directory = self.directory.clone();
         self.save(model, &directory)?;
         self.bar.finish_and_clear();
+        self.dashboards.finish(0)?;
+        if let Err(error) = plot::training_loss(&directory.join("metrics.jsonl"), &directory.join("training_loss.png"))
+        {
+            eprintln!("warning: no picture of the losses: {error:#}");
+        }
         let Progress { tokens, stepping, valid_loss_before, .. } = self.progress;
         let summary = Summary {
             valid_loss_before,
@@ -349,79 +358,4 @@ impl Run {
         write::whole(&directory.join("summary.json"), format!("{text}\n").as_bytes())?;
         Ok(summary)
     }
-}
-
-/// Puts the method onto the model and freezes the rest.
-fn adapt(mut model: Llama<Training>, recipe: &Recipe) -> Result<(Llama<Training>, Option<LoraConfig>)> {
-    if recipe.method.kind == MethodKind::Full {
-        return Ok((model, None));
-    }
-    let config = match &recipe.method.init {
-        Some(directory) => {
-            let (config, unknown) = adapter::load(&mut model, ADAPTER, Path::new(directory))?;
-            model::warn_unknown(Path::new(directory), &unknown);
-            config
-        }
-        None => {
-            let config = lora(recipe);
-            adapter::attach(&mut model, ADAPTER, &config, recipe.train.steps.seed)?;
-            config
-        }
-    };
-    Ok((param::train_only(model, adapter::is_adapter), Some(config)))
-}
-
-fn stored(dtype: Dtype) -> DType {
-    match dtype {
-        Dtype::F32 => DType::F32,
-        Dtype::F16 => DType::F16,
-        Dtype::Bf16 => DType::BF16,
-    }
-}
-
-fn optimizer(recipe: &Recipe) -> AdamW {
-    let optimizer = &recipe.train.optimizer;
-    AdamW { betas: optimizer.betas.into(), epsilon: optimizer.epsilon, weight_decay: optimizer.weight_decay }
-}
-
-fn checkpointing(recipe: &Recipe) -> Checkpointing {
-    match recipe.train.steps.activation_checkpointing {
-        Recompute::None => Checkpointing::None,
-        Recompute::Full => Checkpointing::Full,
-        Recompute::Every(k) => Checkpointing::Every(k),
-    }
-}
-
-fn lora(recipe: &Recipe) -> LoraConfig {
-    let method = &recipe.method;
-    LoraConfig {
-        r: method.r,
-        lora_alpha: method.alpha,
-        lora_dropout: method.dropout,
-        use_rslora: method.use_rslora,
-        target_modules: match &method.target_modules {
-            Targets::Names(names) => TargetModules::Suffixes(names.clone()),
-            Targets::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
-        },
-        base_model_name_or_path: Some(recipe.model.path.clone()),
-    }
-}
-
-/// The examples of a file, which is of the recipe's format unless it names its own.
-fn rows(loaded: &Loaded<Training>, data: &Data, path: &str, format: Option<Format>) -> Result<Vec<Example>> {
-    let rows = read(Path::new(path), format.unwrap_or(data.format))?;
-    let encoded = encode(&loaded.tokenizer, &rows, data.max_length, data.on_too_long);
-    let encoded = encoded.with_context(|| path.to_owned())?;
-    report(path, &encoded);
-    loaded.model.accepts(&encoded.examples).with_context(|| path.to_owned())?;
-    Ok(encoded.examples)
-}
-
-fn report(path: &str, encoded: &Encoded) {
-    let Encoded { examples, truncated, dropped, without_target } = encoded;
-    eprintln!(
-        "{}: {} rows, {truncated} truncated, {dropped} dropped as too long, {without_target} without a token to learn",
-        path,
-        examples.len()
-    );
 }

@@ -9,7 +9,8 @@ use std::{
 };
 
 /// Keys that a resumed run may change: they say when it ends and what it writes, not what a step does.
-const FREE: [&str; 5] = ["train.max_steps", "train.epochs", "train.eval_every", "train.save_every", "train.keep"];
+const FREE: [&str; 6] =
+    ["train.max_steps", "train.epochs", "train.eval_every", "train.save_every", "train.keep", "train.report_to"];
 
 /// `state.json` of a checkpoint.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
