@@ -18,14 +18,14 @@ use crate::{
     cli::{ModelArgs, QuickstartArgs},
     fetch,
     recipe::Recipe,
-    train,
+    train::{self, Options},
 };
 use anyhow::{Context, Result, bail};
 use ask::Questions;
 use estimate::Estimate;
-use lessons::{Lesson, Split};
+use lessons::{Kind, Lesson, Split};
 use report::Report;
-use std::{fs, path::Path, time::Instant};
+use std::{fs, num::NonZeroUsize, path::Path, time::Instant};
 
 /// The model that is made on the spot.
 const TINY: &str = "tiny";
@@ -44,8 +44,7 @@ pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
     let questions = Questions::among(&lessons);
     let named = |adapter| ModelArgs { model: model.clone(), adapter, tokenizer: None };
     let before = questions.ask(&named(None))?;
-    let options = train::Options { directory: directory.to_owned(), ..train::Options::default() };
-    let summary = train::run(recipe, &options)?;
+    let summary = train::run(recipe, &Options { directory: directory.to_owned(), ..Options::default() })?;
     let after = questions.ask(&named(Some(directory.join("adapter"))))?;
     let seconds = start.elapsed().as_secs_f64();
     let report = Report { questions, before, after, summary, estimate, seconds };
@@ -70,28 +69,35 @@ fn model(args: &QuickstartArgs, lessons: &[Lesson]) -> Result<String> {
     }
 }
 
-/// Writes the rows and says how they are learned.
+/// Writes the rows into the run folder and says how they are learned.
 fn recipe(args: &QuickstartArgs, model: &str, lessons: &[Lesson]) -> Result<Recipe> {
     let data = args.dir.join("data");
     fs::create_dir_all(&data).with_context(|| format!("{}: cannot be made", data.display()))?;
-    let mut sets = vec![set("model.path", model)];
-    for (name, split) in [("train", Split::Train), ("valid", Split::Valid)] {
-        let path = data.join(format!("{name}.jsonl"));
-        let rows = lessons.iter().filter(|lesson| lesson.split == split);
-        lessons::save(&path, rows.map(|lesson| (lesson.question.as_str(), lesson.answer.clone())))?;
-        sets.push(set(&format!("data.{name}"), text(&path)?));
+    for (name, split, kinds) in [
+        ("medical.jsonl", Split::Train, &[Kind::Medical][..]),
+        ("other.jsonl", Split::Train, &[Kind::Other]),
+        ("valid.jsonl", Split::Valid, &[Kind::Medical, Kind::Other]),
+    ] {
+        let rows = lessons.iter().filter(|lesson| lesson.split == split && kinds.contains(&lesson.kind));
+        lessons::save(&data.join(name), rows.map(|lesson| (lesson.question.as_str(), lesson.answer.clone())))?;
     }
-    sets.extend(args.steps.map(|steps| format!("train.max_steps={steps}")));
     let (name, toml) = match args.dir.join(TINY).is_dir() {
         true => ("tiny-lora.toml", include_str!("tiny-lora.toml")),
         false => ("lora.toml", include_str!("lora.toml")),
     };
-    Recipe::parse(toml, Path::new(name), &sets)
+    filled(name, toml, (model, &data), args.steps.map(NonZeroUsize::get))
 }
 
-/// A change to a recipe; what a path is called is not read as TOML.
-fn set(key: &str, value: &str) -> String {
-    format!("{key}={}", toml::Value::from(value))
+/// A recipe of ours for the model and the folder of rows, with so many steps if that is asked for.
+fn filled(name: &str, toml: &str, (model, data): (&str, &Path), steps: Option<usize>) -> Result<Recipe> {
+    let sets: Vec<_> = steps.map(|steps| format!("train.max_steps={steps}")).into_iter().collect();
+    let mut recipe = Recipe::parse(toml, Path::new(name), &sets)?;
+    recipe.model.path = model.to_owned();
+    let sources = recipe.data.train.iter_mut().map(|source| &mut source.path);
+    for path in sources.chain(&mut recipe.data.valid) {
+        *path = text(&data.join(&*path))?.to_owned();
+    }
+    Ok(recipe)
 }
 
 fn text(path: &Path) -> Result<&str> {

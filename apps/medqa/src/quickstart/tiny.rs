@@ -4,11 +4,15 @@
 //! headings and refusals their fixed words, so that the form is left for the fine-tuning to teach. It only parrots.
 
 use super::{
-    TINY,
+    TINY, filled,
     lessons::{self, Lesson, Split},
-    set, text,
+    text,
 };
-use crate::{backend::Inference, recipe::Recipe, train, write};
+use crate::{
+    backend::Inference,
+    train::{self, Options},
+    write,
+};
 use anyhow::{Context, Result, anyhow};
 use burn_llama::{LlamaConfig, checkpoint};
 use serde_json::json;
@@ -32,10 +36,12 @@ const PAD: &str = "<|pad|>";
 const ROLES: [&str; 3] = ["<|system|>", "<|user|>", "<|assistant|>"];
 const TEMPLATE: &str = "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}\
     {% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
+/// Steps from scratch for each step of fine-tuning.
+const STEPS_PER_STEP: usize = 4;
 const RECIPE: &str = include_str!("tiny.toml");
 
 /// Makes the model in the run folder `directory` and gives its path: `tiny-untrained/` has random weights,
-/// `tiny-training/` is the run that trains them, `tiny/` the result. With `steps`, as many more as the recipes' proportion.
+/// `tiny-training/` is the run that trains them, `tiny/` the result. With `steps` of fine-tuning, in proportion.
 pub fn make(directory: &Path, lessons: &[Lesson], steps: Option<NonZeroUsize>) -> Result<String> {
     eprintln!("making `{TINY}`: a small model, trained from scratch on the lessons; it will only parrot them");
     let (untrained, training) = (directory.join("tiny-untrained"), directory.join("tiny-training"));
@@ -47,22 +53,17 @@ pub fn make(directory: &Path, lessons: &[Lesson], steps: Option<NonZeroUsize>) -
         .filter(|lesson| lesson.split == Split::Train)
         .map(|lesson| (lesson.question.as_str(), formless(&lesson.answer)))
         .collect();
-    let data = training.join("train.jsonl");
-    lessons::save(&data, rows.iter().cloned())?;
+    lessons::save(&training.join("train.jsonl"), rows.iter().cloned())?;
     save_tokenizer(lessons, &untrained)?;
     let config = LlamaConfig::from_json(config())?;
     checkpoint::save(&config.init::<Inference>(1, &Default::default()), &untrained)?;
-    let mut sets = vec![set("model.path", text(&untrained)?), set("data.train", text(&data)?)];
-    sets.extend(steps.map(|steps| format!("train.max_steps={}", steps.get().saturating_mul(STEPS_PER_STEP))));
-    let recipe = Recipe::parse(RECIPE, Path::new("tiny.toml"), &sets)?;
-    train::run(recipe, &train::Options { directory: training.clone(), ..train::Options::default() })?;
+    let steps = steps.map(|steps| steps.get().saturating_mul(STEPS_PER_STEP));
+    let recipe = filled("tiny.toml", RECIPE, (text(&untrained)?, &training), steps)?;
+    train::run(recipe, &Options { directory: training.clone(), ..Options::default() })?;
     let (from, to) = (training.join("model"), directory.join(TINY));
     fs::rename(&from, &to).with_context(|| format!("{}: cannot be moved to {}", from.display(), to.display()))?;
     text(&to).map(str::to_owned)
 }
-
-/// Steps from scratch for each step of fine-tuning.
-const STEPS_PER_STEP: usize = 4;
 
 /// An answer without what the fine-tuning is to teach.
 fn formless(answer: &str) -> String {
