@@ -48,7 +48,7 @@ pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
     let after = questions.ask(&named(Some(directory.join("adapter"))))?;
     let seconds = start.elapsed().as_secs_f64();
     let report = Report { questions, before, after, summary, estimate, seconds };
-    println!("{}\n{}\n", report.text(), caution(&model, directory));
+    println!("{}\n\n{}", caution(&model, directory), report.text());
     let program = std::env::args().next().unwrap_or_else(|| "medqa".to_owned());
     print!("{}", report::next(&program, Some(model.as_str()).filter(|&model| model != fetch::SMOLLM2), directory));
     Ok(())
@@ -107,11 +107,12 @@ fn text(path: &Path) -> Result<&str> {
 /// What the model must not be taken for.
 fn caution(model: &str, directory: &Path) -> &'static str {
     if Path::new(model) == directory.join(TINY) {
-        "`tiny` has seen nothing but the lessons: it only parrots their words, and its answers mean nothing.\n\
-         It is no source of medical facts."
+        "`tiny` has seen nothing but the lessons. It only parrots their words, cannot tell a medical question from another\n\
+         and is no source of medical facts; what it shows is that everything works."
     } else if model == fetch::SMOLLM2 {
-        "It learned a form, not medicine: a model of 135 M parameters is no source of medical facts."
+        "What is taught is a form, not medicine: a model of 135 M parameters is no source of medical facts.\n\
+         Much of what it says below is wrong, before and after."
     } else {
-        "It learned a form, not medicine: it is no source of medical facts."
+        "What is taught is a form, not medicine: the model is no source of medical facts."
     }
 }
