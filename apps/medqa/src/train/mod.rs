@@ -1,5 +1,6 @@
 //! Fine-tuning: from a recipe to a run folder.
 
+mod freeze;
 mod record;
 mod run;
 

@@ -1,9 +1,12 @@
 //! The step loop.
 
-use super::record::{Metrics, peak_rss_bytes};
+use super::{
+    freeze::freeze,
+    record::{Metrics, peak_rss_bytes},
+};
 use crate::{
     backend::{Inference, Training},
-    data::{Encoded, Format, encode, epoch_order, read},
+    data::{Encoded, Schema, encode, epoch_order, read},
     eval::mean_loss,
     model::{self, Loaded},
     recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Recipe, Scheduler, TargetModules as Targets},
@@ -71,9 +74,9 @@ impl Run {
     fn new(recipe: Recipe, directory: PathBuf, loaded: Loaded<Training>) -> Result<Self> {
         let data = &recipe.data;
         let sources = data.train.iter();
-        let sources = sources.map(|source| rows(&loaded, data, &source.path, source.format));
+        let sources = sources.map(|source| rows(&loaded, data, &source.path, &data.schema(Some(source))));
         let sources = sources.collect::<Result<Vec<_>>>()?;
-        let valid = data.valid.as_ref().map(|path| rows(&loaded, data, path, None));
+        let valid = data.valid.as_ref().map(|path| rows(&loaded, data, path, &data.schema(None)));
         let mut valid = valid.transpose()?.unwrap_or_default();
         valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
         let (model, lora) = adapt(loaded.model, &recipe)?;
@@ -252,8 +255,12 @@ impl Run {
 
 /// Puts the method onto the model and freezes the rest.
 fn adapt(mut model: Llama<Training>, recipe: &Recipe) -> Result<(Llama<Training>, Option<LoraConfig>)> {
-    if recipe.method.kind == MethodKind::Full {
-        return Ok((model, None));
+    match recipe.method.kind {
+        MethodKind::Full => return Ok((model, None)),
+        MethodKind::Freeze => {
+            return Ok((freeze(model, &recipe.method.layers.clone().unwrap_or_default())?, None));
+        }
+        MethodKind::Lora => {}
     }
     let config = match &recipe.method.init {
         Some(directory) => {
@@ -306,9 +313,9 @@ fn lora(recipe: &Recipe) -> LoraConfig {
     }
 }
 
-/// The examples of a file, which is of the recipe's format unless it names its own.
-fn rows(loaded: &Loaded<Training>, data: &Data, path: &str, format: Option<Format>) -> Result<Vec<Example>> {
-    let rows = read(Path::new(path), format.unwrap_or(data.format))?;
+/// The examples of a file.
+fn rows(loaded: &Loaded<Training>, data: &Data, path: &str, schema: &Schema) -> Result<Vec<Example>> {
+    let rows = read(Path::new(path), schema)?;
     let encoded = encode(&loaded.tokenizer, &rows, data.max_length, data.on_too_long);
     let encoded = encoded.with_context(|| path.to_owned())?;
     report(path, &encoded);
