@@ -14,6 +14,10 @@ use tempfile::TempDir;
 const TEMPLATE: &str = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}\
     {% if add_generation_prompt %}assistant:{% endif %}";
 
+/// A template that opens an answer as it writes one, so that conversations can be learned.
+const TURNS: &str = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}\
+    {% if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}";
+
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
 }
@@ -51,6 +55,8 @@ impl Work {
         work.weights("model/model.safetensors", &shapes(376, 16));
         fs::copy(fixture("tokenizer/tokenizer.json"), work.at("model/tokenizer.json")).unwrap();
         work.write("model/tokenizer_config.json", &tokenizer_config(TEMPLATE));
+        work.copy_of_model("turns");
+        work.write("turns/tokenizer_config.json", &tokenizer_config(TURNS));
         work.write("train.jsonl", &rows(0..6));
         work.write("valid.jsonl", &rows(6..9));
         work.write("run.toml", RECIPE);
@@ -153,6 +159,17 @@ fn rows(range: std::ops::Range<usize>) -> String {
     range
         .map(|i| json!({"question": format!("What is {i}?"), "answer": "It is a number."}).to_string() + "\n")
         .collect()
+}
+
+/// Conversations of two questions, in OpenAI's layout.
+fn conversations(range: std::ops::Range<usize>) -> String {
+    let row = |i: usize| {
+        let say = |role: &str, content: &str| json!({"role": role, "content": content});
+        let (first, then) = (format!("What is {i}?"), format!("And {}?", i + 1));
+        let answer = say("assistant", "It is a number.");
+        json!({"messages": [say("user", &first), answer.clone(), say("user", &then), answer]}).to_string() + "\n"
+    };
+    range.map(row).collect()
 }
 
 /// The parameters of a Llama of two blocks, two heads and one key head, untied.
@@ -423,6 +440,181 @@ fn pubmedqa() -> String {
 }
 
 #[test]
+fn conversations_of_every_format_are_trained_together() {
+    let work = Work::new();
+    work.write("messages.jsonl", &conversations(0..4));
+    work.write("valid.jsonl", &conversations(6..8));
+    let pair = json!([{"from": "human", "value": "What is 4?"}, {"from": "gpt", "value": "It is a number."}]);
+    work.write("sharegpt.json", &json!([{"conversations": pair, "system": "Be brief."}]).to_string());
+    let alpaca = json!([{"instruction": "What is", "input": "5?", "output": "It is a number."}]);
+    work.write("alpaca.json", &alpaca.to_string());
+    work.write("named.jsonl", &rows(4..6).replace("question", "prompt"));
+    let sets = [
+        "model.path=turns",
+        "data.format=messages",
+        "data.train=['messages.jsonl', {path='sharegpt.json', format='sharegpt'}, {path='alpaca.json', format='alpaca', \
+         weight=2}, {path='named.jsonl', format='qa', columns={question='prompt'}}]",
+    ];
+    let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+    let done = work.succeed(&[&["train", "run.toml", "--dir", "out"], &sets[..]].concat());
+    let summary = run_folder(&work, "out", 12, &["adapter/adapter_model.safetensors"]);
+    for line in ["messages.jsonl: 4 rows", "sharegpt.json: 1 rows", "alpaca.json: 1 rows", "named.jsonl: 2 rows"] {
+        assert!(done.stderr.contains(line), "{done:?}");
+    }
+    let of = |extra: &[&'static str]| {
+        let eval = ["eval", "--task", "qa-loss", "--model", "turns", "--adapter", "out/adapter", "--data"];
+        work.succeed(&[&eval[..], extra].concat()).json()
+    };
+    let loss = of(&["valid.jsonl", "--format", "messages"]);
+    assert!((number(&loss, "loss") - number(&summary, "valid_loss_after")).abs() < 1e-4, "{loss} {summary}");
+    // The four answers are those of four rows, each behind the template's space, up to the end token: the newline after it is
+    // not learned.
+    let rows = number(&of(&["train.jsonl", "--limit", "4"]), "target_tokens") as u64;
+    assert_eq!(loss["target_tokens"], rows + 4);
+    let named = of(&["named.jsonl", "--columns", "question=prompt"]);
+    assert_eq!(named["rows"], 2);
+}
+
+#[test]
+fn freeze_trains_the_last_blocks_and_leaves_the_rest_as_it_was() {
+    let work = Work::new();
+    let freeze = |folder: &str, layers: &str| {
+        let layers = format!("method.layers={layers}");
+        let sets = ["--set", "method.kind=freeze", "--set", &layers];
+        work.succeed(&[&["train", "run.toml", "--dir", folder], &sets[..]].concat());
+        let trained = ["model/config.json", "model/model.safetensors", "model/tokenizer.json"];
+        (run_folder(&work, folder, 12, &trained), tensors(&work.at(folder).join("model/model.safetensors")))
+    };
+    let before = tensors(&work.at("model/model.safetensors"));
+    for (folder, layers, learned) in [
+        ("last", "1", &["model.layers.1."][..]),
+        ("first", "-1", &["model.layers.0."]),
+        ("more", "{ count = 1, extra_modules = ['norm', 'lm_head'] }", &["model.layers.1.", "model.norm.", "lm_head."]),
+    ] {
+        let (summary, after) = freeze(folder, layers);
+        assert!(before.keys().eq(after.keys()));
+        let learns = |name: &str| learned.iter().any(|start| name.starts_with(start));
+        for (name, tensor) in &after {
+            assert_eq!(before[name] != *tensor, learns(name), "{folder}: {name}");
+        }
+        let parameters = shapes(376, 16).into_iter().filter(|(name, _)| learns(name));
+        let parameters: usize = parameters.map(|(_, shape)| shape.iter().product::<usize>()).sum();
+        assert_eq!(summary["trainable_parameters"], parameters, "{folder}");
+        let path = format!("{folder}/model");
+        usable(&work, &["--model", &path], number(&summary, "valid_loss_after"));
+    }
+    let resolved = work.text("last/recipe.toml");
+    assert!(resolved.contains("kind = \"freeze\"") && resolved.contains("layers = 1"), "{resolved}");
+}
+
+#[test]
+fn data_check_counts_measures_shows_a_row_and_lists_mistakes() {
+    let work = Work::new();
+    fn check<'a>(rest: &[&'a str]) -> Vec<&'a str> {
+        [&["data", "check", "--model", "turns"], rest].concat()
+    }
+    let done = work.succeed(&check(&["train.jsonl"]));
+    for line in [
+        "train.jsonl: 6 rows, at most 512 tokens each",
+        "truncated                        0",
+        "with a mistake                   0",
+        "examples                         6",
+        "user: What is 0?<|end_of_text|>\n<|begin_of_text|>assistant:[[It is a number.<|end_of_text|>]]",
+    ] {
+        assert!(done.stdout.contains(line), "{line}: {}", done.stdout);
+    }
+    assert_eq!(done.stderr, "");
+    // A row's lengths are those that training counts.
+    let (median, learned) = (20, 8);
+    let lengths = |stdout: &str, name: &str, key: &str| -> usize {
+        let line = stdout.lines().find(|line| line.starts_with(&format!("{name}  "))).unwrap();
+        let rest = &line[line.find(&format!("{key} ")).unwrap() + key.len() + 1..];
+        rest.split(',').next().unwrap().parse().unwrap()
+    };
+    assert!(lengths(&done.stdout, "tokens", "median") >= median, "{}", done.stdout);
+    assert!(lengths(&done.stdout, "tokens to learn", "max") >= learned, "{}", done.stdout);
+    let least = lengths(&done.stdout, "tokens", "min");
+    let (cut, max) = (least - 2, (least - 2).to_string());
+    let truncated = work.succeed(&check(&["train.jsonl", "--max-length", &max]));
+    assert!(truncated.stdout.contains("truncated                        6"), "{}", truncated.stdout);
+    assert_eq!(lengths(&truncated.stdout, "tokens", "max"), cut);
+    work.write("two.jsonl", &(rows(0..1) + &rows(1..2).replace("is 1", &"is a long one ".repeat(9))));
+    let dropped = work.succeed(&check(&["two.jsonl", "--max-length", "40", "--on-too-long", "drop"]));
+    assert!(dropped.stdout.contains("dropped as too long              1"), "{}", dropped.stdout);
+
+    let mistakes = conversations(0..2)
+        + "\n{\"messages\": [{\"role\": \"bot\", \"content\": \"x\"}]}\n{\"messages\": \n"
+        + "{\"messages\": [{\"role\": \"user\", \"content\": \"never answered\"}]}\n"
+        + &"{\"message\": 1}\n".repeat(12);
+    work.write("wrong.jsonl", &mistakes);
+    let done = work.run(&check(&["wrong.jsonl", "--format", "messages"]));
+    assert_eq!(done.code, Some(2), "{done:?}");
+    for line in [
+        "without a token to learn         1",
+        "with a mistake                  14",
+        "assistant:[[ It is a number.<|end_of_text|>]]\n<|begin_of_text|>user: And 1?",
+        "wrong.jsonl:4: turn 1: `role`: expected system, developer, user, assistant or tool, found \"bot\"",
+        "wrong.jsonl:5: expected a JSON object",
+        "wrong.jsonl:7: expected the key `messages`, found message",
+        "and 4 more",
+    ] {
+        assert!(done.stdout.contains(line), "{line}: {}", done.stdout);
+    }
+    assert_eq!(done.stderr, "error: wrong.jsonl: 14 of 17 rows have a mistake\n");
+}
+
+#[test]
+fn doctor_approves_what_is_right_and_finds_what_is_not() {
+    let work = Work::new();
+    work.write("messages.jsonl", &conversations(0..3));
+    fn doctor<'a>(rest: &[&'a str]) -> Vec<&'a str> {
+        [&["doctor"], rest].concat()
+    }
+    for arguments in [
+        &["--model", "turns"][..],
+        &["--model", "turns", "--data", "train.jsonl"],
+        &["--model", "turns", "--data", "messages.jsonl", "--format", "messages"],
+    ] {
+        let done = work.succeed(&doctor(arguments));
+        assert!(
+            done.stdout.lines().count() >= 10 && done.stdout.lines().all(|line| line.starts_with("ok ")),
+            "{done:?}"
+        );
+        assert_eq!(done.stderr, "");
+    }
+    // Each broken set-up fails by the law that it breaks.
+    work.copy_of_model("ending");
+    let other = TURNS.replace("{{ eos_token }}", "<|eot_id|>");
+    work.write("ending/tokenizer_config.json", &tokenizer_config(&other));
+    work.write("ending/generation_config.json", "{\"eos_token_id\": [1, 3]}");
+    work.copy_of_model("endless");
+    work.write("endless/tokenizer_config.json", &tokenizer_config(&TURNS.replace("{{ eos_token }}", "")));
+    work.copy_of_model("infinite");
+    let mut weights = fs::read(work.at("model/model.safetensors")).unwrap();
+    let end = weights.len();
+    weights[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(work.at("infinite/model.safetensors"), weights).unwrap();
+    work.write("infinite/tokenizer_config.json", &tokenizer_config(TURNS));
+    work.copy_of_model("base");
+    let mut config: Value = work.json("model/tokenizer_config.json");
+    config.as_object_mut().unwrap().remove("chat_template");
+    work.write("base/tokenizer_config.json", &config.to_string());
+    for (model, law, words) in [
+        ("model", "chat template renders turn by turn", "cannot be rendered turn by turn"),
+        ("ending", "training ends an answer as chat does", "<|end_of_text|> = 1, found <|eot_id|> = 3"),
+        ("endless", "chat template renders turn by turn", "ends an answer without an end token"),
+        ("infinite", "logits are finite", "expected a finite number, found NaN"),
+        ("base", "training reads what chat sends", "no chat template"),
+    ] {
+        let done = work.run(&doctor(&["--model", model]));
+        assert_eq!(done.code, Some(1), "{model}: {done:?}");
+        let line = done.stdout.lines().find(|line| line.contains(law)).unwrap();
+        assert!(line.starts_with("FAIL") && line.contains(words), "{model}: {done:?}");
+        assert!(done.stderr.starts_with("error: ") && done.stderr.ends_with(" of 10 checks failed\n"), "{done:?}");
+    }
+}
+
+#[test]
 fn pubmedqa_is_trained_and_scored() {
     let work = Work::new();
     work.write("pubmedqa.json", &pubmedqa());
@@ -538,6 +730,9 @@ fn spoiled() -> Work {
     work.write("broken.jsonl", &(rows(0..1) + "{\"question\": \"a\", \"answer\"\n"));
     work.write("keys.jsonl", "{\"question\": \"a\", \"reply\": \"b\"}\n");
     work.write("kinds.jsonl", &(rows(0..2) + "{\"question\": \"a\", \"answer\": 3}\n"));
+    work.write("messages.jsonl", &conversations(0..2));
+    work.write("roles.jsonl", "{\"messages\": [{\"role\": \"bot\", \"content\": \"x\"}]}\n");
+    work.write("asked.json", "[{\"messages\": [{\"role\": \"user\", \"content\": \"x\"}]}]");
     work.write("pubmedqa.json", &pubmedqa());
     work.write("decision.json", &pubmedqa().replace("maybe", "perhaps"));
     work.write("undecided.json", &pubmedqa().replace("\"maybe\"", "null"));
@@ -654,6 +849,21 @@ fn adapters_and_arguments_that_do_not_fit_are_refused() {
             eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--max-length", "3"]),
             &["valid.jsonl", "no row has a token to learn", "3"],
         ),
+        (
+            eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--columns", "prompt=q"]),
+            &["--columns", "expected columns among question, answer", "found `prompt`"],
+        ),
+        (eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--columns", "prompt"]), &["--columns", "COLUMN=NAME"]),
+        (
+            eval(&["--task", "qa-loss", "--data", "messages.jsonl", "--format", "messages"]),
+            &["messages.jsonl", "line 1", "model/tokenizer.json", "cannot be rendered turn by turn"],
+        ),
+        (vec!["data", "check", "missing.jsonl", "--model", "turns"], &["missing.jsonl", "cannot be read"]),
+        (vec!["data", "check", "empty.jsonl", "--model", "turns"], &["empty.jsonl", "expected at least one row"]),
+        (vec!["data", "check", "train.jsonl", "--model", "nothing-here"], &["nothing-here", "no such model"]),
+        (vec!["data", "check", "train.jsonl", "--model", "base"], &["base", "no chat template"]),
+        (vec!["doctor", "--model", "turns", "--data", "broken.jsonl"], &["broken.jsonl:2", "expected a JSON object"]),
+        (vec!["doctor", "--model", "cut"], &["cut/model.safetensors", "complete safetensors"]),
         (eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--limit", "0"]), &["--limit", "0"]),
         (eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--batch-size", "0"]), &["--batch-size", "0"]),
         (
@@ -687,7 +897,7 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
         (vec!["train", "run.toml", "--dir", "file/run"], &["file/run", "cannot be made"]),
         (vec!["train", "run.toml", "--dir", "file"], &["file", "cannot be made"]),
     ];
-    let sets: [(&str, &[&str]); 22] = [
+    let sets: [(&str, &[&str]); 27] = [
         ("train.batchsize=2", &["--set", "train.batchsize", "unknown key", "`train.batch_size`"]),
         ("train.lora_alpha=2", &["--set", "train.lora_alpha", "`method.alpha`"]),
         ("train.batch_size=many", &["--set", "train.batch_size", "expected a whole number", "found string \"many\""]),
@@ -704,6 +914,14 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
         ("data.train=kinds.jsonl", &["kinds.jsonl:3", "`answer`", "expected a string", "found 3"]),
         ("data.format=pubmedqa", &["train.jsonl", "expected JSON"]),
         ("data.train=pubmedqa.json", &["pubmedqa.json:1", "expected the key `question`"]),
+        (
+            "data.train=[{path='roles.jsonl', format='messages'}]",
+            &["roles.jsonl:1", "turn 1", "`role`", "found \"bot\""],
+        ),
+        ("data.train=[{path='messages.jsonl', format='messages'}]", &["messages.jsonl", "line 1", "turn by turn"]),
+        ("data.train=[{path='asked.json', format='messages'}]", &["asked.json", "no row has a token to learn"]),
+        ("data.columns={prompt='question'}", &["--set", "data.columns", "question, answer", "found `prompt`"]),
+        ("method.layers=2", &["--set", "method.layers", "\"freeze\"", "found lora"]),
         ("data.max_length=4", &["train.jsonl", "no row has a token to learn", "max_length", "4"]),
         ("method.target_modules=[\"query\"]", &["target_modules", "query", "selects no linear layer", "q_proj"]),
         ("method.target_modules=([)", &["target_modules", "([)"]),
@@ -715,7 +933,12 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
     let long = ["--set", "data.on_too_long=error", "--set", "data.max_length=20"];
     table.push((
         [&["train", "run.toml", "--dir", "out"], &long[..]].concat(),
-        &["train.jsonl", "row 1", "more than `data.max_length` = 20", "truncate"],
+        &["train.jsonl", "line 1", "more than `data.max_length` = 20", "truncate"],
+    ));
+    let freeze = ["--set", "method.kind=freeze", "--set", "method.layers={extra_modules=['wte']}"];
+    table.push((
+        [&["train", "run.toml", "--dir", "out"], &freeze[..]].concat(),
+        &["embed_tokens, norm, lm_head", "found \"wte\""],
     ));
     let drop = ["--set", "data.on_too_long=drop", "--set", "data.max_length=20"];
     table.push(([&["train", "run.toml", "--dir", "out"], &drop[..]].concat(), &["train.jsonl", "max_length", "20"]));

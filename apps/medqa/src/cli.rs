@@ -1,7 +1,13 @@
 //! The command line.
 
-use crate::{chat, data::Format, eval, export, fetch, logits, quickstart, train};
-use anyhow::Result;
+use crate::{
+    chat,
+    data::{self, Columns, Format, Schema},
+    doctor, eval, export, fetch, logits, quickstart,
+    recipe::OnTooLong,
+    train,
+};
+use anyhow::{Result, anyhow};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{num::NonZeroUsize, path::PathBuf};
 
@@ -46,6 +52,11 @@ enum Verb {
     Chat(ChatArgs),
     /// Write a model, its adapter merged, as a Hugging Face directory or as a GGUF file for llama.cpp
     Export(ExportArgs),
+    /// Look at rows before training on them
+    #[command(subcommand)]
+    Data(DataVerb),
+    /// Check that a model, its tokenizer and your rows behave in training as in chat; code 1 where they do not
+    Doctor(DoctorArgs),
     /// Write the logits of every token of a text
     Logits {
         #[command(flatten)]
@@ -86,6 +97,58 @@ pub struct QuickstartArgs {
     pub steps: Option<NonZeroUsize>,
 }
 
+/// How rows are read.
+#[derive(Args, Clone)]
+pub struct RowsArgs {
+    /// The format of the rows
+    #[arg(long, default_value = "qa")]
+    pub format: Format,
+    /// The file's own names of the format's columns, for example question=prompt,answer=response
+    #[arg(long, value_name = "COLUMN=NAME,...")]
+    pub columns: Option<Columns>,
+}
+
+impl RowsArgs {
+    pub fn schema(&self) -> Result<Schema> {
+        let columns = self.columns.clone().unwrap_or_default();
+        columns.check(self.format).map_err(|problem| anyhow!("--columns: {problem}"))?;
+        Ok(Schema { format: self.format, columns })
+    }
+}
+
+#[derive(Subcommand)]
+pub enum DataVerb {
+    /// Count a file's rows, measure them, show one as it is learned, and list its mistakes; code 2 where there are any
+    Check(CheckArgs),
+}
+
+#[derive(Args)]
+pub struct CheckArgs {
+    /// The file of rows
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub rows: RowsArgs,
+    /// Longest row, in tokens
+    #[arg(long, default_value_t = 512)]
+    pub max_length: usize,
+    /// What happens to a longer one
+    #[arg(long, default_value = "truncate")]
+    pub on_too_long: OnTooLong,
+}
+
+#[derive(Args)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Rows to check with; without them, a short conversation
+    #[arg(long)]
+    pub data: Option<PathBuf>,
+    #[command(flatten)]
+    pub rows: RowsArgs,
+}
+
 /// What is measured.
 #[derive(Clone, Copy, ValueEnum)]
 pub enum Task {
@@ -105,9 +168,8 @@ pub struct EvalArgs {
     /// The rows
     #[arg(long)]
     pub data: PathBuf,
-    /// The format of the rows, for qa-loss
-    #[arg(long, default_value = "qa")]
-    pub format: Format,
+    #[command(flatten)]
+    pub rows: RowsArgs,
     /// Only the first rows
     #[arg(long)]
     pub limit: Option<NonZeroUsize>,
@@ -191,6 +253,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Verb::Eval(args) => eval::eval(&args),
         Verb::Chat(args) => chat::chat(&args),
         Verb::Export(args) => export::export(&args),
+        Verb::Data(DataVerb::Check(args)) => data::check::check(&args),
+        Verb::Doctor(args) => doctor::doctor(&args),
         Verb::Logits { model, text, out } => logits::logits(&model, &text, &out),
     }
 }

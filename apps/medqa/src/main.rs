@@ -5,6 +5,7 @@ mod backend;
 mod chat;
 mod cli;
 mod data;
+mod doctor;
 mod eval;
 mod export;
 mod fetch;
@@ -31,7 +32,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(2)
+            ExitCode::from(if error.is::<doctor::Failed>() { 1 } else { 2 })
         }
     }
 }

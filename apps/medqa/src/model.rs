@@ -3,7 +3,7 @@
 use crate::{cli::ModelArgs, fetch};
 use anyhow::{Context, Result};
 use burn::tensor::DType;
-use burn_llama::{Checkpoint, Llama, Message, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels};
+use burn_llama::{ChatTemplate, Checkpoint, Llama, Message, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels};
 use burn_peft::adapter;
 use std::path::Path;
 
@@ -55,11 +55,23 @@ pub fn warn_unknown(directory: &Path, unknown: &[String]) {
     }
 }
 
+/// The tokenizer of a model, without the model.
+pub fn tokenizer_of(args: &ModelArgs) -> Result<Tokenizer> {
+    match &args.tokenizer {
+        Some(path) => tokenizer(path),
+        None => tokenizer(&fetch::resolve(&args.model)?),
+    }
+}
+
+/// The model's chat template.
+pub fn template(tokenizer: &Tokenizer) -> Result<&ChatTemplate> {
+    tokenizer
+        .chat_template()
+        .with_context(|| format!("{}: no chat template; use an instruction-tuned model", tokenizer.path().display()))
+}
+
 /// The tokens of a conversation by the model's own template, ready for the assistant's next words.
 pub fn conversation(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
-    let template = tokenizer
-        .chat_template()
-        .with_context(|| format!("{}: no chat template; use an instruction-tuned model", tokenizer.path().display()))?;
     // The template writes the special tokens itself.
-    Ok(tokenizer.encode(&template.render(messages, true)?, false)?)
+    Ok(tokenizer.encode(&template(tokenizer)?.render(messages, true)?, false)?)
 }

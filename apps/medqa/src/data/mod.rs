@@ -1,9 +1,16 @@
 //! Rows of data, from files to examples.
 
+pub mod check;
+pub mod content;
+mod conversation;
 mod encode;
 mod order;
+pub mod schema;
 pub mod source;
 
-pub use encode::{Encoded, encode};
+pub use content::{Content, pubmedqa_prompt};
+pub use conversation::answer_tokens;
+pub use encode::{Encoded, encode, examples};
 pub use order::epoch_order;
-pub use source::{Format, Row, pubmedqa_prompt, read};
+pub use schema::{Columns, Format, Schema};
+pub use source::{Row, read};

@@ -1,142 +1,140 @@
-//! Reading rows.
+//! Reading rows: files to places and contents.
 
+use super::{
+    content::{self, Content},
+    schema::{Format, Schema},
+};
 use anyhow::{Context, Result, anyhow, bail};
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
-use std::path::Path;
+use serde_json::Value;
+use std::{fmt, path::Path};
 
-/// What a file of rows looks like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// JSONL with `question` and `answer`
-    Qa,
-    /// PubMedQA's official JSON
-    #[value(name = "pubmedqa")]
-    PubMedQa,
-}
-
-/// One row as it stands in a file.
+/// One row of a file.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Row {
-    Qa { question: String, answer: String },
-    PubMedQa { pmid: String, question: String, contexts: Vec<String>, decision: Option<String> },
+pub struct Row {
+    pub place: Place,
+    pub content: Content,
 }
 
-/// The harness's prompt for PubMedQA.
-pub fn pubmedqa_prompt(question: &str, contexts: &[String]) -> String {
-    format!("Abstract: {}\nQuestion: {question}\nAnswer:", contexts.join("\n"))
+/// Where in its file a row stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A line, counted from 1.
+    Line(usize),
+    /// An item of an array, counted from 1.
+    Row(usize),
+    /// A key.
+    Item(String),
 }
 
-/// All rows of a file, at least one.
-pub fn read(path: &Path, format: Format) -> Result<Vec<Row>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
-    let rows = match format {
-        Format::Qa => qa(path, &text)?,
-        Format::PubMedQa => pubmedqa(path, &text)?,
-    };
-    if rows.is_empty() {
-        bail!("{}: expected at least one row, found none", path.display());
-    }
-    Ok(rows)
-}
-
-fn text_field(row: &Map<String, Value>, key: &str, place: &str) -> Result<String> {
-    match row.get(key) {
-        Some(Value::String(text)) => Ok(text.clone()),
-        Some(other) => bail!("{place}: `{key}`: expected a string, found {other}"),
-        None => {
-            let found = row.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
-            bail!("{place}: expected the key `{key}`, found {found}")
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Line(n) => write!(f, "line {n}"),
+            Self::Row(n) => write!(f, "row {n}"),
+            Self::Item(key) => f.write_str(key),
         }
     }
 }
 
-/// JSONL, or one JSON array.
-fn qa(path: &Path, text: &str) -> Result<Vec<Row>> {
-    let row = |place: String, value: Value| {
-        let Value::Object(row) = value else { bail!("{place}: expected an object, found {value}") };
-        Ok(Row::Qa { question: text_field(&row, "question", &place)?, answer: text_field(&row, "answer", &place)? })
-    };
-    if text.trim_start().starts_with('[') {
-        let list: Vec<Value> =
-            serde_json::from_str(text).map_err(|e| anyhow!("{}: expected JSON: {e}", path.display()))?;
-        let numbered = list.into_iter().enumerate();
-        return numbered.map(|(i, value)| row(format!("{}: row {}", path.display(), i + 1), value)).collect();
+impl Place {
+    /// The place with its file, as editors and compilers write it.
+    pub fn of(&self, path: &Path) -> String {
+        match self {
+            Self::Line(n) => format!("{}:{n}", path.display()),
+            place => format!("{}: {place}", path.display()),
+        }
     }
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    lines
-        .map(|(i, line)| {
-            let place = format!("{}:{}", path.display(), i + 1);
-            let value = serde_json::from_str(line).map_err(|e| anyhow!("{place}: expected a JSON object: {e}"))?;
-            row(place, value)
-        })
-        .collect()
 }
 
-fn pubmedqa(path: &Path, text: &str) -> Result<Vec<Row>> {
-    let value: Value = serde_json::from_str(text).map_err(|e| anyhow!("{}: expected JSON: {e}", path.display()))?;
-    let Value::Object(items) = value else {
+/// All rows of a file, at least one.
+pub fn read(path: &Path, schema: &Schema) -> Result<Vec<Row>> {
+    let rows = read_each(path, schema)?.into_iter();
+    rows.map(|(place, content)| {
+        let content = content.map_err(|problem| anyhow!("{}: {problem:#}", place.of(path)))?;
+        Ok(Row { place, content })
+    })
+    .collect()
+}
+
+/// Every row of a file by itself, at least one, so that a row's mistake does not hide those of others.
+pub fn read_each(path: &Path, schema: &Schema) -> Result<Vec<(Place, Result<Content>)>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+    let text = text.trim_start_matches('\u{feff}');
+    let values = match schema.format {
+        Format::PubMedQa => items(path, text)?,
+        _ if text.trim_start().starts_with('[') => array(path, text)?,
+        _ => lines(text),
+    };
+    if values.is_empty() {
+        bail!("{}: expected at least one row, found none", path.display());
+    }
+    let row = |(place, value): (Place, Result<Value>)| (place, value.and_then(|value| content::of(value, schema)));
+    Ok(values.into_iter().map(row).collect())
+}
+
+type Values = Vec<(Place, Result<Value>)>;
+
+/// JSONL.
+fn lines(text: &str) -> Values {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let value = |line| serde_json::from_str(line).map_err(|e| anyhow!("expected a JSON object: {e}"));
+    lines.map(|(i, line)| (Place::Line(i + 1), value(line))).collect()
+}
+
+/// One JSON array.
+fn array(path: &Path, text: &str) -> Result<Values> {
+    let list: Vec<Value> = json(path, text)?;
+    Ok(list.into_iter().enumerate().map(|(i, value)| (Place::Row(i + 1), Ok(value))).collect())
+}
+
+/// PubMedQA's one object, of items by id.
+fn items(path: &Path, text: &str) -> Result<Values> {
+    let Value::Object(items) = json(path, text)? else {
         bail!("{}: expected an object of items by PubMed id, found another kind of JSON", path.display());
     };
-    items.into_iter().map(|(pmid, item)| pubmedqa_item(path, pmid, &item)).collect()
+    Ok(items.into_iter().map(|(pmid, item)| (Place::Item(pmid), Ok(item))).collect())
 }
 
-fn pubmedqa_item(path: &Path, pmid: String, item: &Value) -> Result<Row> {
-    let place = format!("{}: {pmid}", path.display());
-    let Value::Object(item) = item else { bail!("{place}: expected an object, found {item}") };
-    let contexts = item.get("CONTEXTS").and_then(Value::as_array);
-    let contexts = contexts.and_then(|list| list.iter().map(|c| c.as_str().map(str::to_owned)).collect());
-    let decision = match item.get("final_decision") {
-        None | Some(Value::Null) => None,
-        Some(Value::String(word)) if ["yes", "no", "maybe"].contains(&word.as_str()) => Some(word.clone()),
-        Some(other) => bail!("{place}: `final_decision`: expected yes, no or maybe, found {other}"),
-    };
-    Ok(Row::PubMedQa {
-        question: text_field(item, "QUESTION", &place)?,
-        contexts: contexts.with_context(|| format!("{place}: `CONTEXTS`: expected a list of strings"))?,
-        pmid,
-        decision,
-    })
+fn json<T: serde::de::DeserializeOwned>(path: &Path, text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| anyhow!("{}: expected JSON: {e}", path.display()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn error(text: &str, format: Format) -> String {
+    fn rows(text: &str, format: Format) -> Result<Vec<Row>> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), text).unwrap();
-        format!("{:#}", read(file.path(), format).unwrap_err())
+        read(file.path(), &Schema { format, ..Schema::default() })
     }
 
     #[test]
     fn mistakes_name_the_line_and_the_key() {
-        assert!(
-            error("{\"question\":\"a\",\"answer\":\"b\"}\n{\"question\":1}", Format::Qa).contains(":2: `question`")
-        );
-        assert!(error("{\"question\":\"a\"}", Format::Qa).contains("expected the key `answer`, found question"));
-        assert!(error("", Format::Qa).contains("at least one row"));
-        assert!(
-            error("{\"7\":{\"QUESTION\":\"q\",\"CONTEXTS\":[],\"final_decision\":\"perhaps\"}}", Format::PubMedQa)
-                .contains("7: `final_decision`")
-        );
+        let item = "{\"7\":{\"QUESTION\":\"q\",\"CONTEXTS\":[],\"final_decision\":\"perhaps\"}}";
+        for (text, format, words) in [
+            ("{\"question\":\"a\",\"answer\":\"b\"}\n\n{\"question\":1}", Format::Qa, ":3: `question`"),
+            ("[{\"question\":\"a\",\"answer\":\"b\"},\n3]", Format::Qa, ": row 2: expected an object, found 3"),
+            ("{\"question\":\"a\"}", Format::Qa, ":1: expected the key `answer`, found question"),
+            ("", Format::Qa, "at least one row"),
+            ("[]", Format::Qa, "at least one row"),
+            ("[{]", Format::Messages, ": expected JSON: "),
+            ("[1]", Format::PubMedQa, "an object of items"),
+            (item, Format::PubMedQa, ": 7: `final_decision`: expected yes, no or maybe, found \"perhaps\""),
+        ] {
+            let error = format!("{:#}", rows(text, format).unwrap_err());
+            assert!(error.contains(words), "{text}: {error}");
+        }
     }
 
     #[test]
     fn rows_keep_the_order_of_the_file() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let item = |d| format!("{{\"QUESTION\":\"q\",\"CONTEXTS\":[\"a\",\"b\"],\"final_decision\":\"{d}\"}}");
-        std::fs::write(file.path(), format!("{{\"9\":{},\"1\":{}}}", item("yes"), item("no"))).unwrap();
-        let rows = read(file.path(), Format::PubMedQa).unwrap();
-        let ids: Vec<_> = rows
-            .iter()
-            .map(|row| match row {
-                Row::PubMedQa { pmid, .. } => pmid.as_str(),
-                _ => "",
-            })
-            .collect();
-        assert_eq!(ids, ["9", "1"]);
-        assert_eq!(pubmedqa_prompt("q", &["a".into(), "b".into()]), "Abstract: a\nb\nQuestion: q\nAnswer:");
+        let item = "{\"QUESTION\":\"q\",\"CONTEXTS\":[\"a\",\"b\"],\"final_decision\":\"yes\"}";
+        let found = rows(&format!("{{\"9\":{item},\"1\":{item}}}"), Format::PubMedQa).unwrap();
+        let places: Vec<_> = found.iter().map(|row| row.place.to_string()).collect();
+        assert_eq!(places, ["9", "1"]);
+        let (line, array) = ("{\"question\":\"a\",\"answer\":\"b\"}", "[{\"question\":\"a\",\"answer\":\"b\"}]");
+        let (line, array) = (rows(&format!("\u{feff}{line}\n"), Format::Qa), rows(array, Format::Qa));
+        assert_eq!(line.unwrap()[0].content, array.unwrap()[0].content);
     }
 }

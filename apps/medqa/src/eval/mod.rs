@@ -9,18 +9,18 @@ pub use qa_loss::mean_loss;
 use crate::{
     backend::Inference,
     cli::{EvalArgs, Task},
-    data::{Format, read},
+    data::{Format, Schema, read},
     model, write,
 };
 use anyhow::{Context, Result};
 
 /// The verb `eval`: the figures on stdout, everything in `--out`.
 pub fn eval(args: &EvalArgs) -> Result<()> {
-    let format = match args.task {
-        Task::QaLoss => args.format,
-        Task::Pubmedqa => Format::PubMedQa,
+    let schema = match args.task {
+        Task::QaLoss => args.rows.schema()?,
+        Task::Pubmedqa => Schema { format: Format::PubMedQa, ..Schema::default() },
     };
-    let mut rows = read(&args.data, format)?;
+    let mut rows = read(&args.data, &schema)?;
     rows.truncate(args.limit.map_or(usize::MAX, usize::from));
     let loaded = model::load::<Inference>(&args.model)?;
     let result = match args.task {

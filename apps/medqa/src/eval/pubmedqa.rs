@@ -3,7 +3,7 @@
 use super::score::{accuracy, macro_f1};
 use crate::{
     cli::EvalArgs,
-    data::{Row, pubmedqa_prompt},
+    data::{Content, Row, pubmedqa_prompt},
     model::Loaded,
 };
 use anyhow::{Context, Result, bail};
@@ -16,13 +16,14 @@ pub fn measure<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) ->
     let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let (mut items, mut pairs) = (Map::new(), Vec::new());
     for row in rows {
-        let Row::PubMedQa { pmid, question, contexts, decision } = row else {
+        let Content::PubMedQa { question, contexts, decision } = &row.content else {
             bail!("the task pubmedqa needs rows in PubMedQA's layout");
         };
+        let pmid = row.place.to_string();
         let gold = decision.as_deref().with_context(|| format!("{pmid}: `final_decision` is missing"))?;
         let scores = score(loaded, &pubmedqa_prompt(question, contexts), longest)?;
         let best = (1..3).fold(0, |best, i| if scores[i] > scores[best] { i } else { best });
-        items.insert(pmid.clone(), json!({ "prediction": CHOICES[best], "gold": gold, "loglikelihood": scores }));
+        items.insert(pmid, json!({ "prediction": CHOICES[best], "gold": gold, "loglikelihood": scores }));
         pairs.push((CHOICES[best], gold));
     }
     Ok(json!({

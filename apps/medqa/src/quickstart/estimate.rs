@@ -33,7 +33,7 @@ impl Estimate {
         let (checkpoint, tokenizer) = model::open(&recipe.model.path)?;
         let (config, data, mut lengths) = (checkpoint.config(), &recipe.data, Vec::new());
         for source in &data.train {
-            let rows = read(Path::new(&source.path), source.format.unwrap_or(data.format))?;
+            let rows = read(Path::new(&source.path), &data.schema(Some(source)))?;
             let encoded = encode(&tokenizer, &rows, data.max_length, data.on_too_long)?;
             lengths.extend(encoded.examples.iter().map(|row| row.ids.len() as u64));
         }

@@ -3,6 +3,7 @@
 use std::fmt::Display;
 
 use super::{Data, Method, MethodKind, Optimizer, Recipe, Saving, Steps, TargetModules};
+use crate::data::Schema;
 
 /// The key and what is wrong with its value.
 type Problem = (&'static str, String);
@@ -21,12 +22,16 @@ fn data(data: &Data) -> Result<(), Problem> {
     if data.train.is_empty() {
         return Err(("data.train", "expected a file to train on, found none".to_string()));
     }
+    data.columns.check(data.format).map_err(|problem| ("data.columns", problem))?;
     for source in &data.train {
         given("data.train", &source.path, "a file's path")?;
         // An epoch's order is held in memory, so a weight has an upper end too.
         let weight_fits = source.weight > 0.0 && source.weight <= 1000.0;
         let expected = format!("a weight above 0 and at most 1000 for {}", source.path);
         within("data.train", weight_fits, &expected, source.weight)?;
+        let Schema { format, columns } = data.schema(Some(source));
+        let named = |problem| ("data.train", format!("columns for {}: {problem}", source.path));
+        columns.check(format).map_err(named)?;
     }
     if let Some(valid) = &data.valid {
         given("data.valid", valid, "a file's path")?;
@@ -55,7 +60,15 @@ fn method(method: &Method) -> Result<(), Problem> {
     if let Some(init) = &method.init {
         given("method.init", init, "an adapter's directory")?;
         let lora = method.kind == MethodKind::Lora;
-        within("method.init", lora, "`method.kind` to be \"lora\": it names an adapter", "\"full\"")?;
+        let found = format!("{:?}", method.kind).to_lowercase();
+        within("method.init", lora, "`method.kind` to be \"lora\": it names an adapter", found)?;
+    }
+    if let Some(layers) = &method.layers {
+        let freeze = method.kind == MethodKind::Freeze;
+        let found = format!("{:?}", method.kind).to_lowercase();
+        within("method.layers", freeze, "`method.kind` to be \"freeze\"", found)?;
+        let expected = "the last n blocks as n, or the first n as -n";
+        within("method.layers", layers.count != 0, expected, layers.count)?;
     }
     Ok(())
 }

@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 
 pub use tables::{Data, Dtype, Method, MethodKind, Model, OnTooLong};
 pub use train::{Optimizer, ReportTo, Saving, Schedule, Scheduler, Steps, Train};
-pub use value::{Checkpointing, TargetModules};
+pub use value::{Checkpointing, Layers, TargetModules};
 
 /// One training run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -66,8 +66,11 @@ impl Recipe {
     fn fill(&mut self) {
         let default = match self.method.kind {
             MethodKind::Lora => 2e-4,
-            MethodKind::Full => 2e-5,
+            MethodKind::Full | MethodKind::Freeze => 2e-5,
         };
+        if self.method.kind == MethodKind::Freeze {
+            self.method.layers.get_or_insert_default();
+        }
         self.train.optimizer.learning_rate.get_or_insert(default);
         let steps = &mut self.train.steps;
         if steps.max_steps.is_none() {

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::value::{Source, TargetModules, sources};
-use crate::data::source::Format;
+use super::value::{Layers, Source, TargetModules, sources};
+use crate::data::{Columns, Format, Schema};
 
 /// `[model]`
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -48,7 +48,10 @@ pub struct Data {
     pub shuffle: bool,
     /// Whether the rows of a batch are joined into one without padding. It changes no result beyond rounding.
     pub packing: bool,
-    /// Rows to train on: a path, or a list of `{ path, format, weight }`.
+    /// The files' own names of the format's columns, such as `{ question = "prompt" }`.
+    #[serde(skip_serializing_if = "Columns::is_empty")]
+    pub columns: Columns,
+    /// Rows to train on: a path, or a list of `{ path, format, columns, weight }`.
     #[serde(deserialize_with = "sources")]
     pub train: Vec<Source>,
 }
@@ -63,20 +66,30 @@ impl Default for Data {
             on_too_long: OnTooLong::Truncate,
             shuffle: true,
             packing: true,
+            columns: Columns::default(),
             train: Vec::new(),
         }
     }
 }
 
+impl Data {
+    /// How a file is read: as its source says, else as the table says. The table's columns are those of its own format.
+    pub fn schema(&self, source: Option<&Source>) -> Schema {
+        let format = source.and_then(|source| source.format).unwrap_or(self.format);
+        let shared = if format == self.format { self.columns.clone() } else { Columns::default() };
+        Schema { format, columns: source.and_then(|source| source.columns.clone()).unwrap_or(shared) }
+    }
+}
+
 /// What happens to a row longer than `max_length`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum OnTooLong {
-    /// It is cut to `max_length`.
+    /// It is cut to the length
     Truncate,
-    /// It is left out, and counted.
+    /// It is left out, and counted
     Drop,
-    /// The run does not start.
+    /// It is a mistake, and a run does not start
     Error,
 }
 
@@ -84,7 +97,7 @@ pub enum OnTooLong {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Method {
-    /// Low-rank adapters or every weight.
+    /// Low-rank adapters, every weight, or those of some blocks.
     pub kind: MethodKind,
     /// Rank of the adapters.
     pub r: usize,
@@ -99,6 +112,9 @@ pub struct Method {
     /// An adapter directory to start from.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
+    /// For `freeze`: which blocks learn, by default the last two; see [`Layers`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers: Option<Layers>,
 }
 
 impl Default for Method {
@@ -111,6 +127,7 @@ impl Default for Method {
             use_rslora: false,
             target_modules: TargetModules::default(),
             init: None,
+            layers: None,
         }
     }
 }
@@ -123,4 +140,6 @@ pub enum MethodKind {
     Lora,
     /// Every weight.
     Full,
+    /// The weights of some blocks; embedding, last norm and head stay as they are.
+    Freeze,
 }

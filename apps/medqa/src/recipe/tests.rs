@@ -1,5 +1,6 @@
 use super::value::Warmup;
 use super::*;
+use crate::data::Format;
 
 const LEAST: &str = "[model]\npath = \"m.gguf\"\n[data]\ntrain = \"t.jsonl\"\n";
 
@@ -30,9 +31,19 @@ fn the_least_recipe_has_every_default() {
 #[test]
 fn a_written_recipe_loads_as_itself() {
     let rich = "[model]\npath = 'a/b'\ndtype = 'bf16'\n[data]\ntrain = ['x', { path = 'y', format = 'pubmedqa', weight = 2 }]\nvalid = 'v'\nvalid_limit = 7\n[method]\ntarget_modules = 'all-linear'\nalpha = 32\ninit = 'adapter'\n[train]\nmax_steps = 9\nscheduler = 'WarmupDecayLR'\nwarmup = 3\nbetas = [0.9, 0.95]\nactivation_checkpointing = 2\neval_every = 4\nsave_every = 5\n";
-    for (text, sets) in
-        [(LEAST, &[][..]), (rich, &[]), (LEAST, &["train.activation_checkpointing=full", "train.warmup=0"])]
-    {
+    let named = [
+        "data.train=[{path = 'x', format = 'messages', columns = {role = 'who'}, weight = 0.5}]",
+        "data.columns={answer = 'reply'}",
+        "method.kind=freeze",
+        "method.layers={count = -1, extra_modules = ['norm']}",
+    ];
+    for (text, sets) in [
+        (LEAST, &[][..]),
+        (rich, &[]),
+        (LEAST, &["train.activation_checkpointing=full", "train.warmup=0"]),
+        (LEAST, &["method.kind=freeze"]),
+        (LEAST, &named),
+    ] {
         let recipe = parse(text, sets).unwrap();
         let written = recipe.to_toml().unwrap();
         assert_eq!(parse(&written, &[]).expect(&written), recipe, "{written}");
@@ -102,10 +113,18 @@ fn wrong_types_name_key_expected_and_found() {
         ("train.scheduler=step", "unknown variant `step`, expected one of `constant`"),
         ("data.shuffle=1", "expected true or false, found integer `1`"),
         ("data.train=3", "`data.train`: expected a path, or a list"),
-        ("data.train={path = 'x'}", "`data.train`: expected a path, or a list of { path, format, weight }, found map"),
+        ("data.train={path = 'x'}", "a path, or a list of { path, format, columns, weight }, found map"),
         ("data.train=[{path = 3}]", "item 1: "),
         ("data.train=[{weight = 3}]", "item 1: missing field `path`"),
-        ("data.format=csv", "unknown variant `csv`, expected `qa` or `pubmedqa`"),
+        ("data.format=csv", "unknown variant `csv`, expected one of `qa`, `pubmedqa`, `alpaca`"),
+        ("data.columns=prompt", "`data.columns`: expected a map, found string \"prompt\""),
+        ("data.columns={question = 1}", "`data.columns`: expected a string, found integer `1`"),
+        ("data.train=[{path = 'x', columns = 3}]", "item 1: "),
+        (
+            "method.layers=half",
+            "`method.layers`: expected a number of blocks, or { count, extra_modules }, found string",
+        ),
+        ("method.layers={last = 2}", "`method.layers`: unknown field `last`, expected `count` or `extra_modules`"),
         ("method.target_modules=[1]", "`method.target_modules`: expected a string, found integer `1`"),
         ("method.target_modules=1", "expected a list of module names, or one string"),
         ("model.dtype=int8", "unknown variant `int8`"),
@@ -131,6 +150,13 @@ fn impossible_values_are_refused_by_key() {
         ("data.train=[{path = 'x', weight = 0}]", "a weight above 0 and at most 1000 for x, found 0"),
         ("data.train=[{path = 'x', weight = -1}]", "found -1"),
         ("data.valid_limit=3", "`data.valid` to be given too"),
+        ("data.columns={prompt = 'q'}", "expected columns among question, answer, found `prompt`"),
+        (
+            "data.train=[{path = 'x', format = 'alpaca', columns = {answer = 'a'}}]",
+            "columns for x: expected columns among",
+        ),
+        ("data.train=[{path = 'x', format = 'pubmedqa', columns = {answer = 'a'}}]", "fixed names"),
+        ("method.layers=3", "`method.kind` to be \"freeze\", found lora"),
         ("train.batch_size=0", "`train.batch_size`: expected a positive integer, found 0"),
         ("train.gradient_accumulation=0", "positive"),
         ("train.max_steps=0", "positive"),
@@ -153,7 +179,50 @@ fn impossible_values_are_refused_by_key() {
     let both = refusal(LEAST, &["train.epochs=1", "train.max_steps=2"]);
     assert!(both.contains("either `train.epochs` or `train.max_steps`"), "{both}");
     assert!(refusal(LEAST, &["method.kind=full", "method.init=a"]).contains("`method.kind`"));
+    let none = refusal(LEAST, &["method.kind=freeze", "method.layers=0"]);
+    assert!(none.starts_with("--set: `method.layers`: expected the last n blocks as n"), "{none}");
     assert!(refusal("", &[]).starts_with("r.toml: `model.path`"));
+}
+
+#[test]
+fn a_source_is_read_as_it_says_or_as_the_table_says() {
+    let sets = [
+        "data.columns={question = 'prompt'}",
+        "data.train=['a', {path = 'b', columns = {answer = 'reply'}}, {path = 'c', format = 'alpaca'}, {path = 'd', format = 'qa'}]",
+    ];
+    let data = parse(LEAST, &sets).unwrap().data;
+    let names: Vec<_> = data
+        .train
+        .iter()
+        .map(|source| data.schema(Some(source)))
+        .map(|schema| {
+            (schema.format, schema.columns.name("question").to_owned(), schema.columns.name("answer").to_owned())
+        })
+        .collect();
+    let row = |format, question: &str, answer: &str| (format, question.to_owned(), answer.to_owned());
+    assert_eq!(
+        names,
+        [
+            row(Format::Qa, "prompt", "answer"),
+            row(Format::Qa, "question", "reply"),
+            row(Format::Alpaca, "question", "answer"),
+            row(Format::Qa, "prompt", "answer"),
+        ]
+    );
+    assert_eq!(data.schema(None).columns.name("question"), "prompt");
+}
+
+#[test]
+fn freeze_learns_the_last_two_blocks_unless_it_is_told() {
+    let layers =
+        |sets: &[&str]| parse(LEAST, &[&["method.kind=freeze"], sets].concat()).unwrap().method.layers.unwrap();
+    assert_eq!(layers(&[]), Layers::default());
+    assert_eq!(layers(&["method.layers=-3"]), Layers { count: -3, ..Layers::default() });
+    let extra_modules = vec!["norm".to_owned()];
+    assert_eq!(layers(&["method.layers={extra_modules = ['norm']}"]), Layers { count: 2, extra_modules });
+    let recipe = parse(LEAST, &["method.kind=freeze"]).unwrap();
+    assert_eq!(recipe.train.optimizer.learning_rate, Some(2e-5));
+    assert_eq!(parse(LEAST, &[]).unwrap().method.layers, None);
 }
 
 #[test]

@@ -67,7 +67,7 @@ impl Steps {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Optimizer {
-    /// The highest of the run; always there once a recipe is loaded: by default 2e-4 for lora, 2e-5 for full.
+    /// The highest of the run; always there once a recipe is loaded: by default 2e-4 for lora, else 2e-5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
     /// Decoupled weight decay.

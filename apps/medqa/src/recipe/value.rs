@@ -5,7 +5,7 @@ use std::fmt;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::data::source::Format;
+use crate::data::{Columns, Format};
 
 /// One file of training rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -16,6 +16,9 @@ pub struct Source {
     /// Its format, if it is not `data.format`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
+    /// Its own names of the format's columns, if they are not those of `data.columns`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub columns: Option<Columns>,
     /// How often each row is seen per epoch, on average.
     #[serde(default = "once")]
     pub weight: f64,
@@ -23,6 +26,13 @@ pub struct Source {
 
 fn once() -> f64 {
     1.0
+}
+
+impl Source {
+    /// A file like every other.
+    fn plain(path: impl Into<String>) -> Self {
+        Self { path: path.into(), format: None, columns: None, weight: once() }
+    }
 }
 
 /// Reads `data.train`: a path, or a list whose items are paths or tables.
@@ -36,11 +46,11 @@ impl<'de> Visitor<'de> for Sources {
     type Value = Vec<Source>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("a path, or a list of { path, format, weight }")
+        f.write_str("a path, or a list of { path, format, columns, weight }")
     }
 
     fn visit_str<E: Error>(self, path: &str) -> Result<Self::Value, E> {
-        Ok(vec![Source { path: path.to_string(), format: None, weight: once() }])
+        Ok(vec![Source::plain(path)])
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
@@ -48,7 +58,7 @@ impl<'de> Visitor<'de> for Sources {
         while let Some(item) = items.next_element::<toml::Value>()? {
             let number = sources.len() + 1;
             let source = match item {
-                toml::Value::String(path) => Source { path, format: None, weight: once() },
+                toml::Value::String(path) => Source::plain(path),
                 item => Source::deserialize(item)
                     .map_err(|error| A::Error::custom(format!("item {number}: {}", error.message())))?,
             };
@@ -102,6 +112,69 @@ impl<'de> Deserialize<'de> for TargetModules {
             }
         }
         deserializer.deserialize_any(Modules)
+    }
+}
+
+/// Which blocks learn under `freeze`, as LLaMA-Factory's `freeze_trainable_layers` and `freeze_extra_modules`: an integer, or
+/// `{ count, extra_modules }`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layers {
+    /// The last n blocks as n, the first n as -n.
+    pub count: i64,
+    /// What else learns: `embed_tokens`, `norm`, `lm_head`.
+    pub extra_modules: Vec<String>,
+}
+
+impl Default for Layers {
+    fn default() -> Self {
+        Self { count: 2, extra_modules: Vec::new() }
+    }
+}
+
+/// The table form of [`Layers`].
+#[derive(Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct LayersTable {
+    count: i64,
+    extra_modules: Vec<String>,
+}
+
+impl Default for LayersTable {
+    fn default() -> Self {
+        let Layers { count, extra_modules } = Layers::default();
+        Self { count, extra_modules }
+    }
+}
+
+impl Serialize for Layers {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if self.extra_modules.is_empty() {
+            return serializer.serialize_i64(self.count);
+        }
+        LayersTable { count: self.count, extra_modules: self.extra_modules.clone() }.serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Layers {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Blocks;
+        impl<'de> Visitor<'de> for Blocks {
+            type Value = Layers;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a number of blocks, or { count, extra_modules }")
+            }
+
+            fn visit_i64<E: Error>(self, count: i64) -> Result<Layers, E> {
+                Ok(Layers { count, ..Layers::default() })
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Layers, A::Error> {
+                let table = LayersTable::deserialize(serde::de::value::MapAccessDeserializer::new(map))?;
+                Ok(Layers { count: table.count, extra_modules: table.extra_modules })
+            }
+        }
+        deserializer.deserialize_any(Blocks)
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod dashboards;
 mod figures;
+mod freeze;
 mod interrupt;
 mod learner;
 mod plot;

@@ -116,9 +116,9 @@ impl Run {
     fn new(recipe: Recipe, options: &Options, loaded: Loaded<Training>) -> Result<(Self, Llama<Training>)> {
         let data = &recipe.data;
         let sources = data.train.iter();
-        let sources = sources.map(|source| setup::rows(&loaded, data, &source.path, source.format));
+        let sources = sources.map(|source| setup::rows(&loaded, data, &source.path, &data.schema(Some(source))));
         let sources = sources.collect::<Result<Vec<_>>>()?;
-        let valid = data.valid.as_ref().map(|path| setup::rows(&loaded, data, path, None));
+        let valid = data.valid.as_ref().map(|path| setup::rows(&loaded, data, path, &data.schema(None)));
         let mut valid = valid.transpose()?.unwrap_or_default();
         valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
         let (model, lora) = setup::adapt(loaded.model, &recipe)?;

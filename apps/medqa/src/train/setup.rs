@@ -1,8 +1,9 @@
 //! From the recipe's values to what a run is made of.
 
+use super::freeze::freeze;
 use crate::{
     backend::Training,
-    data::{Encoded, Format, encode, read},
+    data::{Encoded, Schema, encode, read},
     model::{self, Loaded},
     recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Recipe, Scheduler, TargetModules as Targets},
 };
@@ -22,8 +23,12 @@ pub const ADAPTER: &str = "default";
 
 /// Puts the method onto the model and freezes the rest.
 pub fn adapt(mut model: Llama<Training>, recipe: &Recipe) -> Result<(Llama<Training>, Option<LoraConfig>)> {
-    if recipe.method.kind == MethodKind::Full {
-        return Ok((model, None));
+    match recipe.method.kind {
+        MethodKind::Full => return Ok((model, None)),
+        MethodKind::Freeze => {
+            return Ok((freeze(model, &recipe.method.layers.clone().unwrap_or_default())?, None));
+        }
+        MethodKind::Lora => {}
     }
     let config = match &recipe.method.init {
         Some(directory) => {
@@ -76,9 +81,9 @@ fn lora(recipe: &Recipe) -> LoraConfig {
     }
 }
 
-/// The examples of a file, which is of the recipe's format unless it names its own.
-pub fn rows(loaded: &Loaded<Training>, data: &Data, path: &str, format: Option<Format>) -> Result<Vec<Example>> {
-    let rows = read(Path::new(path), format.unwrap_or(data.format))?;
+/// The examples of a file.
+pub fn rows(loaded: &Loaded<Training>, data: &Data, path: &str, schema: &Schema) -> Result<Vec<Example>> {
+    let rows = read(Path::new(path), schema)?;
     let encoded = encode(&loaded.tokenizer, &rows, data.max_length, data.on_too_long);
     let encoded = encoded.with_context(|| path.to_owned())?;
     report(path, &encoded);

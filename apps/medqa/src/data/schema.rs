@@ -1,0 +1,103 @@
+//! What a file of rows looks like: its format and the names of its columns.
+
+use serde::{Deserialize, Serialize};
+use std::{collections::BTreeMap, str::FromStr};
+
+/// The layout of a row.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// `question` and `answer`
+    #[default]
+    Qa,
+    /// PubMedQA's official JSON
+    #[value(name = "pubmedqa")]
+    PubMedQa,
+    /// `instruction`, `input`, `output`; `system` and `history` if there are any
+    Alpaca,
+    /// OpenAI's conversations: `messages`, a list of `role` and `content`
+    Messages,
+    /// ShareGPT's conversations: `conversations`, a list of `from` and `value`; `system` if there is one
+    #[value(name = "sharegpt")]
+    ShareGpt,
+}
+
+impl Format {
+    /// The keys that a row is read from, by the names that the format gives them.
+    pub fn columns(self) -> &'static [&'static str] {
+        match self {
+            Self::Qa => &["question", "answer"],
+            Self::PubMedQa => &[],
+            Self::Alpaca => &["instruction", "input", "output", "system", "history"],
+            Self::Messages => &["messages", "role", "content"],
+            Self::ShareGpt => &["conversations", "from", "value", "system"],
+        }
+    }
+}
+
+/// Other names of columns: the format's name → the name in the file. What is not listed has the format's name.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Columns(BTreeMap<String, String>);
+
+impl Columns {
+    /// The name of a column in the file.
+    pub fn name<'a>(&'a self, column: &'a str) -> &'a str {
+        self.0.get(column).map_or(column, String::as_str)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Whether `format` has every column that is renamed; otherwise what is wrong.
+    pub fn check(&self, format: Format) -> Result<(), String> {
+        let known = format.columns();
+        let Some(column) = self.0.keys().find(|column| !known.contains(&column.as_str())) else { return Ok(()) };
+        if known.is_empty() {
+            return Err(format!("expected none, as this format's columns have fixed names, found `{column}`"));
+        }
+        Err(format!("expected columns among {}, found `{column}`", known.join(", ")))
+    }
+}
+
+impl FromStr for Columns {
+    type Err = String;
+
+    /// `question=prompt,answer=response`
+    fn from_str(text: &str) -> Result<Self, String> {
+        let pair = |pair: &str| match pair.split_once('=') {
+            Some((column, name)) if !column.trim().is_empty() && !name.trim().is_empty() => {
+                Ok((column.trim().to_owned(), name.trim().to_owned()))
+            }
+            _ => Err(format!("expected COLUMN=NAME pairs such as question=prompt,answer=response, found {pair:?}")),
+        };
+        text.split(',').map(pair).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// How a file is read.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Schema {
+    pub format: Format,
+    pub columns: Columns,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_of_the_command_line_are_pairs_that_the_format_has() {
+        let columns: Columns = "question=prompt, answer = response".parse().unwrap();
+        assert_eq!((columns.name("question"), columns.name("answer")), ("prompt", "response"));
+        assert_eq!(columns.name("input"), "input");
+        assert_eq!(columns.check(Format::Qa), Ok(()));
+        let problem = columns.check(Format::Alpaca).unwrap_err();
+        assert_eq!(problem, "expected columns among instruction, input, output, system, history, found `answer`");
+        assert!(columns.check(Format::PubMedQa).unwrap_err().contains("fixed names"));
+        for wrong in ["", "question", "question=", "=a", "question=a,,"] {
+            assert!(wrong.parse::<Columns>().unwrap_err().contains("COLUMN=NAME"), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! Laws that a set-up must obey for training to teach what chat will use, tried on the user's own model and rows.
+
+mod compute;
+mod text;
+
+use crate::{
+    backend::Inference,
+    cli::DoctorArgs,
+    data::{self, Content, Row, content::Turn, source::Place},
+    model::{self, Loaded},
+};
+use anyhow::{Result, bail};
+use burn_llama::{Message, kernel::Kernels};
+
+/// So many rows are looked at.
+const ROWS: usize = 100;
+
+/// What the laws are tried on.
+pub struct Subject<B: Kernels> {
+    pub loaded: Loaded<B>,
+    pub rows: Vec<Row>,
+}
+
+/// A law: what it found in a few words, or how it is broken.
+pub type Law<B> = (&'static str, fn(&Subject<B>) -> Result<String>);
+
+/// Every law.
+fn laws<B: Kernels>() -> Vec<Law<B>> {
+    vec![
+        ("special tokens are known", text::special_tokens),
+        ("text → tokens → the same text", text::round_trip),
+        ("chat template renders turn by turn", text::template),
+        ("training ends an answer as chat does", text::ending),
+        ("training reads what chat sends", text::training_is_chat),
+        ("model has every token of the rows", compute::vocabulary),
+        ("logits are finite", compute::finite),
+        ("greedy generation repeats itself", compute::repeatable),
+        ("cached logits = recomputed logits", compute::cached),
+        ("packed rows = separate rows", compute::packed),
+    ]
+}
+
+/// Some laws are broken. The verb's exit code is 1 then, not 2.
+#[derive(Debug)]
+pub struct Failed {
+    broken: usize,
+    laws: usize,
+}
+
+impl std::fmt::Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        write!(f, "{} of {} checks failed", self.broken, self.laws)
+    }
+}
+
+impl std::error::Error for Failed {}
+
+/// The verb `doctor`: a table of checks on stdout.
+///
+/// # Errors
+/// [`Failed`] if a law is broken; another if model or rows cannot be read.
+pub fn doctor(args: &DoctorArgs) -> Result<()> {
+    let mut rows = match &args.data {
+        Some(path) => data::read(path, &args.rows.schema()?)?,
+        None => own_rows(),
+    };
+    rows.truncate(ROWS);
+    let subject = Subject { loaded: model::load::<Inference>(&args.model)?, rows };
+    let laws = laws();
+    let mut broken = 0;
+    for (name, law) in &laws {
+        let (verdict, words) = match law(&subject) {
+            Ok(found) => ("ok", found),
+            Err(problem) => {
+                broken += 1;
+                ("FAIL", format!("{problem:#}"))
+            }
+        };
+        println!("{verdict:<4}  {name:<38}{words}");
+    }
+    if broken > 0 {
+        bail!(Failed { broken, laws: laws.len() });
+    }
+    Ok(())
+}
+
+/// One question, and a conversation of two; without a system prompt, which not every template takes.
+fn own_rows() -> Vec<Row> {
+    let turn = |(role, content): (&str, &str)| Turn { message: Message::new(role, content), learned: true };
+    let turns = [
+        ("user", "What is hypertension?"),
+        ("assistant", "Blood pressure that stays above 140/90 mmHg."),
+        ("user", "How is it treated?"),
+        ("assistant", "With less salt, exercise and, if needed, medicine."),
+    ];
+    let prompt = vec![Message::new("user", "What does insulin do?")];
+    let answer = Content::Answer { prompt, answer: "It lets cells take up glucose.".to_owned() };
+    let contents = [answer, Content::Conversation(turns.map(turn).into())];
+    contents.into_iter().enumerate().map(|(i, content)| Row { place: Place::Row(i + 1), content }).collect()
+}

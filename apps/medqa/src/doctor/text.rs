@@ -1,0 +1,120 @@
+//! Laws about text and tokens.
+
+use super::Subject;
+use crate::{
+    data::{Content, answer_tokens, content::Turn, examples, pubmedqa_prompt},
+    model,
+};
+use anyhow::{Context, Result, bail};
+use burn_llama::{Example, Message, Tokenizer, kernel::Kernels};
+
+/// Texts of the kinds that tokenizers treat each in their own way.
+const TEXTS: [&str; 6] = [
+    "Take 0.5 mg/kg twice daily; 100,000 cases in 2024.",
+    "Two  spaces, three   spaces.\nA line.\n\n  An indented line.\n\tA tab.",
+    "na\u{ef}ve caf\u{e9} \u{3b1}\u{3b2}\u{3b3} \u{441}\u{435}\u{440}\u{434}\u{446}\u{435}",
+    "\u{5fc3}\u{81d3}\u{75c5}\u{3002}\u{642}\u{644}\u{628}",
+    "\u{1f468}\u{200d}\u{2695}\u{fe0f} \u{2265} \u{b1} \u{b5}g \u{b0}C",
+    "don't, DON'T, it's; x_1 = {a: [1, 2]} <b>bold</b>",
+];
+
+/// The named special tokens are each one token, and generation knows where to stop.
+pub fn special_tokens<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+    let tokenizer = &subject.loaded.tokenizer;
+    let eos = tokenizer.eos().context("expected an end token (eos), found none: answers could not end")?;
+    if !tokenizer.eos_ids().contains(&eos) {
+        bail!("expected the end token {eos} among those that stop generation, found {:?}", tokenizer.eos_ids());
+    }
+    let (bos, end) = (tokenizer.bos().zip(tokenizer.bos_token()), Some(eos).zip(tokenizer.eos_token()));
+    let mut words = Vec::new();
+    for (name, id, token) in
+        [("bos", bos), ("eos", end)].into_iter().filter_map(|(n, pair)| pair.map(|(i, t)| (n, i, t)))
+    {
+        let ids = tokenizer.encode(token, false)?;
+        if ids != [id] {
+            bail!("{name}: expected {token:?} to be the one token {id}, found {ids:?}");
+        }
+        words.push(format!("{name} {token} = {id}"));
+    }
+    Ok(format!("{}; generation stops at {:?}", words.join(", "), tokenizer.eos_ids()))
+}
+
+/// What is encoded decodes to itself.
+pub fn round_trip<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+    let tokenizer = &subject.loaded.tokenizer;
+    for text in TEXTS {
+        let found = tokenizer.decode(&tokenizer.encode(text, false)?, false)?;
+        if found != text {
+            bail!("expected {text:?}, found {found:?}");
+        }
+    }
+    Ok(format!("{} texts", TEXTS.len()))
+}
+
+/// The template renders a question, and an answer that follows it and ends where generation stops.
+pub fn template<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+    let tokenizer = &subject.loaded.tokenizer;
+    let [question, _] = exchange();
+    let text = model::template(tokenizer)?.render(std::slice::from_ref(&question), true)?;
+    if !text.contains(&question.content) {
+        bail!("expected the question in the text, found {text:?}");
+    }
+    let (prompt, answer) = answer_tokens(tokenizer, model::template(tokenizer)?, &exchange())?;
+    Ok(format!("a question is {} tokens, its answer {}", prompt.len(), answer.len()))
+}
+
+/// The end token that rows of questions and answers are trained with is the one that the template ends an answer with.
+pub fn ending<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+    let tokenizer = &subject.loaded.tokenizer;
+    let (_, answer) = answer_tokens(tokenizer, model::template(tokenizer)?, &exchange())?;
+    let token = |id: Option<u32>| match id {
+        Some(id) => format!("{} = {id}", tokenizer.id_to_token(id).unwrap_or_default()),
+        None => "none".to_owned(),
+    };
+    let (last, eos) = (answer.last().copied(), tokenizer.eos());
+    if last != eos {
+        bail!("expected the template to end an answer with the end token {}, found {}", token(eos), token(last));
+    }
+    Ok(token(eos))
+}
+
+fn exchange() -> [Message; 2] {
+    [Message::new("user", "What is diabetes?"), Message::new("assistant", "A disease.")]
+}
+
+/// Before each answer that is learned stand the tokens that `chat` (or, for PubMedQA, `eval`) feeds the model there.
+pub fn training_is_chat<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+    let tokenizer = &subject.loaded.tokenizer;
+    let mut answers = 0;
+    for row in &subject.rows {
+        let place = || row.place.to_string();
+        let (found, expected) = (examples(tokenizer, &row.content), prompts(tokenizer, &row.content));
+        let (found, expected) = (found.with_context(place)?, expected.with_context(place)?);
+        for prompt in &expected {
+            let learned = |example: &Example| example.learned.get(prompt.len()) == Some(&true);
+            if !found.iter().any(|example| example.ids.starts_with(prompt) && learned(example)) {
+                let sent = tokenizer.decode(prompt, false)?;
+                let tail: String = sent.chars().skip(sent.chars().count().saturating_sub(60)).collect();
+                bail!("{}: no answer is learned after the {} tokens that end with {tail:?}", place(), prompt.len());
+            }
+        }
+        answers += expected.len();
+    }
+    Ok(format!("{answers} answers of {} rows", subject.rows.len()))
+}
+
+/// What the model is given before each answer that a row teaches.
+fn prompts(tokenizer: &Tokenizer, content: &Content) -> Result<Vec<Vec<u32>>> {
+    match content {
+        Content::Answer { prompt, .. } => Ok(vec![model::conversation(tokenizer, prompt)?]),
+        Content::PubMedQa { question, contexts, .. } => {
+            Ok(vec![tokenizer.encode(&pubmedqa_prompt(question, contexts), true)?])
+        }
+        Content::Conversation(turns) => {
+            let messages: Vec<Message> = turns.iter().map(|turn| turn.message.clone()).collect();
+            let taught = |(_, turn): &(usize, &Turn)| turn.learned && turn.message.role == "assistant";
+            let taught = turns.iter().enumerate().filter(taught);
+            taught.map(|(index, _)| model::conversation(tokenizer, &messages[..index])).collect()
+        }
+    }
+}
