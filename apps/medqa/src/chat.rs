@@ -1,18 +1,22 @@
 //! Talking to a model.
 
 use crate::{
-    backend::Inference,
+    backend::on,
     cli::ChatArgs,
     model::{self, Loaded, conversation},
 };
 use anyhow::Result;
-use burn_llama::{Generate, Message, Settings};
+use burn_llama::{Generate, Message, Settings, kernel::Kernels};
 use rustyline::{DefaultEditor, error::ReadlineError};
 use std::io::Write;
 
 /// The verb `chat`: one answer, or a conversation.
 pub fn chat(args: &ChatArgs) -> Result<()> {
-    let loaded = model::load::<Inference>(&args.model)?;
+    on!(args.device.device.ready()?, |B, place| talk::<B>(args, place))
+}
+
+fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
+    let loaded = model::load::<B>(&args.model, device)?;
     let settings = Settings {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -52,7 +56,7 @@ pub fn chat(args: &ChatArgs) -> Result<()> {
 }
 
 /// Streams the assistant's next words to stdout and returns them.
-fn answer(loaded: &Loaded<Inference>, history: &[Message], settings: &Settings, stop: &[String]) -> Result<String> {
+fn answer<B: Kernels>(loaded: &Loaded<B>, history: &[Message], settings: &Settings, stop: &[String]) -> Result<String> {
     let prompt = conversation(&loaded.tokenizer, history)?;
     let mut generate = Generate::new(&loaded.model, &[prompt], settings)?;
     let (mut stream, mut text, mut shown) = (loaded.tokenizer.stream(), String::new(), 0);

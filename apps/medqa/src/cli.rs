@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::{
+    backend::Device,
     chat,
     data::{self, Columns, Format, Schema},
     doctor, eval, export, fetch, logits, quickstart,
@@ -45,6 +46,8 @@ enum Verb {
         /// Go on with the run in --dir after its last checkpoint
         #[arg(long)]
         resume: bool,
+        #[command(flatten)]
+        device: DeviceArgs,
     },
     /// Measure a model: the loss of answers, or accuracy on PubMedQA
     Eval(EvalArgs),
@@ -61,6 +64,8 @@ enum Verb {
     Logits {
         #[command(flatten)]
         model: ModelArgs,
+        #[command(flatten)]
+        device: DeviceArgs,
         /// The text
         #[arg(long)]
         text: String,
@@ -68,6 +73,14 @@ enum Verb {
         #[arg(long)]
         out: PathBuf,
     },
+}
+
+/// Where the verb computes.
+#[derive(Args, Clone)]
+pub struct DeviceArgs {
+    /// cpu, tch, tch:cuda:N, cuda:N, vulkan[:N] or wgpu[:N]; each needs a binary built with its feature
+    #[arg(long, default_value_t)]
+    pub device: Device,
 }
 
 /// Which model.
@@ -95,6 +108,8 @@ pub struct QuickstartArgs {
     /// Optimizer steps; fewer are faster and teach less
     #[arg(long)]
     pub steps: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
 }
 
 /// How rows are read.
@@ -142,6 +157,8 @@ pub struct CheckArgs {
 pub struct DoctorArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Rows to check with; without them, a short conversation
     #[arg(long)]
     pub data: Option<PathBuf>,
@@ -162,6 +179,8 @@ pub enum Task {
 pub struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// What to measure
     #[arg(long)]
     pub task: Task,
@@ -188,6 +207,8 @@ pub struct EvalArgs {
 pub struct ChatArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Answer this one question and stop; without it, a conversation starts
     #[arg(long)]
     pub prompt: Option<String>,
@@ -249,12 +270,12 @@ pub fn run(cli: Cli) -> Result<()> {
             println!("{}", fetch::fetch(&name, dest.as_deref())?.display());
             Ok(())
         }
-        Verb::Train { recipe, sets, dir, resume } => train::train(&recipe, &sets, dir, resume),
+        Verb::Train { recipe, sets, dir, resume, device } => train::train(&recipe, &sets, dir, (resume, device.device)),
         Verb::Eval(args) => eval::eval(&args),
         Verb::Chat(args) => chat::chat(&args),
         Verb::Export(args) => export::export(&args),
         Verb::Data(DataVerb::Check(args)) => data::check::check(&args),
         Verb::Doctor(args) => doctor::doctor(&args),
-        Verb::Logits { model, text, out } => logits::logits(&model, &text, &out),
+        Verb::Logits { model, device, text, out } => logits::logits(&model, &device.device, &text, &out),
     }
 }

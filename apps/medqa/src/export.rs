@@ -1,7 +1,7 @@
 //! A model for other programs: a Hugging Face directory, or a GGUF file that llama.cpp loads.
 
 use crate::{
-    backend::Inference,
+    backend::{Device, on},
     cli::{ExportArgs, ModelArgs, Precision},
     fetch,
     model::{self, Loaded},
@@ -14,6 +14,7 @@ use burn_llama::{
         gguf::{BlockType, write},
         save_as,
     },
+    kernel::Kernels,
 };
 use burn_peft::adapter;
 use std::{
@@ -34,12 +35,17 @@ pub fn export(args: &ExportArgs) -> Result<()> {
             bail!("{}: this is the model itself; choose another --out", args.out.display());
         }
         let model = from.to_str().with_context(|| format!("{}: the name is no UTF-8", from.display()))?.to_owned();
-        let mut loaded = model::load::<Inference>(&ModelArgs { model, ..args.model.clone() })?;
-        adapter::merge(&mut loaded.model, "default");
-        if gguf { file(&loaded, args)? } else { directory(&loaded, args)? }
+        let model = ModelArgs { model, ..args.model.clone() };
+        on!(Device::default(), |B, place| merged::<B>(&model, place, (args, gguf)))?;
     }
     println!("{}", args.out.display());
     Ok(())
+}
+
+fn merged<B: Kernels>(model: &ModelArgs, device: &B::Device, (args, gguf): (&ExportArgs, bool)) -> Result<()> {
+    let mut loaded = model::load::<B>(model, device)?;
+    adapter::merge(&mut loaded.model, "default");
+    if gguf { file(&loaded, args) } else { directory(&loaded, args) }
 }
 
 /// Refuses what cannot be, before anything is loaded.
@@ -76,14 +82,14 @@ fn kind(precision: Precision) -> BlockType {
     }
 }
 
-fn file(loaded: &Loaded<Inference>, args: &ExportArgs) -> Result<()> {
+fn file<B: Kernels>(loaded: &Loaded<B>, args: &ExportArgs) -> Result<()> {
     parent(&args.out)?;
     let tokens = loaded.tokenizer.gguf_metadata(loaded.model.config().vocab_size)?;
     Ok(write::save(&loaded.model, tokens, kind(args.dtype), &args.out)?)
 }
 
 /// Fills a folder beside the place, then renames it.
-fn directory(loaded: &Loaded<Inference>, args: &ExportArgs) -> Result<()> {
+fn directory<B: Kernels>(loaded: &Loaded<B>, args: &ExportArgs) -> Result<()> {
     let config = loaded.model.config();
     if config.to_json()["rope_scaling"]["rope_type"] == "factors" {
         let model = &args.model.model;

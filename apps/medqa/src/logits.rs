@@ -1,15 +1,23 @@
 //! The logits of a text, for comparison with other programs.
 
-use crate::{backend::Inference, cli::ModelArgs, model};
+use crate::{
+    backend::{Device, on},
+    cli::ModelArgs,
+    model,
+};
 use anyhow::{Context, Result};
 use burn::tensor::DType;
-use burn_llama::generate;
+use burn_llama::{generate, kernel::Kernels};
 use safetensors::{Dtype, tensor::TensorView};
 use std::path::Path;
 
 /// The verb `logits`.
-pub fn logits(args: &ModelArgs, text: &str, out: &Path) -> Result<()> {
-    let loaded = model::load::<Inference>(args)?;
+pub fn logits(args: &ModelArgs, device: &Device, text: &str, out: &Path) -> Result<()> {
+    on!(device.ready()?, |B, place| write::<B>(args, place, text, out))
+}
+
+fn write<B: Kernels>(args: &ModelArgs, device: &B::Device, text: &str, out: &Path) -> Result<()> {
+    let loaded = model::load::<B>(args, device)?;
     let ids = loaded.tokenizer.encode(text, true)?;
     let logits = generate::logits(&loaded.model, &ids)?.cast(DType::F32).into_data();
     let id_bytes: Vec<u8> = ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()).collect();

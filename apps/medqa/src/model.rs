@@ -14,8 +14,8 @@ pub struct Loaded<B: Kernels> {
 }
 
 /// Loads a model for evaluation, with its adapter.
-pub fn load<B: Kernels>(args: &ModelArgs) -> Result<Loaded<B>> {
-    let mut loaded = base::<B>(&args.model, DType::F32)?;
+pub fn load<B: Kernels>(args: &ModelArgs, device: &B::Device) -> Result<Loaded<B>> {
+    let mut loaded = base::<B>(&args.model, DType::F32, device)?;
     if let Some(path) = &args.tokenizer {
         loaded.tokenizer = tokenizer(path)?;
     }
@@ -27,9 +27,9 @@ pub fn load<B: Kernels>(args: &ModelArgs) -> Result<Loaded<B>> {
 }
 
 /// Loads a model without adapters, its matrices stored as `dtype`.
-pub fn base<B: Kernels>(name: &str, dtype: DType) -> Result<Loaded<B>> {
+pub fn base<B: Kernels>(name: &str, dtype: DType, device: &B::Device) -> Result<Loaded<B>> {
     let (checkpoint, tokenizer) = open(name)?;
-    let model = checkpoint.load::<B>(dtype, &B::Device::default())?;
+    let model = checkpoint.load::<B>(dtype, device)?;
     Ok(Loaded { model, tokenizer })
 }
 

@@ -1,16 +1,20 @@
 //! Laws that a set-up must obey for training to teach what chat will use, tried on the user's own model and rows.
 
 mod compute;
+mod device;
 mod text;
 
 use crate::{
-    backend::Inference,
+    backend::{Device, on},
     cli::DoctorArgs,
     data::{self, Content, Row, content::Turn, source::Place},
     model::{self, Loaded},
 };
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use burn_llama::{Message, kernel::Kernels};
+use device::Trained;
+use std::cell::OnceCell;
+use tempfile::TempDir;
 
 /// So many rows are looked at.
 const ROWS: usize = 100;
@@ -19,14 +23,22 @@ const ROWS: usize = 100;
 pub struct Subject<B: Kernels> {
     pub loaded: Loaded<B>,
     pub rows: Vec<Row>,
+    /// The model's name, to load it again.
+    model: String,
+    device: B::Device,
+    /// For the adapter that is trained.
+    folder: TempDir,
+    trained: OnceCell<Trained>,
+    reference: OnceCell<Trained>,
 }
 
 /// A law: what it found in a few words, or how it is broken.
 pub type Law<B> = (&'static str, fn(&Subject<B>) -> Result<String>);
 
-/// Every law.
-fn laws<B: Kernels>() -> Vec<Law<B>> {
-    vec![
+/// Every law. Where another device computes, what it finds is held against this machine's processor, if the binary has it.
+#[cfg_attr(not(feature = "flex"), allow(unused))]
+fn laws<B: Kernels>(device: &Device) -> Vec<Law<B>> {
+    let mut laws: Vec<Law<B>> = vec![
         ("special tokens are known", text::special_tokens),
         ("text → tokens → the same text", text::round_trip),
         ("chat template renders turn by turn", text::template),
@@ -37,7 +49,16 @@ fn laws<B: Kernels>() -> Vec<Law<B>> {
         ("greedy generation repeats itself", compute::repeatable),
         ("cached logits = recomputed logits", compute::cached),
         ("packed rows = separate rows", compute::packed),
-    ]
+        ("five steps of LoRA lower the loss", device::learns),
+    ];
+    #[cfg(feature = "flex")]
+    if !device.is_cpu() {
+        laws.push(("logits = the processor's", device::logits));
+        laws.push(("gradients of LoRA = the processor's", device::gradients));
+        laws.push(("losses of LoRA = the processor's", device::losses));
+        laws.push(("its adapter serves on the processor", device::serves));
+    }
+    laws
 }
 
 /// Some laws are broken. The verb's exit code is 1 then, not 2.
@@ -65,8 +86,20 @@ pub fn doctor(args: &DoctorArgs) -> Result<()> {
         None => own_rows(),
     };
     rows.truncate(ROWS);
-    let subject = Subject { loaded: model::load::<Inference>(&args.model)?, rows };
-    let laws = laws();
+    on!(args.device.device.ready()?, |B, place| table::<B>(args, place, rows))
+}
+
+fn table<B: Kernels>(args: &DoctorArgs, device: &B::Device, rows: Vec<Row>) -> Result<()> {
+    let subject = Subject {
+        loaded: model::load::<B>(&args.model, device)?,
+        rows,
+        model: args.model.model.clone(),
+        device: device.clone(),
+        folder: tempfile::tempdir().context("a folder for an adapter cannot be made")?,
+        trained: OnceCell::new(),
+        reference: OnceCell::new(),
+    };
+    let laws = laws(&args.device.device);
     let mut broken = 0;
     for (name, law) in &laws {
         let (verdict, words) = match law(&subject) {

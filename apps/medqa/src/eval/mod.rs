@@ -7,12 +7,14 @@ mod score;
 pub use qa_loss::mean_loss;
 
 use crate::{
-    backend::Inference,
+    backend::on,
     cli::{EvalArgs, Task},
-    data::{Format, Schema, read},
+    data::{Format, Row, Schema, read},
     model, write,
 };
 use anyhow::{Context, Result};
+use burn_llama::kernel::Kernels;
+use serde_json::Value;
 
 /// The verb `eval`: the figures on stdout, everything in `--out`.
 pub fn eval(args: &EvalArgs) -> Result<()> {
@@ -22,12 +24,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     };
     let mut rows = read(&args.data, &schema)?;
     rows.truncate(args.limit.map_or(usize::MAX, usize::from));
-    let loaded = model::load::<Inference>(&args.model)?;
-    let result = match args.task {
-        Task::QaLoss => qa_loss::measure(&loaded, &rows, args),
-        Task::Pubmedqa => pubmedqa::measure(&loaded, &rows, args),
-    };
-    let result = result.with_context(|| args.data.display().to_string())?;
+    let result = on!(args.device.device.ready()?, |B, place| measure::<B>(args, place, &rows))?;
     if let Some(path) = &args.out {
         write::whole(path, format!("{result:#}\n").as_bytes())?;
     }
@@ -37,4 +34,13 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
     }
     println!("{short}");
     Ok(())
+}
+
+fn measure<B: Kernels>(args: &EvalArgs, device: &B::Device, rows: &[Row]) -> Result<Value> {
+    let loaded = model::load::<B>(&args.model, device)?;
+    let result = match args.task {
+        Task::QaLoss => qa_loss::measure(&loaded, rows, args),
+        Task::Pubmedqa => pubmedqa::measure(&loaded, rows, args),
+    };
+    result.with_context(|| args.data.display().to_string())
 }

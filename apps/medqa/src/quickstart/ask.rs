@@ -2,12 +2,12 @@
 
 use super::lessons::{Kind, Lesson, Split, headed, refused};
 use crate::{
-    backend::Inference,
+    backend::{Device, on},
     cli::ModelArgs,
     model::{self, conversation},
 };
 use anyhow::Result;
-use burn_llama::{Generate, Message, Settings, Tokenizer};
+use burn_llama::{Generate, Message, Settings, Tokenizer, kernel::Kernels};
 
 /// Questions whose answers are printed: medical, other.
 const SHOWN: (usize, usize) = (2, 1);
@@ -47,9 +47,13 @@ impl<'a> Questions<'a> {
     }
 
     /// Asks a model all of them in one batch; it always takes the likeliest token.
-    pub fn ask(&self, args: &ModelArgs) -> Result<Answers> {
+    pub fn ask(&self, args: &ModelArgs, device: &Device) -> Result<Answers> {
         eprintln!("asking {} unseen questions", self.lessons.len());
-        let loaded = model::load::<Inference>(args)?;
+        on!(device, |B, place| self.ask_on::<B>(args, place))
+    }
+
+    fn ask_on<B: Kernels>(&self, args: &ModelArgs, device: &B::Device) -> Result<Answers> {
+        let loaded = model::load::<B>(args, device)?;
         let settings = Settings {
             max_new_tokens: self.room(&loaded.tokenizer)?,
             eos: loaded.tokenizer.eos_ids().to_vec(),

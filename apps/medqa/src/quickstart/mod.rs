@@ -36,6 +36,7 @@ pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
     if directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
         bail!("{}: holds an earlier run; remove it or choose another folder with --dir", directory.display());
     }
+    let device = args.device.device.ready()?;
     let lessons = lessons::all()?;
     let model = model(args, &lessons)?;
     let recipe = recipe(args, &model, &lessons)?;
@@ -43,9 +44,10 @@ pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
     println!("{estimate}");
     let questions = Questions::among(&lessons);
     let named = |adapter| ModelArgs { model: model.clone(), adapter, tokenizer: None };
-    let before = questions.ask(&named(None))?;
-    let summary = train::run(recipe, &Options { directory: directory.to_owned(), ..Options::default() })?;
-    let after = questions.ask(&named(Some(directory.join("adapter"))))?;
+    let before = questions.ask(&named(None), device)?;
+    let options = Options { directory: directory.to_owned(), device: device.clone(), ..Options::default() };
+    let summary = train::run(recipe, &options)?;
+    let after = questions.ask(&named(Some(directory.join("adapter"))), device)?;
     let seconds = start.elapsed().as_secs_f64();
     let report = Report { questions, before, after, summary, estimate, seconds };
     println!("{}\n\n{}", caution(&model, directory), report.text());
@@ -57,13 +59,13 @@ pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
 /// The model's name as a recipe has it, the model being there.
 fn model(args: &QuickstartArgs, lessons: &[Lesson]) -> Result<String> {
     match args.model.as_deref() {
-        Some(TINY) => tiny::make(&args.dir, lessons, args.steps),
+        Some(TINY) => tiny::make(&args.dir, lessons, (args.steps, &args.device.device)),
         Some(name) => fetch::resolve(name).map(|_| name.to_owned()),
         None => match fetch::resolve(fetch::SMOLLM2) {
             Ok(_) => Ok(fetch::SMOLLM2.to_owned()),
             Err(error) => {
                 eprintln!("{error:#}\nwarning: no model could be fetched; going on with `{TINY}`, made on the spot");
-                tiny::make(&args.dir, lessons, args.steps)
+                tiny::make(&args.dir, lessons, (args.steps, &args.device.device))
             }
         },
     }

@@ -9,7 +9,7 @@ use super::{
     text,
 };
 use crate::{
-    backend::Inference,
+    backend::{Device, on},
     train::{self, Options},
     write,
 };
@@ -42,7 +42,7 @@ const RECIPE: &str = include_str!("tiny.toml");
 
 /// Makes the model in the run folder `directory` and gives its path: `tiny-untrained/` has random weights,
 /// `tiny-training/` is the run that trains them, `tiny/` the result. With `steps` of fine-tuning, in proportion.
-pub fn make(directory: &Path, lessons: &[Lesson], steps: Option<NonZeroUsize>) -> Result<String> {
+pub fn make(directory: &Path, lessons: &[Lesson], (steps, device): (Option<NonZeroUsize>, &Device)) -> Result<String> {
     eprintln!("making `{TINY}`: a small model, trained from scratch on the lessons; it will only parrot them");
     let (untrained, training) = (directory.join("tiny-untrained"), directory.join("tiny-training"));
     for folder in [&untrained, &training] {
@@ -56,10 +56,10 @@ pub fn make(directory: &Path, lessons: &[Lesson], steps: Option<NonZeroUsize>) -
     lessons::save(&training.join("train.jsonl"), rows.iter().cloned())?;
     save_tokenizer(lessons, &untrained)?;
     let config = LlamaConfig::from_json(config())?;
-    checkpoint::save(&config.init::<Inference>(1, &Default::default()), &untrained)?;
+    on!(Device::default(), |B, place| checkpoint::save(&config.init::<B>(1, place), &untrained))?;
     let steps = steps.map(|steps| steps.get().saturating_mul(STEPS_PER_STEP));
     let recipe = filled("tiny.toml", RECIPE, (text(&untrained)?, &training), steps)?;
-    train::run(recipe, &Options { directory: training.clone(), ..Options::default() })?;
+    train::run(recipe, &Options { directory: training.clone(), device: device.clone(), ..Options::default() })?;
     let (from, to) = (training.join("model"), directory.join(TINY));
     fs::rename(&from, &to).with_context(|| format!("{}: cannot be moved to {}", from.display(), to.display()))?;
     text(&to).map(str::to_owned)

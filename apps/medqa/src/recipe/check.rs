@@ -108,7 +108,9 @@ fn saving(saving: &Saving, validates: bool) -> Result<(), Problem> {
     at_least_one("train.save_every", saving.save_every)?;
     at_least_one("train.keep", Some(saving.keep))?;
     let possible = validates || saving.eval_every.is_none();
-    within("train.eval_every", possible, "`data.valid` to be given too", "no `data.valid`")
+    within("train.eval_every", possible, "`data.valid` to be given too", "no `data.valid`")?;
+    let possible = validates || saving.eval_device.is_none();
+    within("train.eval_device", possible, "`data.valid` to be given too", "no `data.valid`")
 }
 
 fn at_least_one(key: &'static str, count: Option<usize>) -> Result<(), Problem> {

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::value::{Checkpointing, Warmup};
+use crate::backend::Device;
 
 /// `[train]`
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -124,6 +125,9 @@ pub struct Saving {
     /// Validation after every so many steps, besides the first and the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_every: Option<usize>,
+    /// Where validation is computed, if not where training is: a name as for `--device`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_device: Option<Device>,
     /// A checkpoint after every so many steps, besides the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_every: Option<usize>,
@@ -150,6 +154,7 @@ impl Default for Saving {
     fn default() -> Self {
         Self {
             eval_every: None,
+            eval_device: None,
             save_every: None,
             keep: 2,
             early_stopping: None,

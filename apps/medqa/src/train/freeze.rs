@@ -1,12 +1,12 @@
 //! Training the weights of some blocks only, as LLaMA-Factory's `freeze`.
 
-use crate::{backend::Training, recipe::Layers};
+use crate::recipe::Layers;
 use anyhow::{Result, bail};
 use burn::{
     module::{Module, ModuleMapper, Param},
     tensor::{DType, Tensor, backend::Backend},
 };
-use burn_llama::Llama;
+use burn_llama::{Llama, kernel::Kernels};
 use burn_peft::param;
 use std::ops::Range;
 
@@ -15,8 +15,8 @@ use std::ops::Range;
 ///
 /// # Errors
 /// If an extra module is not one of the model's.
-pub fn freeze(model: Llama<Training>, layers: &Layers) -> Result<Llama<Training>> {
-    let paths: Vec<String> = param::list::<Training, _>(&model).into_iter().map(|(path, ..)| path).collect();
+pub fn freeze<B: Kernels>(model: Llama<B>, layers: &Layers) -> Result<Llama<B>> {
+    let paths: Vec<String> = param::list::<B, _>(&model).into_iter().map(|(path, ..)| path).collect();
     let extras: Vec<&str> = paths.iter().filter_map(|path| outside(path)).collect();
     if let Some(unknown) = layers.extra_modules.iter().find(|name| !extras.contains(&name.as_str())) {
         bail!("`method.layers`: expected extra_modules among {}, found {unknown:?}", extras.join(", "));

@@ -5,9 +5,9 @@ use super::{
     quiet,
     run::{Ended, Run},
 };
-use crate::backend::{Inference, Training};
 use anyhow::{Result, bail};
 use burn::{
+    backend::Autodiff,
     data::dataloader::{DataLoader, DataLoaderIterator, Progress},
     module::Module,
     optim::{AdamW, AdamWConfig, GradientsParams, adaptor::OptimizerAdaptor},
@@ -33,9 +33,9 @@ use std::{
     time::Duration,
 };
 
-type Components = LearningComponentsMarker<Training, f64, Tuned<Training>, Unused>;
+type Components<B> = LearningComponentsMarker<Autodiff<B>, f64, Tuned<Autodiff<B>>, Unused<B>>;
 /// The learner wants an optimizer; the run has its own.
-type Unused = OptimizerAdaptor<AdamW, Tuned<Training>, Training>;
+type Unused<B> = OptimizerAdaptor<AdamW, Tuned<Autodiff<B>>, Autodiff<B>>;
 
 /// The model as burn-train's learner holds it. The run takes it out, so paths do not know of it.
 #[derive(Module, Debug)]
@@ -43,17 +43,17 @@ pub struct Tuned<B: Kernels> {
     llama: Llama<B>,
 }
 
-impl TrainStep for Tuned<Training> {
-    type Input = Batch<Training>;
+impl<B: Kernels> TrainStep for Tuned<Autodiff<B>> {
+    type Input = Batch<Autodiff<B>>;
     type Output = Figures;
 
-    fn step(&self, batch: Batch<Training>) -> TrainOutput<Figures> {
+    fn step(&self, batch: Batch<Autodiff<B>>) -> TrainOutput<Figures> {
         let mut grads = GradientsParams::new();
         let loss = segment::run(&self.llama, &batch, Checkpointing::None, &mut |found| {
             for gradient in found {
                 match gradient.value.clone().primitive().shape().num_dims() {
-                    1 => grads.register::<Inference, 1>(gradient.id, gradient.value.tensor()),
-                    _ => grads.register::<Inference, 2>(gradient.id, gradient.value.tensor()),
+                    1 => grads.register::<B, 1>(gradient.id, gradient.value.tensor()),
+                    _ => grads.register::<B, 2>(gradient.id, gradient.value.tensor()),
                 }
             }
         });
@@ -62,11 +62,11 @@ impl TrainStep for Tuned<Training> {
     }
 }
 
-impl InferenceStep for Tuned<Inference> {
-    type Input = Batch<Inference>;
+impl<B: Kernels> InferenceStep for Tuned<B> {
+    type Input = Batch<B>;
     type Output = Figures;
 
-    fn step(&self, batch: Batch<Inference>) -> Figures {
+    fn step(&self, batch: Batch<B>) -> Figures {
         let loss = self.llama.batch_loss(&batch).sum().into_scalar().elem();
         Figures { loss, targets: 1, speed: 0.0 }
     }
@@ -110,8 +110,8 @@ impl<B: Backend, O: 'static> DataLoader<B, O> for Nothing<O> {
 
 /// Where the run's lines of `metrics.jsonl` go besides: burn-train's metrics, its display and its early stopping. One
 /// evaluation ends one of its epochs.
-pub struct Feed {
-    processor: SupervisedTrainingEventProcessor<Components>,
+pub struct Feed<B: Kernels> {
+    processor: SupervisedTrainingEventProcessor<Components<B>>,
     store: Arc<EventStoreClient>,
     early_stopping: Option<Box<dyn CloneEarlyStoppingStrategy>>,
     /// The user's wish to stop, from the keyboard or from the display.
@@ -121,7 +121,7 @@ pub struct Feed {
     epoch: usize,
 }
 
-impl Feed {
+impl<B: Kernels> Feed<B> {
     /// Passes on a line; whether early stopping has had enough.
     pub fn line(&mut self, line: &Value) -> bool {
         let number = |key: &str| line[key].as_f64();
@@ -161,20 +161,20 @@ impl Feed {
 }
 
 /// The strategy: the run's loop, with its outcome.
-struct Steps {
-    run: Mutex<Run>,
+struct Steps<B: Kernels> {
+    run: Mutex<Run<B>>,
     outcome: Mutex<Option<Result<Ended>>>,
 }
 
-impl SupervisedLearningStrategy<Components> for Steps {
+impl<B: Kernels> SupervisedLearningStrategy<Components<B>> for Steps<B> {
     fn fit(
         &self,
-        components: TrainingComponents<Components>,
-        learner: Learner<Components>,
-        _: TrainLoader<Components>,
-        _: ValidLoader<Components>,
+        components: TrainingComponents<Components<B>>,
+        learner: Learner<Components<B>>,
+        _: TrainLoader<Components<B>>,
+        _: ValidLoader<Components<B>>,
         _: usize,
-    ) -> (Tuned<Training>, SupervisedTrainingEventProcessor<Components>) {
+    ) -> (Tuned<Autodiff<B>>, SupervisedTrainingEventProcessor<Components<B>>) {
         let mut tuned = learner.model();
         // A second handle to the parameters would make every update a copy.
         drop(learner);
@@ -194,11 +194,11 @@ impl SupervisedLearningStrategy<Components> for Steps {
 }
 
 /// Runs on burn-train: on a terminal with its display, else silently beside the run's own lines.
-pub fn launch(run: Run, model: Llama<Training>, interrupter: Interrupter) -> Result<Ended> {
+pub fn launch<B: Kernels>(run: Run<B>, model: Llama<Autodiff<B>>, interrupter: Interrupter) -> Result<Ended> {
     let (patience, display) = (run.patience(), run.display);
     let steps = Arc::new(Steps { run: Mutex::new(run), outcome: Mutex::new(None) });
     let metric = Figure::<Loss>::new();
-    let mut training: SupervisedTraining<Components> =
+    let mut training: SupervisedTraining<Components<B>> =
         SupervisedTraining::new("", Arc::new(Nothing(PhantomData)), Arc::new(Nothing(PhantomData)))
             .metric_train_numeric(metric.clone())
             .metric_valid_numeric(metric.clone())

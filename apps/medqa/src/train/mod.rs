@@ -1,6 +1,7 @@
 //! Fine-tuning: from a recipe to a run folder.
 
 mod dashboards;
+mod elsewhere;
 mod figures;
 mod freeze;
 mod interrupt;

@@ -2,6 +2,7 @@
 
 use super::{
     dashboards::Dashboards,
+    elsewhere::{self, Elsewhere},
     interrupt,
     learner::{self, Feed},
     plot,
@@ -10,7 +11,7 @@ use super::{
     state::{self, Progress},
 };
 use crate::{
-    backend::{Inference, Training},
+    backend::{Device, on},
     data::epoch_order,
     eval::mean_loss,
     model::{self, Loaded},
@@ -18,8 +19,8 @@ use crate::{
     write,
 };
 use anyhow::{Context, Result, bail};
-use burn::module::AutodiffModule;
-use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint};
+use burn::{backend::Autodiff, module::AutodiffModule};
+use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
 use burn_peft::{LoraConfig, Noise, Pass, adapter, param};
 use burn_zero::Engine;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -37,14 +38,16 @@ const INTERRUPTED: i32 = 130;
 const STATE: &str = "training.safetensors";
 
 /// A run under way.
-pub struct Run {
+pub struct Run<B: Kernels> {
     recipe: Recipe,
     directory: PathBuf,
-    engine: Engine<Training>,
+    engine: Engine<Autodiff<B>>,
     lora: Option<LoraConfig>,
     tokenizer: Tokenizer,
     sources: Vec<Vec<Example>>,
     valid: Vec<Example>,
+    /// Where validation is computed, if not here.
+    elsewhere: Option<Box<dyn Elsewhere>>,
     metrics: Metrics,
     dashboards: Dashboards,
     /// Whether burn-train's display has the terminal.
@@ -64,10 +67,12 @@ pub struct Options {
     pub resume: bool,
     /// Whether burn-train's display takes the terminal.
     pub display: bool,
+    /// Where the steps are computed.
+    pub device: Device,
 }
 
 /// The verb `train`.
-pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, resume: bool) -> Result<()> {
+pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, (resume, device): (bool, Device)) -> Result<()> {
     let recipe = Recipe::load(path, sets)?;
     let name = path.file_stem().unwrap_or_default();
     let directory = directory.unwrap_or_else(|| Path::new("runs").join(name));
@@ -77,7 +82,7 @@ pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, resume: b
             directory.display()
         );
     }
-    let options = Options { directory, resume, display: std::io::stdout().is_terminal() };
+    let options = Options { directory, resume, display: std::io::stdout().is_terminal(), device };
     println!("{}", serde_json::to_string(&run(recipe, &options)?)?);
     Ok(())
 }
@@ -92,16 +97,20 @@ pub fn run(recipe: Recipe, options: &Options) -> Result<Summary> {
             bail!("{}: the run is complete; there is nothing to resume", directory.display());
         }
     }
-    let interrupter = interrupt::watch()?;
-    let loaded = model::base::<Training>(&recipe.model.path, setup::stored(recipe.model.dtype))?;
-    let (run, model) = Run::new(recipe, options, loaded)?;
-    match learner::launch(run, model, interrupter)? {
+    match on!(options.device.ready()?, |B, place| run_on::<B>(recipe, options, place))? {
         Ended::Complete(summary) => Ok(summary),
         Ended::Interrupted(step) => {
             eprintln!("interrupted after step {step}; go on with --dir {} --resume", directory.display());
             std::process::exit(INTERRUPTED);
         }
     }
+}
+
+fn run_on<B: Kernels>(recipe: Recipe, options: &Options, device: &B::Device) -> Result<Ended> {
+    let interrupter = interrupt::watch()?;
+    let loaded = model::base::<Autodiff<B>>(&recipe.model.path, setup::stored(recipe.model.dtype), device)?;
+    let (run, model) = Run::<B>::new(recipe, options, loaded)?;
+    learner::launch(run, model, interrupter)
 }
 
 /// How a run came to its end.
@@ -112,8 +121,8 @@ pub enum Ended {
     Interrupted(usize),
 }
 
-impl Run {
-    fn new(recipe: Recipe, options: &Options, loaded: Loaded<Training>) -> Result<(Self, Llama<Training>)> {
+impl<B: Kernels> Run<B> {
+    fn new(recipe: Recipe, options: &Options, loaded: Loaded<Autodiff<B>>) -> Result<(Self, Llama<Autodiff<B>>)> {
         let data = &recipe.data;
         let sources = data.train.iter();
         let sources = sources.map(|source| setup::rows(&loaded, data, &source.path, &data.schema(Some(source))));
@@ -122,6 +131,7 @@ impl Run {
         let mut valid = valid.transpose()?.unwrap_or_default();
         valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
         let (model, lora) = setup::adapt(loaded.model, &recipe)?;
+        let elsewhere = elsewhere::open(&recipe)?;
         let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
         let mut engine = Engine::new(setup::optimizer(&recipe), clip, setup::checkpointing(&recipe));
         let directory = options.directory.clone();
@@ -147,6 +157,7 @@ impl Run {
             tokenizer,
             sources,
             valid,
+            elsewhere,
             metrics,
             dashboards,
             display,
@@ -169,7 +180,7 @@ impl Run {
     }
 
     /// Takes the steps that are left and writes what has been learned.
-    pub fn go(&mut self, model: &mut Llama<Training>, feed: &mut Feed) -> Result<Ended> {
+    pub fn go(&mut self, model: &mut Llama<Autodiff<B>>, feed: &mut Feed<B>) -> Result<Ended> {
         let steps = self.steps();
         self.bar.set_length(steps as u64);
         for line in self.metrics.lines()? {
@@ -196,7 +207,7 @@ impl Run {
     }
 
     /// What is due between two steps; whether early stopping has had enough.
-    fn between(&mut self, model: &Llama<Training>, step: usize, feed: &mut Feed) -> Result<bool> {
+    fn between(&mut self, model: &Llama<Autodiff<B>>, step: usize, feed: &mut Feed<B>) -> Result<bool> {
         let saving = &self.recipe.train.saving;
         let due = |every: Option<usize>| every.is_some_and(|every| step.is_multiple_of(every));
         let (evaluate, save) = (due(saving.eval_every), due(saving.save_every));
@@ -231,7 +242,7 @@ impl Run {
         self.recipe.train.steps.total(self.order(0).len())
     }
 
-    fn step(&mut self, model: &mut Llama<Training>, step: usize, feed: &mut Feed) -> Result<()> {
+    fn step(&mut self, model: &mut Llama<Autodiff<B>>, step: usize, feed: &mut Feed<B>) -> Result<()> {
         let steps = self.steps();
         let (begin, per_epoch, per_step) = (Instant::now(), self.steps_per_epoch(), self.rows_per_step());
         let order = self.order(step / per_epoch);
@@ -267,7 +278,7 @@ impl Run {
     }
 
     /// Writes a line wherever lines go; whether early stopping has had enough.
-    fn note(&mut self, line: &Value, feed: &mut Feed) -> Result<bool> {
+    fn note(&mut self, line: &Value, feed: &mut Feed<B>) -> Result<bool> {
         self.metrics.write(line)?;
         self.dashboards.write(line)?;
         Ok(feed.line(line))
@@ -290,12 +301,15 @@ impl Run {
     }
 
     /// The validation loss, if there are rows to validate on, and whether early stopping has had enough.
-    fn evaluate(&mut self, model: &Llama<Training>, step: usize, feed: &mut Feed) -> Result<Option<(f64, bool)>> {
+    fn evaluate(&mut self, model: &Llama<Autodiff<B>>, step: usize, feed: &mut Feed<B>) -> Result<Option<(f64, bool)>> {
         if self.valid.is_empty() {
             return Ok(None);
         }
-        let model: Llama<Inference> = model.valid();
-        let (loss, _) = mean_loss(&model, &self.valid, (self.recipe.train.steps.batch_size, self.recipe.data.packing))?;
+        let batching = (self.recipe.train.steps.batch_size, self.recipe.data.packing);
+        let loss = match &mut self.elsewhere {
+            Some(there) => there.mean_loss(elsewhere::trained::<Autodiff<B>, _>(model), &self.valid, batching)?,
+            None => mean_loss(&model.valid(), &self.valid, batching)?.0,
+        };
         let line = json!({ "step": step, "valid_loss": loss, "elapsed_seconds": self.elapsed() });
         let enough = self.note(&line, feed)?;
         let message = format!("step {step}: validation loss {loss:.4}");
@@ -308,7 +322,7 @@ impl Run {
     }
 
     /// Writes what is trained into `directory`: `adapter/` or `model/`.
-    fn save(&self, model: &Llama<Training>, directory: &Path) -> Result<()> {
+    fn save(&self, model: &Llama<Autodiff<B>>, directory: &Path) -> Result<()> {
         match &self.lora {
             Some(config) => adapter::save(model, setup::ADAPTER, config, &directory.join("adapter"))?,
             None => {
@@ -321,7 +335,7 @@ impl Run {
     }
 
     /// Writes all that it takes to go on after `step`, and removes what is older than the recipe keeps.
-    fn checkpoint(&mut self, model: &Llama<Training>, step: usize) -> Result<()> {
+    fn checkpoint(&mut self, model: &Llama<Autodiff<B>>, step: usize) -> Result<()> {
         let progress =
             Progress { step, seconds: self.elapsed(), metrics_bytes: self.metrics.bytes(), ..self.progress.clone() };
         state::commit(&self.directory.join(format!("checkpoint-{step}")), &progress, |directory| {
@@ -333,7 +347,7 @@ impl Run {
         all[..surplus].iter().try_for_each(|old| state::remove(old))
     }
 
-    fn finish(&mut self, model: &Llama<Training>, steps: usize, feed: &mut Feed) -> Result<Summary> {
+    fn finish(&mut self, model: &Llama<Autodiff<B>>, steps: usize, feed: &mut Feed<B>) -> Result<Summary> {
         let after = self.evaluate(model, steps, feed)?.map(|(loss, _)| loss);
         let directory = self.directory.clone();
         self.save(model, &directory)?;
@@ -352,7 +366,7 @@ impl Run {
             tokens,
             tokens_per_second: tokens as f64 / stepping,
             peak_rss_bytes: peak_rss_bytes(),
-            trainable_parameters: param::count_trainable::<Training, _>(model),
+            trainable_parameters: param::count_trainable::<Autodiff<B>, _>(model),
         };
         let text = serde_json::to_string_pretty(&summary)?;
         write::whole(&directory.join("summary.json"), format!("{text}\n").as_bytes())?;

@@ -2,14 +2,13 @@
 
 use super::freeze::freeze;
 use crate::{
-    backend::Training,
     data::{Encoded, Schema, encode, read},
     model::{self, Loaded},
     recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Recipe, Scheduler, TargetModules as Targets},
 };
 use anyhow::{Context, Result};
 use burn::tensor::DType;
-use burn_llama::{Example, Llama};
+use burn_llama::{Example, Llama, kernel::Kernels};
 use burn_peft::{LoraConfig, TargetModules, adapter, param};
 use burn_zero::{
     optimizer::AdamW,
@@ -22,7 +21,7 @@ use std::path::Path;
 pub const ADAPTER: &str = "default";
 
 /// Puts the method onto the model and freezes the rest.
-pub fn adapt(mut model: Llama<Training>, recipe: &Recipe) -> Result<(Llama<Training>, Option<LoraConfig>)> {
+pub fn adapt<B: Kernels>(mut model: Llama<B>, recipe: &Recipe) -> Result<(Llama<B>, Option<LoraConfig>)> {
     match recipe.method.kind {
         MethodKind::Full => return Ok((model, None)),
         MethodKind::Freeze => {
@@ -82,7 +81,7 @@ fn lora(recipe: &Recipe) -> LoraConfig {
 }
 
 /// The examples of a file.
-pub fn rows(loaded: &Loaded<Training>, data: &Data, path: &str, schema: &Schema) -> Result<Vec<Example>> {
+pub fn rows<B: Kernels>(loaded: &Loaded<B>, data: &Data, path: &str, schema: &Schema) -> Result<Vec<Example>> {
     let rows = read(Path::new(path), schema)?;
     let encoded = encode(&loaded.tokenizer, &rows, data.max_length, data.on_too_long);
     let encoded = encoded.with_context(|| path.to_owned())?;
