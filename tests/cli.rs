@@ -374,6 +374,10 @@ fn full_fine_tuning_of_a_gguf_file_gives_a_directory_with_its_tokenizer() {
     assert_eq!(work.json("out/model/tokenizer_config.json")["chat_template"], TEMPLATE);
     let after = number(&summary, "valid_loss_after");
     usable(&work, &["--model", "out/model"], after);
+    // Another tokenizer serves a directory that has none.
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::remove_file(work.at("out/model").join(name)).unwrap();
+    }
     usable(&work, &["--model", "out/model", "--tokenizer", "small.gguf"], after);
 }
 

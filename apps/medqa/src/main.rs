@@ -1,22 +1,7 @@
 //! medqa: a medical question answering system, from data to chat.
-#![recursion_limit = "256"]
-
-mod backend;
-mod chat;
-mod cli;
-mod data;
-mod doctor;
-mod eval;
-mod export;
-mod fetch;
-mod logits;
-mod model;
-mod quickstart;
-mod recipe;
-mod train;
-mod write;
 
 use clap::Parser;
+use medqa::{cli, doctor};
 use std::process::ExitCode;
 
 fn main() -> ExitCode {

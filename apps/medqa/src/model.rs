@@ -15,10 +15,8 @@ pub struct Loaded<B: Kernels> {
 
 /// Loads a model for evaluation, with its adapter.
 pub fn load<B: Kernels>(args: &ModelArgs, device: &B::Device) -> Result<Loaded<B>> {
-    let mut loaded = base::<B>(&args.model, DType::F32, device)?;
-    if let Some(path) = &args.tokenizer {
-        loaded.tokenizer = tokenizer(path)?;
-    }
+    let (checkpoint, tokenizer) = open(&args.model, args.tokenizer.as_deref())?;
+    let mut loaded = Loaded { model: checkpoint.load::<B>(DType::F32, device)?, tokenizer };
     if let Some(directory) = &args.adapter {
         let (_, unknown) = adapter::load(&mut loaded.model, "default", directory)?;
         warn_unknown(directory, &unknown);
@@ -28,18 +26,19 @@ pub fn load<B: Kernels>(args: &ModelArgs, device: &B::Device) -> Result<Loaded<B
 
 /// Loads a model without adapters, its matrices stored as `dtype`.
 pub fn base<B: Kernels>(name: &str, dtype: DType, device: &B::Device) -> Result<Loaded<B>> {
-    let (checkpoint, tokenizer) = open(name)?;
+    let (checkpoint, tokenizer) = open(name, None)?;
     let model = checkpoint.load::<B>(dtype, device)?;
     Ok(Loaded { model, tokenizer })
 }
 
-/// A model's sizes and tokenizer; its weights stay in their files.
-pub fn open(name: &str) -> Result<(Checkpoint, Tokenizer)> {
+/// A model's sizes and its tokenizer, or the one in `instead`; the weights stay in their files.
+pub fn open(name: &str, instead: Option<&Path>) -> Result<(Checkpoint, Tokenizer)> {
     let path = fetch::resolve(name)?;
     let checkpoint = Checkpoint::open(&path)?;
-    let tokenizer = match checkpoint.gguf() {
-        Some(gguf) => Tokenizer::from_gguf(gguf)?,
-        None => tokenizer(&path)?,
+    let tokenizer = match (instead, checkpoint.gguf()) {
+        (Some(path), _) => tokenizer(path)?,
+        (None, Some(gguf)) => Tokenizer::from_gguf(gguf)?,
+        (None, None) => tokenizer(&path)?,
     };
     Ok((checkpoint, tokenizer))
 }

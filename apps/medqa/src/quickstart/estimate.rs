@@ -30,7 +30,7 @@ pub struct Estimate {
 impl Estimate {
     /// Reads the model's sizes and the rows; loads no weights.
     pub fn of(recipe: &Recipe) -> Result<Self> {
-        let (checkpoint, tokenizer) = model::open(&recipe.model.path)?;
+        let (checkpoint, tokenizer) = model::open(&recipe.model.path, None)?;
         let (config, data, mut lengths) = (checkpoint.config(), &recipe.data, Vec::new());
         for source in &data.train {
             let rows = read(Path::new(&source.path), &data.schema(Some(source)))?;

@@ -3,7 +3,7 @@
 use super::{
     dashboards::Dashboards,
     elsewhere::{self, Elsewhere},
-    interrupt,
+    interrupt::Watch,
     learner::{self, Feed},
     plot,
     record::{Metrics, Summary, peak_rss_bytes},
@@ -107,10 +107,10 @@ pub fn run(recipe: Recipe, options: &Options) -> Result<Summary> {
 }
 
 fn run_on<B: Kernels>(recipe: Recipe, options: &Options, device: &B::Device) -> Result<Ended> {
-    let interrupter = interrupt::watch()?;
+    let watch = Watch::begin()?;
     let loaded = model::base::<Autodiff<B>>(&recipe.model.path, setup::stored(recipe.model.dtype), device)?;
     let (run, model) = Run::<B>::new(recipe, options, loaded)?;
-    learner::launch(run, model, interrupter)
+    learner::launch(run, model, watch.interrupter())
 }
 
 /// How a run came to its end.

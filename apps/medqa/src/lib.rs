@@ -1,0 +1,18 @@
+//! medqa: a medical question answering system, from data to chat. The program is [`cli`]; what reads the user's files is
+//! public for the fuzzer.
+#![recursion_limit = "256"]
+
+mod backend;
+mod chat;
+pub mod cli;
+pub mod data;
+pub mod doctor;
+mod eval;
+mod export;
+mod fetch;
+mod logits;
+mod model;
+mod quickstart;
+pub mod recipe;
+mod train;
+mod write;

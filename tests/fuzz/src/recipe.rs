@@ -1,0 +1,15 @@
+//! Recipes; one that is read is read the same again from what is written of it.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use medqa::recipe::Recipe;
+use std::path::Path;
+
+fuzz_target!(|text: &str| {
+    let path = Path::new("recipe.toml");
+    let Ok(recipe) = Recipe::parse(text, path, &[]) else { return };
+    let written = recipe.to_toml().expect("a legal recipe can be written");
+    let again = Recipe::parse(&written, path, &[]).expect("a written recipe is legal");
+    // A number that is no number is never equal; the text is.
+    assert_eq!(again.to_toml().expect("a legal recipe can be written"), written);
+});

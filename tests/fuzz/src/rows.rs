@@ -1,0 +1,18 @@
+//! Files of rows; the first byte chooses the format.
+#![no_main]
+
+mod place;
+
+use libfuzzer_sys::fuzz_target;
+use medqa::data::{Format, Schema, source::read_each};
+use std::{fs, path::PathBuf, sync::LazyLock};
+
+static FILE: LazyLock<PathBuf> = LazyLock::new(|| place::folder().join("rows.jsonl"));
+
+fuzz_target!(|bytes: &[u8]| {
+    let Some((first, rows)) = bytes.split_first() else { return };
+    let formats = [Format::Qa, Format::PubMedQa, Format::Alpaca, Format::Messages, Format::ShareGpt];
+    let format = formats[usize::from(*first) % formats.len()];
+    fs::write(&*FILE, rows).expect("the input can be written");
+    let _ = read_each(&FILE, &Schema { format, ..Schema::default() });
+});
