@@ -1,5 +1,7 @@
 //! What the laws share: fixtures, and a lock for backward passes.
 
+pub mod reference;
+
 use burn::tensor::TensorData;
 use safetensors::{Dtype, SafeTensors};
 use std::{

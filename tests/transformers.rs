@@ -2,88 +2,16 @@
 
 use burn::{
     backend::{Autodiff, Flex},
-    module::{Module, ModuleVisitor, Param},
-    tensor::{DType, Tensor, TensorData},
+    module::AutodiffModule,
+    tensor::DType,
 };
-use burn_llama::{Checkpoint, Example, Layout, Llama, kernel::Kernels};
-use burn_peft::{Pass, adapter, param};
-use laws::{fixture, floats, integers, max_abs, max_diff, one_backward_at_a_time, tensors};
-use std::collections::BTreeMap;
-
-type Reference = BTreeMap<String, TensorData>;
-
-/// The rows of a reference as examples.
-fn examples(reference: &Reference) -> Vec<Example> {
-    let (ids, labels) = (integers(&reference["ids"]), integers(&reference["labels"]));
-    let width = reference["ids"].shape[1];
-    let row = |(row, &length): (usize, &i64)| {
-        let range = row * width..row * width + length as usize;
-        Example {
-            ids: ids[range.clone()].iter().map(|&id| id as u32).collect(),
-            learned: labels[range].iter().map(|&label| label != -100).collect(),
-        }
-    };
-    integers(&reference["lengths"]).iter().enumerate().map(row).collect()
-}
-
-/// The largest difference of logits over the tokens that are not padding.
-fn logits_differ<B: Kernels>(model: &Llama<B>, reference: &Reference) -> f32 {
-    let (rows, pass) = (examples(reference), Pass::default());
-    let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
-    let layout = Layout::padded(&lengths);
-    let batch = model.batch(&rows, &layout, 1.0, pass.clone()).unwrap();
-    let hidden = model.hidden(model.embed(batch.ids), &layout, None, &pass).unwrap();
-    let found = floats(&model.head(hidden, &pass).into_data());
-    let (expected, width) = (floats(&reference["logits"]), reference["ids"].shape[1]);
-    let vocabulary = reference["logits"].shape[2];
-    let row = |(row, length): (usize, &usize)| {
-        let range = row * width * vocabulary..(row * width + length) * vocabulary;
-        assert!(max_abs(&expected[range.clone()]) > 0.1, "logits that could be anything prove nothing");
-        max_diff(&found[range.clone()], &expected[range])
-    };
-    lengths.iter().enumerate().map(row).fold(0.0, f32::max)
-}
-
-/// Every gradient of the mean loss, by path; checked against `grad.<key>` of the reference.
-struct Check<'a> {
-    grads: &'a mut <Autodiff<Flex> as burn::tensor::backend::AutodiffBackend>::Gradients,
-    path: Vec<String>,
-    found: BTreeMap<String, Vec<f32>>,
-}
-
-impl ModuleVisitor<Autodiff<Flex>> for Check<'_> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Autodiff<Flex>, D>>) {
-        if let Some(gradient) = param.val().grad_remove(self.grads) {
-            self.found.insert(self.path.join("."), floats(&gradient.into_data()));
-        }
-    }
-}
-
-fn gradients(model: &Llama<Autodiff<Flex>>, reference: &Reference) -> (f32, BTreeMap<String, Vec<f32>>) {
-    let rows = examples(reference);
-    let targets: usize = rows.iter().map(Example::targets).sum();
-    let layout = Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), true);
-    let batch = model.batch(&rows, &layout, 1.0 / targets as f32, Pass::default()).unwrap();
-    let loss = model.batch_loss(&batch).sum();
-    let mut grads = loss.backward();
-    let mut check = Check { grads: &mut grads, path: Vec::new(), found: BTreeMap::new() };
-    model.visit(&mut check);
-    (floats(&loss.into_data())[0], check.found)
-}
-
-fn compare(found: &[f32], expected: &[f32], name: &str) {
-    let (difference, size) = (max_diff(found, expected), max_abs(expected));
-    assert!(size > 0.0, "{name}: the reference gradient is zero");
-    assert!(difference <= 1e-4 * size, "{name}: max|Δ| = {difference:e}, max|g| = {size:e}");
-}
+use burn_llama::{Checkpoint, Llama};
+use burn_peft::{adapter, param};
+use laws::{
+    fixture, floats, max_diff, one_backward_at_a_time,
+    reference::{compare, gradients, logits_differ},
+    tensors,
+};
 
 #[test]
 fn logits_and_every_gradient_are_those_of_transformers() {
@@ -93,7 +21,7 @@ fn logits_and_every_gradient_are_those_of_transformers() {
         let reference = tensors(&format!("models/{name}/reference.safetensors"));
         let checkpoint = Checkpoint::open(&fixture(&format!("models/{name}"))).unwrap();
         let model = checkpoint.load::<Autodiff<Flex>>(DType::F32, &Default::default()).unwrap();
-        let difference = logits_differ(&model.valid_model(), &reference);
+        let difference = logits_differ(&model.valid(), &reference);
         assert!(difference < 1e-4, "{name}: logits differ by {difference:e}");
         let (loss, found) = gradients(&model, &reference);
         assert!((loss - floats(&reference["loss"])[0]).abs() < 1e-5, "{name}: loss {loss}");
@@ -104,16 +32,6 @@ fn logits_and_every_gradient_are_those_of_transformers() {
             count += 1;
         }
         assert_eq!(count, found.len(), "{name}: gradients without a reference");
-    }
-}
-
-trait Valid {
-    fn valid_model(&self) -> Llama<Flex>;
-}
-
-impl Valid for Llama<Autodiff<Flex>> {
-    fn valid_model(&self) -> Llama<Flex> {
-        burn::module::AutodiffModule::valid(self)
     }
 }
 
@@ -162,7 +80,7 @@ fn lora_is_peft_s() {
         let mut model = checkpoint.load::<Autodiff<Flex>>(DType::F32, &Default::default()).unwrap();
         adapter::load(&mut model, "default", &fixture(&format!("peft/{name}"))).unwrap();
         let model = param::train_only(model, adapter::is_adapter);
-        let difference = logits_differ(&model.valid_model(), &reference);
+        let difference = logits_differ(&model.valid(), &reference);
         assert!(difference < 1e-4, "{name}: logits differ by {difference:e}");
         let (_, found) = gradients(&model, &reference);
         let keys: Vec<&str> = reference.keys().filter_map(|key| key.strip_prefix("grad.")).collect();

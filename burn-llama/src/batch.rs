@@ -1,11 +1,12 @@
 //! Rows of tokens as a batch on the device.
 
 use crate::{
-    Context, Error, Layout, Llama,
+    Context, Error, Layout, Llama, Past,
     kernel::{Kernels, Targets},
     layout::ints,
+    model::indices,
 };
-use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{DType, Int, Tensor, backend::Backend};
 use burn_peft::Pass;
 
 /// One sequence and which of its tokens are learned. Learning is marked by place, not by token, so an end token that
@@ -14,7 +15,8 @@ use burn_peft::Pass;
 pub struct Example {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// For each token, whether it is a target. The first token never is: nothing predicts it.
+    /// For each token, whether it is a target. The first token never is: nothing predicts it, and a prompt's virtual tokens do
+    /// not either.
     pub learned: Vec<bool>,
 }
 
@@ -39,9 +41,12 @@ impl Example {
 pub struct Batch<B: Backend> {
     /// Token ids, `[rows, length]`.
     pub ids: Tensor<B, 2, Int>,
+    /// Where the embedding of each slot of the context is: among those of `ids`, or after them the virtual tokens'. `None` if
+    /// every slot is a token's.
+    pub sources: Option<Tensor<B, 1, Int>>,
     /// Rotations and visibility.
     pub context: Context<B>,
-    /// The slots (of `rows · length`) whose hidden state predicts a target, `[n]`.
+    /// The slots (of the context's) whose hidden state predicts a target, `[n]`.
     pub slots: Tensor<B, 1, Int>,
     /// What they should predict, and the weight of each.
     pub targets: Targets<B>,
@@ -57,7 +62,7 @@ impl<B: Kernels> Llama<B> {
     pub fn accepts(&self, examples: &[Example]) -> Result<(), Error> {
         check_ids(examples.iter().flat_map(|example| &example.ids), self.config().vocab_size)?;
         let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
-        self.config().rope_scaling.check_length(longest)
+        self.config().rope_scaling.check_length(longest + self.virtual_tokens())
     }
 
     /// `examples` as one batch, the tokens where `layout` has them (see [`Layout::of`]); every target's loss is multiplied by
@@ -70,7 +75,8 @@ impl<B: Kernels> Llama<B> {
     /// If no token is a target, a row is empty, or the layout is not that of the examples.
     pub fn batch(&self, examples: &[Example], layout: &Layout, weight: f32, pass: Pass) -> Result<Batch<B>, Error> {
         self.accepts(examples)?;
-        let device = self.device();
+        let (device, arranged) = (self.device(), self.arrange(layout));
+        let places = arranged.places(layout.rows * layout.length);
         let mut ids = vec![0i32; layout.rows * layout.length];
         let (mut slots, mut targets) = (Vec::new(), Vec::new());
         for (slot, token) in layout.slots() {
@@ -78,27 +84,34 @@ impl<B: Kernels> Llama<B> {
             let id = example.ids[index] as i32;
             ids[slot] = id;
             if index > 0 && example.learned[index] {
-                slots.push(slot as i32 - 1);
+                slots.push(places[slot] - 1);
                 targets.push(id);
             }
         }
         assert!(!slots.is_empty(), "a batch has at least one target");
         let n = slots.len();
-        let list = |values: Vec<i32>| Tensor::from_data(TensorData::new(values, [n]), (&device, DType::I32));
+        let before = Past::starting_with(Vec::new(), layout.rows, arranged.past);
         Ok(Batch {
-            context: self.context(layout, None)?,
+            context: self.context(&arranged.layout, Some(&before))?,
             ids: ints(ids, layout.rows, &device),
-            slots: list(slots),
-            targets: Targets { ids: list(targets), weights: Tensor::full([n], weight, (&device, DType::F32)) },
-            pass,
+            slots: indices(slots, &device),
+            targets: Targets {
+                ids: indices(targets, &device),
+                weights: Tensor::full([n], weight, (&device, DType::F32)),
+            },
+            pass: arranged.pass(pass, self.virtual_tokens()),
+            sources: arranged.sources.map(|sources| indices(sources, &device)),
         })
     }
 
     /// The weighted loss of every target of a batch, `[n]`, in one forward pass.
     pub fn batch_loss(&self, batch: &Batch<B>) -> Tensor<B, 1> {
-        let mut x = self.embed(batch.ids.clone());
+        let (mut x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass);
+        let mut before = before.into_iter();
         for layer in &self.model.layers {
-            x = layer.transform(layer.attend(x, &batch.context, None, &batch.pass), &batch.pass);
+            let mut past = Past::of_layer(before.next(), batch.context.rows);
+            x = layer.attend(x, &batch.context, Some((&mut past, 0)), &batch.pass);
+            x = layer.transform(x, &batch.pass);
         }
         self.loss(self.model.norm.forward(x.select(0, batch.slots.clone())), &batch.targets)
     }

@@ -1,7 +1,7 @@
 //! Generation: one token after the other, with a cache.
 
-use crate::{Error, Layout, Llama, Past, batch::check_ids, kernel::Kernels, layout::ints};
-use burn::tensor::{DType, Int, Tensor, TensorData, s};
+use crate::{Error, Layout, Llama, Past, batch::check_ids, kernel::Kernels, layout::ints, model::indices};
+use burn::tensor::{DType, Tensor, s};
 use burn_peft::{Pass, random};
 
 /// How the next token is chosen. The default is greedy.
@@ -147,30 +147,30 @@ impl<'a, B: Kernels> Generate<'a, B> {
             row.chain(std::iter::repeat(0)).take(layout.length).collect::<Vec<_>>()
         };
         let ids: Vec<i32> = prompts.iter().flat_map(padded).collect();
-        let last = |(row, prompt): (usize, &Vec<u32>)| (row * layout.length + prompt.len() - 1) as i32;
+        let (arranged, pass) = (model.arrange(&layout), Pass::default());
+        let places = arranged.places(ids.len());
+        let last = |(row, prompt): (usize, &Vec<u32>)| places[row * layout.length + prompt.len() - 1];
         let slots: Vec<i32> = prompts.iter().enumerate().map(last).collect();
+        let (x, past) = model.first(ids, &arranged, &pass);
         let mut generate = Self {
             model,
             settings,
-            past: Past::new(model.config().num_hidden_layers, prompts.len()),
+            past,
             tokens: prompts.to_vec(),
             done: vec![false; prompts.len()],
             logits: Vec::new(),
             step: 0,
         };
-        generate.forward(&layout, ids, Some(slots))?;
+        generate.forward(x, &arranged.layout, Some(slots))?;
         Ok(generate)
     }
 
-    /// Runs the model on new tokens and keeps the logits of each row's last one.
-    fn forward(&mut self, layout: &Layout, ids: Vec<i32>, slots: Option<Vec<i32>>) -> Result<(), Error> {
+    /// Runs the model on new embeddings and keeps the logits of each row's last one.
+    fn forward(&mut self, embeddings: Tensor<B, 2>, layout: &Layout, slots: Option<Vec<i32>>) -> Result<(), Error> {
         let (model, device, pass) = (self.model, self.model.device(), Pass::default());
-        let embeddings = model.embed(ints(ids, layout.rows, &device));
         let mut hidden = model.hidden(embeddings, layout, Some(&mut self.past), &pass)?;
         if let Some(slots) = slots {
-            let n = slots.len();
-            let slots: Tensor<B, 1, Int> = Tensor::from_data(TensorData::new(slots, [n]), (&device, DType::I32));
-            hidden = hidden.select(0, slots);
+            hidden = hidden.select(0, indices(slots, &device));
         }
         let logits = model.head(hidden, &pass).cast(DType::F32).into_data();
         self.logits = logits.into_vec().map_err(|e| Error::config("logits", "f32 values", format!("{e:?}")))?;
@@ -186,9 +186,11 @@ impl<'a, B: Kernels> Generate<'a, B> {
             return Ok(None);
         }
         if self.step > 0 {
-            let positions: Vec<usize> = self.tokens.iter().map(|row| row.len() - 1).collect();
+            let before = self.model.virtual_tokens();
+            let positions: Vec<usize> = self.tokens.iter().map(|row| before + row.len() - 1).collect();
             let ids = self.tokens.iter().map(|row| row.last().map_or(0, |&id| id as i32)).collect();
-            self.forward(&Layout::next(&positions), ids, None)?;
+            let x = self.model.embed(ints(ids, positions.len(), &self.model.device()));
+            self.forward(x, &Layout::next(&positions), None)?;
         }
         let vocabulary = self.logits.len() / self.tokens.len();
         let mut new = Vec::with_capacity(self.tokens.len());
@@ -232,9 +234,12 @@ pub fn logits<B: Kernels>(model: &Llama<B>, ids: &[u32]) -> Result<Tensor<B, 2>,
     }
     check_ids(ids.iter(), model.config().vocab_size)?;
     let pass = Pass::default();
-    let tokens = ints(ids.iter().map(|&id| id as i32).collect(), 1, &model.device());
-    let hidden = model.hidden(model.embed(tokens), &Layout::padded(&[ids.len()]), None, &pass)?;
-    Ok(model.head(hidden, &pass))
+    let arranged = model.arrange(&Layout::padded(&[ids.len()]));
+    let (x, mut past) = model.first(ids.iter().map(|&id| id as i32).collect(), &arranged, &pass);
+    let hidden = model.hidden(x, &arranged.layout, Some(&mut past), &pass)?;
+    // Nothing is said of a prompt's embeddings, which come first.
+    let all = arranged.layout.length;
+    Ok(model.head(hidden.slice(s![all - ids.len().., ..]), &pass))
 }
 
 /// The summed log-likelihood of each continuation after `context`, computed once for the context.
@@ -254,7 +259,7 @@ pub fn log_likelihoods<B: Kernels>(model: &Llama<B>, context: &[u32], choices: &
         if !rest.is_empty() {
             let fed = &choice[..rest.len()];
             let mut layout = Layout::padded(&[fed.len()]);
-            layout.positions.iter_mut().for_each(|p| *p += context.len() as i32);
+            layout.positions.iter_mut().for_each(|p| *p += (model.virtual_tokens() + context.len()) as i32);
             let tokens = ints(fed.iter().map(|&id| id as i32).collect(), 1, &model.device());
             let (mut past, pass) = (start.past.clone(), Pass::default());
             let hidden = model.hidden(model.embed(tokens), &layout, Some(&mut past), &pass)?;

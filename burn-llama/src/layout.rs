@@ -75,6 +75,46 @@ impl Layout {
         Self { rows, length: 1, segments: vec![1; rows], positions: positions.iter().map(|&p| p as i32).collect() }
     }
 
+    /// Every position `by` later, as after that many virtual tokens.
+    pub(crate) fn shifted(&self, by: usize) -> Self {
+        Self { positions: self.positions.iter().map(|p| p + by as i32).collect(), ..self.clone() }
+    }
+
+    /// The layout with `n` slots in front of every sequence, and for each slot its source: the slot that it had, or
+    /// `rows · length + j` for the `j`-th of the new ones. Rows are padded again to the longest, with sources that do not matter.
+    pub(crate) fn preceded(&self, n: usize) -> (Self, Vec<i32>) {
+        let mut rows: Vec<Vec<(i32, i32, i32)>> = Vec::with_capacity(self.rows);
+        let slots = (self.rows * self.length) as i32;
+        for row in 0..self.rows {
+            let (mut new, mut last) = (Vec::new(), 0);
+            for slot in row * self.length..(row + 1) * self.length {
+                let (segment, position) = (self.segments[slot], self.positions[slot]);
+                if segment == 0 {
+                    continue;
+                }
+                if segment != last {
+                    new.extend((0..n as i32).map(|j| (segment, j, slots + j)));
+                    last = segment;
+                }
+                new.push((segment, position + n as i32, slot as i32));
+            }
+            rows.push(new);
+        }
+        let length = rows.iter().map(Vec::len).max().unwrap_or(0);
+        for row in &mut rows {
+            let used = row.len();
+            row.extend((0..length - used).map(|position| (0, position as i32, 0)));
+        }
+        let all = || rows.iter().flatten();
+        let layout = Self {
+            rows: self.rows,
+            length,
+            segments: all().map(|slot| slot.0).collect(),
+            positions: all().map(|slot| slot.1).collect(),
+        };
+        (layout, all().map(|slot| slot.2).collect())
+    }
+
     /// The largest position, plus one.
     pub fn span(&self) -> usize {
         self.positions.iter().max().map_or(0, |&p| p as usize + 1)

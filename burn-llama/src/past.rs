@@ -1,12 +1,12 @@
 //! Keys and values of what came before: the cache of generation and the prefix of P-tuning.
 
-use crate::Layout;
+use crate::{Layout, kernel::Visibility};
 use burn::tensor::{Tensor, backend::Backend, s};
 
 /// Keys and values of one layer, `[rows, capacity, kv_heads, head_dim]`, of which the first slots are in use.
 #[derive(Debug, Clone)]
 pub struct KeyValue<B: Backend> {
-    /// Rotated keys.
+    /// Rotated keys, or virtual tokens'.
     pub keys: Tensor<B, 4>,
     /// Values.
     pub values: Tensor<B, 4>,
@@ -23,12 +23,60 @@ pub struct Past<B: Backend> {
     slots: usize,
     segments: Vec<i32>,
     positions: Vec<i32>,
+    /// Whether new keys stay; else they are seen once, after what is there.
+    grows: bool,
 }
 
 impl<B: Backend> Past<B> {
     /// An empty past of `layers` layers.
     pub fn new(layers: usize, rows: usize) -> Self {
-        Self { layers: vec![None; layers], rows, slots: 0, segments: Vec::new(), positions: Vec::new() }
+        Self { layers: vec![None; layers], rows, slots: 0, segments: Vec::new(), positions: Vec::new(), grows: true }
+    }
+
+    /// A past that starts with the same keys and values, `[n, 2, kv_heads, head_dim]` per layer, for all rows and segments: those
+    /// of virtual tokens at positions `0..n`.
+    pub(crate) fn starting_with(layers: Vec<Tensor<B, 4>>, rows: usize, slots: usize) -> Self {
+        let spread = |layer: Tensor<B, 4>, part: usize| {
+            let [n, _, heads, dim] = layer.dims();
+            layer.slice(s![.., part..part + 1]).reshape([1, n, heads, dim]).expand([rows, n, heads, dim])
+        };
+        let layer = |layer: Tensor<B, 4>| {
+            assert_eq!(layer.dims()[0], slots, "the virtual tokens of a layer");
+            Some(KeyValue { keys: spread(layer.clone(), 0), values: spread(layer, 1) })
+        };
+        Self {
+            layers: layers.into_iter().map(layer).collect(),
+            rows,
+            slots,
+            segments: vec![Visibility::<B>::ANY; rows * slots],
+            positions: (0..rows).flat_map(|_| 0..slots as i32).collect(),
+            grows: true,
+        }
+    }
+
+    /// What a single layer sees before the new tokens of a pass that keeps nothing, such as one of training.
+    pub(crate) fn of_layer(layer: Option<Tensor<B, 4>>, rows: usize) -> Self {
+        let slots = layer.as_ref().map_or(0, |layer| layer.dims()[0]);
+        let mut past = Self::starting_with(layer.into_iter().collect(), rows, slots);
+        past.open(1);
+        Self { grows: false, ..past }
+    }
+
+    /// Room for `layers` layers, those that begin with nothing included.
+    pub(crate) fn open(&mut self, layers: usize) {
+        self.layers.resize(layers, None);
+    }
+
+    /// Keys and values of the first row, one layer after the other: `[slots, layers · 2 · kv_heads · head_dim]`.
+    pub(crate) fn flat(&self) -> Tensor<B, 2> {
+        let part = |x: &Tensor<B, 4>| {
+            let [_, _, heads, dim] = x.dims();
+            x.clone().slice(s![..1, ..self.slots]).reshape([self.slots, heads * dim])
+        };
+        Tensor::cat(
+            self.layers.iter().flatten().flat_map(|layer| [part(&layer.keys), part(&layer.values)]).collect(),
+            1,
+        )
     }
 
     /// Slots in use per row.
@@ -53,8 +101,7 @@ impl<B: Backend> Past<B> {
     /// Takes over the slots of `layout`, after every layer has [pushed](Self::push) its keys. Padding becomes holes.
     pub(crate) fn advance(&mut self, layout: &Layout) {
         let (segments, positions) = self.with(layout);
-        self.segments =
-            segments.into_iter().map(|s| if s == 0 { crate::kernel::Visibility::<B>::HOLE } else { s }).collect();
+        self.segments = segments.into_iter().map(|s| if s == 0 { Visibility::<B>::HOLE } else { s }).collect();
         self.positions = positions;
         self.slots += layout.length;
     }
@@ -62,6 +109,11 @@ impl<B: Backend> Past<B> {
     /// Adds new keys and values `[rows, n, kv_heads, head_dim]` of one layer and returns all in use. Room is made in powers of
     /// two, so that most steps write in place.
     pub(crate) fn push(&mut self, layer: usize, keys: Tensor<B, 4>, values: Tensor<B, 4>) -> KeyValue<B> {
+        if !self.grows {
+            let Some(before) = &self.layers[layer] else { return KeyValue { keys, values } };
+            let join = |before: &Tensor<B, 4>, new| Tensor::cat(vec![before.clone(), new], 1);
+            return KeyValue { keys: join(&before.keys, keys), values: join(&before.values, values) };
+        }
         let (from, to) = (self.slots, self.slots + keys.dims()[1]);
         let cache = match self.layers[layer].take() {
             None => KeyValue { keys, values },

@@ -129,7 +129,7 @@ pub fn save<B: LinearKernels, M: Linears<B>>(
     if matches!(&config.target_modules, TargetModules::Pattern(p) if p == "all-linear") {
         config.target_modules = TargetModules::Suffixes(targets.into_iter().collect());
     }
-    format::write(directory, &config, tensors)
+    format::write(directory, &config.to_json(), tensors)
 }
 
 /// Merges the named adapter into the weights of its layers; merging twice is merging once.
@@ -142,9 +142,9 @@ pub fn unmerge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) {
     model.linears_mut(&mut |_, linear| linear.unmerge(name));
 }
 
-/// Whether the parameter at `path` belongs to an adapter.
+/// Whether the parameter at `path` belongs to an adapter or a prompt.
 pub fn is_adapter(path: &str) -> bool {
-    path.split('.').any(|part| part == "adapters")
+    path.split('.').any(|part| part == "adapters" || part == "prompt")
 }
 
 fn name_is_free<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<(), Error> {

@@ -3,13 +3,14 @@
 use crate::{Error, LoraConfig};
 use burn::tensor::{DType, TensorData};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::Value;
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
     path::Path,
 };
 
-const CONFIG: &str = "adapter_config.json";
+pub(crate) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 
 /// PEFT's key for a part (`lora_A`, `lora_B`) of the adapter of the layer at `path`.
@@ -20,26 +21,44 @@ pub fn key(path: &str, part: &str) -> String {
 /// An adapter directory's configuration, its tensors in f32 by key, and the configuration fields that are not known here.
 pub type Adapter = (LoraConfig, BTreeMap<String, TensorData>, Vec<String>);
 
-/// Reads an adapter directory. Tensors in f16 or bf16 are widened.
+/// Reads a LoRA adapter's directory. Tensors in f16 or bf16 are widened.
 ///
 /// # Errors
 /// If a file is missing or malformed, or the adapter needs a feature that is not supported.
 pub fn read(directory: &Path) -> Result<Adapter, Error> {
+    let (config, unknown) = LoraConfig::from_json(&directory.join(CONFIG), read_config(directory)?)?;
+    Ok((config, read_tensors(directory)?, unknown))
+}
+
+/// The content of an adapter directory's `adapter_config.json`.
+///
+/// # Errors
+/// If the file is missing or no JSON.
+pub fn read_config(directory: &Path) -> Result<Value, Error> {
     let path = directory.join(CONFIG);
     let text = fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    let json = serde_json::from_slice(&text).map_err(|e| Error::format(&path, "content", "JSON", e))?;
-    let (config, unknown) = LoraConfig::from_json(&path, json)?;
+    serde_json::from_slice(&text).map_err(|e| Error::format(&path, "content", "JSON", e))
+}
 
-    let path = directory.join(WEIGHTS);
-    let bytes = fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(&path, "header", "safetensors", e))?;
+/// An adapter directory's tensors by key, in f32; those in f16 or bf16 are widened.
+///
+/// # Errors
+/// If the file is missing or malformed.
+pub fn read_tensors(directory: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
+    read_file(&directory.join(WEIGHTS))
+}
+
+/// The tensors of a safetensors file, as [`read_tensors`].
+pub(crate) fn read_file(path: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
+    let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(path, "header", "safetensors", e))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.tensors() {
         let values = widen(&view)
-            .ok_or_else(|| Error::format(&path, &name, "F32, F16 or BF16", format!("{:?}", view.dtype())))?;
+            .ok_or_else(|| Error::format(path, &name, "F32, F16 or BF16", format!("{:?}", view.dtype())))?;
         tensors.insert(name, TensorData::new(values, view.shape().to_vec()));
     }
-    Ok((config, tensors, unknown))
+    Ok(tensors)
 }
 
 fn widen(view: &TensorView<'_>) -> Option<Vec<f32>> {
@@ -57,7 +76,7 @@ fn widen(view: &TensorView<'_>) -> Option<Vec<f32>> {
 ///
 /// # Errors
 /// If the directory or a file cannot be written.
-pub fn write(directory: &Path, config: &LoraConfig, tensors: Vec<(String, TensorData)>) -> Result<(), Error> {
+pub fn write(directory: &Path, config: &Value, tensors: Vec<(String, TensorData)>) -> Result<(), Error> {
     fs::create_dir_all(directory).map_err(|e| Error::io(directory, e))?;
     let mut views = Vec::with_capacity(tensors.len());
     for (name, data) in &tensors {
@@ -69,8 +88,8 @@ pub fn write(directory: &Path, config: &LoraConfig, tensors: Vec<(String, Tensor
     let metadata = Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
     let bytes = safetensors::serialize(views, metadata).map_err(|e| Error::format(directory, WEIGHTS, "tensors", e))?;
     replace(&directory.join(WEIGHTS), &bytes)?;
-    let json = serde_json::to_string_pretty(&config.to_json())
-        .map_err(|e| Error::format(directory, CONFIG, "serialisable values", e))?;
+    let json =
+        serde_json::to_string_pretty(config).map_err(|e| Error::format(directory, CONFIG, "serialisable values", e))?;
     replace(&directory.join(CONFIG), json.as_bytes())
 }
 

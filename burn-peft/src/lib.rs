@@ -40,6 +40,7 @@ mod linear;
 mod lora;
 pub mod param;
 mod pass;
+pub mod prompt;
 pub mod random;
 pub mod target;
 
@@ -49,4 +50,5 @@ pub use error::Error;
 pub use linear::Linear;
 pub use lora::Lora;
 pub use pass::{Noise, Pass, Token};
+pub use prompt::{Prompt, PromptConfig};
 pub use target::TargetModules;

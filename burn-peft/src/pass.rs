@@ -40,19 +40,30 @@ pub struct Noise {
 impl Noise {
     /// A dropout mask `[tokens, features]` in row-major order: 0 with probability `p`, else `1 / (1 - p)`.
     pub fn mask(&self, layer: u64, features: usize, p: f64) -> Vec<f32> {
-        let (keep, threshold) = ((1.0 / (1.0 - p)) as f32, (p * (1u64 << 32) as f64) as u64);
         let mut mask = vec![0f32; self.tokens.len() * features];
         for (token, out) in self.tokens.iter().zip(mask.chunks_exact_mut(features)) {
-            let key = random::key(&[self.seed, self.step, token.row, token.index as u64, layer]);
-            // One hash gives two numbers of 32 bits.
-            for (pair, out) in out.chunks_mut(2).enumerate() {
-                let bits = random::bits(key, pair as u64);
-                for (value, word) in out.iter_mut().zip([bits & 0xFFFF_FFFF, bits >> 32]) {
-                    *value = if word < threshold { 0.0 } else { keep };
-                }
-            }
+            fill(out, random::key(&[self.seed, self.step, token.row, token.index as u64, layer]), p);
         }
         mask
+    }
+
+    /// A mask of `values` numbers that is the same for all rows of the step, for what they share.
+    pub fn step_mask(&self, layer: u64, values: usize, p: f64) -> Vec<f32> {
+        let mut mask = vec![0f32; values];
+        fill(&mut mask, random::key(&[self.seed, self.step, layer]), p);
+        mask
+    }
+}
+
+/// 0 with probability `p`, else `1 / (1 - p)`.
+fn fill(out: &mut [f32], key: u64, p: f64) {
+    let (keep, threshold) = ((1.0 / (1.0 - p)) as f32, (p * (1u64 << 32) as f64) as u64);
+    // One hash gives two numbers of 32 bits.
+    for (pair, out) in out.chunks_mut(2).enumerate() {
+        let bits = random::bits(key, pair as u64);
+        for (value, word) in out.iter_mut().zip([bits & 0xFFFF_FFFF, bits >> 32]) {
+            *value = if word < threshold { 0.0 } else { keep };
+        }
     }
 }
 

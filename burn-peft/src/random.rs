@@ -37,6 +37,13 @@ pub fn uniform(key: u64, counter: u64) -> f64 {
     (bits(key, counter) >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// The `counter`-th number of a key, from the standard normal distribution (Box and Muller, 1958).
+pub fn normal(key: u64, counter: u64) -> f64 {
+    // Of 1 - u: 0 has no logarithm.
+    let radius = (-2.0 * (1.0 - uniform(key, 2 * counter)).ln()).sqrt();
+    radius * (std::f64::consts::TAU * uniform(key, 2 * counter + 1)).cos()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -48,6 +55,15 @@ mod tests {
         let square = (0..n).map(|i| uniform(k, i).powi(2)).sum::<f64>() / n as f64;
         assert!((mean - 0.5).abs() < 4e-3, "mean {mean}");
         assert!((square - 1.0 / 3.0).abs() < 4e-3, "second moment {square}");
+    }
+
+    #[test]
+    fn normal_has_the_moments_of_a_normal_distribution() {
+        let (n, k) = (100_000u64, key(&[4, 5]));
+        let mean = (0..n).map(|i| normal(k, i)).sum::<f64>() / n as f64;
+        let square = (0..n).map(|i| normal(k, i).powi(2)).sum::<f64>() / n as f64;
+        assert!(mean.abs() < 0.012, "mean {mean}");
+        assert!((square - 1.0).abs() < 0.02, "second moment {square}");
     }
 
     #[test]

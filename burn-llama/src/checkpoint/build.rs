@@ -63,6 +63,7 @@ pub(crate) fn build<B: Kernels, E>(config: &LlamaConfig, read: Read<'_, E>, devi
             layers,
             norm: build.norm("model.norm")?,
         },
+        prompt: None,
         lm_head: if config.tie_word_embeddings { None } else { Some(build.linear("lm_head", false)?) },
         config: config.clone(),
     })

@@ -1,5 +1,6 @@
 //! The model: embedding, blocks, norm, head.
 
+mod begin;
 mod block;
 mod init;
 mod norm;
@@ -7,6 +8,7 @@ mod norm;
 mod segments;
 mod visit;
 
+pub(crate) use begin::indices;
 pub use block::{Attention, Layer, Mlp};
 pub use norm::RmsNorm;
 
@@ -19,7 +21,7 @@ use burn::{
     module::{Module, Param},
     tensor::{DType, Int, Tensor, TensorData, backend::Backend},
 };
-use burn_peft::{Linear, Pass};
+use burn_peft::{Linear, Pass, Prompt};
 
 /// The token table; its path is `model.embed_tokens.weight`.
 #[derive(Module, Debug)]
@@ -46,6 +48,8 @@ pub struct Llama<B: Kernels> {
     pub model: Decoder<B>,
     /// The head, `None` when it is the embedding.
     pub lm_head: Option<Linear<B>>,
+    /// Virtual tokens before every sequence: batches, generation and scores begin with them. [`Llama::hidden`] does not.
+    pub prompt: Option<Prompt<B>>,
     pub(crate) config: LlamaConfig,
 }
 

@@ -1,9 +1,10 @@
-//! The model as a list of segments for burn-zero's driver: embedding, then attention and MLP of every block, then head and
-//! loss.
+//! The model as a list of segments for burn-zero's driver: embedding and prompt, then attention and MLP of every block, then
+//! head and loss. What a prompt has for the layers is made once and travels beside the hidden states, each layer's part until
+//! its layer, so its encoder gets one gradient.
 
 use super::Llama;
 use crate::{
-    Batch, Context,
+    Batch, Context, Past,
     kernel::{Kernels, Targets, Visibility},
 };
 use burn::{
@@ -20,12 +21,17 @@ impl<B: Kernels> Segments<B> for Llama<B> {
     }
 
     fn forward_segment(&self, segment: usize, batch: &Batch<B>, inputs: Vec<Value<B>>) -> Vec<Value<B>> {
-        let Some(x) = inputs.into_iter().next() else {
-            return vec![Value::new(self.embed(batch.ids.clone()))];
+        let mut inputs = inputs.into_iter();
+        let Some(x) = inputs.next() else {
+            let (x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass);
+            return std::iter::once(Value::new(x)).chain(before.into_iter().map(Value::new)).collect();
         };
         let x = x.tensor::<2>();
         let output = match self.model.layers.get((segment - 1) / 2) {
-            Some(layer) if segment % 2 == 1 => layer.attend(x, &batch.context, None, &batch.pass),
+            Some(layer) if segment % 2 == 1 => {
+                let mut past = Past::of_layer(inputs.next().map(Value::tensor), batch.context.rows);
+                layer.attend(x, &batch.context, Some((&mut past, 0)), &batch.pass)
+            }
             Some(layer) => layer.transform(x, &batch.pass),
             None => {
                 // Hidden states that predict nothing never meet the head.
@@ -33,7 +39,8 @@ impl<B: Kernels> Segments<B> for Llama<B> {
                 return vec![Value::new(self.loss(hidden, &batch.targets))];
             }
         };
-        vec![Value::new(output)]
+        // What later layers see before the tokens travels on.
+        std::iter::once(Value::new(output)).chain(inputs).collect()
     }
 }
 
@@ -45,6 +52,7 @@ where
         let (context, visibility) = (&batch.context, &batch.context.visibility);
         Batch {
             ids: batch.ids.clone().inner(),
+            sources: batch.sources.clone().map(|sources| sources.inner()),
             context: Context {
                 rows: context.rows,
                 length: context.length,
@@ -67,7 +75,12 @@ where
     fn visit_segment<V: ModuleVisitor<B>>(&self, segment: usize, visitor: &mut V) {
         let layers = self.model.layers.len();
         match segment {
-            0 => within(&["model", "embed_tokens"], visitor, |v| self.model.embed_tokens.visit(v)),
+            0 => {
+                within(&["model", "embed_tokens"], visitor, |v| self.model.embed_tokens.visit(v));
+                if let Some(prompt) = &self.prompt {
+                    within(&["prompt"], visitor, |v| prompt.visit(v));
+                }
+            }
             _ if segment <= 2 * layers => {
                 let index = (segment - 1) / 2;
                 let (layer, path) = (&self.model.layers[index], index.to_string());

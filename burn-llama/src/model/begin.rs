@@ -1,0 +1,168 @@
+//! What every sequence begins with: nothing, or a trained prompt's virtual tokens.
+
+use super::Llama;
+use crate::{Error, Layout, LlamaConfig, Past, kernel::Kernels};
+use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use burn_peft::{
+    Pass, Prompt, PromptConfig,
+    prompt::{BaseShape, Place},
+    random,
+};
+
+/// Tokens in their places after the model's virtual ones.
+pub(crate) struct Arrangement {
+    /// Positions after the virtual tokens; with slots for them where they are embeddings.
+    pub layout: Layout,
+    /// For each slot where its embedding is: among those of the tokens, or after them the virtual ones'. `None` if slots and
+    /// tokens are the same.
+    pub sources: Option<Vec<i32>>,
+    /// Slots of the past that are taken.
+    pub past: usize,
+}
+
+impl Arrangement {
+    /// Where the slots of the tokens have gone, by their old slot.
+    pub fn places(&self, slots: usize) -> Vec<i32> {
+        let mut places: Vec<i32> = (0..slots as i32).collect();
+        for (new, &old) in self.sources.iter().flatten().enumerate() {
+            // Padding comes after what it repeats.
+            if (old as usize) < slots && self.layout.segments[new] != 0 {
+                places[old as usize] = new as i32;
+            }
+        }
+        places
+    }
+
+    /// The noise of every slot, that of the virtual tokens by their sequence's row.
+    pub fn pass(&self, pass: Pass, virtual_tokens: usize) -> Pass {
+        let (Some(sources), Some(mut noise)) = (&self.sources, pass.noise.clone()) else { return pass };
+        let tokens = noise.tokens.clone();
+        let name = |(slot, &source): (usize, &i32)| match tokens.get(source as usize) {
+            Some(token) => *token,
+            None => {
+                let index = source as usize - tokens.len();
+                let first = sources[slot + virtual_tokens - index] as usize;
+                burn_peft::Token { index: u32::MAX - 1 - index as u32, ..tokens[first] }
+            }
+        };
+        noise.tokens = sources.iter().enumerate().map(name).collect();
+        Pass { noise: Some(noise) }
+    }
+}
+
+impl LlamaConfig {
+    /// What a prompt has to know of the model.
+    pub fn base_shape(&self) -> BaseShape {
+        BaseShape {
+            hidden_size: self.hidden_size,
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            num_key_value_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
+    }
+}
+
+impl<B: Kernels> Llama<B> {
+    /// The number of virtual tokens before every sequence.
+    pub fn virtual_tokens(&self) -> usize {
+        self.prompt.as_ref().map_or(0, Prompt::num_virtual_tokens)
+    }
+
+    pub(crate) fn arrange(&self, layout: &Layout) -> Arrangement {
+        let n = self.virtual_tokens();
+        match self.prompt.as_ref().map(Prompt::place) {
+            Some(Place::Embeddings) => {
+                let (layout, sources) = layout.preceded(n);
+                Arrangement { layout, sources: Some(sources), past: 0 }
+            }
+            Some(Place::Past) => Arrangement { layout: layout.shifted(n), sources: None, past: n },
+            None => Arrangement { layout: layout.clone(), sources: None, past: 0 },
+        }
+    }
+
+    /// Token ids → the embeddings of every slot, `[slots, hidden_size]`, and what the layers see before it, one value per layer or
+    /// none.
+    pub(crate) fn begin(
+        &self,
+        ids: Tensor<B, 2, Int>,
+        sources: Option<Tensor<B, 1, Int>>,
+        pass: &Pass,
+    ) -> (Tensor<B, 2>, Vec<Tensor<B, 4>>) {
+        let x = self.embed(ids);
+        let Some(prompt) = &self.prompt else { return (x, Vec::new()) };
+        let tokens = prompt.encode(pass);
+        let x = match (tokens.embeddings, sources) {
+            (Some(embeddings), Some(sources)) => Tensor::cat(vec![x, embeddings], 0).select(0, sources),
+            _ => x,
+        };
+        (x, tokens.layers)
+    }
+
+    /// The embeddings of a first pass that is kept, and the past it begins with.
+    pub(crate) fn first(&self, ids: Vec<i32>, arranged: &Arrangement, pass: &Pass) -> (Tensor<B, 2>, Past<B>) {
+        let (device, rows) = (self.device(), arranged.layout.rows);
+        let sources = arranged.sources.clone().map(|sources| indices(sources, &device));
+        let (x, before) = self.begin(crate::layout::ints(ids, rows, &device), sources, pass);
+        let mut past = Past::starting_with(before, rows, arranged.past);
+        past.open(self.config.num_hidden_layers);
+        (x, past)
+    }
+
+    /// A new prompt for this model: from the tokens of a text if any are given, repeated or cut to the number of virtual tokens,
+    /// else from what the configuration says. Put it into [`Llama::prompt`].
+    ///
+    /// # Errors
+    /// If the configuration is impossible, asks for a text that is not given, or its method cannot start from one.
+    pub fn new_prompt(&self, config: &PromptConfig, text: Option<&[u32]>, seed: u64) -> Result<Prompt<B>, Error> {
+        use burn_peft::prompt::{Method, PromptTuningInit as Init};
+        let prompt = Prompt::new(config, self.config.base_shape(), (seed, &self.device()))?;
+        let (n, vocabulary) = (config.num_virtual_tokens, self.config.vocab_size);
+        let init = match config.method {
+            Method::Prompt { prompt_tuning_init, .. } => prompt_tuning_init,
+            _ => Init::Random,
+        };
+        let tokens: Vec<u32> = match (init, text) {
+            (Init::Text, None | Some([])) => {
+                return Err(Error::config("prompt_tuning_init", "the tokens of a text for TEXT", "none"));
+            }
+            (_, Some(text)) => text.iter().copied().cycle().take(n).collect(),
+            (Init::SampleVocab, None) => {
+                let key = random::key(&[seed, random::text("prompt.vocabulary")]);
+                (0..n as u64).map(|i| (random::uniform(key, i) * vocabulary as f64) as u32).collect()
+            }
+            (Init::Random, None) => return Ok(prompt),
+        };
+        if tokens.is_empty() {
+            return Err(Error::config("init_text", "at least one token", "none"));
+        }
+        crate::batch::check_ids(tokens.iter(), vocabulary)?;
+        let start = match prompt.place() {
+            Place::Embeddings => self.embed(self.row(&tokens)).detach(),
+            Place::Past => self.keys_and_values(&tokens)?,
+        };
+        Ok(prompt.starting_from(start)?)
+    }
+
+    /// The keys, rotated, and values of every layer for the first tokens of a sequence: `[tokens, layers · 2 · kv_heads · head_dim]`,
+    /// as a prefix holds them. Tokens that come after such a prefix see what they would see after the text itself.
+    ///
+    /// # Errors
+    /// If there are more tokens than the model's rotary frequencies cover.
+    pub fn keys_and_values(&self, tokens: &[u32]) -> Result<Tensor<B, 2>, Error> {
+        let mut past = Past::new(self.config.num_hidden_layers, 1);
+        let embeddings = self.embed(self.row(tokens));
+        self.hidden(embeddings, &Layout::padded(&[tokens.len()]), Some(&mut past), &Pass::default())?;
+        Ok(past.flat().detach())
+    }
+
+    fn row(&self, tokens: &[u32]) -> Tensor<B, 2, Int> {
+        crate::layout::ints(tokens.iter().map(|&id| id as i32).collect(), 1, &self.device())
+    }
+}
+
+/// Indices on the device.
+pub(crate) fn indices<B: Backend>(values: Vec<i32>, device: &B::Device) -> Tensor<B, 1, Int> {
+    let n = values.len();
+    Tensor::from_data(TensorData::new(values, [n]), (device, DType::I32))
+}
