@@ -119,11 +119,40 @@ fn gradients_are_the_finite_differences_of_host_code() {
     }
 }
 
+/// Which cases of the table are tried.
+enum Extent {
+    All,
+    /// The largest small one of each kernel: where kernels are compiled for every shape, and by software, the table takes hours.
+    OneEach,
+}
+
+impl Extent {
+    fn of<'a>(&self, table: &'a [(Case, Found)]) -> Vec<&'a (Case, Found)> {
+        if matches!(self, Self::All) {
+            return table.iter().collect();
+        }
+        let mut chosen: Vec<&(Case, Found)> = Vec::new();
+        let small = table
+            .iter()
+            .filter(|(case, _)| case.dy.len() <= 600 && case.inputs.iter().all(|input| input.dtype == DType::F32));
+        for row in small {
+            let kind = std::mem::discriminant(&row.0.kernel);
+            match chosen.iter_mut().find(|(case, _)| std::mem::discriminant(&case.kernel) == kind) {
+                Some(best) if best.0.dy.len() < row.0.dy.len() => *best = row,
+                Some(_) => {}
+                None => chosen.push(row),
+            }
+        }
+        assert_eq!(chosen.len(), 6, "a kernel has no small case");
+        chosen
+    }
+}
+
 /// The laws that hold on every backend, in f32; `tolerance` relative to the largest value.
-fn laws<B: Kernels>(device: &B::Device, tolerance: f64) {
+fn laws<B: Kernels>(device: &B::Device, tolerance: f64, extent: Extent) {
     let _lock = one_backward_at_a_time();
     let place = Place::<B> { device, dtype: DType::F32, views: false };
-    for (case, truth) in truth() {
+    for (case, truth) in extent.of(truth()) {
         let inputs = case.values();
         let found = evaluate(case, &inputs, &case.dy, &place);
         assert_same(&found, truth, tolerance, &case.name);
@@ -133,7 +162,8 @@ fn laws<B: Kernels>(device: &B::Device, tolerance: f64) {
             nan_shows(case, &place);
         }
     }
-    packed_is_separate(&[1, 7, 63, 64, 65, 193], &place, tolerance);
+    let lengths: &[i32] = if matches!(extent, Extent::All) { &[1, 7, 63, 64, 65, 193] } else { &[1, 7] };
+    packed_is_separate(lengths, &place, tolerance);
 }
 
 /// A NaN in any input shows in every output that depends on it, and one in the gradient of the output shows in all gradients.
@@ -187,31 +217,31 @@ fn packed_is_separate<B: Kernels>(lengths: &[i32], place: &Place<'_, B>, toleran
 
 #[test]
 fn flex() {
-    laws::<Flex>(&Default::default(), 3e-6);
+    laws::<Flex>(&Default::default(), 3e-6, Extent::All);
 }
 
 #[cfg(feature = "tch")]
 #[test]
 fn tch() {
-    laws::<burn::backend::LibTorch>(&Default::default(), 1e-5);
+    laws::<burn::backend::LibTorch>(&Default::default(), 1e-5, Extent::All);
 }
 
 #[cfg(feature = "vulkan")]
 #[test]
 fn vulkan() {
-    laws::<burn::backend::Vulkan>(&Default::default(), 1e-4);
+    laws::<burn::backend::Vulkan>(&Default::default(), 1e-4, Extent::OneEach);
 }
 
 #[cfg(feature = "wgpu")]
 #[test]
 fn wgpu() {
-    laws::<burn::backend::Wgpu>(&Default::default(), 1e-4);
+    laws::<burn::backend::Wgpu>(&Default::default(), 1e-4, Extent::OneEach);
 }
 
 #[cfg(feature = "cuda")]
 #[test]
 fn cuda() {
-    laws::<burn::backend::Cuda>(&Default::default(), 1e-2);
+    laws::<burn::backend::Cuda>(&Default::default(), 1e-2, Extent::All);
 }
 
 #[test]

@@ -95,17 +95,20 @@ pub(super) fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<
     let [rows, _, group, queries, dim] = q.dims();
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
     for (from, to, seen) in blocks(queries, keys) {
-        let scores = scores(q.clone().slice(s![.., .., .., from..to, ..]), &k, visibility.hidden(from, to, seen));
+        let hidden = visibility.hidden(from, to, seen);
+        // A query that sees nothing gets nothing; with a log-sum-exp of 0 its weights are 0 in the backward pass too. The scores
+        // do not tell: some devices find no NaN in a maximum.
+        let blind = hidden.clone().all_dim(4);
+        let scores = scores(q.clone().slice(s![.., .., .., from..to, ..]), &k, hidden);
         let max = scores.clone().max_dim(4);
         let weights = (scores - max.clone()).exp();
         let sum = weights.clone().sum_dim(4);
         let n = to - from;
         let stacked = weights.reshape([rows, kv_heads, group * n, seen]);
         let output = stacked.matmul(v.clone().slice(s![.., .., ..seen, ..])).reshape([rows, kv_heads, group, n, dim]);
-        // A query that sees nothing gets nothing; with this log-sum-exp its weights are 0 in the backward pass too.
-        let blind = max.clone().equal_elem(HIDDEN);
         let output = (output / sum.clone()).mask_fill(blind.clone().expand([rows, kv_heads, group, n, dim]), 0.0);
         outputs.push(ungrouped(output));
+        let blind = blind.expand([rows, kv_heads, group, n, 1]);
         sums.push((max + sum.log()).mask_fill(blind, 0.0).squeeze_dim::<4>(4));
     }
     (primitive(Tensor::cat(outputs, 1)), primitive(Tensor::cat(sums, 3)))
@@ -119,7 +122,11 @@ pub(super) fn backward<B: Backend>(
     let (k, v, lse) = (by_head::<B>(k), by_head::<B>(v), tensor::<B, 4>(lse));
     let [_, kv_heads, keys, dim] = k.dims();
     let (q, dy) = (grouped(tensor::<B, 4>(q), kv_heads), grouped(tensor::<B, 4>(dy), kv_heads));
-    let delta = (grouped(tensor::<B, 4>(output), kv_heads) * dy.clone()).sum_dim(4);
+    // burn-tch 0.21 takes a permuted tensor for the only one on its memory and would write the product there (its issue 5375):
+    // a second handle makes it a copy.
+    let output = grouped(tensor::<B, 4>(output), kv_heads);
+    let delta = (output.clone() * dy.clone()).sum_dim(4);
+    drop(output);
     let [rows, _, group, queries, _] = q.dims();
     let scale = (dim as f64).powf(-0.5);
     let (mut dq, mut dk, mut dv) = (Vec::new(), k.zeros_like(), v.zeros_like());
