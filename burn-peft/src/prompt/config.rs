@@ -118,8 +118,10 @@ const IGNORED: [&str; 17] = [
     "prompt_tuning_init_task",
     "dropout",
 ];
-/// Fields that must have one value, if they are there.
-const NEUTRAL: [(&str, Value); 2] = [("modules_to_save", Value::Null), ("num_transformer_submodules", Value::Null)];
+/// Fields that we can only follow at one value, if they are there.
+fn neutral_fields() -> [(&'static str, Value); 2] {
+    [("modules_to_save", Value::Null), ("num_transformer_submodules", json!(1))]
+}
 
 impl PromptConfig {
     /// Prefix tuning with `num_virtual_tokens` and PEFT's defaults.
@@ -223,10 +225,11 @@ impl PromptConfig {
             let found = value["peft_type"].as_str().unwrap_or("nothing").to_owned();
             return Err(Error::format(path, "peft_type", "PREFIX_TUNING, PROMPT_TUNING or P_TUNING", found));
         }
-        for (name, neutral) in NEUTRAL {
+        let neutral = neutral_fields();
+        for (name, expected) in &neutral {
             let found = &value[name];
-            if *found != neutral && *found != json!(1) {
-                return Err(Error::format(path, name, "null or 1 (nothing else is supported)", found));
+            if !found.is_null() && found != expected {
+                return Err(Error::format(path, name, format!("{expected} (nothing else is supported)"), found));
             }
         }
         let read: Self = serde_json::from_value(value.clone())
@@ -234,7 +237,7 @@ impl PromptConfig {
         read.check()?;
         let own = json!(read);
         let known = |name: &String| {
-            own.get(name).is_some() || IGNORED.contains(&name.as_str()) || NEUTRAL.iter().any(|(n, _)| n == name)
+            own.get(name).is_some() || IGNORED.contains(&name.as_str()) || neutral.iter().any(|(n, _)| n == name)
         };
         // An LSTM, too, is collapsed in the file: what is read are its outputs.
         let known = |name: &String| known(name) || name == "encoder_reparameterization_type";
