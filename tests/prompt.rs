@@ -303,19 +303,6 @@ fn saved_files_are_peft_s() {
     }
 }
 
-fn prefix(v: usize) -> PromptConfig {
-    PromptConfig {
-        num_virtual_tokens: v,
-        method: Method::Prefix {
-            prefix_projection: false,
-            encoder_hidden_size: None,
-            init_weights: None,
-            dropout: 0.0,
-        },
-        base_model_name_or_path: None,
-    }
-}
-
 #[test]
 fn a_prefix_from_the_cache_of_a_text_is_the_text() {
     let golden = tensors("prompt/text.safetensors");
@@ -325,7 +312,7 @@ fn a_prefix_from_the_cache_of_a_text_is_the_text() {
             Some(ids) => integers(ids).iter().map(|&id| id as u32).collect(),
             None => (0..7).map(|i| (i * 11 + 4) % 60).collect(),
         };
-        model.prompt = Some(model.new_prompt(&prefix(5), Some(&text), 0).unwrap());
+        model.prompt = Some(model.new_prompt(&PromptConfig::prefix(5), Some(&text), 0).unwrap());
         let table = floats(&model.prompt.as_ref().unwrap().encoder.forward().into_data());
         if let Some(expected) = golden.get(&format!("{name}.prompt_embeddings")) {
             assert!(max_diff(&table, &floats(expected)) < 1e-5, "{name}: the cache is not PEFT's");
@@ -338,7 +325,7 @@ fn a_prefix_from_the_cache_of_a_text_is_the_text() {
         let difference = max_diff(&after_prefix, &after_text[5 * vocabulary..]);
         assert!(difference < 1e-4, "{name}: {difference:e}");
         // A text that is shorter than the prefix is said again.
-        let short = plain.new_prompt(&prefix(5), Some(&text[..2]), 0).unwrap().encoder.forward();
+        let short = plain.new_prompt(&PromptConfig::prefix(5), Some(&text[..2]), 0).unwrap().encoder.forward();
         let said = [text[0], text[1], text[0], text[1], text[0]];
         let again = plain.keys_and_values(&said).unwrap();
         assert_eq!(short.into_data(), again.into_data(), "{name}");
@@ -352,7 +339,7 @@ fn prompt(init: PromptTuningInit) -> PromptConfig {
         prompt_tuning_init_text: text.clone(),
         tokenizer_name_or_path: text,
     };
-    PromptConfig { method, ..prefix(4) }
+    PromptConfig { method, ..PromptConfig::prefix(4) }
 }
 
 #[test]
@@ -372,7 +359,7 @@ fn prompts_start_as_their_configuration_says() {
         assert_eq!(one, same);
         assert_ne!(one, other);
     }
-    let all = start(&prefix(40), None, 0);
+    let all = start(&PromptConfig::prefix(40), None, 0);
     let square = all.iter().map(|x| x * x).sum::<f32>() / all.len() as f32;
     assert!((square - 1.0).abs() < 0.1, "a normal start: {square}");
     for prefix_projection in [false, true] {
@@ -382,7 +369,7 @@ fn prompts_start_as_their_configuration_says() {
             init_weights: Some("zero".into()),
             dropout: 0.0,
         };
-        assert_eq!(max_abs(&start(&PromptConfig { method, ..prefix(4) }, None, 0)), 0.0);
+        assert_eq!(max_abs(&start(&PromptConfig { method, ..PromptConfig::prefix(4) }, None, 0)), 0.0);
     }
     let error =
         |config: &PromptConfig, text: Option<&[u32]>| model.new_prompt(config, text, 0).unwrap_err().to_string();
@@ -390,7 +377,7 @@ fn prompts_start_as_their_configuration_says() {
     assert!(error(&prompt(PromptTuningInit::Random), Some(&[7, 9999])).contains("9999"));
     let method =
         Method::Prefix { prefix_projection: true, encoder_hidden_size: None, init_weights: None, dropout: 0.0 };
-    assert!(error(&PromptConfig { method, ..prefix(4) }, Some(&[7])).contains("prefix_projection"));
+    assert!(error(&PromptConfig { method, ..PromptConfig::prefix(4) }, Some(&[7])).contains("prefix_projection"));
 }
 
 #[test]

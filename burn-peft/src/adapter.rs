@@ -1,7 +1,20 @@
 //! Adapters on a whole model: attach, read, write, merge.
 
-use crate::{Error, Linear, Lora, LoraConfig, TargetModules, format, kernel::LinearKernels};
-use burn::tensor::{DType, Tensor, TensorData};
+mod base;
+mod convert;
+
+pub use base::{is_adapter, learning_rate_scale, train_only};
+pub use convert::save_as_lora;
+
+use crate::{
+    Error, Linear, Lora, LoraConfig, TargetModules, config::InitLora, format, kernel::LinearKernels, lora::Dora,
+    target::Selection,
+};
+use base::Base;
+use burn::{
+    module::Module,
+    tensor::{DType, Tensor, TensorData},
+};
 use std::{collections::BTreeSet, path::Path};
 
 /// A model that shows its linear layers, each with its path in the checkpoint.
@@ -13,6 +26,11 @@ pub trait Linears<B: LinearKernels> {
 
     /// As [`Linears::linears`], for changing them.
     fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>));
+
+    /// The path of a parameter that the model uses in two places, such as a tied embedding.
+    fn shared(&self) -> Option<&str> {
+        None
+    }
 }
 
 /// The paths that `config` selects.
@@ -21,9 +39,9 @@ pub trait Linears<B: LinearKernels> {
 /// If nothing is selected, or the configuration is not possible.
 pub fn targets<B: LinearKernels, M: Linears<B>>(model: &M, config: &LoraConfig) -> Result<Vec<String>, Error> {
     config.check()?;
-    let (matcher, mut selected, mut names) = (config.target_modules.matcher()?, Vec::new(), BTreeSet::new());
+    let (selection, mut selected, mut names) = (Selection::new(config)?, Vec::new(), BTreeSet::new());
     model.linears(&mut |path, _| {
-        if matcher.selects(path) {
+        if selection.selects(path) {
             selected.push(path.to_owned());
         }
         names.insert(path.rsplit('.').next().unwrap_or(path).to_owned());
@@ -35,101 +53,128 @@ pub fn targets<B: LinearKernels, M: Linears<B>>(model: &M, config: &LoraConfig) 
     Ok(selected)
 }
 
-/// Adds a new adapter to every layer that `config` selects. It changes nothing yet, and its start depends on `seed` and the
-/// layers' paths only. Nothing is frozen here: see [`crate::param::train_only`] and [`is_adapter`].
+/// Adds a new adapter to every layer that `config` selects. It changes nothing yet (unless `init_lora_weights` is `false`), and its
+/// start depends on `seed`, the layers' paths and, for a start from the weight, the weights only. Nothing is frozen here: see
+/// [`train_only`].
 ///
 /// # Errors
-/// If nothing is selected or the name is taken.
-pub fn attach<B: LinearKernels, M: Linears<B>>(
+/// If nothing is selected, the name is taken, the start is none of ours, or `modules_to_save` names no module of the model.
+pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &mut M,
     name: &str,
     config: &LoraConfig,
     seed: u64,
 ) -> Result<(), Error> {
-    let selected: BTreeSet<String> = targets(model, config)?.into_iter().collect();
+    if let InitLora::Other(other) = &config.init_lora_weights {
+        let expected = "true, false, gaussian, orthogonal, pissa or pissa_niter_<n>";
+        return Err(Error::config(format!("`init_lora_weights`: expected {expected}, found {other:?}")));
+    }
+    let base = Base::new(model, config)?;
     name_is_free(model, name)?;
     model.linears_mut(&mut |path, linear| {
-        if selected.contains(path) {
+        if base.adapted(path) {
             linear.attach(path, name, config, seed);
         }
     });
+    base.widen(model);
     Ok(())
 }
 
+/// Names and shapes of the parts of one layer's adapter.
+fn parts(config: &LoraConfig, path: &str, [out, features]: [usize; 2]) -> Vec<(&'static str, Vec<usize>)> {
+    let r = config.rank_at(path);
+    let mut parts = vec![("lora_A", vec![r, features]), ("lora_B", vec![out, r])];
+    if config.use_dora {
+        parts.push(("lora_magnitude_vector", vec![out]));
+    }
+    parts
+}
+
 /// Reads PEFT's adapter directory and adds it to the model under `name`. Returns its configuration and the names of
-/// configuration fields that were not understood.
+/// configuration fields that were not understood. Biases and whole modules that were trained beside the adapter replace the
+/// model's.
 ///
 /// # Errors
 /// If a file is missing or malformed, if the adapter does not fit the model, or if the name is taken.
-pub fn load<B: LinearKernels, M: Linears<B>>(
+pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &mut M,
     name: &str,
     directory: &Path,
 ) -> Result<(LoraConfig, Vec<String>), Error> {
     let (config, mut tensors, unknown) = format::read(directory)?;
     name_is_free(model, name)?;
-    let selected: BTreeSet<String> = targets(model, &config)?.into_iter().collect();
-    let mut problems = Vec::new();
-    let mut found = Vec::new();
+    let base = Base::new(model, &config)?;
+    let mut expected = base.expected();
     model.linears(&mut |path, linear| {
-        if selected.contains(path) {
-            let [out, features] = linear.shape();
-            for (part, shape) in [("lora_A", [config.r, features]), ("lora_B", [out, config.r])] {
-                let key = format::key(path, part);
-                match tensors.remove(&key) {
-                    Some(tensor) if tensor.shape.as_slice() == shape => found.push(tensor),
-                    Some(tensor) => {
-                        problems.push(format!("{key}: expected {shape:?}, found {:?}", tensor.shape.as_slice()))
-                    }
-                    None => problems.push(format!("{key} is missing")),
-                }
-            }
+        if base.adapted(path) {
+            let parts = parts(&config, path, linear.shape()).into_iter();
+            expected.extend(parts.map(|(part, shape)| (format::key(path, part), shape)));
         }
     });
-    problems.extend(tensors.into_keys().map(|key| format!("{key} belongs to no selected layer")));
-    if !problems.is_empty() {
-        return Err(Error::Mismatch { path: directory.to_owned(), message: problems.join("; ") });
-    }
-    let mut found = found.into_iter();
+    format::fits(directory, &expected, &tensors)?;
+    let mut take = |path: &str, part: &str| tensors.remove(&format::key(path, part));
     model.linears_mut(&mut |path, linear| {
-        if selected.contains(path)
-            && let (Some(a), Some(b)) = (found.next(), found.next())
+        if base.adapted(path)
+            && let (Some(a), Some(b)) = (take(path, "lora_A"), take(path, "lora_B"))
         {
             let device = linear.weight.lazy_device();
+            if matches!(config.init_lora_weights, InitLora::Pissa { .. }) {
+                // The adapter is one of what the start left of the weight.
+                linear.attach(path, name, &config, 0);
+                linear.adapters.pop();
+            }
             let tensor = |data: TensorData| Tensor::<B, 2>::from_data(data, (&device, DType::F32));
-            linear.adapters.push(Lora::from_tensors(path, name, &config, tensor(a), tensor(b)));
+            let mut adapter = Lora::from_tensors(path, name, &config, tensor(a), tensor(b));
+            let magnitude = take(path, "lora_magnitude_vector");
+            adapter.dora = magnitude.map(|data| Dora::new(path, name, Tensor::from_data(data, (&device, DType::F32))));
+            linear.adapters.push(adapter);
         }
     });
+    base.replace(model, &tensors);
     Ok((config, unknown))
 }
 
-/// Writes the named adapter as PEFT's directory.
+/// Writes the named adapter as PEFT's directory, with the biases and modules that were trained beside it.
 ///
 /// # Errors
 /// If the model has no such adapter or the directory cannot be written.
-pub fn save<B: LinearKernels, M: Linears<B>>(
+pub fn save<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &M,
     name: &str,
     config: &LoraConfig,
     directory: &Path,
 ) -> Result<(), Error> {
+    let (tensors, config) = collect(model, name, config)?;
+    format::write(directory, &config.to_json(), tensors)
+}
+
+/// The adapter's tensors by key, and its configuration as PEFT writes it.
+fn collect<B: LinearKernels, M: Linears<B> + Module<B>>(
+    model: &M,
+    name: &str,
+    config: &LoraConfig,
+) -> Result<(Vec<(String, TensorData)>, LoraConfig), Error> {
     let (mut tensors, mut targets) = (Vec::new(), BTreeSet::new());
     model.linears(&mut |path, linear| {
         if let Some(adapter) = linear.adapter(name) {
             tensors.push((format::key(path, "lora_A"), adapter.lora_a.val().into_data()));
             tensors.push((format::key(path, "lora_B"), adapter.lora_b.val().into_data()));
+            if let Some(dora) = &adapter.dora {
+                tensors.push((format::key(path, "lora_magnitude_vector"), dora.magnitude.val().into_data()));
+            }
             targets.insert(path.rsplit('.').next().unwrap_or(path).to_owned());
         }
     });
     if tensors.is_empty() {
         return Err(Error::Name { name: name.to_owned(), state: "is on no layer of the model" });
     }
+    tensors.extend(Base::new(model, config)?.tensors(model));
     let mut config = config.clone();
     // As PEFT does: a wildcard is written as the names that it stood for.
     if matches!(&config.target_modules, TargetModules::Pattern(p) if p == "all-linear") {
         config.target_modules = TargetModules::Suffixes(targets.into_iter().collect());
     }
-    format::write(directory, &config.to_json(), tensors)
+    Ok((tensors, config))
 }
 
 /// Merges the named adapter into the weights of its layers; merging twice is merging once.
@@ -142,14 +187,11 @@ pub fn unmerge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) {
     model.linears_mut(&mut |_, linear| linear.unmerge(name));
 }
 
-/// Whether the parameter at `path` belongs to an adapter or a prompt.
-pub fn is_adapter(path: &str) -> bool {
-    path.split('.').any(|part| part == "adapters" || part == "prompt")
-}
-
-fn name_is_free<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<(), Error> {
+pub(crate) fn name_is_free<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<(), Error> {
     let mut taken = false;
-    model.linears(&mut |_, linear| taken |= linear.adapter(name).is_some());
+    model.linears(&mut |_, linear| {
+        taken |= linear.adapter(name).is_some() || linear.ia3.iter().any(|ia3| ia3.name == name);
+    });
     if taken {
         return Err(Error::Name { name: name.to_owned(), state: "exists already; choose another name or detach it" });
     }

@@ -1,11 +1,12 @@
-//! PEFT's `adapter_config.json` for LoRA.
+//! LoRA's configuration, under PEFT's names and with PEFT's defaults.
+
+mod json;
 
 use crate::{Error, TargetModules};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
-use std::path::Path;
+use serde_json::{Map, Value};
 
-/// LoRA's knobs under PEFT's names, with PEFT's defaults.
+/// LoRA's knobs: what PEFT's `adapter_config.json` says of an adapter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LoraConfig {
@@ -20,11 +21,128 @@ pub struct LoraConfig {
     /// The layers that get an adapter.
     #[serde(deserialize_with = "default_if_null")]
     pub target_modules: TargetModules,
+    /// Layers that get none, whatever `target_modules` says: a list of names or a regular expression.
+    pub exclude_modules: Option<TargetModules>,
+    /// Only the blocks of these numbers get adapters. Only with a list of `target_modules`.
+    pub layers_to_transform: Option<OneOrMany<usize>>,
+    /// What the lists of blocks are called, if a path has several numbers.
+    pub layers_pattern: Option<OneOrMany<String>>,
+    /// Other ranks for layers whose path ends in a name (a regular expression); the first that fits counts.
+    #[serde(deserialize_with = "default_if_null")]
+    pub rank_pattern: Map<String, Value>,
+    /// Other values of `lora_alpha`, as `rank_pattern`.
+    #[serde(deserialize_with = "default_if_null")]
+    pub alpha_pattern: Map<String, Value>,
+    /// Learn magnitude and direction of the weight apart (DoRA: Liu et al., 2024, arXiv:2402.09353).
+    pub use_dora: bool,
+    /// What the adapter starts from.
+    #[serde(deserialize_with = "default_if_null")]
+    pub init_lora_weights: InitLora,
+    /// Which biases of the base model learn beside the adapter.
+    pub bias: Bias,
+    /// Modules of the base model that learn whole beside the adapter, such as `lm_head`.
+    pub modules_to_save: Option<Vec<String>>,
     /// The base model, for the record.
     pub base_model_name_or_path: Option<String>,
 }
 
-fn default_if_null<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<TargetModules, D::Error> {
+/// One value or a list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum OneOrMany<T> {
+    /// One.
+    One(T),
+    /// A list; an empty one says nothing.
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    /// All of them.
+    pub fn as_slice(&self) -> &[T] {
+        match self {
+            Self::One(one) => std::slice::from_ref(one),
+            Self::Many(many) => many,
+        }
+    }
+}
+
+/// Which biases of the base model learn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bias {
+    /// None.
+    #[default]
+    None,
+    /// All of the model.
+    All,
+    /// Those of layers with an adapter.
+    LoraOnly,
+}
+
+/// What `A` and `B` start from.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(try_from = "Value", into = "Value")]
+pub enum InitLora {
+    /// `A` uniform in `±1/√in`, `B` zero.
+    #[default]
+    True,
+    /// Both random: the adapter changes the model from the start.
+    False,
+    /// `A` normal with deviation `1/r`, `B` zero.
+    Gaussian,
+    /// The two halves of a random orthogonal matrix, mixed: `A` and `B` do not vanish, their product does.
+    Orthogonal,
+    /// The principal singular directions of the weight, which keeps the rest (PiSSA: Meng et al., 2024, arXiv:2404.02948); by that
+    /// many subspace iterations, or until they no longer change.
+    Pissa {
+        /// `pissa_niter_<n>`.
+        niter: Option<usize>,
+    },
+    /// Another of PEFT's, which a trained adapter may have had.
+    Other(String),
+}
+
+impl TryFrom<Value> for InitLora {
+    type Error = String;
+
+    fn try_from(value: Value) -> Result<Self, String> {
+        Ok(match &value {
+            Value::Bool(true) => Self::True,
+            Value::Bool(false) => Self::False,
+            Value::String(name) => match name.to_lowercase().as_str() {
+                "gaussian" => Self::Gaussian,
+                "orthogonal" => Self::Orthogonal,
+                "pissa" => Self::Pissa { niter: None },
+                other => match other.strip_prefix("pissa_niter_").map(str::parse) {
+                    Some(Ok(niter)) => Self::Pissa { niter: Some(niter) },
+                    _ => Self::Other(name.clone()),
+                },
+            },
+            other => return Err(format!("init_lora_weights: expected true, false or a name, found {other}")),
+        })
+    }
+}
+
+impl From<InitLora> for Value {
+    fn from(init: InitLora) -> Self {
+        match init {
+            InitLora::True => true.into(),
+            InitLora::False => false.into(),
+            InitLora::Gaussian => "gaussian".into(),
+            InitLora::Orthogonal => "orthogonal".into(),
+            InitLora::Pissa { niter: None } => "pissa".into(),
+            InitLora::Pissa { niter: Some(n) } => format!("pissa_niter_{n}").into(),
+            InitLora::Other(name) => name.into(),
+        }
+    }
+}
+
+/// PEFT writes `null` for what was left out.
+pub(crate) fn default_if_null<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Default + Deserialize<'de>,
+{
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
@@ -36,46 +154,46 @@ impl Default for LoraConfig {
             lora_dropout: 0.0,
             use_rslora: false,
             target_modules: TargetModules::default(),
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: None,
+            rank_pattern: Map::new(),
+            alpha_pattern: Map::new(),
+            use_dora: false,
+            init_lora_weights: InitLora::True,
+            bias: Bias::None,
+            modules_to_save: None,
             base_model_name_or_path: None,
         }
     }
 }
 
-/// What PEFT writes and what we can only follow at this value.
-fn neutral_fields() -> Map<String, Value> {
-    let fields = json!({
-        "alora_invocation_tokens": null, "alpha_pattern": {}, "arrow_config": null, "bias": "none", "corda_config": null,
-        "eva_config": null, "exclude_modules": null, "fan_in_fan_out": false, "init_lora_weights": true,
-        "kasa_config": null, "layer_replication": null, "layers_pattern": null, "layers_to_transform": null,
-        "loftq_config": {}, "lora_bias": false, "lora_ga_config": null, "modules_to_save": null,
-        "monteclora_config": null, "rank_pattern": {}, "target_parameters": null, "trainable_token_indices": null,
-        "use_bdlora": null, "use_dora": false, "use_qalora": false, "velora_config": null,
-    });
-    match fields {
-        Value::Object(fields) => fields,
-        _ => Map::new(),
-    }
-}
-
-/// Fields that change nothing for a trained adapter.
-const IGNORED: [&str; 10] = [
-    "auto_mapping",
-    "inference_mode",
-    "megatron_config",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
-    "ensure_weight_tying",
-];
-const OWN: [&str; 6] = ["r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "base_model_name_or_path"];
-
 impl LoraConfig {
-    /// `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
+    /// `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`, where no pattern says otherwise.
     pub fn scaling(&self) -> f64 {
-        self.lora_alpha / if self.use_rslora { (self.r as f64).sqrt() } else { self.r as f64 }
+        self.scale(self.r, self.lora_alpha)
+    }
+
+    /// The rank of the adapter of the layer at `path`.
+    pub fn rank_at(&self, path: &str) -> usize {
+        of_pattern(&self.rank_pattern, path).and_then(Value::as_u64).map_or(self.r, |r| r as usize)
+    }
+
+    /// The scaling of the adapter of the layer at `path`.
+    pub fn scaling_at(&self, path: &str) -> f64 {
+        let alpha = of_pattern(&self.alpha_pattern, path).and_then(Value::as_f64).unwrap_or(self.lora_alpha);
+        self.scale(self.rank_at(path), alpha)
+    }
+
+    fn scale(&self, r: usize, alpha: f64) -> f64 {
+        alpha / if self.use_rslora { (r as f64).sqrt() } else { r as f64 }
+    }
+
+    /// Whether the adapter is no more than one rank and one scaling of `B·A` on an unchanged base model.
+    pub fn is_plain(&self) -> bool {
+        let patterns = self.rank_pattern.is_empty() && self.alpha_pattern.is_empty();
+        let base = self.bias == Bias::None && self.modules_to_save.as_ref().is_none_or(Vec::is_empty);
+        patterns && base && !self.use_dora && !matches!(self.init_lora_weights, InitLora::Pissa { .. })
     }
 
     /// Refuses values that no adapter can have.
@@ -90,73 +208,60 @@ impl LoraConfig {
             let found = self.lora_dropout;
             return Err(Error::config(format!("`lora_dropout` should be at least 0 and below 1 but is {found}")));
         }
+        self.check_patterns()?;
+        self.check_layers()?;
+        if let Some(exclude) = &self.exclude_modules {
+            exclude.matcher()?;
+        }
+        if self.init_lora_weights == InitLora::Orthogonal && !self.r.is_multiple_of(2) {
+            let r = self.r;
+            let message = format!("Orthogonal initialization requires the LoRA rank to be even, got {r} instead.");
+            return Err(Error::config(message));
+        }
         self.target_modules.matcher().map(|_| ())
     }
 
-    /// Reads `adapter_config.json`'s content; the second value names fields that are not known here (a newer PEFT's), which
-    /// the caller should warn about.
-    ///
-    /// # Errors
-    /// If the adapter is of another kind or uses a feature that is not supported.
-    pub fn from_json(path: &Path, value: Value) -> Result<(Self, Vec<String>), Error> {
-        let Value::Object(fields) = &value else {
-            return Err(Error::format(path, "adapter_config.json", "a JSON object", value));
-        };
-        match fields.get("peft_type").and_then(Value::as_str) {
-            Some("LORA") => {}
-            other => return Err(Error::format(path, "peft_type", "LORA", other.unwrap_or("nothing"))),
-        }
-        let neutral = neutral_fields();
-        let mut unknown = Vec::new();
-        for (name, found) in fields {
-            match neutral.get(name) {
-                // What decides only how training starts does not matter for a trained adapter.
-                Some(_) if name == "init_lora_weights" => {}
-                Some(expected) if found == expected || found.is_null() || found == &json!({}) => {}
-                Some(expected) => {
-                    return Err(Error::format(
-                        path,
-                        name,
-                        format!("{expected} (nothing else is supported yet)"),
-                        found,
-                    ));
-                }
-                None if IGNORED.contains(&name.as_str()) || OWN.contains(&name.as_str()) => {}
-                None => unknown.push(name.clone()),
+    fn check_patterns(&self) -> Result<(), Error> {
+        let rank = |value: &Value| value.as_u64().is_some_and(|r| r > 0);
+        let alpha = |value: &Value| value.as_f64().is_some();
+        let ranks = self.rank_pattern.iter().map(|(key, value)| ("rank_pattern", key, value, rank(value)));
+        let alphas = self.alpha_pattern.iter().map(|(key, value)| ("alpha_pattern", key, value, alpha(value)));
+        for (field, key, value, fits) in ranks.chain(alphas) {
+            if !fits {
+                return Err(Error::config(format!("`{field}`: expected a positive number for {key:?}, found {value}")));
             }
+            pattern(key).map_err(|e| Error::config(format!("`{field}`: {key:?} is no regular expression: {e}")))?;
         }
-        let config: Self = serde_json::from_value(value)
-            .map_err(|e| Error::format(path, "adapter_config.json", "LoRA's fields", e))?;
-        config.check()?;
-        Ok((config, unknown))
+        Ok(())
     }
 
-    /// `adapter_config.json` as PEFT writes it.
-    pub fn to_json(&self) -> Value {
-        let mut fields = neutral_fields();
-        let target = match &self.target_modules {
-            TargetModules::Pattern(p) if p == "qkv" => json!(["q_proj", "k_proj", "v_proj"]),
-            other => json!(other),
-        };
-        let integral = self.lora_alpha.fract() == 0.0;
-        let own = json!({
-            "auto_mapping": null, "base_model_name_or_path": self.base_model_name_or_path, "inference_mode": true,
-            "lora_alpha": if integral { json!(self.lora_alpha as i64) } else { json!(self.lora_alpha) },
-            "lora_dropout": self.lora_dropout, "megatron_config": null, "megatron_core": "megatron.core",
-            "peft_type": "LORA", "qalora_group_size": 16, "r": self.r, "revision": null, "target_modules": target,
-            "task_type": "CAUSAL_LM", "use_rslora": self.use_rslora, "ensure_weight_tying": false,
-        });
-        if let Value::Object(own) = own {
-            fields.extend(own);
+    fn check_layers(&self) -> Result<(), Error> {
+        let given = self.layers_to_transform.is_some();
+        if given && matches!(self.target_modules, TargetModules::Pattern(_)) {
+            return Err(Error::config("`layers_to_transform` cannot be used when `target_modules` is a str."));
         }
-        fields.sort_keys();
-        Value::Object(fields)
+        if self.layers_pattern.is_some() && !given {
+            let message = "When `layers_pattern` is specified, `layers_to_transform` must also be specified. ";
+            return Err(Error::config(message));
+        }
+        Ok(())
     }
+}
+
+/// The expression that a path has to match for a pattern's key: the key itself at the path's end.
+fn pattern(key: &str) -> Result<fancy_regex::Regex, Box<fancy_regex::Error>> {
+    fancy_regex::Regex::new(&format!(r"^(?:.*\.)?(?:{key})$")).map_err(Box::new)
+}
+
+fn of_pattern<'a>(patterns: &'a Map<String, Value>, path: &str) -> Option<&'a Value> {
+    let fits = |key: &str| pattern(key).is_ok_and(|regex| regex.is_match(path).unwrap_or(false));
+    patterns.iter().find(|(key, _)| fits(key)).map(|(_, value)| value)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
     #[test]
     fn scaling_follows_peft() {
@@ -167,21 +272,45 @@ mod tests {
     }
 
     #[test]
-    fn a_config_survives_its_own_file_and_unknown_fields_are_told() {
-        let config = LoraConfig { r: 3, lora_alpha: 8.5, use_rslora: true, ..Default::default() };
-        let mut json = config.to_json();
-        json["from_the_future"] = json!(1);
-        let (read, unknown) = LoraConfig::from_json(Path::new("x"), json).unwrap();
-        assert_eq!((read, unknown), (config, vec!["from_the_future".to_owned()]));
+    fn the_first_pattern_that_fits_decides() {
+        let map = |value: Value| value.as_object().unwrap().clone();
+        let config = LoraConfig {
+            rank_pattern: map(json!({ r"layers\.1\..*v_proj": 2, "v_proj": 16 })),
+            alpha_pattern: map(json!({ "self_attn.v_proj": 4.0 })),
+            ..Default::default()
+        };
+        let path = |layer: usize, name: &str| format!("model.layers.{layer}.self_attn.{name}");
+        for (layer, name, rank, scaling) in
+            [(0, "v_proj", 16, 0.25), (1, "v_proj", 2, 2.0), (0, "q_proj", 8, 1.0), (0, "xv_proj", 8, 1.0)]
+        {
+            let path = path(layer, name);
+            assert_eq!((config.rank_at(&path), config.scaling_at(&path)), (rank, scaling), "{path}");
+        }
     }
 
     #[test]
-    fn what_is_not_supported_is_refused_by_name() {
-        let mut json = LoraConfig::default().to_json();
-        json["use_dora"] = json!(true);
-        let error = LoraConfig::from_json(Path::new("x"), json).unwrap_err().to_string();
-        assert!(error.contains("use_dora"), "{error}");
-        let zero = LoraConfig { r: 0, ..Default::default() }.check().unwrap_err().to_string();
-        assert_eq!(zero, "`r` should be a positive integer value but the value passed is 0");
+    fn what_cannot_be_is_refused_by_name() {
+        let map = |value: Value| value.as_object().unwrap().clone();
+        let base = LoraConfig::default;
+        let table = [
+            (LoraConfig { r: 0, ..base() }, "`r` should be a positive integer value but the value passed is 0"),
+            (LoraConfig { lora_dropout: 1.0, ..base() }, "lora_dropout"),
+            (LoraConfig { rank_pattern: map(json!({"q_proj": 0})), ..base() }, "rank_pattern"),
+            (LoraConfig { alpha_pattern: map(json!({"(": 1})), ..base() }, "alpha_pattern"),
+            (LoraConfig { layers_pattern: Some(OneOrMany::One("layers".into())), ..base() }, "layers_to_transform"),
+            (
+                LoraConfig {
+                    layers_to_transform: Some(OneOrMany::One(0)),
+                    target_modules: TargetModules::Pattern(".*q_proj".into()),
+                    ..base()
+                },
+                "`layers_to_transform` cannot be used when `target_modules` is a str.",
+            ),
+            (LoraConfig { r: 3, init_lora_weights: InitLora::Orthogonal, ..base() }, "even, got 3"),
+        ];
+        for (config, expected) in table {
+            let error = config.check().unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use burn::tensor::{DType, TensorData};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     path::Path,
 };
@@ -13,9 +13,33 @@ use std::{
 pub(crate) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 
-/// PEFT's key for a part (`lora_A`, `lora_B`) of the adapter of the layer at `path`.
+/// PEFT's key for a part (`lora_A`, `lora_B`, `lora_magnitude_vector`) of the adapter of the layer at `path`.
 pub fn key(path: &str, part: &str) -> String {
-    format!("base_model.model.{path}.{part}.weight")
+    let end = if part == "lora_magnitude_vector" { "" } else { ".weight" };
+    format!("base_model.model.{path}.{part}{end}")
+}
+
+/// Refuses tensors that are not exactly the expected ones.
+pub(crate) fn fits(
+    directory: &Path,
+    expected: &[(String, Vec<usize>)],
+    tensors: &BTreeMap<String, TensorData>,
+) -> Result<(), Error> {
+    let mut problems = Vec::new();
+    for (key, shape) in expected {
+        match tensors.get(key) {
+            Some(tensor) if tensor.shape.as_slice() == shape => {}
+            Some(tensor) => problems.push(format!("{key}: expected {shape:?}, found {:?}", tensor.shape.as_slice())),
+            None => problems.push(format!("{key} is missing")),
+        }
+    }
+    let known: BTreeSet<&String> = expected.iter().map(|(key, _)| key).collect();
+    let extra = tensors.keys().filter(|key| !known.contains(key));
+    problems.extend(extra.map(|key| format!("{key} belongs to no selected layer")));
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Mismatch { path: directory.to_owned(), message: problems.join("; ") })
 }
 
 /// An adapter directory's configuration, its tensors in f32 by key, and the configuration fields that are not known here.

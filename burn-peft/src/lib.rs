@@ -28,6 +28,10 @@
 //! // An adapter starts as the identity: B is zero.
 //! assert_eq!(before.into_data(), after.into_data());
 //! ```
+//!
+//! Where to look: [`adapter`] puts LoRA and its family (DoRA, PiSSA, patterns, biases and whole modules beside it) on a model,
+//! [`ia3`] learned factors, [`prompt`] virtual tokens (prefix tuning, prompt tuning, P-tuning). All of them read and write PEFT's
+//! own directories. `examples/foreign.rs` puts a prefix and LoRA on a model that knows nothing of this crate but [`Linear`].
 #![deny(missing_docs)]
 #![recursion_limit = "256"]
 
@@ -35,9 +39,10 @@ pub mod adapter;
 pub mod config;
 mod error;
 pub mod format;
+pub mod ia3;
 pub mod kernel;
 mod linear;
-mod lora;
+pub mod lora;
 pub mod param;
 mod pass;
 pub mod prompt;
@@ -47,6 +52,7 @@ pub mod target;
 pub use adapter::Linears;
 pub use config::LoraConfig;
 pub use error::Error;
+pub use ia3::{Ia3, Ia3Config};
 pub use linear::Linear;
 pub use lora::Lora;
 pub use pass::{Noise, Pass, Token};

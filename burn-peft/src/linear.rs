@@ -1,9 +1,9 @@
 //! The linear layer that every projection of a model is.
 
-use crate::{Error, Lora, LoraConfig, Pass, kernel, kernel::LinearKernels, param};
+use crate::{Error, Ia3, Lora, LoraConfig, Pass, config::InitLora, kernel, kernel::LinearKernels, lora::Dora, param};
 use burn::{
     module::{Module, Param},
-    tensor::Tensor,
+    tensor::{DType, Tensor},
 };
 
 /// `y = x·Wᵀ + bias + Σ adapters`. The weight keeps the layout `[out, in]` and the path `….weight` of the checkpoint; it is
@@ -14,8 +14,10 @@ pub struct Linear<B: LinearKernels> {
     pub weight: Param<Tensor<B, 2>>,
     /// `[out]`, in f32.
     pub bias: Option<Param<Tensor<B, 1>>>,
-    /// The adapters, in the order in which they were attached. All of them add to the output.
+    /// The low-rank adapters, in the order in which they were attached. All of them add to the output.
     pub adapters: Vec<Lora<B>>,
+    /// Learned factors of the layer's own features.
+    pub ia3: Vec<Ia3<B>>,
 }
 
 impl<B: LinearKernels> Linear<B> {
@@ -25,6 +27,7 @@ impl<B: LinearKernels> Linear<B> {
             weight: Param::initialized(param::id(&format!("{path}.weight")), weight.require_grad()),
             bias: bias.map(|bias| Param::initialized(param::id(&format!("{path}.bias")), bias.require_grad())),
             adapters: Vec::new(),
+            ia3: Vec::new(),
         }
     }
 
@@ -35,49 +38,98 @@ impl<B: LinearKernels> Linear<B> {
 
     /// `x [tokens, in]` → `[tokens, out]`, in the type of `x`.
     pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
-        let mut y = kernel::linear(x.clone(), self.weight.val());
+        let mut y = kernel::linear(self.scaled(x.clone(), true), self.weight.val());
+        let base = self.active().any(|adapter| adapter.dora.is_some()).then(|| y.clone());
         if let Some(bias) = &self.bias {
             y = y + bias.val().unsqueeze();
         }
-        for adapter in self.adapters.iter().filter(|adapter| !adapter.merged) {
-            y = y + adapter.forward(x.clone(), pass);
+        y = self.scaled(y, false);
+        for adapter in self.active() {
+            y = y + match (&adapter.dora, &base) {
+                (Some(dora), Some(base)) => {
+                    adapter.forward_with_magnitude(dora, x.clone(), (base.clone(), self.weight.val()), pass)
+                }
+                _ => adapter.forward(x.clone(), pass),
+            };
         }
         y
     }
 
-    /// Adds a new adapter that changes nothing yet; `seed` and the layer's path decide its `A`.
-    pub fn attach(&mut self, path: &str, name: &str, config: &LoraConfig, seed: u64) {
-        let device = self.weight.lazy_device();
-        self.adapters.push(Lora::new(path, name, config, self.shape(), (seed, &device)));
+    fn active(&self) -> impl Iterator<Item = &Lora<B>> {
+        self.adapters.iter().filter(|adapter| !adapter.merged)
     }
 
-    /// The adapter of that name.
+    /// `x` with its features scaled by the factors of the layer's inputs (`feedforward`) or outputs.
+    fn scaled(&self, x: Tensor<B, 2>, feedforward: bool) -> Tensor<B, 2> {
+        let active = self.ia3.iter().filter(|ia3| !ia3.merged && ia3.is_feedforward() == feedforward);
+        active.fold(x, |x, ia3| ia3.scale(x))
+    }
+
+    /// Adds a new adapter; `seed` and the layer's path decide its random numbers. A start from the weight takes the adapter's
+    /// part off it, so that the layer computes what it did; it does too with every other start but `false`.
+    pub fn attach(&mut self, path: &str, name: &str, config: &LoraConfig, seed: u64) {
+        let device = self.weight.lazy_device();
+        let mut adapter = match config.init_lora_weights {
+            InitLora::Pissa { niter } => {
+                let adapter = Lora::principal(path, name, config, self.weight.val(), (niter, seed));
+                let delta = adapter.delta().neg();
+                self.map_weight(|weight| weight + delta);
+                adapter
+            }
+            _ => Lora::new(path, name, config, self.shape(), (seed, &device)),
+        };
+        if config.use_dora {
+            let magnitude = crate::lora::norm(&adapter, self.weight.val());
+            adapter.dora = Some(Dora::new(path, name, magnitude));
+        }
+        self.adapters.push(adapter);
+    }
+
+    /// The low-rank adapter of that name.
     pub fn adapter(&self, name: &str) -> Option<&Lora<B>> {
         self.adapters.iter().find(|adapter| adapter.name == name)
     }
 
-    /// Adds `s·B·A` of the named adapter to the weight; nothing happens if that was done before or if the layer has no such
-    /// adapter. The sum is computed in f32 and stored in the weight's type.
+    /// Puts the named adapter into the weight (`s·B·A` is added, a magnitude or factors multiply); nothing happens if that was
+    /// done before or if the layer has no such adapter. Computed in f32 and stored in the weight's type.
     pub fn merge(&mut self, name: &str) {
         self.shift(name, true);
     }
 
-    /// Takes `s·B·A` of a merged adapter off the weight again.
+    /// Takes a merged adapter out of the weight again.
     pub fn unmerge(&mut self, name: &str) {
         self.shift(name, false);
     }
 
     fn shift(&mut self, name: &str, merge: bool) {
-        let Some(adapter) = self.adapters.iter_mut().find(|adapter| adapter.name == name && adapter.merged != merge)
-        else {
-            return;
-        };
-        adapter.merged = merge;
-        let delta = if merge { adapter.delta() } else { adapter.delta().neg() }.detach();
+        let wanted = |found: &str, merged: bool| found == name && merged != merge;
+        if let Some(index) = self.adapters.iter().position(|adapter| wanted(&adapter.name, adapter.merged)) {
+            let mut adapter = self.adapters.remove(index);
+            self.map_weight(|weight| adapter.shifted(weight, merge));
+            self.adapters.insert(index, adapter);
+        }
+        if let Some(index) = self.ia3.iter().position(|ia3| wanted(&ia3.name, ia3.merged)) {
+            let factors = self.ia3[index].ia3_l.val().detach();
+            let by = if merge { factors } else { factors.recip() };
+            if !self.ia3[index].is_feedforward() {
+                let out = by.clone().reshape([self.shape()[0]]);
+                self.bias = self.bias.take().map(|bias| {
+                    bias.map(|bias| {
+                        let trained = bias.is_require_grad();
+                        (bias.detach() * out).detach().set_require_grad(trained)
+                    })
+                });
+            }
+            self.map_weight(|weight| weight * by);
+            self.ia3[index].merged = merge;
+        }
+    }
+
+    /// Changes the weight, given and returned in f32.
+    fn map_weight(&mut self, change: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>) {
         self.weight = self.weight.clone().map(|weight| {
             let (dtype, trained) = (weight.dtype(), weight.is_require_grad());
-            let sum = weight.detach().cast(delta.dtype()) + delta;
-            sum.cast(dtype).detach().set_require_grad(trained)
+            change(weight.detach().cast(DType::F32)).cast(dtype).detach().set_require_grad(trained)
         });
     }
 
@@ -86,10 +138,13 @@ impl<B: LinearKernels> Linear<B> {
     /// # Errors
     /// If it is merged: its values would stay in the weight.
     pub fn detach(&mut self, name: &str) -> Result<(), Error> {
-        if self.adapter(name).is_some_and(|adapter| adapter.merged) {
+        let low_rank = self.adapters.iter().map(|adapter| (&adapter.name, adapter.merged));
+        let mut all = low_rank.chain(self.ia3.iter().map(|ia3| (&ia3.name, ia3.merged)));
+        if all.any(|(found, merged)| found == name && merged) {
             return Err(Error::Name { name: name.to_owned(), state: "is merged into the weights; unmerge it first" });
         }
         self.adapters.retain(|adapter| adapter.name != name);
+        self.ia3.retain(|ia3| ia3.name != name);
         Ok(())
     }
 }

@@ -1,5 +1,12 @@
 //! Low-rank adaptation (Hu et al., 2021, arXiv:2106.09685), on the activations.
 
+mod dora;
+mod start;
+mod svd;
+
+pub use dora::Dora;
+pub(crate) use dora::norm;
+
 use crate::{LoraConfig, Pass, kernel, kernel::LinearKernels, param, random};
 use burn::{
     module::{Module, Param},
@@ -13,6 +20,8 @@ pub struct Lora<B: LinearKernels> {
     pub lora_a: Param<Tensor<B, 2>>,
     /// `B [out, r]`, PEFT's `lora_B.weight`.
     pub lora_b: Param<Tensor<B, 2>>,
+    /// The magnitude, if it is learned apart.
+    pub dora: Option<Dora<B>>,
     /// The adapter's name, `default` in PEFT's files.
     pub name: String,
     /// `s`: `lora_alpha / r`, or `lora_alpha / √r` with rank stabilisation.
@@ -26,25 +35,21 @@ pub struct Lora<B: LinearKernels> {
 }
 
 impl<B: LinearKernels> Lora<B> {
-    /// A new adapter for the layer at `path` with `[out, in]` weights: `A` uniform in `±1/√in` (Kaiming with `a = √5`, as
-    /// PEFT), `B` zero, so that it changes nothing yet.
+    /// A new adapter for the layer at `path` with weights `[out, in]`, with a start that does not need them.
     pub fn new(
         path: &str,
         name: &str,
         config: &LoraConfig,
-        [out, features]: [usize; 2],
+        shape: [usize; 2],
         (seed, device): (u64, &B::Device),
     ) -> Self {
-        let (bound, key) = (1.0 / (features as f64).sqrt(), random::key(&[seed, random::text(path)]));
-        let a = (0..config.r * features).map(|i| ((2.0 * random::uniform(key, i as u64) - 1.0) * bound) as f32);
-        let a = TensorData::new(a.collect::<Vec<f32>>(), [config.r, features]);
-        Self::from_tensors(
-            path,
-            name,
-            config,
-            Tensor::from_data(a, (device, DType::F32)),
-            Tensor::zeros([out, config.r], (device, DType::F32)),
-        )
+        let key = random::key(&[seed, random::text(path)]);
+        let r = config.rank_at(path);
+        let [a, b] = start::values(&config.init_lora_weights, shape, r, key);
+        let tensor = |values: Vec<f32>, shape: [usize; 2]| {
+            Tensor::<B, 2>::from_data(TensorData::new(values, shape), (device, DType::F32))
+        };
+        Self::from_tensors(path, name, config, tensor(a, [r, shape[1]]), tensor(b, [shape[0], r]))
     }
 
     /// An adapter with the given `A [r, in]` and `B [out, r]`.
@@ -55,20 +60,56 @@ impl<B: LinearKernels> Lora<B> {
         Self {
             lora_a: leaf("lora_A", a),
             lora_b: leaf("lora_B", b),
+            dora: None,
             name: name.to_owned(),
-            scaling: config.scaling(),
+            scaling: config.scaling_at(path),
             dropout: config.lora_dropout,
             merged: false,
             layer: random::text(path),
         }
     }
 
-    /// What the adapter adds to the layer's output: `x [tokens, in]` → `[tokens, out]`.
+    /// The adapter that holds the principal part of `weight`, to be taken off it: `s·B·A` is the best approximation of rank `r`.
+    pub(crate) fn principal(
+        path: &str,
+        name: &str,
+        config: &LoraConfig,
+        weight: Tensor<B, 2>,
+        (niter, seed): (Option<usize>, u64),
+    ) -> Self {
+        let key = random::key(&[seed, random::text(path)]);
+        let (a, b) = svd::halves(weight, config.rank_at(path), niter, key);
+        let share = config.scaling_at(path).sqrt();
+        Self::from_tensors(path, name, config, a / share, b / share)
+    }
+
+    /// What the adapter adds to the layer's output: `x [tokens, in]` → `[tokens, out]`. Without the magnitude.
     pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
         let dtype = x.dtype();
         let x = self.drop(x.cast(DType::F32), pass);
         let low = kernel::linear(x, self.lora_a.val()) * self.scaling;
         kernel::linear(low, self.lora_b.val()).cast(dtype)
+    }
+
+    /// What an adapter with a magnitude adds to the layer's output: `base [tokens, out]` is `x` times the layer's `weight`.
+    pub(crate) fn forward_with_magnitude(
+        &self,
+        dora: &Dora<B>,
+        x: Tensor<B, 2>,
+        (base, weight): (Tensor<B, 2>, Tensor<B, 2>),
+        pass: &Pass,
+    ) -> Tensor<B, 2> {
+        // Both parts see the same features, as in PEFT.
+        let base = match pass.noise {
+            Some(_) if self.dropout > 0.0 => {
+                kernel::linear(self.drop(x.clone().cast(DType::F32), pass).cast(x.dtype()), weight.clone())
+            }
+            _ => base,
+        };
+        let factor = dora.factor(self, weight).unsqueeze::<2>();
+        let dtype = base.dtype();
+        let added = self.forward(x, pass).cast(DType::F32) * factor.clone();
+        (base.cast(DType::F32) * (factor - 1.0) + added).cast(dtype)
     }
 
     fn drop(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
@@ -83,5 +124,22 @@ impl<B: LinearKernels> Lora<B> {
     /// `s·B·A [out, in]` in f32: what merging adds to the weight.
     pub fn delta(&self) -> Tensor<B, 2> {
         self.lora_b.val().matmul(self.lora_a.val()) * self.scaling
+    }
+
+    /// The weight `[out, in]`, in f32, after merging the adapter (or after undoing that).
+    pub(crate) fn shifted(&mut self, weight: Tensor<B, 2>, merge: bool) -> Tensor<B, 2> {
+        self.merged = merge;
+        let delta = if merge { self.delta() } else { self.delta().neg() }.detach();
+        match self.dora.take() {
+            None => weight + delta,
+            Some(mut dora) => {
+                let kept = dora.merged.take();
+                let factor = kept.unwrap_or_else(|| dora.factor(self, weight.clone()).detach());
+                dora.merged = merge.then(|| factor.clone());
+                self.dora = Some(dora);
+                let factor = factor.unsqueeze_dim::<2>(1);
+                if merge { (weight + delta) * factor } else { weight / factor + delta }
+            }
+        }
     }
 }

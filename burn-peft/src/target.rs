@@ -1,6 +1,6 @@
 //! Which linear layers an adapter goes to.
 
-use crate::Error;
+use crate::{Error, LoraConfig};
 use serde::{Deserialize, Serialize};
 
 /// PEFT's `target_modules`: a list of names, matched as suffixes, or one string: a regular expression for the whole path,
@@ -66,9 +66,7 @@ impl Matcher {
     /// Whether the layer at `path` is selected.
     pub fn selects(&self, path: &str) -> bool {
         match self {
-            Self::Suffixes(names) => names
-                .iter()
-                .any(|name| path.strip_suffix(name.as_str()).is_some_and(|s| s.is_empty() || s.ends_with('.'))),
+            Self::Suffixes(names) => names.iter().any(|name| is_named(path, name)),
             Self::AllLinear => path != "lm_head" && !path.ends_with(".lm_head"),
             // A pattern that gives up on backtracking does not select.
             Self::Regex(regex) => regex.is_match(path).unwrap_or(false),
@@ -76,9 +74,112 @@ impl Matcher {
     }
 }
 
+/// Everything in a [`LoraConfig`] that decides which layers get an adapter, ready to be asked.
+#[derive(Debug, Clone)]
+pub struct Selection {
+    target: Matcher,
+    exclude: Option<Matcher>,
+    saved: Vec<String>,
+    layers: Option<Vec<usize>>,
+    patterns: Vec<fancy_regex::Regex>,
+}
+
+impl Selection {
+    /// Reads the configuration.
+    ///
+    /// # Errors
+    /// If a pattern is no regular expression.
+    pub fn new(config: &LoraConfig) -> Result<Self, Error> {
+        let layers = config.layers_to_transform.as_ref().map(|layers| layers.as_slice().to_vec());
+        let patterns = config.layers_pattern.iter().flat_map(|patterns| patterns.as_slice());
+        let regex = |pattern: &String| {
+            fancy_regex::Regex::new(&format!(r"^(?:.*?\.)?(?:{pattern})\.(?P<layer>\d+)\."))
+                .map_err(|e| Error::config(format!("layers_pattern: `{pattern}` is no regular expression: {e}")))
+        };
+        Ok(Self {
+            target: config.target_modules.matcher()?,
+            exclude: config.exclude_modules.as_ref().map(TargetModules::matcher).transpose()?,
+            saved: config.modules_to_save.clone().unwrap_or_default(),
+            layers: layers.filter(|layers| !layers.is_empty()),
+            patterns: patterns.map(regex).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Whether the layer at `path` gets an adapter.
+    pub fn selects(&self, path: &str) -> bool {
+        let excluded = self.exclude.as_ref().is_some_and(|exclude| exclude.selects(path));
+        let block = || match &self.layers {
+            None => true,
+            Some(layers) => self.block(path).is_some_and(|block| layers.contains(&block)),
+        };
+        self.target.selects(path) && !excluded && !self.saves(path) && block()
+    }
+
+    /// The names of `modules_to_save` that stand for the module at `path` or one that it is in.
+    pub(crate) fn savers<'a>(&'a self, path: &'a str) -> impl Iterator<Item = &'a String> {
+        let modules = || path.match_indices('.').map(|(at, _)| at).chain([path.len()]).map(|end| &path[..end]);
+        self.saved.iter().filter(move |name| modules().any(|module| is_named(module, name)))
+    }
+
+    /// Whether the module at `path` is one of `modules_to_save`, or in one.
+    pub fn saves(&self, path: &str) -> bool {
+        self.savers(path).next().is_some()
+    }
+
+    /// The first number in a path, or the one after a name of `layers_pattern`.
+    fn block(&self, path: &str) -> Option<usize> {
+        if self.patterns.is_empty() {
+            // As PEFT: a number that a name with another before it stands for.
+            let parts: Vec<&str> = path.split('.').collect();
+            let numbers = parts.get(2..parts.len().saturating_sub(1))?.iter();
+            return numbers.filter_map(|part| part.parse().ok()).next();
+        }
+        let found = |regex: &fancy_regex::Regex| regex.captures(path).ok()??.name("layer")?.as_str().parse().ok();
+        self.patterns.iter().find_map(found)
+    }
+}
+
+/// Whether `path` is `name` or ends in it.
+fn is_named(path: &str, name: &str) -> bool {
+    path.strip_suffix(name).is_some_and(|before| before.is_empty() || before.ends_with('.'))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::OneOrMany;
+
+    #[test]
+    fn exclusions_saved_modules_and_blocks_narrow_the_selection() {
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let base = || LoraConfig {
+            target_modules: TargetModules::Suffixes(names(&["q_proj", "k_proj", "lm_head"])),
+            ..LoraConfig::default()
+        };
+        let exclude = |modules| LoraConfig { exclude_modules: Some(modules), ..base() };
+        let layers = |layers, pattern: Option<&str>| LoraConfig {
+            layers_to_transform: Some(layers),
+            layers_pattern: pattern.map(|pattern| OneOrMany::One(pattern.to_owned())),
+            ..base()
+        };
+        let (q0, k1) = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj");
+        let expert = "model.layers.1.experts.0.q_proj";
+        let saved = LoraConfig { modules_to_save: Some(names(&["lm_head", "self_attn"])), ..base() };
+        for (config, expected) in [
+            (base(), [true, true, true, true]),
+            (exclude(TargetModules::Suffixes(names(&["k_proj"]))), [true, false, true, true]),
+            (exclude(TargetModules::Pattern(r".*layers\.0\..*".into())), [false, true, true, true]),
+            (exclude(TargetModules::Pattern("q_proj".into())), [true, true, true, true]),
+            (saved, [false, false, true, false]),
+            (layers(OneOrMany::One(0), None), [true, false, false, false]),
+            (layers(OneOrMany::Many(vec![1, 7]), Some("layers")), [false, true, true, false]),
+            (layers(OneOrMany::One(0), Some("experts")), [false, false, true, false]),
+            (layers(OneOrMany::Many(vec![]), None), [true, true, true, true]),
+        ] {
+            let selection = Selection::new(&config).unwrap();
+            assert_eq!([q0, k1, expert, "lm_head"].map(|path| selection.selects(path)), expected, "{config:?}");
+        }
+    }
 
     #[test]
     fn selection_is_peft_s() {

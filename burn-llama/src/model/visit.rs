@@ -25,6 +25,10 @@ impl<B: Kernels> Linears<B> for Llama<B> {
         }
     }
 
+    fn shared(&self) -> Option<&str> {
+        self.lm_head.is_none().then_some("model.embed_tokens.weight")
+    }
+
     fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>)) {
         for (index, layer) in self.model.layers.iter_mut().enumerate() {
             let (attention, mlp) = (&mut layer.self_attn, &mut layer.mlp);

@@ -118,10 +118,32 @@ const IGNORED: [&str; 17] = [
     "prompt_tuning_init_task",
     "dropout",
 ];
-/// Fields that must have one value, if they are there.
-const NEUTRAL: [(&str, Value); 2] = [("modules_to_save", Value::Null), ("num_transformer_submodules", Value::Null)];
+/// Fields that we can only follow at one value, if they are there.
+fn neutral_fields() -> [(&'static str, Value); 2] {
+    [("modules_to_save", Value::Null), ("num_transformer_submodules", json!(1))]
+}
 
 impl PromptConfig {
+    /// Prefix tuning with `num_virtual_tokens` and PEFT's defaults.
+    pub fn prefix(num_virtual_tokens: usize) -> Self {
+        let (prefix_projection, encoder_hidden_size, init_weights, dropout) = (false, None, None, 0.0);
+        let method = Method::Prefix { prefix_projection, encoder_hidden_size, init_weights, dropout };
+        Self { num_virtual_tokens, method, base_model_name_or_path: None }
+    }
+
+    /// Prompt tuning with `num_virtual_tokens`, from random numbers.
+    pub fn prompt(num_virtual_tokens: usize) -> Self {
+        let (prompt_tuning_init, prompt_tuning_init_text, tokenizer_name_or_path) = Default::default();
+        let method = Method::Prompt { prompt_tuning_init, prompt_tuning_init_text, tokenizer_name_or_path };
+        Self { num_virtual_tokens, method, base_model_name_or_path: None }
+    }
+
+    /// P-tuning with `num_virtual_tokens` and PEFT's defaults.
+    pub fn p_tuning(num_virtual_tokens: usize) -> Self {
+        let method = Method::PTuning { encoder_hidden_size: None };
+        Self { num_virtual_tokens, method, base_model_name_or_path: None }
+    }
+
     /// Refuses values that no prompt can have.
     ///
     /// # Errors
@@ -203,10 +225,11 @@ impl PromptConfig {
             let found = value["peft_type"].as_str().unwrap_or("nothing").to_owned();
             return Err(Error::format(path, "peft_type", "PREFIX_TUNING, PROMPT_TUNING or P_TUNING", found));
         }
-        for (name, neutral) in NEUTRAL {
+        let neutral = neutral_fields();
+        for (name, expected) in &neutral {
             let found = &value[name];
-            if *found != neutral && *found != json!(1) {
-                return Err(Error::format(path, name, "null or 1 (nothing else is supported)", found));
+            if !found.is_null() && found != expected {
+                return Err(Error::format(path, name, format!("{expected} (nothing else is supported)"), found));
             }
         }
         let read: Self = serde_json::from_value(value.clone())
@@ -214,7 +237,7 @@ impl PromptConfig {
         read.check()?;
         let own = json!(read);
         let known = |name: &String| {
-            own.get(name).is_some() || IGNORED.contains(&name.as_str()) || NEUTRAL.iter().any(|(n, _)| n == name)
+            own.get(name).is_some() || IGNORED.contains(&name.as_str()) || neutral.iter().any(|(n, _)| n == name)
         };
         // An LSTM, too, is collapsed in the file: what is read are its outputs.
         let known = |name: &String| known(name) || name == "encoder_reparameterization_type";
@@ -273,41 +296,24 @@ mod tests {
         }
     }
 
-    fn prefix(v: usize, prefix_projection: bool) -> PromptConfig {
-        PromptConfig {
-            num_virtual_tokens: v,
-            method: Method::Prefix {
-                prefix_projection,
-                encoder_hidden_size: Some(512),
-                init_weights: None,
-                dropout: 0.0,
-            },
-            base_model_name_or_path: None,
+    fn prefix(v: usize, projected: bool) -> PromptConfig {
+        let mut config = PromptConfig::prefix(v);
+        if let Method::Prefix { prefix_projection, encoder_hidden_size, .. } = &mut config.method {
+            (*prefix_projection, *encoder_hidden_size) = (projected, Some(512));
         }
+        config
     }
 
     #[test]
     fn trainable_counts_are_peft_s() {
-        let prompt = PromptConfig {
-            method: Method::Prompt {
-                prompt_tuning_init: PromptTuningInit::Random,
-                prompt_tuning_init_text: None,
-                tokenizer_name_or_path: None,
-            },
-            ..prefix(200, false)
-        };
         let table = [
             (prefix(128, false), shape(22, 32, 4, 64), 1_441_792),
             (prefix(128, false), shape(32, 32, 32, 128), 33_554_432),
             (prefix(128, false), shape(16, 32, 8, 64), 2_097_152),
             (prefix(128, false), shape(32, 32, 8, 128), 8_388_608),
             (prefix(50, false), shape(28, 24, 8, 128), 2_867_200),
-            (prompt, shape(28, 24, 8, 128), 614_400),
-            (
-                PromptConfig { method: Method::PTuning { encoder_hidden_size: None }, ..prefix(20, false) },
-                shape(28, 24, 8, 128),
-                20 * 3072 + 3 * 3073 * 3072,
-            ),
+            (PromptConfig::prompt(200), shape(28, 24, 8, 128), 614_400),
+            (PromptConfig::p_tuning(20), shape(28, 24, 8, 128), 20 * 3072 + 3 * 3073 * 3072),
         ];
         for (config, base, expected) in table {
             assert_eq!(config.count_trainable(&base), expected, "{config:?} on {base:?}");

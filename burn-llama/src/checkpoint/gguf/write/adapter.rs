@@ -31,6 +31,11 @@ pub fn save_adapter(
 ) -> Result<Vec<String>, Error> {
     check_kind(kind, &[BlockType::F32, BlockType::F16])?;
     let (lora, tensors, unknown) = format::read(directory)?;
+    if !lora.is_plain() {
+        let expected =
+            "one rank and one scaling on an unchanged base: no patterns, bias, modules_to_save, DoRA or PiSSA";
+        return Err(Error::format(directory, "adapter_config.json", expected, "an adapter that llama.cpp cannot hold"));
+    }
     let alpha = (lora.scaling() * lora.r as f64) as f32;
     if alpha == 0.0 {
         // llama.cpp takes 0 for "not given" and scales by 1, which would be another adapter.

@@ -1,0 +1,40 @@
+//! Teaches a model one answer by a prefix, once from random numbers and once from the cache of a text, and writes the second as
+//! PEFT's directory: `cargo run --release --example prefix -- MODEL ADAPTER`, where MODEL is a Hugging Face directory.
+
+use burn::{
+    backend::{Autodiff, Flex},
+    tensor::DType,
+};
+use burn_llama::{Checkpoint, Example, Layout, Tokenizer};
+use burn_peft::{Pass, PromptConfig, adapter, param};
+use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
+use std::{error::Error, path::Path};
+
+type Train = Autodiff<Flex>;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [path, out] = arguments.as_slice() else { return Err("usage: prefix MODEL ADAPTER".into()) };
+    let tokenizer = Tokenizer::from_dir(Path::new(path))?;
+    let base = Checkpoint::open(Path::new(path))?.load::<Train>(DType::F32, &Default::default())?;
+
+    let (prompt, answer) = (tokenizer.encode("The heart is", true)?, tokenizer.encode(" a pump of muscle.", false)?);
+    let rows = [Example::new(&prompt, &answer, 512)];
+    let (layout, weight) = (Layout::padded(&[rows[0].ids.len()]), 1.0 / rows[0].targets() as f32);
+    let text =
+        tokenizer.encode("You are a doctor. You answer questions about the human body in one short sentence.", true)?;
+    for (start, text) in [("random numbers", None), ("a text", Some(text.as_slice()))] {
+        let mut model = base.clone();
+        model.prompt = Some(model.new_prompt(&PromptConfig::prefix(16), text, 0)?);
+        let mut model = param::train_only(model, adapter::is_adapter);
+        let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
+        let mut losses = Vec::new();
+        for _ in 0..=20 {
+            losses.push(engine.accumulate(&model, &model.batch(&rows, &layout, weight, Pass::default())?));
+            engine.step(&mut model, 5e-3)?;
+        }
+        println!("from {start}: loss {:.4} at first, {:.4} after 20 steps", losses[0], losses[20]);
+        model.prompt.iter().try_for_each(|prompt| prompt.save(Path::new(out)))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,153 @@
+//! What of the base model learns beside an adapter: biases (`bias`) and whole modules (`modules_to_save`). They learn in
+//! place: what the model was without the adapter is in its own files.
+
+use super::{Linears, targets};
+use crate::{Error, LoraConfig, config::Bias, kernel::LinearKernels, param, target::Selection};
+use burn::{
+    module::{Module, ModuleMapper, ModuleVisitor, Param},
+    tensor::{DType, Tensor, TensorData, backend::Backend},
+};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Whether the parameter at `path` belongs to an adapter or a prompt.
+pub fn is_adapter(path: &str) -> bool {
+    path.split('.').any(|part| matches!(part, "adapters" | "ia3" | "prompt"))
+}
+
+/// What LoRA+ multiplies the learning rate of the parameter at `path` by: `loraplus_lr_ratio` for `B` and for vectors
+/// (Hayou et al., 2024, arXiv:2402.12354).
+pub fn learning_rate_scale(path: &str, rank: usize, loraplus_lr_ratio: f64) -> f64 {
+    if path.ends_with(".lora_b") || rank == 1 { loraplus_lr_ratio } else { 1.0 }
+}
+
+/// Lets only the adapters learn and what `config` lets learn beside them. Every parameter becomes a leaf.
+///
+/// # Errors
+/// If the configuration selects nothing.
+pub fn train_only<B: LinearKernels, M: Linears<B> + Module<B>>(model: M, config: &LoraConfig) -> Result<M, Error> {
+    let base = Base::new(&model, config)?;
+    Ok(param::train_only(model, |path| is_adapter(path) || base.learned.contains_key(path)))
+}
+
+/// The layers of an adapter and the base model's parameters that learn with it.
+pub(super) struct Base {
+    adapted: BTreeSet<String>,
+    /// By path: PEFT's key and the shape.
+    learned: BTreeMap<String, (String, Vec<usize>)>,
+}
+
+impl Base {
+    pub fn new<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M, config: &LoraConfig) -> Result<Self, Error> {
+        let adapted: BTreeSet<String> = targets(model, config)?.into_iter().collect();
+        let (selection, mut modules, mut learned) = (Selection::new(config)?, BTreeSet::new(), BTreeMap::new());
+        let mut saved = BTreeSet::new();
+        for (path, shape, _) in param::list::<B, M>(model) {
+            if is_adapter(&path) {
+                continue;
+            }
+            let (module, name) = path.rsplit_once('.').unwrap_or(("", &path));
+            let layer = adapted.contains(module);
+            let bias = name == "bias" && (config.bias == Bias::All || config.bias == Bias::LoraOnly && layer);
+            modules.insert(module.rsplit('.').next().unwrap_or(module).to_owned());
+            saved.extend(selection.savers(module).cloned());
+            if bias || selection.saves(module) {
+                // PEFT wraps the layers that it adapts.
+                let inner = if layer { ".base_layer" } else { "" };
+                learned.insert(path.clone(), (format!("base_model.model.{module}{inner}.{name}"), shape));
+            }
+        }
+        if let Some(shared) = model.shared().filter(|shared| learned.contains_key(*shared)) {
+            let message = format!(
+                "`modules_to_save`: expected modules that the model uses once, found {shared}, which is its head too: PEFT \
+                 would train a copy of one of the two"
+            );
+            return Err(Error::config(message));
+        }
+        let missing = config.modules_to_save.iter().flatten().find(|name| !saved.contains(*name));
+        if let Some(missing) = missing {
+            let available = modules.into_iter().collect::<Vec<_>>().join(", ");
+            let message = format!("`modules_to_save`: expected modules among {available}, found {missing:?}");
+            return Err(Error::config(message));
+        }
+        Ok(Self { adapted, learned })
+    }
+
+    /// Whether the layer at `path` has an adapter.
+    pub fn adapted(&self, path: &str) -> bool {
+        self.adapted.contains(path)
+    }
+
+    /// Keys and shapes of what learns.
+    pub fn expected(&self) -> Vec<(String, Vec<usize>)> {
+        self.learned.values().cloned().collect()
+    }
+
+    /// Stores what learns as f32, the type that weights learn in.
+    pub fn widen<B: Backend, M: Module<B>>(&self, model: &mut M) {
+        self.replace(model, &BTreeMap::new());
+    }
+
+    /// Takes what learns from `tensors`, as far as it is there.
+    pub fn replace<B: Backend, M: Module<B>>(&self, model: &mut M, tensors: &BTreeMap<String, TensorData>) {
+        if !self.learned.is_empty() {
+            *model = model.clone().map(&mut Replace { path: Vec::new(), base: self, tensors });
+        }
+    }
+
+    /// What learns, by key, as f32.
+    pub fn tensors<B: Backend, M: Module<B>>(&self, model: &M) -> Vec<(String, TensorData)> {
+        let mut read = Read { path: Vec::new(), base: self, found: Vec::new() };
+        model.visit(&mut read);
+        read.found
+    }
+}
+
+struct Replace<'a> {
+    path: Vec<String>,
+    base: &'a Base,
+    tensors: &'a BTreeMap<String, TensorData>,
+}
+
+impl<B: Backend> ModuleMapper<B> for Replace<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        let Some((key, _)) = self.base.learned.get(&self.path.join(".")) else { return param };
+        let (id, tensor, mapper) = param.consume();
+        let (on, device) = (tensor.is_require_grad(), tensor.device());
+        let tensor = match self.tensors.get(key) {
+            Some(data) => Tensor::from_data(data.clone(), (&device, DType::F32)),
+            None if tensor.dtype() == DType::F32 => tensor,
+            None => tensor.detach().cast(DType::F32),
+        };
+        Param::from_mapped_value(id, tensor.detach().set_require_grad(on), mapper)
+    }
+}
+
+struct Read<'a> {
+    path: Vec<String>,
+    base: &'a Base,
+    found: Vec<(String, TensorData)>,
+}
+
+impl<B: Backend> ModuleVisitor<B> for Read<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if let Some((key, _)) = self.base.learned.get(&self.path.join(".")) {
+            self.found.push((key.clone(), param.val().cast(DType::F32).into_data()));
+        }
+    }
+}

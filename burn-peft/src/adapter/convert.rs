@@ -1,0 +1,57 @@
+//! An adapter that started by changing the weights, as one of the unchanged weights.
+
+use super::{Linears, collect};
+use crate::{Error, LoraConfig, config::InitLora, format, kernel::LinearKernels};
+use burn::{
+    module::Module,
+    tensor::{DType, Tensor, TensorData},
+};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// Writes the named adapter, whose start took `s·B₀·A₀` off the weights, as plain LoRA of twice the rank for the weights as they
+/// were: `B·A - B₀·A₀ = [B, -B₀]·[A; A₀]`. `initial` is the adapter's directory as it was saved right after
+/// [`attach`](super::attach).
+///
+/// # Errors
+/// If `initial` cannot be read or is not of this adapter, or the directory cannot be written.
+pub fn save_as_lora<B: LinearKernels, M: Linears<B> + Module<B>>(
+    model: &M,
+    name: &str,
+    config: &LoraConfig,
+    (initial, directory): (&Path, &Path),
+) -> Result<(), Error> {
+    let (mut tensors, config) = collect(model, name, config)?;
+    let start = format::read_tensors(initial)?;
+    let expected: Vec<_> = tensors.iter().map(|(key, data)| (key.clone(), data.shape.to_vec())).collect();
+    format::fits(initial, &expected, &start)?;
+    for (key, data) in &mut tensors {
+        let before = start[key.as_str()].clone();
+        *data = match key.ends_with("lora_A.weight") {
+            true => joined::<B>([data.clone(), before], 0),
+            false if key.ends_with("lora_B.weight") => joined::<B>([data.clone(), before], 1),
+            false => data.clone(),
+        };
+    }
+    let scale = if config.use_rslora { 2f64.sqrt() } else { 2.0 };
+    let times = |map: Map<String, Value>, by: &dyn Fn(&Value) -> Value| -> Map<String, Value> {
+        map.into_iter().map(|(key, value)| (key, by(&value))).collect()
+    };
+    let config = LoraConfig {
+        r: 2 * config.r,
+        lora_alpha: scale * config.lora_alpha,
+        rank_pattern: times(config.rank_pattern, &|r| json!(2 * r.as_u64().unwrap_or(0))),
+        alpha_pattern: times(config.alpha_pattern, &|alpha| json!(scale * alpha.as_f64().unwrap_or(0.0))),
+        init_lora_weights: InitLora::True,
+        ..config
+    };
+    format::write(directory, &config.to_json(), tensors)
+}
+
+/// `now` and what it started from, side by side; the start of a `B` is subtracted.
+fn joined<B: LinearKernels>([now, start]: [TensorData; 2], dim: usize) -> TensorData {
+    let device = B::Device::default();
+    let tensor = |data| Tensor::<B, 2>::from_data(data, (&device, DType::F32));
+    let start = if dim == 1 { tensor(start).neg() } else { tensor(start) };
+    Tensor::cat(vec![tensor(now), start], dim).into_data()
+}

@@ -1,0 +1,145 @@
+//! PEFT's `adapter_config.json` for LoRA.
+
+use super::{InitLora, LoraConfig};
+use crate::{Error, TargetModules};
+use serde_json::{Map, Value, json};
+use std::path::Path;
+
+/// What PEFT writes and what we can only follow at this value.
+fn neutral_fields() -> Map<String, Value> {
+    let fields = json!({
+        "alora_invocation_tokens": null, "arrow_config": null, "corda_config": null, "eva_config": null,
+        "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null, "loftq_config": {}, "lora_bias": false,
+        "lora_ga_config": null, "monteclora_config": null, "target_parameters": null, "trainable_token_indices": null,
+        "use_bdlora": null, "use_qalora": false, "velora_config": null,
+    });
+    match fields {
+        Value::Object(fields) => fields,
+        _ => Map::new(),
+    }
+}
+
+/// Fields that change nothing for a trained adapter.
+const IGNORED: [&str; 10] = [
+    "auto_mapping",
+    "inference_mode",
+    "megatron_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+    "ensure_weight_tying",
+];
+
+/// Starts that change the weights of the base model, so that the adapter is none of the original ones.
+const CHANGE_THE_BASE: [&str; 4] = ["olora", "corda", "lora_ga", "loftq"];
+
+impl LoraConfig {
+    /// Reads `adapter_config.json`'s content; the second value names fields that are not known here (a newer PEFT's), which
+    /// the caller should warn about.
+    ///
+    /// # Errors
+    /// If the adapter is of another kind or uses a feature that is not supported.
+    pub fn from_json(path: &Path, value: Value) -> Result<(Self, Vec<String>), Error> {
+        let Value::Object(fields) = &value else {
+            return Err(Error::format(path, "adapter_config.json", "a JSON object", value));
+        };
+        match fields.get("peft_type").and_then(Value::as_str) {
+            Some("LORA") => {}
+            other => return Err(Error::format(path, "peft_type", "LORA", other.unwrap_or("nothing"))),
+        }
+        let (neutral, own) = (neutral_fields(), json!(Self::default()));
+        let mut unknown = Vec::new();
+        for (name, found) in fields {
+            match neutral.get(name) {
+                Some(expected) if found == expected || found.is_null() || found == &json!({}) => {}
+                Some(expected) => {
+                    let expected = format!("{expected} (nothing else is supported yet)");
+                    return Err(Error::format(path, name, expected, found));
+                }
+                None if IGNORED.contains(&name.as_str()) || own.get(name).is_some() => {}
+                None => unknown.push(name.clone()),
+            }
+        }
+        let config: Self = serde_json::from_value(value)
+            .map_err(|e| Error::format(path, "adapter_config.json", "LoRA's fields", e))?;
+        config.check()?;
+        match &config.init_lora_weights {
+            InitLora::Other(name) if CHANGE_THE_BASE.contains(&name.as_str()) => {
+                let expected = "an adapter of the unchanged base model (save it with \
+                                path_initial_model_for_weight_conversion, which makes it plain LoRA)";
+                Err(Error::format(path, "init_lora_weights", expected, name))
+            }
+            _ => Ok((config, unknown)),
+        }
+    }
+
+    /// `adapter_config.json` as PEFT writes it.
+    pub fn to_json(&self) -> Value {
+        let mut all = neutral_fields();
+        let target = match &self.target_modules {
+            TargetModules::Pattern(p) if p == "qkv" => json!(["q_proj", "k_proj", "v_proj"]),
+            other => json!(other),
+        };
+        let integral = self.lora_alpha.fract() == 0.0;
+        let alpha = if integral { json!(self.lora_alpha as i64) } else { json!(self.lora_alpha) };
+        let fixed = json!({
+            "auto_mapping": null, "inference_mode": true, "lora_alpha": alpha, "megatron_config": null,
+            "megatron_core": "megatron.core", "peft_type": "LORA", "qalora_group_size": 16, "revision": null,
+            "target_modules": target, "task_type": "CAUSAL_LM", "ensure_weight_tying": false,
+        });
+        for fields in [json!(self), fixed] {
+            if let Value::Object(fields) = fields {
+                all.extend(fields);
+            }
+        }
+        // Not within the patterns: their order counts.
+        all.sort_keys();
+        Value::Object(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Bias, OneOrMany};
+
+    #[test]
+    fn a_config_survives_its_own_file_and_unknown_fields_are_told() {
+        let map = |value: Value| value.as_object().unwrap().clone();
+        let config = LoraConfig {
+            r: 3,
+            lora_alpha: 8.5,
+            use_rslora: true,
+            use_dora: true,
+            init_lora_weights: InitLora::Pissa { niter: Some(4) },
+            exclude_modules: Some(TargetModules::Pattern(".*k_proj".into())),
+            layers_to_transform: Some(OneOrMany::Many(vec![0, 2])),
+            layers_pattern: Some(OneOrMany::One("layers".into())),
+            rank_pattern: map(json!({ "z": 1, "a": 2 })),
+            alpha_pattern: map(json!({ "z": 1.5 })),
+            bias: Bias::LoraOnly,
+            modules_to_save: Some(vec!["lm_head".into()]),
+            ..Default::default()
+        };
+        let mut json = config.to_json();
+        json["from_the_future"] = json!(1);
+        let (read, unknown) = LoraConfig::from_json(Path::new("x"), json).unwrap();
+        assert_eq!(read.rank_pattern.keys().collect::<Vec<_>>(), ["z", "a"], "the order of patterns counts");
+        assert_eq!((read, unknown), (config, vec!["from_the_future".to_owned()]));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name() {
+        for (field, value) in
+            [("lora_bias", json!(true)), ("layer_replication", json!([[0, 1]])), ("init_lora_weights", json!("olora"))]
+        {
+            let mut json = LoraConfig::default().to_json();
+            json[field] = value;
+            let error = LoraConfig::from_json(Path::new("x"), json).unwrap_err().to_string();
+            assert!(error.contains(field), "{error}");
+        }
+    }
+}

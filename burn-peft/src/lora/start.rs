@@ -1,0 +1,108 @@
+//! What `A` and `B` start from.
+
+use crate::{config::InitLora, random};
+
+/// `A [r, in]` and `B [out, r]`, functions of `key`.
+pub(super) fn values(init: &InitLora, [out, features]: [usize; 2], r: usize, key: u64) -> [Vec<f32>; 2] {
+    let second = random::key(&[key, 1]);
+    let (a, b) = (r * features, out * r);
+    match init {
+        InitLora::Gaussian => [normal(key, a, 1.0 / r as f64), vec![0.0; b]],
+        InitLora::False => [uniform(key, a, features), uniform(second, b, r)],
+        InitLora::Orthogonal => orthogonal([out, features], r, key),
+        // The others are starts from the weight, or what a file overwrites.
+        _ => [uniform(key, a, features), vec![0.0; b]],
+    }
+}
+
+/// Uniform in `±1/√features`: Kaiming with `a = √5`.
+fn uniform(key: u64, n: usize, features: usize) -> Vec<f32> {
+    let bound = 1.0 / (features as f64).sqrt();
+    (0..n).map(|i| ((2.0 * random::uniform(key, i as u64) - 1.0) * bound) as f32).collect()
+}
+
+fn normal(key: u64, n: usize, deviation: f64) -> Vec<f32> {
+    (0..n as u64).map(|i| (random::normal(key, i) * deviation) as f32).collect()
+}
+
+/// `A` mixes the odd rows of a random orthogonal matrix, `B` the even ones, by a tenth of normal numbers: `B·A` is 0, and
+/// neither vanishes.
+fn orthogonal([out, features]: [usize; 2], r: usize, key: u64) -> [Vec<f32>; 2] {
+    let mut rows: Vec<Vec<f64>> =
+        (0..r).map(|row| (0..r).map(|column| random::normal(key, (row * r + column) as u64)).collect()).collect();
+    orthonormalise(&mut rows);
+    let half = r / 2;
+    let mix = |of: u64, n: usize| -> Vec<Vec<f64>> {
+        let key = random::key(&[key, of]);
+        let rows_of = rows.iter().skip(of as usize - 2).step_by(2);
+        let odd: Vec<&Vec<f64>> = rows_of.take(half).collect();
+        let number = |row: usize, part: usize| random::normal(key, (row * half + part) as u64) / 10.0;
+        let one = |row: usize| -> Vec<f64> {
+            (0..r).map(|column| (0..half).map(|part| number(row, part) * odd[part][column]).sum()).collect()
+        };
+        (0..n).map(one).collect()
+    };
+    let (a, b) = (mix(2, features), mix(3, out));
+    let transposed = (0..r).flat_map(|column| a.iter().map(move |row| row[column] as f32));
+    [transposed.collect(), b.into_iter().flatten().map(|x| x as f32).collect()]
+}
+
+/// Makes rows orthogonal and of length 1 (Gram and Schmidt, twice for what rounding leaves).
+pub(super) fn orthonormalise(rows: &mut [Vec<f64>]) {
+    for row in 0..rows.len() {
+        let (before, rest) = rows.split_at_mut(row);
+        let row = &mut rest[0];
+        for _ in 0..2 {
+            for other in before.iter() {
+                let share: f64 = row.iter().zip(other).map(|(x, y)| x * y).sum();
+                row.iter_mut().zip(other).for_each(|(x, y)| *x -= share * y);
+            }
+        }
+        let length = row.iter().map(|x| x * x).sum::<f64>().sqrt();
+        // What depends on the rows before it has no direction left.
+        let inverse = if length > 1e-30 { 1.0 / length } else { 0.0 };
+        row.iter_mut().for_each(|x| *x *= inverse);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn moments(values: &[f32]) -> (f64, f64) {
+        let n = values.len() as f64;
+        let mean = values.iter().map(|&x| x as f64).sum::<f64>() / n;
+        (mean, (values.iter().map(|&x| (x as f64).powi(2)).sum::<f64>() / n).sqrt())
+    }
+
+    #[test]
+    fn starts_have_peft_s_statistics() {
+        let (out, features, r) = (300, 400, 8);
+        let bound = 1.0 / (features as f64).sqrt();
+        // Name, deviations of A and B: a uniform distribution's is its bound / √3.
+        for (init, a, b) in [
+            (InitLora::True, bound / 3f64.sqrt(), 0.0),
+            (InitLora::Gaussian, 1.0 / r as f64, 0.0),
+            (InitLora::False, bound / 3f64.sqrt(), 1.0 / (r as f64).sqrt() / 3f64.sqrt()),
+            (InitLora::Orthogonal, 0.1 * 0.5f64.sqrt(), 0.1 * 0.5f64.sqrt()),
+        ] {
+            let [found_a, found_b] = values(&init, [out, features], r, 7);
+            assert_eq!((found_a.len(), found_b.len()), (r * features, out * r));
+            for (found, expected) in [(&found_a, a), (&found_b, b)] {
+                let (mean, deviation) = moments(found);
+                assert!(mean.abs() < 0.06 * expected.max(1e-9), "{init:?}: mean {mean}");
+                assert!((deviation - expected).abs() <= 0.05 * expected, "{init:?}: {deviation} against {expected}");
+            }
+            assert_ne!(values(&init, [out, features], r, 8)[0], found_a, "{init:?}: another key");
+        }
+    }
+
+    #[test]
+    fn an_orthogonal_start_changes_nothing() {
+        let (out, features, r) = (20, 30, 6);
+        let [a, b] = values(&InitLora::Orthogonal, [out, features], r, 3);
+        let product = |o: usize, i: usize| (0..r).map(|k| b[o * r + k] * a[k * features + i]).sum::<f32>();
+        let largest = (0..out).flat_map(|o| (0..features).map(move |i| (o, i))).map(|(o, i)| product(o, i).abs());
+        assert!(largest.fold(0.0, f32::max) < 1e-7);
+    }
+}

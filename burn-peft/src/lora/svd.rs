@@ -1,0 +1,135 @@
+//! The principal part of a weight, by subspace iteration (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061).
+
+use super::start::orthonormalise;
+use crate::random;
+use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
+
+/// The most iterations while directions still turn.
+const PATIENCE: usize = 100;
+
+/// `A [r, in]` and `B [out, r]` whose product is the best approximation of `weight [out, in]` of rank `r` and which share its
+/// singular values evenly. `niter` iterations, or until the values no longer change.
+pub(super) fn halves<B: Backend>(
+    weight: Tensor<B, 2>,
+    r: usize,
+    niter: Option<usize>,
+    key: u64,
+) -> (Tensor<B, 2>, Tensor<B, 2>) {
+    let weight = weight.detach().cast(DType::F32);
+    let ([out, features], device) = (weight.dims(), weight.device());
+    // More directions than are asked for make those converge sooner.
+    let k = (r + r.max(16)).min(out).min(features);
+    let tensor = |rows: &[Vec<f64>]| {
+        let values = rows.iter().flatten().map(|&x| x as f32).collect::<Vec<_>>();
+        Tensor::<B, 2>::from_data(TensorData::new(values, [rows.len(), rows[0].len()]), (&device, DType::F32))
+    };
+    let mut right: Vec<Vec<f64>> =
+        (0..k).map(|i| (0..features).map(|j| random::normal(key, (i * features + j) as u64)).collect()).collect();
+    orthonormalise(&mut right);
+    let (mut before, mut iteration, mut end) = (f64::INFINITY, 0, niter.map_or(PATIENCE, |n| n + 1));
+    let (mut left, mut small) = (Vec::new(), Vec::new());
+    let (mut values, mut vectors) = (Vec::new(), Vec::new());
+    while iteration < end {
+        left = rows(tensor(&right).matmul(weight.clone().transpose()));
+        orthonormalise(&mut left);
+        small = rows(tensor(&left).matmul(weight.clone()));
+        (values, vectors) = eigen(&small);
+        let now: f64 = values[..r].iter().sum();
+        iteration += 1;
+        if niter.is_none() && (now - before).abs() <= 1e-9 * now {
+            // The sum is exact long before the directions are: their error is its square root, and falls as fast again.
+            end = end.min(2 * iteration);
+        }
+        before = now;
+        right.clone_from(&small);
+        orthonormalise(&mut right);
+    }
+    let (mut a, mut b) = (Vec::new(), vec![vec![0.0; r]; out]);
+    for index in 0..r {
+        // Of the small matrix' rows, this mixture is singular value times right vector.
+        let mix = |rows: &[Vec<f64>], n: usize| -> Vec<f64> {
+            (0..n).map(|j| (0..k).map(|i| vectors[i][index] * rows[i][j]).sum()).collect()
+        };
+        let value = values[index].max(0.0).sqrt();
+        let scale = if value > 0.0 { 1.0 / value.sqrt() } else { 0.0 };
+        a.push(mix(&small, features).into_iter().map(|x| x * scale).collect::<Vec<f64>>());
+        let column = mix(&left, out);
+        b.iter_mut().zip(column).for_each(|(row, x)| row[index] = x * value.sqrt());
+    }
+    (tensor(&a), tensor(&b))
+}
+
+fn rows<B: Backend>(x: Tensor<B, 2>) -> Vec<Vec<f64>> {
+    let columns = x.dims()[1];
+    let values: Vec<f64> = x.into_data().iter::<f64>().collect();
+    values.chunks_exact(columns).map(<[f64]>::to_vec).collect()
+}
+
+/// Eigenvalues of `M·Mᵀ`, largest first, and its eigenvectors as columns (Jacobi's rotations).
+fn eigen(m: &[Vec<f64>]) -> (Vec<f64>, Vec<Vec<f64>>) {
+    let k = m.len();
+    let dot = |i: usize, j: usize| m[i].iter().zip(&m[j]).map(|(x, y)| x * y).sum::<f64>();
+    let mut s: Vec<Vec<f64>> = (0..k).map(|i| (0..k).map(|j| dot(i, j)).collect()).collect();
+    let mut v: Vec<Vec<f64>> = (0..k).map(|i| (0..k).map(|j| f64::from(u8::from(i == j))).collect()).collect();
+    let total: f64 = s.iter().flatten().map(|x| x * x).sum();
+    for _ in 0..60 {
+        let off: f64 = (0..k).flat_map(|i| (0..i).map(move |j| (i, j))).map(|(i, j)| s[i][j] * s[i][j]).sum();
+        if off <= 1e-26 * total {
+            break;
+        }
+        for p in 0..k {
+            for q in p + 1..k {
+                rotate(&mut s, &mut v, (p, q));
+            }
+        }
+    }
+    let mut order: Vec<usize> = (0..k).collect();
+    order.sort_by(|&i, &j| s[j][j].total_cmp(&s[i][i]));
+    let vectors = v.iter().map(|row| order.iter().map(|&i| row[i]).collect()).collect();
+    (order.iter().map(|&i| s[i][i]).collect(), vectors)
+}
+
+/// Makes `s[p][q]` zero.
+fn rotate(s: &mut [Vec<f64>], v: &mut [Vec<f64>], (p, q): (usize, usize)) {
+    if s[p][q] == 0.0 {
+        return;
+    }
+    let theta = (s[q][q] - s[p][p]) / (2.0 * s[p][q]);
+    let t = theta.signum() / (theta.abs() + (theta * theta + 1.0).sqrt());
+    let t = if theta == 0.0 { 1.0 } else { t };
+    let cos = 1.0 / (t * t + 1.0).sqrt();
+    let sin = t * cos;
+    let turn = |row: &mut Vec<f64>| (row[p], row[q]) = (cos * row[p] - sin * row[q], sin * row[p] + cos * row[q]);
+    s.iter_mut().for_each(turn);
+    v.iter_mut().for_each(turn);
+    let (before, rest) = s.split_at_mut(q);
+    for (x, y) in before[p].iter_mut().zip(&mut rest[0]) {
+        (*x, *y) = (cos * *x - sin * *y, sin * *x + cos * *y);
+    }
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use burn::{backend::Flex, tensor::s};
+
+    #[test]
+    fn the_principal_part_leaves_the_rest_orthogonal_to_it() {
+        let (device, r) = (Default::default(), 5);
+        let values: Vec<f32> = (0..60 * 90).map(|i| random::normal(1, i) as f32).collect();
+        let weight = Tensor::<Flex, 2>::from_data(TensorData::new(values, [60, 90]), (&device, DType::F32));
+        let (a, b) = halves(weight.clone(), r, None, 3);
+        let rest = weight - b.clone().matmul(a.clone());
+        let largest = |x: Tensor<Flex, 2>| x.abs().max().into_scalar();
+        // The singular vectors on both sides see nothing of the rest.
+        assert!(largest(rest.clone().matmul(a.clone().transpose())) < 1e-3);
+        assert!(largest(b.clone().transpose().matmul(rest)) < 1e-3);
+        let gram = a.clone().matmul(a.transpose());
+        let other = b.clone().transpose().matmul(b);
+        // Both halves have the singular values on their diagonals, in order.
+        assert!(largest(gram.clone() - other) < 1e-3);
+        let diagonal: Vec<f32> = (0..r).map(|i| gram.clone().slice(s![i..i + 1, i..i + 1]).into_scalar()).collect();
+        assert!(diagonal.windows(2).all(|pair| pair[0] >= pair[1]), "{diagonal:?}");
+        assert!(largest(gram.clone()) - diagonal[0] < 1e-3);
+    }
+}

@@ -1,0 +1,397 @@
+//! LoRA's family and IA3 are PEFT's: files, logits, gradients, merged weights.
+
+use burn::{
+    backend::{Autodiff, Flex},
+    module::AutodiffModule,
+    tensor::DType,
+};
+use burn_llama::{
+    Checkpoint, Example, Layout, Llama,
+    checkpoint::gguf::{BlockType, write},
+    kernel::Kernels,
+};
+use burn_peft::{
+    Ia3Config, Linears, LoraConfig, Noise, Pass, TargetModules, adapter,
+    config::{Bias, InitLora},
+    ia3, param,
+};
+use burn_zero::segment::{self, Checkpointing};
+use laws::{
+    fixture, floats, max_abs, max_diff, one_backward_at_a_time,
+    reference::{Reference, compare, examples, gradients, row_logits_differ},
+    tensors,
+};
+use serde_json::Value;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+type Train = Autodiff<Flex>;
+
+/// Fixture, base model.
+const CASES: [(&str, &str); 11] = [
+    ("dora", "gqa_llama3"),
+    ("dora_qwen2", "qwen2"),
+    ("patterns", "gqa_llama3"),
+    ("layers", "gqa_llama3"),
+    ("exclude", "gqa_llama3"),
+    ("bias_all", "qwen2"),
+    ("bias_lora_only", "qwen2"),
+    ("saved_modules", "gqa_llama3"),
+    ("ia3", "gqa_llama3"),
+    ("ia3_qwen2", "qwen2"),
+    ("pissa", "gqa_llama3"),
+];
+
+fn base<B: Kernels>(name: &str) -> Llama<B> {
+    Checkpoint::open(&fixture(&format!("models/{name}"))).unwrap().load(DType::F32, &Default::default()).unwrap()
+}
+
+fn directory(name: &str) -> PathBuf {
+    fixture(&format!("family/{name}"))
+}
+
+fn reference(name: &str) -> Reference {
+    tensors(&format!("family/{name}/reference.safetensors"))
+}
+
+/// What a directory holds.
+enum Config {
+    Lora(Box<LoraConfig>),
+    Ia3(Ia3Config),
+}
+
+impl Config {
+    fn load<B: Kernels>(model: &mut Llama<B>, name: &str) -> Self {
+        let (config, unknown) = if name.starts_with("ia3") {
+            let (config, unknown) = ia3::load(model, "default", &directory(name)).unwrap();
+            (Self::Ia3(config), unknown)
+        } else {
+            let (config, unknown) = adapter::load(model, "default", &directory(name)).unwrap();
+            (Self::Lora(Box::new(config)), unknown)
+        };
+        assert!(unknown.is_empty(), "{name}: {unknown:?}");
+        config
+    }
+
+    fn save<B: Kernels>(&self, model: &Llama<B>, out: &Path) {
+        match self {
+            Self::Lora(config) => adapter::save(model, "default", config, out).unwrap(),
+            Self::Ia3(config) => ia3::save(model, "default", config, out).unwrap(),
+        }
+    }
+
+    fn train_only(&self, model: Llama<Train>) -> Llama<Train> {
+        match self {
+            Self::Lora(config) => adapter::train_only(model, config).unwrap(),
+            Self::Ia3(_) => param::train_only(model, adapter::is_adapter),
+        }
+    }
+}
+
+/// Our path of what PEFT calls `key` in memory.
+fn path(key: &str) -> String {
+    let path =
+        key.strip_prefix("base_model.model.").unwrap().replace(".base_layer", "").replace(".modules_to_save", "");
+    [
+        (".lora_A.weight", ".adapters.0.lora_a"),
+        (".lora_B.weight", ".adapters.0.lora_b"),
+        (".lora_magnitude_vector.weight", ".adapters.0.dora.magnitude"),
+        (".ia3_l", ".ia3.0.ia3_l"),
+    ]
+    .into_iter()
+    .fold(path, |path, (theirs, ours)| path.replace(theirs, ours))
+}
+
+#[test]
+fn logits_and_gradients_are_peft_s() {
+    let _lock = one_backward_at_a_time();
+    for (name, model) in CASES {
+        let reference = reference(name);
+        let plain = row_logits_differ(&base::<Flex>(model), &reference);
+        assert!(plain > 1e-2, "{name}: the adapter must matter, not {plain:e}");
+        let mut model = base::<Train>(model);
+        let config = Config::load(&mut model, name);
+        let model = config.train_only(model);
+        let difference = row_logits_differ(&model.valid(), &reference);
+        assert!(difference < 1e-4, "{name}: logits differ by {difference:e}");
+        let (loss, found) = gradients(&model, &reference);
+        assert!((loss - floats(&reference["loss"])[0]).abs() < 1e-5, "{name}: loss {loss}");
+        let keys: Vec<&str> = reference.keys().filter_map(|key| key.strip_prefix("grad.")).collect();
+        assert_eq!(keys.len(), found.len(), "{name}: {:?}", found.keys());
+        for key in keys {
+            compare(&found[&path(key)], &floats(&reference[&format!("grad.{key}")]), &format!("{name}: {key}"));
+        }
+    }
+}
+
+/// Gradients by the segment driver.
+fn driven(model: &Llama<Train>, rows: &[Example], packed: bool, how: Checkpointing) -> BTreeMap<String, Vec<f32>> {
+    let targets: usize = rows.iter().map(Example::targets).sum();
+    let layout = Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
+    let pass = Pass::training(Noise { seed: 1, step: 2, tokens: layout.tokens(0) });
+    let batch = model.batch(rows, &layout, 1.0 / targets as f32, pass).unwrap();
+    let mut found = BTreeMap::new();
+    segment::run(model, &batch, how, &mut |ready| {
+        for gradient in ready {
+            let before = found.insert(gradient.path, floats(&gradient.value.flatten().into_data()));
+            assert!(before.is_none(), "a gradient came twice");
+        }
+    });
+    found
+}
+
+#[test]
+fn segments_give_the_same_gradients_however_rows_lie_with_dropout() {
+    let _lock = one_backward_at_a_time();
+    for (name, base_name) in CASES {
+        let mut model = base::<Train>(base_name);
+        let config = Config::load(&mut model, name);
+        let mut model = config.train_only(model);
+        let rows = examples(&reference(name));
+        let without = driven(&model, &rows, false, Checkpointing::None);
+        model.linears_mut(&mut |_, linear| linear.adapters.iter_mut().for_each(|adapter| adapter.dropout = 0.2));
+        let kept = driven(&model, &rows, false, Checkpointing::None);
+        assert_eq!(driven(&model, &rows, false, Checkpointing::Full), kept, "{name}: recomputed");
+        for (path, expected) in &kept {
+            let packed = max_diff(&driven(&model, &rows, true, Checkpointing::None)[path], expected);
+            assert!(packed <= 2e-5 * max_abs(expected), "{name}, packed: {path} {packed:e}");
+        }
+        if !name.starts_with("ia3") {
+            let matters = kept.iter().any(|(path, g)| max_diff(g, &without[path]) > 1e-3 * max_abs(g));
+            assert!(matters, "{name}: dropout must matter");
+        }
+    }
+}
+
+fn fields(directory: &Path) -> Value {
+    let text = std::fs::read(directory.join("adapter_config.json")).unwrap();
+    let mut fields: Value = serde_json::from_slice(&text).unwrap();
+    let all = fields.as_object_mut().unwrap();
+    all.remove("peft_version");
+    // PEFT keeps one number as it was written: 6 is 6.0.
+    all.values_mut().filter(|value| value.is_f64()).for_each(|value| *value = value.as_f64().into());
+    fields
+}
+
+/// Whether two adapter directories hold the same, tensors to `tolerance`.
+fn same_files(ours: &Path, theirs: &Path, tolerance: f32, name: &str) {
+    assert_eq!(fields(ours), fields(theirs), "{name}");
+    let read = |path: &Path| std::fs::read(path.join("adapter_model.safetensors")).unwrap();
+    let (ours, theirs) = (read(ours), read(theirs));
+    let ours = safetensors::SafeTensors::deserialize(&ours).unwrap();
+    let theirs = safetensors::SafeTensors::deserialize(&theirs).unwrap();
+    let keys = |file: &safetensors::SafeTensors<'_>| {
+        let mut keys: Vec<String> = file.names().into_iter().map(String::from).collect();
+        keys.sort();
+        keys
+    };
+    assert_eq!(keys(&ours), keys(&theirs), "{name}");
+    let values = |bytes: &[u8]| -> Vec<f32> {
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    };
+    for key in keys(&ours) {
+        let (ours, theirs) = (ours.tensor(&key).unwrap(), theirs.tensor(&key).unwrap());
+        assert_eq!((ours.shape(), ours.dtype()), (theirs.shape(), theirs.dtype()), "{name}: {key}");
+        assert!(max_diff(&values(ours.data()), &values(theirs.data())) <= tolerance, "{name}: {key}");
+    }
+}
+
+#[test]
+fn saved_files_are_peft_s() {
+    let temporary = tempfile::tempdir().unwrap();
+    // tests/fixtures/check_peft.py lets PEFT load what is kept here.
+    let kept = std::env::var_os("SAVED_ADAPTERS").map_or(temporary.path().to_owned(), PathBuf::from);
+    for (name, model) in CASES {
+        let mut model = base::<Flex>(model);
+        let config = Config::load(&mut model, name);
+        let out = kept.join(name);
+        config.save(&model, &out);
+        same_files(&out, &directory(name), 0.0, name);
+    }
+}
+
+#[test]
+fn merged_is_unmerged_and_peft_s() {
+    for (name, base_name) in CASES {
+        let (reference, mut model) = (reference(name), base::<Flex>(base_name));
+        Config::load(&mut model, name);
+        let weights = |model: &Llama<Flex>| {
+            let mut all = Vec::new();
+            model.linears(&mut |_, linear| {
+                all.extend(floats(&linear.weight.val().into_data()));
+                all.extend(linear.bias.iter().flat_map(|bias| floats(&bias.val().into_data())));
+            });
+            all
+        };
+        let before = weights(&model);
+        adapter::merge(&mut model, "default");
+        adapter::merge(&mut model, "default");
+        assert!(row_logits_differ(&model, &reference) < 1e-4, "{name}: merged");
+        if directory(name).join("merged.safetensors").exists() {
+            let merged = tensors(&format!("family/{name}/merged.safetensors"));
+            model.linears(&mut |path, linear| {
+                let bias = linear.bias.as_ref().map(|bias| bias.val().into_data());
+                for (part, value) in [("weight", Some(linear.weight.val().into_data())), ("bias", bias)] {
+                    if let (Some(value), Some(expected)) = (value, merged.get(&format!("{path}.{part}"))) {
+                        let difference = max_diff(&floats(&value), &floats(expected));
+                        assert!(difference < 1e-5, "{name}: {path}.{part} differs by {difference:e}");
+                    }
+                }
+            });
+        }
+        assert!(max_diff(&weights(&model), &before) > 1e-3, "{name}: merging must matter");
+        let mut detached = model.clone();
+        let refused = |linear: &mut burn_peft::Linear<Flex>| linear.detach("default").is_err();
+        let mut any = false;
+        detached.linears_mut(&mut |_, linear| any |= refused(linear));
+        assert!(any, "{name}: a merged adapter cannot be taken away");
+        adapter::unmerge(&mut model, "default");
+        let difference = max_diff(&weights(&model), &before);
+        assert!(difference < 1e-5, "{name}: unmerged weights differ by {difference:e}");
+        assert!(row_logits_differ(&model, &reference) < 1e-4, "{name}: unmerged");
+    }
+}
+
+fn qv(init_lora_weights: InitLora) -> LoraConfig {
+    let target_modules = TargetModules::Suffixes(["q_proj", "v_proj", "up_proj"].map(String::from).to_vec());
+    LoraConfig { r: 4, lora_alpha: 6.0, target_modules, init_lora_weights, ..LoraConfig::default() }
+}
+
+#[test]
+fn starts_change_nothing_but_false() {
+    let base_reference = tensors("models/gqa_llama3/reference.safetensors");
+    let pissa = |niter| qv(InitLora::Pissa { niter });
+    for (config, unchanged) in [
+        (qv(InitLora::True), true),
+        (qv(InitLora::Gaussian), true),
+        (qv(InitLora::Orthogonal), true),
+        (pissa(None), true),
+        (pissa(Some(4)), true),
+        (LoraConfig { use_dora: true, ..qv(InitLora::True) }, true),
+        (LoraConfig { use_dora: true, ..qv(InitLora::Gaussian) }, true),
+        (LoraConfig { use_dora: true, ..pissa(None) }, true),
+        (qv(InitLora::False), false),
+    ] {
+        let mut model = base::<Flex>("gqa_llama3");
+        adapter::attach(&mut model, "default", &config, 3).unwrap();
+        let difference = row_logits_differ(&model, &base_reference);
+        // The limit for logits of the base model itself.
+        assert_eq!(difference < 1e-4, unchanged, "{config:?}: {difference:e}");
+    }
+    let mut model = base::<Flex>("gqa_llama3");
+    ia3::attach(&mut model, "default", &Ia3Config::default()).unwrap();
+    assert!(row_logits_differ(&model, &base_reference) < 1e-4);
+}
+
+#[test]
+fn pissa_splits_the_weights_as_peft_and_becomes_plain_lora() {
+    let residual = tensors("family/pissa/residual.safetensors");
+    let config = qv(InitLora::Pissa { niter: None });
+    for seed in [0, 11] {
+        let (mut model, mut seen) = (base::<Flex>("gqa_llama3"), 0);
+        adapter::attach(&mut model, "default", &config, seed).unwrap();
+        model.linears(&mut |path, linear| {
+            if let Some(expected) = residual.get(&format!("{path}.weight")) {
+                let difference = max_diff(&floats(&linear.weight.val().into_data()), &floats(expected));
+                assert!(difference < 1e-5, "{path} from seed {seed}: {difference:e}");
+                seen += 1;
+            }
+        });
+        assert_eq!(seen, residual.len());
+    }
+
+    let (temporary, mut model) = (tempfile::tempdir().unwrap(), base::<Flex>("gqa_llama3"));
+    let Config::Lora(config) = Config::load(&mut model, "pissa") else { unreachable!() };
+    let initial = directory("pissa_initial");
+    adapter::save_as_lora(&model, "default", &config, (&initial, temporary.path())).unwrap();
+    same_files(temporary.path(), &directory("pissa_converted"), 1e-6, "pissa_converted");
+    let mut plain = base::<Flex>("gqa_llama3");
+    adapter::load(&mut plain, "default", temporary.path()).unwrap();
+    assert!(row_logits_differ(&plain, &reference("pissa")) < 1e-4, "converted");
+}
+
+#[test]
+fn what_learns_beside_an_adapter_is_what_the_configuration_names() {
+    let learned = |model: &str, config: &LoraConfig| -> Vec<String> {
+        let mut model = base::<Train>(model);
+        adapter::attach(&mut model, "default", config, 0).unwrap();
+        let model = adapter::train_only(model, config).unwrap();
+        let list = param::list::<Train, _>(&model).into_iter();
+        list.filter(|(path, _, on)| *on && !adapter::is_adapter(path)).map(|(path, ..)| path).collect()
+    };
+    let only = |names: &[&str]| LoraConfig {
+        modules_to_save: Some(names.iter().map(|name| (*name).to_owned()).collect()),
+        ..LoraConfig::default()
+    };
+    let bias = |bias| LoraConfig { bias, ..LoraConfig::default() };
+    let qwen = |layers: &[&str]| -> Vec<String> {
+        let name = |layer: usize, name: &str| format!("model.layers.{layer}.self_attn.{name}.bias");
+        (0..2).flat_map(|layer| layers.iter().map(move |part| name(layer, part))).collect()
+    };
+    assert_eq!(learned("qwen2", &bias(Bias::None)), [""; 0]);
+    assert_eq!(learned("qwen2", &bias(Bias::LoraOnly)), qwen(&["q_proj", "v_proj"]));
+    assert_eq!(learned("qwen2", &bias(Bias::All)), qwen(&["q_proj", "k_proj", "v_proj"]));
+    assert_eq!(
+        learned("gqa_llama3", &only(&["lm_head", "embed_tokens"])),
+        ["model.embed_tokens.weight", "lm_head.weight"]
+    );
+    assert_eq!(learned("gqa_llama3", &only(&["model.norm"])), ["model.norm.weight"]);
+    let mut model = base::<Train>("gqa_llama3");
+    let error = adapter::attach(&mut model, "default", &only(&["lm_heat"]), 0).unwrap_err().to_string();
+    assert!(error.contains("lm_heat") && error.contains("lm_head"), "{error}");
+    let mut tied = base::<Train>("tied_bias");
+    let error = adapter::attach(&mut tied, "default", &only(&["embed_tokens"]), 0).unwrap_err().to_string();
+    assert!(error.contains("model.embed_tokens.weight") && error.contains("head"), "{error}");
+}
+
+#[test]
+fn half_precision_weights_carry_the_family_too() {
+    for (name, base_name) in [("dora", "gqa_llama3"), ("saved_modules", "gqa_llama3"), ("ia3", "gqa_llama3")] {
+        let checkpoint = Checkpoint::open(&fixture(&format!("models/{base_name}"))).unwrap();
+        let mut model = checkpoint.load::<Flex>(DType::BF16, &Default::default()).unwrap();
+        Config::load(&mut model, name);
+        let difference = row_logits_differ(&model, &reference(name));
+        let size = max_abs(&floats(&reference(name)["logits"]));
+        assert!(difference < 0.05 * size, "{name}: {difference}");
+        if name == "saved_modules" {
+            assert_eq!(model.model.embed_tokens.weight.val().dtype(), DType::F32);
+        }
+    }
+}
+
+#[test]
+fn what_llama_cpp_s_adapter_file_cannot_hold_is_refused() {
+    let temporary = tempfile::tempdir().unwrap();
+    let out = temporary.path().join("adapter.gguf");
+    for (name, base_name) in CASES {
+        let plain = matches!(name, "layers" | "exclude");
+        let (config, from) = (base::<Flex>(base_name).config().clone(), directory(name));
+        let written = write::save_adapter(&config, &from, BlockType::F32, &out);
+        assert_eq!(written.is_ok(), plain, "{name}: {:?}", written.err());
+    }
+}
+
+#[test]
+fn adapters_of_another_kind_or_base_are_refused() {
+    let mut model = base::<Flex>("mha");
+    for name in ["dora", "saved_modules", "patterns"] {
+        let error = adapter::load(&mut model, "default", &directory(name)).unwrap_err().to_string();
+        assert!(error.contains("another base model") && error.contains("lora_A"), "{name}: {error}");
+    }
+    let error = ia3::load(&mut model, "default", &directory("ia3")).unwrap_err().to_string();
+    assert!(error.contains("another base model") && error.contains("ia3_l"), "{error}");
+    let error = ia3::load(&mut model, "default", &directory("dora")).unwrap_err().to_string();
+    assert!(error.contains("IA3") && error.contains("LORA"), "{error}");
+    let mut model = base::<Flex>("gqa_llama3");
+    ia3::attach(&mut model, "a", &Ia3Config::default()).unwrap();
+    let error = adapter::attach(&mut model, "a", &LoraConfig::default(), 0).unwrap_err().to_string();
+    assert!(error.contains("exists already"), "{error}");
+    for path in ["model.layers.0.self_attn.q_proj.adapters.0.lora_b", "model.layers.0.self_attn.q_proj.bias"] {
+        let rank = if path.ends_with("bias") { 1 } else { 2 };
+        assert_eq!(adapter::learning_rate_scale(path, rank, 16.0), 16.0);
+    }
+    let a = "model.layers.0.self_attn.q_proj.adapters.0.lora_a";
+    assert_eq!(adapter::learning_rate_scale(a, 2, 16.0), 1.0);
+}
