@@ -346,6 +346,58 @@ fn lora_from_a_recipe_to_chat() {
     assert!(gap.abs() < 1e-4, "{gap}");
 }
 
+/// Every method: trained, stopped half-way and gone on with, bit for bit; what it leaves is PEFT's, and evaluates and chats.
+#[test]
+fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
+    let work = Work::new();
+    let table: [(&str, &[&str], &str); 9] = [
+        ("dora", &["method.r=2"], "LORA"),
+        ("lora", &["method.init_lora_weights=pissa", "method.rank_pattern={q_proj = 3}"], "LORA"),
+        ("lora", &["method.bias=all", "method.modules_to_save=['lm_head']", "method.layers_to_transform=[1]"], "LORA"),
+        ("ia3", &["train.learning_rate=1e-1"], "IA3"),
+        ("p-tuning-v2", &["train.learning_rate=1e-1", "method.dropout=0.1"], "PREFIX_TUNING"),
+        ("p-tuning-v2", &["method.prefix_projection=true", "method.num_virtual_tokens=5"], "PREFIX_TUNING"),
+        ("p-tuning-v2", &["method.init_text='It is a number.'", "train.learning_rate=1e-1"], "PREFIX_TUNING"),
+        ("prompt", &["method.init_text='It is a number.'", "train.learning_rate=1e-1"], "PROMPT_TUNING"),
+        ("p-tuning", &["method.encoder_hidden_size=8"], "P_TUNING"),
+    ];
+    for (index, (kind, sets, peft_type)) in table.into_iter().enumerate() {
+        let kind = format!("method.kind={kind}");
+        let targets =
+            if peft_type == "LORA" { "method.target_modules=['q_proj', 'down_proj']" } else { "train.keep=2" };
+        let sets: Vec<&str> = [kind.as_str(), targets, "train.scheduler=constant", "train.learning_rate=2e-2"]
+            .iter()
+            .chain(sets)
+            .flat_map(|set| ["--set", set])
+            .collect();
+        let run = |folder: &str, rest: &[&str]| {
+            work.succeed(&[&["train", "run.toml", "--dir", folder], &sets[..], rest].concat());
+        };
+        let (whole, parts) = (format!("whole-{index}"), format!("parts-{index}"));
+        run(&whole, &["--set", "train.max_steps=12"]);
+        let steps = ["--set", "train.save_every=5", "--set", "train.max_steps=6"];
+        run(&parts, &steps);
+        fs::remove_file(work.at(&parts).join("summary.json")).unwrap();
+        run(&parts, &["--set", "train.save_every=5", "--set", "train.max_steps=12", "--resume"]);
+        for file in ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"] {
+            let read = |folder: &str| fs::read(work.at(folder).join(file)).unwrap();
+            assert!(read(&whole) == read(&parts), "{kind} {sets:?}: {file} differs after a pause");
+        }
+        let config = work.json(&format!("{whole}/adapter/adapter_config.json"));
+        assert_eq!(config["peft_type"], peft_type);
+        let summary = run_folder(&work, &whole, 12, &["adapter/adapter_model.safetensors"]);
+        let adapter = format!("{whole}/adapter");
+        usable(&work, &["--model", "model", "--adapter", &adapter], number(&summary, "valid_loss_after"));
+        // A run can start from what another has left.
+        if peft_type != "LORA" {
+            let (init, again) = (format!("method.init={adapter}"), format!("again-{index}"));
+            run(&again, &["--set", "train.max_steps=1", "--set", "train.learning_rate=1e-9", "--set", &init]);
+            let before = number(&work.json(&format!("{again}/summary.json")), "valid_loss_before");
+            assert!((before - number(&summary, "valid_loss_after")).abs() < 1e-4, "{kind}: {before}");
+        }
+    }
+}
+
 #[test]
 fn full_fine_tuning_from_a_recipe_to_chat() {
     let work = Work::new();

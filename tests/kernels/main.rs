@@ -120,6 +120,7 @@ fn gradients_are_the_finite_differences_of_host_code() {
 }
 
 /// Which cases of the table are tried.
+#[cfg_attr(not(any(feature = "vulkan", feature = "wgpu")), allow(dead_code))]
 enum Extent {
     All,
     /// The largest small one of each kernel: where kernels are compiled for every shape, and by software, the table takes hours.

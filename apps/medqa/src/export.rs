@@ -1,6 +1,7 @@
 //! A model for other programs: a Hugging Face directory, or a GGUF file that llama.cpp loads.
 
 use crate::{
+    adapter,
     backend::{Device, on},
     cli::{ExportArgs, ModelArgs, Precision},
     fetch,
@@ -16,7 +17,6 @@ use burn_llama::{
     },
     kernel::Kernels,
 };
-use burn_peft::adapter;
 use std::{
     ffi::OsString,
     fs,
@@ -44,7 +44,12 @@ pub fn export(args: &ExportArgs) -> Result<()> {
 
 fn merged<B: Kernels>(model: &ModelArgs, device: &B::Device, (args, gguf): (&ExportArgs, bool)) -> Result<()> {
     let mut loaded = model::load::<B>(model, device)?;
-    adapter::merge(&mut loaded.model, "default");
+    if loaded.model.prompt.is_some() {
+        bail!(
+            "--adapter: expected one that can be merged into weights, found virtual tokens; load them beside the model"
+        );
+    }
+    burn_peft::adapter::merge(&mut loaded.model, adapter::NAME);
     if gguf { file(&loaded, args) } else { directory(&loaded, args) }
 }
 

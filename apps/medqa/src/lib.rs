@@ -2,6 +2,7 @@
 //! public for the fuzzer.
 #![recursion_limit = "256"]
 
+mod adapter;
 mod backend;
 mod chat;
 pub mod cli;

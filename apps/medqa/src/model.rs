@@ -1,10 +1,9 @@
 //! A model with its tokenizer, as the user named it.
 
-use crate::{cli::ModelArgs, fetch};
+use crate::{adapter, cli::ModelArgs, fetch};
 use anyhow::{Context, Result};
 use burn::tensor::DType;
 use burn_llama::{ChatTemplate, Checkpoint, Llama, Message, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels};
-use burn_peft::adapter;
 use std::path::Path;
 
 /// A model that is ready to compute.
@@ -18,8 +17,7 @@ pub fn load<B: Kernels>(args: &ModelArgs, device: &B::Device) -> Result<Loaded<B
     let (checkpoint, tokenizer) = open(&args.model, args.tokenizer.as_deref())?;
     let mut loaded = Loaded { model: checkpoint.load::<B>(DType::F32, device)?, tokenizer };
     if let Some(directory) = &args.adapter {
-        let (_, unknown) = adapter::load(&mut loaded.model, "default", directory)?;
-        warn_unknown(directory, &unknown);
+        adapter::load(&mut loaded.model, directory)?;
     }
     Ok(loaded)
 }

@@ -44,7 +44,7 @@ impl Estimate {
         let bytes = if recipe.model.dtype == Dtype::F32 { 4 } else { 2 };
         Ok(Self {
             parameters,
-            trained: adapters(&shape, recipe.method.r as u64),
+            trained: adapters(&shape, recipe.method.lora.r as u64),
             frozen: parameters * bytes,
             tokens,
             activations: shape.activations(tokens, 4, Recompute::None).total(),

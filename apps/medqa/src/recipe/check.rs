@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use super::{Data, Method, MethodKind, Optimizer, Recipe, Saving, Steps, TargetModules};
+use super::{Data, Method, MethodKind, Optimizer, Recipe, Saving, Steps, TargetModules, VirtualTokens};
 use crate::data::Schema;
 
 /// The key and what is wrong with its value.
@@ -44,31 +44,58 @@ fn data(data: &Data) -> Result<(), Problem> {
 }
 
 fn method(method: &Method) -> Result<(), Problem> {
-    if method.r == 0 {
+    let Method { choice, lora, scope, tokens } = method;
+    if lora.r == 0 {
         // peft's own words.
-        let problem = format!("`r` should be a positive integer value but the value passed is {}", method.r);
+        let problem = format!("`r` should be a positive integer value but the value passed is {}", lora.r);
         return Err(("method.r", problem));
     }
-    within("method.alpha", method.alpha > 0.0 && method.alpha.is_finite(), "a number above 0", method.alpha)?;
-    within("method.dropout", (0.0..1.0).contains(&method.dropout), "a probability in [0, 1)", method.dropout)?;
-    let names = match &method.target_modules {
-        TargetModules::Names(names) => names.as_slice(),
-        TargetModules::Pattern(pattern) => std::slice::from_ref(pattern),
-    };
-    let named = !names.is_empty() && names.iter().all(|name| !name.trim().is_empty());
-    within("method.target_modules", named, "at least one module's name, and none empty", format!("{names:?}"))?;
-    if let Some(init) = &method.init {
-        given("method.init", init, "an adapter's directory")?;
-        let lora = method.kind == MethodKind::Lora;
-        let found = format!("{:?}", method.kind).to_lowercase();
-        within("method.init", lora, "`method.kind` to be \"lora\": it names an adapter", found)?;
+    within("method.alpha", lora.alpha > 0.0 && lora.alpha.is_finite(), "a number above 0", lora.alpha)?;
+    within("method.dropout", (0.0..1.0).contains(&choice.dropout), "a probability in [0, 1)", choice.dropout)?;
+    for (key, modules) in
+        [("method.target_modules", &scope.target_modules), ("method.exclude_modules", &scope.exclude_modules)]
+    {
+        let names = match modules {
+            Some(TargetModules::Names(names)) => names.as_slice(),
+            Some(TargetModules::Pattern(pattern)) => std::slice::from_ref(pattern),
+            None => continue,
+        };
+        let named = !names.is_empty() && names.iter().all(|name| !name.trim().is_empty());
+        within(key, named, "at least one module's name, and none empty", format!("{names:?}"))?;
     }
-    if let Some(layers) = &method.layers {
-        let freeze = method.kind == MethodKind::Freeze;
-        let found = format!("{:?}", method.kind).to_lowercase();
-        within("method.layers", freeze, "`method.kind` to be \"freeze\"", found)?;
+    let found = serde_json::to_string(&choice.kind).unwrap_or_default();
+    let found = found.trim_matches('"');
+    if let Some(init) = &choice.init {
+        given("method.init", init, "an adapter's directory")?;
+        let adapter = !matches!(choice.kind, MethodKind::Full | MethodKind::Freeze);
+        within("method.init", adapter, "`method.kind` to be that of an adapter", found)?;
+    }
+    if let Some(layers) = &choice.layers {
+        within("method.layers", choice.kind == MethodKind::Freeze, "`method.kind` to be \"freeze\"", found)?;
         let expected = "the last n blocks as n, or the first n as -n";
         within("method.layers", layers.count != 0, expected, layers.count)?;
+    }
+    virtual_tokens(tokens, choice.kind, found)
+}
+
+fn virtual_tokens(tokens: &VirtualTokens, kind: MethodKind, found: &str) -> Result<(), Problem> {
+    at_least_one("method.num_virtual_tokens", Some(tokens.num_virtual_tokens))?;
+    at_least_one("method.encoder_hidden_size", tokens.encoder_hidden_size)?;
+    let of = |key, set: bool, kinds: &[MethodKind], words: &str| {
+        within(key, !set || kinds.contains(&kind), &format!("`method.kind` to be {words}"), found)
+    };
+    let (prefix, prompt, encoded) = (MethodKind::PTuningV2, MethodKind::Prompt, MethodKind::PTuning);
+    of("method.prefix_projection", tokens.prefix_projection, &[prefix], "\"p-tuning-v2\"")?;
+    let words = "\"p-tuning-v2\" or \"p-tuning\"";
+    of("method.encoder_hidden_size", tokens.encoder_hidden_size.is_some(), &[prefix, encoded], words)?;
+    let words = "\"p-tuning-v2\" or \"prompt\"";
+    of("method.init_text", tokens.init_text.is_some(), &[prefix, prompt], words)?;
+    of("method.init_from_vocabulary", tokens.init_from_vocabulary, &[prompt], "\"prompt\"")?;
+    if let Some(text) = &tokens.init_text {
+        given("method.init_text", text, "a text")?;
+        let expected = "no `method.prefix_projection`, whose MLP has no inverse";
+        within("method.init_text", !tokens.prefix_projection, expected, "it")?;
+        within("method.init_text", !tokens.init_from_vocabulary, "no `method.init_from_vocabulary` beside it", "it")?;
     }
     Ok(())
 }

@@ -9,6 +9,7 @@
 //! directory.
 
 mod check;
+mod method;
 mod read;
 mod tables;
 mod train;
@@ -19,7 +20,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-pub use tables::{Data, Dtype, Method, MethodKind, Model, OnTooLong};
+pub use method::{Choice, Lora, Method, MethodKind, Scope, VirtualTokens};
+pub use tables::{Data, Dtype, Model, OnTooLong};
 pub use train::{Optimizer, ReportTo, Saving, Schedule, Scheduler, Steps, Train};
 pub use value::{Checkpointing, Layers, TargetModules};
 
@@ -64,14 +66,14 @@ impl Recipe {
 
     /// Defaults that depend on other keys.
     fn fill(&mut self) {
-        let default = match self.method.kind {
-            MethodKind::Lora => 2e-4,
-            MethodKind::Full | MethodKind::Freeze => 2e-5,
-        };
-        if self.method.kind == MethodKind::Freeze {
-            self.method.layers.get_or_insert_default();
+        let kind = self.method.choice.kind;
+        if kind == MethodKind::Freeze {
+            self.method.choice.layers.get_or_insert_default();
         }
-        self.train.optimizer.learning_rate.get_or_insert(default);
+        if kind.is_lora() {
+            self.method.scope.target_modules.get_or_insert_default();
+        }
+        self.train.optimizer.learning_rate.get_or_insert(kind.learning_rate());
         let steps = &mut self.train.steps;
         if steps.max_steps.is_none() {
             steps.epochs.get_or_insert(1.0);

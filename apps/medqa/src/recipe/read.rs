@@ -11,7 +11,9 @@ use serde::de::{DeserializeOwned, Deserializer, Visitor};
 use serde::{Deserialize, forward_to_deserialize_any};
 use toml::{Table, Value};
 
-use super::{Data, Method, Model, Optimizer, Recipe, Saving, Schedule, Steps, Train};
+use super::{
+    Choice, Data, Lora, Method, Model, Optimizer, Recipe, Saving, Schedule, Scope, Steps, Train, VirtualTokens,
+};
 
 /// Where each key's value came from.
 pub struct Origin {
@@ -56,14 +58,10 @@ pub fn read(text: &str, file: &Path, sets: &[String]) -> Result<(Recipe, Origin)
 /// Every table and its keys.
 fn tables() -> [(&'static str, Vec<&'static str>); 4] {
     let train = [fields::<Steps>(), fields::<Optimizer>(), fields::<Schedule>(), fields::<Saving>()].concat();
-    // `Train` itself only flattens these; were it to gain a field of its own, this would miss it.
-    debug_assert!(fields::<Train>().is_empty());
-    [
-        ("model", fields::<Model>().to_vec()),
-        ("data", fields::<Data>().to_vec()),
-        ("method", fields::<Method>().to_vec()),
-        ("train", train),
-    ]
+    let method = [fields::<Choice>(), fields::<Lora>(), fields::<Scope>(), fields::<VirtualTokens>()].concat();
+    // The tables themselves only flatten these; were they to gain a field of their own, this would miss it.
+    debug_assert!(fields::<Train>().is_empty() && fields::<Method>().is_empty());
+    [("model", fields::<Model>().to_vec()), ("data", fields::<Data>().to_vec()), ("method", method), ("train", train)]
 }
 
 fn section<T: DeserializeOwned>(table: &Table, known: &(&str, Vec<&str>), origin: &Origin) -> Result<T> {

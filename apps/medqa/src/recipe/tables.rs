@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::value::{Layers, Source, TargetModules, sources};
+use super::value::{Source, sources};
 use crate::data::{Columns, Format, Schema};
 
 /// `[model]`
@@ -91,55 +91,4 @@ pub enum OnTooLong {
     Drop,
     /// It is a mistake, and a run does not start
     Error,
-}
-
-/// `[method]`
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Method {
-    /// Low-rank adapters, every weight, or those of some blocks.
-    pub kind: MethodKind,
-    /// Rank of the adapters.
-    pub r: usize,
-    /// Their scale: `alpha / r`, or `alpha / √r` with `use_rslora`.
-    pub alpha: f64,
-    /// Dropout before the adapters, in [0, 1).
-    pub dropout: f64,
-    /// Rank-stabilised scale.
-    pub use_rslora: bool,
-    /// Which projections get one: names, or one pattern.
-    pub target_modules: TargetModules,
-    /// An adapter directory to start from.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub init: Option<String>,
-    /// For `freeze`: which blocks learn, by default the last two; see [`Layers`].
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub layers: Option<Layers>,
-}
-
-impl Default for Method {
-    fn default() -> Self {
-        Self {
-            kind: MethodKind::Lora,
-            r: 8,
-            alpha: 16.0,
-            dropout: 0.0,
-            use_rslora: false,
-            target_modules: TargetModules::default(),
-            init: None,
-            layers: None,
-        }
-    }
-}
-
-/// Which parameters learn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MethodKind {
-    /// Low-rank adapters beside frozen weights.
-    Lora,
-    /// Every weight.
-    Full,
-    /// The weights of some blocks; embedding, last norm and head stay as they are.
-    Freeze,
 }

@@ -22,7 +22,7 @@ fn the_least_recipe_has_every_default() {
     assert_eq!(recipe.train.steps.epochs, Some(1.0));
     assert_eq!(recipe.train.schedule.warmup, Warmup::Ratio(0.03));
     assert_eq!(recipe.data.train[0].path, "t.jsonl");
-    assert_eq!(recipe.method.target_modules, TargetModules::default());
+    assert_eq!(recipe.method.scope.target_modules, Some(TargetModules::default()));
     let full = parse(LEAST, &["method.kind=full", "train.max_steps=3"]).unwrap();
     assert_eq!(full.train.optimizer.learning_rate, Some(2e-5));
     assert_eq!((full.train.steps.epochs, full.train.steps.max_steps), (None, Some(3)));
@@ -70,7 +70,7 @@ fn sets_override_and_fall_back_to_strings() {
     assert_eq!(recipe.train.steps.batch_size, 8);
     assert_eq!(recipe.data.train[0].path, "a b.jsonl");
     assert_eq!(recipe.data.valid.as_deref(), Some("v"));
-    assert_eq!(recipe.method.target_modules, TargetModules::Names(vec!["o_proj".into()]));
+    assert_eq!(recipe.method.scope.target_modules, Some(TargetModules::Names(vec!["o_proj".into()])));
     assert_eq!(parse("", &["model.path=m", "data.train=t"]).unwrap().model.path, "m");
     // A value that would open a line of its own stays one string.
     assert_eq!(parse(LEAST, &["model.path=1\nx = 2"]).unwrap().model.path, "1\nx = 2");
@@ -215,14 +215,14 @@ fn a_source_is_read_as_it_says_or_as_the_table_says() {
 #[test]
 fn freeze_learns_the_last_two_blocks_unless_it_is_told() {
     let layers =
-        |sets: &[&str]| parse(LEAST, &[&["method.kind=freeze"], sets].concat()).unwrap().method.layers.unwrap();
+        |sets: &[&str]| parse(LEAST, &[&["method.kind=freeze"], sets].concat()).unwrap().method.choice.layers.unwrap();
     assert_eq!(layers(&[]), Layers::default());
     assert_eq!(layers(&["method.layers=-3"]), Layers { count: -3, ..Layers::default() });
     let extra_modules = vec!["norm".to_owned()];
     assert_eq!(layers(&["method.layers={extra_modules = ['norm']}"]), Layers { count: 2, extra_modules });
     let recipe = parse(LEAST, &["method.kind=freeze"]).unwrap();
     assert_eq!(recipe.train.optimizer.learning_rate, Some(2e-5));
-    assert_eq!(parse(LEAST, &[]).unwrap().method.layers, None);
+    assert_eq!(parse(LEAST, &[]).unwrap().method.choice.layers, None);
 }
 
 #[test]

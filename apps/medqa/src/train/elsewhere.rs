@@ -28,7 +28,7 @@ pub fn open(recipe: &Recipe) -> Result<Option<Box<dyn Elsewhere>>> {
 /// Matrices are f32 there, whatever they are in training: not every backend has shorter types.
 fn load<B: Kernels>(recipe: &Recipe, device: &B::Device) -> Result<Llama<B>> {
     let loaded = model::base::<B>(&recipe.model.path, DType::F32, device)?;
-    Ok(setup::adapt(loaded.model, recipe)?.0)
+    Ok(setup::adapt(loaded.model, &loaded.tokenizer, recipe)?.0)
 }
 
 /// There is a model between two calls.

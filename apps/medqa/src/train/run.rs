@@ -11,6 +11,7 @@ use super::{
     state::{self, Progress},
 };
 use crate::{
+    adapter::Adapter,
     backend::{Device, on},
     data::epoch_order,
     eval::mean_loss,
@@ -21,7 +22,7 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, module::AutodiffModule};
 use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
-use burn_peft::{LoraConfig, Noise, Pass, adapter, param};
+use burn_peft::{Noise, Pass, param};
 use burn_zero::Engine;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
@@ -42,7 +43,7 @@ pub struct Run<B: Kernels> {
     recipe: Recipe,
     directory: PathBuf,
     engine: Engine<Autodiff<B>>,
-    lora: Option<LoraConfig>,
+    adapter: Option<Adapter>,
     tokenizer: Tokenizer,
     sources: Vec<Vec<Example>>,
     valid: Vec<Example>,
@@ -130,7 +131,7 @@ impl<B: Kernels> Run<B> {
         let valid = data.valid.as_ref().map(|path| setup::rows(&loaded, data, path, &data.schema(None)));
         let mut valid = valid.transpose()?.unwrap_or_default();
         valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
-        let (model, lora) = setup::adapt(loaded.model, &recipe)?;
+        let (model, adapter) = setup::adapt(loaded.model, &loaded.tokenizer, &recipe)?;
         let elsewhere = elsewhere::open(&recipe)?;
         let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
         let mut engine = Engine::new(setup::optimizer(&recipe), clip, setup::checkpointing(&recipe));
@@ -153,7 +154,7 @@ impl<B: Kernels> Run<B> {
             recipe,
             directory,
             engine,
-            lora,
+            adapter,
             tokenizer,
             sources,
             valid,
@@ -323,8 +324,8 @@ impl<B: Kernels> Run<B> {
 
     /// Writes what is trained into `directory`: `adapter/` or `model/`.
     fn save(&self, model: &Llama<Autodiff<B>>, directory: &Path) -> Result<()> {
-        match &self.lora {
-            Some(config) => adapter::save(model, setup::ADAPTER, config, &directory.join("adapter"))?,
+        match &self.adapter {
+            Some(adapter) => adapter.save(model, &directory.join("adapter"))?,
             None => {
                 let directory = directory.join("model");
                 checkpoint::save(model, &directory)?;

@@ -2,14 +2,15 @@
 
 use super::freeze::freeze;
 use crate::{
+    adapter::{self, Adapter},
     data::{Encoded, Schema, encode, read},
-    model::{self, Loaded},
-    recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Recipe, Scheduler, TargetModules as Targets},
+    model::Loaded,
+    recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Recipe, Scheduler},
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
-use burn_llama::{Example, Llama, kernel::Kernels};
-use burn_peft::{LoraConfig, TargetModules, adapter, param};
+use burn_llama::{Example, Llama, Tokenizer, kernel::Kernels};
+use burn_peft::param;
 use burn_zero::{
     optimizer::AdamW,
     schedule::{Kind, Schedule},
@@ -17,31 +18,42 @@ use burn_zero::{
 };
 use std::path::Path;
 
-/// The name of the adapter that is trained, as PEFT has it.
-pub const ADAPTER: &str = "default";
-
-/// Puts the method onto the model and freezes the rest.
-pub fn adapt<B: Kernels>(mut model: Llama<B>, recipe: &Recipe) -> Result<(Llama<B>, Option<LoraConfig>)> {
-    match recipe.method.kind {
+/// Puts the method onto the model and freezes the rest; `None` where the model's own weights learn and nothing else.
+pub fn adapt<B: Kernels>(
+    mut model: Llama<B>,
+    tokenizer: &Tokenizer,
+    recipe: &Recipe,
+) -> Result<(Llama<B>, Option<Adapter>)> {
+    let choice = &recipe.method.choice;
+    match choice.kind {
         MethodKind::Full => return Ok((model, None)),
-        MethodKind::Freeze => {
-            return Ok((freeze(model, &recipe.method.layers.clone().unwrap_or_default())?, None));
-        }
-        MethodKind::Lora => {}
+        MethodKind::Freeze => return Ok((freeze(model, &choice.layers.clone().unwrap_or_default())?, None)),
+        _ => {}
     }
-    let config = match &recipe.method.init {
+    let adapter = match choice.init.as_deref().map(Path::new).filter(|init| !init.is_file()) {
         Some(directory) => {
-            let (config, unknown) = adapter::load(&mut model, ADAPTER, Path::new(directory))?;
-            model::warn_unknown(Path::new(directory), &unknown);
-            config
+            let adapter = adapter::load(&mut model, directory)?;
+            let fits = match &adapter {
+                Adapter::Lora(config, _) if config.use_dora => choice.kind == MethodKind::Dora,
+                Adapter::Lora(..) => choice.kind == MethodKind::Lora,
+                Adapter::Ia3(_) => choice.kind == MethodKind::Ia3,
+                Adapter::Prompt => choice.kind.is_prompt(),
+            };
+            if !fits {
+                bail!(
+                    "`method.init`: {}: expected an adapter of `method.kind`, found another kind",
+                    directory.display()
+                );
+            }
+            adapter
         }
-        None => {
-            let config = lora(recipe);
-            adapter::attach(&mut model, ADAPTER, &config, recipe.train.steps.seed)?;
-            config
-        }
+        None => adapter::attach(&mut model, tokenizer, recipe)?,
     };
-    Ok((param::train_only(model, adapter::is_adapter), Some(config)))
+    let model = match &adapter {
+        Adapter::Lora(config, _) => burn_peft::adapter::train_only(model, config)?,
+        _ => param::train_only(model, burn_peft::adapter::is_adapter),
+    };
+    Ok((model, Some(adapter)))
 }
 
 pub fn stored(dtype: Dtype) -> DType {
@@ -62,21 +74,6 @@ pub fn checkpointing(recipe: &Recipe) -> Checkpointing {
         Recompute::None => Checkpointing::None,
         Recompute::Full => Checkpointing::Full,
         Recompute::Every(k) => Checkpointing::Every(k),
-    }
-}
-
-fn lora(recipe: &Recipe) -> LoraConfig {
-    let method = &recipe.method;
-    LoraConfig {
-        r: method.r,
-        lora_alpha: method.alpha,
-        lora_dropout: method.dropout,
-        use_rslora: method.use_rslora,
-        target_modules: match &method.target_modules {
-            Targets::Names(names) => TargetModules::Suffixes(names.clone()),
-            Targets::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
-        },
-        base_model_name_or_path: Some(recipe.model.path.clone()),
     }
 }
 
