@@ -5,7 +5,7 @@ use crate::{Error, Layout, LlamaConfig, Past, kernel::Kernels};
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use burn_peft::{
     Pass, Prompt, PromptConfig,
-    prompt::{BaseShape, Place},
+    prompt::{BaseShape, Place, PromptTuningInit as Init},
     random,
 };
 
@@ -115,14 +115,9 @@ impl<B: Kernels> Llama<B> {
     /// # Errors
     /// If the configuration is impossible, asks for a text that is not given, or its method cannot start from one.
     pub fn new_prompt(&self, config: &PromptConfig, text: Option<&[u32]>, seed: u64) -> Result<Prompt<B>, Error> {
-        use burn_peft::prompt::{Method, PromptTuningInit as Init};
         let prompt = Prompt::new(config, self.config.base_shape(), (seed, &self.device()))?;
         let (n, vocabulary) = (config.num_virtual_tokens, self.config.vocab_size);
-        let init = match config.method {
-            Method::Prompt { prompt_tuning_init, .. } => prompt_tuning_init,
-            _ => Init::Random,
-        };
-        let tokens: Vec<u32> = match (init, text) {
+        let tokens: Vec<u32> = match (config.init(), text) {
             (Init::Text, None | Some([])) => {
                 return Err(Error::config("prompt_tuning_init", "the tokens of a text for TEXT", "none"));
             }

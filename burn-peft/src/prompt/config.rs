@@ -172,6 +172,14 @@ impl PromptConfig {
         }
     }
 
+    /// What the virtual tokens start from, where the configuration says so; a text that is given besides counts more.
+    pub fn init(&self) -> PromptTuningInit {
+        match self.method {
+            Method::Prompt { prompt_tuning_init, .. } => prompt_tuning_init,
+            Method::Prefix { .. } | Method::PTuning { .. } => PromptTuningInit::Random,
+        }
+    }
+
     /// The features of one virtual token: those of `prompt_embeddings` in PEFT's file.
     pub fn width(&self, base: &BaseShape) -> usize {
         match self.method {
