@@ -1,21 +1,29 @@
-//! Training steps: micro-batches in, an updated model out.
+//! Training steps: micro-batches in, an updated model out, in one process or many.
 
 use crate::{
     Error,
-    comm::{Communicator, Solo},
-    optimizer::{AdamW, Group, Moments},
-    segment::{self, Checkpointing, Gradient, Segments, TrainSegments},
+    comm::{Collectives, Communicator, Queue, Solo, Traffic},
+    ds_config::Stage,
+    estimate::Memory,
+    gather::{Gathered, Place, Put, Weights},
+    optimizer::{AdamW, Moments},
+    partition::{Layout, Sharding},
+    reduce::{Gradients, Peak},
+    segment::{self, Checkpointing, Resident, Segments, TrainSegments, Value},
 };
 use burn::{
-    module::{ModuleMapper, Param, ParamId},
+    module::{Module, ModuleVisitor, Param, ParamId},
     tensor::{
-        Tensor,
+        Device, Tensor,
         backend::{AutodiffBackend, Backend},
     },
 };
 use std::collections::HashMap;
 
 mod checkpoint;
+mod step;
+
+pub use checkpoint::consolidate;
 
 /// What a step found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -26,16 +34,31 @@ pub struct StepReport {
     pub clipped: bool,
 }
 
-/// One process that trains a model. An optimizer step is any number of micro-batches: [`Engine::accumulate`] for each, then
+/// One rank that trains a model. An optimizer step is any number of micro-batches: [`Engine::accumulate`] for each, then
 /// [`Engine::step`].
+///
+/// Ranks hold the same model and take the same number of micro-batches, each its own. What they hold of gradients, optimizer
+/// states and weights is what [`Sharding`] says; what they compute does not depend on it: with one micro-batch per rank and
+/// step (and with more, where gradients are divided) the parameters are bit for bit those of one rank that takes the
+/// micro-batches of all in the order of ranks.
 pub struct Engine<B: AutodiffBackend> {
     optimizer: AdamW,
     max_grad_norm: Option<f64>,
     checkpointing: Checkpointing,
-    gradients: HashMap<ParamId, Gradient<B::InnerBackend>>,
+    sharding: Sharding,
+    queue: Queue,
+    division: Option<Division<B>>,
     moments: HashMap<ParamId, Moments<B::InnerBackend>>,
-    communicator: Box<dyn Communicator>,
     steps: usize,
+}
+
+/// What is known once the model has been seen.
+struct Division<B: AutodiffBackend> {
+    layout: Layout,
+    device: Device<B::InnerBackend>,
+    gradients: Gradients<B::InnerBackend>,
+    /// Stage 3's.
+    weights: Option<Weights<B::InnerBackend>>,
 }
 
 impl<B: AutodiffBackend> Engine<B> {
@@ -45,51 +68,114 @@ impl<B: AutodiffBackend> Engine<B> {
             optimizer,
             max_grad_norm,
             checkpointing,
-            gradients: HashMap::new(),
+            sharding: Sharding::default(),
+            queue: Queue::new(Box::new(Solo)),
+            division: None,
             moments: HashMap::new(),
-            communicator: Box::new(Solo),
             steps: 0,
         }
     }
 
-    /// Adds the gradients of one micro-batch; returns the sum of its loss.
-    ///
-    /// The loss weights in `batch` must already be divided by the number of target tokens of the whole step, so that the sum
-    /// over micro-batches is the step's gradient whatever their sizes. Sums are kept in f32.
-    pub fn accumulate<M: TrainSegments<B>>(&mut self, model: &M, batch: &<M as Segments<B>>::Batch) -> f64 {
-        let gradients = &mut self.gradients;
-        let loss = segment::run::<B, M>(model, batch, self.checkpointing, &mut |found| {
-            for mut gradient in found {
-                gradient.value = gradient.value.into_f32();
-                if let Some(sum) = gradients.remove(&gradient.id) {
-                    gradient.value = sum.value.add(gradient.value);
-                }
-                gradients.insert(gradient.id, gradient);
-            }
-        });
-        loss.flatten().into_data().iter::<f64>().sum()
+    /// The engine as one rank of a world.
+    pub fn in_world(self, communicator: Box<dyn Communicator>, sharding: Sharding) -> Self {
+        Self { sharding, queue: Queue::new(communicator), ..self }
     }
 
-    /// Clips the accumulated gradients by their global norm, as torch's `clip_grad_norm_` does, updates the parameters that
-    /// have one and forgets the gradients. Parameters keep their identity; matrices decay, see [`crate::optimizer::no_decay`].
+    /// Adds the gradients of one micro-batch; returns the sum of this rank's loss.
+    ///
+    /// The loss weights in `batch` must already be divided by the number of target tokens of the whole step, of all ranks and
+    /// micro-batches, so that the sum over them is the step's gradient whatever their sizes. Sums are kept in f32.
+    ///
+    /// In stage 3 the first call takes this rank's part of the weights and leaves shells in the model, see
+    /// [`Engine::with_whole`]. What is trained must not change from then on.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if the norm is: model, moments and step count are as before, the gradients are gone.
-    pub fn step<M: TrainSegments<B>>(&mut self, model: &mut M, learning_rate: f64) -> Result<StepReport, Error> {
-        let gradients = std::mem::take(&mut self.gradients);
-        let norm = global_norm(&gradients);
-        if !norm.is_finite() {
-            return Err(Error::NotFinite { step: self.steps, norm });
+    /// [`Error::Lost`] and the like if a rank is lost; gradients are incomplete then.
+    pub fn accumulate<M: TrainSegments<B>>(
+        &mut self,
+        model: &mut M,
+        batch: &<M as Segments<B>>::Batch,
+    ) -> Result<f64, Error> {
+        self.divide(model);
+        let (queue, checkpointing) = (&self.queue, self.checkpointing);
+        // A reduction of one rank is the identity: it may wait.
+        let early = self.sharding.stage >= Stage::Gradients && queue.world() > 1;
+        let division = self.division.as_mut().expect("the model was divided above");
+        let (layout, gradients) = (&division.layout, &mut division.gradients);
+        let mut peak = Peak::default();
+        let mut sink = |segment, found| {
+            gradients.add(layout, found);
+            if early { gradients.reduce_after(layout, segment, queue) } else { Ok(()) }
+        };
+        let loss = match &division.weights {
+            None => segment::drive::<B, M, _>(&mut Resident::new(model), batch, checkpointing, &mut sink)?,
+            Some(weights) => {
+                let place = Place { layout, queue, device: &division.device };
+                let mut source = Gathered::new(model.clone(), weights, place, checkpointing, &mut peak);
+                segment::drive::<B, M, _>(&mut source, batch, checkpointing, &mut sink)?
+            }
+        };
+        gradients.peak.gathered = gradients.peak.gathered.max(peak.gathered);
+        Ok(loss.flatten().into_data().iter::<f64>().sum())
+    }
+
+    /// Looks at the model for the first time: divides it, and in stage 3 takes this rank's part of the weights.
+    fn divide<M: TrainSegments<B>>(&mut self, model: &mut M) {
+        if self.division.is_some() {
+            return;
         }
-        let scale = self.max_grad_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
-        // A tensor is updated in place only if no one else holds it: the model is taken out, and a shell without the
-        // parameters stands in its place meanwhile.
-        let shell = model.clone().map(&mut Hollow { gradients: &gradients });
-        let taken = std::mem::replace(model, shell);
-        let (optimizer, moments) = (self.optimizer, &mut self.moments);
-        *model = taken.map(&mut Update { optimizer, learning_rate, scale, gradients, moments });
-        self.steps += 1;
-        Ok(StepReport { grad_norm: norm, clipped: scale < 1.0 })
+        let layout = Layout::new::<B, M>(model, self.sharding, (self.queue.rank(), self.queue.world()));
+        let mut find = FindDevice::<B>(None);
+        model.visit(&mut find);
+        let device = find.0.unwrap_or_default();
+        let gradients = Gradients::new(&layout);
+        let weights = (self.sharding.stage == Stage::Weights).then(|| {
+            let (shell, weights) = Weights::cut(model.clone(), &layout, &device);
+            *model = shell;
+            weights
+        });
+        self.division = Some(Division { layout, device, gradients, weights });
+    }
+
+    /// Lets `look` see the model with all its weights: to evaluate, to save it. In stage 3 they are gathered for it; every rank
+    /// must call this.
+    ///
+    /// # Errors
+    /// As [`Engine::accumulate`].
+    pub fn with_whole<M: TrainSegments<B>, R>(&mut self, model: &M, look: impl FnOnce(&M) -> R) -> Result<R, Error> {
+        let Some(Division { layout, device, weights: Some(weights), .. }) = &self.division else {
+            return Ok(look(model));
+        };
+        let mut values = HashMap::new();
+        for (index, bucket) in layout.buckets.iter().enumerate() {
+            let whole = weights.gather(layout, index, &self.queue).wait(layout, bucket, device)?;
+            values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
+        }
+        Ok(look(&model.clone().map(&mut Put { values })))
+    }
+
+    /// The sums over ranks of a few numbers, added in the order of ranks; every rank must call this.
+    ///
+    /// # Errors
+    /// As [`Engine::accumulate`].
+    pub fn sum_over_ranks(&self, numbers: &[f64]) -> Result<Vec<f64>, Error> {
+        let note: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+        let notes = self.queue.submit(move |group| group.share(&note)).wait()?;
+        let mut sums = vec![0.0; numbers.len()];
+        for note in notes {
+            let numbers =
+                note.chunks_exact(8).map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]));
+            sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
+        }
+        Ok(sums)
+    }
+
+    /// Returns when every rank has called it.
+    ///
+    /// # Errors
+    /// As [`Engine::accumulate`].
+    pub fn barrier(&self) -> Result<(), Error> {
+        self.queue.submit(|group| group.barrier()).wait()
     }
 
     /// The number of steps taken.
@@ -97,61 +183,68 @@ impl<B: AutodiffBackend> Engine<B> {
         self.steps
     }
 
-    /// The group of ranks that train together.
-    pub fn communicator(&self) -> &dyn Communicator {
-        self.communicator.as_ref()
+    /// This rank's number.
+    pub fn rank(&self) -> usize {
+        self.queue.rank()
     }
-}
 
-/// The L2 norm over all gradients: f32 sums of squares on the device, one read, their sum in f64 in the order of paths.
-fn global_norm<B: Backend>(gradients: &HashMap<ParamId, Gradient<B>>) -> f64 {
-    let mut sorted: Vec<_> = gradients.values().collect();
-    sorted.sort_by(|a, b| a.path.cmp(&b.path));
-    if sorted.is_empty() {
-        return 0.0;
+    /// The number of ranks that train together.
+    pub fn world(&self) -> usize {
+        self.queue.world()
     }
-    let squares = sorted.into_iter().map(|gradient| gradient.value.clone().sum_of_squares()).collect();
-    Tensor::cat(squares, 0).into_data().iter::<f64>().sum::<f64>().sqrt()
-}
 
-/// Replaces every parameter that is about to be updated by one element.
-struct Hollow<'a, B: Backend> {
-    gradients: &'a HashMap<ParamId, Gradient<B>>,
-}
+    /// What this rank has sent.
+    pub fn traffic(&self) -> Traffic {
+        self.queue.traffic()
+    }
 
-impl<B: AutodiffBackend> ModuleMapper<B> for Hollow<'_, B::InnerBackend> {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        if !self.gradients.contains_key(&param.id) {
-            return param;
+    /// The most bytes of passing things that were alive at a time, counted from their buffers.
+    pub fn peak(&self) -> Peak {
+        self.division.as_ref().map_or_else(Peak::default, |division| division.gradients.peak)
+    }
+
+    /// Bytes of what this rank holds between two computations, counted from the buffers: weights, gradients that have been
+    /// accumulated, moments.
+    pub fn memory<M: Module<B>>(&self, model: &M) -> Memory {
+        let mut count = CountWeights::default();
+        model.visit(&mut count);
+        let (mut parameters, mut frozen, mut gradients) = (count.trained, count.frozen, 0);
+        if let Some(division) = &self.division {
+            gradients = division.gradients.bytes();
+            for (&index, pieces) in division.weights.iter().flat_map(|weights| &weights.pieces) {
+                let bytes: usize = pieces.iter().map(|(_, value)| value.bytes()).sum();
+                *if division.layout.buckets[index].trainable { &mut parameters } else { &mut frozen } += bytes;
+            }
         }
-        let (id, tensor, mapper) = param.consume();
-        Param::from_mapped_value(id, Tensor::empty([1; D], &tensor.device()), mapper)
+        let moments: usize = self.moments.values().map(|m| m.exp_avg.bytes() + m.exp_avg_sq.bytes()).sum();
+        let (parameters, frozen) = (parameters as u64, frozen as u64);
+        Memory { parameters, frozen, gradients: gradients as u64, moments: moments as u64, ..Memory::default() }
     }
 }
 
-/// Updates every parameter that has a gradient, consuming the gradients.
-struct Update<'a, B: Backend> {
-    optimizer: AdamW,
-    learning_rate: f64,
-    scale: f64,
-    gradients: HashMap<ParamId, Gradient<B>>,
-    moments: &'a mut HashMap<ParamId, Moments<B>>,
+struct FindDevice<B: Backend>(Option<B::Device>);
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for FindDevice<B> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        self.0.get_or_insert_with(|| param.val().device());
+    }
 }
 
-impl<B: AutodiffBackend> ModuleMapper<B> for Update<'_, B::InnerBackend> {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let Some(gradient) = self.gradients.remove(&param.id) else { return param };
-        let group = Group::new(&gradient.path, D, self.optimizer.weight_decay);
-        let lr = self.learning_rate * group.learning_rate_scale;
-        let (id, parameter, mapper) = param.consume();
-        let mut value: Tensor<_, D> = gradient.value.tensor();
-        if self.scale < 1.0 {
-            value = value.mul_scalar(self.scale);
+/// Bytes of float parameters; each once, however many modules share it.
+#[derive(Default)]
+struct CountWeights {
+    trained: usize,
+    frozen: usize,
+    seen: std::collections::HashSet<ParamId>,
+}
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for CountWeights {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if self.seen.insert(param.id) {
+            let value = param.val();
+            let bytes = Value::new(value.clone().inner()).bytes();
+            *if value.is_require_grad() { &mut self.trained } else { &mut self.frozen } += bytes;
         }
-        let state = self.moments.remove(&id);
-        let (parameter, state) = self.optimizer.update(lr, group.weight_decay, parameter.inner(), value, state);
-        self.moments.insert(id, state);
-        Param::from_mapped_value(id, Tensor::from_inner(parameter).require_grad(), mapper)
     }
 }
 

@@ -26,16 +26,23 @@
 //! ```
 #![deny(missing_docs)]
 
+mod bucket;
 pub mod comm;
 pub mod ds_config;
 mod engine;
 mod error;
 pub mod estimate;
+mod gather;
+mod norm;
 pub mod optimizer;
+mod partition;
 pub mod pipeline;
 pub mod precision;
+mod reduce;
 pub mod schedule;
 pub mod segment;
 
-pub use engine::{Engine, StepReport};
+pub use engine::{Engine, StepReport, consolidate};
 pub use error::Error;
+pub use partition::{ALIGN, Sharding};
+pub use reduce::Peak;
