@@ -64,7 +64,19 @@ pub(crate) fn tensor<B: Backend>(bytes: &[u8], dims: &[usize], dtype: DType, dev
 
 /// A flat tensor from host values.
 pub(crate) fn from_host<B: Backend>(values: &[f32], device: &B::Device) -> Value<B> {
-    Value::from_primitive(B::float_from_data(TensorData::new(values.to_vec(), [values.len()]), device))
+    from_vec(values.to_vec(), device)
+}
+
+/// A flat tensor that takes host values over.
+pub(crate) fn from_vec<B: Backend>(values: Vec<f32>, device: &B::Device) -> Value<B> {
+    let n = values.len();
+    Value::from_primitive(B::float_from_data(TensorData::new(values, [n]), device))
+}
+
+/// The values of a tensor on the host, in f32; the tensor's own buffer where it is on the host and no one else holds it.
+pub(crate) fn to_host<B: Backend>(value: Value<B>) -> Vec<f32> {
+    let data = value.into_f32().flatten().into_data();
+    data.into_vec().unwrap_or_else(|error| panic!("an f32 tensor has f32 values: {error:?}"))
 }
 
 /// A piece of a whole parameter, flat. `apart` copies it, so that the rest of the parameter can go.

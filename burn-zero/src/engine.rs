@@ -6,7 +6,8 @@ use crate::{
     ds_config::Stage,
     estimate::Memory,
     gather::{Gathered, Place, Put, Weights},
-    optimizer::{AdamW, Moments},
+    offload::{Offload, Tier},
+    optimizer::{Groups, Optimizer, State},
     partition::{Layout, Sharding},
     reduce::{Gradients, Peak},
     segment::{self, Checkpointing, Resident, Segments, TrainSegments, Value},
@@ -18,7 +19,7 @@ use burn::{
         backend::{AutodiffBackend, Backend},
     },
 };
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 mod checkpoint;
 mod step;
@@ -42,13 +43,17 @@ pub struct StepReport {
 /// step (and with more, where gradients are divided) the parameters are bit for bit those of one rank that takes the
 /// micro-batches of all in the order of ranks.
 pub struct Engine<B: AutodiffBackend> {
-    optimizer: AdamW,
+    optimizer: Optimizer,
+    groups: Groups,
     max_grad_norm: Option<f64>,
     checkpointing: Checkpointing,
     sharding: Sharding,
-    queue: Queue,
+    queue: Arc<Queue>,
     division: Option<Division<B>>,
-    moments: HashMap<ParamId, Moments<B::InnerBackend>>,
+    /// On the device, by parameter: a rank has at most one piece of each.
+    states: HashMap<ParamId, State<B::InnerBackend>>,
+    /// Off the device.
+    offload: Option<Offload>,
     steps: usize,
 }
 
@@ -63,22 +68,43 @@ struct Division<B: AutodiffBackend> {
 
 impl<B: AutodiffBackend> Engine<B> {
     /// An engine in a world of one. `max_grad_norm` is the global norm that gradients are clipped to, if any.
-    pub fn new(optimizer: AdamW, max_grad_norm: Option<f64>, checkpointing: Checkpointing) -> Self {
+    pub fn new(optimizer: impl Into<Optimizer>, max_grad_norm: Option<f64>, checkpointing: Checkpointing) -> Self {
         Self {
-            optimizer,
+            optimizer: optimizer.into(),
+            groups: Groups::default(),
             max_grad_norm,
             checkpointing,
             sharding: Sharding::default(),
-            queue: Queue::new(Box::new(Solo)),
+            queue: Arc::new(Queue::new(Box::new(Solo))),
             division: None,
-            moments: HashMap::new(),
+            states: HashMap::new(),
+            offload: None,
             steps: 0,
         }
     }
 
     /// The engine as one rank of a world.
     pub fn in_world(self, communicator: Box<dyn Communicator>, sharding: Sharding) -> Self {
-        Self { sharding, queue: Queue::new(communicator), ..self }
+        Self { sharding, queue: Arc::new(Queue::new(communicator)), ..self }
+    }
+
+    /// The engine with other groups of parameters than [`Groups::default`].
+    pub fn with_groups(self, groups: Groups) -> Self {
+        Self { groups, ..self }
+    }
+
+    /// The engine with optimizer states in a tier, and their update on the host where that is not the device. Call it after
+    /// [`Engine::in_world`]: a file is a rank's own. States of 8 bits are always on the host, so an engine with
+    /// [`Optimizer::AdamW8bit`] needs this.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for settings that cannot work and for an optimizer that the host cannot compute, [`Error::Path`] if
+    /// the file cannot be made.
+    pub fn with_states_in(self, tier: &Tier) -> Result<Self, Error> {
+        self.optimizer.check()?;
+        let device = *tier == Tier::Device && !matches!(self.optimizer, Optimizer::AdamW8bit(_));
+        let offload = if device { None } else { Some(Offload::new(self.optimizer, tier, self.queue.rank())?) };
+        Ok(Self { offload, ..self })
     }
 
     /// Adds the gradients of one micro-batch; returns the sum of this rank's loss.
@@ -204,7 +230,7 @@ impl<B: AutodiffBackend> Engine<B> {
     }
 
     /// Bytes of what this rank holds between two computations, counted from the buffers: weights, gradients that have been
-    /// accumulated, moments.
+    /// accumulated, moments; under `host` what is off the device.
     pub fn memory<M: Module<B>>(&self, model: &M) -> Memory {
         let mut count = CountWeights::default();
         model.visit(&mut count);
@@ -216,13 +242,15 @@ impl<B: AutodiffBackend> Engine<B> {
                 *if division.layout.buckets[index].trainable { &mut parameters } else { &mut frozen } += bytes;
             }
         }
-        let moments: usize = self.moments.values().map(|m| m.exp_avg.bytes() + m.exp_avg_sq.bytes()).sum();
-        let (parameters, frozen) = (parameters as u64, frozen as u64);
-        Memory { parameters, frozen, gradients: gradients as u64, moments: moments as u64, ..Memory::default() }
+        let moments: usize = self.states.values().flat_map(|state| &state.slots).map(Value::bytes).sum();
+        let host = self.offload.as_ref().map_or(0, Offload::bytes) as u64;
+        let (parameters, frozen, gradients, moments) =
+            (parameters as u64, frozen as u64, gradients as u64, moments as u64);
+        Memory { parameters, frozen, gradients, moments, host, ..Memory::default() }
     }
 }
 
-struct FindDevice<B: Backend>(Option<B::Device>);
+pub(crate) struct FindDevice<B: Backend>(pub Option<B::Device>);
 
 impl<B: AutodiffBackend> ModuleVisitor<B> for FindDevice<B> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {

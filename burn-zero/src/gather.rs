@@ -22,7 +22,7 @@ use burn::{
         backend::{AutodiffBackend, Backend},
     },
 };
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 
 /// A segment's turn in a sweep, and the buckets that come before it and go after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,6 +132,57 @@ impl<B: Backend> Gathering<B> {
             Self::Coming(pending) => Ok(bucket::parameters(layout, bucket, &pending.wait()?, device)),
         }
     }
+}
+
+/// Pieces of weights.
+pub(crate) type Pieces<B> = Vec<(Piece, Value<B>)>;
+
+/// What makes new pieces of a bucket, by its number, from the old ones.
+pub(crate) type Update<'a, B> = dyn FnMut(usize, Pieces<B>) -> Result<Pieces<B>, Error> + 'a;
+
+/// Buckets of new weights that may be under way at a time.
+const WINDOW: usize = 2;
+
+/// Updates a model that has its weights: this rank's part of every bucket is updated, the others' parts are gathered. On an
+/// error the model is incomplete.
+pub(crate) fn update_model<B: AutodiffBackend, M: Module<B>>(
+    model: &mut M,
+    place: Place<B::InnerBackend>,
+    update: &mut Update<B::InnerBackend>,
+) -> Result<(), Error> {
+    let Place { layout, queue, device } = place;
+    // A tensor is updated in place only if no one else holds it: the weights are taken out of the model.
+    let which = |id: ParamId| layout.parameters[layout.index[&id]].trainable;
+    let mut take = Take { layout, which, values: HashMap::new() };
+    let shell = model.clone().map(&mut take);
+    *model = shell;
+    let (mut old, mut values) = (take.values, HashMap::new());
+    let mut coming: VecDeque<(usize, Gathering<B::InnerBackend>)> = VecDeque::new();
+    let mut receive = |coming: &mut VecDeque<(usize, Gathering<_>)>| -> Result<(), Error> {
+        let Some((index, gathering)) = coming.pop_front() else { return Ok(()) };
+        let whole = gathering.wait(layout, &layout.buckets[index], device)?;
+        values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
+        Ok(())
+    };
+    for (index, bucket) in layout.trained() {
+        let pieces = layout.pieces(bucket).into_iter().map(|piece| {
+            let value = old.remove(&piece.parameter).expect("the model has every parameter of the layout");
+            let value = bucket::cut(value, &piece, false, device);
+            (piece, value)
+        });
+        let pieces = pieces.collect();
+        bucket.slots.iter().for_each(|(parameter, _)| drop(old.remove(parameter)));
+        let pieces = update(index, pieces)?;
+        coming.push_back((index, start(layout, bucket, pieces, queue)));
+        if coming.len() > WINDOW {
+            receive(&mut coming)?;
+        }
+    }
+    while !coming.is_empty() {
+        receive(&mut coming)?;
+    }
+    *model = model.clone().map(&mut Put { values });
+    Ok(())
 }
 
 /// What gathering needs to know.

@@ -15,7 +15,7 @@ use crate::{
     segment::{Segments, TrainSegments},
 };
 use burn::{
-    module::{ModuleVisitor, Param, ParamId},
+    module::{Module, ModuleVisitor, Param, ParamId},
     tensor::{DType, Tensor, backend::AutodiffBackend},
 };
 use std::{collections::HashMap, ops::Range};
@@ -107,10 +107,14 @@ impl Layout {
             find.segment = segment;
             model.visit_segment(segment, &mut find);
         }
-        let Find { found: parameters, index, .. } = find;
-        let buckets = buckets(&parameters, sharding, world);
-        let (part, parts) = if sharding.stage >= Stage::States { (rank, world) } else { (0, 1) };
-        Self { parameters, index, buckets, parts, part, segments }
+        find.divide(sharding, (rank, world), segments)
+    }
+
+    /// The division of a module that is not a list of segments.
+    pub fn of_module<B: AutodiffBackend, M: Module<B>>(model: &M, sharding: Sharding, place: (usize, usize)) -> Self {
+        let mut find = Find { segment: 0, path: Vec::new(), index: HashMap::new(), found: Vec::new() };
+        model.visit(&mut find);
+        find.divide(sharding, place, 1)
     }
 
     /// The pieces of one part of a bucket, ascending.
@@ -188,6 +192,14 @@ struct Find {
     path: Vec<String>,
     index: HashMap<ParamId, usize>,
     found: Vec<Parameter>,
+}
+
+impl Find {
+    fn divide(self, sharding: Sharding, (rank, world): (usize, usize), segments: usize) -> Layout {
+        let buckets = buckets(&self.found, sharding, world);
+        let (part, parts) = if sharding.stage >= Stage::States { (rank, world) } else { (0, 1) };
+        Layout { parameters: self.found, index: self.index, buckets, parts, part, segments }
+    }
 }
 
 impl<B: AutodiffBackend> ModuleVisitor<B> for Find {

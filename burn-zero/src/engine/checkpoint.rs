@@ -4,8 +4,9 @@ use super::Engine;
 use crate::{
     Error, bucket,
     gather::Put,
-    optimizer::Moments,
-    partition::{Layout, Piece},
+    offload::Snapshot,
+    optimizer::State,
+    partition::{ALIGN, Layout, Parameter, Piece},
     segment::{TrainSegments, Value},
 };
 use burn::{
@@ -21,6 +22,7 @@ use std::{
     borrow::Cow,
     collections::HashMap,
     fs::File,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -56,7 +58,7 @@ impl<B: AutodiffBackend> Engine<B> {
         if layout.parts == 1 && self.rank() != 0 {
             return Ok(());
         }
-        let (tensors, places) = self.stored(model, layout);
+        let (tensors, places) = self.stored(model, layout)?;
         let mut metadata = HashMap::from([("steps".to_owned(), self.steps.to_string())]);
         if layout.parts > 1 {
             metadata.insert("places".to_owned(), places.to_string());
@@ -68,7 +70,11 @@ impl<B: AutodiffBackend> Engine<B> {
     }
 
     /// This rank's tensors, and for each that is a piece where it starts and the shape of the whole.
-    fn stored<M: TrainSegments<B>>(&self, model: &M, layout: &Layout) -> (Tensors<B>, serde_json::Value) {
+    fn stored<M: TrainSegments<B>>(
+        &self,
+        model: &M,
+        layout: &Layout,
+    ) -> Result<(Tensors<B>, serde_json::Value), Error> {
         let weights = self.division.as_ref().and_then(|division| division.weights.as_ref());
         let device = &self.division.as_ref().map(|division| division.device.clone()).unwrap_or_default();
         let mut read = Read::<B::InnerBackend> { values: HashMap::new() };
@@ -88,20 +94,40 @@ impl<B: AutodiffBackend> Engine<B> {
             };
             for (piece, value) in own {
                 let parameter = &layout.parameters[piece.parameter];
-                let shape = if layout.parts == 1 { parameter.dims.clone() } else { vec![piece.range.len()] };
-                let mut add = |name: String, value: Tensor<B::InnerBackend, 1>| {
-                    places.insert(name.clone(), json!([piece.range.start, parameter.dims]));
-                    tensors.push((name, Stored::Floats(shape.clone(), value)));
+                let mut add = |name: String, (start, dims): (usize, Vec<usize>), tensor: Tensor<_, 1>| {
+                    places.insert(name.clone(), json!([start, dims]));
+                    let shape = if layout.parts == 1 { dims } else { tensor.dims().to_vec() };
+                    tensors.push((name, Stored::Floats(shape, tensor)));
                 };
-                let path = &parameter.path;
-                add(path.clone(), value.flatten());
-                let Some(moments) = self.moments.get(&parameter.id) else { continue };
-                add(format!("{path}.exp_avg"), moments.exp_avg.clone().flatten());
-                add(format!("{path}.exp_avg_sq"), moments.exp_avg_sq.clone().flatten());
-                tensors.push((format!("{path}.step"), Stored::Step((moments.step as i64).to_le_bytes())));
+                let (path, place) = (&parameter.path, || (piece.range.start, parameter.dims.clone()));
+                add(path.clone(), place(), value.flatten());
+                let slots = self.optimizer.slots();
+                let step = if let Some(state) = self.states.get(&parameter.id) {
+                    for (name, slot) in slots.iter().zip(&state.slots) {
+                        add(format!("{path}.{name}"), place(), slot.clone().flatten());
+                    }
+                    Some(state.step)
+                } else if let Some(saved) =
+                    self.offload.as_ref().map(|o| o.snapshot(parameter.id)).transpose()?.flatten()
+                {
+                    let tensor = |values| bucket::from_vec::<B::InnerBackend>(values, device).flatten();
+                    for (name, values) in slots.iter().zip(saved.moments) {
+                        add(format!("{path}.{name}"), place(), tensor(values));
+                    }
+                    for (name, scales) in slots.iter().zip(saved.scales.into_iter().flatten()) {
+                        let dims = vec![parameter.elements().div_ceil(ALIGN)];
+                        add(format!("{path}.{name}_scale"), (piece.range.start / ALIGN, dims), tensor(scales));
+                    }
+                    Some(saved.step)
+                } else {
+                    None
+                };
+                if let Some(step) = step {
+                    tensors.push((format!("{path}.step"), Stored::Step((step as i64).to_le_bytes())));
+                }
             }
         }
-        (tensors, places.into())
+        Ok((tensors, places.into()))
     }
 
     /// Puts a saved state into the model and this engine: one that was saved here or in a world of another size or another
@@ -123,32 +149,70 @@ impl<B: AutodiffBackend> Engine<B> {
         let mut find = super::FindDevice::<B>(None);
         model.visit(&mut find);
         let device = &find.0.unwrap_or_default();
-        let (mut values, mut moments) = (HashMap::new(), HashMap::new());
+        let (mut values, mut states) = (HashMap::new(), Vec::new());
         for (_, bucket) in layout.trained() {
             for &(index, _) in &bucket.slots {
                 let parameter = &layout.parameters[index];
-                let (path, dims) = (&parameter.path, &parameter.dims);
-                let whole = saved.values(path, dims, 0..parameter.elements())?;
-                let value = bucket::from_host::<B::InnerBackend>(&whole, device).reshape(dims);
+                let dims = &parameter.dims;
+                let whole = saved.values(&parameter.path, dims, 0..parameter.elements())?;
+                let value = bucket::from_vec::<B::InnerBackend>(whole, device).reshape(dims);
                 values.insert(parameter.id, value.into_dtype(parameter.dtype));
                 let piece = layout.pieces(bucket).into_iter().find(|piece| piece.parameter == index);
                 let range = piece.map_or(0..0, |piece| piece.range);
-                // A parameter that has not been updated yet has no moments.
-                let Some(step) = saved.step(&format!("{path}.step"))? else { continue };
-                let mut read = |name| saved.values(&format!("{path}.{name}"), dims, range.clone());
-                let (exp_avg, exp_avg_sq) = (read("exp_avg")?, read("exp_avg_sq")?);
-                if !exp_avg.is_empty() {
-                    let (exp_avg, exp_avg_sq) =
-                        (bucket::from_host(&exp_avg, device), bucket::from_host(&exp_avg_sq, device));
-                    moments.insert(parameter.id, Moments { step, exp_avg, exp_avg_sq });
-                }
+                let state = self.saved_state(&mut saved, parameter, range)?;
+                states.extend(state.map(|state| ((parameter.id, parameter.elements()), state)));
             }
         }
         saved.all_used()?;
-        (self.moments, self.steps) = (moments, saved.steps);
+        self.states.clear();
+        self.offload.iter_mut().for_each(|offload| offload.clear());
+        for (place, SavedState { step, slots, scales }) in states {
+            match &mut self.offload {
+                Some(offload) => {
+                    let moments = slots.try_into().unwrap_or_default();
+                    offload.restore(place, Snapshot { step, moments, scales })?;
+                }
+                None => {
+                    let slots = slots.into_iter().map(|values| bucket::from_vec(values, device)).collect();
+                    self.states.insert(place.0, State { step, slots });
+                }
+            }
+        }
+        self.steps = saved.steps;
         self.division = None;
         Ok(model.map(&mut Put { values }))
     }
+
+    /// What was saved of this rank's piece of a parameter; none for one that has not been updated yet, or is not this rank's.
+    fn saved_state(
+        &self,
+        saved: &mut Saved,
+        parameter: &Parameter,
+        range: Range<usize>,
+    ) -> Result<Option<SavedState>, Error> {
+        let path = &parameter.path;
+        let Some(step) = saved.step(&format!("{path}.step"))? else { return Ok(None) };
+        let (mut slots, mut scales) = (Vec::new(), Vec::new());
+        for name in self.optimizer.slots() {
+            slots.push(saved.values(&format!("{path}.{name}"), &parameter.dims, range.clone())?);
+            let key = format!("{path}.{name}_scale");
+            if saved.has(&key) {
+                let dims = [parameter.elements().div_ceil(ALIGN)];
+                scales.push(saved.values(&key, &dims, range.start / ALIGN..range.end.div_ceil(ALIGN))?);
+            }
+        }
+        let state = SavedState { step, slots, scales: scales.try_into().ok() };
+        Ok((!range.is_empty()).then_some(state))
+    }
+}
+
+/// The state of a piece as it was saved.
+struct SavedState {
+    step: usize,
+    /// In the order of the optimizer's slots.
+    slots: Vec<Vec<f32>>,
+    /// The scales of 8-bit moments.
+    scales: Option<[Vec<f32>; 2]>,
 }
 
 type Tensors<B> = Vec<(String, Stored<<B as AutodiffBackend>::InnerBackend>)>;

@@ -2,20 +2,21 @@
 
 use super::{Division, Engine, StepReport};
 use crate::{
-    Error, bucket,
+    Error,
     comm::Collectives,
-    gather::{self, Gathering, Put, Take},
+    gather::{Pieces, Place, update_model},
     norm::{Exact, add_squares},
-    optimizer::Group,
+    offload,
+    optimizer::{Lamb, Optimizer},
     partition::{Layout, Piece},
     reduce::{Gradients, Reduced},
     segment::{TrainSegments, Value},
 };
-use burn::{module::ParamId, tensor::backend::AutodiffBackend};
-use std::collections::{HashMap, VecDeque};
-
-/// Buckets of new weights that may be under way at a time.
-const WINDOW: usize = 2;
+use burn::tensor::{
+    Device, Tensor,
+    backend::{AutodiffBackend, Backend},
+};
+use std::collections::HashMap;
 
 /// What all ranks agree on about the gradients of a step.
 struct Agreed {
@@ -58,7 +59,7 @@ impl<B: AutodiffBackend> Engine<B> {
         learning_rate: f64,
     ) -> Result<StepReport, Error> {
         let mine = gradients.present().to_vec();
-        let place = (self.sharding.stage, &self.queue);
+        let place = (self.sharding.stage, self.queue.as_ref());
         let mut reduced = gradients.finish(&division.layout, place, &division.device)?;
         let Agreed { norm, present } = self.agree(&division.layout, &reduced, &mine)?;
         if !norm.is_finite() {
@@ -71,13 +72,23 @@ impl<B: AutodiffBackend> Engine<B> {
                 for (index, _) in division.layout.trained() {
                     let old = weights.pieces.remove(&index).unwrap_or_default();
                     let gradients = reduced.remove(&index).unwrap_or_default();
-                    let new = self.update_pieces(&division.layout, (old, gradients), &present, &rates);
+                    let place = (&division.layout, &division.device);
+                    let new = self.update_pieces(place, (old, gradients), &present, &rates)?;
                     weights.pieces.insert(index, new);
                 }
                 division.weights = Some(weights);
             }
-            None => self.update_model(model, division, reduced, (&present, &rates))?,
+            None => {
+                let Division { layout, device, .. } = &*division;
+                let queue = self.queue.clone();
+                let mut update = |index, pieces| {
+                    let gradients = reduced.remove(&index).unwrap_or_default();
+                    self.update_pieces((layout, device), (pieces, gradients), &present, &rates)
+                };
+                update_model(model, Place { layout, queue: &queue, device }, &mut update)?;
+            }
         }
+        self.offload.as_mut().map_or(Ok(()), |offload| offload.settle())?;
         self.steps += 1;
         Ok(StepReport { grad_norm: norm, clipped: scale < 1.0 })
     }
@@ -106,74 +117,110 @@ impl<B: AutodiffBackend> Engine<B> {
         Ok(Agreed { norm: total.value().sqrt(), present: any })
     }
 
-    /// Updates a model that has its weights: this rank's part of every bucket, the others' gathered.
-    fn update_model<M: TrainSegments<B>>(
-        &mut self,
-        model: &mut M,
-        division: &Division<B>,
-        mut reduced: HashMap<usize, Reduced<B::InnerBackend>>,
-        (present, rates): (&[bool], &Rates),
-    ) -> Result<(), Error> {
-        let Division { layout, device, .. } = division;
-        // A tensor is updated in place only if no one else holds it: the weights are taken out of the model.
-        let which = |id: ParamId| layout.parameters[layout.index[&id]].trainable;
-        let mut take = Take { layout, which, values: HashMap::new() };
-        let shell = model.clone().map(&mut take);
-        *model = shell;
-        let (mut old, mut new) = (take.values, HashMap::new());
-        let mut coming: VecDeque<(usize, Gathering<B::InnerBackend>)> = VecDeque::new();
-        let mut receive = |coming: &mut VecDeque<(usize, Gathering<_>)>| -> Result<(), Error> {
-            let Some((index, gathering)) = coming.pop_front() else { return Ok(()) };
-            let whole = gathering.wait(layout, &layout.buckets[index], device)?;
-            new.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
-            Ok(())
-        };
-        for (index, bucket) in layout.trained() {
-            let pieces = layout.pieces(bucket).into_iter().map(|piece| {
-                let value = old.remove(&piece.parameter).expect("the model has every parameter of the layout");
-                let value = bucket::cut(value, &piece, false, device);
-                (piece, value)
-            });
-            let (pieces, gradients) = (pieces.collect(), reduced.remove(&index).unwrap_or_default());
-            bucket.slots.iter().for_each(|(parameter, _)| drop(old.remove(parameter)));
-            let pieces = self.update_pieces(layout, (pieces, gradients), present, rates);
-            coming.push_back((index, gather::start(layout, bucket, pieces, &self.queue)));
-            if coming.len() > WINDOW {
-                receive(&mut coming)?;
-            }
-        }
-        while !coming.is_empty() {
-            receive(&mut coming)?;
-        }
-        *model = model.clone().map(&mut Put { values: new });
-        Ok(())
-    }
-
     /// Updates this rank's pieces of a bucket.
     fn update_pieces(
         &mut self,
-        layout: &Layout,
+        division: (&Layout, &Device<B::InnerBackend>),
         (pieces, gradients): (Pieces<B::InnerBackend>, Reduced<B::InnerBackend>),
         present: &[bool],
         rates: &Rates,
-    ) -> Pieces<B::InnerBackend> {
+    ) -> Result<Pieces<B::InnerBackend>, Error> {
+        if let Optimizer::Lamb(lamb) = self.optimizer {
+            return self.update_by_layer(lamb, division.0, (pieces, gradients), (present, rates));
+        }
+        let (layout, device) = division;
         let update = |((piece, value), (_, gradient)): ((Piece, Value<_>), (Piece, Option<Value<_>>))| {
+            let Some(gradient) = gradient.filter(|_| present[piece.parameter]) else { return Ok((piece, value)) };
             let parameter = &layout.parameters[piece.parameter];
-            let Some(gradient) = gradient.filter(|_| present[piece.parameter]) else { return (piece, value) };
-            let group = Group::new(&parameter.path, parameter.dims.len(), self.optimizer.weight_decay);
-            let lr = rates.learning_rate * group.learning_rate_scale;
-            let mut gradient = gradient.tensor::<1>();
-            if rates.scale < 1.0 {
-                gradient = gradient.mul_scalar(rates.scale);
+            let (id, (lr, weight_decay)) = (parameter.id, self.rates(layout, &piece, rates));
+            if let Some(offload) = &mut self.offload {
+                let rates = offload::Rates { lr, weight_decay, scale: rates.scale };
+                let place = (id, parameter.elements());
+                return Ok((piece, offload.update(place, rates, (value, gradient), device)?));
             }
-            let state = self.moments.remove(&parameter.id);
-            let (value, state) = self.optimizer.update(lr, group.weight_decay, value.tensor::<1>(), gradient, state);
-            self.moments.insert(parameter.id, state);
-            (piece, Value::new(value))
+            let state = self.states.remove(&id);
+            let (parameter, gradient) = (value.tensor::<1>(), scaled(gradient, rates));
+            let (value, state) = self.optimizer.update((lr, weight_decay), parameter, gradient, state);
+            self.states.insert(id, state);
+            Ok((piece, Value::new(value)))
         };
         pieces.into_iter().zip(gradients).map(update).collect()
     }
+
+    /// The learning rate and the weight decay of a piece.
+    fn rates(&self, layout: &Layout, piece: &Piece, rates: &Rates) -> (f64, f64) {
+        let parameter = &layout.parameters[piece.parameter];
+        let group = self.groups.of(&parameter.path, parameter.dims.len(), self.optimizer.weight_decay());
+        (rates.learning_rate * group.learning_rate_scale, group.weight_decay)
+    }
+
+    /// LAMB: the norms of a bucket's tensors and of their directions are added up over ranks before anything moves.
+    fn update_by_layer(
+        &mut self,
+        lamb: Lamb,
+        layout: &Layout,
+        (pieces, gradients): (Pieces<B::InnerBackend>, Reduced<B::InnerBackend>),
+        (present, rates): (&[bool], &Rates),
+    ) -> Result<Pieces<B::InnerBackend>, Error> {
+        let (mut moving, mut norms) = (Vec::new(), HashMap::new());
+        for ((piece, value), (_, gradient)) in pieces.into_iter().zip(gradients) {
+            let Some(gradient) = gradient.filter(|_| present[piece.parameter]) else {
+                moving.push((piece, value, None));
+                continue;
+            };
+            let (id, (_, decay)) = (layout.parameters[piece.parameter].id, self.rates(layout, &piece, rates));
+            let state = self.states.remove(&id);
+            let parameter = value.clone().tensor::<1>();
+            let (direction, state) = lamb.direction(decay, &parameter, scaled(gradient, rates), state);
+            self.states.insert(id, state);
+            let direction = Value::new(direction);
+            let sums: &mut [Exact; 2] = norms.entry(piece.parameter).or_default();
+            add_squares(&mut sums[0], &value.clone().into_f32());
+            add_squares(&mut sums[1], &direction);
+            moving.push((piece, value, Some(direction)));
+        }
+        let norms = self.share_norms(layout, norms)?;
+        let step = |(piece, value, direction): (Piece, Value<B::InnerBackend>, Option<Value<_>>)| {
+            let Some(direction) = direction else { return (piece, value) };
+            let [parameter, length] = &norms[&piece.parameter];
+            let ratio = lamb.ratio(parameter.value().sqrt(), length.value().sqrt());
+            let (dtype, (lr, _)) = (value.dtype(), self.rates(layout, &piece, rates));
+            let moved = value.into_f32().tensor::<1>().sub(direction.tensor::<1>().mul_scalar(lr * ratio));
+            (piece, Value::new(moved).into_dtype(dtype))
+        };
+        Ok(moving.into_iter().map(step).collect())
+    }
+
+    /// The sums of all parts, by parameter.
+    fn share_norms(
+        &self,
+        layout: &Layout,
+        norms: HashMap<usize, [Exact; 2]>,
+    ) -> Result<HashMap<usize, [Exact; 2]>, Error> {
+        let mut note = Vec::new();
+        for (parameter, sums) in &norms {
+            note.extend((*parameter as u64).to_le_bytes());
+            sums.iter().for_each(|sum| note.extend(sum.to_bytes()));
+        }
+        let notes = self.queue.submit(move |group| group.share(&note)).wait()?;
+        let mut all: HashMap<usize, [Exact; 2]> = HashMap::new();
+        for note in notes.iter().take(layout.parts) {
+            let mut rest = note.as_slice();
+            while let Some((number, after)) = rest.split_first_chunk::<8>() {
+                let (first, after) = Exact::from_bytes(after);
+                let (second, after) = Exact::from_bytes(after);
+                let sums = all.entry(u64::from_le_bytes(*number) as usize).or_default();
+                sums[0].merge(first);
+                sums[1].merge(second);
+                rest = after;
+            }
+        }
+        Ok(all)
+    }
 }
 
-/// Pieces of weights.
-type Pieces<B> = Vec<(Piece, Value<B>)>;
+/// A gradient as it is clipped.
+fn scaled<B: Backend>(gradient: Value<B>, rates: &Rates) -> Tensor<B, 1> {
+    let gradient = gradient.tensor::<1>();
+    if rates.scale < 1.0 { gradient.mul_scalar(rates.scale) } else { gradient }
+}

@@ -1,7 +1,9 @@
 use super::*;
+use crate::optimizer::AdamW;
 use crate::segment::tests::{AB, Toy, ToyBatch, alone, frozen, toy};
 use burn::module::AutodiffModule;
 
+mod optimizers;
 mod world;
 
 /// Every parameter: identity, whether it needs a gradient, values.
@@ -70,7 +72,7 @@ fn gradients_are_clipped_by_their_global_norm() {
         // After one step the first moment is (1 − β₁) times the clipped gradient.
         let coefficient = (max / (norm + 1e-6)).min(1.0);
         let largest = unclipped.iter().fold(0f64, |a, b| a.max(b.abs()));
-        let embed = engine.moments[&model.embed.id].exp_avg.clone().flatten().into_data();
+        let embed = engine.states[&model.embed.id].slots[0].clone().flatten().into_data();
         for (moment, gradient) in embed.iter::<f64>().zip(&unclipped[model.down.val().shape().num_elements()..]) {
             assert!((moment - 0.1 * coefficient * gradient).abs() <= 1e-6 * largest, "{moment} for {gradient}");
         }
@@ -89,7 +91,7 @@ fn a_step_changes_what_is_trainable_and_nothing_else() {
         engine.step(&mut model, 1e-2).unwrap();
     }
     assert!(losses[2] < losses[1] && losses[1] < losses[0], "{losses:?}");
-    assert_eq!((engine.steps(), engine.moments.len(), engine.world()), (3, 3, 1));
+    assert_eq!((engine.steps(), engine.states.len(), engine.world()), (3, 3, 1));
     for (before, after) in before.0.iter().zip(read(&model).0) {
         assert_eq!((before.0, before.1), (after.0, after.1), "identity and trainability stay");
         assert_eq!(before.2 != after.2, before.1, "the trainable ones change, the others do not");
@@ -120,7 +122,7 @@ fn a_gradient_that_is_not_finite_leaves_everything_as_it_was() {
     let error = engine.step(&mut model, 1e-3).unwrap_err();
     assert!(matches!(error, Error::NotFinite { step: 0, .. }), "{error}");
     assert_eq!(read(&model), before);
-    assert_eq!((engine.steps(), engine.moments.len(), gradients(&engine).len()), (0, 0, 0));
+    assert_eq!((engine.steps(), engine.states.len(), gradients(&engine).len()), (0, 0, 0));
     engine.accumulate(&mut model, &ToyBatch::new(0, 20, 13.0)).unwrap();
     assert!(engine.step(&mut model, 1e-3).is_ok());
     assert!(model.valid().embed.val().into_data().iter::<f64>().all(f64::is_finite));

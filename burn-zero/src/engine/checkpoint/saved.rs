@@ -101,6 +101,11 @@ impl<'a> Saved<'a> {
         Error::State { path: self.path.clone(), key: key.to_owned(), expected, found }
     }
 
+    /// Whether there is a tensor of this name.
+    pub fn has(&self, key: &str) -> bool {
+        self.pieces.contains_key(key)
+    }
+
     /// Values of a tensor of this shape.
     pub fn values(&mut self, key: &str, dims: &[usize], range: Range<usize>) -> Result<Vec<f32>, Error> {
         let expected = format!("f32 {dims:?}");

@@ -7,23 +7,23 @@ use crate::{
     segment::tests::{freeze, toy_of},
 };
 
-const STAGES: [Stage; 4] = [Stage::Replicated, Stage::States, Stage::Gradients, Stage::Weights];
+pub(super) const STAGES: [Stage; 4] = [Stage::Replicated, Stage::States, Stage::Gradients, Stage::Weights];
 const STEPS: usize = 10;
 /// A norm that clips in most steps.
 const CLIP: f64 = 0.02;
 
 /// A model: its shape, what is frozen, how graphs are kept.
 #[derive(Debug, Clone, Copy)]
-struct Case {
-    vocab: usize,
-    hidden: usize,
-    tied: bool,
-    frozen: &'static [&'static str],
-    checkpointing: Checkpointing,
-    bucket_size: usize,
+pub(super) struct Case {
+    pub vocab: usize,
+    pub hidden: usize,
+    pub tied: bool,
+    pub frozen: &'static [&'static str],
+    pub checkpointing: Checkpointing,
+    pub bucket_size: usize,
 }
 
-const CASES: [Case; 7] = {
+pub(super) const CASES: [Case; 7] = {
     let full =
         Case { vocab: 41, hidden: 24, tied: true, frozen: &[], checkpointing: Checkpointing::Full, bucket_size: 1500 };
     [
@@ -45,7 +45,7 @@ const CASES: [Case; 7] = {
 };
 
 impl Case {
-    fn model(&self) -> Toy<AB> {
+    pub fn model(&self) -> Toy<AB> {
         freeze(toy_of(self.vocab, self.hidden, self.tied), self.frozen)
     }
 
@@ -55,7 +55,7 @@ impl Case {
 }
 
 /// Unequal micro-batches.
-fn batch(step: usize, micro: usize) -> ToyBatch<AB> {
+pub(super) fn batch(step: usize, micro: usize) -> ToyBatch<AB> {
     let from = (step * 40 + micro * 7) as i32;
     ToyBatch::new(from, from + 5 + micro as i32, 20.0)
 }
@@ -69,14 +69,14 @@ impl ModuleVisitor<AB> for Values {
     }
 }
 
-fn values(model: &Toy<AB>) -> Vec<Vec<f32>> {
+pub(super) fn values(model: &Toy<AB>) -> Vec<Vec<f32>> {
     let mut values = Values::default();
     model.visit(&mut values);
     values.0
 }
 
 /// Equality bit for bit, without pages of numbers where it fails.
-fn assert_same(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
+pub(super) fn assert_same(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
         let different = found.iter().zip(expected).filter(|(a, b)| a.to_bits() != b.to_bits());
@@ -88,14 +88,14 @@ fn assert_same(found: &[Vec<f32>], expected: &[Vec<f32>], what: &str) {
 
 /// What a run has come to.
 #[derive(Debug, PartialEq)]
-struct Outcome {
-    parameters: Vec<Vec<f32>>,
-    norms: Vec<f64>,
-    losses: Vec<f64>,
+pub(super) struct Outcome {
+    pub parameters: Vec<Vec<f32>>,
+    pub norms: Vec<f64>,
+    pub losses: Vec<f64>,
 }
 
 /// One rank's run of [`STEPS`] steps, `micros` micro-batches each.
-fn run(case: Case, mut engine: Engine<AB>, micros: usize) -> (Outcome, Engine<AB>, Toy<AB>) {
+pub(super) fn run(case: Case, mut engine: Engine<AB>, micros: usize) -> (Outcome, Engine<AB>, Toy<AB>) {
     let (mut model, rank, world) = (case.model(), engine.rank(), engine.world());
     let (mut norms, mut losses) = (vec![], vec![]);
     for step in 0..STEPS {
