@@ -4,7 +4,7 @@
 //! the result is the same bit for bit. Threads take blocks, vector instructions are chosen at run time.
 
 use super::AdamW;
-use half::{bf16, f16};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
 /// Values that one thread takes at a time: what it reads and writes fits its cache.
@@ -96,32 +96,63 @@ impl Update {
         assert_eq!(lengths, [parameter.len(); 3], "gradients and moments are as many as parameters");
         let blocks = parameter.par_chunks_mut(BLOCK).zip(gradient.par_chunks(BLOCK));
         let blocks = blocks.zip(exp_avg.par_chunks_mut(BLOCK)).zip(exp_avg_sq.par_chunks_mut(BLOCK));
-        let work = |block: Block| vectorized(|| step(constants, block));
         match copy {
-            Copy::None => blocks.for_each(work),
+            Copy::None => blocks.for_each(|block| constants.step(block, &mut [])),
             Copy::Bf16(copy) => {
                 assert_eq!(copy.len(), lengths[0], "the copy is as long as the parameters");
-                blocks.zip(copy.par_chunks_mut(BLOCK)).for_each(|((((p, g), m), v), copy)| {
-                    work((((&mut *p, g), m), v));
-                    vectorized(|| copy.iter_mut().zip(&*p).for_each(|(half, &value)| *half = to_bf16(value)));
-                });
+                blocks.zip(copy.par_chunks_mut(BLOCK)).for_each(|(block, copy)| constants.step(block, copy));
             }
             Copy::F16(copy) => {
                 assert_eq!(copy.len(), lengths[0], "the copy is as long as the parameters");
                 blocks.zip(copy.par_chunks_mut(BLOCK)).for_each(|((((p, g), m), v), copy)| {
-                    work((((&mut *p, g), m), v));
-                    copy.iter_mut().zip(&*p).for_each(|(half, &value)| *half = f16::from_f32(value));
+                    constants.step((((&mut *p, g), m), v), &mut []);
+                    copy.convert_from_f32_slice(p);
                 });
             }
         }
     }
 }
 
-/// Runs `work` compiled for the widest vector instructions that this machine has. Everything it calls must be
-/// `#[inline(always)]` to take part.
-#[inline(always)]
-pub(super) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
+impl Constants {
+    /// One thread's share, compiled for the widest vector instructions that this machine has.
+    pub(super) fn step(self, block: Block, copy: &mut [bf16]) {
+        pulp::Arch::new().dispatch(Share { constants: self, block, copy });
+    }
+}
+
+/// A parameter, its gradient and its two moments, nested as iterators zip them.
+pub(super) type Block<'a> = (((&'a mut [f32], &'a [f32]), &'a mut [f32]), &'a mut [f32]);
+
+/// A closure would not be compiled along with what calls it.
+struct Share<'a> {
+    constants: Constants,
+    block: Block<'a>,
+    /// Empty, or as long as the block.
+    copy: &'a mut [bf16],
+}
+
+impl pulp::NullaryFnOnce for Share<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { constants: c, block: (((parameter, gradient), exp_avg), exp_avg_sq), copy } = self;
+        let n = parameter.len();
+        let (gradient, exp_avg, exp_avg_sq) = (&gradient[..n], &mut exp_avg[..n], &mut exp_avg_sq[..n]);
+        for i in 0..n {
+            let (mut p, mut g) = (parameter[i], gradient[i]);
+            g *= c.scale;
+            g = if c.decay == 0.0 { g } else { g + p * c.decay };
+            p *= c.keep;
+            let m = exp_avg[i] + (g - exp_avg[i]) * c.share1;
+            let v = exp_avg_sq[i] * c.beta2 + g * c.share2 * g;
+            let root = v.sqrt() / c.root2 + c.epsilon;
+            parameter[i] = p + m * c.rate / root;
+            exp_avg[i] = m;
+            exp_avg_sq[i] = v;
+        }
+        copy.iter_mut().zip(&*parameter).for_each(|(half, &value)| *half = to_bf16(value));
+    }
 }
 
 /// Rounds to the nearest, ties to even; NaN stays NaN.
@@ -131,26 +162,4 @@ fn to_bf16(value: f32) -> bf16 {
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
     let quiet = bits >> 16 | 0x40;
     bf16::from_bits(if value.is_nan() { quiet } else { rounded } as u16)
-}
-
-/// A parameter, its gradient and its two moments, nested as iterators zip them.
-pub(super) type Block<'a> = (((&'a mut [f32], &'a [f32]), &'a mut [f32]), &'a mut [f32]);
-
-/// One thread's share.
-#[inline(always)]
-pub(super) fn step(c: Constants, (((parameter, gradient), exp_avg), exp_avg_sq): Block) {
-    let n = parameter.len();
-    let (gradient, exp_avg, exp_avg_sq) = (&gradient[..n], &mut exp_avg[..n], &mut exp_avg_sq[..n]);
-    for i in 0..n {
-        let (mut p, mut g) = (parameter[i], gradient[i]);
-        g *= c.scale;
-        g = if c.decay == 0.0 { g } else { g + p * c.decay };
-        p *= c.keep;
-        let m = exp_avg[i] + (g - exp_avg[i]) * c.share1;
-        let v = exp_avg_sq[i] * c.beta2 + g * c.share2 * g;
-        let root = v.sqrt() / c.root2 + c.epsilon;
-        parameter[i] = p + m * c.rate / root;
-        exp_avg[i] = m;
-        exp_avg_sq[i] = v;
-    }
 }

@@ -4,7 +4,7 @@
 //! dense near zero (bitsandbytes' `create_dynamic_map`). Blocks start at multiples of 256 in their parameter, so that they are
 //! the same in every world.
 
-use super::cpu_adam::{Update, step, vectorized};
+use super::cpu_adam::Update;
 use crate::partition::ALIGN;
 use rayon::prelude::*;
 use std::sync::LazyLock;
@@ -130,7 +130,7 @@ impl EightBit {
             let (exp_avg, exp_avg_sq) = (&mut exp_avg[..n], &mut exp_avg_sq[..n]);
             decode(&SIGNED, m, *m_scale, exp_avg);
             decode(&UNSIGNED, v, *v_scale, exp_avg_sq);
-            vectorized(|| step(constants, (((parameter, gradient), &mut *exp_avg), &mut *exp_avg_sq)));
+            constants.step((((parameter, gradient), &mut *exp_avg), &mut *exp_avg_sq), &mut []);
             (*m_scale, *v_scale) = (largest(exp_avg), largest(exp_avg_sq));
             encode(&SIGNED, exp_avg, *m_scale, m);
             encode(&UNSIGNED, exp_avg_sq, *v_scale, v);
