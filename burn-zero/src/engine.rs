@@ -2,13 +2,14 @@
 
 use crate::{
     Error,
-    comm::{Collectives, Communicator, Queue, Solo, Traffic},
+    comm::{Collectives, Communicator, Lane, Queue, Solo, Trace, Traffic},
     ds_config::Stage,
     estimate::Memory,
     gather::{Gathered, Place, Put, Weights},
     offload::{Offload, Tier},
     optimizer::{Groups, Optimizer, State},
     partition::{Layout, Sharding},
+    precision::LossScaler,
     reduce::{Gradients, Peak},
     segment::{self, Checkpointing, Resident, Segments, TrainSegments, Value},
 };
@@ -33,6 +34,8 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Whether the gradient was scaled down.
     pub clipped: bool,
+    /// Whether nothing was updated because gradients overflowed at this loss scale.
+    pub skipped: bool,
 }
 
 /// One rank that trains a model. An optimizer step is any number of micro-batches: [`Engine::accumulate`] for each, then
@@ -54,6 +57,9 @@ pub struct Engine<B: AutodiffBackend> {
     states: HashMap<ParamId, State<B::InnerBackend>>,
     /// Off the device.
     offload: Option<Offload>,
+    /// This rank's pieces of weights in half precision, in f32.
+    masters: HashMap<ParamId, Value<B::InnerBackend>>,
+    scaler: Option<LossScaler>,
     steps: usize,
 }
 
@@ -79,6 +85,8 @@ impl<B: AutodiffBackend> Engine<B> {
             division: None,
             states: HashMap::new(),
             offload: None,
+            masters: HashMap::new(),
+            scaler: None,
             steps: 0,
         }
     }
@@ -107,6 +115,17 @@ impl<B: AutodiffBackend> Engine<B> {
         Ok(Self { offload, ..self })
     }
 
+    /// The engine with a loss scale, for computation in f16: the loss weights of a batch must be multiplied by
+    /// [`Engine::loss_scale`]. A step whose gradients overflow on any rank is skipped on all.
+    pub fn with_loss_scaler(self, scaler: LossScaler) -> Self {
+        Self { scaler: Some(scaler), ..self }
+    }
+
+    /// What the loss is multiplied by in the next micro-batch; 1 without a scaler.
+    pub fn loss_scale(&self) -> f64 {
+        self.scaler.map_or(1.0, |scaler| scaler.scale())
+    }
+
     /// Adds the gradients of one micro-batch; returns the sum of this rank's loss.
     ///
     /// The loss weights in `batch` must already be divided by the number of target tokens of the whole step, of all ranks and
@@ -133,16 +152,18 @@ impl<B: AutodiffBackend> Engine<B> {
             gradients.add(layout, found);
             if early { gradients.reduce_after(layout, segment, queue) } else { Ok(()) }
         };
-        let loss = match &division.weights {
-            None => segment::drive::<B, M, _>(&mut Resident::new(model), batch, checkpointing, &mut sink)?,
+        let run = || match &division.weights {
+            None => segment::drive::<B, M, _>(&mut Resident::new(model), batch, checkpointing, &mut sink),
             Some(weights) => {
                 let place = Place { layout, queue, device: &division.device };
                 let mut source = Gathered::new(model.clone(), weights, place, checkpointing, &mut peak);
-                segment::drive::<B, M, _>(&mut source, batch, checkpointing, &mut sink)?
+                segment::drive::<B, M, _>(&mut source, batch, checkpointing, &mut sink)
             }
         };
+        let loss = queue.trace().span("micro-batch", Lane::Compute, run)?;
         gradients.peak.gathered = gradients.peak.gathered.max(peak.gathered);
-        Ok(loss.flatten().into_data().iter::<f64>().sum())
+        let sum: f64 = loss.flatten().into_data().iter::<f64>().sum();
+        Ok(sum / self.loss_scale())
     }
 
     /// Looks at the model for the first time: divides it, and in stage 3 takes this rank's part of the weights.
@@ -186,7 +207,7 @@ impl<B: AutodiffBackend> Engine<B> {
     /// As [`Engine::accumulate`].
     pub fn sum_over_ranks(&self, numbers: &[f64]) -> Result<Vec<f64>, Error> {
         let note: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-        let notes = self.queue.submit(move |group| group.share(&note)).wait()?;
+        let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
         let mut sums = vec![0.0; numbers.len()];
         for note in notes {
             let numbers =
@@ -201,7 +222,7 @@ impl<B: AutodiffBackend> Engine<B> {
     /// # Errors
     /// As [`Engine::accumulate`].
     pub fn barrier(&self) -> Result<(), Error> {
-        self.queue.submit(|group| group.barrier()).wait()
+        self.queue.submit("barrier", |group| group.barrier()).wait()
     }
 
     /// The number of steps taken.
@@ -224,13 +245,18 @@ impl<B: AutodiffBackend> Engine<B> {
         self.queue.traffic()
     }
 
+    /// When this rank computed, communicated and waited.
+    pub fn trace(&self) -> &Trace {
+        self.queue.trace()
+    }
+
     /// The most bytes of passing things that were alive at a time, counted from their buffers.
     pub fn peak(&self) -> Peak {
         self.division.as_ref().map_or_else(Peak::default, |division| division.gradients.peak)
     }
 
     /// Bytes of what this rank holds between two computations, counted from the buffers: weights, gradients that have been
-    /// accumulated, moments; under `host` what is off the device.
+    /// accumulated, masters, moments; under `host` what is off the device.
     pub fn memory<M: Module<B>>(&self, model: &M) -> Memory {
         let mut count = CountWeights::default();
         model.visit(&mut count);
@@ -244,9 +270,10 @@ impl<B: AutodiffBackend> Engine<B> {
         }
         let moments: usize = self.states.values().flat_map(|state| &state.slots).map(Value::bytes).sum();
         let host = self.offload.as_ref().map_or(0, Offload::bytes) as u64;
+        let master: usize = self.masters.values().map(Value::bytes).sum();
         let (parameters, frozen, gradients, moments) =
             (parameters as u64, frozen as u64, gradients as u64, moments as u64);
-        Memory { parameters, frozen, gradients, moments, host, ..Memory::default() }
+        Memory { parameters, frozen, gradients, master: master as u64, moments, host, ..Memory::default() }
     }
 }
 

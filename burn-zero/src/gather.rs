@@ -116,7 +116,7 @@ pub(crate) fn start<B: Backend>(
         return Gathering::Here(pieces);
     }
     let (bytes, size) = (bucket::part_bytes(layout, bucket, &pieces), bucket.dtype.size());
-    Gathering::Coming(queue.submit(move |group| group.all_gather_bytes(&bytes, size)))
+    Gathering::Coming(queue.submit("all_gather", move |group| group.all_gather_bytes(&bytes, size)))
 }
 
 impl<B: Backend> Gathering<B> {

@@ -8,7 +8,7 @@
 //! ```
 
 use crate::{
-    Error, bucket,
+    Error, bucket, ds_config,
     optimizer::{
         EightBit, LEAST_8BIT, Optimizer,
         cpu_adam::{Copy, Slices, Update},
@@ -16,7 +16,7 @@ use crate::{
     segment::Value,
 };
 use burn::{module::ParamId, tensor::backend::Backend};
-use std::{collections::HashMap, path::PathBuf};
+use std::{borrow::Cow, cell::RefCell, collections::HashMap, path::PathBuf};
 
 mod file;
 
@@ -34,11 +34,24 @@ pub enum Tier {
     File(PathBuf),
 }
 
+impl From<&ds_config::Offload> for Tier {
+    fn from(offload: &ds_config::Offload) -> Self {
+        match (offload.device, &offload.nvme_path) {
+            (ds_config::Device::None, _) => Self::Device,
+            (ds_config::Device::Nvme, Some(folder)) => Self::File(folder.clone()),
+            // A ds_config that has been checked has a folder with its nvme.
+            (ds_config::Device::Cpu | ds_config::Device::Nvme, _) => Self::Host,
+        }
+    }
+}
+
 /// States of all pieces of a rank.
 pub(crate) struct Offload {
     settings: Optimizer,
     file: Option<States>,
     states: HashMap<ParamId, HostState>,
+    /// The last read that failed while a state was saved.
+    failed: RefCell<Option<Error>>,
 }
 
 /// What is remembered of a piece.
@@ -87,7 +100,7 @@ impl Offload {
             Tier::File(folder) => Some(States::create(folder, rank)?),
             _ => None,
         };
-        Ok(Self { settings: optimizer, file, states: HashMap::new() })
+        Ok(Self { settings: optimizer, file, states: HashMap::new(), failed: RefCell::default() })
     }
 
     /// The moments of a piece of `n` values of a parameter of `whole` before the first update.
@@ -101,7 +114,7 @@ impl Offload {
         }
     }
 
-    /// The flat piece of a parameter, of `whole` values in all, after an update.
+    /// The flat f32 piece of a parameter, of `whole` values in all, after an update.
     pub fn update<B: Backend>(
         &mut self,
         (id, whole): (ParamId, usize),
@@ -109,7 +122,6 @@ impl Offload {
         (value, gradient): (Value<B>, Value<B>),
         device: &B::Device,
     ) -> Result<Value<B>, Error> {
-        let dtype = value.dtype();
         let mut parameter = bucket::to_host(value);
         let gradient = bucket::to_host(gradient);
         let mut state = match self.states.remove(&id) {
@@ -132,7 +144,7 @@ impl Offload {
             }
         }
         self.states.insert(id, state);
-        Ok(bucket::from_vec::<B>(parameter, device).into_dtype(dtype))
+        Ok(bucket::from_vec(parameter, device))
     }
 
     /// Ends a step: what is on its way to the file arrives.
@@ -140,18 +152,40 @@ impl Offload {
         self.file.as_mut().map_or(Ok(()), States::settle)
     }
 
-    /// A piece's state, to be saved.
-    pub fn snapshot(&self, id: ParamId) -> Result<Option<Snapshot>, Error> {
-        let Some(HostState { step, moments }) = self.states.get(&id) else { return Ok(None) };
-        let (moments, scales) = match moments {
-            Moments::Here { exp_avg, exp_avg_sq } => ([exp_avg.clone(), exp_avg_sq.clone()], None),
-            Moments::EightBit(codes) => (codes.values(), Some(codes.scales().map(<[f32]>::to_vec))),
+    /// The number of updates of a piece, if there were any.
+    pub fn step(&self, id: ParamId) -> Option<usize> {
+        self.states.get(&id).map(|state| state.step)
+    }
+
+    /// The scales of a moment in 8 bits.
+    pub fn scales(&self, id: ParamId, slot: usize) -> Option<&[f32]> {
+        match &self.states.get(&id)?.moments {
+            Moments::EightBit(codes) => Some(codes.scales()[slot]),
+            _ => None,
+        }
+    }
+
+    /// A moment of a piece that has been updated. If its file cannot be read it is empty, and [`Offload::check_reads`] says
+    /// why.
+    pub fn moment(&self, id: ParamId, slot: usize) -> Cow<'_, [f32]> {
+        match &self.states[&id].moments {
+            Moments::Here { exp_avg, exp_avg_sq } => Cow::Borrowed([exp_avg, exp_avg_sq][slot]),
+            Moments::EightBit(codes) => {
+                let [first, second] = codes.values();
+                Cow::Owned(if slot == 0 { first } else { second })
+            }
             Moments::File { start, length } => {
                 let file = self.file.as_ref().expect("the state is in it");
-                (file.read(*start, *length)?, None)
+                let values = file.read(*start, *length, slot).map_err(|error| self.failed.replace(Some(error)));
+                Cow::Owned(values.unwrap_or_default())
             }
-        };
-        Ok(Some(Snapshot { step: *step, moments, scales }))
+        }
+    }
+
+    /// # Errors
+    /// [`Error::Path`] if a moment could not be read since this was last asked.
+    pub fn check_reads(&self) -> Result<(), Error> {
+        self.failed.take().map_or(Ok(()), Err)
     }
 
     /// Puts a saved state in place.

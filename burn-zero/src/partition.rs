@@ -11,7 +11,7 @@
 //! norm, the scales of 8-bit states) does not depend on the number of ranks.
 
 use crate::{
-    ds_config::Stage,
+    ds_config::{Stage, Zero},
     segment::{Segments, TrainSegments},
 };
 use burn::{
@@ -36,6 +36,13 @@ pub struct Sharding {
 impl Default for Sharding {
     fn default() -> Self {
         Self { stage: Stage::Replicated, bucket_size: 4 << 20 }
+    }
+}
+
+impl From<&Zero> for Sharding {
+    fn from(zero: &Zero) -> Self {
+        let bucket_size = usize::try_from(zero.reduce_bucket_size).unwrap_or(usize::MAX);
+        Self { stage: zero.stage, bucket_size }
     }
 }
 

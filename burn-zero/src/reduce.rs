@@ -105,11 +105,11 @@ impl<B: Backend> Gradients<B> {
         self.under_way += flat.len() * 4;
         self.peak.buckets = self.peak.buckets.max(self.under_way);
         let pending = if layout.parts == 1 {
-            queue.submit(move |group| group.all_reduce(&mut flat).map(|()| flat))
+            queue.submit("all_reduce", move |group| group.all_reduce(&mut flat).map(|()| flat))
         } else {
             // A sum that starts at -0 is what is added to it, the sign of a zero included.
             let part = self.parts.remove(&index).unwrap_or_else(|| vec![-0.0; bucket.length / layout.parts]);
-            queue.submit(move |group| {
+            queue.submit("reduce_scatter", move |group| {
                 let mut part = part;
                 group.reduce_scatter_onto(&flat, &mut part).map(|()| part)
             })

@@ -100,7 +100,7 @@ where
         let flags: Vec<u8> = gradients.present().iter().map(|&present| u8::from(present)).collect();
         // Stage 2 reduces as early as stage 1 where all gradients come at once.
         let mut reduced = gradients.finish(&layout, (self.sharding.stage.min(Stage::States), &queue), device)?;
-        let all = queue.submit(move |group| group.share(&flags)).wait()?;
+        let all = queue.submit("share", move |group| group.share(&flags)).wait()?;
         let present = |parameter: usize| all.iter().any(|flags| flags.get(parameter).is_some_and(|&flag| flag != 0));
         let share = 1.0 / queue.world() as f64;
         let mut update = |index, pieces: Vec<(Piece, Value<_>)>| {

@@ -18,6 +18,7 @@ pub mod mpi;
 mod queue;
 mod solo;
 pub mod threads;
+mod trace;
 mod traffic;
 mod turn;
 
@@ -26,6 +27,7 @@ pub use element::Element;
 pub use group::Group;
 pub use queue::{Pending, Queue};
 pub use solo::Solo;
+pub use trace::{Lane, Trace};
 pub use traffic::{Count, Traffic};
 pub use turn::Turn;
 

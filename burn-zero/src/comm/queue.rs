@@ -1,6 +1,6 @@
 //! A communicator at work beside the thread that computes.
 
-use super::{Communicator, Traffic, Turn};
+use super::{Communicator, Lane, Trace, Traffic, Turn};
 use crate::Error;
 use std::{
     sync::{
@@ -22,6 +22,7 @@ pub struct Queue {
     world: usize,
     turn: Turn,
     traffic: Arc<Mutex<Traffic>>,
+    trace: Trace,
 }
 
 impl std::fmt::Debug for Queue {
@@ -35,6 +36,7 @@ impl std::fmt::Debug for Queue {
 pub struct Pending<R> {
     result: Receiver<Result<R, Error>>,
     turn: Turn,
+    trace: Trace,
 }
 
 impl<R> Pending<R> {
@@ -43,7 +45,8 @@ impl<R> Pending<R> {
     /// # Errors
     /// What the collective says; [`Error::Abandoned`] if an earlier one failed.
     pub fn wait(self) -> Result<R, Error> {
-        self.turn.outside(|| self.result.recv()).unwrap_or(Err(Error::Abandoned))
+        let wait = || self.turn.outside(|| self.result.recv());
+        self.trace.span("wait", Lane::Wait, wait).unwrap_or(Err(Error::Abandoned))
     }
 }
 
@@ -66,7 +69,7 @@ impl Queue {
         };
         let thread = std::thread::Builder::new().name(format!("communication of rank {rank}")).spawn(work);
         let thread = Some(thread.expect("a thread can be started"));
-        Self { jobs: Some(jobs), thread, rank, world, turn, traffic }
+        Self { jobs: Some(jobs), thread, rank, world, turn, traffic, trace: Trace::default() }
     }
 
     /// This rank's number.
@@ -84,15 +87,21 @@ impl Queue {
         *self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts a collective at the end of the queue.
+    /// When collectives ran and were waited for.
+    pub fn trace(&self) -> &Trace {
+        &self.trace
+    }
+
+    /// Puts a collective at the end of the queue; `name` is its name in the trace.
     pub fn submit<R: Send + 'static>(
         &self,
+        name: &'static str,
         work: impl FnOnce(&mut dyn Communicator) -> Result<R, Error> + Send + 'static,
     ) -> Pending<R> {
         let (reply, result) = channel();
-        let traffic = self.traffic.clone();
+        let (traffic, trace) = (self.traffic.clone(), self.trace.clone());
         let job: Job = Box::new(move |communicator| {
-            let done = work(communicator);
+            let done = trace.span(name, Lane::Communication, || work(communicator));
             *traffic.lock().unwrap_or_else(PoisonError::into_inner) = communicator.traffic();
             let well = done.is_ok();
             // No one waits if the engine has failed meanwhile.
@@ -103,7 +112,7 @@ impl Queue {
             // A thread that has ended drops the job, and waiting for it says so.
             let _ = jobs.send(job);
         }
-        Pending { result, turn: self.turn.clone() }
+        Pending { result, turn: self.turn.clone(), trace: self.trace.clone() }
     }
 }
 

@@ -212,7 +212,7 @@ fn a_queue_works_beside_the_computation_and_gives_up_after_an_error() {
         let rank = group.rank();
         let queue = Queue::new(Box::new(group.with_deadline(wait * 20)));
         let submit = |n: usize| {
-            queue.submit(move |group| {
+            queue.submit("all_reduce", move |group| {
                 let mut buffer = vec![1f32; n];
                 group.all_reduce(&mut buffer).map(|()| buffer)
             })

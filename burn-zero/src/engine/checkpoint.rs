@@ -4,7 +4,7 @@ use super::Engine;
 use crate::{
     Error, bucket,
     gather::Put,
-    offload::Snapshot,
+    offload::{Offload, Snapshot},
     optimizer::State,
     partition::{ALIGN, Layout, Parameter, Piece},
     segment::{TrainSegments, Value},
@@ -58,23 +58,23 @@ impl<B: AutodiffBackend> Engine<B> {
         if layout.parts == 1 && self.rank() != 0 {
             return Ok(());
         }
-        let (tensors, places) = self.stored(model, layout)?;
+        let (tensors, places) = self.stored(model, layout);
         let mut metadata = HashMap::from([("steps".to_owned(), self.steps.to_string())]);
+        if let Some(scaler) = &self.scaler {
+            metadata.insert("loss_scaler".to_owned(), json!(scaler).to_string());
+        }
         if layout.parts > 1 {
             metadata.insert("places".to_owned(), places.to_string());
         }
         let path = part_of(path, layout.part, layout.parts);
         let wrong = |source| Error::Path { path: path.clone(), source };
         safetensors::serialize_to_file(tensors, Some(metadata), &path).map_err(|e| wrong(std::io::Error::other(e)))?;
+        self.offload.as_ref().map_or(Ok(()), Offload::check_reads)?;
         File::open(&path).and_then(|file| file.sync_all()).map_err(wrong)
     }
 
     /// This rank's tensors, and for each that is a piece where it starts and the shape of the whole.
-    fn stored<M: TrainSegments<B>>(
-        &self,
-        model: &M,
-        layout: &Layout,
-    ) -> Result<(Tensors<B>, serde_json::Value), Error> {
+    fn stored<M: TrainSegments<B>>(&self, model: &M, layout: &Layout) -> (Tensors<'_, B>, serde_json::Value) {
         let weights = self.division.as_ref().and_then(|division| division.weights.as_ref());
         let device = &self.division.as_ref().map(|division| division.device.clone()).unwrap_or_default();
         let mut read = Read::<B::InnerBackend> { values: HashMap::new() };
@@ -94,40 +94,37 @@ impl<B: AutodiffBackend> Engine<B> {
             };
             for (piece, value) in own {
                 let parameter = &layout.parameters[piece.parameter];
-                let mut add = |name: String, (start, dims): (usize, Vec<usize>), tensor: Tensor<_, 1>| {
+                let (id, path, length) = (parameter.id, &parameter.path, piece.range.len());
+                let mut add = |name: String, (start, length, dims): (usize, usize, Vec<usize>), source| {
                     places.insert(name.clone(), json!([start, dims]));
-                    let shape = if layout.parts == 1 { dims } else { tensor.dims().to_vec() };
-                    tensors.push((name, Stored::Floats(shape, tensor)));
+                    let shape = if layout.parts == 1 { dims } else { vec![length] };
+                    tensors.push((name, Stored::Floats(shape, source)));
                 };
-                let (path, place) = (&parameter.path, || (piece.range.start, parameter.dims.clone()));
-                add(path.clone(), place(), value.flatten());
-                let slots = self.optimizer.slots();
-                let step = if let Some(state) = self.states.get(&parameter.id) {
-                    for (name, slot) in slots.iter().zip(&state.slots) {
-                        add(format!("{path}.{name}"), place(), slot.clone().flatten());
+                let place = || (piece.range.start, length, parameter.dims.clone());
+                let value = self.masters.get(&id).cloned().unwrap_or(value);
+                add(path.clone(), place(), Source::Device(value.flatten()));
+                let state = self.states.get(&id);
+                let offload = self.offload.as_ref().filter(|offload| offload.step(id).is_some());
+                for (slot, name) in self.optimizer.slots().iter().enumerate() {
+                    if let Some(state) = state {
+                        add(format!("{path}.{name}"), place(), Source::Device(state.slots[slot].clone().flatten()));
+                    } else if let Some(offload) = offload {
+                        add(format!("{path}.{name}"), place(), Source::Offload(offload, id, slot));
+                        if let Some(scales) = offload.scales(id, slot) {
+                            let scales = Tensor::from_floats(scales, device);
+                            let blocks = (piece.range.start / ALIGN, length.div_ceil(ALIGN));
+                            let whole = vec![parameter.elements().div_ceil(ALIGN)];
+                            add(format!("{path}.{name}_scale"), (blocks.0, blocks.1, whole), Source::Device(scales));
+                        }
                     }
-                    Some(state.step)
-                } else if let Some(saved) =
-                    self.offload.as_ref().map(|o| o.snapshot(parameter.id)).transpose()?.flatten()
-                {
-                    let tensor = |values| bucket::from_vec::<B::InnerBackend>(values, device).flatten();
-                    for (name, values) in slots.iter().zip(saved.moments) {
-                        add(format!("{path}.{name}"), place(), tensor(values));
-                    }
-                    for (name, scales) in slots.iter().zip(saved.scales.into_iter().flatten()) {
-                        let dims = vec![parameter.elements().div_ceil(ALIGN)];
-                        add(format!("{path}.{name}_scale"), (piece.range.start / ALIGN, dims), tensor(scales));
-                    }
-                    Some(saved.step)
-                } else {
-                    None
-                };
+                }
+                let step = state.map(|state| state.step).or(offload.and_then(|offload| offload.step(id)));
                 if let Some(step) = step {
                     tensors.push((format!("{path}.step"), Stored::Step((step as i64).to_le_bytes())));
                 }
             }
         }
-        Ok((tensors, places.into()))
+        (tensors, places.into())
     }
 
     /// Puts a saved state into the model and this engine: one that was saved here or in a world of another size or another
@@ -149,15 +146,18 @@ impl<B: AutodiffBackend> Engine<B> {
         let mut find = super::FindDevice::<B>(None);
         model.visit(&mut find);
         let device = &find.0.unwrap_or_default();
-        let (mut values, mut states) = (HashMap::new(), Vec::new());
+        let (mut values, mut masters, mut states) = (HashMap::new(), HashMap::new(), Vec::new());
         for (_, bucket) in layout.trained() {
             for &(index, _) in &bucket.slots {
                 let parameter = &layout.parameters[index];
                 let dims = &parameter.dims;
                 let whole = saved.values(&parameter.path, dims, 0..parameter.elements())?;
                 let value = bucket::from_vec::<B::InnerBackend>(whole, device).reshape(dims);
-                values.insert(parameter.id, value.into_dtype(parameter.dtype));
                 let piece = layout.pieces(bucket).into_iter().find(|piece| piece.parameter == index);
+                if let Some(piece) = piece.as_ref().filter(|_| parameter.dtype != DType::F32) {
+                    masters.insert(parameter.id, bucket::cut(value.clone(), piece, true, device));
+                }
+                values.insert(parameter.id, value.into_dtype(parameter.dtype));
                 let range = piece.map_or(0..0, |piece| piece.range);
                 let state = self.saved_state(&mut saved, parameter, range)?;
                 states.extend(state.map(|state| ((parameter.id, parameter.elements()), state)));
@@ -178,8 +178,8 @@ impl<B: AutodiffBackend> Engine<B> {
                 }
             }
         }
-        self.steps = saved.steps;
-        self.division = None;
+        (self.steps, self.masters, self.division) = (saved.steps, masters, None);
+        self.scaler = self.scaler.map(|scaler| saved.scaler.unwrap_or(scaler));
         Ok(model.map(&mut Put { values }))
     }
 
@@ -215,15 +215,21 @@ struct SavedState {
     scales: Option<[Vec<f32>; 2]>,
 }
 
-type Tensors<B> = Vec<(String, Stored<<B as AutodiffBackend>::InnerBackend>)>;
+type Tensors<'a, B> = Vec<(String, Stored<'a, <B as AutodiffBackend>::InnerBackend>)>;
 
-/// A tensor that is fetched from its device when it is written.
-enum Stored<B: Backend> {
-    Floats(Vec<usize>, Tensor<B, 1>),
+/// A tensor that is fetched from where it is when it is written.
+enum Stored<'a, B: Backend> {
+    Floats(Vec<usize>, Source<'a, B>),
     Step([u8; 8]),
 }
 
-impl<B: Backend> View for Stored<B> {
+enum Source<'a, B: Backend> {
+    Device(Tensor<B, 1>),
+    /// A moment of a piece.
+    Offload(&'a Offload, ParamId, usize),
+}
+
+impl<B: Backend> View for Stored<'_, B> {
     fn dtype(&self) -> Dtype {
         match self {
             Self::Floats(..) => Dtype::F32,
@@ -240,8 +246,12 @@ impl<B: Backend> View for Stored<B> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         match self {
-            Self::Floats(_, values) => {
+            Self::Floats(_, Source::Device(values)) => {
                 Cow::Owned(values.clone().into_data().convert_dtype(DType::F32).as_bytes().to_vec())
+            }
+            Self::Floats(_, Source::Offload(offload, id, slot)) => {
+                let values = offload.moment(*id, *slot);
+                Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect())
             }
             Self::Step(bytes) => Cow::Borrowed(bytes),
         }

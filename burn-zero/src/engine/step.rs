@@ -3,7 +3,7 @@
 use super::{Division, Engine, StepReport};
 use crate::{
     Error,
-    comm::Collectives,
+    comm::{Collectives, Lane},
     gather::{Pieces, Place, update_model},
     norm::{Exact, add_squares},
     offload,
@@ -13,7 +13,7 @@ use crate::{
     segment::{TrainSegments, Value},
 };
 use burn::tensor::{
-    Device, Tensor,
+    DType, Device, Tensor,
     backend::{AutodiffBackend, Backend},
 };
 use std::collections::HashMap;
@@ -28,7 +28,7 @@ struct Agreed {
 /// What an update needs besides the values.
 struct Rates {
     learning_rate: f64,
-    /// What gradients are multiplied by, if below 1.
+    /// What gradients are multiplied by: clipping, and the loss scale undone.
     scale: f64,
 }
 
@@ -37,8 +37,11 @@ impl<B: AutodiffBackend> Engine<B> {
     /// have one on any rank and forgets the gradients. Parameters keep their identity; matrices decay, see
     /// [`crate::optimizer::no_decay`]. The norm is that of all ranks together, and it does not depend on their number.
     ///
+    /// Weights in half precision are updated through copies in f32 that this rank keeps of its pieces (masters).
+    ///
     /// # Errors
-    /// [`Error::NotFinite`] if the norm is: model, moments and step count are as before, the gradients are gone.
+    /// [`Error::NotFinite`] if the norm is, on any rank: model, moments and step count are as before, the gradients are gone. With
+    /// a loss scaler that is a step that all ranks skip instead, or [`Error::LossScale`].
     /// [`Error::Lost`] and the like if a rank is lost: the model is incomplete then.
     pub fn step<M: TrainSegments<B>>(&mut self, model: &mut M, learning_rate: f64) -> Result<StepReport, Error> {
         self.divide(model);
@@ -46,7 +49,9 @@ impl<B: AutodiffBackend> Engine<B> {
         let mut fresh = Gradients::new(&division.layout);
         fresh.peak = division.gradients.peak;
         let gradients = std::mem::replace(&mut division.gradients, fresh);
-        let report = self.update(model, &mut division, gradients, learning_rate);
+        let trace = self.queue.trace().clone();
+        let update = || self.update(model, &mut division, gradients, learning_rate);
+        let report = trace.span("step", Lane::Compute, update);
         self.division = Some(division);
         report
     }
@@ -62,11 +67,18 @@ impl<B: AutodiffBackend> Engine<B> {
         let place = (self.sharding.stage, self.queue.as_ref());
         let mut reduced = gradients.finish(&division.layout, place, &division.device)?;
         let Agreed { norm, present } = self.agree(&division.layout, &reduced, &mine)?;
-        if !norm.is_finite() {
+        let (norm, unscale) = (norm / self.loss_scale(), 1.0 / self.loss_scale());
+        let finite = norm.is_finite();
+        if let Some(scaler) = &mut self.scaler {
+            scaler.update(!finite)?;
+        } else if !finite {
             return Err(Error::NotFinite { step: self.steps, norm });
         }
-        let scale = self.max_grad_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
-        let rates = Rates { learning_rate, scale };
+        if !finite {
+            return Ok(StepReport { grad_norm: norm, clipped: false, skipped: true });
+        }
+        let clip = self.max_grad_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
+        let rates = Rates { learning_rate, scale: clip * unscale };
         match division.weights.take() {
             Some(mut weights) => {
                 for (index, _) in division.layout.trained() {
@@ -90,7 +102,7 @@ impl<B: AutodiffBackend> Engine<B> {
         }
         self.offload.as_mut().map_or(Ok(()), |offload| offload.settle())?;
         self.steps += 1;
-        Ok(StepReport { grad_norm: norm, clipped: scale < 1.0 })
+        Ok(StepReport { grad_norm: norm, clipped: clip < 1.0, skipped: false })
     }
 
     /// The norm over all parts, and who had a gradient anywhere. Where there is one part all ranks have the same.
@@ -105,7 +117,7 @@ impl<B: AutodiffBackend> Engine<B> {
         values.for_each(|value| add_squares(&mut sum, value));
         let mut note = sum.to_bytes();
         note.extend(present.iter().map(|&present| u8::from(present)));
-        let notes = self.queue.submit(move |group| group.share(&note)).wait()?;
+        let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
         let (mut total, mut any) = (Exact::default(), vec![false; present.len()]);
         for (rank, note) in notes.iter().enumerate() {
             let (part, flags) = Exact::from_bytes(note);
@@ -125,10 +137,34 @@ impl<B: AutodiffBackend> Engine<B> {
         present: &[bool],
         rates: &Rates,
     ) -> Result<Pieces<B::InnerBackend>, Error> {
-        if let Optimizer::Lamb(lamb) = self.optimizer {
-            return self.update_by_layer(lamb, division.0, (pieces, gradients), (present, rates));
-        }
-        let (layout, device) = division;
+        let layout = division.0;
+        let dtypes: Vec<DType> = pieces.iter().map(|(_, value)| value.dtype()).collect();
+        let master = |(piece, value): (Piece, Value<_>)| {
+            let kept = self.masters.remove(&layout.parameters[piece.parameter].id);
+            (piece, kept.unwrap_or_else(|| value.into_f32()))
+        };
+        let pieces = pieces.into_iter().map(master).collect();
+        let new = match self.optimizer {
+            Optimizer::Lamb(lamb) => self.update_by_layer(lamb, layout, (pieces, gradients), (present, rates))?,
+            _ => self.update_by_value(division, (pieces, gradients), present, rates)?,
+        };
+        let round = |((piece, value), dtype): ((Piece, Value<_>), DType)| {
+            if dtype != DType::F32 {
+                self.masters.insert(layout.parameters[piece.parameter].id, value.clone());
+            }
+            (piece, value.into_dtype(dtype))
+        };
+        Ok(new.into_iter().zip(dtypes).map(round).collect())
+    }
+
+    /// The element-wise optimizers, on f32 pieces.
+    fn update_by_value(
+        &mut self,
+        (layout, device): (&Layout, &Device<B::InnerBackend>),
+        (pieces, gradients): (Pieces<B::InnerBackend>, Reduced<B::InnerBackend>),
+        present: &[bool],
+        rates: &Rates,
+    ) -> Result<Pieces<B::InnerBackend>, Error> {
         let update = |((piece, value), (_, gradient)): ((Piece, Value<_>), (Piece, Option<Value<_>>))| {
             let Some(gradient) = gradient.filter(|_| present[piece.parameter]) else { return Ok((piece, value)) };
             let parameter = &layout.parameters[piece.parameter];
@@ -175,7 +211,7 @@ impl<B: AutodiffBackend> Engine<B> {
             self.states.insert(id, state);
             let direction = Value::new(direction);
             let sums: &mut [Exact; 2] = norms.entry(piece.parameter).or_default();
-            add_squares(&mut sums[0], &value.clone().into_f32());
+            add_squares(&mut sums[0], &value);
             add_squares(&mut sums[1], &direction);
             moving.push((piece, value, Some(direction)));
         }
@@ -184,9 +220,9 @@ impl<B: AutodiffBackend> Engine<B> {
             let Some(direction) = direction else { return (piece, value) };
             let [parameter, length] = &norms[&piece.parameter];
             let ratio = lamb.ratio(parameter.value().sqrt(), length.value().sqrt());
-            let (dtype, (lr, _)) = (value.dtype(), self.rates(layout, &piece, rates));
-            let moved = value.into_f32().tensor::<1>().sub(direction.tensor::<1>().mul_scalar(lr * ratio));
-            (piece, Value::new(moved).into_dtype(dtype))
+            let (lr, _) = self.rates(layout, &piece, rates);
+            let moved = value.tensor::<1>().sub(direction.tensor::<1>().mul_scalar(lr * ratio));
+            (piece, Value::new(moved))
         };
         Ok(moving.into_iter().map(step).collect())
     }
@@ -202,7 +238,7 @@ impl<B: AutodiffBackend> Engine<B> {
             note.extend((*parameter as u64).to_le_bytes());
             sums.iter().for_each(|sum| note.extend(sum.to_bytes()));
         }
-        let notes = self.queue.submit(move |group| group.share(&note)).wait()?;
+        let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
         let mut all: HashMap<usize, [Exact; 2]> = HashMap::new();
         for note in notes.iter().take(layout.parts) {
             let mut rest = note.as_slice();
@@ -222,5 +258,5 @@ impl<B: AutodiffBackend> Engine<B> {
 /// A gradient as it is clipped.
 fn scaled<B: Backend>(gradient: Value<B>, rates: &Rates) -> Tensor<B, 1> {
     let gradient = gradient.tensor::<1>();
-    if rates.scale < 1.0 { gradient.mul_scalar(rates.scale) } else { gradient }
+    if rates.scale == 1.0 { gradient } else { gradient.mul_scalar(rates.scale) }
 }

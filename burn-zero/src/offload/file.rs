@@ -188,18 +188,15 @@ impl States {
         Ok(())
     }
 
-    /// Both moments of a piece, once [`States::settle`] has seen that everything is written.
-    pub fn read(&self, start: u64, n: usize) -> Result<[Vec<f32>; 2], Error> {
-        let (mut exp_avg, mut exp_avg_sq) = (vec![0.0; n], vec![0.0; n]);
+    /// A moment of a piece, once [`States::settle`] has seen that everything is written.
+    pub fn read(&self, start: u64, n: usize, slot: usize) -> Result<Vec<f32>, Error> {
+        let mut moment = vec![0.0; n];
         for (at, length) in blocks(n) {
-            let begin = 4 * (start + 2 * at as u64);
-            for (k, moment) in [&mut exp_avg, &mut exp_avg_sq].into_iter().enumerate() {
-                let bytes = bytes_mut(&mut moment[at..at + length]);
-                let found = self.file.read_exact_at(bytes, begin + (4 * k * length) as u64);
-                found.map_err(|source| self.wrong(source))?;
-            }
+            let begin = 4 * (start + (2 * at + slot * length) as u64);
+            let found = self.file.read_exact_at(bytes_mut(&mut moment[at..at + length]), begin);
+            found.map_err(|source| self.wrong(source))?;
         }
-        Ok([exp_avg, exp_avg_sq])
+        Ok(moment)
     }
 
     /// Waits until everything is written.

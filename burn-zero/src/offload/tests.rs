@@ -12,6 +12,12 @@ fn host(value: Value<Flex>) -> Vec<f32> {
     tensor.into_data().to_vec().unwrap()
 }
 
+fn snapshot(offload: &Offload, id: ParamId) -> Snapshot {
+    let moments = [0, 1].map(|slot| offload.moment(id, slot).into_owned());
+    offload.check_reads().unwrap();
+    Snapshot { step: offload.step(id).unwrap(), moments, scales: None }
+}
+
 /// Parameters and both moments after some updates; with a stop, a state that was saved and restored in between.
 fn run(tier: &Tier, sizes: &[usize], stop: Option<usize>) -> Vec<(Vec<f32>, [Vec<f32>; 2])> {
     let new = || Offload::new(Optimizer::AdamW(AdamW::default()), tier, 0).unwrap();
@@ -27,12 +33,12 @@ fn run(tier: &Tier, sizes: &[usize], stop: Option<usize>) -> Vec<(Vec<f32>, [Vec
         if stop == Some(step) {
             let mut next = new();
             for (i, &n) in sizes.iter().enumerate() {
-                next.restore((id(i), n), offload.snapshot(id(i)).unwrap().unwrap()).unwrap();
+                next.restore((id(i), n), snapshot(&offload, id(i))).unwrap();
             }
             offload = next;
         }
     }
-    let moments = |i| offload.snapshot(id(i)).unwrap().unwrap().moments;
+    let moments = |i| snapshot(&offload, id(i)).moments;
     values.into_iter().enumerate().map(|(i, value)| (host(value), moments(i))).collect()
 }
 
@@ -57,4 +63,13 @@ fn what_the_host_cannot_do_is_refused() {
     assert!(error.to_string().contains("Adam or AdamW"), "{error}");
     let error = Offload::new(Optimizer::AdamW(AdamW::default()), &Tier::File("/dev/null/x".into()), 0).err().unwrap();
     assert!(matches!(error, Error::Path { .. }), "{error}");
+}
+
+#[test]
+fn deepspeed_s_devices_are_tiers() {
+    use crate::ds_config::{Device, Offload as Settings};
+    let tier = |device, folder: Option<&str>| Tier::from(&Settings { device, nvme_path: folder.map(Into::into) });
+    assert_eq!(tier(Device::None, None), Tier::Device);
+    assert_eq!(tier(Device::Cpu, None), Tier::Host);
+    assert_eq!(tier(Device::Nvme, Some("/fast")), Tier::File("/fast".into()));
 }

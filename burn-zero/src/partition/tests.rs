@@ -72,3 +72,9 @@ fn buckets_do_not_depend_on_the_world_and_do_not_mix() {
         }
     }
 }
+
+#[test]
+fn deepspeed_s_settings_are_taken_over() {
+    let zero = Zero { stage: Stage::Gradients, reduce_bucket_size: 1000, ..Zero::default() };
+    assert_eq!(Sharding::from(&zero), Sharding { stage: Stage::Gradients, bucket_size: 1000 });
+}

@@ -89,7 +89,8 @@ impl<B: Backend> Segments<B> for Toy<B> {
             }
             2 => {
                 let (h, x) = (next().tensor::<2>(), next().tensor::<2>());
-                let y = h.clone().matmul(self.down.val()) + x;
+                // In whatever type the weight is kept.
+                let y = h.clone().matmul(self.down.val().cast(DType::F32)) + x;
                 vec![
                     Value::new(y),
                     Value::new(Tensor::<B, 1>::ones([1], &h.device()) * 0.5),

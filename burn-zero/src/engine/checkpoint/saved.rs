@@ -1,6 +1,6 @@
 //! A saved state as it lies in one file or in parts.
 
-use crate::Error;
+use crate::{Error, precision::LossScaler};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
@@ -63,11 +63,14 @@ pub(super) struct Saved<'a> {
     left: BTreeSet<String>,
     /// The number of optimizer steps.
     pub steps: usize,
+    /// The loss scale, if there was one.
+    pub scaler: Option<LossScaler>,
 }
 
 impl<'a> Saved<'a> {
     pub fn read(path: &Path, maps: &'a Maps) -> Result<Self, Error> {
-        let mut saved = Self { path: path.to_owned(), pieces: HashMap::new(), left: BTreeSet::new(), steps: 0 };
+        let mut saved =
+            Self { path: path.to_owned(), pieces: HashMap::new(), left: BTreeSet::new(), steps: 0, scaler: None };
         for (file, map) in &maps.0 {
             let state = |key: &str, expected: &str, found: String| Error::State {
                 path: file.clone(),
@@ -82,6 +85,10 @@ impl<'a> Saved<'a> {
             let metadata = header.metadata().clone().unwrap_or_default();
             let steps = metadata.get("steps").and_then(|steps| steps.parse().ok());
             saved.steps = steps.ok_or_else(|| state("steps", "a number", "none".to_owned()))?;
+            if let Some(text) = metadata.get("loss_scaler") {
+                let scaler = serde_json::from_str(text);
+                saved.scaler = Some(scaler.map_err(|e| state("loss_scaler", "a loss scaler", e.to_string()))?);
+            }
             let places: HashMap<String, Place> = match metadata.get("places") {
                 Some(text) => {
                     serde_json::from_str(text).map_err(|e| state("places", "where pieces start", e.to_string()))?
@@ -179,6 +186,9 @@ pub fn consolidate(path: &Path) -> Result<(), Error> {
     let wrong =
         |e: safetensors::SafeTensorError| Error::Path { path: path.to_owned(), source: std::io::Error::other(e) };
     let views = views.collect::<Result<Vec<_>, _>>().map_err(wrong)?;
-    let metadata = HashMap::from([("steps".to_owned(), saved.steps.to_string())]);
+    let mut metadata = HashMap::from([("steps".to_owned(), saved.steps.to_string())]);
+    if let Some(scaler) = saved.scaler {
+        metadata.insert("loss_scaler".to_owned(), serde_json::json!(scaler).to_string());
+    }
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(wrong)
 }

@@ -49,7 +49,7 @@ impl Case {
         freeze(toy_of(self.vocab, self.hidden, self.tied), self.frozen)
     }
 
-    fn engine(&self) -> Engine<AB> {
+    pub fn engine(&self) -> Engine<AB> {
         Engine::new(AdamW::default(), Some(CLIP), self.checkpointing)
     }
 }
