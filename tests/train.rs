@@ -105,7 +105,7 @@ fn trained(micro: usize, packed: bool, dtype: DType) -> Vec<f32> {
             let layout = layout(part, packed);
             let pass = pass(&layout, index * micro);
             let batch = model.batch(part, &layout, 1.0 / targets as f32, pass).unwrap();
-            engine.accumulate(&model, &batch);
+            engine.accumulate(&mut model, &batch).unwrap();
         }
         engine.step(&mut model, 1e-2).unwrap();
     }

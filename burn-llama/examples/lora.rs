@@ -29,7 +29,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (layout, weight) = (Layout::padded(&[rows[0].ids.len()]), 1.0 / rows[0].targets() as f32);
     let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
     for step in 1..=20 {
-        let loss = engine.accumulate(&model, &model.batch(&rows, &layout, weight, Pass::default())?);
+        let batch = model.batch(&rows, &layout, weight, Pass::default())?;
+        let loss = engine.accumulate(&mut model, &batch)?;
         engine.step(&mut model, 1e-3)?;
         println!("step {step}: loss {loss:.4}");
     }

@@ -1,21 +1,31 @@
-//! Training steps: micro-batches in, an updated model out.
+//! Training steps: micro-batches in, an updated model out, in one process or many.
 
 use crate::{
     Error,
-    comm::{Communicator, Solo},
-    optimizer::{AdamW, Group, Moments},
-    segment::{self, Checkpointing, Gradient, Segments, TrainSegments},
+    comm::{Collectives, Communicator, Lane, Queue, Solo, Trace, Traffic},
+    ds_config::Stage,
+    estimate::Memory,
+    gather::{Gathered, Place, Put, Weights},
+    offload::{Offload, Tier},
+    optimizer::{Groups, Optimizer, State},
+    partition::{Layout, Sharding},
+    precision::LossScaler,
+    reduce::{Gradients, Peak},
+    segment::{self, Checkpointing, Resident, Segments, TrainSegments, Value},
 };
 use burn::{
-    module::{ModuleMapper, Param, ParamId},
+    module::{Module, ModuleVisitor, Param, ParamId},
     tensor::{
-        Tensor,
+        Device, Tensor,
         backend::{AutodiffBackend, Backend},
     },
 };
-use std::collections::HashMap;
+use std::{collections::HashMap, sync::Arc};
 
 mod checkpoint;
+mod step;
+
+pub use checkpoint::consolidate;
 
 /// What a step found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -24,72 +34,195 @@ pub struct StepReport {
     pub grad_norm: f64,
     /// Whether the gradient was scaled down.
     pub clipped: bool,
+    /// Whether nothing was updated because gradients overflowed at this loss scale.
+    pub skipped: bool,
 }
 
-/// One process that trains a model. An optimizer step is any number of micro-batches: [`Engine::accumulate`] for each, then
+/// One rank that trains a model. An optimizer step is any number of micro-batches: [`Engine::accumulate`] for each, then
 /// [`Engine::step`].
+///
+/// Ranks hold the same model and take the same number of micro-batches, each its own. What they hold of gradients, optimizer
+/// states and weights is what [`Sharding`] says; what they compute does not depend on it: with one micro-batch per rank and
+/// step (and with more, where gradients are divided) the parameters are bit for bit those of one rank that takes the
+/// micro-batches of all in the order of ranks.
 pub struct Engine<B: AutodiffBackend> {
-    optimizer: AdamW,
+    optimizer: Optimizer,
+    groups: Groups,
     max_grad_norm: Option<f64>,
     checkpointing: Checkpointing,
-    gradients: HashMap<ParamId, Gradient<B::InnerBackend>>,
-    moments: HashMap<ParamId, Moments<B::InnerBackend>>,
-    communicator: Box<dyn Communicator>,
+    sharding: Sharding,
+    queue: Arc<Queue>,
+    division: Option<Division<B>>,
+    /// On the device, by parameter: a rank has at most one piece of each.
+    states: HashMap<ParamId, State<B::InnerBackend>>,
+    /// Off the device.
+    offload: Option<Offload>,
+    /// This rank's pieces of weights in half precision, in f32.
+    masters: HashMap<ParamId, Value<B::InnerBackend>>,
+    scaler: Option<LossScaler>,
     steps: usize,
+}
+
+/// What is known once the model has been seen.
+struct Division<B: AutodiffBackend> {
+    layout: Layout,
+    device: Device<B::InnerBackend>,
+    gradients: Gradients<B::InnerBackend>,
+    /// Stage 3's.
+    weights: Option<Weights<B::InnerBackend>>,
 }
 
 impl<B: AutodiffBackend> Engine<B> {
     /// An engine in a world of one. `max_grad_norm` is the global norm that gradients are clipped to, if any.
-    pub fn new(optimizer: AdamW, max_grad_norm: Option<f64>, checkpointing: Checkpointing) -> Self {
+    pub fn new(optimizer: impl Into<Optimizer>, max_grad_norm: Option<f64>, checkpointing: Checkpointing) -> Self {
         Self {
-            optimizer,
+            optimizer: optimizer.into(),
+            groups: Groups::default(),
             max_grad_norm,
             checkpointing,
-            gradients: HashMap::new(),
-            moments: HashMap::new(),
-            communicator: Box::new(Solo),
+            sharding: Sharding::default(),
+            queue: Arc::new(Queue::new(Box::new(Solo))),
+            division: None,
+            states: HashMap::new(),
+            offload: None,
+            masters: HashMap::new(),
+            scaler: None,
             steps: 0,
         }
     }
 
-    /// Adds the gradients of one micro-batch; returns the sum of its loss.
-    ///
-    /// The loss weights in `batch` must already be divided by the number of target tokens of the whole step, so that the sum
-    /// over micro-batches is the step's gradient whatever their sizes. Sums are kept in f32.
-    pub fn accumulate<M: TrainSegments<B>>(&mut self, model: &M, batch: &<M as Segments<B>>::Batch) -> f64 {
-        let gradients = &mut self.gradients;
-        let loss = segment::run::<B, M>(model, batch, self.checkpointing, &mut |found| {
-            for mut gradient in found {
-                gradient.value = gradient.value.into_f32();
-                if let Some(sum) = gradients.remove(&gradient.id) {
-                    gradient.value = sum.value.add(gradient.value);
-                }
-                gradients.insert(gradient.id, gradient);
-            }
-        });
-        loss.flatten().into_data().iter::<f64>().sum()
+    /// The engine as one rank of a world.
+    pub fn in_world(self, communicator: Box<dyn Communicator>, sharding: Sharding) -> Self {
+        Self { sharding, queue: Arc::new(Queue::new(communicator)), ..self }
     }
 
-    /// Clips the accumulated gradients by their global norm, as torch's `clip_grad_norm_` does, updates the parameters that
-    /// have one and forgets the gradients. Parameters keep their identity; matrices decay, see [`crate::optimizer::no_decay`].
+    /// The engine with other groups of parameters than [`Groups::default`].
+    pub fn with_groups(self, groups: Groups) -> Self {
+        Self { groups, ..self }
+    }
+
+    /// The engine with optimizer states in a tier, and their update on the host where that is not the device. Call it after
+    /// [`Engine::in_world`]: a file is a rank's own. States of 8 bits are always on the host, so an engine with
+    /// [`Optimizer::AdamW8bit`] needs this.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if the norm is: model, moments and step count are as before, the gradients are gone.
-    pub fn step<M: TrainSegments<B>>(&mut self, model: &mut M, learning_rate: f64) -> Result<StepReport, Error> {
-        let gradients = std::mem::take(&mut self.gradients);
-        let norm = global_norm(&gradients);
-        if !norm.is_finite() {
-            return Err(Error::NotFinite { step: self.steps, norm });
+    /// [`Error::Setting`] for settings that cannot work and for an optimizer that the host cannot compute, [`Error::Path`] if
+    /// the file cannot be made.
+    pub fn with_states_in(self, tier: &Tier) -> Result<Self, Error> {
+        self.optimizer.check()?;
+        let device = *tier == Tier::Device && !matches!(self.optimizer, Optimizer::AdamW8bit(_));
+        let offload = if device { None } else { Some(Offload::new(self.optimizer, tier, self.queue.rank())?) };
+        Ok(Self { offload, ..self })
+    }
+
+    /// The engine with a loss scale, for computation in f16: the loss weights of a batch must be multiplied by
+    /// [`Engine::loss_scale`]. A step whose gradients overflow on any rank is skipped on all.
+    pub fn with_loss_scaler(self, scaler: LossScaler) -> Self {
+        Self { scaler: Some(scaler), ..self }
+    }
+
+    /// What the loss is multiplied by in the next micro-batch; 1 without a scaler.
+    pub fn loss_scale(&self) -> f64 {
+        self.scaler.map_or(1.0, |scaler| scaler.scale())
+    }
+
+    /// Adds the gradients of one micro-batch; returns the sum of this rank's loss.
+    ///
+    /// The loss weights in `batch` must already be divided by the number of target tokens of the whole step, of all ranks and
+    /// micro-batches, so that the sum over them is the step's gradient whatever their sizes. Sums are kept in f32.
+    ///
+    /// In stage 3 the first call takes this rank's part of the weights and leaves shells in the model, see
+    /// [`Engine::with_whole`]. What is trained must not change from then on.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] and the like if a rank is lost; gradients are incomplete then.
+    pub fn accumulate<M: TrainSegments<B>>(
+        &mut self,
+        model: &mut M,
+        batch: &<M as Segments<B>>::Batch,
+    ) -> Result<f64, Error> {
+        self.divide(model);
+        let (queue, checkpointing) = (&self.queue, self.checkpointing);
+        // A reduction of one rank is the identity: it may wait.
+        let early = self.sharding.stage >= Stage::Gradients && queue.world() > 1;
+        let division = self.division.as_mut().expect("the model was divided above");
+        let (layout, gradients) = (&division.layout, &mut division.gradients);
+        let mut peak = Peak::default();
+        let mut sink = |segment, found| {
+            gradients.add(layout, found);
+            if early { gradients.reduce_after(layout, segment, queue) } else { Ok(()) }
+        };
+        let run = || match &division.weights {
+            None => segment::drive::<B, M, _>(&mut Resident::new(model), batch, checkpointing, &mut sink),
+            Some(weights) => {
+                let place = Place { layout, queue, device: &division.device };
+                let mut source = Gathered::new(model.clone(), weights, place, checkpointing, &mut peak);
+                segment::drive::<B, M, _>(&mut source, batch, checkpointing, &mut sink)
+            }
+        };
+        let loss = queue.trace().span("micro-batch", Lane::Compute, run)?;
+        gradients.peak.gathered = gradients.peak.gathered.max(peak.gathered);
+        let sum: f64 = loss.flatten().into_data().iter::<f64>().sum();
+        Ok(sum / self.loss_scale())
+    }
+
+    /// Looks at the model for the first time: divides it, and in stage 3 takes this rank's part of the weights.
+    fn divide<M: TrainSegments<B>>(&mut self, model: &mut M) {
+        if self.division.is_some() {
+            return;
         }
-        let scale = self.max_grad_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
-        // A tensor is updated in place only if no one else holds it: the model is taken out, and a shell without the
-        // parameters stands in its place meanwhile.
-        let shell = model.clone().map(&mut Hollow { gradients: &gradients });
-        let taken = std::mem::replace(model, shell);
-        let (optimizer, moments) = (self.optimizer, &mut self.moments);
-        *model = taken.map(&mut Update { optimizer, learning_rate, scale, gradients, moments });
-        self.steps += 1;
-        Ok(StepReport { grad_norm: norm, clipped: scale < 1.0 })
+        let layout = Layout::new::<B, M>(model, self.sharding, (self.queue.rank(), self.queue.world()));
+        let mut find = FindDevice::<B>(None);
+        model.visit(&mut find);
+        let device = find.0.unwrap_or_default();
+        let gradients = Gradients::new(&layout);
+        let weights = (self.sharding.stage == Stage::Weights).then(|| {
+            let (shell, weights) = Weights::cut(model.clone(), &layout, &device);
+            *model = shell;
+            weights
+        });
+        self.division = Some(Division { layout, device, gradients, weights });
+    }
+
+    /// Lets `look` see the model with all its weights: to evaluate, to save it. In stage 3 they are gathered for it; every rank
+    /// must call this.
+    ///
+    /// # Errors
+    /// As [`Engine::accumulate`].
+    pub fn with_whole<M: TrainSegments<B>, R>(&mut self, model: &M, look: impl FnOnce(&M) -> R) -> Result<R, Error> {
+        let Some(Division { layout, device, weights: Some(weights), .. }) = &self.division else {
+            return Ok(look(model));
+        };
+        let mut values = HashMap::new();
+        for (index, bucket) in layout.buckets.iter().enumerate() {
+            let whole = weights.gather(layout, index, &self.queue).wait(layout, bucket, device)?;
+            values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
+        }
+        Ok(look(&model.clone().map(&mut Put { values })))
+    }
+
+    /// The sums over ranks of a few numbers, added in the order of ranks; every rank must call this.
+    ///
+    /// # Errors
+    /// As [`Engine::accumulate`].
+    pub fn sum_over_ranks(&self, numbers: &[f64]) -> Result<Vec<f64>, Error> {
+        let note: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
+        let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
+        let mut sums = vec![0.0; numbers.len()];
+        for note in notes {
+            let numbers =
+                note.chunks_exact(8).map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]));
+            sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
+        }
+        Ok(sums)
+    }
+
+    /// Returns when every rank has called it.
+    ///
+    /// # Errors
+    /// As [`Engine::accumulate`].
+    pub fn barrier(&self) -> Result<(), Error> {
+        self.queue.submit("barrier", |group| group.barrier()).wait()
     }
 
     /// The number of steps taken.
@@ -97,61 +230,76 @@ impl<B: AutodiffBackend> Engine<B> {
         self.steps
     }
 
-    /// The group of ranks that train together.
-    pub fn communicator(&self) -> &dyn Communicator {
-        self.communicator.as_ref()
+    /// This rank's number.
+    pub fn rank(&self) -> usize {
+        self.queue.rank()
     }
-}
 
-/// The L2 norm over all gradients: f32 sums of squares on the device, one read, their sum in f64 in the order of paths.
-fn global_norm<B: Backend>(gradients: &HashMap<ParamId, Gradient<B>>) -> f64 {
-    let mut sorted: Vec<_> = gradients.values().collect();
-    sorted.sort_by(|a, b| a.path.cmp(&b.path));
-    if sorted.is_empty() {
-        return 0.0;
+    /// The number of ranks that train together.
+    pub fn world(&self) -> usize {
+        self.queue.world()
     }
-    let squares = sorted.into_iter().map(|gradient| gradient.value.clone().sum_of_squares()).collect();
-    Tensor::cat(squares, 0).into_data().iter::<f64>().sum::<f64>().sqrt()
-}
 
-/// Replaces every parameter that is about to be updated by one element.
-struct Hollow<'a, B: Backend> {
-    gradients: &'a HashMap<ParamId, Gradient<B>>,
-}
+    /// What this rank has sent.
+    pub fn traffic(&self) -> Traffic {
+        self.queue.traffic()
+    }
 
-impl<B: AutodiffBackend> ModuleMapper<B> for Hollow<'_, B::InnerBackend> {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        if !self.gradients.contains_key(&param.id) {
-            return param;
+    /// When this rank computed, communicated and waited.
+    pub fn trace(&self) -> &Trace {
+        self.queue.trace()
+    }
+
+    /// The most bytes of passing things that were alive at a time, counted from their buffers.
+    pub fn peak(&self) -> Peak {
+        self.division.as_ref().map_or_else(Peak::default, |division| division.gradients.peak)
+    }
+
+    /// Bytes of what this rank holds between two computations, counted from the buffers: weights, gradients that have been
+    /// accumulated, masters, moments; under `host` what is off the device.
+    pub fn memory<M: Module<B>>(&self, model: &M) -> Memory {
+        let mut count = CountWeights::default();
+        model.visit(&mut count);
+        let (mut parameters, mut frozen, mut gradients) = (count.trained, count.frozen, 0);
+        if let Some(division) = &self.division {
+            gradients = division.gradients.bytes();
+            for (&index, pieces) in division.weights.iter().flat_map(|weights| &weights.pieces) {
+                let bytes: usize = pieces.iter().map(|(_, value)| value.bytes()).sum();
+                *if division.layout.buckets[index].trainable { &mut parameters } else { &mut frozen } += bytes;
+            }
         }
-        let (id, tensor, mapper) = param.consume();
-        Param::from_mapped_value(id, Tensor::empty([1; D], &tensor.device()), mapper)
+        let moments: usize = self.states.values().flat_map(|state| &state.slots).map(Value::bytes).sum();
+        let host = self.offload.as_ref().map_or(0, Offload::bytes) as u64;
+        let master: usize = self.masters.values().map(Value::bytes).sum();
+        let (parameters, frozen, gradients, moments) =
+            (parameters as u64, frozen as u64, gradients as u64, moments as u64);
+        Memory { parameters, frozen, gradients, master: master as u64, moments, host, ..Memory::default() }
     }
 }
 
-/// Updates every parameter that has a gradient, consuming the gradients.
-struct Update<'a, B: Backend> {
-    optimizer: AdamW,
-    learning_rate: f64,
-    scale: f64,
-    gradients: HashMap<ParamId, Gradient<B>>,
-    moments: &'a mut HashMap<ParamId, Moments<B>>,
+pub(crate) struct FindDevice<B: Backend>(pub Option<B::Device>);
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for FindDevice<B> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        self.0.get_or_insert_with(|| param.val().device());
+    }
 }
 
-impl<B: AutodiffBackend> ModuleMapper<B> for Update<'_, B::InnerBackend> {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let Some(gradient) = self.gradients.remove(&param.id) else { return param };
-        let group = Group::new(&gradient.path, D, self.optimizer.weight_decay);
-        let lr = self.learning_rate * group.learning_rate_scale;
-        let (id, parameter, mapper) = param.consume();
-        let mut value: Tensor<_, D> = gradient.value.tensor();
-        if self.scale < 1.0 {
-            value = value.mul_scalar(self.scale);
+/// Bytes of float parameters; each once, however many modules share it.
+#[derive(Default)]
+struct CountWeights {
+    trained: usize,
+    frozen: usize,
+    seen: std::collections::HashSet<ParamId>,
+}
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for CountWeights {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if self.seen.insert(param.id) {
+            let value = param.val();
+            let bytes = Value::new(value.clone().inner()).bytes();
+            *if value.is_require_grad() { &mut self.trained } else { &mut self.frozen } += bytes;
         }
-        let state = self.moments.remove(&id);
-        let (parameter, state) = self.optimizer.update(lr, group.weight_decay, parameter.inner(), value, state);
-        self.moments.insert(id, state);
-        Param::from_mapped_value(id, Tensor::from_inner(parameter).require_grad(), mapper)
     }
 }
 

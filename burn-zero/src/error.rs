@@ -36,6 +36,38 @@ pub enum Error {
         /// The number of ranks.
         world: usize,
     },
+    /// A rank that has ended, or is silent.
+    #[error(
+        "{operation}: rank {rank} {}; look at its output for the cause, then start again from the last checkpoint",
+        waited.map_or("has ended".to_owned(), |time| format!("has not answered for {} s", time.as_secs_f64()))
+    )]
+    Lost {
+        /// The collective.
+        operation: &'static str,
+        /// The rank, by its number in the whole world.
+        rank: usize,
+        /// How long it was waited for; none if it is known to have ended.
+        waited: Option<std::time::Duration>,
+    },
+    /// Ranks that call different collectives.
+    #[error(
+        "{operation}: rank {rank} is in another collective; do all ranks run the same program with the same recipe?"
+    )]
+    OutOfStep {
+        /// The collective of this rank.
+        operation: &'static str,
+        /// The other rank, by its number in the whole world.
+        rank: usize,
+    },
+    /// A collective that was given up because an earlier one failed.
+    #[error("given up, because an earlier collective failed")]
+    Abandoned,
+    /// MPI cannot be used.
+    #[error("MPI: {problem}; install Open MPI (Debian: openmpi-bin, libopenmpi-dev) and start by mpirun")]
+    Mpi {
+        /// What is wrong.
+        problem: String,
+    },
     /// A gradient or loss is not a number.
     #[error("step {step}: the gradient norm is {norm}; lower the learning rate, or look for a broken row in the data")]
     NotFinite {

@@ -1,12 +1,15 @@
-//! The training engine: a model as a list of segments, gradients handed over segment by segment, an optimizer, schedules and
-//! communicators. It knows no model.
+//! The training engine: a model as a list of segments, gradients handed over segment by segment, optimizers, schedules,
+//! communicators and what they allow: ZeRO and ZeRO-Offload. It knows no model.
 //!
 //! ```text
 //!  batch ─► segment 0 ─► segment 1 ─► … ─► head + loss        each on autodiff leaves cut from its inputs
 //!              ▲             ▲                  │
 //!              └── dy ◄──────┴───── dy ◄────────┘              backward, one segment at a time
 //!                  │             │              │
-//!                  └─ gradients ─┴─ gradients ──┴──► sink ─► clip by global norm ─► AdamW ─► model
+//!                  └─ gradients ─┴─ gradients ──┴──► buckets ─► reduce_scatter ─► clip by global norm ─► optimizer
+//!                                                    stage 2 on: while the next segment computes          │ on this rank's
+//!  weights ◄─ all_gather ◄─ pieces ◄──────────────────────────────────────────────────────────────────────┘ pieces
+//!  after the step (stages 1, 2) or around each segment (3)
 //! ```
 //!
 //! The key decision: the driver, not the autodiff engine, walks the layers. So a layer's gradients exist, are handed over and
@@ -14,7 +17,20 @@
 //! and whatever has to happen between two layers, a collective for instance, happens outside autodiff, which in Burn 0.21
 //! cannot hold it. The cost is one product of the size of a segment's output per segment.
 //!
-//! A world of one process is a communicator like any other ([`comm::Solo`]), not a branch.
+//! The second: what is divided among ranks is a value ([`ds_config::Stage`]), and a world of one process passes the same way as
+//! any other, where a collective of one rank is the identity. Sums are taken in the order of ranks and the global norm exactly,
+//! so that the result does not depend on the number of ranks, bit for bit. The cost is that sums wait for the slowest rank,
+//! as they would anyway, and travel through the host's memory, on CUDA too.
+//!
+//! | what | where |
+//! |---|---|
+//! | one rank's training, ZeRO stages 0 to 3, checkpoints that any world resumes | [`Engine`] |
+//! | optimizer states on the host or in a file | [`Engine::with_states_in`] |
+//! | ZeRO stages 0 to 2 for a plain Burn loop | [`Sharded`] |
+//! | ranks as threads, as processes under `mpirun` (feature `mpi`) | [`comm`] |
+//! | DeepSpeed's and FSDP's settings | [`ds_config`] |
+//! | memory before anything is allocated | [`estimate`] |
+//! | pipeline schedules as values | [`pipeline`] |
 //!
 //! ```
 //! use burn_zero::schedule::{Kind, Schedule};
@@ -26,16 +42,27 @@
 //! ```
 #![deny(missing_docs)]
 
+mod bucket;
 pub mod comm;
 pub mod ds_config;
 mod engine;
 mod error;
 pub mod estimate;
+mod gather;
+mod norm;
+mod offload;
 pub mod optimizer;
+mod partition;
 pub mod pipeline;
 pub mod precision;
+mod reduce;
 pub mod schedule;
 pub mod segment;
+mod sharded;
 
-pub use engine::{Engine, StepReport};
+pub use engine::{Engine, StepReport, consolidate};
 pub use error::Error;
+pub use offload::Tier;
+pub use partition::{ALIGN, Sharding};
+pub use reduce::Peak;
+pub use sharded::{ElementWise, Sharded};

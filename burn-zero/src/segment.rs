@@ -4,6 +4,7 @@
 //! needs is kept or made again as [`Checkpointing`] says; its gradients are handed over and freed before the next segment's
 //! are made.
 
+use crate::Error;
 use burn::{
     module::{AutodiffModule, Module, ModuleVisitor, Param, ParamId},
     tensor::{
@@ -13,6 +14,10 @@ use burn::{
     },
 };
 use std::collections::HashMap;
+
+mod source;
+
+pub(crate) use source::{Resident, Source, Sweep};
 
 /// A float tensor of any rank: what passes between segments.
 #[derive(Clone, Debug)]
@@ -55,14 +60,34 @@ impl<B: Backend> Value<B> {
         Self(B::float_add(self.0, other.0))
     }
 
-    /// The sum of the squares of all elements, `[1]`.
-    pub(crate) fn sum_of_squares(self) -> Tensor<B, 1> {
-        Self(B::float_sum(B::float_mul(self.0.clone(), self.0))).tensor()
+    /// The same elements in another shape.
+    pub(crate) fn reshape(self, dims: &[usize]) -> Self {
+        Self(B::float_reshape(self.0, Shape::from(dims.to_vec())))
+    }
+
+    /// The number of elements.
+    pub(crate) fn elements(&self) -> usize {
+        self.0.shape().num_elements()
+    }
+
+    /// The type of the elements.
+    pub(crate) fn dtype(&self) -> DType {
+        self.0.dtype()
+    }
+
+    /// The bytes of the elements.
+    pub(crate) fn bytes(&self) -> usize {
+        self.elements() * self.0.dtype().size()
     }
 
     /// The same value in f32; the value itself where it is f32 already.
     pub(crate) fn into_f32(self) -> Self {
-        if self.0.dtype() == DType::F32 { self } else { Self(B::float_cast(self.0, FloatDType::F32)) }
+        self.into_dtype(DType::F32)
+    }
+
+    /// The same value in another type; the value itself where it has that type already.
+    pub(crate) fn into_dtype(self, dtype: DType) -> Self {
+        if self.0.dtype() == dtype { self } else { Self(B::float_cast(self.0, FloatDType::from(dtype))) }
     }
 }
 
@@ -106,7 +131,8 @@ pub trait TrainSegments<B: AutodiffBackend>:
     fn visit_segment<V: ModuleVisitor<B>>(&self, segment: usize, visitor: &mut V);
 }
 
-/// Which segments' graphs are made again in the backward pass instead of being kept. The last segment's is always kept.
+/// Which segments' graphs are made again in the backward pass instead of being kept. The last segment's is kept except with
+/// [`Checkpointing::All`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Checkpointing {
     /// Keep every graph: the most memory, no work done twice.
@@ -116,14 +142,20 @@ pub enum Checkpointing {
     Every(usize),
     /// Make every graph again: memory for the segments' inputs and one segment's graph.
     Full,
+    /// As [`Checkpointing::Full`], and the last segment's too. That is one more run of the head for nothing but the weights of
+    /// ZeRO stage 3, which then do not stay gathered over the turn.
+    All,
 }
 
 impl Checkpointing {
-    fn recomputes(self, segment: usize) -> bool {
+    /// Whether the graph of a segment is kept for the backward pass.
+    pub(crate) fn keeps(self, segment: usize, segments: usize) -> bool {
+        let last = segment + 1 == segments;
         match self {
-            Self::None => false,
-            Self::Every(k) => k > 0 && segment.is_multiple_of(k),
-            Self::Full => true,
+            Self::None => true,
+            Self::Every(k) => last || k == 0 || !segment.is_multiple_of(k),
+            Self::Full => last,
+            Self::All => false,
         }
     }
 }
@@ -150,23 +182,46 @@ pub fn run<B: AutodiffBackend, M: TrainSegments<B>>(
     checkpointing: Checkpointing,
     sink: &mut dyn FnMut(Vec<Gradient<B::InnerBackend>>),
 ) -> Value<B::InnerBackend> {
-    let plan = Plan::new(model);
-    let (loss, mut saved) = forward(model, batch, checkpointing, &plan);
-    let mut pending = HashMap::new();
-    let mut upstream = None; // the loss: a gradient of ones
-    for segment in (plan.first..model.segments()).rev() {
-        let saved = saved.pop().expect("one entry was saved for each segment with a graph");
-        let (grads, inputs) = backward(model, batch, segment, (saved, upstream));
-        let mut collect = Collect { plan: &plan, segment, path: vec![], grads, pending: &mut pending, found: vec![] };
-        model.visit_segment(segment, &mut collect);
-        let Collect { found, grads, .. } = collect;
-        drop(grads);
+    let mut each = |_, found: Vec<_>| {
         if !found.is_empty() {
             sink(found);
         }
+        Ok(())
+    };
+    match drive(&mut Resident::new(model), batch, checkpointing, &mut each) {
+        Ok(loss) => loss,
+        Err(error) => unreachable!("neither a model at hand nor this sink can fail: {error}"),
+    }
+}
+
+/// What takes the gradients of a segment, by its number.
+pub(crate) type Sink<'a, B> =
+    dyn FnMut(usize, Vec<Gradient<<B as AutodiffBackend>::InnerBackend>>) -> Result<(), Error> + 'a;
+
+/// [`run`] with weights from a source. The sink is called for every segment of the backward pass, with or without gradients.
+pub(crate) fn drive<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
+    source: &mut S,
+    batch: &<M as Segments<B>>::Batch,
+    checkpointing: Checkpointing,
+    sink: &mut Sink<B>,
+) -> Result<Value<B::InnerBackend>, Error> {
+    let (plan, segments) = (Plan::new(source.model()), source.model().segments());
+    let (loss, mut saved) = forward(source, batch, checkpointing, &plan)?;
+    let mut pending = HashMap::new();
+    let mut upstream = None; // the loss: a gradient of ones
+    for segment in (plan.first..segments).rev() {
+        source.enter(Sweep::Backward, segment)?;
+        let saved = saved.pop().expect("one entry was saved for each segment with a graph");
+        let (grads, inputs) = backward(source.model(), batch, segment, (saved, upstream));
+        let mut collect = Collect { plan: &plan, segment, path: vec![], grads, pending: &mut pending, found: vec![] };
+        source.model().visit_segment(segment, &mut collect);
+        let Collect { found, grads, .. } = collect;
+        drop(grads);
+        source.leave(Sweep::Backward, segment);
+        sink(segment, found)?;
         upstream = Some(inputs);
     }
-    loss
+    Ok(loss)
 }
 
 /// Where gradients are needed.
@@ -208,19 +263,24 @@ enum Saved<B: AutodiffBackend> {
     Inputs { inputs: Vec<Value<B::InnerBackend>>, require_grad: bool },
 }
 
+/// The loss, and what was saved of each segment with a graph.
+type Forward<B> = (Value<<B as AutodiffBackend>::InnerBackend>, Vec<Saved<B>>);
+
 /// The loss, and what was saved of each segment from the plan's first on.
-fn forward<B: AutodiffBackend, M: TrainSegments<B>>(
-    model: &M,
+fn forward<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
+    source: &mut S,
     batch: &<M as Segments<B>>::Batch,
     checkpointing: Checkpointing,
     plan: &Plan,
-) -> (Value<B::InnerBackend>, Vec<Saved<B>>) {
-    let segments = model.segments();
+) -> Result<Forward<B>, Error> {
+    let segments = source.model().segments();
     let (mut saved, mut values) = (vec![], vec![]);
     let mut inner = None;
     for segment in 0..segments {
+        source.enter(Sweep::Forward, segment)?;
+        let model = source.model();
         let (tracked, require_grad) = (segment >= plan.first, segment > plan.first);
-        if tracked && (segment + 1 == segments || !checkpointing.recomputes(segment)) {
+        if tracked && checkpointing.keeps(segment, segments) {
             let leaves = leaves(values, require_grad);
             let outputs = model.forward_segment(segment, batch, leaves.clone());
             values = outputs.iter().cloned().map(Value::inner).collect();
@@ -232,9 +292,13 @@ fn forward<B: AutodiffBackend, M: TrainSegments<B>>(
             let (model, batch) = inner.get_or_insert_with(|| (model.valid(), M::inner_batch(batch)));
             values = model.forward_segment(segment, batch, values);
         }
+        if !S::STAYS {
+            inner = None;
+        }
+        source.leave(Sweep::Forward, segment);
     }
     assert_eq!(values.len(), 1, "the last of {segments} segments must return one value, the loss");
-    (values.remove(0), saved)
+    Ok((values.remove(0), saved))
 }
 
 fn leaves<B: AutodiffBackend>(values: Vec<Value<B::InnerBackend>>, require_grad: bool) -> Vec<Value<B>> {

@@ -1,25 +1,77 @@
 //! Communication between ranks, over flat host buffers.
+//!
+//! ```text
+//!  Collectives   all_reduce, reduce_scatter, all_gather, …    what a rank holds before and after; counts; sums
+//!  Communicator  exchange messages with peers, split          Solo, Group
+//!  wire          bytes from rank to rank, with a deadline     threads, MPI
+//! ```
+//!
+//! Everything is built on one exchange of messages, so that every wire sums in the same order and counts alike: pieces go
+//! straight to the rank that owns them, which adds them up in f32 in the order of ranks. The result depends neither on
+//! timing nor on the wire. The cost is that a rank has `world - 1` messages under way instead of a ring's one.
 
+mod collective;
+mod element;
+mod group;
+#[cfg(feature = "mpi")]
+pub mod mpi;
+mod queue;
 mod solo;
+pub mod threads;
+mod trace;
+mod traffic;
+mod turn;
 
+pub use collective::Collectives;
+pub use element::Element;
+pub use group::Group;
+pub use queue::{Pending, Queue};
 pub use solo::Solo;
+pub use trace::{Lane, Trace};
+pub use traffic::{Count, Traffic};
+pub use turn::Turn;
 
 use crate::Error;
 
-/// How many bytes a rank has put on the wire, by kind of call.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Traffic {
-    /// Bytes sent in reductions (`all_reduce`, `reduce_scatter`).
-    pub reduced: u64,
-    /// Bytes sent in `all_gather` and `broadcast`.
-    pub gathered: u64,
-    /// Bytes sent from rank to rank.
-    pub sent: u64,
+/// What an exchange is for. It goes with every message: ranks that call different collectives find out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Operation {
+    /// Everyone gets the sum.
+    AllReduce,
+    /// Everyone gets a part of the sum.
+    ReduceScatter,
+    /// Everyone gets everyone's part.
+    AllGather,
+    /// Everyone gets the root's values.
+    Broadcast,
+    /// One rank sends to another.
+    Send,
+    /// Everyone waits for everyone.
+    Barrier,
+    /// Everyone gets everyone's note: scalars, flags and other small things beside the buffers.
+    Share,
+    /// A group falls into smaller ones.
+    Split,
 }
 
-/// A group of ranks, each a process, that call the same collectives in the same order.
-///
-/// Buffers are flat f32 values on the host. Sums are taken in the order of ranks, so that they do not depend on timing.
+impl Operation {
+    /// The name of the collective.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::AllReduce => "all_reduce",
+            Self::ReduceScatter => "reduce_scatter",
+            Self::AllGather => "all_gather",
+            Self::Broadcast => "broadcast",
+            Self::Send => "send",
+            Self::Barrier => "barrier",
+            Self::Share => "share",
+            Self::Split => "split",
+        }
+    }
+}
+
+/// A group of ranks that call the same collectives in the same order. The collectives are [`Collectives`]' methods, which
+/// every communicator has.
 pub trait Communicator: Send {
     /// This rank's number in the group, below [`Communicator::world`].
     fn rank(&self) -> usize;
@@ -27,54 +79,36 @@ pub trait Communicator: Send {
     /// The number of ranks in the group.
     fn world(&self) -> usize;
 
-    /// Before: every rank holds `n` values. After: every rank holds their element-wise sum.
+    /// Sends each message of `outgoing` to its rank and returns one message from each rank of `incoming`, in that order.
     ///
     /// # Errors
-    /// If ranks disagree on `n` or one is lost.
-    fn all_reduce(&mut self, buffer: &mut [f32]) -> Result<(), Error>;
+    /// [`Error::Lost`] if a rank is gone or silent for as long as the deadline, [`Error::OutOfStep`] if one is in another
+    /// collective.
+    fn exchange(
+        &mut self,
+        operation: Operation,
+        outgoing: Vec<(usize, Vec<u8>)>,
+        incoming: &[usize],
+    ) -> Result<Vec<Vec<u8>>, Error>;
 
-    /// Before: every rank holds `world · n` values. After: rank `i` holds in `shard` the sum of everyone's `i`-th `n` values.
+    /// Before: every rank holds a color and a key. After: every rank is in a group of the ranks with its color, ordered by
+    /// `key`, then by rank.
     ///
     /// # Errors
-    /// If the lengths do not fit or a rank is lost.
-    fn reduce_scatter(&mut self, buffer: &[f32], shard: &mut [f32]) -> Result<(), Error>;
+    /// As [`Communicator::exchange`].
+    fn split(&mut self, color: usize, key: usize) -> Result<Box<dyn Communicator>, Error>;
 
-    /// Before: every rank holds `n` values in `shard`. After: every rank holds all `world · n` values in the order of ranks.
-    ///
-    /// # Errors
-    /// If the lengths do not fit or a rank is lost.
-    fn all_gather(&mut self, shard: &[f32], buffer: &mut [f32]) -> Result<(), Error>;
-
-    /// Before: `root` holds `n` values. After: every rank holds them.
-    ///
-    /// # Errors
-    /// If `root` does not exist or a rank is lost.
-    fn broadcast(&mut self, buffer: &mut [f32], root: usize) -> Result<(), Error>;
-
-    /// Sends `buffer` to rank `to`, which must receive it.
-    ///
-    /// # Errors
-    /// If `to` does not exist, is this rank, or is lost.
-    fn send(&mut self, buffer: &[f32], to: usize) -> Result<(), Error>;
-
-    /// Receives what rank `from` sends.
-    ///
-    /// # Errors
-    /// If `from` does not exist, is this rank, or is lost.
-    fn recv(&mut self, buffer: &mut [f32], from: usize) -> Result<(), Error>;
-
-    /// Returns when every rank has called it.
-    ///
-    /// # Errors
-    /// If a rank is lost.
-    fn barrier(&mut self) -> Result<(), Error>;
-
-    /// A group of the ranks that pass the same `color`, ordered by `key`, then by rank.
-    ///
-    /// # Errors
-    /// If a rank is lost.
-    fn split(&self, color: usize, key: usize) -> Result<Box<dyn Communicator>, Error>;
-
-    /// The bytes this rank has sent so far.
+    /// What this rank has sent so far in this group.
     fn traffic(&self) -> Traffic;
+
+    /// Adds to what this rank has sent.
+    fn count(&mut self, operation: Operation, sent: Count);
+
+    /// What ranks take turns at, if they share a process.
+    fn turn(&self) -> Turn {
+        Turn::default()
+    }
 }
+
+#[cfg(test)]
+mod tests;

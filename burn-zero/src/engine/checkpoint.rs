@@ -1,83 +1,235 @@
-//! The state of training in one file: what it takes to go on bit for bit.
+//! The state of training in files: what it takes to go on bit for bit, in this world or another.
 
 use super::Engine;
-use crate::{Error, optimizer::Moments, segment::Value};
+use crate::{
+    Error, bucket,
+    gather::Put,
+    offload::{Offload, Snapshot},
+    optimizer::State,
+    partition::{ALIGN, Layout, Parameter, Piece},
+    segment::{TrainSegments, Value},
+};
 use burn::{
-    module::{Module, ModuleMapper, ModuleVisitor, Param},
+    module::{ModuleVisitor, Param, ParamId},
     tensor::{
-        DType, Tensor, TensorData,
+        DType, Tensor,
         backend::{AutodiffBackend, Backend},
     },
 };
-use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors, View};
+use safetensors::{Dtype, View};
+use serde_json::json;
 use std::{
     borrow::Cow,
-    collections::{BTreeSet, HashMap},
+    collections::HashMap,
     fs::File,
-    path::Path,
+    ops::Range,
+    path::{Path, PathBuf},
 };
+
+mod saved;
+
+pub use saved::consolidate;
+use saved::{Maps, Saved};
+
+/// The file of one part of a state that is divided: `training.safetensors` becomes `training.1-of-4.safetensors`.
+fn part_of(path: &Path, part: usize, parts: usize) -> PathBuf {
+    if parts == 1 { path.to_owned() } else { path.with_extension(format!("{part}-of-{parts}.safetensors")) }
+}
 
 impl<B: AutodiffBackend> Engine<B> {
     /// Writes every parameter that learns, in f32 under its path, and what the optimizer remembers of it: `<path>.exp_avg`,
     /// `<path>.exp_avg_sq` (f32) and `<path>.step` (i64). Tensors leave the device one at a time. Gradients that were
     /// accumulated since the last step are not part of it.
     ///
-    /// # Errors
-    /// [`Error::Path`] if the file cannot be written; what was written of it stays for the caller to remove.
-    pub fn save<M: Module<B>>(&self, model: &M, path: &Path) -> Result<(), Error> {
-        let mut collect = Collect { engine: self, path: Vec::new(), tensors: Vec::new() };
-        model.visit(&mut collect);
-        let metadata = HashMap::from([("steps".to_owned(), self.steps.to_string())]);
-        let wrong = |source| Error::Path { path: path.to_owned(), source };
-        safetensors::serialize_to_file(collect.tensors, Some(metadata), path)
-            .map_err(|e| wrong(std::io::Error::other(e)))?;
-        File::open(path).and_then(|file| file.sync_all()).map_err(wrong)
-    }
-
-    /// Puts a saved state into the model and this engine.
+    /// Every rank calls this with the same path. Where states are divided, each writes its pieces, flat, into a file of its own
+    /// beside the path (`training.1-of-4.safetensors`), whose metadata says where they belong; else rank 0 writes all.
     ///
     /// # Errors
-    /// [`Error::Path`] if the file cannot be read, [`Error::State`] if it is not a complete state of this very model: a
-    /// parameter that learns is missing or has another shape, or the file holds one that does not learn.
-    pub fn restore<M: Module<B>>(&mut self, model: M, path: &Path) -> Result<M, Error> {
-        let wrong = |source| Error::Path { path: path.to_owned(), source };
-        let file = File::open(path).map_err(wrong)?;
-        // SAFETY: the map is read only and gone at the end of this function.
-        let map = unsafe { Mmap::map(&file) }.map_err(wrong)?;
-        let state = |key: &str, expected: &str, found: String| Error::State {
-            path: path.to_owned(),
-            key: key.to_owned(),
-            expected: expected.to_owned(),
-            found,
+    /// [`Error::Path`] if the file cannot be written; what was written of it stays for the caller to remove.
+    pub fn save<M: TrainSegments<B>>(&self, model: &M, path: &Path) -> Result<(), Error> {
+        let new;
+        let layout = match &self.division {
+            Some(division) => &division.layout,
+            None => {
+                new = Layout::new::<B, M>(model, self.sharding, (self.rank(), self.world()));
+                &new
+            }
         };
-        let broken = |e: safetensors::SafeTensorError| state("header", "a complete safetensors file", e.to_string());
-        let (_, header) = SafeTensors::read_metadata(&map).map_err(broken)?;
-        let tensors = SafeTensors::deserialize(&map).map_err(broken)?;
-        let steps = header.metadata().as_ref().and_then(|metadata| metadata.get("steps")?.parse().ok());
-        let steps = steps.ok_or_else(|| state("steps", "a number", "none".to_owned()))?;
-        let left = tensors.names().into_iter().map(str::to_owned).collect();
-        let mut restore = Restore { tensors, left, path: Vec::new(), moments: HashMap::new(), error: None };
-        let model = model.map(&mut restore);
-        if let Some((key, expected, found)) = restore.error {
-            return Err(state(&key, &expected, found));
+        if layout.parts == 1 && self.rank() != 0 {
+            return Ok(());
         }
-        if let Some(key) = restore.left.first() {
-            return Err(state(key, "a parameter that learns", "none of that name in this run".to_owned()));
+        let (tensors, places) = self.stored(model, layout);
+        let mut metadata = HashMap::from([("steps".to_owned(), self.steps.to_string())]);
+        if let Some(scaler) = &self.scaler {
+            metadata.insert("loss_scaler".to_owned(), json!(scaler).to_string());
         }
-        (self.moments, self.steps) = (restore.moments, steps);
-        self.gradients.clear();
-        Ok(model)
+        if layout.parts > 1 {
+            metadata.insert("places".to_owned(), places.to_string());
+        }
+        let path = part_of(path, layout.part, layout.parts);
+        let wrong = |source| Error::Path { path: path.clone(), source };
+        safetensors::serialize_to_file(tensors, Some(metadata), &path).map_err(|e| wrong(std::io::Error::other(e)))?;
+        self.offload.as_ref().map_or(Ok(()), Offload::check_reads)?;
+        File::open(&path).and_then(|file| file.sync_all()).map_err(wrong)
+    }
+
+    /// This rank's tensors, and for each that is a piece where it starts and the shape of the whole.
+    fn stored<M: TrainSegments<B>>(&self, model: &M, layout: &Layout) -> (Tensors<'_, B>, serde_json::Value) {
+        let weights = self.division.as_ref().and_then(|division| division.weights.as_ref());
+        let device = &self.division.as_ref().map(|division| division.device.clone()).unwrap_or_default();
+        let mut read = Read::<B::InnerBackend> { values: HashMap::new() };
+        model.visit(&mut read);
+        let (mut tensors, mut places) = (Vec::new(), serde_json::Map::new());
+        for (index, bucket) in layout.trained() {
+            let own = match weights {
+                Some(weights) => weights.pieces[&index].clone(),
+                None => {
+                    let cut = |piece: Piece| {
+                        let value = read.values[&layout.parameters[piece.parameter].id].clone();
+                        let value = bucket::cut(value, &piece, false, device);
+                        (piece, value)
+                    };
+                    layout.pieces(bucket).into_iter().map(cut).collect()
+                }
+            };
+            for (piece, value) in own {
+                let parameter = &layout.parameters[piece.parameter];
+                let (id, path, length) = (parameter.id, &parameter.path, piece.range.len());
+                let mut add = |name: String, (start, length, dims): (usize, usize, Vec<usize>), source| {
+                    places.insert(name.clone(), json!([start, dims]));
+                    let shape = if layout.parts == 1 { dims } else { vec![length] };
+                    tensors.push((name, Stored::Floats(shape, source)));
+                };
+                let place = || (piece.range.start, length, parameter.dims.clone());
+                let value = self.masters.get(&id).cloned().unwrap_or(value);
+                add(path.clone(), place(), Source::Device(value.flatten()));
+                let state = self.states.get(&id);
+                let offload = self.offload.as_ref().filter(|offload| offload.step(id).is_some());
+                for (slot, name) in self.optimizer.slots().iter().enumerate() {
+                    if let Some(state) = state {
+                        add(format!("{path}.{name}"), place(), Source::Device(state.slots[slot].clone().flatten()));
+                    } else if let Some(offload) = offload {
+                        add(format!("{path}.{name}"), place(), Source::Offload(offload, id, slot));
+                        if let Some(scales) = offload.scales(id, slot) {
+                            let scales = Tensor::from_floats(scales, device);
+                            let blocks = (piece.range.start / ALIGN, length.div_ceil(ALIGN));
+                            let whole = vec![parameter.elements().div_ceil(ALIGN)];
+                            add(format!("{path}.{name}_scale"), (blocks.0, blocks.1, whole), Source::Device(scales));
+                        }
+                    }
+                }
+                let step = state.map(|state| state.step).or(offload.and_then(|offload| offload.step(id)));
+                if let Some(step) = step {
+                    tensors.push((format!("{path}.step"), Stored::Step((step as i64).to_le_bytes())));
+                }
+            }
+        }
+        (tensors, places.into())
+    }
+
+    /// Puts a saved state into the model and this engine: one that was saved here or in a world of another size or another
+    /// stage. Call it before the first micro-batch, with a model that has all its weights.
+    ///
+    /// # Errors
+    /// [`Error::Path`] if a file cannot be read, [`Error::State`] if they are not a complete state of this very model: a
+    /// parameter that learns is missing or has another shape, or there is one that does not learn; [`Error::Setting`] if
+    /// the engine holds the model's weights already.
+    pub fn restore<M: TrainSegments<B>>(&mut self, model: M, path: &Path) -> Result<M, Error> {
+        if self.division.as_ref().is_some_and(|division| division.weights.is_some()) {
+            let (expected, found) =
+                ("a model that has all its weights", "one whose weights the engine divided".to_owned());
+            return Err(Error::Setting { field: "restore", expected, found });
+        }
+        let maps = Maps::open(path)?;
+        let mut saved = Saved::read(path, &maps)?;
+        let layout = Layout::new::<B, M>(&model, self.sharding, (self.rank(), self.world()));
+        let mut find = super::FindDevice::<B>(None);
+        model.visit(&mut find);
+        let device = &find.0.unwrap_or_default();
+        let (mut values, mut masters, mut states) = (HashMap::new(), HashMap::new(), Vec::new());
+        for (_, bucket) in layout.trained() {
+            for &(index, _) in &bucket.slots {
+                let parameter = &layout.parameters[index];
+                let dims = &parameter.dims;
+                let whole = saved.values(&parameter.path, dims, 0..parameter.elements())?;
+                let value = bucket::from_vec::<B::InnerBackend>(whole, device).reshape(dims);
+                let piece = layout.pieces(bucket).into_iter().find(|piece| piece.parameter == index);
+                if let Some(piece) = piece.as_ref().filter(|_| parameter.dtype != DType::F32) {
+                    masters.insert(parameter.id, bucket::cut(value.clone(), piece, true, device));
+                }
+                values.insert(parameter.id, value.into_dtype(parameter.dtype));
+                let range = piece.map_or(0..0, |piece| piece.range);
+                let state = self.saved_state(&mut saved, parameter, range)?;
+                states.extend(state.map(|state| ((parameter.id, parameter.elements()), state)));
+            }
+        }
+        saved.all_used()?;
+        self.states.clear();
+        self.offload.iter_mut().for_each(|offload| offload.clear());
+        for (place, SavedState { step, slots, scales }) in states {
+            match &mut self.offload {
+                Some(offload) => {
+                    let moments = slots.try_into().unwrap_or_default();
+                    offload.restore(place, Snapshot { step, moments, scales })?;
+                }
+                None => {
+                    let slots = slots.into_iter().map(|values| bucket::from_vec(values, device)).collect();
+                    self.states.insert(place.0, State { step, slots });
+                }
+            }
+        }
+        (self.steps, self.masters, self.division) = (saved.steps, masters, None);
+        self.scaler = self.scaler.map(|scaler| saved.scaler.unwrap_or(scaler));
+        Ok(model.map(&mut Put { values }))
+    }
+
+    /// What was saved of this rank's piece of a parameter; none for one that has not been updated yet, or is not this rank's.
+    fn saved_state(
+        &self,
+        saved: &mut Saved,
+        parameter: &Parameter,
+        range: Range<usize>,
+    ) -> Result<Option<SavedState>, Error> {
+        let path = &parameter.path;
+        let Some(step) = saved.step(&format!("{path}.step"))? else { return Ok(None) };
+        let (mut slots, mut scales) = (Vec::new(), Vec::new());
+        for name in self.optimizer.slots() {
+            slots.push(saved.values(&format!("{path}.{name}"), &parameter.dims, range.clone())?);
+            let key = format!("{path}.{name}_scale");
+            if saved.has(&key) {
+                let dims = [parameter.elements().div_ceil(ALIGN)];
+                scales.push(saved.values(&key, &dims, range.start / ALIGN..range.end.div_ceil(ALIGN))?);
+            }
+        }
+        let state = SavedState { step, slots, scales: scales.try_into().ok() };
+        Ok((!range.is_empty()).then_some(state))
     }
 }
 
-/// A tensor that is fetched from its device when it is written.
-enum Stored<B: Backend> {
-    Floats(Vec<usize>, Tensor<B, 1>),
+/// The state of a piece as it was saved.
+struct SavedState {
+    step: usize,
+    /// In the order of the optimizer's slots.
+    slots: Vec<Vec<f32>>,
+    /// The scales of 8-bit moments.
+    scales: Option<[Vec<f32>; 2]>,
+}
+
+type Tensors<'a, B> = Vec<(String, Stored<'a, <B as AutodiffBackend>::InnerBackend>)>;
+
+/// A tensor that is fetched from where it is when it is written.
+enum Stored<'a, B: Backend> {
+    Floats(Vec<usize>, Source<'a, B>),
     Step([u8; 8]),
 }
 
-impl<B: Backend> View for Stored<B> {
+enum Source<'a, B: Backend> {
+    Device(Tensor<B, 1>),
+    /// A moment of a piece.
+    Offload(&'a Offload, ParamId, usize),
+}
+
+impl<B: Backend> View for Stored<'_, B> {
     fn dtype(&self) -> Dtype {
         match self {
             Self::Floats(..) => Dtype::F32,
@@ -94,8 +246,12 @@ impl<B: Backend> View for Stored<B> {
 
     fn data(&self) -> Cow<'_, [u8]> {
         match self {
-            Self::Floats(_, values) => {
+            Self::Floats(_, Source::Device(values)) => {
                 Cow::Owned(values.clone().into_data().convert_dtype(DType::F32).as_bytes().to_vec())
+            }
+            Self::Floats(_, Source::Offload(offload, id, slot)) => {
+                let values = offload.moment(*id, *slot);
+                Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect())
             }
             Self::Step(bytes) => Cow::Borrowed(bytes),
         }
@@ -109,104 +265,15 @@ impl<B: Backend> View for Stored<B> {
     }
 }
 
-struct Collect<'a, B: AutodiffBackend> {
-    engine: &'a Engine<B>,
-    path: Vec<String>,
-    tensors: Vec<(String, Stored<B::InnerBackend>)>,
+/// The parameters that learn.
+struct Read<B: Backend> {
+    values: HashMap<ParamId, Value<B>>,
 }
 
-impl<B: AutodiffBackend> ModuleVisitor<B> for Collect<'_, B> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
+impl<B: AutodiffBackend> ModuleVisitor<B> for Read<B::InnerBackend> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        if !param.is_require_grad() {
-            return;
+        if param.is_require_grad() {
+            self.values.insert(param.id, Value::new(param.val().inner()));
         }
-        let (path, value) = (self.path.join("."), param.val().inner());
-        let shape = value.dims().to_vec();
-        let mut add = |name: String, values| self.tensors.push((name, Stored::Floats(shape.clone(), values)));
-        if let Some(moments) = self.engine.moments.get(&param.id) {
-            add(format!("{path}.exp_avg"), moments.exp_avg.clone().flatten());
-            add(format!("{path}.exp_avg_sq"), moments.exp_avg_sq.clone().flatten());
-        }
-        add(path.clone(), Value::new(value).flatten());
-        if let Some(moments) = self.engine.moments.get(&param.id) {
-            self.tensors.push((format!("{path}.step"), Stored::Step((moments.step as i64).to_le_bytes())));
-        }
-    }
-}
-
-struct Restore<'a, B: Backend> {
-    tensors: SafeTensors<'a>,
-    /// Names that no parameter has asked for yet.
-    left: BTreeSet<String>,
-    path: Vec<String>,
-    moments: HashMap<burn::module::ParamId, Moments<B>>,
-    /// The first thing that does not fit: key, expected, found.
-    error: Option<(String, String, String)>,
-}
-
-impl<B: Backend> Restore<'_, B> {
-    /// The values of a tensor of this shape; what does not fit is noted.
-    fn floats<const D: usize>(&mut self, key: &str, dims: [usize; D], device: &B::Device) -> Option<Tensor<B, D>> {
-        let expected = format!("f32 {dims:?}");
-        let found = match self.tensors.tensor(key) {
-            Ok(view) if view.dtype() == Dtype::F32 && view.shape() == dims => {
-                self.left.remove(key);
-                let values: Vec<f32> =
-                    view.data().chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-                return Some(Tensor::from_data(TensorData::new(values, dims), (device, DType::F32)));
-            }
-            Ok(view) => format!("{:?} {:?}", view.dtype(), view.shape()),
-            Err(_) => "no such tensor".to_owned(),
-        };
-        self.error.get_or_insert((key.to_owned(), expected, found));
-        None
-    }
-
-    fn step(&mut self, key: &str) -> Option<usize> {
-        let bytes = self.tensors.tensor(key).ok()?.data().try_into().ok()?;
-        self.left.remove(key);
-        usize::try_from(i64::from_le_bytes(bytes)).ok()
-    }
-}
-
-impl<B: AutodiffBackend> ModuleMapper<B> for Restore<'_, B::InnerBackend> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        if !param.is_require_grad() || self.error.is_some() {
-            return param;
-        }
-        let path = self.path.join(".");
-        let (id, old, mapper) = param.consume();
-        let (dims, device, dtype) = (old.dims(), old.device(), old.dtype());
-        let Some(value) = self.floats(&path, dims, &device) else {
-            return Param::from_mapped_value(id, old, mapper);
-        };
-        drop(old);
-        // A parameter that has not been updated yet has no moments.
-        if let Some(step) = self.step(&format!("{path}.step")) {
-            let exp_avg = self.floats(&format!("{path}.exp_avg"), dims, &device);
-            let exp_avg_sq = self.floats(&format!("{path}.exp_avg_sq"), dims, &device);
-            if let (Some(exp_avg), Some(exp_avg_sq)) = (exp_avg, exp_avg_sq) {
-                let moments = Moments { step, exp_avg: Value::new(exp_avg), exp_avg_sq: Value::new(exp_avg_sq) };
-                self.moments.insert(id, moments);
-            }
-        }
-        let value = if dtype == DType::F32 { value } else { value.cast(dtype) };
-        Param::from_mapped_value(id, Tensor::from_inner(value).require_grad(), mapper)
     }
 }

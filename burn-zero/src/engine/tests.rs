@@ -1,6 +1,10 @@
 use super::*;
+use crate::optimizer::AdamW;
 use crate::segment::tests::{AB, Toy, ToyBatch, alone, frozen, toy};
-use burn::module::{AutodiffModule, Module, ModuleVisitor};
+use burn::module::AutodiffModule;
+
+mod optimizers;
+mod world;
 
 /// Every parameter: identity, whether it needs a gradient, values.
 #[derive(Default, Debug, PartialEq)]
@@ -25,19 +29,23 @@ fn engine(max_grad_norm: Option<f64>) -> Engine<AB> {
 
 /// The accumulated gradients in the order of paths.
 fn gradients(engine: &Engine<AB>) -> Vec<f64> {
-    let mut sorted: Vec<_> = engine.gradients.values().collect();
-    sorted.sort_by(|a, b| a.path.cmp(&b.path));
-    let host = |g: &Gradient<_>| g.value.clone().flatten().into_data().iter::<f64>().collect::<Vec<_>>();
+    let Division { layout, gradients, .. } = engine.division.as_ref().unwrap();
+    let path = |(&index, value): (&usize, &Value<_>)| (layout.parameters[index].path.clone(), value.clone());
+    let mut sorted: Vec<_> = gradients.whole().iter().map(path).collect();
+    sorted.sort_by(|a, b| a.0.cmp(&b.0));
+    let host = |(_, g): (String, Value<_>)| g.flatten().into_data().iter::<f64>().collect::<Vec<_>>();
     sorted.into_iter().flat_map(host).collect()
 }
 
 #[test]
 fn unequal_micro_batches_add_up_to_one_batch() {
     let _alone = alone();
-    let (model, mut parts, mut whole) = (toy(), engine(None), engine(None));
-    let loss =
-        parts.accumulate(&model, &ToyBatch::new(0, 5, 13.0)) + parts.accumulate(&model, &ToyBatch::new(5, 20, 13.0));
-    let expected = whole.accumulate(&model, &ToyBatch::new(0, 20, 13.0));
+    let (mut model, mut parts, mut whole) = (toy(), engine(None), engine(None));
+    let loss = [(0, 5), (5, 20)]
+        .map(|(a, b)| parts.accumulate(&mut model, &ToyBatch::new(a, b, 13.0)).unwrap())
+        .iter()
+        .sum::<f64>();
+    let expected = whole.accumulate(&mut model, &ToyBatch::new(0, 20, 13.0)).unwrap();
     assert!((loss - expected).abs() < 1e-6 * expected, "{loss} against {expected}");
     let (parts, whole) = (gradients(&parts), gradients(&whole));
     let largest = whole.iter().fold(0f64, |a, b| a.max(b.abs()));
@@ -52,11 +60,11 @@ fn gradients_are_clipped_by_their_global_norm() {
     let _alone = alone();
     let (batch, start) = (ToyBatch::new(0, 20, 1.0), toy());
     let mut reference = engine(None);
-    reference.accumulate(&start, &batch);
+    reference.accumulate(&mut start.clone(), &batch).unwrap();
     let norm = gradients(&reference).iter().map(|g| g * g).sum::<f64>().sqrt();
     for (max, clipped) in [(norm / 4.0, true), (norm * 2.0, false)] {
         let (mut model, mut engine) = (start.clone(), engine(Some(max)));
-        engine.accumulate(&model, &batch);
+        engine.accumulate(&mut model, &batch).unwrap();
         let unclipped = gradients(&engine);
         let report = engine.step(&mut model, 1e-3).unwrap();
         assert!((report.grad_norm - norm).abs() < 1e-6 * norm);
@@ -64,7 +72,7 @@ fn gradients_are_clipped_by_their_global_norm() {
         // After one step the first moment is (1 − β₁) times the clipped gradient.
         let coefficient = (max / (norm + 1e-6)).min(1.0);
         let largest = unclipped.iter().fold(0f64, |a, b| a.max(b.abs()));
-        let embed = engine.moments[&model.embed.id].exp_avg.clone().flatten().into_data();
+        let embed = engine.states[&model.embed.id].slots[0].clone().flatten().into_data();
         for (moment, gradient) in embed.iter::<f64>().zip(&unclipped[model.down.val().shape().num_elements()..]) {
             assert!((moment - 0.1 * coefficient * gradient).abs() <= 1e-6 * largest, "{moment} for {gradient}");
         }
@@ -79,11 +87,11 @@ fn a_step_changes_what_is_trainable_and_nothing_else() {
     let before = read(&model);
     let mut losses = vec![];
     for _ in 0..3 {
-        losses.push(engine.accumulate(&model, &batch));
+        losses.push(engine.accumulate(&mut model, &batch).unwrap());
         engine.step(&mut model, 1e-2).unwrap();
     }
     assert!(losses[2] < losses[1] && losses[1] < losses[0], "{losses:?}");
-    assert_eq!((engine.steps(), engine.moments.len(), engine.communicator().world()), (3, 3, 1));
+    assert_eq!((engine.steps(), engine.states.len(), engine.world()), (3, 3, 1));
     for (before, after) in before.0.iter().zip(read(&model).0) {
         assert_eq!((before.0, before.1), (after.0, after.1), "identity and trainability stay");
         assert_eq!(before.2 != after.2, before.1, "the trainable ones change, the others do not");
@@ -97,7 +105,7 @@ fn vectors_do_not_decay() {
     let (mut model, lr) = (toy(), 0.5);
     let mut engine = Engine::<AB>::new(AdamW { weight_decay: 0.2, ..AdamW::default() }, None, Checkpointing::None);
     let (up, bias) = (model.up.val().into_data(), model.up_bias.val().into_data());
-    engine.accumulate(&model, &ToyBatch::new(0, 1, 1.0));
+    engine.accumulate(&mut model, &ToyBatch::new(0, 1, 1.0)).unwrap();
     assert_eq!(engine.step(&mut model, lr).unwrap().grad_norm, 0.0);
     assert_eq!(model.up_bias.val().into_data(), bias);
     for (after, before) in model.up.val().into_data().iter::<f64>().zip(up.iter::<f64>()) {
@@ -110,12 +118,12 @@ fn a_gradient_that_is_not_finite_leaves_everything_as_it_was() {
     let _alone = alone();
     let (mut model, mut engine) = (toy(), engine(Some(1.0)));
     let before = read(&model);
-    engine.accumulate(&model, &ToyBatch::new(0, 20, 0.0));
+    engine.accumulate(&mut model, &ToyBatch::new(0, 20, 0.0)).unwrap();
     let error = engine.step(&mut model, 1e-3).unwrap_err();
     assert!(matches!(error, Error::NotFinite { step: 0, .. }), "{error}");
     assert_eq!(read(&model), before);
-    assert_eq!((engine.steps(), engine.moments.len(), engine.gradients.len()), (0, 0, 0));
-    engine.accumulate(&model, &ToyBatch::new(0, 20, 13.0));
+    assert_eq!((engine.steps(), engine.states.len(), gradients(&engine).len()), (0, 0, 0));
+    engine.accumulate(&mut model, &ToyBatch::new(0, 20, 13.0)).unwrap();
     assert!(engine.step(&mut model, 1e-3).is_ok());
     assert!(model.valid().embed.val().into_data().iter::<f64>().all(f64::is_finite));
 }

@@ -69,11 +69,24 @@ impl AdamW {
         gradient: Tensor<B, D>,
         state: Option<Moments<B>>,
     ) -> (Tensor<B, D>, Moments<B>) {
+        self.update_with(true, (lr, weight_decay), (parameter, gradient), state)
+    }
+
+    /// [`AdamW::update`], or `torch.optim.Adam`'s where decay is not `decoupled` but added to the gradient.
+    pub(super) fn update_with<B: Backend, const D: usize>(
+        &self,
+        decoupled: bool,
+        (lr, weight_decay): (f64, f64),
+        (parameter, gradient): (Tensor<B, D>, Tensor<B, D>),
+        state: Option<Moments<B>>,
+    ) -> (Tensor<B, D>, Moments<B>) {
         let (beta1, beta2) = self.betas;
         let dtype = parameter.dtype();
-        let (mut parameter, gradient) = (to_dtype(parameter, DType::F32), to_dtype(gradient, DType::F32));
-        if weight_decay != 0.0 {
+        let (mut parameter, mut gradient) = (to_dtype(parameter, DType::F32), to_dtype(gradient, DType::F32));
+        if weight_decay != 0.0 && decoupled {
             parameter = parameter.mul_scalar(1.0 - lr * weight_decay);
+        } else if weight_decay != 0.0 {
+            gradient = gradient.add(parameter.clone().mul_scalar(weight_decay));
         }
         let square = gradient.clone().mul_scalar(1.0 - beta2).mul(gradient.clone());
         let (step, exp_avg, exp_avg_sq) = match state {
@@ -93,7 +106,8 @@ impl AdamW {
     }
 }
 
-fn to_dtype<B: Backend, const D: usize>(tensor: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
+/// The same tensor in another type.
+pub(super) fn to_dtype<B: Backend, const D: usize>(tensor: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
     if tensor.dtype() == dtype { tensor } else { tensor.cast(dtype) }
 }
 

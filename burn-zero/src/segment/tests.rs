@@ -26,6 +26,8 @@ pub(crate) struct Toy<B: Backend> {
     pub up_bias: Param<Tensor<B, 1>>,
     pub down: Param<Tensor<B, 2>>,
     pub norm: Param<Tensor<B, 1>>,
+    /// None if the embedding is tied.
+    pub head: Option<Param<Tensor<B, 2>>>,
 }
 
 #[derive(Clone, Debug)]
@@ -51,15 +53,20 @@ impl<B: Backend> ToyBatch<B> {
 }
 
 pub(crate) fn toy() -> Toy<AB> {
+    toy_of(VOCAB, HIDDEN, true)
+}
+
+pub(crate) fn toy_of(vocab: usize, hidden: usize, tied: bool) -> Toy<AB> {
     let device = Default::default();
     AB::seed(&device, 7);
     let normal = Distribution::Normal(0.0, 0.5);
     Toy {
-        embed: Param::from_tensor(Tensor::random([VOCAB, HIDDEN], normal, &device)),
-        up: Param::from_tensor(Tensor::random([HIDDEN, HIDDEN], normal, &device)),
-        up_bias: Param::from_tensor(Tensor::random([HIDDEN], normal, &device)),
-        down: Param::from_tensor(Tensor::random([HIDDEN, HIDDEN], normal, &device)),
-        norm: Param::from_tensor(Tensor::random([HIDDEN], normal, &device)),
+        embed: Param::from_tensor(Tensor::random([vocab, hidden], normal, &device)),
+        up: Param::from_tensor(Tensor::random([hidden, hidden], normal, &device)),
+        up_bias: Param::from_tensor(Tensor::random([hidden], normal, &device)),
+        down: Param::from_tensor(Tensor::random([hidden, hidden], normal, &device)),
+        norm: Param::from_tensor(Tensor::random([hidden], normal, &device)),
+        head: (!tied).then(|| Param::from_tensor(Tensor::random([vocab, hidden], normal, &device))),
     }
 }
 
@@ -82,7 +89,8 @@ impl<B: Backend> Segments<B> for Toy<B> {
             }
             2 => {
                 let (h, x) = (next().tensor::<2>(), next().tensor::<2>());
-                let y = h.clone().matmul(self.down.val()) + x;
+                // In whatever type the weight is kept.
+                let y = h.clone().matmul(self.down.val().cast(DType::F32)) + x;
                 vec![
                     Value::new(y),
                     Value::new(Tensor::<B, 1>::ones([1], &h.device()) * 0.5),
@@ -92,7 +100,8 @@ impl<B: Backend> Segments<B> for Toy<B> {
             _ => {
                 let (y, scale) = (next().tensor::<2>(), next().tensor::<1>());
                 let y = y * self.norm.val().unsqueeze() * scale.unsqueeze();
-                let logits = log_softmax(y.matmul(self.embed.val().transpose()), 1);
+                let head = self.head.as_ref().unwrap_or(&self.embed).val();
+                let logits = log_softmax(y.matmul(head.transpose()), 1);
                 let log_likelihood = logits.gather(1, batch.targets.clone().unsqueeze_dim(1)).squeeze_dim::<1>(1);
                 vec![Value::new(log_likelihood.neg() * batch.weights.clone())]
             }
@@ -124,7 +133,10 @@ impl<B: AutodiffBackend> TrainSegments<B> for Toy<B> {
             2 => within("down", &self.down, visitor),
             _ => {
                 within("norm", &self.norm, visitor);
-                within("embed", &self.embed, visitor);
+                match &self.head {
+                    Some(head) => within("head", head, visitor),
+                    None => within("embed", &self.embed, visitor),
+                }
             }
         }
     }
@@ -145,7 +157,11 @@ impl ModuleMapper<AB> for Freeze<'_> {
 }
 
 pub(crate) fn frozen(names: &[&str]) -> Toy<AB> {
-    toy().map(&mut Freeze(names, String::new()))
+    freeze(toy(), names)
+}
+
+pub(crate) fn freeze(model: Toy<AB>, names: &[&str]) -> Toy<AB> {
+    model.map(&mut Freeze(names, String::new()))
 }
 
 type Found = Vec<Vec<(String, Vec<f32>)>>;
@@ -208,9 +224,13 @@ fn segment_by_segment_equals_one_backward_pass() {
         let model = frozen(names);
         let (expected_loss, expected) = plain(&model);
         let retained = driven(&model, Checkpointing::None);
-        for checkpointing in
-            [Checkpointing::None, Checkpointing::Every(2), Checkpointing::Every(1), Checkpointing::Full]
-        {
+        for checkpointing in [
+            Checkpointing::None,
+            Checkpointing::Every(2),
+            Checkpointing::Every(1),
+            Checkpointing::Full,
+            Checkpointing::All,
+        ] {
             let (loss, found) = driven(&model, checkpointing);
             let what = format!("{names:?} frozen, {checkpointing:?}");
             assert_eq!((&loss, &found), (&retained.0, &retained.1), "{what}: recomputed is not retained");

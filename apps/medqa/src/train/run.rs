@@ -259,7 +259,7 @@ impl<B: Kernels> Run<B> {
             let tokens = layout.tokens((index * self.recipe.train.steps.batch_size) as u64);
             let noise = Noise { seed: self.recipe.train.steps.seed, step: step as u64, tokens };
             let batch = model.batch(micro, &layout, 1.0 / targets as f32, Pass::training(noise))?;
-            loss += self.engine.accumulate(model, &batch);
+            loss += self.engine.accumulate(model, &batch)?;
         }
         let learning_rate = setup::schedule(&self.recipe, steps).at(step);
         let report = self.engine.step(model, learning_rate)?;

@@ -1,0 +1,262 @@
+//! The optimizer's step.
+
+use super::{Division, Engine, StepReport};
+use crate::{
+    Error,
+    comm::{Collectives, Lane},
+    gather::{Pieces, Place, update_model},
+    norm::{Exact, add_squares},
+    offload,
+    optimizer::{Lamb, Optimizer},
+    partition::{Layout, Piece},
+    reduce::{Gradients, Reduced},
+    segment::{TrainSegments, Value},
+};
+use burn::tensor::{
+    DType, Device, Tensor,
+    backend::{AutodiffBackend, Backend},
+};
+use std::collections::HashMap;
+
+/// What all ranks agree on about the gradients of a step.
+struct Agreed {
+    norm: f64,
+    /// Whether any rank had a gradient, by parameter.
+    present: Vec<bool>,
+}
+
+/// What an update needs besides the values.
+struct Rates {
+    learning_rate: f64,
+    /// What gradients are multiplied by: clipping, and the loss scale undone.
+    scale: f64,
+}
+
+impl<B: AutodiffBackend> Engine<B> {
+    /// Clips the accumulated gradients by their global norm, as torch's `clip_grad_norm_` does, updates the parameters that
+    /// have one on any rank and forgets the gradients. Parameters keep their identity; matrices decay, see
+    /// [`crate::optimizer::no_decay`]. The norm is that of all ranks together, and it does not depend on their number.
+    ///
+    /// Weights in half precision are updated through copies in f32 that this rank keeps of its pieces (masters).
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`] if the norm is, on any rank: model, moments and step count are as before, the gradients are gone. With
+    /// a loss scaler that is a step that all ranks skip instead, or [`Error::LossScale`].
+    /// [`Error::Lost`] and the like if a rank is lost: the model is incomplete then.
+    pub fn step<M: TrainSegments<B>>(&mut self, model: &mut M, learning_rate: f64) -> Result<StepReport, Error> {
+        self.divide(model);
+        let mut division = self.division.take().expect("the model was divided above");
+        let mut fresh = Gradients::new(&division.layout);
+        fresh.peak = division.gradients.peak;
+        let gradients = std::mem::replace(&mut division.gradients, fresh);
+        let trace = self.queue.trace().clone();
+        let update = || self.update(model, &mut division, gradients, learning_rate);
+        let report = trace.span("step", Lane::Compute, update);
+        self.division = Some(division);
+        report
+    }
+
+    fn update<M: TrainSegments<B>>(
+        &mut self,
+        model: &mut M,
+        division: &mut Division<B>,
+        gradients: Gradients<B::InnerBackend>,
+        learning_rate: f64,
+    ) -> Result<StepReport, Error> {
+        let mine = gradients.present().to_vec();
+        let place = (self.sharding.stage, self.queue.as_ref());
+        let mut reduced = gradients.finish(&division.layout, place, &division.device)?;
+        let Agreed { norm, present } = self.agree(&division.layout, &reduced, &mine)?;
+        let (norm, unscale) = (norm / self.loss_scale(), 1.0 / self.loss_scale());
+        let finite = norm.is_finite();
+        if let Some(scaler) = &mut self.scaler {
+            scaler.update(!finite)?;
+        } else if !finite {
+            return Err(Error::NotFinite { step: self.steps, norm });
+        }
+        if !finite {
+            return Ok(StepReport { grad_norm: norm, clipped: false, skipped: true });
+        }
+        let clip = self.max_grad_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
+        let rates = Rates { learning_rate, scale: clip * unscale };
+        match division.weights.take() {
+            Some(mut weights) => {
+                for (index, _) in division.layout.trained() {
+                    let old = weights.pieces.remove(&index).unwrap_or_default();
+                    let gradients = reduced.remove(&index).unwrap_or_default();
+                    let place = (&division.layout, &division.device);
+                    let new = self.update_pieces(place, (old, gradients), &present, &rates)?;
+                    weights.pieces.insert(index, new);
+                }
+                division.weights = Some(weights);
+            }
+            None => {
+                let Division { layout, device, .. } = &*division;
+                let queue = self.queue.clone();
+                let mut update = |index, pieces| {
+                    let gradients = reduced.remove(&index).unwrap_or_default();
+                    self.update_pieces((layout, device), (pieces, gradients), &present, &rates)
+                };
+                update_model(model, Place { layout, queue: &queue, device }, &mut update)?;
+            }
+        }
+        self.offload.as_mut().map_or(Ok(()), |offload| offload.settle())?;
+        self.steps += 1;
+        Ok(StepReport { grad_norm: norm, clipped: clip < 1.0, skipped: false })
+    }
+
+    /// The norm over all parts, and who had a gradient anywhere. Where there is one part all ranks have the same.
+    fn agree(
+        &self,
+        layout: &Layout,
+        reduced: &HashMap<usize, Reduced<B::InnerBackend>>,
+        present: &[bool],
+    ) -> Result<Agreed, Error> {
+        let mut sum = Exact::default();
+        let values = reduced.values().flatten().filter_map(|(_, value)| value.as_ref());
+        values.for_each(|value| add_squares(&mut sum, value));
+        let mut note = sum.to_bytes();
+        note.extend(present.iter().map(|&present| u8::from(present)));
+        let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
+        let (mut total, mut any) = (Exact::default(), vec![false; present.len()]);
+        for (rank, note) in notes.iter().enumerate() {
+            let (part, flags) = Exact::from_bytes(note);
+            if rank < layout.parts {
+                total.merge(part);
+            }
+            any.iter_mut().zip(flags).for_each(|(any, &flag)| *any |= flag != 0);
+        }
+        Ok(Agreed { norm: total.value().sqrt(), present: any })
+    }
+
+    /// Updates this rank's pieces of a bucket.
+    fn update_pieces(
+        &mut self,
+        division: (&Layout, &Device<B::InnerBackend>),
+        (pieces, gradients): (Pieces<B::InnerBackend>, Reduced<B::InnerBackend>),
+        present: &[bool],
+        rates: &Rates,
+    ) -> Result<Pieces<B::InnerBackend>, Error> {
+        let layout = division.0;
+        let dtypes: Vec<DType> = pieces.iter().map(|(_, value)| value.dtype()).collect();
+        let master = |(piece, value): (Piece, Value<_>)| {
+            let kept = self.masters.remove(&layout.parameters[piece.parameter].id);
+            (piece, kept.unwrap_or_else(|| value.into_f32()))
+        };
+        let pieces = pieces.into_iter().map(master).collect();
+        let new = match self.optimizer {
+            Optimizer::Lamb(lamb) => self.update_by_layer(lamb, layout, (pieces, gradients), (present, rates))?,
+            _ => self.update_by_value(division, (pieces, gradients), present, rates)?,
+        };
+        let round = |((piece, value), dtype): ((Piece, Value<_>), DType)| {
+            if dtype != DType::F32 {
+                self.masters.insert(layout.parameters[piece.parameter].id, value.clone());
+            }
+            (piece, value.into_dtype(dtype))
+        };
+        Ok(new.into_iter().zip(dtypes).map(round).collect())
+    }
+
+    /// The element-wise optimizers, on f32 pieces.
+    fn update_by_value(
+        &mut self,
+        (layout, device): (&Layout, &Device<B::InnerBackend>),
+        (pieces, gradients): (Pieces<B::InnerBackend>, Reduced<B::InnerBackend>),
+        present: &[bool],
+        rates: &Rates,
+    ) -> Result<Pieces<B::InnerBackend>, Error> {
+        let update = |((piece, value), (_, gradient)): ((Piece, Value<_>), (Piece, Option<Value<_>>))| {
+            let Some(gradient) = gradient.filter(|_| present[piece.parameter]) else { return Ok((piece, value)) };
+            let parameter = &layout.parameters[piece.parameter];
+            let (id, (lr, weight_decay)) = (parameter.id, self.rates(layout, &piece, rates));
+            if let Some(offload) = &mut self.offload {
+                let rates = offload::Rates { lr, weight_decay, scale: rates.scale };
+                let place = (id, parameter.elements());
+                return Ok((piece, offload.update(place, rates, (value, gradient), device)?));
+            }
+            let state = self.states.remove(&id);
+            let (parameter, gradient) = (value.tensor::<1>(), scaled(gradient, rates));
+            let (value, state) = self.optimizer.update((lr, weight_decay), parameter, gradient, state);
+            self.states.insert(id, state);
+            Ok((piece, Value::new(value)))
+        };
+        pieces.into_iter().zip(gradients).map(update).collect()
+    }
+
+    /// The learning rate and the weight decay of a piece.
+    fn rates(&self, layout: &Layout, piece: &Piece, rates: &Rates) -> (f64, f64) {
+        let parameter = &layout.parameters[piece.parameter];
+        let group = self.groups.of(&parameter.path, parameter.dims.len(), self.optimizer.weight_decay());
+        (rates.learning_rate * group.learning_rate_scale, group.weight_decay)
+    }
+
+    /// LAMB: the norms of a bucket's tensors and of their directions are added up over ranks before anything moves.
+    fn update_by_layer(
+        &mut self,
+        lamb: Lamb,
+        layout: &Layout,
+        (pieces, gradients): (Pieces<B::InnerBackend>, Reduced<B::InnerBackend>),
+        (present, rates): (&[bool], &Rates),
+    ) -> Result<Pieces<B::InnerBackend>, Error> {
+        let (mut moving, mut norms) = (Vec::new(), HashMap::new());
+        for ((piece, value), (_, gradient)) in pieces.into_iter().zip(gradients) {
+            let Some(gradient) = gradient.filter(|_| present[piece.parameter]) else {
+                moving.push((piece, value, None));
+                continue;
+            };
+            let (id, (_, decay)) = (layout.parameters[piece.parameter].id, self.rates(layout, &piece, rates));
+            let state = self.states.remove(&id);
+            let parameter = value.clone().tensor::<1>();
+            let (direction, state) = lamb.direction(decay, &parameter, scaled(gradient, rates), state);
+            self.states.insert(id, state);
+            let direction = Value::new(direction);
+            let sums: &mut [Exact; 2] = norms.entry(piece.parameter).or_default();
+            add_squares(&mut sums[0], &value);
+            add_squares(&mut sums[1], &direction);
+            moving.push((piece, value, Some(direction)));
+        }
+        let norms = self.share_norms(layout, norms)?;
+        let step = |(piece, value, direction): (Piece, Value<B::InnerBackend>, Option<Value<_>>)| {
+            let Some(direction) = direction else { return (piece, value) };
+            let [parameter, length] = &norms[&piece.parameter];
+            let ratio = lamb.ratio(parameter.value().sqrt(), length.value().sqrt());
+            let (lr, _) = self.rates(layout, &piece, rates);
+            let moved = value.tensor::<1>().sub(direction.tensor::<1>().mul_scalar(lr * ratio));
+            (piece, Value::new(moved))
+        };
+        Ok(moving.into_iter().map(step).collect())
+    }
+
+    /// The sums of all parts, by parameter.
+    fn share_norms(
+        &self,
+        layout: &Layout,
+        norms: HashMap<usize, [Exact; 2]>,
+    ) -> Result<HashMap<usize, [Exact; 2]>, Error> {
+        let mut note = Vec::new();
+        for (parameter, sums) in &norms {
+            note.extend((*parameter as u64).to_le_bytes());
+            sums.iter().for_each(|sum| note.extend(sum.to_bytes()));
+        }
+        let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
+        let mut all: HashMap<usize, [Exact; 2]> = HashMap::new();
+        for note in notes.iter().take(layout.parts) {
+            let mut rest = note.as_slice();
+            while let Some((number, after)) = rest.split_first_chunk::<8>() {
+                let (first, after) = Exact::from_bytes(after);
+                let (second, after) = Exact::from_bytes(after);
+                let sums = all.entry(u64::from_le_bytes(*number) as usize).or_default();
+                sums[0].merge(first);
+                sums[1].merge(second);
+                rest = after;
+            }
+        }
+        Ok(all)
+    }
+}
+
+/// A gradient as it is clipped.
+fn scaled<B: Backend>(gradient: Value<B>, rates: &Rates) -> Tensor<B, 1> {
+    let gradient = gradient.tensor::<1>();
+    if rates.scale == 1.0 { gradient } else { gradient.mul_scalar(rates.scale) }
+}

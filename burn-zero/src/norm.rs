@@ -1,0 +1,160 @@
+//! The global norm of gradients, the same whatever the world.
+//!
+//! A block of [`ALIGN`] values is summed by one rank as one row of a tensor; the sums of blocks, f32 numbers, are added up
+//! exactly, so that it does not matter who adds which. Torch adds in f32 in an order that depends on the division.
+
+use crate::{partition::ALIGN, segment::Value};
+use burn::tensor::{Tensor, backend::Backend};
+
+/// The digits of an [`Exact`] sum: all of f32's range, and room for as many terms as fit a machine.
+const LIMBS: usize = 11;
+/// The exponent of the smallest f32.
+const SMALLEST: i32 = -149;
+
+/// A sum of f32 numbers that are not negative, without rounding: digits of 32 bits, the first one's unit is f32's smallest
+/// number.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Exact {
+    limbs: [u64; LIMBS],
+    /// Terms since carries were last moved on.
+    terms: u32,
+    infinite: bool,
+    nan: bool,
+}
+
+impl Exact {
+    pub fn add(&mut self, term: f32) {
+        if !term.is_finite() {
+            self.infinite |= term.is_infinite();
+            self.nan |= term.is_nan();
+            return;
+        }
+        let (exponent, fraction) = (term.to_bits() >> 23 & 0xff, u64::from(term.to_bits() & 0x7f_ffff));
+        let digits = if exponent == 0 { fraction } else { fraction | 1 << 23 };
+        let shift = exponent.max(1) - 1;
+        let (limb, wide) = ((shift / 32) as usize, digits << (shift % 32));
+        self.limbs[limb] += wide & 0xffff_ffff;
+        self.limbs[limb + 1] += wide >> 32;
+        self.terms += 1;
+        if self.terms == u32::MAX {
+            self.carry();
+        }
+    }
+
+    fn carry(&mut self) {
+        let mut carry = 0;
+        for limb in &mut self.limbs {
+            *limb += carry;
+            carry = *limb >> 32;
+            *limb &= 0xffff_ffff;
+        }
+        self.terms = 0;
+    }
+
+    /// Adds another sum.
+    pub fn merge(&mut self, mut other: Self) {
+        self.carry();
+        other.carry();
+        self.limbs.iter_mut().zip(other.limbs).for_each(|(limb, more)| *limb += more);
+        self.carry();
+        self.infinite |= other.infinite;
+        self.nan |= other.nan;
+    }
+
+    /// The sum, rounded to f64 in a way that depends on the sum alone.
+    pub fn value(&self) -> f64 {
+        if self.nan || self.infinite {
+            return if self.nan { f64::NAN } else { f64::INFINITY };
+        }
+        let mut carried = self.clone();
+        carried.carry();
+        let weigh = |(i, &limb): (usize, &u64)| limb as f64 * f64::from(SMALLEST + 32 * i as i32).exp2();
+        carried.limbs.iter().enumerate().rev().map(weigh).sum()
+    }
+
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let flags = u64::from(self.infinite) | u64::from(self.nan) << 1;
+        let mut carried = self.clone();
+        carried.carry();
+        carried.limbs.iter().chain([&flags]).flat_map(|limb| limb.to_le_bytes()).collect()
+    }
+
+    /// Reads a sum from the start of `bytes`; the rest.
+    pub fn from_bytes(bytes: &[u8]) -> (Self, &[u8]) {
+        let (own, rest) = bytes.split_at(8 * (LIMBS + 1));
+        let mut words =
+            own.chunks_exact(8).map(|b| u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]));
+        let limbs = std::array::from_fn(|_| words.next().unwrap_or(0));
+        let flags = words.next().unwrap_or(0);
+        (Self { limbs, terms: 0, infinite: flags & 1 != 0, nan: flags & 2 != 0 }, rest)
+    }
+}
+
+/// Adds the sum of squares of f32 values that start at a multiple of [`ALIGN`] in their parameter.
+pub(crate) fn add_squares<B: Backend>(sum: &mut Exact, values: &Value<B>) {
+    let (n, values) = (values.elements(), values.clone().flatten());
+    let whole = n - n % ALIGN;
+    let mut add = |rows: Tensor<B, 2>| {
+        let squares = rows.clone().mul(rows).sum_dim(1);
+        squares.into_data().iter::<f32>().for_each(|square| sum.add(square));
+    };
+    if whole == n && n > 0 {
+        add(values.reshape([n / ALIGN, ALIGN]));
+        return;
+    }
+    if whole > 0 {
+        add(values.clone().narrow(0, 0, whole).reshape([whole / ALIGN, ALIGN]));
+    }
+    if whole < n {
+        add(values.narrow(0, whole, n - whole).reshape([1, n - whole]));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn terms() -> Vec<f32> {
+        let mantissa = |i: u32| f32::from_bits(0x3f80_0000 | i.wrapping_mul(2_654_435_761) >> 9);
+        (0..4000).map(|i| mantissa(i) * ((i as f32 * 0.37) % 200.0 - 100.0).exp2()).collect()
+    }
+
+    #[test]
+    fn the_sum_does_not_depend_on_order_or_division() {
+        let terms = terms();
+        let sum = |terms: &mut dyn Iterator<Item = f32>| {
+            let mut sum = Exact::default();
+            terms.for_each(|term| sum.add(term));
+            sum
+        };
+        let forward = sum(&mut terms.iter().copied());
+        assert_eq!(forward.value(), sum(&mut terms.iter().rev().copied()).value());
+        for parts in 1..7 {
+            let mut merged = Exact::default();
+            for part in 0..parts {
+                let (read, rest) = (sum(&mut terms.iter().copied().skip(part).step_by(parts)).to_bytes(), [1, 2]);
+                let bytes = [read, rest.to_vec()].concat();
+                let (part, left) = Exact::from_bytes(&bytes);
+                assert_eq!(left, rest);
+                merged.merge(part);
+            }
+            assert_eq!(merged.value(), forward.value());
+        }
+    }
+
+    #[test]
+    fn the_sum_is_right_at_the_ends_of_the_range() {
+        for terms in [vec![f32::from_bits(1); 3], vec![f32::MAX; 5], vec![1.0, 2f32.powi(-140), 0.0], vec![3.5, 0.25]] {
+            let mut sum = Exact::default();
+            terms.iter().for_each(|&term| sum.add(term));
+            assert_eq!(sum.value(), terms.iter().map(|&term| f64::from(term)).sum::<f64>(), "{terms:?}");
+        }
+        let mut sum = Exact::default();
+        sum.add(f32::INFINITY);
+        assert_eq!(sum.value(), f64::INFINITY);
+        sum.add(f32::NAN);
+        let mut other = Exact::default();
+        other.merge(Exact::from_bytes(&sum.to_bytes()).0);
+        assert!(other.value().is_nan());
+    }
+}

@@ -1,0 +1,177 @@
+//! Moments in 8 bits (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
+//!
+//! A block of 256 values has one f32 scale, its largest magnitude, and a byte per value: an index into a table of numbers that lie
+//! dense near zero (bitsandbytes' `create_dynamic_map`). Blocks start at multiples of 256 in their parameter, so that they are
+//! the same in every world.
+
+use super::cpu_adam::Update;
+use crate::partition::ALIGN;
+use rayon::prelude::*;
+use std::sync::LazyLock;
+
+/// Pieces of fewer values keep their moments in 32 bits.
+pub(crate) const LEAST: usize = 4096;
+
+/// The two moments of a piece.
+#[derive(Debug, Clone)]
+pub(crate) struct EightBit {
+    exp_avg: Codes,
+    exp_avg_sq: Codes,
+}
+
+#[derive(Debug, Clone)]
+struct Codes {
+    codes: Vec<u8>,
+    scales: Vec<f32>,
+}
+
+static SIGNED: LazyLock<Vec<f32>> = LazyLock::new(|| dynamic_map(true));
+static UNSIGNED: LazyLock<Vec<f32>> = LazyLock::new(|| dynamic_map(false));
+
+/// The numbers that 8 bits stand for, ascending: for every power of ten down to 1e-7 the means of equal intervals from 0.1
+/// to 1, twice as many for each larger power, with 0 and 1.
+fn dynamic_map(signed: bool) -> Vec<f32> {
+    let mut map = vec![0.0, 1.0];
+    for i in 0..7 {
+        let items = if signed { (1usize << i) + 1 } else { (1usize << (i + 1)) + 1 };
+        let bound = |k: usize| 0.1 + 0.9 * k as f64 / (items - 1) as f64;
+        for k in 0..items - 1 {
+            let mean = (bound(k) + bound(k + 1)) / 2.0 * 10f64.powi(i - 6);
+            map.push(mean as f32);
+            if signed {
+                map.push(-mean as f32);
+            }
+        }
+    }
+    map.sort_by(f32::total_cmp);
+    assert!(map.len() <= 256, "the codes fit a byte");
+    map
+}
+
+/// The index of the number nearest to `value`.
+fn nearest(map: &[f32], value: f32) -> u8 {
+    let above = map.partition_point(|&number| number < value).min(map.len() - 1);
+    let below = above.saturating_sub(1);
+    (if value - map[below] < map[above] - value { below } else { above }) as u8
+}
+
+impl Codes {
+    fn new(n: usize, map: &[f32]) -> Self {
+        Self { codes: vec![nearest(map, 0.0); n], scales: vec![0.0; n.div_ceil(ALIGN)] }
+    }
+
+    fn read(&self, map: &[f32]) -> Vec<f32> {
+        let mut values = vec![0.0; self.codes.len()];
+        let blocks = values.chunks_mut(ALIGN).zip(self.codes.chunks(ALIGN)).zip(&self.scales);
+        blocks.for_each(|((values, codes), &scale)| decode(map, codes, scale, values));
+        values
+    }
+
+    /// Codes values by these scales, or by the values' own.
+    fn write(&mut self, map: &[f32], values: &[f32], scales: Option<&[f32]>) {
+        let blocks = values.chunks(ALIGN).zip(self.codes.chunks_mut(ALIGN)).zip(&mut self.scales);
+        blocks.enumerate().for_each(|(i, ((values, codes), scale))| {
+            *scale = scales.map_or_else(|| largest(values), |scales| scales[i]);
+            encode(map, values, *scale, codes);
+        });
+    }
+}
+
+fn decode(map: &[f32], codes: &[u8], scale: f32, values: &mut [f32]) {
+    values.iter_mut().zip(codes).for_each(|(value, &code)| *value = map[usize::from(code)] * scale);
+}
+
+fn largest(values: &[f32]) -> f32 {
+    values.iter().fold(0f32, |largest, value| largest.max(value.abs()))
+}
+
+fn encode(map: &[f32], values: &[f32], scale: f32, codes: &mut [u8]) {
+    let unit = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    codes.iter_mut().zip(values).for_each(|(code, &value)| *code = nearest(map, value * unit));
+}
+
+impl EightBit {
+    pub fn new(n: usize) -> Self {
+        Self { exp_avg: Codes::new(n, &SIGNED), exp_avg_sq: Codes::new(n, &UNSIGNED) }
+    }
+
+    /// From values in 32 bits, and the scales of their blocks if they were in 8 bits before.
+    pub fn from_values([exp_avg, exp_avg_sq]: [&[f32]; 2], scales: Option<[&[f32]; 2]>) -> Self {
+        let mut new = Self::new(exp_avg.len());
+        new.exp_avg.write(&SIGNED, exp_avg, scales.map(|scales| scales[0]));
+        new.exp_avg_sq.write(&UNSIGNED, exp_avg_sq, scales.map(|scales| scales[1]));
+        new
+    }
+
+    /// Both moments in 32 bits.
+    pub fn values(&self) -> [Vec<f32>; 2] {
+        [self.exp_avg.read(&SIGNED), self.exp_avg_sq.read(&UNSIGNED)]
+    }
+
+    /// The scales of both moments' blocks.
+    pub fn scales(&self) -> [&[f32]; 2] {
+        [&self.exp_avg.scales, &self.exp_avg_sq.scales]
+    }
+
+    /// Bytes.
+    pub fn bytes(&self) -> usize {
+        [&self.exp_avg, &self.exp_avg_sq].iter().map(|codes| codes.codes.len() + 4 * codes.scales.len()).sum()
+    }
+
+    /// Adam's step, block by block: decoded, updated, coded.
+    pub fn apply(&mut self, update: &Update, parameter: &mut [f32], gradient: &[f32]) {
+        let (constants, first, second) = (update.constants(), &mut self.exp_avg, &mut self.exp_avg_sq);
+        let blocks = parameter.par_chunks_mut(ALIGN).zip(gradient.par_chunks(ALIGN));
+        let blocks = blocks.zip(first.codes.par_chunks_mut(ALIGN).zip(first.scales.par_iter_mut()));
+        let blocks = blocks.zip(second.codes.par_chunks_mut(ALIGN).zip(second.scales.par_iter_mut()));
+        blocks.for_each(|(((parameter, gradient), (m, m_scale)), (v, v_scale))| {
+            let n = parameter.len();
+            let (mut exp_avg, mut exp_avg_sq) = ([0.0; ALIGN], [0.0; ALIGN]);
+            let (exp_avg, exp_avg_sq) = (&mut exp_avg[..n], &mut exp_avg_sq[..n]);
+            decode(&SIGNED, m, *m_scale, exp_avg);
+            decode(&UNSIGNED, v, *v_scale, exp_avg_sq);
+            constants.step((((parameter, gradient), &mut *exp_avg), &mut *exp_avg_sq), &mut []);
+            (*m_scale, *v_scale) = (largest(exp_avg), largest(exp_avg_sq));
+            encode(&SIGNED, exp_avg, *m_scale, m);
+            encode(&UNSIGNED, exp_avg_sq, *v_scale, v);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tables_are_those_of_bitsandbytes() {
+        // create_dynamic_map(signed, max_exponent_bits=7, total_bits=8) has 255 and 256 different values.
+        assert_eq!((SIGNED.len(), UNSIGNED.len()), (256, 256));
+        for map in [&*SIGNED, &*UNSIGNED] {
+            assert!(map.is_sorted() && map.contains(&0.0) && map.contains(&1.0));
+            for (code, &number) in map.iter().enumerate() {
+                assert_eq!(map[usize::from(nearest(map, number))], number, "{code}");
+            }
+        }
+        assert!((UNSIGNED[1] - 3.25e-7).abs() < 1e-12, "{}", UNSIGNED[1]);
+        assert!(SIGNED.iter().filter(|&&number| number < 0.0).all(|number| SIGNED.contains(&-number)));
+    }
+
+    #[test]
+    fn what_is_coded_is_near_and_coding_by_the_same_scales_changes_nothing() {
+        let n = 3000;
+        let value = |i: usize| ((i * 7919) % 1009) as f32 / 1009.0 - 0.5;
+        let exp_avg: Vec<f32> = (0..n).map(|i| value(i) * 10f32.powi(-((i / 256) as i32 % 5))).collect();
+        let exp_avg_sq: Vec<f32> = exp_avg.iter().map(|m| m * m).collect();
+        let coded = EightBit::from_values([&exp_avg, &exp_avg_sq], None);
+        let [m, v] = coded.values();
+        for (block, (found, expected)) in m.chunks(ALIGN).zip(exp_avg.chunks(ALIGN)).enumerate() {
+            let largest = expected.iter().fold(0f32, |a, b| a.max(b.abs()));
+            for (found, expected) in found.iter().zip(expected) {
+                assert!((found - expected).abs() <= 0.0078 * largest, "block {block}: {found} for {expected}");
+            }
+        }
+        let again = EightBit::from_values([&m, &v], Some(coded.scales()));
+        assert_eq!(again.values(), [m, v]);
+        assert!(coded.bytes() < 2 * n + 2 * n / 50);
+    }
+}

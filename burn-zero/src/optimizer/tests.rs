@@ -1,0 +1,166 @@
+use super::{
+    cpu_adam::{Copy, Slices, Update},
+    *,
+};
+use crate::norm::{Exact, add_squares};
+use burn::{backend::Flex, tensor::TensorData};
+use half::{bf16, f16};
+use serde_json::Value as Json;
+
+fn fixture() -> Json {
+    serde_json::from_str(include_str!("../../fixtures/optimizers.json")).unwrap()
+}
+
+fn numbers(json: &Json) -> Vec<f32> {
+    json.as_array().unwrap().iter().map(|number| number.as_f64().unwrap() as f32).collect()
+}
+
+fn tensor(values: &[f32]) -> Tensor<Flex, 1> {
+    Tensor::from_data(TensorData::new(values.to_vec(), [values.len()]), &Default::default())
+}
+
+fn host(tensor: Tensor<Flex, 1>) -> Vec<f32> {
+    tensor.into_data().to_vec().unwrap()
+}
+
+fn near(found: &[f32], expected: &[f32], what: &str) {
+    assert_eq!(found.len(), expected.len());
+    for (a, b) in found.iter().zip(expected) {
+        assert!((a - b).abs() <= 1e-6 * b.abs(), "{what}: expected {b}, found {a}");
+    }
+}
+
+fn norm(tensor: &Tensor<Flex, 1>) -> f64 {
+    let mut sum = Exact::default();
+    add_squares(&mut sum, &Value::new(tensor.clone()));
+    sum.value().sqrt()
+}
+
+#[test]
+fn ten_updates_are_torch_s_or_the_paper_s() {
+    let golden = fixture();
+    let (lr, adam) = (golden["lr"].as_f64().unwrap(), AdamW::default());
+    let table = [
+        ("AdamW", Optimizer::AdamW(adam), 0.1),
+        ("Adam", Optimizer::Adam(adam), 0.1),
+        ("Sgd", Optimizer::Sgd(Sgd::default()), 0.0),
+        ("SgdMomentum", Optimizer::Sgd(Sgd { momentum: 0.9, ..Sgd::default() }), 0.1),
+        ("SgdNesterov", Optimizer::Sgd(Sgd { momentum: 0.9, nesterov: true, ..Sgd::default() }), 0.0),
+        ("Lion", Optimizer::Lion(Lion::default()), 0.1),
+        ("Lamb", Optimizer::Lamb(Lamb::default()), 0.1),
+        ("LambBounded", Optimizer::Lamb(Lamb { max_coeff: 0.5, ..Lamb::default() }), 0.0),
+    ];
+    for (name, optimizer, decay) in table {
+        let (mut parameter, mut state) = (tensor(&numbers(&golden["start"])), None);
+        for gradient in golden["gradients"].as_array().unwrap() {
+            let gradient = tensor(&numbers(gradient));
+            let (new, next) = match optimizer {
+                Optimizer::Lamb(lamb) => {
+                    let (direction, state) = lamb.direction(decay, &parameter, gradient, state);
+                    let ratio = lamb.ratio(norm(&parameter), norm(&direction));
+                    (parameter.sub(direction.mul_scalar(lr * ratio)), state)
+                }
+                _ => optimizer.update((lr, decay), parameter, gradient, state),
+            };
+            assert_eq!(next.slots.len(), optimizer.slots().len());
+            (parameter, state) = (new, Some(next));
+        }
+        assert_eq!(state.unwrap().step, 10);
+        near(&host(parameter), &numbers(&golden[name]), name);
+    }
+}
+
+/// Ten updates on the host, with a copy of the last one.
+fn on_the_host(update: Update, start: &[f32], gradients: &[Vec<f32>]) -> (Vec<f32>, Vec<bf16>, Vec<f16>) {
+    let n = start.len();
+    let (mut parameter, mut exp_avg, mut exp_avg_sq) = (start.to_vec(), vec![-0.0; n], vec![0.0; n]);
+    let (mut brief, mut half) = (vec![bf16::ZERO; n], vec![f16::ZERO; n]);
+    for (step, gradient) in gradients.iter().enumerate() {
+        let update = Update { step: step + 1, ..update };
+        let copy = match step % 3 {
+            0 => Copy::Bf16(&mut brief),
+            1 => Copy::F16(&mut half),
+            _ => Copy::None,
+        };
+        let (exp_avg, exp_avg_sq) = (&mut exp_avg, &mut exp_avg_sq);
+        update.apply(Slices { parameter: &mut parameter, gradient, exp_avg, exp_avg_sq }, copy);
+        match step % 3 {
+            0 => assert!(brief.iter().zip(&parameter).all(|(copy, &value)| *copy == bf16::from_f32(value))),
+            1 => assert!(half.iter().zip(&parameter).all(|(copy, &value)| *copy == f16::from_f32(value))),
+            _ => {}
+        }
+    }
+    (parameter, brief, half)
+}
+
+#[test]
+fn adam_on_the_host_is_torch_s() {
+    let golden = fixture();
+    let gradients: Vec<_> = golden["gradients"].as_array().unwrap().iter().map(numbers).collect();
+    for (name, decoupled) in [("AdamW", true), ("Adam", false)] {
+        let lr = golden["lr"].as_f64().unwrap();
+        let update = Update { settings: AdamW::default(), decoupled, lr, weight_decay: 0.1, scale: 1.0, step: 0 };
+        let (found, ..) = on_the_host(update, &numbers(&golden["start"]), &gradients);
+        near(&found, &numbers(&golden[name]), name);
+    }
+}
+
+#[test]
+fn adam_on_the_host_is_adam_on_the_device_bit_for_bit() {
+    let settings = AdamW { betas: (0.9, 0.95), epsilon: 1e-6, weight_decay: 0.0 };
+    // DeepSpeed's sizes, one value, and a block and more.
+    for n in [1, 22, 64, 128, 1024, 40_000] {
+        for (optimizer, decoupled) in [(Optimizer::AdamW(settings), true), (Optimizer::Adam(settings), false)] {
+            for (weight_decay, scale) in [(0.0, 1.0), (0.1, 0.37)] {
+                let value = |i: usize, k: usize| ((i * 37 + k * 101) as f32).sin();
+                let start: Vec<f32> = (0..n).map(|i| value(i, 99)).collect();
+                let gradient = |k| (0..n).map(|i| if i % 11 == 3 { -0.0 } else { value(i, k) }).collect();
+                let gradients: Vec<Vec<f32>> = (0..10).map(gradient).collect();
+                let update = Update { settings, decoupled, lr: 3e-3, weight_decay, scale, step: 0 };
+                let (found, ..) = on_the_host(update, &start, &gradients);
+                let (mut parameter, mut state) = (tensor(&start), None);
+                for gradient in &gradients {
+                    let gradient = tensor(gradient);
+                    let gradient = if scale < 1.0 { gradient.mul_scalar(scale) } else { gradient };
+                    let (new, next) = optimizer.update((3e-3, weight_decay), parameter, gradient, state);
+                    (parameter, state) = (new, Some(next));
+                }
+                let same = found.iter().zip(host(parameter)).all(|(a, b)| a.to_bits() == b.to_bits());
+                assert!(same, "{n} values, {optimizer:?}, decay {weight_decay}, scale {scale}");
+            }
+        }
+    }
+}
+
+#[test]
+fn eight_bits_stay_near_thirty_two() {
+    let (n, settings) = (5000, AdamW::default());
+    let value = |i: usize, k: usize| ((i * 37 + k * 101) as f32).sin();
+    let start: Vec<f32> = (0..n).map(|i| value(i, 99)).collect();
+    let (mut parameter, mut codes) = (start.clone(), EightBit::new(n));
+    let gradients: Vec<Vec<f32>> = (0..30).map(|k| (0..n).map(|i| value(i, 0) + 0.3 * value(i, k)).collect()).collect();
+    let update = Update { settings, decoupled: true, lr: 1e-3, weight_decay: 0.01, scale: 1.0, step: 0 };
+    for (step, gradient) in gradients.iter().enumerate() {
+        codes.apply(&Update { step: step + 1, ..update }, &mut parameter, gradient);
+    }
+    let (expected, ..) = on_the_host(update, &start, &gradients);
+    let moved = |a: &[f32]| a.iter().zip(&start).map(|(a, b)| f64::from((a - b).powi(2))).sum::<f64>().sqrt();
+    let apart = expected.iter().zip(&parameter).map(|(a, b)| f64::from((a - b).powi(2))).sum::<f64>().sqrt();
+    assert!(apart < 0.05 * moved(&expected), "{apart} apart after a way of {}", moved(&expected));
+}
+
+#[test]
+fn a_ds_config_s_optimizer_is_taken_over() {
+    let adam = ds_config::Adam { lr: 1.0, betas: (0.8, 0.9), eps: 1e-7, weight_decay: 0.3 };
+    let expected = AdamW { betas: (0.8, 0.9), epsilon: 1e-7, weight_decay: 0.3 };
+    assert_eq!(Optimizer::from(ds_config::Optimizer::AdamW(adam)), Optimizer::AdamW(expected));
+    assert_eq!(Optimizer::from(ds_config::Optimizer::Adam(adam)), Optimizer::Adam(expected));
+    let lion = Optimizer::from(ds_config::Optimizer::Lion(ds_config::Lion::default()));
+    assert_eq!(lion.slots(), ["exp_avg"]);
+    assert_eq!(
+        Optimizer::from(ds_config::Optimizer::Lamb(ds_config::Lamb::default())),
+        Optimizer::Lamb(Lamb::default())
+    );
+    assert_eq!(Optimizer::from(ds_config::Optimizer::Sgd(ds_config::Sgd::default())), Optimizer::Sgd(Sgd::default()));
+    assert!(Optimizer::Sgd(Sgd { momentum: 1.0, ..Sgd::default() }).check().is_err());
+}

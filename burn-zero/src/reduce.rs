@@ -1,0 +1,163 @@
+//! Gradients on their way from the backward pass to the optimizer.
+//!
+//! Whole gradients are added up as they come. A bucket is reduced when the last of them has come: after every micro-batch
+//! where gradients are divided (stages 2 and 3), else before the optimizer's step. What is reduced is kept as this rank's part.
+
+use crate::{
+    Error, bucket,
+    comm::{Collectives, Pending, Queue},
+    ds_config::Stage,
+    partition::{Bucket, Layout, Piece},
+    segment::{Gradient, Value},
+};
+use burn::tensor::backend::Backend;
+use std::collections::{HashMap, VecDeque};
+
+/// Buckets that may be under way at a time.
+const WINDOW: usize = 2;
+
+/// Gradients of a step, and where they are.
+pub(crate) struct Gradients<B: Backend> {
+    /// Sums of this rank by parameter, in f32.
+    whole: HashMap<usize, Value<B>>,
+    /// This rank's parts of buckets that have been reduced.
+    parts: HashMap<usize, Vec<f32>>,
+    /// Buckets under way, oldest first.
+    pending: VecDeque<(usize, Pending<Vec<f32>>)>,
+    /// Parameters that had a gradient.
+    present: Vec<bool>,
+    /// Bytes of the buckets under way.
+    under_way: usize,
+    pub peak: Peak,
+}
+
+/// The most bytes that were alive at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Peak {
+    /// Gradients: whole ones that wait for their bucket, and this rank's parts.
+    pub gradients: usize,
+    /// Gradient buckets under way.
+    pub buckets: usize,
+    /// Gathered weights of stage 3.
+    pub gathered: usize,
+}
+
+/// A rank's gradients of a bucket by piece; none where no rank had one.
+pub(crate) type Reduced<B> = Vec<(Piece, Option<Value<B>>)>;
+
+impl<B: Backend> Gradients<B> {
+    pub fn new(layout: &Layout) -> Self {
+        Self {
+            whole: HashMap::new(),
+            parts: HashMap::new(),
+            pending: VecDeque::new(),
+            present: vec![false; layout.parameters.len()],
+            under_way: 0,
+            peak: Peak::default(),
+        }
+    }
+
+    /// Adds one segment's gradients.
+    pub fn add(&mut self, layout: &Layout, found: Vec<Gradient<B>>) {
+        for gradient in found {
+            let index = layout.index[&gradient.id];
+            let value = gradient.value.into_f32();
+            let value = match self.whole.remove(&index) {
+                Some(sum) => sum.add(value),
+                None => value,
+            };
+            self.whole.insert(index, value);
+            self.present[index] = true;
+        }
+        self.peak.gradients = self.peak.gradients.max(self.bytes());
+    }
+
+    /// Bytes of the gradients that are alive, buckets under way apart.
+    pub fn bytes(&self) -> usize {
+        let parts: usize = self.parts.values().map(|part| part.len() * 4).sum();
+        self.whole.values().map(Value::bytes).sum::<usize>() + parts
+    }
+
+    /// The sums that wait for their bucket, by the parameter's number.
+    #[cfg(test)]
+    pub fn whole(&self) -> &HashMap<usize, Value<B>> {
+        &self.whole
+    }
+
+    /// Which parameters had a gradient here.
+    pub fn present(&self) -> &[bool] {
+        &self.present
+    }
+
+    /// Sends the buckets on their way whose last gradient comes with this segment.
+    pub fn reduce_after(&mut self, layout: &Layout, segment: usize, queue: &Queue) -> Result<(), Error> {
+        let due = |(_, bucket): &(usize, &Bucket)| bucket.segments[0] == segment;
+        layout.trained().filter(due).try_for_each(|(index, _)| self.reduce(layout, index, queue))
+    }
+
+    /// Sends a bucket on its way: this rank's part, which goes on from what it holds, or all of it where nothing is divided.
+    fn reduce(&mut self, layout: &Layout, index: usize, queue: &Queue) -> Result<(), Error> {
+        while self.pending.len() >= WINDOW || self.pending.iter().any(|(other, _)| *other == index) {
+            self.settle(layout)?;
+        }
+        let bucket = &layout.buckets[index];
+        let mut flat = bucket::flatten(bucket, |parameter| self.whole.remove(&parameter));
+        self.under_way += flat.len() * 4;
+        self.peak.buckets = self.peak.buckets.max(self.under_way);
+        let pending = if layout.parts == 1 {
+            queue.submit("all_reduce", move |group| group.all_reduce(&mut flat).map(|()| flat))
+        } else {
+            // A sum that starts at -0 is what is added to it, the sign of a zero included.
+            let part = self.parts.remove(&index).unwrap_or_else(|| vec![-0.0; bucket.length / layout.parts]);
+            queue.submit("reduce_scatter", move |group| {
+                let mut part = part;
+                group.reduce_scatter_onto(&flat, &mut part).map(|()| part)
+            })
+        };
+        self.pending.push_back((index, pending));
+        Ok(())
+    }
+
+    /// Waits for the oldest bucket under way.
+    fn settle(&mut self, layout: &Layout) -> Result<(), Error> {
+        let Some((index, pending)) = self.pending.pop_front() else { return Ok(()) };
+        self.parts.insert(index, pending.wait()?);
+        self.under_way -= layout.buckets[index].length * 4;
+        Ok(())
+    }
+
+    /// Waits for all buckets under way.
+    pub fn settle_all(&mut self, layout: &Layout) -> Result<(), Error> {
+        while !self.pending.is_empty() {
+            self.settle(layout)?;
+        }
+        Ok(())
+    }
+
+    /// Ends the step: every bucket reduced. A reduction of one rank is the identity, and nothing leaves the device for it.
+    pub fn finish(
+        mut self,
+        layout: &Layout,
+        (stage, queue): (Stage, &Queue),
+        device: &B::Device,
+    ) -> Result<HashMap<usize, Reduced<B>>, Error> {
+        let alone = queue.world() == 1;
+        if !alone && stage < Stage::Gradients {
+            layout.trained().try_for_each(|(index, _)| self.reduce(layout, index, queue))?;
+        }
+        self.settle_all(layout)?;
+        let mut reduced = HashMap::new();
+        for (index, bucket) in layout.trained() {
+            let part = self.parts.remove(&index);
+            let gradient = |piece: Piece| {
+                let value = match &part {
+                    Some(part) => Some(bucket::from_host(&part[piece.at..piece.at + piece.range.len()], device)),
+                    None => self.whole.remove(&piece.parameter).map(|whole| Value::new(whole.flatten())),
+                };
+                (piece, value)
+            };
+            reduced.insert(index, layout.pieces(bucket).into_iter().map(gradient).collect());
+        }
+        Ok(reduced)
+    }
+}
