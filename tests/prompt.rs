@@ -165,7 +165,8 @@ fn trained(name: &str, base: &str, micro: usize, packed: bool) -> Vec<f32> {
             let layout = Layout::of(&part.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
             let tokens = layout.tokens((index * micro) as u64);
             let pass = Pass::training(Noise { seed: 1, step, tokens });
-            engine.accumulate(&model, &model.batch(part, &layout, 1.0 / targets as f32, pass).unwrap());
+            let batch = model.batch(part, &layout, 1.0 / targets as f32, pass).unwrap();
+            engine.accumulate(&mut model, &batch).unwrap();
         }
         engine.step(&mut model, 1e-2).unwrap();
     }
@@ -214,7 +215,8 @@ fn only_the_prompt_learns() {
     let (rows, layout) = (rows(), Layout::padded(&[20, 9, 14, 31]));
     let mut engine = Engine::<Train>::new(AdamW::default(), None, Checkpointing::None);
     for _ in 0..3 {
-        engine.accumulate(&model, &model.batch(&rows, &layout, 0.1, Pass::default()).unwrap());
+        let batch = model.batch(&rows, &layout, 0.1, Pass::default()).unwrap();
+        engine.accumulate(&mut model, &batch).unwrap();
         engine.step(&mut model, 1e-2).unwrap();
     }
     assert_eq!(weights(&model), frozen);

@@ -30,7 +30,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
         let mut losses = Vec::new();
         for _ in 0..=20 {
-            losses.push(engine.accumulate(&model, &model.batch(&rows, &layout, weight, Pass::default())?));
+            let batch = model.batch(&rows, &layout, weight, Pass::default())?;
+            losses.push(engine.accumulate(&mut model, &batch)?);
             engine.step(&mut model, 5e-3)?;
         }
         println!("from {start}: loss {:.4} at first, {:.4} after 20 steps", losses[0], losses[20]);

@@ -73,7 +73,7 @@ fn train<B: Kernels>(model: &str, device: &B::Device, (ids, directory): (&[u32],
     let mut engine = Engine::<Autodiff<B>>::new(AdamW::default(), Some(1.0), Checkpointing::None);
     let mut losses = Vec::new();
     for _ in 0..STEPS {
-        losses.push(engine.accumulate(&model, &batch));
+        losses.push(engine.accumulate(&mut model, &batch)?);
         engine.step(&mut model, 2e-3)?;
     }
     losses.push(model.batch_loss(&batch).sum().into_data().iter::<f64>().sum());

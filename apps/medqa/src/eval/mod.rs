@@ -4,7 +4,7 @@ mod pubmedqa;
 mod qa_loss;
 mod score;
 
-pub use qa_loss::mean_loss;
+pub use qa_loss::loss;
 
 use crate::{
     backend::on,

@@ -12,8 +12,8 @@ use burn_llama::{Example, Layout, Llama, kernel::Kernels};
 use burn_peft::Pass;
 use serde_json::{Value, json};
 
-/// The mean loss over all target tokens, and their number. With `packing` the rows of a batch stand in one, without padding.
-pub fn mean_loss<B: Kernels>(
+/// The loss over all target tokens, summed, and their number. With `packing` the rows of a batch stand in one, without padding.
+pub fn loss<B: Kernels>(
     model: &Llama<B>,
     examples: &[Example],
     (batch_size, packing): (usize, bool),
@@ -25,13 +25,14 @@ pub fn mean_loss<B: Kernels>(
         sum += model.batch_loss(&batch).sum().into_scalar().elem::<f64>();
         targets += rows.iter().map(Example::targets).sum::<usize>();
     }
-    Ok((sum / targets as f64, targets))
+    Ok((sum, targets))
 }
 
 pub fn measure<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let encoded = encode(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
-    let (loss, targets) = mean_loss(&loaded.model, &encoded.examples, (args.batch_size.get(), true))?;
+    let (sum, targets) = loss(&loaded.model, &encoded.examples, (args.batch_size.get(), true))?;
+    let loss = sum / targets as f64;
     Ok(json!({
         "task": "qa-loss", "rows": encoded.examples.len(), "loss": loss, "perplexity": loss.exp(),
         "target_tokens": targets,

@@ -18,7 +18,7 @@ use crate::{
     cli::{ModelArgs, QuickstartArgs},
     fetch,
     recipe::Recipe,
-    train::{self, Options},
+    train::{self, Options, World},
 };
 use anyhow::{Context, Result, bail};
 use ask::Questions;
@@ -46,7 +46,7 @@ pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
     let named = |adapter| ModelArgs { model: model.clone(), adapter, tokenizer: None };
     let before = questions.ask(&named(None), device)?;
     let options = Options { directory: directory.to_owned(), device: device.clone(), ..Options::default() };
-    let summary = train::run(recipe, &options)?;
+    let summary = train::run(recipe, &options, World::alone())?;
     let after = questions.ask(&named(Some(directory.join("adapter"))), device)?;
     let seconds = start.elapsed().as_secs_f64();
     let report = Report { questions, before, after, summary, estimate, seconds };

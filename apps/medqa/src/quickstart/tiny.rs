@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     backend::{Device, on},
-    train::{self, Options},
+    train::{self, Options, World},
     write,
 };
 use anyhow::{Context, Result, anyhow};
@@ -59,7 +59,11 @@ pub fn make(directory: &Path, lessons: &[Lesson], (steps, device): (Option<NonZe
     on!(Device::default(), |B, place| checkpoint::save(&config.init::<B>(1, place), &untrained))?;
     let steps = steps.map(|steps| steps.get().saturating_mul(STEPS_PER_STEP));
     let recipe = filled("tiny.toml", RECIPE, (text(&untrained)?, &training), steps)?;
-    train::run(recipe, &Options { directory: training.clone(), device: device.clone(), ..Options::default() })?;
+    train::run(
+        recipe,
+        &Options { directory: training.clone(), device: device.clone(), ..Options::default() },
+        World::alone(),
+    )?;
     let (from, to) = (training.join("model"), directory.join(TINY));
     fs::rename(&from, &to).with_context(|| format!("{}: cannot be moved to {}", from.display(), to.display()))?;
     text(&to).map(str::to_owned)

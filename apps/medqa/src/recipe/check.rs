@@ -2,7 +2,9 @@
 
 use std::fmt::Display;
 
-use super::{Data, Method, MethodKind, Optimizer, Recipe, Saving, Steps, TargetModules, VirtualTokens};
+use super::{
+    Data, Method, MethodKind, Offload, Optimizer, Parallel, Recipe, Saving, Steps, TargetModules, VirtualTokens,
+};
 use crate::data::Schema;
 
 /// The key and what is wrong with its value.
@@ -15,7 +17,8 @@ pub fn check(recipe: &Recipe) -> Result<(), Problem> {
     method(&recipe.method)?;
     steps(&recipe.train.steps)?;
     optimizer(&recipe.train.optimizer)?;
-    saving(&recipe.train.saving, recipe.data.valid.is_some())
+    saving(&recipe.train.saving, recipe.data.valid.is_some())?;
+    parallel(&recipe.parallel)
 }
 
 fn data(data: &Data) -> Result<(), Problem> {
@@ -123,6 +126,9 @@ fn optimizer(optimizer: &Optimizer) -> Result<(), Problem> {
     not_below("train.weight_decay", optimizer.weight_decay)?;
     let decays = optimizer.betas.iter().all(|beta| (0.0..1.0).contains(beta));
     within("train.betas", decays, "two numbers in [0, 1)", format!("{:?}", optimizer.betas))?;
+    if let Some(ratio) = optimizer.loraplus_lr_ratio {
+        above("train.loraplus_lr_ratio", ratio)?;
+    }
     above("train.epsilon", optimizer.epsilon)?;
     not_below("train.max_grad_norm", optimizer.max_grad_norm)
 }
@@ -138,6 +144,14 @@ fn saving(saving: &Saving, validates: bool) -> Result<(), Problem> {
     within("train.eval_every", possible, "`data.valid` to be given too", "no `data.valid`")?;
     let possible = validates || saving.eval_device.is_none();
     within("train.eval_device", possible, "`data.valid` to be given too", "no `data.valid`")
+}
+
+fn parallel(parallel: &Parallel) -> Result<(), Problem> {
+    at_least_one("parallel.bucket_size", Some(parallel.bucket_size))?;
+    let nvme = parallel.offload_optimizer == Offload::Nvme;
+    let expected = "a folder with `offload_optimizer = \"nvme\"`, and only then";
+    let found = parallel.nvme_path.as_deref().unwrap_or("none");
+    within("parallel.nvme_path", nvme == parallel.nvme_path.is_some(), expected, found)
 }
 
 fn at_least_one(key: &'static str, count: Option<usize>) -> Result<(), Problem> {

@@ -10,6 +10,7 @@
 
 mod check;
 mod method;
+mod parallel;
 mod read;
 mod tables;
 mod train;
@@ -21,8 +22,9 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 pub use method::{Choice, Lora, Method, MethodKind, Scope, VirtualTokens};
+pub use parallel::{Offload, Parallel};
 pub use tables::{Data, Dtype, Model, OnTooLong};
-pub use train::{Optimizer, ReportTo, Saving, Schedule, Scheduler, Steps, Train};
+pub use train::{Optimizer, OptimizerKind, ReportTo, Saving, Schedule, Scheduler, Steps, Train};
 pub use value::{Checkpointing, Layers, TargetModules};
 
 /// One training run.
@@ -37,6 +39,8 @@ pub struct Recipe {
     pub method: Method,
     /// How they learn.
     pub train: Train,
+    /// What is divided among ranks.
+    pub parallel: Parallel,
 }
 
 impl Recipe {

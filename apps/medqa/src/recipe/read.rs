@@ -12,7 +12,8 @@ use serde::{Deserialize, forward_to_deserialize_any};
 use toml::{Table, Value};
 
 use super::{
-    Choice, Data, Lora, Method, Model, Optimizer, Recipe, Saving, Schedule, Scope, Steps, Train, VirtualTokens,
+    Choice, Data, Lora, Method, Model, Optimizer, Parallel, Recipe, Saving, Schedule, Scope, Steps, Train,
+    VirtualTokens,
 };
 
 /// Where each key's value came from.
@@ -51,17 +52,24 @@ pub fn read(text: &str, file: &Path, sets: &[String]) -> Result<(Recipe, Origin)
         data: section(&table, &tables[1], &origin)?,
         method: section(&table, &tables[2], &origin)?,
         train: section(&table, &tables[3], &origin)?,
+        parallel: section(&table, &tables[4], &origin)?,
     };
     Ok((recipe, origin))
 }
 
 /// Every table and its keys.
-fn tables() -> [(&'static str, Vec<&'static str>); 4] {
+fn tables() -> [(&'static str, Vec<&'static str>); 5] {
     let train = [fields::<Steps>(), fields::<Optimizer>(), fields::<Schedule>(), fields::<Saving>()].concat();
     let method = [fields::<Choice>(), fields::<Lora>(), fields::<Scope>(), fields::<VirtualTokens>()].concat();
     // The tables themselves only flatten these; were they to gain a field of their own, this would miss it.
     debug_assert!(fields::<Train>().is_empty() && fields::<Method>().is_empty());
-    [("model", fields::<Model>().to_vec()), ("data", fields::<Data>().to_vec()), ("method", method), ("train", train)]
+    [
+        ("model", fields::<Model>().to_vec()),
+        ("data", fields::<Data>().to_vec()),
+        ("method", method),
+        ("train", train),
+        ("parallel", fields::<Parallel>().to_vec()),
+    ]
 }
 
 fn section<T: DeserializeOwned>(table: &Table, known: &(&str, Vec<&str>), origin: &Origin) -> Result<T> {

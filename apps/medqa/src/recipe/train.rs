@@ -12,7 +12,7 @@ pub struct Train {
     /// How much is computed.
     #[serde(flatten)]
     pub steps: Steps,
-    /// AdamW.
+    /// The optimizer.
     #[serde(flatten)]
     pub optimizer: Optimizer,
     /// The learning rate's course.
@@ -57,17 +57,40 @@ impl Default for Steps {
 }
 
 impl Steps {
-    /// Optimizer steps of the whole run, given the rows of one epoch: an epoch's last step may be smaller.
-    pub fn total(&self, rows: usize) -> usize {
-        let per_epoch = rows.div_ceil(self.batch_size).div_ceil(self.gradient_accumulation);
+    /// Optimizer steps of the whole run, given those of one epoch.
+    pub fn total(&self, per_epoch: usize) -> usize {
         self.max_steps.unwrap_or_else(|| (per_epoch as f64 * self.epochs.unwrap_or(1.0)).ceil() as usize)
     }
 }
 
-/// AdamW's constants.
+/// Rules by which weights are updated.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OptimizerKind {
+    /// Adam with decoupled weight decay.
+    #[default]
+    AdamW,
+    /// Adam with weight decay in the gradient.
+    Adam,
+    /// AdamW with moments of 8 bits.
+    AdamW8bit,
+    /// LAMB.
+    Lamb,
+    /// Lion.
+    Lion,
+    /// Gradient descent, with the first of `betas` as momentum.
+    Sgd,
+}
+
+/// The optimizer and its constants.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Optimizer {
+    /// The rule.
+    pub optimizer: OptimizerKind,
+    /// LoRA+: the matrices `B` learn so many times as fast as the matrices `A`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loraplus_lr_ratio: Option<f64>,
     /// The highest of the run; always there once a recipe is loaded: by default 2e-4 for lora, else 2e-5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
@@ -83,7 +106,15 @@ pub struct Optimizer {
 
 impl Default for Optimizer {
     fn default() -> Self {
-        Self { learning_rate: None, weight_decay: 0.0, betas: [0.9, 0.999], epsilon: 1e-8, max_grad_norm: 1.0 }
+        Self {
+            optimizer: OptimizerKind::AdamW,
+            loraplus_lr_ratio: None,
+            learning_rate: None,
+            weight_decay: 0.0,
+            betas: [0.9, 0.999],
+            epsilon: 1e-8,
+            max_grad_norm: 1.0,
+        }
     }
 }
 

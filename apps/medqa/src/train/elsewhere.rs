@@ -1,7 +1,7 @@
 //! Validation on another device than training's (`train.eval_device`), on whatever backend that is.
 
 use super::setup;
-use crate::{backend::on, eval::mean_loss, model, recipe::Recipe};
+use crate::{backend::on, eval::loss, model, recipe::Recipe};
 use anyhow::Result;
 use burn::{
     module::{Module, ModuleMapper, ModuleVisitor, Param},
@@ -15,8 +15,8 @@ pub type Values = HashMap<String, TensorData>;
 
 /// A model of the run's shape on a device of its own.
 pub trait Elsewhere: Send {
-    /// The mean loss once what was `trained` has taken its place; rows and whether they are packed as for [`mean_loss`].
-    fn mean_loss(&mut self, trained: Values, rows: &[Example], batching: (usize, bool)) -> Result<f64>;
+    /// [`loss`] once what was `trained` has taken its place.
+    fn loss(&mut self, trained: Values, rows: &[Example], batching: (usize, bool)) -> Result<(f64, usize)>;
 }
 
 /// The model of the recipe on its `train.eval_device`, if that is given.
@@ -35,10 +35,10 @@ fn load<B: Kernels>(recipe: &Recipe, device: &B::Device) -> Result<Llama<B>> {
 struct There<B: Kernels>(Option<Llama<B>>);
 
 impl<B: Kernels> Elsewhere for There<B> {
-    fn mean_loss(&mut self, trained: Values, rows: &[Example], batching: (usize, bool)) -> Result<f64> {
-        let Some(model) = self.0.take() else { return Ok(f64::NAN) };
+    fn loss(&mut self, trained: Values, rows: &[Example], batching: (usize, bool)) -> Result<(f64, usize)> {
+        let Some(model) = self.0.take() else { return Ok((f64::NAN, 0)) };
         let model = self.0.insert(model.map(&mut Replace { path: Vec::new(), values: trained }));
-        Ok(mean_loss(model, rows, batching)?.0)
+        loss(model, rows, batching)
     }
 }
 

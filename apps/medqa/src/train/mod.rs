@@ -5,6 +5,7 @@ mod elsewhere;
 mod figures;
 mod freeze;
 mod interrupt;
+mod journal;
 mod learner;
 mod plot;
 mod quiet;
@@ -16,6 +17,8 @@ mod state;
 mod tensorboard;
 mod wandb;
 mod wire;
+mod world;
 
 pub use record::Summary;
 pub use run::{Options, run, train};
+pub use world::World;

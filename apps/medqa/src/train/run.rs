@@ -1,20 +1,21 @@
 //! The step loop.
 
 use super::{
-    dashboards::Dashboards,
     elsewhere::{self, Elsewhere},
     interrupt::Watch,
+    journal::Journal,
     learner::{self, Feed},
     plot,
-    record::{Metrics, Summary, peak_rss_bytes},
+    record::{Summary, peak_rss_bytes},
     setup,
     state::{self, Progress},
+    world::{self, World},
 };
 use crate::{
     adapter::Adapter,
     backend::{Device, on},
     data::epoch_order,
-    eval::mean_loss,
+    eval::loss,
     model::{self, Loaded},
     recipe::Recipe,
     write,
@@ -23,8 +24,7 @@ use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, module::AutodiffModule};
 use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
 use burn_peft::{Noise, Pass, param};
-use burn_zero::Engine;
-use indicatif::{ProgressBar, ProgressStyle};
+use burn_zero::{Engine, comm::Communicator};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -49,11 +49,9 @@ pub struct Run<B: Kernels> {
     valid: Vec<Example>,
     /// Where validation is computed, if not here.
     elsewhere: Option<Box<dyn Elsewhere>>,
-    metrics: Metrics,
-    dashboards: Dashboards,
+    journal: Journal,
     /// Whether burn-train's display has the terminal.
     pub display: bool,
-    bar: ProgressBar,
     /// Of this process; what came before is in `progress`.
     start: Instant,
     progress: Progress,
@@ -75,22 +73,27 @@ pub struct Options {
 /// The verb `train`.
 pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, (resume, device): (bool, Device)) -> Result<()> {
     let recipe = Recipe::load(path, sets)?;
+    let world = World::join()?;
     let name = path.file_stem().unwrap_or_default();
     let directory = directory.unwrap_or_else(|| Path::new("runs").join(name));
-    if !resume && directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
+    if !resume && world.is_first() && directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
         bail!(
             "{}: the run folder is not empty; choose another with --dir, or go on with its run by --resume",
             directory.display()
         );
     }
-    let options = Options { directory, resume, display: std::io::stdout().is_terminal(), device };
-    println!("{}", serde_json::to_string(&run(recipe, &options)?)?);
+    let first = world.is_first();
+    let options = Options { directory, resume, display: first && std::io::stdout().is_terminal(), device };
+    let summary = serde_json::to_string(&run(recipe, &options, world)?)?;
+    if first {
+        println!("{summary}");
+    }
     Ok(())
 }
 
 /// Trains as the recipe says and writes everything into the run folder. When the user interrupts it, it writes a checkpoint
 /// and ends the program.
-pub fn run(recipe: Recipe, options: &Options) -> Result<Summary> {
+pub fn run(recipe: Recipe, options: &Options, world: World) -> Result<Summary> {
     let directory = &options.directory;
     if options.resume {
         state::same_recipe(directory, &recipe)?;
@@ -98,19 +101,28 @@ pub fn run(recipe: Recipe, options: &Options) -> Result<Summary> {
             bail!("{}: the run is complete; there is nothing to resume", directory.display());
         }
     }
-    match on!(options.device.ready()?, |B, place| run_on::<B>(recipe, options, place))? {
+    let (first, (communicator, farewell)) = (world.is_first(), world.divide());
+    let ended = on!(options.device.ready()?, |B, place| run_on::<B>(recipe, options, (place, communicator)))?;
+    farewell.say();
+    match ended {
         Ended::Complete(summary) => Ok(summary),
         Ended::Interrupted(step) => {
-            eprintln!("interrupted after step {step}; go on with --dir {} --resume", directory.display());
+            if first {
+                eprintln!("interrupted after step {step}; go on with --dir {} --resume", directory.display());
+            }
             std::process::exit(INTERRUPTED);
         }
     }
 }
 
-fn run_on<B: Kernels>(recipe: Recipe, options: &Options, device: &B::Device) -> Result<Ended> {
+fn run_on<B: Kernels>(
+    recipe: Recipe,
+    options: &Options,
+    (device, communicator): (&B::Device, Box<dyn Communicator>),
+) -> Result<Ended> {
     let watch = Watch::begin()?;
     let loaded = model::base::<Autodiff<B>>(&recipe.model.path, setup::stored(recipe.model.dtype), device)?;
-    let (run, model) = Run::<B>::new(recipe, options, loaded)?;
+    let (run, model) = Run::<B>::new(recipe, options, (loaded, communicator))?;
     learner::launch(run, model, watch.interrupter())
 }
 
@@ -123,7 +135,11 @@ pub enum Ended {
 }
 
 impl<B: Kernels> Run<B> {
-    fn new(recipe: Recipe, options: &Options, loaded: Loaded<Autodiff<B>>) -> Result<(Self, Llama<Autodiff<B>>)> {
+    fn new(
+        recipe: Recipe,
+        options: &Options,
+        (loaded, communicator): (Loaded<Autodiff<B>>, Box<dyn Communicator>),
+    ) -> Result<(Self, Llama<Autodiff<B>>)> {
         let data = &recipe.data;
         let sources = data.train.iter();
         let sources = sources.map(|source| setup::rows(&loaded, data, &source.path, &data.schema(Some(source))));
@@ -134,20 +150,25 @@ impl<B: Kernels> Run<B> {
         let (model, adapter) = setup::adapt(loaded.model, &loaded.tokenizer, &recipe)?;
         let elsewhere = elsewhere::open(&recipe)?;
         let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
-        let mut engine = Engine::new(setup::optimizer(&recipe), clip, setup::checkpointing(&recipe));
+        let engine = Engine::new(setup::optimizer(&recipe), clip, setup::checkpointing(&recipe));
+        let engine = engine.with_groups(setup::groups(&recipe)).in_world(communicator, setup::sharding(&recipe));
+        let mut engine = engine.with_states_in(&setup::tier(&recipe))?;
+        let first = engine.rank() == 0;
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
         let (mut model, mut progress) = (model, Progress::default());
         if let Some(checkpoint) = state::checkpoints(&directory)?.last() {
             progress = state::read(checkpoint)?;
             model = engine.restore(model, &checkpoint.join(STATE)).with_context(|| state::advice(checkpoint))?;
-            eprintln!("going on after step {} ({})", progress.step, checkpoint.display());
+            if first {
+                eprintln!("going on after step {} ({})", progress.step, checkpoint.display());
+            }
         }
-        write::whole(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
-        let metrics = Metrics::open(&directory.join("metrics.jsonl"), progress.metrics_bytes)?;
-        let dashboards = Dashboards::open(&directory, &recipe, progress.step, &metrics.lines()?)?;
-        let bar =
-            ProgressBar::new(0).with_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}, {eta} left")?);
+        if first {
+            write::whole(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
+        }
+        let place = (progress.step, progress.metrics_bytes);
+        let journal = Journal::open(&directory, &recipe, place, (first, options.display))?;
         let (tokenizer, start) = (loaded.tokenizer, Instant::now());
         let display = options.display;
         let run = Self {
@@ -159,10 +180,8 @@ impl<B: Kernels> Run<B> {
             sources,
             valid,
             elsewhere,
-            metrics,
-            dashboards,
+            journal,
             display,
-            bar,
             start,
             progress,
         };
@@ -183,8 +202,7 @@ impl<B: Kernels> Run<B> {
     /// Takes the steps that are left and writes what has been learned.
     pub fn go(&mut self, model: &mut Llama<Autodiff<B>>, feed: &mut Feed<B>) -> Result<Ended> {
         let steps = self.steps();
-        self.bar.set_length(steps as u64);
-        for line in self.metrics.lines()? {
+        for line in self.journal.lines()? {
             feed.line(&line);
         }
         if self.progress.step == 0 {
@@ -197,10 +215,9 @@ impl<B: Kernels> Run<B> {
             if taken < steps && self.between(model, taken, feed)? {
                 break;
             }
-            if taken < steps && feed.interrupter.should_stop() {
+            if taken < steps && self.all_heard(feed.interrupter.should_stop())? {
                 self.checkpoint(model, taken)?;
-                self.bar.finish_and_clear();
-                self.dashboards.finish(INTERRUPTED as u8)?;
+                self.journal.finish(INTERRUPTED as u8)?;
                 return Ok(Ended::Interrupted(taken));
             }
         }
@@ -224,9 +241,15 @@ impl<B: Kernels> Run<B> {
         self.progress.seconds + self.start.elapsed().as_secs_f64()
     }
 
-    /// Rows per optimizer step.
+    /// Whether any rank says so: only together can they change their way.
+    fn all_heard(&self, said: bool) -> Result<bool> {
+        Ok(self.engine.sum_over_ranks(&[f64::from(said)])?[0] > 0.0)
+    }
+
+    /// Rows per optimizer step, of all ranks.
     fn rows_per_step(&self) -> usize {
-        self.recipe.train.steps.batch_size * self.recipe.train.steps.gradient_accumulation
+        let steps = &self.recipe.train.steps;
+        steps.batch_size * steps.gradient_accumulation * self.engine.world()
     }
 
     fn order(&self, epoch: usize) -> Vec<(usize, usize)> {
@@ -240,7 +263,7 @@ impl<B: Kernels> Run<B> {
     }
 
     fn steps(&self) -> usize {
-        self.recipe.train.steps.total(self.order(0).len())
+        self.recipe.train.steps.total(self.steps_per_epoch())
     }
 
     fn step(&mut self, model: &mut Llama<Autodiff<B>>, step: usize, feed: &mut Feed<B>) -> Result<()> {
@@ -252,15 +275,7 @@ impl<B: Kernels> Run<B> {
         let rows: Vec<Example> = rows.map(|&(source, row)| self.sources[source][row].clone()).collect();
         let targets: usize = rows.iter().map(Example::targets).sum();
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
-        let mut loss = 0.0;
-        for (index, micro) in rows.chunks(self.recipe.train.steps.batch_size).enumerate() {
-            let lengths: Vec<usize> = micro.iter().map(|row| row.ids.len()).collect();
-            let layout = Layout::of(&lengths, self.recipe.data.packing);
-            let tokens = layout.tokens((index * self.recipe.train.steps.batch_size) as u64);
-            let noise = Noise { seed: self.recipe.train.steps.seed, step: step as u64, tokens };
-            let batch = model.batch(micro, &layout, 1.0 / targets as f32, Pass::training(noise))?;
-            loss += self.engine.accumulate(model, &batch)?;
-        }
+        let loss = self.accumulate(model, (&rows, targets), step)?;
         let learning_rate = setup::schedule(&self.recipe, steps).at(step);
         let report = self.engine.step(model, learning_rate)?;
         let seconds = begin.elapsed().as_secs_f64();
@@ -274,31 +289,34 @@ impl<B: Kernels> Run<B> {
             "elapsed_seconds": self.elapsed(), "peak_rss_bytes": peak_rss_bytes(),
         });
         self.note(&line, feed)?;
-        self.show(step + 1, steps, format!("loss {loss:.4}, {speed:.0} tokens/s"));
+        self.journal.show(step + 1, steps, format!("loss {loss:.4}, {speed:.0} tokens/s"));
         Ok(())
+    }
+
+    /// The gradients of a step's rows, each rank its share; the loss of all.
+    fn accumulate(
+        &mut self,
+        model: &mut Llama<Autodiff<B>>,
+        (rows, targets): (&[Example], usize),
+        step: usize,
+    ) -> Result<f64> {
+        let steps = &self.recipe.train.steps;
+        let mut loss = 0.0;
+        for (first, micro) in world::share(rows, (self.engine.rank(), self.engine.world()), steps.batch_size) {
+            // A rank without a row of its own computes one that weighs nothing: all take part in every exchange.
+            let (micro, weight) = if micro.is_empty() { (&rows[..1], 0.0) } else { (micro, 1.0 / targets as f32) };
+            let lengths: Vec<usize> = micro.iter().map(|row| row.ids.len()).collect();
+            let layout = Layout::of(&lengths, self.recipe.data.packing);
+            let noise = Noise { seed: steps.seed, step: step as u64, tokens: layout.tokens(first as u64) };
+            let batch = model.batch(micro, &layout, weight, Pass::training(noise))?;
+            loss += self.engine.accumulate(model, &batch)?;
+        }
+        Ok(self.engine.sum_over_ranks(&[loss])?[0])
     }
 
     /// Writes a line wherever lines go; whether early stopping has had enough.
     fn note(&mut self, line: &Value, feed: &mut Feed<B>) -> Result<bool> {
-        self.metrics.write(line)?;
-        self.dashboards.write(line)?;
-        Ok(feed.line(line))
-    }
-
-    /// A progress bar on a terminal, a line every tenth of the way otherwise; nothing beside burn-train's display.
-    fn show(&self, step: usize, steps: usize, message: String) {
-        if self.display {
-            return;
-        }
-        if self.bar.is_hidden() {
-            if step == 1 || step.is_multiple_of((steps / 10).max(1)) || step == steps {
-                let left = self.start.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64;
-                eprintln!("step {step}/{steps}: {message}, {left:.0} s left");
-            }
-        } else {
-            self.bar.set_message(message);
-            self.bar.set_position(step as u64);
-        }
+        Ok(self.journal.write(line)? && feed.line(line))
     }
 
     /// The validation loss, if there are rows to validate on, and whether early stopping has had enough.
@@ -306,56 +324,69 @@ impl<B: Kernels> Run<B> {
         if self.valid.is_empty() {
             return Ok(None);
         }
-        let batching = (self.recipe.train.steps.batch_size, self.recipe.data.packing);
-        let loss = match &mut self.elsewhere {
-            Some(there) => there.mean_loss(elsewhere::trained::<Autodiff<B>, _>(model), &self.valid, batching)?,
-            None => mean_loss(&model.valid(), &self.valid, batching)?.0,
-        };
+        let steps = &self.recipe.train.steps;
+        let batching = (steps.batch_size, self.recipe.data.packing);
+        // Whole batches, in turn.
+        let own = self.valid.chunks(steps.batch_size).skip(self.engine.rank()).step_by(self.engine.world());
+        let own: Vec<Example> = own.flatten().cloned().collect();
+        let elsewhere = &mut self.elsewhere;
+        let (sum, targets) = self.engine.with_whole(model, |model| match elsewhere {
+            Some(there) => there.loss(elsewhere::trained::<Autodiff<B>, _>(model), &own, batching),
+            None => loss(&model.valid(), &own, batching),
+        })??;
+        let sums = self.engine.sum_over_ranks(&[sum, targets as f64])?;
+        let loss = sums[0] / sums[1];
         let line = json!({ "step": step, "valid_loss": loss, "elapsed_seconds": self.elapsed() });
         let enough = self.note(&line, feed)?;
-        let message = format!("step {step}: validation loss {loss:.4}");
-        match (self.display, self.bar.is_hidden()) {
-            (true, _) => {}
-            (false, true) => eprintln!("{message}"),
-            (false, false) => self.bar.println(message),
-        }
+        let enough = self.all_heard(enough)?;
+        self.journal.say(&format!("step {step}: validation loss {loss:.4}"));
         Ok(Some((loss, enough)))
     }
 
-    /// Writes what is trained into `directory`: `adapter/` or `model/`.
-    fn save(&self, model: &Llama<Autodiff<B>>, directory: &Path) -> Result<()> {
-        match &self.adapter {
-            Some(adapter) => adapter.save(model, &directory.join("adapter"))?,
+    /// Writes what is trained into `directory`: `adapter/` or `model/`. Every rank calls this, the first one writes.
+    fn save(&mut self, model: &Llama<Autodiff<B>>, directory: &Path) -> Result<()> {
+        let (first, adapter, tokenizer) = (self.engine.rank() == 0, &self.adapter, &self.tokenizer);
+        self.engine.with_whole(model, |model| match adapter {
+            _ if !first => Ok(()),
+            Some(adapter) => adapter.save(model, &directory.join("adapter")),
             None => {
                 let directory = directory.join("model");
                 checkpoint::save(model, &directory)?;
-                self.tokenizer.save(&directory)?;
+                Ok(tokenizer.save(&directory)?)
             }
-        }
-        Ok(())
+        })?
     }
 
     /// Writes all that it takes to go on after `step`, and removes what is older than the recipe keeps.
     fn checkpoint(&mut self, model: &Llama<Autodiff<B>>, step: usize) -> Result<()> {
-        let progress =
-            Progress { step, seconds: self.elapsed(), metrics_bytes: self.metrics.bytes(), ..self.progress.clone() };
-        state::commit(&self.directory.join(format!("checkpoint-{step}")), &progress, |directory| {
-            self.save(model, directory)?;
-            Ok(self.engine.save(model, &directory.join(STATE))?)
-        })?;
-        let all = state::checkpoints(&self.directory)?;
-        let surplus = all.len().saturating_sub(self.recipe.train.saving.keep);
-        all[..surplus].iter().try_for_each(|old| state::remove(old))
+        let (seconds, metrics_bytes) = (self.elapsed(), self.journal.bytes());
+        let progress = Progress { step, seconds, metrics_bytes, ..self.progress.clone() };
+        let place = self.directory.join(format!("checkpoint-{step}"));
+        let first = self.engine.rank() == 0;
+        let beside = if first { state::begin(&place) } else { Ok(state::beside(&place)) }?;
+        // All ranks write into the folder, once it is there, and it is whole when all have.
+        self.engine.barrier()?;
+        let written = self
+            .save(model, &beside)
+            .and_then(|()| Ok(self.engine.save(model, &beside.join(STATE))?))
+            .and_then(|()| Ok(self.engine.barrier()?));
+        if first {
+            state::commit(&place, &progress, written)?;
+            let all = state::checkpoints(&self.directory)?;
+            let surplus = all.len().saturating_sub(self.recipe.train.saving.keep);
+            return all[..surplus].iter().try_for_each(|old| state::remove(old));
+        }
+        written
     }
 
     fn finish(&mut self, model: &Llama<Autodiff<B>>, steps: usize, feed: &mut Feed<B>) -> Result<Summary> {
         let after = self.evaluate(model, steps, feed)?.map(|(loss, _)| loss);
         let directory = self.directory.clone();
         self.save(model, &directory)?;
-        self.bar.finish_and_clear();
-        self.dashboards.finish(0)?;
-        if let Err(error) = plot::training_loss(&directory.join("metrics.jsonl"), &directory.join("training_loss.png"))
-        {
+        self.journal.finish(0)?;
+        let first = self.engine.rank() == 0;
+        let (metrics, picture) = (directory.join("metrics.jsonl"), directory.join("training_loss.png"));
+        if let Err(error) = if first { plot::training_loss(&metrics, &picture) } else { Ok(()) } {
             eprintln!("warning: no picture of the losses: {error:#}");
         }
         let Progress { tokens, stepping, valid_loss_before, .. } = self.progress;
@@ -367,10 +398,12 @@ impl<B: Kernels> Run<B> {
             tokens,
             tokens_per_second: tokens as f64 / stepping,
             peak_rss_bytes: peak_rss_bytes(),
-            trainable_parameters: param::count_trainable::<Autodiff<B>, _>(model),
+            trainable_parameters: self.engine.with_whole(model, param::count_trainable::<Autodiff<B>, _>)?,
         };
-        let text = serde_json::to_string_pretty(&summary)?;
-        write::whole(&directory.join("summary.json"), format!("{text}\n").as_bytes())?;
+        if first {
+            let text = serde_json::to_string_pretty(&summary)?;
+            write::whole(&directory.join("summary.json"), format!("{text}\n").as_bytes())?;
+        }
         Ok(summary)
     }
 }

@@ -5,14 +5,15 @@ use crate::{
     adapter::{self, Adapter},
     data::{Encoded, Schema, encode, read},
     model::Loaded,
-    recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Recipe, Scheduler},
+    recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Offload, OptimizerKind, Recipe, Scheduler},
 };
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{Example, Llama, Tokenizer, kernel::Kernels};
 use burn_peft::param;
 use burn_zero::{
-    optimizer::AdamW,
+    Sharding, Tier,
+    optimizer::{AdamW, Groups, Lamb, Lion, Optimizer, Sgd},
     schedule::{Kind, Schedule},
     segment::Checkpointing,
 };
@@ -64,9 +65,40 @@ pub fn stored(dtype: Dtype) -> DType {
     }
 }
 
-pub fn optimizer(recipe: &Recipe) -> AdamW {
-    let optimizer = &recipe.train.optimizer;
-    AdamW { betas: optimizer.betas.into(), epsilon: optimizer.epsilon, weight_decay: optimizer.weight_decay }
+pub fn optimizer(recipe: &Recipe) -> Optimizer {
+    let settings = &recipe.train.optimizer;
+    let (betas, epsilon, weight_decay) = (settings.betas.into(), settings.epsilon, settings.weight_decay);
+    let adam = AdamW { betas, epsilon, weight_decay };
+    match settings.optimizer {
+        OptimizerKind::AdamW => Optimizer::AdamW(adam),
+        OptimizerKind::Adam => Optimizer::Adam(adam),
+        OptimizerKind::AdamW8bit => Optimizer::AdamW8bit(adam),
+        OptimizerKind::Lamb => Optimizer::Lamb(Lamb { betas, epsilon, weight_decay, ..Lamb::default() }),
+        OptimizerKind::Lion => Optimizer::Lion(Lion { betas, weight_decay }),
+        OptimizerKind::Sgd => Optimizer::Sgd(Sgd { momentum: betas.0, weight_decay, nesterov: false }),
+    }
+}
+
+/// Which parameters learn how fast and decay.
+pub fn groups(recipe: &Recipe) -> Groups {
+    recipe.train.optimizer.loraplus_lr_ratio.map(Groups::lora_plus).unwrap_or_default()
+}
+
+/// What is divided among ranks.
+pub fn sharding(recipe: &Recipe) -> Sharding {
+    Sharding { stage: recipe.parallel.zero_stage, bucket_size: recipe.parallel.bucket_size }
+}
+
+/// Where optimizer states are.
+pub fn tier(recipe: &Recipe) -> Tier {
+    let parallel = &recipe.parallel;
+    match (parallel.offload_optimizer, &parallel.nvme_path) {
+        (Offload::Nvme, Some(folder)) => Tier::File(folder.into()),
+        // 8-bit states are always the host's.
+        (Offload::None, _) if recipe.train.optimizer.optimizer == OptimizerKind::AdamW8bit => Tier::Host,
+        (Offload::None, _) => Tier::Device,
+        _ => Tier::Host,
+    }
 }
 
 pub fn checkpointing(recipe: &Recipe) -> Checkpointing {

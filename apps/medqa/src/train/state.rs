@@ -62,16 +62,29 @@ pub fn advice(checkpoint: &Path) -> String {
     format!("{}: the checkpoint is damaged; remove this folder to go on from the one before", checkpoint.display())
 }
 
-/// Writes a checkpoint: `fill` puts files into a folder beside its place, which is then renamed.
-pub fn commit(checkpoint: &Path, progress: &Progress, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let beside = checkpoint.with_extension("part");
-    let clear = || if beside.exists() { fs::remove_dir_all(&beside) } else { Ok(()) };
-    let place = || checkpoint.display().to_string();
-    clear().and_then(|()| fs::create_dir_all(&beside)).with_context(place)?;
-    let written = fill(&beside)
+/// Where a checkpoint is written before it is renamed.
+pub fn beside(checkpoint: &Path) -> PathBuf {
+    checkpoint.with_extension("part")
+}
+
+/// Makes an empty folder beside a checkpoint's place.
+pub fn begin(checkpoint: &Path) -> Result<PathBuf> {
+    let beside = beside(checkpoint);
+    clear(&beside).and_then(|()| fs::create_dir_all(&beside)).with_context(|| checkpoint.display().to_string())?;
+    Ok(beside)
+}
+
+/// Puts the folder beside a checkpoint in its place, if it was `written`; else removes it.
+pub fn commit(checkpoint: &Path, progress: &Progress, written: Result<()>) -> Result<()> {
+    let beside = beside(checkpoint);
+    written
         .and_then(|()| write::whole(&beside.join("state.json"), serde_json::to_string_pretty(progress)?.as_bytes()))
-        .and_then(|()| fs::rename(&beside, checkpoint).with_context(place));
-    written.inspect_err(|_| drop(clear()))
+        .and_then(|()| fs::rename(&beside, checkpoint).with_context(|| checkpoint.display().to_string()))
+        .inspect_err(|_| drop(clear(&beside)))
+}
+
+fn clear(folder: &Path) -> std::io::Result<()> {
+    if folder.exists() { fs::remove_dir_all(folder) } else { Ok(()) }
 }
 
 /// Removes a checkpoint, so that no half of it can be taken for a whole one.

@@ -1,0 +1,121 @@
+//! The ranks of a run: one process, or those that `mpirun` has started together.
+
+use anyhow::Result;
+use burn_zero::comm::{Communicator, Solo};
+
+/// This process's place among the ranks.
+pub struct World {
+    communicator: Box<dyn Communicator>,
+    #[cfg(feature = "mpi")]
+    session: Option<burn_zero::comm::mpi::Session>,
+}
+
+impl World {
+    /// A world of one.
+    pub fn alone() -> Self {
+        Self {
+            communicator: Box::new(Solo::default()),
+            #[cfg(feature = "mpi")]
+            session: None,
+        }
+    }
+
+    /// The world that this process was started in.
+    ///
+    /// # Errors
+    /// If it was started by `mpirun` and cannot join.
+    #[cfg(feature = "mpi")]
+    pub fn join() -> Result<Self> {
+        if !burn_zero::comm::mpi::launched() {
+            return Ok(Self::alone());
+        }
+        let (session, group) = burn_zero::comm::mpi::Session::start()?;
+        Ok(Self { communicator: Box::new(group), session: Some(session) })
+    }
+
+    /// The world that this process was started in.
+    ///
+    /// # Errors
+    /// If it was started by `mpirun`, which this binary cannot join.
+    #[cfg(not(feature = "mpi"))]
+    pub fn join() -> Result<Self> {
+        match std::env::var("OMPI_COMM_WORLD_SIZE") {
+            Ok(size) if size != "1" => anyhow::bail!(
+                "started by mpirun as one of {size} ranks, which needs a medqa that was built with the feature `mpi`: cargo \
+                 build --release -p medqa --features mpi"
+            ),
+            _ => Ok(Self::alone()),
+        }
+    }
+
+    /// Whether this is the rank that speaks and writes for all.
+    pub fn is_first(&self) -> bool {
+        self.communicator.rank() == 0
+    }
+
+    /// Gives the communicator to whoever trains; what is left says goodbye at the end.
+    pub fn divide(self) -> (Box<dyn Communicator>, Farewell) {
+        #[cfg(feature = "mpi")]
+        return (self.communicator, Farewell(self.session));
+        #[cfg(not(feature = "mpi"))]
+        (self.communicator, Farewell())
+    }
+}
+
+/// Ends the job in peace. A rank that never does has failed, and ends all others.
+#[cfg(feature = "mpi")]
+pub struct Farewell(Option<burn_zero::comm::mpi::Session>);
+/// Ends the job in peace.
+#[cfg(not(feature = "mpi"))]
+pub struct Farewell();
+
+impl Farewell {
+    /// Once everything is written.
+    pub fn say(self) {
+        #[cfg(feature = "mpi")]
+        if let Some(session) = self.0 {
+            session.finish();
+        }
+    }
+}
+
+/// The rows of a rank's micro-batches, `rows` being those of one step of all ranks, each with the place of its first row
+/// among them: rounds of one micro-batch of each rank, in the order of ranks, cut as evenly as they come. Every rank gets as many; an empty one has nothing to learn.
+pub fn share<T>(rows: &[T], (rank, world): (usize, usize), batch_size: usize) -> Vec<(usize, &[T])> {
+    let part = |(index, rows): (usize, &'_ [T])| {
+        let each = rows.len().div_ceil(world);
+        let from = (rank * each).min(rows.len());
+        (index * batch_size * world + from, from..(from + each).min(rows.len()))
+    };
+    let rounds = rows.chunks(batch_size * world).enumerate();
+    let rounds = rounds.map(|(index, rows)| (part((index, rows)), rows));
+    rounds.map(|((first, range), rows)| (first, &rows[range])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_is_in_one_micro_batch_of_one_rank_and_all_ranks_have_as_many() {
+        for rows in 1..40 {
+            let all: Vec<usize> = (0..rows).collect();
+            for world in 1..5 {
+                for batch_size in 1..5 {
+                    let shares: Vec<_> = (0..world).map(|rank| share(&all, (rank, world), batch_size)).collect();
+                    let rounds = rows.div_ceil(batch_size * world);
+                    let mut seen: Vec<usize> = Vec::new();
+                    for round in 0..rounds {
+                        for share in &shares {
+                            assert_eq!(share.len(), rounds);
+                            let (first, part) = share[round];
+                            assert!(part.len() <= batch_size && part.first().is_none_or(|row| *row == first));
+                            seen.extend(part);
+                        }
+                    }
+                    assert_eq!(seen, all, "{rows} rows, {world} ranks, batches of {batch_size}");
+                }
+            }
+        }
+    }
+}
