@@ -1,7 +1,8 @@
 //! The laws of the collectives and of ZeRO between real processes: `mpirun -n 3 ranks`, from `tests/mpi/run`.
 //!
 //! Every rank trains its micro-batches in every stage and compares the parameters with one process that takes all of them.
-//! `ranks lose` lets rank 1 kill itself between two steps, `ranks hang` lets it fall silent.
+//! `ranks lose` lets rank 1 kill itself between two steps, `ranks hang` lets it fall silent. With a folder in TRACE each rank
+//! leaves a timeline there.
 
 use burn::{
     backend::{Autodiff, Flex},
@@ -96,7 +97,12 @@ fn train(mut engine: Engine<Train>, micros: &[usize], world: usize) -> Result<Ve
         }
         engine.step(&mut model, 1e-3)?;
     }
-    engine.with_whole(&model, values)
+    let found = engine.with_whole(&model, values);
+    if let Some(folder) = std::env::var_os("TRACE") {
+        let path = std::path::Path::new(&folder).join(format!("rank-{}-of-{world}.json", engine.rank()));
+        engine.trace().write(&path, engine.rank())?;
+    }
+    found
 }
 
 fn stages(group: &mut Group) -> Result<(), Error> {

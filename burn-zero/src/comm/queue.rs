@@ -5,6 +5,7 @@ use crate::Error;
 use std::{
     sync::{
         Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
         mpsc::{Receiver, Sender, channel},
     },
     thread::JoinHandle,
@@ -23,6 +24,8 @@ pub struct Queue {
     turn: Turn,
     traffic: Arc<Mutex<Traffic>>,
     trace: Trace,
+    /// Collectives that are not complete.
+    open: Arc<AtomicUsize>,
 }
 
 impl std::fmt::Debug for Queue {
@@ -69,7 +72,7 @@ impl Queue {
         };
         let thread = std::thread::Builder::new().name(format!("communication of rank {rank}")).spawn(work);
         let thread = Some(thread.expect("a thread can be started"));
-        Self { jobs: Some(jobs), thread, rank, world, turn, traffic, trace: Trace::default() }
+        Self { jobs: Some(jobs), thread, rank, world, turn, traffic, trace: Trace::default(), open: Arc::default() }
     }
 
     /// This rank's number.
@@ -99,11 +102,13 @@ impl Queue {
         work: impl FnOnce(&mut dyn Communicator) -> Result<R, Error> + Send + 'static,
     ) -> Pending<R> {
         let (reply, result) = channel();
-        let (traffic, trace) = (self.traffic.clone(), self.trace.clone());
+        let (traffic, trace, open) = (self.traffic.clone(), self.trace.clone(), self.open.clone());
+        open.fetch_add(1, Ordering::SeqCst);
         let job: Job = Box::new(move |communicator| {
             let done = trace.span(name, Lane::Communication, || work(communicator));
             *traffic.lock().unwrap_or_else(PoisonError::into_inner) = communicator.traffic();
             let well = done.is_ok();
+            open.fetch_sub(1, Ordering::SeqCst);
             // No one waits if the engine has failed meanwhile.
             let _ = reply.send(done);
             well
@@ -119,7 +124,10 @@ impl Queue {
 impl Drop for Queue {
     fn drop(&mut self) {
         self.jobs = None;
-        if let Some(thread) = self.thread.take() {
+        // A rank that has failed leaves collectives open: their end may be a deadline away, and its peers learn more from its
+        // own end.
+        let idle = self.open.load(Ordering::SeqCst) == 0;
+        if let Some(thread) = self.thread.take().filter(|_| idle) {
             let _ = self.turn.outside(|| thread.join());
         }
     }
