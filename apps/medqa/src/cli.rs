@@ -162,6 +162,9 @@ pub struct DoctorArgs {
     /// Rows to check with; without them, a short conversation
     #[arg(long)]
     pub data: Option<PathBuf>,
+    /// Without the checks that train
+    #[arg(long)]
+    pub quick: bool,
     #[command(flatten)]
     pub rows: RowsArgs,
 }

@@ -27,20 +27,24 @@ pub struct Trained {
     gradients: BTreeMap<String, Vec<f32>>,
     /// Before each step, and after the last.
     losses: Vec<f64>,
-    /// `[tokens · vocabulary]`, before training and after.
-    logits: [Vec<f32>; 2],
+    /// `[tokens · vocabulary]`, after training.
+    logits: Vec<f32>,
 }
 
 impl<B: Kernels> Subject<B> {
     fn trained(&self) -> Result<&Trained> {
-        kept(&self.trained, || train::<B>(&self.model, &self.device, (&compute::sequence(self)?, self.folder.path())))
+        kept(&self.trained, || {
+            train::<B>(&self.args.model, &self.device, (&compute::sequence(self)?, self.folder.path()))
+        })
     }
 
     /// The same on the processor.
     #[cfg(feature = "flex")]
     fn reference(&self) -> Result<&Trained> {
         let folder = self.folder.path().join("reference");
-        kept(&self.reference, || train::<Flex>(&self.model, &Default::default(), (&compute::sequence(self)?, &folder)))
+        kept(&self.reference, || {
+            train::<Flex>(&self.args.model, &Default::default(), (&compute::sequence(self)?, &folder))
+        })
     }
 }
 
@@ -54,7 +58,6 @@ fn kept(cell: &OnceCell<Trained>, make: impl FnOnce() -> Result<Trained>) -> Res
 /// Puts LoRA on the model and trains it on `ids`; leaves the adapter in `directory`.
 fn train<B: Kernels>(model: &str, device: &B::Device, (ids, directory): (&[u32], &Path)) -> Result<Trained> {
     let mut model = model::base::<Autodiff<B>>(model, DType::F32, device)?.model;
-    let before = compute::values(generate::logits(&model, ids)?)?;
     let config =
         LoraConfig { target_modules: TargetModules::Pattern("all-linear".to_owned()), ..LoraConfig::default() };
     adapter::attach(&mut model, ADAPTER, &config, 1)?;
@@ -79,7 +82,7 @@ fn train<B: Kernels>(model: &str, device: &B::Device, (ids, directory): (&[u32],
     losses.push(model.batch_loss(&batch).sum().into_data().iter::<f64>().sum());
     adapter::save(&model, ADAPTER, &config, directory)?;
     let gradients = gradients.into_iter().map(|(path, data)| (path, data.iter::<f32>().collect())).collect();
-    Ok(Trained { gradients, losses, logits: [before, compute::values(generate::logits(&model, ids)?)?] })
+    Ok(Trained { gradients, losses, logits: compute::values(generate::logits(&model, ids)?)? })
 }
 
 /// Five steps of LoRA lower the loss.
@@ -95,7 +98,10 @@ pub fn learns<B: Kernels>(subject: &Subject<B>) -> Result<String> {
 /// The logits of the model are those of the processor.
 #[cfg(feature = "flex")]
 pub fn logits<B: Kernels>(subject: &Subject<B>) -> Result<String> {
-    compute::same(&subject.trained()?.logits[0], &subject.reference()?.logits[0], APART)
+    let ids = compute::sequence(subject)?;
+    let there = model::load::<Flex>(&subject.args, &Default::default())?.model;
+    let found = compute::values(generate::logits(&subject.loaded.model, &ids)?)?;
+    compute::same(&found, &compute::values(generate::logits(&there, &ids)?)?, APART)
 }
 
 /// Every gradient of LoRA is that of the processor.
@@ -121,8 +127,8 @@ pub fn losses<B: Kernels>(subject: &Subject<B>) -> Result<String> {
 /// The adapter that this device has trained gives its logits on the processor too, read from its files.
 #[cfg(feature = "flex")]
 pub fn serves<B: Kernels>(subject: &Subject<B>) -> Result<String> {
-    let expected = &subject.trained()?.logits[1];
-    let mut there = model::base::<Flex>(&subject.model, DType::F32, &Default::default())?.model;
+    let expected = &subject.trained()?.logits;
+    let mut there = model::base::<Flex>(&subject.args.model, DType::F32, &Default::default())?.model;
     adapter::load(&mut there, ADAPTER, subject.folder.path())?;
     compute::same(&compute::values(generate::logits(&there, &compute::sequence(subject)?)?)?, expected, APART)
 }
