@@ -1228,3 +1228,109 @@ fn doctor_finds_every_device_of_the_build_healthy() {
         assert_eq!(done.stdout.lines().filter(|line| line.starts_with("ok ")).count(), laws, "{device}: {done:?}");
     }
 }
+
+/// The same run by several processes, with everything divided that can be, and gone on with by fewer.
+#[cfg(feature = "mpi")]
+mod mpi {
+    use super::*;
+
+    /// The binary as `ranks` processes; this machine may have fewer cores, and the user may be root.
+    fn command(work: &Work, ranks: usize, arguments: &[&str]) -> Command {
+        let inner = work.command(arguments);
+        let mut command = Command::new("mpirun");
+        command.args(["--oversubscribe", "--allow-run-as-root", "-n", &ranks.to_string()]);
+        command.arg(inner.get_program()).args(arguments).current_dir(work.0.path());
+        command.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        command.env("RAYON_NUM_THREADS", "1");
+        command
+    }
+
+    fn train(work: &Work, ranks: usize, folder: &str, sets: &[&str]) -> Vec<Value> {
+        let mut arguments = vec!["train", "run.toml", "--dir", folder];
+        for set in ["train.scheduler=constant", "train.eval_every=3"].iter().chain(sets) {
+            match *set {
+                "--resume" => arguments.push(set),
+                set => arguments.extend(["--set", set]),
+            }
+        }
+        let output = command(work, ranks, &arguments).output().expect("mpirun is installed");
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{ranks} ranks, {sets:?}: {words}");
+        assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 1, "one rank speaks");
+        lasting(work, folder)
+    }
+
+    /// Asserts that two runs have the same losses.
+    fn assert_same(found: &[Value], expected: &[Value], what: &str) {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (found, expected) in found.iter().zip(expected) {
+            for key in ["loss", "valid_loss", "grad_norm", "step", "tokens", "target_tokens"] {
+                let (a, b) = (found[key].as_f64(), expected[key].as_f64());
+                let near = a == b || a.zip(b).is_some_and(|(a, b)| (a - b).abs() <= 1e-5 * b.abs());
+                assert!(near, "{what}: {key}: {found} against {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn mpi_ranks_train_what_one_process_trains_at_every_stage() {
+        let work = Work::new();
+        for kind in ["lora", "full"] {
+            let kind_set = format!("method.kind={kind}");
+            for ranks in [2, 3] {
+                let accumulated = format!("train.gradient_accumulation={ranks}");
+                let steps = [kind_set.as_str(), "train.batch_size=1", "train.max_steps=6"];
+                let alone = train(&work, 1, &format!("{kind}-alone-{ranks}"), &[&steps[..], &[&accumulated]].concat());
+                for stage in 0..4 {
+                    let (folder, stage_set) =
+                        (format!("{kind}-{ranks}-{stage}"), format!("parallel.zero_stage={stage}"));
+                    let offload =
+                        if stage == 2 { "parallel.offload_optimizer=cpu" } else { "parallel.bucket_size=300" };
+                    let found = train(&work, ranks, &folder, &[&steps[..], &[&stage_set, offload]].concat());
+                    assert_same(&found, &alone, &format!("{kind}, {ranks} ranks, stage {stage}"));
+                    let file =
+                        if kind == "lora" { "adapter/adapter_model.safetensors" } else { "model/model.safetensors" };
+                    let values = |folder: &str| -> Vec<f32> {
+                        let all = tensors(&work.at(folder).join(file)).into_values();
+                        all.flat_map(|(_, _, bytes)| {
+                            let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()));
+                            values.collect::<Vec<_>>()
+                        })
+                        .collect()
+                    };
+                    let (found, expected) = (values(&folder), values(&format!("{kind}-alone-{ranks}")));
+                    let apart = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                    assert!(found.len() == expected.len() && apart < 1e-4, "{folder}: {apart}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn mpi_run_goes_on_with_another_number_of_ranks_after_a_kill() {
+        let work = Work::new();
+        // Three ranks of two rows are one rank that accumulates three times two.
+        let accumulated = "train.gradient_accumulation=3";
+        let shared = ["train.batch_size=2", "train.max_steps=40", "train.save_every=1", "method.kind=full"];
+        let alone = train(&work, 1, "alone", &[&shared[..], &[accumulated]].concat());
+        let mut arguments = vec!["train", "run.toml", "--dir", "killed"];
+        for set in ["train.scheduler=constant", "train.eval_every=3", "parallel.zero_stage=3"].iter().chain(&shared) {
+            arguments.extend(["--set", set]);
+        }
+        let mut job = command(&work, 3, &arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let metrics = work.at("killed/metrics.jsonl");
+        while fs::read_to_string(&metrics).unwrap_or_default().lines().count() < 12 {
+            assert!(job.try_wait().unwrap().is_none(), "ended early: {:?}", job.wait_with_output());
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let start = std::time::Instant::now();
+        let victim = Command::new("pkill").args(["-9", "-n", "-P", &job.id().to_string()]).status().unwrap();
+        assert!(victim.success());
+        let output = job.wait_with_output().unwrap();
+        assert!(!output.status.success() && start.elapsed() < Duration::from_secs(30), "{output:?}");
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(words.contains("exited on signal 9"), "{words}");
+        let found = train(&work, 1, "killed", &[&shared[..], &[accumulated, "--resume"]].concat());
+        assert_same(&found, &alone, "after a kill");
+    }
+}

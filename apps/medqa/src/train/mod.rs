@@ -6,6 +6,7 @@ mod figures;
 mod freeze;
 mod interrupt;
 mod journal;
+mod launch;
 mod learner;
 mod plot;
 mod quiet;
@@ -19,6 +20,6 @@ mod wandb;
 mod wire;
 mod world;
 
+pub use launch::{Options, run, train};
 pub use record::Summary;
-pub use run::{Options, run, train};
 pub use world::World;

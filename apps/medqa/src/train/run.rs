@@ -2,24 +2,16 @@
 
 use super::{
     elsewhere::{self, Elsewhere},
-    interrupt::Watch,
     journal::Journal,
-    learner::{self, Feed},
+    launch::{INTERRUPTED, Options},
+    learner::Feed,
     plot,
     record::{Summary, peak_rss_bytes},
     setup,
     state::{self, Progress},
-    world::{self, World},
+    world,
 };
-use crate::{
-    adapter::Adapter,
-    backend::{Device, on},
-    data::epoch_order,
-    eval::loss,
-    model::{self, Loaded},
-    recipe::Recipe,
-    write,
-};
+use crate::{adapter::Adapter, data::epoch_order, eval::loss, model::Loaded, recipe::Recipe, write};
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, module::AutodiffModule};
 use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
@@ -28,13 +20,10 @@ use burn_zero::{Engine, comm::Communicator};
 use serde_json::{Value, json};
 use std::{
     fs,
-    io::IsTerminal,
     path::{Path, PathBuf},
     time::Instant,
 };
 
-/// The exit code of a run that the user interrupted, as shells have it.
-const INTERRUPTED: i32 = 130;
 /// The file of a checkpoint that holds what learns and what the optimizer remembers.
 const STATE: &str = "training.safetensors";
 
@@ -57,75 +46,6 @@ pub struct Run<B: Kernels> {
     progress: Progress,
 }
 
-/// What the user asks of `train` beside the recipe.
-#[derive(Debug, Clone, Default)]
-pub struct Options {
-    /// The run folder.
-    pub directory: PathBuf,
-    /// Whether to go on with the run that is in it.
-    pub resume: bool,
-    /// Whether burn-train's display takes the terminal.
-    pub display: bool,
-    /// Where the steps are computed.
-    pub device: Device,
-}
-
-/// The verb `train`.
-pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, (resume, device): (bool, Device)) -> Result<()> {
-    let recipe = Recipe::load(path, sets)?;
-    let world = World::join()?;
-    let name = path.file_stem().unwrap_or_default();
-    let directory = directory.unwrap_or_else(|| Path::new("runs").join(name));
-    if !resume && world.is_first() && directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
-        bail!(
-            "{}: the run folder is not empty; choose another with --dir, or go on with its run by --resume",
-            directory.display()
-        );
-    }
-    let first = world.is_first();
-    let options = Options { directory, resume, display: first && std::io::stdout().is_terminal(), device };
-    let summary = serde_json::to_string(&run(recipe, &options, world)?)?;
-    if first {
-        println!("{summary}");
-    }
-    Ok(())
-}
-
-/// Trains as the recipe says and writes everything into the run folder. When the user interrupts it, it writes a checkpoint
-/// and ends the program.
-pub fn run(recipe: Recipe, options: &Options, world: World) -> Result<Summary> {
-    let directory = &options.directory;
-    if options.resume {
-        state::same_recipe(directory, &recipe)?;
-        if directory.join("summary.json").exists() {
-            bail!("{}: the run is complete; there is nothing to resume", directory.display());
-        }
-    }
-    let (first, (communicator, farewell)) = (world.is_first(), world.divide());
-    let ended = on!(options.device.ready()?, |B, place| run_on::<B>(recipe, options, (place, communicator)))?;
-    farewell.say();
-    match ended {
-        Ended::Complete(summary) => Ok(summary),
-        Ended::Interrupted(step) => {
-            if first {
-                eprintln!("interrupted after step {step}; go on with --dir {} --resume", directory.display());
-            }
-            std::process::exit(INTERRUPTED);
-        }
-    }
-}
-
-fn run_on<B: Kernels>(
-    recipe: Recipe,
-    options: &Options,
-    (device, communicator): (&B::Device, Box<dyn Communicator>),
-) -> Result<Ended> {
-    let watch = Watch::begin()?;
-    let loaded = model::base::<Autodiff<B>>(&recipe.model.path, setup::stored(recipe.model.dtype), device)?;
-    let (run, model) = Run::<B>::new(recipe, options, (loaded, communicator))?;
-    learner::launch(run, model, watch.interrupter())
-}
-
 /// How a run came to its end.
 pub enum Ended {
     /// With everything written; what `summary.json` says.
@@ -134,8 +54,13 @@ pub enum Ended {
     Interrupted(usize),
 }
 
+fn rows_per_step(recipe: &Recipe, world: usize) -> usize {
+    recipe.train.steps.batch_size * recipe.train.steps.gradient_accumulation * world
+}
+
 impl<B: Kernels> Run<B> {
-    fn new(
+    /// A run that is about to begin, or to go on, and its model.
+    pub fn new(
         recipe: Recipe,
         options: &Options,
         (loaded, communicator): (Loaded<Autodiff<B>>, Box<dyn Communicator>),
@@ -159,6 +84,15 @@ impl<B: Kernels> Run<B> {
         let (mut model, mut progress) = (model, Progress::default());
         if let Some(checkpoint) = state::checkpoints(&directory)?.last() {
             progress = state::read(checkpoint)?;
+            let rows = rows_per_step(&recipe, engine.world());
+            if progress.rows_per_step != rows {
+                bail!(
+                    "{}: `train.batch_size` · `train.gradient_accumulation` · ranks: the run has {} rows per step, now {rows}; \
+                     a resumed run keeps them",
+                    checkpoint.display(),
+                    progress.rows_per_step
+                );
+            }
             model = engine.restore(model, &checkpoint.join(STATE)).with_context(|| state::advice(checkpoint))?;
             if first {
                 eprintln!("going on after step {} ({})", progress.step, checkpoint.display());
@@ -248,8 +182,7 @@ impl<B: Kernels> Run<B> {
 
     /// Rows per optimizer step, of all ranks.
     fn rows_per_step(&self) -> usize {
-        let steps = &self.recipe.train.steps;
-        steps.batch_size * steps.gradient_accumulation * self.engine.world()
+        rows_per_step(&self.recipe, self.engine.world())
     }
 
     fn order(&self, epoch: usize) -> Vec<(usize, usize)> {
@@ -360,7 +293,8 @@ impl<B: Kernels> Run<B> {
     /// Writes all that it takes to go on after `step`, and removes what is older than the recipe keeps.
     fn checkpoint(&mut self, model: &Llama<Autodiff<B>>, step: usize) -> Result<()> {
         let (seconds, metrics_bytes) = (self.elapsed(), self.journal.bytes());
-        let progress = Progress { step, seconds, metrics_bytes, ..self.progress.clone() };
+        let rows_per_step = self.rows_per_step();
+        let progress = Progress { step, rows_per_step, seconds, metrics_bytes, ..self.progress.clone() };
         let place = self.directory.join(format!("checkpoint-{step}"));
         let first = self.engine.rank() == 0;
         let beside = if first { state::begin(&place) } else { Ok(state::beside(&place)) }?;

@@ -8,15 +8,31 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Keys that a resumed run may change: they say when it ends and what it writes, not what a step does.
-const FREE: [&str; 6] =
-    ["train.max_steps", "train.epochs", "train.eval_every", "train.save_every", "train.keep", "train.report_to"];
+/// Keys that a resumed run may change: they say when it ends, what it writes and who computes, not what a step does.
+const FREE: [&str; 13] = [
+    "train.max_steps",
+    "train.epochs",
+    "train.eval_every",
+    "train.eval_device",
+    "train.save_every",
+    "train.keep",
+    "train.report_to",
+    // Their product with the number of ranks must stay, see Progress.
+    "train.batch_size",
+    "train.gradient_accumulation",
+    "parallel.zero_stage",
+    "parallel.bucket_size",
+    "parallel.offload_optimizer",
+    "parallel.nvme_path",
+];
 
 /// `state.json` of a checkpoint.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Progress {
     /// Steps taken.
     pub step: usize,
+    /// Rows per step, of all ranks.
+    pub rows_per_step: usize,
     /// Input tokens seen.
     pub tokens: usize,
     /// Since the run began, pauses aside.
