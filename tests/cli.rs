@@ -1125,6 +1125,31 @@ fn a_run_that_no_longer_improves_ends_early() {
     assert!(steps < 40);
 }
 
+#[test]
+fn schedules_and_estimates_are_printed_before_anything_is_computed() {
+    let work = Work::new();
+    let draw = ["--svg", "s.svg", "--csv", "s.csv"];
+    let done =
+        work.succeed(&[&["schedule", "--stages", "4", "--micro-batches", "8", "--kind", "1f1b"], &draw[..]].concat());
+    // (4 - 1) / (8 + 4 - 1)
+    assert!(done.stdout.contains("bubble           27.3 %") && done.stdout.contains("4, 3, 2, 1 at most"), "{done:?}");
+    assert_eq!(done.stdout.lines().filter(|line| line.starts_with("rank ")).count(), 4, "{done:?}");
+    assert!(work.text("s.svg").starts_with("<svg") && work.text("s.csv").lines().count() == 4);
+    let config = ["--config", "model/config.json", "--method", "full", "--world", "4"];
+    let done = work.succeed(&[&["estimate"], &config[..]].concat());
+    assert_eq!(done.stdout.lines().filter(|line| line.contains(" + ")).count(), 9, "{done:?}");
+    for arguments in [
+        &["schedule", "--stages", "0", "--micro-batches", "8"][..],
+        &["schedule", "--stages", "4", "--micro-batches", "8", "--kind", "zigzag"],
+        &["schedule", "--stages", "4", "--micro-batches", "6", "--kind", "interleaved1f1b", "--chunks", "2"],
+        &["estimate", "--config", "nowhere.json"],
+        &["estimate", "--config", "model/config.json", "--method", "ia3"],
+    ] {
+        let done = work.run(arguments);
+        assert!(done.code == Some(2) && done.stderr.contains("error: "), "{arguments:?}: {done:?}");
+    }
+}
+
 /// Files may grow to `kibibytes` only, as on a disk that is full.
 fn with_little_room(work: &Work, kibibytes: usize, arguments: &[&str]) -> Done {
     let shell = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", kibibytes * 2);

@@ -4,13 +4,18 @@ use crate::{
     backend::Device,
     chat,
     data::{self, Columns, Format, Schema},
-    doctor, eval, export, fetch, logits, quickstart,
-    recipe::OnTooLong,
-    train,
+    doctor, estimate, eval, export, fetch, launch, logits, quickstart,
+    recipe::{MethodKind, OnTooLong},
+    schedule, train,
 };
 use anyhow::{Result, anyhow};
+use burn_zero::pipeline::Kind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use std::{num::NonZeroUsize, path::PathBuf};
+use std::{
+    ffi::OsString,
+    num::{NonZeroU64, NonZeroUsize},
+    path::PathBuf,
+};
 
 /// Fine-tune, evaluate and chat with a LLaMA on medical questions.
 #[derive(Parser)]
@@ -60,6 +65,12 @@ enum Verb {
     Data(DataVerb),
     /// Check that a model, its tokenizer and your rows behave in training as in chat; code 1 where they do not
     Doctor(DoctorArgs),
+    /// Start a verb as several ranks by mpirun: medqa launch -n 2 -- train RECIPE --set parallel.zero_stage=2
+    Launch(LaunchArgs),
+    /// How much memory a run would need, by ZeRO stage, place of the optimizer and precision; loads no weights
+    Estimate(EstimateArgs),
+    /// Draw a pipeline schedule and count its bubble and its live activations
+    Schedule(ScheduleArgs),
     /// Write the logits of every token of a text
     Logits {
         #[command(flatten)]
@@ -265,6 +276,82 @@ pub struct ExportArgs {
     pub adapter_only: bool,
 }
 
+#[derive(Args)]
+pub struct LaunchArgs {
+    /// How many
+    #[arg(short = 'n', long)]
+    pub ranks: NonZeroUsize,
+    /// mpirun's file of machines and their slots; without it, all ranks are here
+    #[arg(long)]
+    pub hostfile: Option<PathBuf>,
+    /// The verb and its arguments
+    #[arg(last = true, required = true)]
+    pub command: Vec<OsString>,
+}
+
+#[derive(Args)]
+pub struct EstimateArgs {
+    /// As for `chat`
+    #[arg(long, default_value = fetch::SMOLLM2)]
+    pub model: String,
+    /// A config.json instead
+    #[arg(long, conflicts_with = "model")]
+    pub config: Option<PathBuf>,
+    /// full, or lora on every linear layer
+    #[arg(long, default_value = "lora", value_parser = method)]
+    pub method: MethodKind,
+    /// The rank of lora
+    #[arg(long, default_value_t = 8)]
+    pub r: u64,
+    /// Ranks that share the work
+    #[arg(long, default_value = "1")]
+    pub world: NonZeroU64,
+    /// Tokens in a micro-batch, of all its rows
+    #[arg(long, default_value_t = 2048)]
+    pub tokens: u64,
+    /// With activation_checkpointing = "full"
+    #[arg(long)]
+    pub recompute: bool,
+}
+
+fn method(name: &str) -> Result<MethodKind, String> {
+    match name {
+        "full" => Ok(MethodKind::Full),
+        "lora" => Ok(MethodKind::Lora),
+        other => Err(format!("expected full or lora, found {other:?}")),
+    }
+}
+
+#[derive(Args)]
+pub struct ScheduleArgs {
+    /// Ranks, each with one stage or, interleaved, several
+    #[arg(long)]
+    pub stages: usize,
+    /// Micro-batches of a step
+    #[arg(long)]
+    pub micro_batches: usize,
+    /// gpipe, 1f1b or interleaved1f1b
+    #[arg(long, value_parser = kind, default_value = "1f1b")]
+    pub kind: Kind,
+    /// Stages per rank, for interleaved1f1b
+    #[arg(long, default_value_t = 1)]
+    pub chunks: usize,
+    /// The time of a backward pass, where a forward pass takes 1
+    #[arg(long, default_value_t = 2.0)]
+    pub backward: f64,
+    /// Draw it
+    #[arg(long)]
+    pub svg: Option<PathBuf>,
+    /// Write torchtitan's table
+    #[arg(long)]
+    pub csv: Option<PathBuf>,
+}
+
+fn kind(name: &str) -> Result<Kind, String> {
+    let known = ["GPipe", "1F1B", "Interleaved1F1B"].into_iter().find(|known| known.eq_ignore_ascii_case(name));
+    known.unwrap_or(name).parse().map_err(|error: burn_zero::pipeline::ScheduleError| error.to_string())
+}
+
 /// Does what the command line says.
 pub fn run(cli: Cli) -> Result<()> {
     match cli.verb {
@@ -279,6 +366,9 @@ pub fn run(cli: Cli) -> Result<()> {
         Verb::Export(args) => export::export(&args),
         Verb::Data(DataVerb::Check(args)) => data::check::check(&args),
         Verb::Doctor(args) => doctor::doctor(&args),
+        Verb::Launch(args) => launch::launch(&args),
+        Verb::Estimate(args) => estimate::estimate(&args),
+        Verb::Schedule(args) => schedule::schedule(&args),
         Verb::Logits { model, device, text, out } => logits::logits(&model, &device.device, &text, &out),
     }
 }

@@ -2,12 +2,12 @@
 
 use crate::{
     data::{encode, read},
+    estimate::{adapters, shape},
     model,
     recipe::{Dtype, Recipe},
 };
 use anyhow::Result;
-use burn_llama::LlamaConfig;
-use burn_zero::estimate::{Recompute, Shape};
+use burn_zero::estimate::Recompute;
 use std::{fmt, path::Path};
 
 /// What AdamW holds of a trained f32 weight: weight, gradient and two moments.
@@ -69,25 +69,6 @@ impl fmt::Display for Estimate {
     }
 }
 
-/// Adapters of rank `r` on the seven linear layers of every block: `A [r, in]` and `B [out, r]`.
-fn adapters(shape: &Shape, r: u64) -> u64 {
-    let (hidden, wide, narrow) = (shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-    let attention = 2 * (hidden + wide) + 2 * (hidden + narrow);
-    shape.layers * r * (attention + 3 * (hidden + shape.intermediate))
-}
-
-fn shape(config: &LlamaConfig) -> Shape {
-    Shape {
-        layers: config.num_hidden_layers as u64,
-        hidden: config.hidden_size as u64,
-        intermediate: config.intermediate_size as u64,
-        heads: config.num_attention_heads as u64,
-        kv_heads: config.num_key_value_heads as u64,
-        head_dim: config.head_dim as u64,
-        vocabulary: config.vocab_size as u64,
-    }
-}
-
 /// Bytes for people, in MiB.
 pub fn size(bytes: u64) -> String {
     format!("{} MiB", (bytes as f64 / f64::from(1 << 20)).round())
@@ -96,18 +77,4 @@ pub fn size(bytes: u64) -> String {
 /// A number of weights for people.
 pub fn count(weights: u64) -> String {
     format!("{:.1} M", weights as f64 / 1e6)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// SmolLM2-135M: PEFT counts 2,442,240 for rank 8 on all linear layers, the published checkpoint has 134,515,008.
-    #[test]
-    fn the_counts_are_those_of_the_published_model() {
-        let (layers, hidden, intermediate, vocabulary) = (30, 576, 1536, 49152);
-        let shape = Shape { layers, hidden, intermediate, heads: 9, kv_heads: 3, head_dim: 64, vocabulary };
-        assert_eq!(shape.parameters(true), 134_515_008);
-        assert_eq!(adapters(&shape, 8), 2_442_240);
-    }
 }
