@@ -6,7 +6,7 @@ use super::{
     matrix::{Matrix, Output, Threads, product},
     scratch::{vectorized, with_scratch},
 };
-use crate::packed::{Codec, Packed};
+use crate::packed::{Codec, Packed, RowCodec, RowUser};
 use burn::{
     backend::Flex,
     tensor::{DType, FloatDType, Shape, TensorData, ops::FloatTensorOps},
@@ -73,23 +73,17 @@ impl Rows {
         Self { words, codec: weight.codec(), out, features, stride: stride * 4 }
     }
 
-    #[inline(always)]
-    fn row<'a>(&self, bytes: &'a [u8], index: usize) -> &'a [u8] {
-        &bytes[index * self.stride..][..self.codec.row_bytes(self.features)]
+    /// The bytes from row `first` on.
+    fn from(&self, first: usize) -> Bytes<'_> {
+        let bytes = &self.words.bytes()[first * self.stride..];
+        Bytes { bytes, stride: self.stride, length: self.codec.row_bytes(self.features), features: self.features }
     }
 
     /// Decodes rows from `first` until `out` is full.
     fn decode(&self, first: usize, out: &mut [f32]) {
-        let (bytes, step) = (self.words.bytes(), (CHUNK / self.features.max(1)).max(1));
+        let step = (CHUNK / self.features).max(1);
         out.par_chunks_mut(step * self.features).enumerate().for_each(|(chunk, out)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (index, out) in out.chunks_exact_mut(self.features).enumerate() {
-                        self.codec.decode(self.row(bytes, first + chunk * step + index), out);
-                    }
-                },
-            )
+            self.codec.rows(Decode { rows: self.from(first + chunk * step), out });
         });
     }
 
@@ -104,6 +98,71 @@ impl Rows {
                 work(first, Matrix::new(tile, [rows, self.features]), rows);
             }
         });
+    }
+}
+
+/// Bytes of some rows one after the other.
+#[derive(Clone, Copy)]
+struct Bytes<'a> {
+    bytes: &'a [u8],
+    /// From one row to the next.
+    stride: usize,
+    /// Of a row.
+    length: usize,
+    features: usize,
+}
+
+impl<'a> Bytes<'a> {
+    #[inline(always)]
+    fn row(&self, index: usize) -> &'a [u8] {
+        &self.bytes[index * self.stride..][..self.length]
+    }
+}
+
+/// Decodes rows until `out` is full.
+struct Decode<'a> {
+    rows: Bytes<'a>,
+    out: &'a mut [f32],
+}
+
+impl RowUser for Decode<'_> {
+    type Output = ();
+
+    fn with<R: RowCodec>(self) {
+        let Self { rows, out } = self;
+        vectorized(
+            #[inline(always)]
+            || {
+                for index in 0..out.len() / rows.features {
+                    R::decode(rows.row(index), &mut out[index * rows.features..][..rows.features]);
+                }
+            },
+        )
+    }
+}
+
+/// The products of rows with every row of `x`, until `y` is full.
+struct Multiply<'a> {
+    rows: Bytes<'a>,
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl RowUser for Multiply<'_> {
+    type Output = ();
+
+    fn with<R: RowCodec>(self) {
+        let Self { rows, x, y } = self;
+        let tokens = x.len() / rows.features;
+        vectorized(
+            #[inline(always)]
+            || {
+                for (index, y) in y.iter_mut().enumerate() {
+                    let (row, token) = (index / tokens, index % tokens);
+                    *y = R::dot(rows.row(row), &x[token * rows.features..][..rows.features]);
+                }
+            },
+        )
     }
 }
 
@@ -131,21 +190,8 @@ fn forward(x: &FlexTensor, rows: &Rows) -> FlexTensor {
 
 /// `W·xᵀ [out, tokens]`, straight from the packed rows.
 fn few(y: &mut [f32], x: &[f32], rows: &Rows) {
-    let (bytes, tokens) = (rows.words.bytes(), x.len() / rows.features);
-    let step = (CHUNK / rows.features).max(1);
-    let work = |(chunk, y): (usize, &mut [f32])| {
-        vectorized(
-            #[inline(always)]
-            || {
-                for (index, y) in y.chunks_exact_mut(tokens).enumerate() {
-                    let row = rows.row(bytes, chunk * step + index);
-                    for (y, x) in y.iter_mut().zip(x.chunks_exact(rows.features)) {
-                        *y = rows.codec.dot(row, x);
-                    }
-                }
-            },
-        )
-    };
+    let (tokens, step) = (x.len() / rows.features, (CHUNK / rows.features).max(1));
+    let work = |(chunk, y)| rows.codec.rows(Multiply { rows: rows.from(chunk * step), x, y });
     if rows.out * x.len() < SERIAL {
         y.chunks_mut(step * tokens).enumerate().for_each(work);
     } else {

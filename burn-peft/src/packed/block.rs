@@ -2,8 +2,12 @@
 //!
 //! A format packs `block_len` consecutive elements of a row into `block_bytes` bytes. The layouts are those of
 //! ggml's `block_q*` structures; results equal `gguf.quants.dequantize` bit for bit.
+//!
+//! Decoders are loops over indices of arrays: iterators that the compiler does not inline stop it from using vectors.
+#![allow(clippy::needless_range_loop)]
 
-use half::bf16;
+use super::{LANES, RowCodec, RowUser, accumulate};
+use std::marker::PhantomData;
 
 /// How a tensor's elements are stored.
 #[allow(non_camel_case_types)] // The formats' own names.
@@ -105,7 +109,6 @@ impl BlockType {
     /// # Panics
     ///
     /// If `bytes` does not hold exactly the blocks of `out.len()` elements.
-    #[inline(always)]
     pub fn dequantize(self, bytes: &[u8], out: &mut [f32]) {
         let blocks = bytes.len() / self.block_bytes();
         assert!(
@@ -114,55 +117,106 @@ impl BlockType {
             bytes.len(),
             out.len()
         );
-        self.decoded(Dequantize { bytes, out });
-    }
+        struct Dequantize<'a>(&'a [u8], &'a mut [f32]);
+        impl RowUser for Dequantize<'_> {
+            type Output = ();
 
-    /// Calls `user` with the function that decodes one block.
-    #[inline(always)]
-    pub(super) fn decoded<U: Decoded>(self, user: U) -> U::Output {
-        match self {
-            Self::F32 => user.with(|bytes: &[u8; 4], out: &mut [f32; 1]| out[0] = f32::from_le_bytes(*bytes)),
-            Self::F16 => user.with(|bytes: &[u8; 2], out: &mut [f32; 1]| out[0] = half_at(bytes, 0)),
-            Self::BF16 => {
-                user.with(|bytes: &[u8; 2], out: &mut [f32; 1]| out[0] = bf16::from_le_bytes(*bytes).to_f32())
+            fn with<R: RowCodec>(self) {
+                R::decode(self.0, self.1);
             }
-            Self::Q8_0 => user.with(q8_0),
-            Self::Q4_0 => user.with(q4_0),
-            Self::Q4_1 => user.with(q4_1),
-            Self::Q5_0 => user.with(q5_0),
-            Self::Q5_1 => user.with(q5_1),
-            Self::Q4_K => user.with(q4_k),
-            Self::Q6_K => user.with(q6_k),
+        }
+        self.rows(Dequantize(bytes, out));
+    }
+
+    /// Calls `user` with the format's decoder.
+    pub(super) fn rows<U: RowUser>(self, user: U) -> U::Output {
+        match self {
+            Self::F32 => user.with::<Blocks<F32, 4, 1>>(),
+            Self::F16 => user.with::<Blocks<F16, 2, 1>>(),
+            Self::BF16 => user.with::<Blocks<BF16, 2, 1>>(),
+            Self::Q8_0 => user.with::<Blocks<Q8_0, 34, 32>>(),
+            Self::Q4_0 => user.with::<Blocks<Q4_0, 18, 32>>(),
+            Self::Q4_1 => user.with::<Blocks<Q4_1, 20, 32>>(),
+            Self::Q5_0 => user.with::<Blocks<Q5_0, 22, 32>>(),
+            Self::Q5_1 => user.with::<Blocks<Q5_1, 24, 32>>(),
+            Self::Q4_K => user.with::<Blocks<Q4_K, 144, 256>>(),
+            Self::Q6_K => user.with::<Blocks<Q6_K, 210, 256>>(),
         }
     }
 }
 
-/// What is done with the decoder of a format.
-pub(super) trait Decoded {
-    /// What comes out.
-    type Output;
-
-    /// Does it; a block of `BYTES` bytes holds `LEN` elements.
-    fn with<const BYTES: usize, const LEN: usize>(self, decode: impl Fn(&[u8; BYTES], &mut [f32; LEN]))
-    -> Self::Output;
+/// Decodes one block. A type and not a function, so that the compiler has nothing to decide about inlining it.
+trait Decode<const BYTES: usize, const LEN: usize> {
+    fn decode(bytes: &[u8; BYTES], out: &mut [f32; LEN]);
 }
 
-struct Dequantize<'a> {
-    bytes: &'a [u8],
-    out: &'a mut [f32],
-}
+/// Rows of blocks.
+struct Blocks<D, const BYTES: usize, const LEN: usize>(PhantomData<D>);
 
-impl Decoded for Dequantize<'_> {
-    type Output = ();
+impl<D: Decode<BYTES, LEN>, const BYTES: usize, const LEN: usize> RowCodec for Blocks<D, BYTES, LEN> {
+    #[inline(always)]
+    fn decode(bytes: &[u8], out: &mut [f32]) {
+        let (bytes, _) = bytes.as_chunks::<BYTES>();
+        let (out, _) = out.as_chunks_mut::<LEN>();
+        for index in 0..bytes.len().min(out.len()) {
+            D::decode(&bytes[index], &mut out[index]);
+        }
+    }
 
     #[inline(always)]
-    fn with<const BYTES: usize, const LEN: usize>(self, decode: impl Fn(&[u8; BYTES], &mut [f32; LEN])) {
-        let (bytes, _) = self.bytes.as_chunks::<BYTES>();
-        let (out, _) = self.out.as_chunks_mut::<LEN>();
-        for (bytes, out) in bytes.iter().zip(out) {
-            decode(bytes, out);
+    fn dot(bytes: &[u8], x: &[f32]) -> f32 {
+        let (bytes, _) = bytes.as_chunks::<BYTES>();
+        let (x, _) = x.as_chunks::<LEN>();
+        let mut sums = [0.0; LANES];
+        for index in 0..bytes.len().min(x.len()) {
+            let mut values = [0.0; LEN];
+            D::decode(&bytes[index], &mut values);
+            accumulate(&mut sums, &values, &x[index]);
         }
+        sums.iter().sum()
     }
+}
+
+macro_rules! formats {
+    ($($name:ident $bytes:literal $len:literal $decode:ident;)*) => {$(
+        #[allow(non_camel_case_types)] // The formats' own names.
+        struct $name;
+
+        impl Decode<$bytes, $len> for $name {
+            #[inline(always)]
+            fn decode(bytes: &[u8; $bytes], out: &mut [f32; $len]) {
+                $decode(bytes, out);
+            }
+        }
+    )*};
+}
+
+formats! {
+    F32 4 1 f32;
+    F16 2 1 f16;
+    BF16 2 1 bf16;
+    Q8_0 34 32 q8_0;
+    Q4_0 18 32 q4_0;
+    Q4_1 20 32 q4_1;
+    Q5_0 22 32 q5_0;
+    Q5_1 24 32 q5_1;
+    Q4_K 144 256 q4_k;
+    Q6_K 210 256 q6_k;
+}
+
+#[inline(always)]
+fn f32(bytes: &[u8; 4], out: &mut [f32; 1]) {
+    out[0] = f32::from_le_bytes(*bytes);
+}
+
+#[inline(always)]
+fn f16(bytes: &[u8; 2], out: &mut [f32; 1]) {
+    out[0] = half_at(bytes, 0);
+}
+
+#[inline(always)]
+fn bf16(bytes: &[u8; 2], out: &mut [f32; 1]) {
+    out[0] = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
 }
 
 /// The half at byte `at`, widened. By integers: a decoder must be vectorized whole, which a call to the machine's own conversion,
@@ -180,58 +234,66 @@ fn half_at(bytes: &[u8], at: usize) -> f32 {
 #[inline(always)]
 fn q8_0(bytes: &[u8; 34], out: &mut [f32; 32]) {
     let scale = half_at(bytes, 0);
-    for (value, byte) in out.iter_mut().zip(&bytes[2..]) {
-        *value = scale * f32::from(*byte as i8);
+    for index in 0..32 {
+        out[index] = scale * f32::from(bytes[2 + index] as i8);
     }
 }
 
 #[inline(always)]
 fn q4_0(bytes: &[u8; 18], out: &mut [f32; 32]) {
-    let scale = half_at(bytes, 0);
-    nibbles(&bytes[2..], out, |_, low| scale * (f32::from(low) - 8.0));
+    let (scale, quants) = (half_at(bytes, 0), nibbles(&bytes[2..]));
+    for index in 0..32 {
+        out[index] = scale * (f32::from(quants[index]) - 8.0);
+    }
 }
 
 #[inline(always)]
 fn q4_1(bytes: &[u8; 20], out: &mut [f32; 32]) {
-    let (scale, minimum) = (half_at(bytes, 0), half_at(bytes, 2));
-    nibbles(&bytes[4..], out, |_, low| scale * f32::from(low) + minimum);
+    let (scale, minimum, quants) = (half_at(bytes, 0), half_at(bytes, 2), nibbles(&bytes[4..]));
+    for index in 0..32 {
+        out[index] = scale * f32::from(quants[index]) + minimum;
+    }
 }
 
 #[inline(always)]
 fn q5_0(bytes: &[u8; 22], out: &mut [f32; 32]) {
-    let scale = half_at(bytes, 0);
-    let fifth = u32::from_le_bytes([bytes[2], bytes[3], bytes[4], bytes[5]]);
-    nibbles(&bytes[6..], out, |index, low| scale * (f32::from(low | fifth_bit(fifth, index)) - 16.0));
+    let (scale, quants) = (half_at(bytes, 0), with_fifth(nibbles(&bytes[6..]), &bytes[2..6]));
+    for index in 0..32 {
+        out[index] = scale * (f32::from(quants[index]) - 16.0);
+    }
 }
 
 #[inline(always)]
 fn q5_1(bytes: &[u8; 24], out: &mut [f32; 32]) {
     let (scale, minimum) = (half_at(bytes, 0), half_at(bytes, 2));
-    let fifth = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
-    nibbles(&bytes[8..], out, |index, low| scale * f32::from(low | fifth_bit(fifth, index)) + minimum);
+    let quants = with_fifth(nibbles(&bytes[8..]), &bytes[4..8]);
+    for index in 0..32 {
+        out[index] = scale * f32::from(quants[index]) + minimum;
+    }
 }
 
-/// Bit `index` of `fifth` as the value 16 or 0.
+/// Adds 16 where an element's bit of `fifth` is set.
 #[inline(always)]
-fn fifth_bit(fifth: u32, index: usize) -> u8 {
-    ((fifth >> index) as u8 & 1) << 4
+fn with_fifth(mut quants: [u8; 32], fifth: &[u8]) -> [u8; 32] {
+    let fifth = u32::from_le_bytes([fifth[0], fifth[1], fifth[2], fifth[3]]);
+    for index in 0..32 {
+        quants[index] |= ((fifth >> index) as u8 & 1) << 4;
+    }
+    quants
 }
 
 /// Low halves of 16 bytes are the first 16 elements, high halves the other 16.
 #[inline(always)]
-fn nibbles(bytes: &[u8], out: &mut [f32; 32], value: impl Fn(usize, u8) -> f32) {
-    let (bytes, _) = bytes.as_chunks::<16>();
-    // First all bytes, then all floats: two loops that become vector instructions, which one loop does not.
+fn nibbles(bytes: &[u8]) -> [u8; 32] {
+    // All bytes before all floats: two loops that become vector instructions, which one loop does not.
     let mut quants = [0u8; 32];
-    for (quant, byte) in quants.iter_mut().zip(&bytes[0]) {
-        *quant = byte & 0x0f;
+    for index in 0..16 {
+        quants[index] = bytes[index] & 0x0f;
     }
-    for (quant, byte) in quants[16..].iter_mut().zip(&bytes[0]) {
-        *quant = byte >> 4;
+    for index in 0..16 {
+        quants[index + 16] = bytes[index] >> 4;
     }
-    for index in 0..32 {
-        out[index] = value(index, quants[index]);
-    }
+    quants
 }
 
 #[inline(always)]
@@ -243,8 +305,10 @@ fn q4_k(bytes: &[u8; 144], out: &mut [f32; 256]) {
         let (six_scale, six_minimum) = q4_k_scale(&bytes[4..16], group);
         let (scale, minimum) = (scale * f32::from(six_scale), minimum * f32::from(six_minimum));
         // 32 bytes serve two groups: their low halves the even one, their high halves the odd one.
-        let pair = &quants[group / 2];
-        let quants: [u8; 32] = if group % 2 == 0 { pair.map(|byte| byte & 0x0f) } else { pair.map(|byte| byte >> 4) };
+        let (pair, shift, mut quants) = (&quants[group / 2], group % 2 * 4, [0u8; 32]);
+        for index in 0..32 {
+            quants[index] = pair[index] >> shift & 0x0f;
+        }
         for index in 0..32 {
             out[group][index] = scale * f32::from(quants[index]) - minimum;
         }
@@ -286,10 +350,10 @@ fn q6_k(bytes: &[u8; 210], out: &mut [f32; 256]) {
             quants[i + 96] = low[i + 32] >> 4 | high[i] >> 6 << 4;
         }
         let (quants, _) = quants.as_chunks::<16>();
-        for (group, quants) in quants.iter().enumerate() {
+        for group in 0..8 {
             let scale = scale * f32::from(bytes[192 + part * 8 + group] as i8);
             for i in 0..16 {
-                out[part * 8 + group][i] = scale * (f32::from(quants[i]) - 32.0);
+                out[part * 8 + group][i] = scale * (f32::from(quants[group][i]) - 32.0);
             }
         }
     }

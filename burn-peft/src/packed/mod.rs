@@ -13,7 +13,6 @@ pub use block::BlockType;
 pub(crate) use expand::{backward_input, forward, unpack};
 
 use crate::kernel::{self, LinearKernels};
-use block::Decoded;
 use burn::tensor::{
     DType, Int, Tensor, TensorData,
     backend::{AutodiffBackend, Backend},
@@ -66,62 +65,62 @@ impl Codec {
     ///
     /// # Panics
     /// If the bytes are not those of a row of `out.len()` features.
-    #[inline(always)]
     pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
-        match self {
-            Self::Blocks(kind) => kind.dequantize(bytes, out),
-            Self::Nf4 => nf4::decode(bytes, out),
+        struct Row<'a>(&'a [u8], &'a mut [f32]);
+        impl RowUser for Row<'_> {
+            type Output = ();
+
+            fn with<R: RowCodec>(self) {
+                R::decode(self.0, self.1);
+            }
         }
+        assert_eq!(bytes.len(), self.row_bytes(out.len()), "{self}: {} features are another row", out.len());
+        self.rows(Row(bytes, out));
     }
 
-    /// The product of a row with `x`.
-    ///
-    /// # Panics
-    /// If the bytes are not those of a row of `x.len()` features.
-    #[inline(always)]
-    pub fn dot(self, bytes: &[u8], x: &[f32]) -> f32 {
-        assert_eq!(bytes.len(), self.row_bytes(x.len()), "{self}: {} features are another row", x.len());
+    /// Calls `user` with the codec as a type, so that a loop over many rows is compiled for it.
+    pub(crate) fn rows<U: RowUser>(self, user: U) -> U::Output {
         match self {
-            Self::Blocks(kind) => kind.decoded(Dot { bytes, x }),
-            Self::Nf4 => nf4::dot(bytes, x),
+            Self::Blocks(kind) => kind.rows(user),
+            Self::Nf4 => user.with::<nf4::Rows>(),
         }
     }
 }
 
-/// Independent sums of a product: one register of AVX-512.
+/// What decodes a row.
+pub(crate) trait RowCodec {
+    /// Decodes a row into `out`.
+    fn decode(bytes: &[u8], out: &mut [f32]);
+
+    /// The product of a row with `x`.
+    fn dot(bytes: &[u8], x: &[f32]) -> f32;
+}
+
+/// What is done with rows.
+pub(crate) trait RowUser {
+    /// What comes out.
+    type Output;
+
+    /// Does it.
+    fn with<R: RowCodec>(self) -> Self::Output;
+}
+
+/// Independent sums of a product: two registers of AVX2, one of AVX-512.
 const LANES: usize = 16;
 
 /// Adds `Σ aᵢ·bᵢ` to the sums, one after the other.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // As in the decoders.
 fn accumulate<const LEN: usize>(sums: &mut [f32; LANES], a: &[f32; LEN], b: &[f32; LEN]) {
     let (a, a_rest) = a.as_chunks::<LANES>();
     let (b, b_rest) = b.as_chunks::<LANES>();
-    for (a, b) in a.iter().zip(b) {
+    for chunk in 0..a.len() {
         for lane in 0..LANES {
-            sums[lane] += a[lane] * b[lane];
+            sums[lane] += a[chunk][lane] * b[chunk][lane];
         }
     }
-    sums[0] += a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum::<f32>();
-}
-
-struct Dot<'a> {
-    bytes: &'a [u8],
-    x: &'a [f32],
-}
-
-impl Decoded for Dot<'_> {
-    type Output = f32;
-
-    #[inline(always)]
-    fn with<const BYTES: usize, const LEN: usize>(self, decode: impl Fn(&[u8; BYTES], &mut [f32; LEN])) -> f32 {
-        let (blocks, _) = self.bytes.as_chunks::<BYTES>();
-        let (x, _) = self.x.as_chunks::<LEN>();
-        let (mut sums, mut values) = ([0.0; LANES], [0.0; LEN]);
-        for (block, x) in blocks.iter().zip(x) {
-            decode(block, &mut values);
-            accumulate(&mut sums, &values, x);
-        }
-        sums.iter().sum()
+    for index in 0..a_rest.len() {
+        sums[index] += a_rest[index] * b_rest[index];
     }
 }
 

@@ -5,8 +5,9 @@
 //! bitsandbytes counts blocks over the whole weight; here every row also carries what its own blocks need, so that rows can
 //! be read one by one: per block a byte for its magnitude and 32 bytes of values (the low halves are the first 32), then how
 //! many blocks belong to the row's first group of 256, the mean, and the groups' scales.
+#![allow(clippy::needless_range_loop)] // As in the other decoders.
 
-use super::{LANES, accumulate};
+use super::{LANES, RowCodec, accumulate};
 use std::sync::LazyLock;
 
 /// Values that share a magnitude.
@@ -161,15 +162,16 @@ impl<'a> Row<'a> {
     #[inline(always)]
     fn each(&self, map: &[f32; 256], mut work: impl FnMut(usize, &[f32; BLOCK])) {
         let mut values = [0.0; BLOCK];
-        for (index, block) in self.blocks.iter().enumerate() {
+        for index in 0..self.blocks.len() {
+            let block = &self.blocks[index];
             let group = (index + GROUP - self.in_first) / GROUP;
             let scale = map[block[0] as usize] * f32::from_le_bytes(self.scales[group]) + self.mean;
             let mut codes = [0u8; BLOCK];
-            for (code, byte) in codes.iter_mut().zip(&block[1..]) {
-                *code = byte & 15;
+            for i in 0..BLOCK / 2 {
+                codes[i] = block[1 + i] & 15;
             }
-            for (code, byte) in codes[BLOCK / 2..].iter_mut().zip(&block[1..]) {
-                *code = byte >> 4;
+            for i in 0..BLOCK / 2 {
+                codes[i + BLOCK / 2] = block[1 + i] >> 4;
             }
             for i in 0..BLOCK {
                 values[i] = VALUES[(codes[i] & 15) as usize] * scale;
@@ -179,21 +181,24 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Decodes one row.
-#[inline(always)]
-pub(super) fn decode(bytes: &[u8], out: &mut [f32]) {
-    let row = Row::new(bytes, out.len());
-    let (out, _) = out.as_chunks_mut::<BLOCK>();
-    row.each(&MAP, |index, values| out[index] = *values);
-}
+/// Rows of NF4.
+pub(super) struct Rows;
 
-/// The product of one row with `x`.
-#[inline(always)]
-pub(super) fn dot(bytes: &[u8], x: &[f32]) -> f32 {
-    let row = Row::new(bytes, x.len());
-    let ((x, _), mut sums) = (x.as_chunks::<BLOCK>(), [0.0; LANES]);
-    row.each(&MAP, |index, values| accumulate(&mut sums, values, &x[index]));
-    sums.iter().sum()
+impl RowCodec for Rows {
+    #[inline(always)]
+    fn decode(bytes: &[u8], out: &mut [f32]) {
+        let row = Row::new(bytes, out.len());
+        let (out, _) = out.as_chunks_mut::<BLOCK>();
+        row.each(&MAP, |index, values| out[index] = *values);
+    }
+
+    #[inline(always)]
+    fn dot(bytes: &[u8], x: &[f32]) -> f32 {
+        let row = Row::new(bytes, x.len());
+        let ((x, _), mut sums) = (x.as_chunks::<BLOCK>(), [0.0; LANES]);
+        row.each(&MAP, |index, values| accumulate(&mut sums, values, &x[index]));
+        sums.iter().sum()
+    }
 }
 
 #[cfg(test)]
