@@ -170,7 +170,7 @@ fn merged_is_unmerged() {
         adapter::load(&mut adapted, "default", &fixture(&format!("peft/{name}"))).unwrap();
         let unmerged = logits(&adapted);
         assert!(max_diff(&unmerged, &logits(&base)) > 1e-2, "{name}: the adapter must matter");
-        adapter::merge(&mut adapted, "default");
+        adapter::merge(&mut adapted, "default").unwrap();
         let (file, folder) = (directory.path().join("merged.gguf"), directory.path().join(name));
         write::save(&adapted, vec![], BlockType::F32, &file).unwrap();
         save_as(&adapted, DType::F32, &folder).unwrap();
@@ -194,7 +194,7 @@ fn an_adapter_file_on_the_base_file_is_the_merged_file() {
         let source = fixture(&format!("peft/{name}"));
         let mut merged = model("gqa_llama3");
         let (config, _) = adapter::load(&mut merged, "default", &source).unwrap();
-        adapter::merge(&mut merged, "default");
+        adapter::merge(&mut merged, "default").unwrap();
         write::save(&merged, vec![], BlockType::F32, &path("merged.gguf")).unwrap();
         write::save_adapter(base.config(), &source, BlockType::F32, &path("adapter.gguf")).unwrap();
         let open = |name: &str| Gguf::open(&path(name)).unwrap();

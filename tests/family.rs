@@ -226,8 +226,8 @@ fn merged_is_unmerged_and_peft_s() {
             all
         };
         let before = weights(&model);
-        adapter::merge(&mut model, "default");
-        adapter::merge(&mut model, "default");
+        adapter::merge(&mut model, "default").unwrap();
+        adapter::merge(&mut model, "default").unwrap();
         assert!(row_logits_differ(&model, &reference) < 1e-4, "{name}: merged");
         if directory(name).join("merged.safetensors").exists() {
             let merged = tensors(&format!("family/{name}/merged.safetensors"));

@@ -116,8 +116,8 @@ fn an_adapter_survives_its_directory_and_merging() {
     assert_eq!(keys.len(), theirs.names().len());
 
     let merged = tensors("peft/lora_qv/merged.safetensors");
-    adapter::merge(&mut model, "default");
-    adapter::merge(&mut model, "default");
+    adapter::merge(&mut model, "default").unwrap();
+    adapter::merge(&mut model, "default").unwrap();
     burn_peft::Linears::linears(&model, &mut |path, linear| {
         if let Some(expected) = merged.get(&format!("{path}.weight")) {
             let difference = max_diff(&floats(&linear.weight.val().into_data()), &floats(expected));

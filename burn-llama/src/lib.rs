@@ -44,7 +44,7 @@ pub mod tokenizer;
 
 pub use batch::{Batch, Example};
 pub use chat::{ChatTemplate, Message};
-pub use checkpoint::Checkpoint;
+pub use checkpoint::{Checkpoint, Storage};
 pub use config::{Biases, LlamaConfig};
 pub use error::{Error, Mismatch};
 pub use generate::{Generate, Settings};

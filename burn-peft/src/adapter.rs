@@ -71,13 +71,15 @@ pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
     }
     let base = Base::new(model, config)?;
     name_is_free(model, name)?;
+    all(model, |path, linear| if base.adapted(path) { linear.fits(config) } else { Ok(()) })?;
+    let mut result = Ok(());
     model.linears_mut(&mut |path, linear| {
-        if base.adapted(path) {
-            linear.attach(path, name, config, seed);
+        if base.adapted(path) && result.is_ok() {
+            result = linear.attach(path, name, config, seed);
         }
     });
     base.widen(model);
-    Ok(())
+    result
 }
 
 /// Names and shapes of the parts of one layer's adapter.
@@ -112,15 +114,17 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
         }
     });
     format::fits(directory, &expected, &tensors)?;
+    all(model, |path, linear| if base.adapted(path) { linear.fits(&config) } else { Ok(()) })?;
+    let mut result = Ok(());
     let mut take = |path: &str, part: &str| tensors.remove(&format::key(path, part));
     model.linears_mut(&mut |path, linear| {
         if base.adapted(path)
             && let (Some(a), Some(b)) = (take(path, "lora_A"), take(path, "lora_B"))
         {
-            let device = linear.weight.lazy_device();
+            let device = linear.weight.device();
             if matches!(config.init_lora_weights, InitLora::Pissa { .. }) {
                 // The adapter is one of what the start left of the weight.
-                linear.attach(path, name, &config, 0);
+                result = linear.attach(path, name, &config, 0);
                 linear.adapters.pop();
             }
             let tensor = |data: TensorData| Tensor::<B, 2>::from_data(data, (&device, DType::F32));
@@ -130,6 +134,7 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
             linear.adapters.push(adapter);
         }
     });
+    result?;
     base.replace(model, &tensors);
     Ok((config, unknown))
 }
@@ -178,8 +183,32 @@ fn collect<B: LinearKernels, M: Linears<B> + Module<B>>(
 }
 
 /// Merges the named adapter into the weights of its layers; merging twice is merging once.
-pub fn merge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) {
-    model.linears_mut(&mut |_, linear| linear.merge(name));
+///
+/// # Errors
+/// If one of the weights is packed; then nothing has changed.
+pub fn merge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Result<(), Error> {
+    all(model, |_, linear| linear.mergeable(name))?;
+    let mut result = Ok(());
+    model.linears_mut(&mut |_, linear| {
+        if result.is_ok() {
+            result = linear.merge(name);
+        }
+    });
+    result
+}
+
+/// The first error that `check` finds on a layer.
+fn all<B: LinearKernels, M: Linears<B>>(
+    model: &M,
+    check: impl Fn(&str, &Linear<B>) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut result = Ok(());
+    model.linears(&mut |path, linear| {
+        if result.is_ok() {
+            result = check(path, linear);
+        }
+    });
+    result
 }
 
 /// Undoes [`merge`], up to rounding.

@@ -1,5 +1,6 @@
 //! What can go wrong with an adapter from outside.
 
+use crate::packed::Codec;
 use std::path::{Path, PathBuf};
 
 /// Everything that an adapter's configuration or files can be wrong in.
@@ -47,6 +48,16 @@ pub enum Error {
         path: PathBuf,
         /// Missing, unexpected and misshapen tensors.
         message: String,
+    },
+    /// A weight would have to change, and cannot.
+    #[error(
+        "{operation} changes the weights, and these stay packed ({codec}): load the model with float weights for it"
+    )]
+    Packed {
+        /// How they are packed.
+        codec: Codec,
+        /// What was asked for.
+        operation: &'static str,
     },
     /// An adapter of that name exists already, or none exists.
     #[error("adapter `{name}` {state}")]

@@ -169,7 +169,7 @@ fn place<B: LinearKernels, M: Linears<B>>(
     let mut selected = selected.into_iter().peekable();
     model.linears_mut(&mut |path, linear: &mut Linear<B>| {
         if let Some((_, shape)) = selected.next_if(|(selected, _)| selected == path) {
-            let device = linear.weight.lazy_device();
+            let device = linear.weight.device();
             linear.ia3.push(Ia3::new(path, name, factors(path, shape, &device)));
         }
     });

@@ -5,7 +5,7 @@
 //!            │
 //!      ┌─────┴──────────────┐
 //!      │ weight (frozen,    │ lora_a [r, in] → scaling → lora_b [out, r]   (per adapter, f32)
-//!      │ f32 | f16 | bf16)  │
+//!      │ dense or packed)   │
 //!      └─────┬──────────────┘
 //!            y = x·Wᵀ + bias + Σ s·(dropout(x)·Aᵀ)·Bᵀ
 //! ```
@@ -23,15 +23,16 @@
 //! let mut layer = Linear::new("q_proj", weight, None);
 //! let x = Tensor::<Flex, 2>::random([3, 4], Distribution::Default, &device);
 //! let before = layer.forward(x.clone(), &Pass::default());
-//! layer.attach("q_proj", "default", &LoraConfig { r: 2, ..LoraConfig::default() }, 0);
+//! layer.attach("q_proj", "default", &LoraConfig { r: 2, ..LoraConfig::default() }, 0)?;
 //! let after = layer.forward(x, &Pass::default());
 //! // An adapter starts as the identity: B is zero.
 //! assert_eq!(before.into_data(), after.into_data());
+//! # Ok::<(), burn_peft::Error>(())
 //! ```
 //!
 //! Where to look: [`adapter`] puts LoRA and its family (DoRA, PiSSA, patterns, biases and whole modules beside it) on a model,
 //! [`ia3`] learned factors, [`prompt`] virtual tokens (prefix tuning, prompt tuning, P-tuning). All of them read and write PEFT's
-//! own directories. `examples/foreign.rs` puts a prefix and LoRA on a model that knows nothing of this crate but [`Linear`].
+//! own directories. [`packed`] keeps frozen weights in the blocks of their file, or makes NF4 of them. `examples/foreign.rs` puts a prefix and LoRA on a model that knows nothing of this crate but [`Linear`].
 #![deny(missing_docs)]
 #![recursion_limit = "256"]
 
@@ -43,11 +44,13 @@ pub mod ia3;
 pub mod kernel;
 mod linear;
 pub mod lora;
+pub mod packed;
 pub mod param;
 mod pass;
 pub mod prompt;
 pub mod random;
 pub mod target;
+mod weight;
 
 pub use adapter::Linears;
 pub use config::LoraConfig;
@@ -58,3 +61,4 @@ pub use lora::Lora;
 pub use pass::{Noise, Pass, Token};
 pub use prompt::{Prompt, PromptConfig};
 pub use target::TargetModules;
+pub use weight::Weight;

@@ -1,17 +1,20 @@
 //! The linear layer that every projection of a model is.
 
-use crate::{Error, Ia3, Lora, LoraConfig, Pass, config::InitLora, kernel, kernel::LinearKernels, lora::Dora, param};
+use crate::{
+    Error, Ia3, Lora, LoraConfig, Pass, Weight, config::InitLora, kernel::LinearKernels, lora::Dora, packed::Packed,
+    param,
+};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
 };
 
 /// `y = x·Wᵀ + bias + Σ adapters`. The weight keeps the layout `[out, in]` and the path `….weight` of the checkpoint; it is
-/// stored as f32, f16 or bf16 while activations and adapters are f32.
+/// stored as f32, f16 or bf16, or packed, while activations and adapters are f32.
 #[derive(Module, Debug)]
 pub struct Linear<B: LinearKernels> {
     /// `W [out, in]`.
-    pub weight: Param<Tensor<B, 2>>,
+    pub weight: Weight<B>,
     /// `[out]`, in f32.
     pub bias: Option<Param<Tensor<B, 1>>>,
     /// The low-rank adapters, in the order in which they were attached. All of them add to the output.
@@ -23,8 +26,18 @@ pub struct Linear<B: LinearKernels> {
 impl<B: LinearKernels> Linear<B> {
     /// A layer at `path` (its key in the checkpoint, without `.weight`) with trainable `weight [out, in]` and `bias [out]`.
     pub fn new(path: &str, weight: Tensor<B, 2>, bias: Option<Tensor<B, 1>>) -> Self {
+        Self::with(path, Weight::dense(&format!("{path}.weight"), weight), bias)
+    }
+
+    /// A layer at `path` with a frozen packed weight and trainable `bias [out]`.
+    pub fn packed(path: &str, weight: Packed<B>, bias: Option<Tensor<B, 1>>) -> Self {
+        Self::with(path, Weight::packed(&format!("{path}.weight"), weight), bias)
+    }
+
+    /// A layer at `path` with the given weight and trainable `bias [out]`.
+    pub fn with(path: &str, weight: Weight<B>, bias: Option<Tensor<B, 1>>) -> Self {
         Self {
-            weight: Param::initialized(param::id(&format!("{path}.weight")), weight.require_grad()),
+            weight,
             bias: bias.map(|bias| Param::initialized(param::id(&format!("{path}.bias")), bias.require_grad())),
             adapters: Vec::new(),
             ia3: Vec::new(),
@@ -33,12 +46,12 @@ impl<B: LinearKernels> Linear<B> {
 
     /// `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
-        self.weight.lazy_shape().dims()
+        self.weight.shape()
     }
 
     /// `x [tokens, in]` → `[tokens, out]`, in the type of `x`.
     pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
-        let mut y = kernel::linear(self.scaled(x.clone(), true), self.weight.val());
+        let mut y = self.weight.linear(self.scaled(x.clone(), true));
         let base = self.active().any(|adapter| adapter.dora.is_some()).then(|| y.clone());
         if let Some(bias) = &self.bias {
             y = y + bias.val().unsqueeze();
@@ -47,7 +60,7 @@ impl<B: LinearKernels> Linear<B> {
         for adapter in self.active() {
             y = y + match (&adapter.dora, &base) {
                 (Some(dora), Some(base)) => {
-                    adapter.forward_with_magnitude(dora, x.clone(), (base.clone(), self.weight.val()), pass)
+                    adapter.forward_with_magnitude(dora, x.clone(), (base.clone(), &self.weight), pass)
                 }
                 _ => adapter.forward(x.clone(), pass),
             };
@@ -67,8 +80,12 @@ impl<B: LinearKernels> Linear<B> {
 
     /// Adds a new adapter; `seed` and the layer's path decide its random numbers. A start from the weight takes the adapter's
     /// part off it, so that the layer computes what it did; it does too with every other start but `false`.
-    pub fn attach(&mut self, path: &str, name: &str, config: &LoraConfig, seed: u64) {
-        let device = self.weight.lazy_device();
+    ///
+    /// # Errors
+    /// If the start takes something off a weight that is packed.
+    pub fn attach(&mut self, path: &str, name: &str, config: &LoraConfig, seed: u64) -> Result<(), Error> {
+        self.fits(config)?;
+        let device = self.weight.device();
         let mut adapter = match config.init_lora_weights {
             InitLora::Pissa { niter } => {
                 let adapter = Lora::principal(path, name, config, self.weight.val(), (niter, seed));
@@ -83,6 +100,15 @@ impl<B: LinearKernels> Linear<B> {
             adapter.dora = Some(Dora::new(path, name, magnitude));
         }
         self.adapters.push(adapter);
+        Ok(())
+    }
+
+    /// An error if an adapter of that configuration cannot start here.
+    pub(crate) fn fits(&self, config: &LoraConfig) -> Result<(), Error> {
+        match config.init_lora_weights {
+            InitLora::Pissa { .. } => self.weight.writable("init_lora_weights = \"pissa\""),
+            _ => Ok(()),
+        }
     }
 
     /// The low-rank adapter of that name.
@@ -92,8 +118,19 @@ impl<B: LinearKernels> Linear<B> {
 
     /// Puts the named adapter into the weight (`s·B·A` is added, a magnitude or factors multiply); nothing happens if that was
     /// done before or if the layer has no such adapter. Computed in f32 and stored in the weight's type.
-    pub fn merge(&mut self, name: &str) {
+    ///
+    /// # Errors
+    /// If the weight is packed.
+    pub fn merge(&mut self, name: &str) -> Result<(), Error> {
+        self.mergeable(name)?;
         self.shift(name, true);
+        Ok(())
+    }
+
+    /// An error if the layer has the named adapter and no weight that takes it in.
+    pub(crate) fn mergeable(&self, name: &str) -> Result<(), Error> {
+        let found = self.adapter(name).is_some() || self.ia3.iter().any(|ia3| ia3.name == name);
+        if found { self.weight.writable("merging an adapter") } else { Ok(()) }
     }
 
     /// Takes a merged adapter out of the weight again.
@@ -127,7 +164,7 @@ impl<B: LinearKernels> Linear<B> {
 
     /// Changes the weight, given and returned in f32.
     fn map_weight(&mut self, change: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>) {
-        self.weight = self.weight.clone().map(|weight| {
+        self.weight.map_dense(|weight| {
             let (dtype, trained) = (weight.dtype(), weight.is_require_grad());
             change(weight.detach().cast(DType::F32)).cast(dtype).detach().set_require_grad(trained)
         });

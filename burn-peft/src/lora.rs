@@ -7,7 +7,7 @@ mod svd;
 pub use dora::Dora;
 pub(crate) use dora::norm;
 
-use crate::{LoraConfig, Pass, kernel, kernel::LinearKernels, param, random};
+use crate::{LoraConfig, Pass, Weight, kernel, kernel::LinearKernels, param, random};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor, TensorData},
@@ -96,17 +96,15 @@ impl<B: LinearKernels> Lora<B> {
         &self,
         dora: &Dora<B>,
         x: Tensor<B, 2>,
-        (base, weight): (Tensor<B, 2>, Tensor<B, 2>),
+        (base, weight): (Tensor<B, 2>, &Weight<B>),
         pass: &Pass,
     ) -> Tensor<B, 2> {
         // Both parts see the same features, as in PEFT.
         let base = match pass.noise {
-            Some(_) if self.dropout > 0.0 => {
-                kernel::linear(self.drop(x.clone().cast(DType::F32), pass).cast(x.dtype()), weight.clone())
-            }
+            Some(_) if self.dropout > 0.0 => weight.linear(self.drop(x.clone().cast(DType::F32), pass).cast(x.dtype())),
             _ => base,
         };
-        let factor = dora.factor(self, weight).unsqueeze::<2>();
+        let factor = dora.factor(self, weight.val()).unsqueeze::<2>();
         let dtype = base.dtype();
         let added = self.forward(x, pass).cast(DType::F32) * factor.clone();
         (base.cast(DType::F32) * (factor - 1.0) + added).cast(dtype)

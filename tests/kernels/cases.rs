@@ -3,7 +3,7 @@
 use crate::host::{self, Sight};
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend, bf16, f16, ops::FloatTensor};
 use burn_llama::kernel::{Kernels, Targets, Visibility};
-use burn_peft::random;
+use burn_peft::{kernel::Stored, random};
 use burn_zero::segment::Value;
 
 /// A float input of a kernel.
@@ -123,7 +123,7 @@ impl Case {
                 let ids = ints::<B>(ids, 1, device).squeeze_dim::<1>(0);
                 let targets = Targets { ids, weights: floats(weights, place.dtype, device) };
                 let wanted = [0, 1].map(|index| self.inputs[index].trained);
-                let found = B::linear_cross_entropy(input(0), input(1), &targets, wanted);
+                let found = B::linear_cross_entropy(input(0), Stored::Dense(input(1)), &targets, wanted);
                 vec![found.losses, found.lse]
             }
         };

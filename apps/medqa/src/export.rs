@@ -49,7 +49,7 @@ fn merged<B: Kernels>(model: &ModelArgs, device: &B::Device, (args, gguf): (&Exp
             "--adapter: expected one that can be merged into weights, found virtual tokens; load them beside the model"
         );
     }
-    burn_peft::adapter::merge(&mut loaded.model, adapter::NAME);
+    burn_peft::adapter::merge(&mut loaded.model, adapter::NAME)?;
     if gguf { file(&loaded, args) } else { directory(&loaded, args) }
 }
 

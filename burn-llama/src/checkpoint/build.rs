@@ -9,7 +9,11 @@ use burn::{
     module::Param,
     tensor::{Tensor, TensorData},
 };
-use burn_peft::{Linear, param};
+use burn_peft::{
+    Linear, Weight,
+    packed::{Codec, Packed},
+    param,
+};
 
 /// Every parameter of the model: its name and shape.
 pub(crate) fn shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
@@ -47,8 +51,23 @@ pub(crate) fn shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     all
 }
 
+/// The content of a tensor.
+pub(crate) enum Values {
+    /// As floats.
+    Floats(TensorData),
+    /// In packed rows, one after the other.
+    Rows {
+        /// How they are packed.
+        codec: Codec,
+        /// Values of a row.
+        features: usize,
+        /// The rows.
+        bytes: Vec<u8>,
+    },
+}
+
 /// Tensors by name, or why one cannot be had.
-type Read<'a, E> = &'a dyn Fn(&str) -> Result<TensorData, E>;
+type Read<'a, E> = &'a dyn Fn(&str) -> Result<Values, E>;
 
 /// The model whose tensors `read` gives, each asked for once.
 pub(crate) fn build<B: Kernels, E>(config: &LlamaConfig, read: Read<'_, E>, device: &B::Device) -> Result<Llama<B>, E> {
@@ -57,9 +76,7 @@ pub(crate) fn build<B: Kernels, E>(config: &LlamaConfig, read: Read<'_, E>, devi
     let embedding = "model.embed_tokens.weight";
     Ok(Llama {
         model: Decoder {
-            embed_tokens: Embedding {
-                weight: Param::initialized(param::id(embedding), build.tensor::<B, 2>(embedding)?.require_grad()),
-            },
+            embed_tokens: Embedding { weight: build.weight(embedding)? },
             layers,
             norm: build.norm("model.norm")?,
         },
@@ -77,7 +94,10 @@ struct Build<'a, D, E> {
 
 impl<D, E> Build<'_, D, E> {
     fn tensor<B: Kernels<Device = D>, const N: usize>(&self, name: &str) -> Result<Tensor<B, N>, E> {
-        let data = (self.read)(name)?;
+        let data = match (self.read)(name)? {
+            Values::Floats(data) => data,
+            Values::Rows { codec, .. } => panic!("{name} is a vector, and no {codec}"),
+        };
         let dtype = data.dtype;
         Ok(Tensor::from_data(data, (self.device, dtype)))
     }
@@ -90,7 +110,20 @@ impl<D, E> Build<'_, D, E> {
 
     fn linear<B: Kernels<Device = D>>(&self, path: &str, bias: bool) -> Result<Linear<B>, E> {
         let bias = if bias { Some(self.tensor(&format!("{path}.bias"))?) } else { None };
-        Ok(Linear::new(path, self.tensor(&format!("{path}.weight"))?, bias))
+        Ok(Linear::with(path, self.weight(&format!("{path}.weight"))?, bias))
+    }
+
+    fn weight<B: Kernels<Device = D>>(&self, name: &str) -> Result<Weight<B>, E> {
+        Ok(match (self.read)(name)? {
+            Values::Floats(data) => {
+                let dtype = data.dtype;
+                Weight::dense(name, Tensor::from_data(data, (self.device, dtype)))
+            }
+            Values::Rows { codec, features, bytes } => {
+                let rows = bytes.chunks_exact(codec.row_bytes(features).max(1));
+                Weight::packed(name, Packed::new(codec, features, rows, self.device))
+            }
+        })
     }
 
     fn layer<B: Kernels<Device = D>>(&self, index: usize) -> Result<Layer<B>, E> {

@@ -6,9 +6,11 @@ pub mod gguf;
 mod parameters;
 pub mod safetensors;
 mod save;
+mod storage;
 
 pub(crate) use beside::{beside, replace};
 pub use save::{save, save_as};
+pub use storage::Storage;
 
 use crate::{Error, Llama, LlamaConfig, Mismatch, kernel::Kernels};
 use burn::tensor::{DType, TensorData};
@@ -77,24 +79,31 @@ impl Checkpoint {
         }
     }
 
+    /// What a GGUF file says of a tensor.
+    fn entry<'a>(&self, gguf: &'a Gguf, name: &str) -> Result<&'a gguf::TensorEntry, Error> {
+        let entry = gguf::gguf_name(name).and_then(|name| gguf.tensor(&name));
+        entry.ok_or_else(|| gguf.error(name, "a tensor of this name", "none"))
+    }
+
     /// One tensor in the given float type.
     fn read(&self, name: &str, dtype: DType) -> Result<TensorData, Error> {
         match &self.source {
             Source::HuggingFace(shards) => shards.read(name, dtype),
             Source::Gguf(gguf) => {
-                let entry = gguf::gguf_name(name).and_then(|name| gguf.tensor(&name).cloned());
-                let entry = entry.ok_or_else(|| gguf.error(name, "a tensor of this name", "none"))?;
-                let data = TensorData::new(gguf.read(&entry)?, entry.shape.clone());
+                let entry = self.entry(gguf, name)?;
+                let data = TensorData::new(gguf.read(entry)?, entry.shape.clone());
                 Ok(if dtype == DType::F32 { data } else { data.convert_dtype(dtype) })
             }
         }
     }
 
-    /// The model on `device`, with matrices stored as `dtype` (f32, f16 or bf16) and norms and biases in f32.
+    /// The model on `device`, with matrices stored as asked (a float type will do) and norms and biases in f32.
     ///
     /// # Errors
-    /// If tensors are missing, not the model's, or of another shape: all of them in one error.
-    pub fn load<B: Kernels>(&self, dtype: DType, device: &B::Device) -> Result<Llama<B>, Error> {
+    /// If tensors are missing, not the model's, or of another shape: all of them in one error; or if they cannot be stored so.
+    pub fn load<B: Kernels>(&self, storage: impl Into<Storage>, device: &B::Device) -> Result<Llama<B>, Error> {
+        let storage = storage.into();
+        self.check(storage)?;
         let mismatch = self.mismatch();
         if !mismatch.is_empty() {
             return Err(Error::Tensors { path: self.path.clone(), mismatch });
@@ -105,7 +114,7 @@ impl Checkpoint {
                 // Vectors are norms and biases: small, and sensitive.
                 let matrix =
                     name.ends_with("_proj.weight") || name.contains("embed_tokens") || name.starts_with("lm_head");
-                self.read(name, if matrix { dtype } else { DType::F32 })
+                if matrix { self.stored(name, storage) } else { self.read(name, DType::F32).map(build::Values::Floats) }
             },
             device,
         )

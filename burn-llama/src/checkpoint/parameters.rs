@@ -1,10 +1,11 @@
 //! A model's parameters, each fetched from its device when it is written and not before.
 
-use crate::{Llama, kernel::Kernels};
+use crate::{Error, Llama, kernel::Kernels};
 use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::{DType, Tensor, TensorData, backend::Backend},
 };
+use burn_peft::Linears;
 
 /// One parameter of the base model.
 pub(super) struct Parameter<B: Backend> {
@@ -19,6 +20,23 @@ impl<B: Backend> Parameter<B> {
     /// The values in row-major order, in the given float type.
     pub fn data(&self, dtype: DType) -> TensorData {
         self.values.clone().into_data().convert_dtype(dtype)
+    }
+}
+
+/// Refuses a model whose weights are packed: what is written are float parameters.
+pub(super) fn all_floats<B: Kernels>(model: &Llama<B>) -> Result<(), Error> {
+    let mut packed = model.model.embed_tokens.weight.is_packed().then(|| "model.embed_tokens".to_owned());
+    model.linears(&mut |path, linear| {
+        if packed.is_none() && linear.weight.is_packed() {
+            packed = Some(path.to_owned());
+        }
+    });
+    match packed {
+        Some(path) => {
+            let found = "packed rows (load the model with a float type to write it)";
+            Err(Error::config(format!("{path}.weight"), "a float parameter", found))
+        }
+        None => Ok(()),
     }
 }
 

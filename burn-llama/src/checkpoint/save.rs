@@ -24,6 +24,7 @@ pub fn save<B: Kernels>(model: &Llama<B>, directory: &Path) -> Result<(), Error>
 /// # Errors
 /// If the directory or a file cannot be written, or a file of this type cannot hold the model.
 pub fn save_as<B: Kernels>(model: &Llama<B>, dtype: DType, directory: &Path) -> Result<(), Error> {
+    super::parameters::all_floats(model)?;
     let (stored, name) = match dtype {
         DType::F32 => (Dtype::F32, "float32"),
         DType::F16 => (Dtype::F16, "float16"),

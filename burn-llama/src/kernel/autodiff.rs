@@ -10,6 +10,7 @@ use burn::{
     },
     tensor::backend::{AutodiffBackend, Backend},
 };
+use burn_peft::kernel::Stored;
 
 /// Registers the gradient of a parent that carries one.
 fn register<B: Backend>(grads: &mut Gradients, node: Option<NodeId>, gradient: F<B>) {
@@ -86,7 +87,7 @@ impl<B: Kernels> Backward<B, 3> for Attention {
 struct CrossEntropy;
 
 impl<B: Kernels> Backward<B, 2> for CrossEntropy {
-    type State = ([F<B>; 2], Targets<B>, Losses<B>);
+    type State = ((F<B>, Stored<B>), Targets<B>, Losses<B>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
@@ -148,12 +149,25 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         (tracked, <Self as AutodiffBackend>::from_inner(lse))
     }
 
-    fn linear_cross_entropy(hidden: F<Self>, head: F<Self>, targets: &Targets<Self>, _: [bool; 2]) -> Losses<Self> {
+    fn linear_cross_entropy(
+        hidden: F<Self>,
+        head: Stored<Self>,
+        targets: &Targets<Self>,
+        _: [bool; 2],
+    ) -> Losses<Self> {
         let targets = Targets { ids: targets.ids.clone().inner(), weights: targets.weights.clone().inner() };
-        let wanted = [hidden.is_tracked(), head.is_tracked()];
-        let nodes = [hidden.node.clone(), head.node.clone()];
-        let inputs = [hidden.primitive, head.primitive];
-        let kept = B::linear_cross_entropy(inputs[0].clone(), inputs[1].clone(), &targets, wanted);
+        let (head_tracked, head_node, head) = match head {
+            Stored::Dense(head) => (head.is_tracked(), head.node.clone(), Stored::Dense(head.primitive)),
+            Stored::Packed(rows) => {
+                // Packed rows have no node; that of a constant stands in.
+                let constant = <Self as AutodiffBackend>::from_inner(hidden.primitive.clone());
+                (false, constant.node, Stored::Packed(rows.inner()))
+            }
+        };
+        let wanted = [hidden.is_tracked(), head_tracked];
+        let nodes = [hidden.node.clone(), head_node];
+        let inputs = (hidden.primitive, head);
+        let kept = B::linear_cross_entropy(inputs.0.clone(), inputs.1.clone(), &targets, wanted);
         let (losses, lse) = (kept.losses.clone(), kept.lse.clone());
         let losses = match CrossEntropy.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((inputs, targets, kept), losses),

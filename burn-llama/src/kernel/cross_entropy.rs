@@ -2,6 +2,7 @@
 
 use super::{F, primitive, tensor};
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, backend::Backend, s};
+use burn_peft::kernel::{LinearKernels, Stored};
 
 /// Tokens per block.
 const TOKENS: usize = 4096;
@@ -45,17 +46,17 @@ fn vocabulary_blocks(n: usize, vocabulary: usize) -> impl Iterator<Item = (usize
 }
 
 /// Rows `from..to` of the head, in the type of the hidden states.
-fn rows<B: Backend>(head: &Tensor<B, 2>, (from, to): (usize, usize), dtype: DType) -> Tensor<B, 2> {
-    head.clone().slice(s![from..to, ..]).cast(dtype)
+fn rows<B: LinearKernels>(head: &Stored<B>, (from, to): (usize, usize), dtype: DType) -> Tensor<B, 2> {
+    head.rows(from..to).cast(dtype)
 }
 
-pub(super) fn forward<B: Backend>(hidden: F<B>, head: F<B>, targets: &Targets<B>) -> Losses<B> {
-    let (hidden, head) = (tensor::<B, 2>(hidden), tensor::<B, 2>(head));
+pub(super) fn forward<B: LinearKernels>(hidden: F<B>, head: Stored<B>, targets: &Targets<B>) -> Losses<B> {
+    let hidden = tensor::<B, 2>(hidden);
     let (mut losses, mut sums) = (Vec::new(), Vec::new());
     for (from, to) in blocks(hidden.dims()[0], TOKENS) {
         let (hidden, targets) = (hidden.clone().slice(s![from..to, ..]), targets.slice(from, to));
         let lse = log_sum_exp(&hidden, &head);
-        let rows = head.clone().select(0, targets.ids).cast(hidden.dtype());
+        let rows = head.select(targets.ids).cast(hidden.dtype());
         let target = (hidden * rows).sum_dim(1).squeeze_dim::<1>(1);
         losses.push((lse.clone() - target) * targets.weights);
         sums.push(lse);
@@ -64,10 +65,10 @@ pub(super) fn forward<B: Backend>(hidden: F<B>, head: F<B>, targets: &Targets<B>
 }
 
 /// `log Σ exp(hidden · headᵀ)` over the vocabulary, `[n]`.
-fn log_sum_exp<B: Backend>(hidden: &Tensor<B, 2>, head: &Tensor<B, 2>) -> Tensor<B, 1> {
+fn log_sum_exp<B: LinearKernels>(hidden: &Tensor<B, 2>, head: &Stored<B>) -> Tensor<B, 1> {
     let n = hidden.dims()[0];
     let mut running: Option<(Tensor<B, 2>, Tensor<B, 2>)> = None;
-    for (from, to) in vocabulary_blocks(n, head.dims()[0]) {
+    for (from, to) in vocabulary_blocks(n, head.shape()[0]) {
         let logits = hidden.clone().matmul(rows(head, (from, to), hidden.dtype()).transpose());
         let max = logits.clone().max_dim(1);
         running = Some(match running {
@@ -84,15 +85,15 @@ fn log_sum_exp<B: Backend>(hidden: &Tensor<B, 2>, head: &Tensor<B, 2>) -> Tensor
 }
 
 /// The gradient of the logits is `dy·weight·(softmax - one_hot(target))`.
-pub(super) fn backward<B: Backend>(
-    [hidden, head]: [F<B>; 2],
+pub(super) fn backward<B: LinearKernels>(
+    (hidden, head): (F<B>, Stored<B>),
     targets: &Targets<B>,
     [lse, dy]: [F<B>; 2],
     [_, trained]: [bool; 2],
 ) -> [Option<F<B>>; 2] {
-    let (hidden, head) = (tensor::<B, 2>(hidden), tensor::<B, 2>(head));
+    let hidden = tensor::<B, 2>(hidden);
     let (lse, scale) = (tensor::<B, 1>(lse), tensor::<B, 1>(dy) * targets.weights.clone());
-    let vocabulary = head.dims()[0];
+    let vocabulary = head.shape()[0];
     let mut d_hidden = Vec::new();
     let mut d_head: Option<Tensor<B, 2>> = None;
     for (from, to) in blocks(hidden.dims()[0], TOKENS) {
@@ -100,7 +101,7 @@ pub(super) fn backward<B: Backend>(
         let column = |x: &Tensor<B, 1>| x.clone().slice(s![from..to]).unsqueeze_dim::<2>(1);
         let (lse, scale) = (column(&lse), column(&scale));
         let ids = targets.ids.clone().slice(s![from..to]);
-        let mut dh = (head.clone().select(0, ids.clone()).cast(h.dtype()) * scale.clone()).neg();
+        let mut dh = (head.select(ids.clone()).cast(h.dtype()) * scale.clone()).neg();
         let mut parts = Vec::new();
         for (first, end) in vocabulary_blocks(to - from, vocabulary) {
             let w = rows(&head, (first, end), h.dtype());

@@ -19,7 +19,7 @@ pub use attention::Visibility;
 pub use cross_entropy::{Losses, Targets};
 
 use burn::tensor::{Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
-use burn_peft::kernel::LinearKernels;
+use burn_peft::kernel::{LinearKernels, Stored};
 
 /// A float tensor of the backend.
 type F<B> = FloatTensor<B>;
@@ -72,10 +72,10 @@ pub trait Kernels: LinearKernels {
     }
 
     /// Per token, `weight · -log softmax(hidden · headᵀ)[target]`: `hidden [n, features]`, `head [vocabulary, features]`.
-    /// `wanted` says for which of the two a backward pass will follow, so that a backend may make gradients on the way.
+    /// A packed head is never trained. `wanted` says for which of the two a backward pass will follow, so that a backend may make gradients on the way.
     fn linear_cross_entropy(
         hidden: F<Self>,
-        head: F<Self>,
+        head: Stored<Self>,
         targets: &Targets<Self>,
         _wanted: [bool; 2],
     ) -> Losses<Self> {
@@ -85,7 +85,7 @@ pub trait Kernels: LinearKernels {
     /// The gradients of `hidden` and `head` as far as they are `wanted`, from what the forward pass gave and the gradient
     /// `dy [n]` of the losses.
     fn linear_cross_entropy_backward(
-        inputs: [F<Self>; 2],
+        inputs: (F<Self>, Stored<Self>),
         targets: &Targets<Self>,
         (kept, dy): (Losses<Self>, F<Self>),
         wanted: [bool; 2],

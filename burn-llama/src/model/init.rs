@@ -21,7 +21,7 @@ impl LlamaConfig {
                 1 => vec![if path.ends_with("norm.weight") { 1.0 } else { 0.0 }; shape[0]],
                 _ => normal(random::key(&[seed, random::text(path)]), shape.iter().product(), deviation),
             };
-            Ok::<_, Infallible>(TensorData::new(values, shape))
+            Ok::<_, Infallible>(build::Values::Floats(TensorData::new(values, shape)))
         };
         let Ok(model) = build::build(self, &values, device);
         model

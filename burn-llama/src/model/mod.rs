@@ -18,16 +18,16 @@ use crate::{
     layout::ints,
 };
 use burn::{
-    module::{Module, Param},
+    module::Module,
     tensor::{DType, Int, Tensor, TensorData, backend::Backend},
 };
-use burn_peft::{Linear, Pass, Prompt};
+use burn_peft::{Linear, Pass, Prompt, Weight};
 
 /// The token table; its path is `model.embed_tokens.weight`.
 #[derive(Module, Debug)]
 pub struct Embedding<B: Backend> {
-    /// `[vocab_size, hidden_size]`, in any float type.
-    pub weight: Param<Tensor<B, 2>>,
+    /// `[vocab_size, hidden_size]`.
+    pub weight: Weight<B>,
 }
 
 /// The transformer without its head.
@@ -61,13 +61,13 @@ impl<B: Kernels> Llama<B> {
 
     /// The device that holds the model.
     pub fn device(&self) -> B::Device {
-        self.model.embed_tokens.weight.lazy_device()
+        self.model.embed_tokens.weight.device()
     }
 
     /// Token ids `[rows, length]` → embeddings `[rows · length, hidden_size]` in f32.
     pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 2> {
         let [rows, length] = ids.dims();
-        self.model.embed_tokens.weight.val().select(0, ids.reshape([rows * length])).cast(DType::F32)
+        self.model.embed_tokens.weight.stored().select(ids.reshape([rows * length])).cast(DType::F32)
     }
 
     /// Rotations and visibility for the tokens of `layout` after `past`.
@@ -132,7 +132,7 @@ impl<B: Kernels> Llama<B> {
     pub fn head(&self, hidden: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
         match &self.lm_head {
             Some(head) => head.forward(hidden, pass),
-            None => burn_peft::kernel::linear(hidden, self.model.embed_tokens.weight.val()),
+            None => self.model.embed_tokens.weight.linear(hidden),
         }
     }
 
@@ -140,6 +140,6 @@ impl<B: Kernels> Llama<B> {
     /// exist whole. An adapter on the head is not seen here.
     pub fn loss(&self, hidden: Tensor<B, 2>, targets: &Targets<B>) -> Tensor<B, 1> {
         let head = self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight);
-        tensor(B::linear_cross_entropy(primitive(hidden), primitive(head.val()), targets, [true, true]).losses)
+        tensor(B::linear_cross_entropy(primitive(hidden), head.stored(), targets, [true, true]).losses)
     }
 }

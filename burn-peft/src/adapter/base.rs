@@ -39,7 +39,14 @@ pub(super) struct Base {
 impl Base {
     pub fn new<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M, config: &LoraConfig) -> Result<Self, Error> {
         let adapted: BTreeSet<String> = targets(model, config)?.into_iter().collect();
-        let (selection, mut modules, mut learned) = (Selection::new(config)?, BTreeSet::new(), BTreeMap::new());
+        let selection = Selection::new(config)?;
+        super::all(
+            model,
+            |path, linear| {
+                if selection.saves(path) { linear.weight.writable("modules_to_save") } else { Ok(()) }
+            },
+        )?;
+        let (mut modules, mut learned) = (BTreeSet::new(), BTreeMap::new());
         let mut saved = BTreeSet::new();
         for (path, shape, _) in param::list::<B, M>(model) {
             if is_adapter(&path) {

@@ -1,6 +1,7 @@
 //! The backward pass of a linear layer.
 
 use super::LinearKernels;
+use crate::packed::Packed;
 use burn::{
     backend::autodiff::{
         Autodiff,
@@ -8,7 +9,7 @@ use burn::{
         grads::Gradients,
         ops::{Backward, Ops, OpsKind},
     },
-    tensor::{TensorMetadata, ops::FloatTensor},
+    tensor::{TensorMetadata, backend::AutodiffBackend, ops::FloatTensor},
 };
 
 /// State: `x` if the weight is trained, the weight if `x` carries gradient.
@@ -31,6 +32,22 @@ impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
     }
 }
 
+/// State: the weight, packed.
+#[derive(Debug)]
+struct PackedBackward;
+
+impl<B: LinearKernels> Backward<B, 1> for PackedBackward {
+    type State = Packed<B>;
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let [node] = ops.parents;
+        if let Some(node) = node {
+            grads.register::<B>(node.id, B::packed_backward_input(dy, &ops.state));
+        }
+    }
+}
+
 impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
     fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
         let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
@@ -46,6 +63,18 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
                 prep.finish(state, B::linear_forward(x.primitive, weight.primitive))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive)),
+        }
+    }
+    fn unpack(weight: &Packed<Self>) -> FloatTensor<Self> {
+        <Self as AutodiffBackend>::from_inner(B::unpack(&weight.inner()))
+    }
+
+    fn packed_forward(x: FloatTensor<Self>, weight: &Packed<Self>) -> FloatTensor<Self> {
+        let weight: Packed<B> = weight.inner();
+        let y = B::packed_forward(x.primitive, &weight);
+        match PackedBackward.prepare::<C>([x.node]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(weight, y),
+            OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }
 }

@@ -1,9 +1,7 @@
 //! Which backends have the kernels.
 
+#[cfg(any(feature = "tch", feature = "cuda", feature = "vulkan", feature = "wgpu"))]
 use super::LinearKernels;
-
-#[cfg(feature = "flex")]
-impl LinearKernels for burn::backend::Flex {}
 
 #[cfg(feature = "tch")]
 impl<E: burn::backend::libtorch::TchElement> LinearKernels for burn::backend::LibTorch<E> {}

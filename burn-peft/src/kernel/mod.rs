@@ -2,13 +2,21 @@
 //!
 //! The default bodies are tensor operations and serve every backend; a backend that can do better overrides them. The
 //! implementation for [`Autodiff`](burn::backend::Autodiff) has a hand-written backward pass: a frozen weight costs no product and keeps no
-//! activation, and a weight stored in half precision is widened for the moment of a product only.
+//! activation, and a weight stored in half precision or packed is widened for the moment of a product only.
 
 mod autodiff;
 mod backends;
 #[cfg(feature = "flex")]
+mod flex;
+#[cfg(feature = "flex")]
 pub mod matrix;
+#[cfg(feature = "flex")]
+pub mod scratch;
+mod stored;
 
+pub use stored::Stored;
+
+use crate::packed::{self, Packed};
 use burn::tensor::{DType, FloatDType, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor};
 
 /// Products with a weight `[out, in]` that may be stored in another type than the activations.
@@ -28,6 +36,21 @@ pub trait LinearKernels: Backend {
     /// The gradient of the weight: `dW = dyᵀ·x`, `[out, in]`, in the type of `x`.
     fn linear_backward_weight(x: FloatTensor<Self>, dy: FloatTensor<Self>) -> FloatTensor<Self> {
         Self::float_matmul(Self::float_transpose(dy), x)
+    }
+
+    /// The values of packed rows, `[out, in]` in f32.
+    fn unpack(weight: &Packed<Self>) -> FloatTensor<Self> {
+        packed::unpack(weight)
+    }
+
+    /// [`LinearKernels::linear_forward`] with a packed weight, decoded tile by tile.
+    fn packed_forward(x: FloatTensor<Self>, weight: &Packed<Self>) -> FloatTensor<Self> {
+        packed::forward(x, weight)
+    }
+
+    /// [`LinearKernels::linear_backward_input`] with a packed weight, decoded tile by tile.
+    fn packed_backward_input(dy: FloatTensor<Self>, weight: &Packed<Self>) -> FloatTensor<Self> {
+        packed::backward_input(dy, weight)
     }
 }
 
@@ -55,5 +78,10 @@ pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor
     let ([_, features], [out, inner]) = (x.dims(), weight.dims());
     assert_eq!(features, inner, "activations have {features} features, the weight [{out}, {inner}] takes {inner}");
     let y = B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor());
-    Tensor::from_primitive(TensorPrimitive::Float(y))
+    tensor(y)
+}
+
+/// The tensor of a primitive.
+pub(crate) fn tensor<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B, D> {
+    Tensor::from_primitive(TensorPrimitive::Float(primitive))
 }

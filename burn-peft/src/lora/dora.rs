@@ -31,7 +31,9 @@ impl<B: LinearKernels> Dora<B> {
 
 /// `‖W + s·B·A‖ [out]`, without forming the sum: `‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·b` for every row.
 pub(crate) fn norm<B: LinearKernels>(lora: &Lora<B>, weight: Tensor<B, 2>) -> Tensor<B, 1> {
-    let (a, b, weight) = (lora.lora_a.val().detach(), lora.lora_b.val().detach(), weight.detach());
+    // A detached leaf still asks for a gradient, which a weight in half precision cannot have.
+    let weight = weight.detach().set_require_grad(false);
+    let (a, b) = (lora.lora_a.val().detach(), lora.lora_b.val().detach());
     let across = kernel::linear(a.clone(), weight.clone()).transpose() * (2.0 * lora.scaling);
     let own = b.clone().matmul(a.clone().matmul(a.transpose())) * lora.scaling.powi(2);
     let weight = weight.cast(DType::F32);

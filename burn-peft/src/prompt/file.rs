@@ -1,7 +1,7 @@
 //! A prompt as PEFT's directory: one tensor, `prompt_embeddings`.
 
 use super::{BaseShape, Encoder, Method, Prompt, PromptConfig};
-use crate::{Error, format, kernel::LinearKernels};
+use crate::{Error, Weight, format, kernel::LinearKernels};
 use burn::{
     module::Param,
     tensor::{DType, Tensor, TensorData},
@@ -65,7 +65,9 @@ impl<B: LinearKernels> Prompt<B> {
         take(&mut encoder.embedding, &tensors, "embedding.weight", (file, &device))?;
         for (index, layer) in encoder.layers.iter_mut().enumerate() {
             let key = |part: &str| format!("{name}.{}.{part}", 2 * index);
-            take(&mut layer.weight, &tensors, &key("weight"), (file, &device))?;
+            if let Weight::Dense(weight) = &mut layer.weight {
+                take(weight, &tensors, &key("weight"), (file, &device))?;
+            }
             if let Some(bias) = &mut layer.bias {
                 take(bias, &tensors, &key("bias"), (file, &device))?;
             }

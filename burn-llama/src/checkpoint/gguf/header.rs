@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::blocks::BlockType;
+use super::BlockType;
 use crate::error::Error;
 
 /// One metadata value. Integer widths are widened to 64 bits and `f32` to `f64`, both without loss.

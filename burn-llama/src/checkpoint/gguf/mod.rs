@@ -12,13 +12,12 @@ use rayon::prelude::*;
 
 use crate::error::Error;
 
-mod blocks;
 mod config;
 mod header;
 mod names;
 pub mod write;
 
-pub use blocks::BlockType;
+pub use burn_peft::packed::BlockType;
 pub use header::{Array, TensorEntry, Value};
 pub use names::{gguf_name, hugging_face_key};
 
@@ -124,6 +123,19 @@ impl Gguf {
             entry.kind.dequantize(&bytes[stored * row_bytes..][..row_bytes], out);
         });
         Ok(values)
+    }
+
+    /// The tensor's stored rows one after the other, in the order of the Hugging Face checkpoint.
+    ///
+    /// # Errors
+    ///
+    /// As [`Gguf::read`].
+    pub fn rows(&self, entry: &TensorEntry) -> Result<Vec<u8>, Error> {
+        let bytes = self.bytes(entry)?;
+        let Some(head_dim) = self.rotated(entry)? else { return Ok(bytes.to_vec()) };
+        let row = entry.row_len() / entry.kind.block_len() * entry.kind.block_bytes();
+        let stored = (0..bytes.len() / row.max(1)).map(|index| interleaved(index, head_dim) * row);
+        Ok(stored.flat_map(|from| &bytes[from..from + row]).copied().collect())
     }
 
     /// The bytes of an entry, which may come from anywhere and is therefore checked again.

@@ -1,8 +1,10 @@
-//! Flex tensors as slices of f32, and scratch memory that is kept.
+//! Flex tensors as slices of f32.
 
 use burn::tensor::{DType, Shape, TensorData, bf16, f16};
 use burn_flex::FlexTensor;
-use std::{borrow::Cow, cell::Cell};
+use std::borrow::Cow;
+
+pub(super) use burn_peft::kernel::scratch::with_scratch;
 
 /// The tensor with its values in order from the start of its buffer.
 pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
@@ -46,19 +48,4 @@ pub(super) fn unwritten(n: usize) -> Vec<f32> {
     // SAFETY: the capacity is there, every bit pattern is an f32, and the callers in this folder write before they read.
     unsafe { values.set_len(n) };
     values
-}
-
-thread_local! {
-    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-}
-
-/// Runs `work` with at least `n` values of memory that stays with the thread. What they hold is left from before.
-pub(super) fn with_scratch<R>(n: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut scratch = SCRATCH.take();
-    if scratch.len() < n {
-        scratch.resize(n, 0.0);
-    }
-    let result = work(&mut scratch[..n]);
-    SCRATCH.set(scratch);
-    result
 }

@@ -8,17 +8,20 @@ use super::{
 use crate::kernel::{Losses, Targets, tensor as wrapped};
 use burn::{backend::Flex, tensor::DType};
 use burn_flex::FlexTensor;
-use burn_peft::kernel::matrix::{Matrix, Output, Threads, product};
+use burn_peft::kernel::{
+    LinearKernels, Stored,
+    matrix::{Matrix, Output, Threads, product},
+};
 use rayon::prelude::*;
 
 /// The number of logits that exist at a time, unless that is fewer than 64 tokens'.
 const LOGITS: usize = 1 << 22;
-/// Rows of a head in half precision that are widened at a time.
+/// Rows of a head in half precision or packed that are widened at a time.
 const ROWS: usize = 4096;
 
 /// The head, read in blocks of rows.
 struct Head<'a> {
-    weight: &'a FlexTensor,
+    weight: &'a Stored<Flex>,
     vocabulary: usize,
     width: usize,
 }
@@ -26,11 +29,23 @@ struct Head<'a> {
 impl Head<'_> {
     /// Calls `work` with the first row and the values of one block after the other.
     fn blocks(&self, mut work: impl FnMut(usize, Matrix<'_>, usize)) {
-        let step = if self.weight.dtype() == DType::F32 { self.vocabulary } else { ROWS };
+        let step = match self.weight {
+            Stored::Dense(weight) if weight.dtype() == DType::F32 => self.vocabulary,
+            _ => ROWS,
+        };
         for from in (0..self.vocabulary).step_by(step.max(1)) {
             let to = self.vocabulary.min(from + step);
-            let part = widened_part(self.weight, from * self.width, to * self.width);
-            work(from, Matrix::new(&part, [to - from, self.width]), to - from);
+            let shape = [to - from, self.width];
+            match self.weight {
+                Stored::Dense(weight) => {
+                    let part = widened_part(weight, from * self.width, to * self.width);
+                    work(from, Matrix::new(&part, shape), to - from);
+                }
+                Stored::Packed(rows) => {
+                    let part = Flex::unpack(&rows.slice(from..to));
+                    work(from, Matrix::new(values(&part), shape), to - from);
+                }
+            }
         }
     }
 
@@ -52,13 +67,17 @@ struct Sums<'a> {
 /// Losses, and the gradients of their sum with respect to the hidden states and the head as far as they are `wanted`.
 pub(super) fn forward(
     hidden: FlexTensor,
-    head: FlexTensor,
+    head: Stored<Flex>,
     targets: &Targets<Flex>,
     wanted: [bool; 2],
 ) -> Losses<Flex> {
     let weights = contiguous(targets.weights.clone().into_primitive().tensor());
-    let (hidden, weight) = (contiguous(hidden), contiguous(head));
-    let ([n, width], [vocabulary, _]) = (hidden.layout().shape().dims(), weight.layout().shape().dims());
+    let weight = match head {
+        Stored::Dense(head) => Stored::Dense(contiguous(head)),
+        packed => packed,
+    };
+    let hidden = contiguous(hidden);
+    let ([n, width], [vocabulary, _]) = (hidden.layout().shape().dims(), weight.shape());
     let head = Head { weight: &weight, vocabulary, width };
     let (ids, weights) = (integers(targets.ids.to_data()), values(&weights));
     let room = |wanted: bool, size: usize| if wanted { vec![0.0; size] } else { Vec::new() };
@@ -129,7 +148,7 @@ fn row(logits: &mut [f32], id: usize, weight: f32, gradient: bool) -> (f32, f32)
 
 /// The gradients for `dy [n]`: those of the sum times a factor where all losses have the same one, else made anew.
 pub(super) fn backward(
-    [hidden, head]: [FlexTensor; 2],
+    (hidden, head): (FlexTensor, Stored<Flex>),
     targets: &Targets<Flex>,
     (kept, dy): (Losses<Flex>, FlexTensor),
     wanted: [bool; 2],

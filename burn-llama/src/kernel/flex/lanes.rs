@@ -4,12 +4,7 @@
 /// Independent sums of a reduction: two registers of AVX2, one of AVX-512.
 const LANES: usize = 16;
 
-/// Runs `work` compiled for the widest vector instructions that this machine has. Everything it calls must be
-/// `#[inline(always)]` to take part.
-#[inline(always)]
-pub(super) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
-}
+pub(super) use burn_peft::kernel::scratch::vectorized;
 
 /// `eˣ` to 2e-7 relative; 0 becomes the smallest normal number, NaN stays NaN.
 #[inline(always)]

@@ -13,6 +13,7 @@ mod visible;
 use super::{F, Kernels, Losses, Targets, Visibility};
 use burn::{backend::Flex, tensor::DType};
 use burn_flex::FlexTensor;
+use burn_peft::kernel::Stored;
 
 /// Whether all are f32.
 fn plain(tensors: &[&FlexTensor]) -> bool {
@@ -74,7 +75,7 @@ impl Kernels for Flex {
 
     fn linear_cross_entropy(
         hidden: F<Self>,
-        head: F<Self>,
+        head: Stored<Self>,
         targets: &Targets<Self>,
         wanted: [bool; 2],
     ) -> Losses<Self> {
@@ -85,12 +86,12 @@ impl Kernels for Flex {
     }
 
     fn linear_cross_entropy_backward(
-        inputs: [F<Self>; 2],
+        inputs: (F<Self>, Stored<Self>),
         targets: &Targets<Self>,
         (kept, dy): (Losses<Self>, F<Self>),
         wanted: [bool; 2],
     ) -> [Option<F<Self>>; 2] {
-        if plain(&[&inputs[0]]) {
+        if plain(&[&inputs.0]) {
             return cross_entropy::backward(inputs, targets, (kept, dy), wanted);
         }
         super::cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], wanted)

@@ -15,7 +15,7 @@ pub use file::Metadata;
 use super::{BlockType, Value, gguf_name};
 use crate::{
     Error, Llama,
-    checkpoint::parameters::{Parameter, parameters},
+    checkpoint::parameters::{Parameter, all_floats, parameters},
     kernel::Kernels,
 };
 use burn::tensor::{DType, backend::Backend};
@@ -31,6 +31,7 @@ use std::path::Path;
 /// If the file cannot be written, a value does not fit `kind`, or llama.cpp has no such rotary scaling.
 pub fn save<B: Kernels>(model: &Llama<B>, tokens: Metadata, kind: BlockType, path: &Path) -> Result<(), Error> {
     check_kind(kind, &BlockType::WRITTEN)?;
+    all_floats(model)?;
     let config = model.config();
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let mut metadata = general(config::architecture(config), "model", name, kind);

@@ -1,0 +1,25 @@
+//! Memory that stays with a thread, and loops compiled for the machine's own vector instructions.
+
+use std::cell::Cell;
+
+/// Runs `work` compiled for the widest vector instructions that this machine has. Everything it calls must be
+/// `#[inline(always)]` to take part.
+#[inline(always)]
+pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(work)
+}
+
+thread_local! {
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Runs `work` with at least `n` values of memory that stays with the thread. What they hold is left from before.
+pub fn with_scratch<R>(n: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    let mut scratch = SCRATCH.take();
+    if scratch.len() < n {
+        scratch.resize(n, 0.0);
+    }
+    let result = work(&mut scratch[..n]);
+    SCRATCH.set(scratch);
+    result
+}

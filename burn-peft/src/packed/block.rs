@@ -1,0 +1,428 @@
+//! The storage formats of GGUF tensors, and how each becomes `f32`.
+//!
+//! A format packs `block_len` consecutive elements of a row into `block_bytes` bytes. The layouts are those of
+//! ggml's `block_q*` structures; results equal `gguf.quants.dequantize` bit for bit.
+//!
+//! Decoders are loops over indices of arrays: iterators that the compiler does not inline stop it from using vectors.
+#![allow(clippy::needless_range_loop)]
+
+use super::{LANES, RowCodec, RowUser, accumulate};
+use std::marker::PhantomData;
+
+/// How a tensor's elements are stored.
+#[allow(non_camel_case_types)] // The formats' own names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum BlockType {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit IEEE floats.
+    F16,
+    /// 16-bit brain floats.
+    BF16,
+    /// 32 elements: `f16` scale, 8-bit signed integers.
+    Q8_0,
+    /// 32 elements: `f16` scale, 4-bit integers less 8.
+    Q4_0,
+    /// 32 elements: `f16` scale and minimum, 4-bit integers.
+    Q4_1,
+    /// 32 elements: `f16` scale, 5-bit integers less 16, the fifth bits apart.
+    Q5_0,
+    /// 32 elements: `f16` scale and minimum, 5-bit integers, the fifth bits apart.
+    Q5_1,
+    /// 256 elements in eight groups: 6-bit scales and minima, 4-bit integers.
+    Q4_K,
+    /// 256 elements in sixteen groups: 8-bit scales, 6-bit integers less 32.
+    Q6_K,
+}
+
+impl BlockType {
+    /// Every supported format.
+    pub const ALL: [Self; 10] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q8_0,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q4_K,
+        Self::Q6_K,
+    ];
+
+    /// Elements in a block.
+    pub const fn block_len(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => 1,
+            Self::Q8_0 | Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 => 32,
+            Self::Q4_K | Self::Q6_K => 256,
+        }
+    }
+
+    /// Bytes in a block.
+    pub const fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+            Self::Q8_0 => 2 + 32,
+            Self::Q4_0 => 2 + 16,
+            Self::Q4_1 => 2 + 2 + 16,
+            Self::Q5_0 => 2 + 4 + 16,
+            Self::Q5_1 => 2 + 2 + 4 + 16,
+            Self::Q4_K => 2 + 2 + 12 + 128,
+            Self::Q6_K => 128 + 64 + 16 + 2,
+        }
+    }
+
+    /// The `ggml_type` number of the format.
+    pub const fn ggml(self) -> u32 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::Q4_0 => 2,
+            Self::Q4_1 => 3,
+            Self::Q5_0 => 6,
+            Self::Q5_1 => 7,
+            Self::Q8_0 => 8,
+            Self::Q4_K => 12,
+            Self::Q6_K => 14,
+            Self::BF16 => 30,
+        }
+    }
+
+    /// The format with this `ggml_type` number; for any other number its name, for a message.
+    ///
+    /// # Errors
+    /// That name.
+    pub fn from_ggml(number: u32) -> Result<Self, String> {
+        Self::ALL.into_iter().find(|kind| kind.ggml() == number).ok_or_else(|| ggml_name(number))
+    }
+
+    /// The supported formats, for a message.
+    pub fn supported() -> String {
+        let names: Vec<_> = Self::ALL.iter().map(|kind| format!("{kind:?}")).collect();
+        format!("a tensor type out of {}", names.join(", "))
+    }
+
+    /// Writes the `f32` values of whole blocks.
+    ///
+    /// # Panics
+    ///
+    /// If `bytes` does not hold exactly the blocks of `out.len()` elements.
+    pub fn dequantize(self, bytes: &[u8], out: &mut [f32]) {
+        let blocks = bytes.len() / self.block_bytes();
+        assert!(
+            bytes.len() == blocks * self.block_bytes() && out.len() == blocks * self.block_len(),
+            "{self:?}: {} bytes do not make {} elements",
+            bytes.len(),
+            out.len()
+        );
+        struct Dequantize<'a>(&'a [u8], &'a mut [f32]);
+        impl RowUser for Dequantize<'_> {
+            type Output = ();
+
+            fn with<R: RowCodec>(self) {
+                R::decode(self.0, self.1);
+            }
+        }
+        self.rows(Dequantize(bytes, out));
+    }
+
+    /// Calls `user` with the format's decoder.
+    pub(super) fn rows<U: RowUser>(self, user: U) -> U::Output {
+        match self {
+            Self::F32 => user.with::<Blocks<F32, 4, 1>>(),
+            Self::F16 => user.with::<Blocks<F16, 2, 1>>(),
+            Self::BF16 => user.with::<Blocks<BF16, 2, 1>>(),
+            Self::Q8_0 => user.with::<Blocks<Q8_0, 34, 32>>(),
+            Self::Q4_0 => user.with::<Blocks<Q4_0, 18, 32>>(),
+            Self::Q4_1 => user.with::<Blocks<Q4_1, 20, 32>>(),
+            Self::Q5_0 => user.with::<Blocks<Q5_0, 22, 32>>(),
+            Self::Q5_1 => user.with::<Blocks<Q5_1, 24, 32>>(),
+            Self::Q4_K => user.with::<Blocks<Q4_K, 144, 256>>(),
+            Self::Q6_K => user.with::<Blocks<Q6_K, 210, 256>>(),
+        }
+    }
+}
+
+/// Decodes one block. A type and not a function, so that the compiler has nothing to decide about inlining it.
+trait Decode<const BYTES: usize, const LEN: usize> {
+    fn decode(bytes: &[u8; BYTES], out: &mut [f32; LEN]);
+}
+
+/// Rows of blocks.
+struct Blocks<D, const BYTES: usize, const LEN: usize>(PhantomData<D>);
+
+impl<D: Decode<BYTES, LEN>, const BYTES: usize, const LEN: usize> RowCodec for Blocks<D, BYTES, LEN> {
+    #[inline(always)]
+    fn decode(bytes: &[u8], out: &mut [f32]) {
+        let (bytes, _) = bytes.as_chunks::<BYTES>();
+        let (out, _) = out.as_chunks_mut::<LEN>();
+        for index in 0..bytes.len().min(out.len()) {
+            D::decode(&bytes[index], &mut out[index]);
+        }
+    }
+
+    #[inline(always)]
+    fn dot(bytes: &[u8], x: &[f32]) -> f32 {
+        let (bytes, _) = bytes.as_chunks::<BYTES>();
+        let (x, _) = x.as_chunks::<LEN>();
+        let mut sums = [0.0; LANES];
+        for index in 0..bytes.len().min(x.len()) {
+            let mut values = [0.0; LEN];
+            D::decode(&bytes[index], &mut values);
+            accumulate(&mut sums, &values, &x[index]);
+        }
+        sums.iter().sum()
+    }
+}
+
+macro_rules! formats {
+    ($($name:ident $bytes:literal $len:literal $decode:ident;)*) => {$(
+        #[allow(non_camel_case_types)] // The formats' own names.
+        struct $name;
+
+        impl Decode<$bytes, $len> for $name {
+            #[inline(always)]
+            fn decode(bytes: &[u8; $bytes], out: &mut [f32; $len]) {
+                $decode(bytes, out);
+            }
+        }
+    )*};
+}
+
+formats! {
+    F32 4 1 f32;
+    F16 2 1 f16;
+    BF16 2 1 bf16;
+    Q8_0 34 32 q8_0;
+    Q4_0 18 32 q4_0;
+    Q4_1 20 32 q4_1;
+    Q5_0 22 32 q5_0;
+    Q5_1 24 32 q5_1;
+    Q4_K 144 256 q4_k;
+    Q6_K 210 256 q6_k;
+}
+
+#[inline(always)]
+fn f32(bytes: &[u8; 4], out: &mut [f32; 1]) {
+    out[0] = f32::from_le_bytes(*bytes);
+}
+
+#[inline(always)]
+fn f16(bytes: &[u8; 2], out: &mut [f32; 1]) {
+    out[0] = half_at(bytes, 0);
+}
+
+#[inline(always)]
+fn bf16(bytes: &[u8; 2], out: &mut [f32; 1]) {
+    out[0] = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
+}
+
+/// The half at byte `at`, widened. By integers: a decoder must be vectorized whole, which a call to the machine's own conversion,
+/// looked up at run time, prevents.
+#[inline(always)]
+fn half_at(bytes: &[u8], at: usize) -> f32 {
+    let half = u32::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+    let (exponent, mantissa) = (half & 0x7c00, half & 0x03ff);
+    // 2^112 is what the exponents' biases differ by; the product is exact for subnormal numbers too.
+    let finite = f32::from_bits((half & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+    let magnitude = if exponent == 0x7c00 { 0x7f80_0000 | mantissa << 13 } else { finite.to_bits() };
+    f32::from_bits(magnitude | (half & 0x8000) << 16)
+}
+
+#[inline(always)]
+fn q8_0(bytes: &[u8; 34], out: &mut [f32; 32]) {
+    let scale = half_at(bytes, 0);
+    for index in 0..32 {
+        out[index] = scale * f32::from(bytes[2 + index] as i8);
+    }
+}
+
+#[inline(always)]
+fn q4_0(bytes: &[u8; 18], out: &mut [f32; 32]) {
+    let (scale, quants) = (half_at(bytes, 0), nibbles(&bytes[2..]));
+    for index in 0..32 {
+        out[index] = scale * (f32::from(quants[index]) - 8.0);
+    }
+}
+
+#[inline(always)]
+fn q4_1(bytes: &[u8; 20], out: &mut [f32; 32]) {
+    let (scale, minimum, quants) = (half_at(bytes, 0), half_at(bytes, 2), nibbles(&bytes[4..]));
+    for index in 0..32 {
+        out[index] = scale * f32::from(quants[index]) + minimum;
+    }
+}
+
+#[inline(always)]
+fn q5_0(bytes: &[u8; 22], out: &mut [f32; 32]) {
+    let (scale, quants) = (half_at(bytes, 0), with_fifth(nibbles(&bytes[6..]), &bytes[2..6]));
+    for index in 0..32 {
+        out[index] = scale * (f32::from(quants[index]) - 16.0);
+    }
+}
+
+#[inline(always)]
+fn q5_1(bytes: &[u8; 24], out: &mut [f32; 32]) {
+    let (scale, minimum) = (half_at(bytes, 0), half_at(bytes, 2));
+    let quants = with_fifth(nibbles(&bytes[8..]), &bytes[4..8]);
+    for index in 0..32 {
+        out[index] = scale * f32::from(quants[index]) + minimum;
+    }
+}
+
+/// Adds 16 where an element's bit of `fifth` is set.
+#[inline(always)]
+fn with_fifth(mut quants: [u8; 32], fifth: &[u8]) -> [u8; 32] {
+    let fifth = u32::from_le_bytes([fifth[0], fifth[1], fifth[2], fifth[3]]);
+    for index in 0..32 {
+        quants[index] |= ((fifth >> index) as u8 & 1) << 4;
+    }
+    quants
+}
+
+/// Low halves of 16 bytes are the first 16 elements, high halves the other 16.
+#[inline(always)]
+fn nibbles(bytes: &[u8]) -> [u8; 32] {
+    // All bytes before all floats: two loops that become vector instructions, which one loop does not.
+    let mut quants = [0u8; 32];
+    for index in 0..16 {
+        quants[index] = bytes[index] & 0x0f;
+    }
+    for index in 0..16 {
+        quants[index + 16] = bytes[index] >> 4;
+    }
+    quants
+}
+
+#[inline(always)]
+fn q4_k(bytes: &[u8; 144], out: &mut [f32; 256]) {
+    let (scale, minimum) = (half_at(bytes, 0), half_at(bytes, 2));
+    let (quants, _) = bytes[16..].as_chunks::<32>();
+    let (out, _) = out.as_chunks_mut::<32>();
+    for group in 0..8 {
+        let (six_scale, six_minimum) = q4_k_scale(&bytes[4..16], group);
+        let (scale, minimum) = (scale * f32::from(six_scale), minimum * f32::from(six_minimum));
+        // 32 bytes serve two groups: their low halves the even one, their high halves the odd one.
+        let (pair, shift, mut quants) = (&quants[group / 2], group % 2 * 4, [0u8; 32]);
+        for index in 0..32 {
+            quants[index] = pair[index] >> shift & 0x0f;
+        }
+        for index in 0..32 {
+            out[group][index] = scale * f32::from(quants[index]) - minimum;
+        }
+    }
+}
+
+/// The 6-bit scale and minimum of a group out of the 12 bytes that hold all eight pairs.
+///
+/// Groups 0 to 3 use the low six bits of bytes 0 to 7; groups 4 to 7 the halves of bytes 8 to 11, with their upper
+/// two bits in what bytes 0 to 7 leave free.
+#[inline(always)]
+fn q4_k_scale(packed: &[u8], group: usize) -> (u8, u8) {
+    if group < 4 {
+        (packed[group] & 63, packed[group + 4] & 63)
+    } else {
+        let halves = packed[group + 4];
+        ((halves & 0x0f) | (packed[group - 4] >> 6 << 4), (halves >> 4) | (packed[group] >> 6 << 4))
+    }
+}
+
+#[inline(always)]
+fn q6_k(bytes: &[u8; 210], out: &mut [f32; 256]) {
+    let scale = half_at(bytes, 208);
+    let (out, _) = out.as_chunks_mut::<16>();
+    // Each half of the block has 64 bytes of low bits and 32 of high bits; a quarter of it is 32 elements in two groups.
+    for part in 0..2 {
+        let (low, high) = (&bytes[part * 64..][..64], &bytes[128 + part * 32..][..32]);
+        let mut quants = [0u8; 128];
+        for i in 0..32 {
+            quants[i] = low[i] & 0x0f | (high[i] & 3) << 4;
+        }
+        for i in 0..32 {
+            quants[i + 32] = low[i + 32] & 0x0f | (high[i] >> 2 & 3) << 4;
+        }
+        for i in 0..32 {
+            quants[i + 64] = low[i] >> 4 | (high[i] >> 4 & 3) << 4;
+        }
+        for i in 0..32 {
+            quants[i + 96] = low[i + 32] >> 4 | high[i] >> 6 << 4;
+        }
+        let (quants, _) = quants.as_chunks::<16>();
+        for group in 0..8 {
+            let scale = scale * f32::from(bytes[192 + part * 8 + group] as i8);
+            for i in 0..16 {
+                out[part * 8 + group][i] = scale * (f32::from(quants[group][i]) - 32.0);
+            }
+        }
+    }
+}
+
+/// The name of a `ggml_type` that is not supported here.
+fn ggml_name(number: u32) -> String {
+    let name = match number {
+        9 => "Q8_1",
+        10 => "Q2_K",
+        11 => "Q3_K",
+        13 => "Q5_K",
+        15 => "Q8_K",
+        16 => "IQ2_XXS",
+        17 => "IQ2_XS",
+        18 => "IQ3_XXS",
+        19 => "IQ1_S",
+        20 => "IQ4_NL",
+        21 => "IQ3_S",
+        22 => "IQ2_S",
+        23 => "IQ4_XS",
+        24 => "I8",
+        25 => "I16",
+        26 => "I32",
+        27 => "I64",
+        28 => "F64",
+        29 => "IQ1_M",
+        34 => "TQ1_0",
+        35 => "TQ2_0",
+        39 => "MXFP4",
+        _ => return format!("unknown ggml type {number}"),
+    };
+    format!("{name} (ggml type {number})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::f16;
+
+    #[test]
+    fn blocks_decode_to_values_worked_out_by_hand() {
+        let one = f16::from_f32(1.0).to_le_bytes();
+        let mut block = one.to_vec();
+        block.extend((0..16).map(|index| index | (15 - index) << 4));
+        let mut out = [0.0; 32];
+        BlockType::Q4_0.dequantize(&block, &mut out);
+        assert_eq!((out[0], out[15], out[16], out[31]), (-8.0, 7.0, 7.0, -8.0));
+
+        // Group 4's scale has its low bits in byte 8 and its upper two in byte 0.
+        let packed = [0b1000_0001, 0, 0, 0, 0b0100_0010, 0, 0, 0, 0x5a, 0, 0, 0];
+        assert_eq!(q4_k_scale(&packed, 0), (1, 2));
+        assert_eq!(q4_k_scale(&packed, 4), (0x2a, 0x15));
+    }
+
+    #[test]
+    fn numbers_and_formats_are_a_bijection_and_others_are_named() {
+        for kind in BlockType::ALL {
+            assert_eq!(BlockType::from_ggml(kind.ggml()), Ok(kind));
+        }
+        assert_eq!(BlockType::from_ggml(13), Err("Q5_K (ggml type 13)".to_owned()));
+        assert_eq!(BlockType::from_ggml(77), Err("unknown ggml type 77".to_owned()));
+    }
+
+    #[test]
+    fn every_half_is_widened_as_it_should_be() {
+        for bits in 0..=u16::MAX {
+            let (found, expected) = (half_at(&bits.to_le_bytes(), 0), f16::from_bits(bits).to_f32());
+            assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()), "{bits:#x}");
+        }
+    }
+}
