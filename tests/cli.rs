@@ -958,7 +958,7 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
         (vec!["train", "run.toml", "--dir", "file/run"], &["file/run", "cannot be made"]),
         (vec!["train", "run.toml", "--dir", "file"], &["file", "cannot be made"]),
     ];
-    let sets: [(&str, &[&str]); 28] = [
+    let sets: [(&str, &[&str]); 30] = [
         ("train.batchsize=2", &["--set", "train.batchsize", "unknown key", "`train.batch_size`"]),
         ("train.lora_alpha=2", &["--set", "train.lora_alpha", "`method.alpha`"]),
         ("train.batch_size=many", &["--set", "train.batch_size", "expected a whole number", "found string \"many\""]),
@@ -986,6 +986,8 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
         ("data.max_length=4", &["train.jsonl", "no row has a token to learn", "max_length", "4"]),
         ("method.target_modules=[\"query\"]", &["target_modules", "query", "selects no linear layer", "q_proj"]),
         ("method.target_modules=([)", &["target_modules", "([)"]),
+        ("model.dtype=packed", &["model", "weights", "a GGUF file", "NF4 can be made of it"]),
+        ("parallel.zero_stage=4", &["--set", "parallel.zero_stage", "expected 0, 1, 2, 3", "FULL_SHARD"]),
         ("train.eval_device=gpu", &["--set", "train.eval_device", "expected one of cpu, tch", "found \"gpu\""]),
         ("method.init=nowhere", &["nowhere/adapter_config.json", "No such file"]),
         ("method.init=other", &["other", "does not fit"]),
@@ -996,6 +998,16 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
     table.push((
         [&["train", "run.toml", "--dir", "out"], &long[..]].concat(),
         &["train.jsonl", "line 1", "more than `data.max_length` = 20", "truncate"],
+    ));
+    let floats = ["--set", "method.kind=qlora", "--set", "model.dtype=f32"];
+    table.push((
+        [&["train", "run.toml", "--dir", "out"], &floats[..]].concat(),
+        &["model.dtype", "\"packed\" or \"nf4\" with qlora"],
+    ));
+    let blocks = ["--set", "method.kind=full", "--set", "model.dtype=nf4"];
+    table.push((
+        [&["train", "run.toml", "--dir", "out"], &blocks[..]].concat(),
+        &["model.dtype", "where weights learn"],
     ));
     let freeze = ["--set", "method.kind=freeze", "--set", "method.layers={extra_modules=['wte']}"];
     table.push((

@@ -16,7 +16,7 @@ pub fn chat(args: &ChatArgs) -> Result<()> {
 }
 
 fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
-    let loaded = model::load::<B>(&args.model, device)?;
+    let loaded = model::load::<B>(&args.model, args.weights, device)?;
     let settings = Settings {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,

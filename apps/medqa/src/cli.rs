@@ -5,7 +5,7 @@ use crate::{
     chat,
     data::{self, Columns, Format, Schema},
     doctor, estimate, eval, export, fetch, launch, logits, quickstart,
-    recipe::{MethodKind, OnTooLong},
+    recipe::{Dtype, MethodKind, OnTooLong},
     schedule, train,
 };
 use anyhow::{Result, anyhow};
@@ -77,6 +77,9 @@ enum Verb {
         model: ModelArgs,
         #[command(flatten)]
         device: DeviceArgs,
+        /// How weights are held in memory; packed needs a GGUF file
+        #[arg(long, default_value = "f32")]
+        weights: Dtype,
         /// The text
         #[arg(long)]
         text: String,
@@ -195,6 +198,9 @@ pub struct EvalArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// How weights are held in memory; packed needs a GGUF file
+    #[arg(long, default_value = "f32")]
+    pub weights: Dtype,
     /// What to measure
     #[arg(long)]
     pub task: Task,
@@ -223,6 +229,9 @@ pub struct ChatArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
+    /// How weights are held in memory; packed needs a GGUF file
+    #[arg(long, default_value = "f32")]
+    pub weights: Dtype,
     /// Answer this one question and stop; without it, a conversation starts
     #[arg(long)]
     pub prompt: Option<String>,
@@ -369,6 +378,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Verb::Launch(args) => launch::launch(&args),
         Verb::Estimate(args) => estimate::estimate(&args),
         Verb::Schedule(args) => schedule::schedule(&args),
-        Verb::Logits { model, device, text, out } => logits::logits(&model, &device.device, &text, &out),
+        Verb::Logits { model, device, weights, text, out } => {
+            logits::logits((&model, weights), &device.device, &text, &out)
+        }
     }
 }

@@ -4,6 +4,7 @@ use crate::{
     backend::{Device, on},
     cli::ModelArgs,
     model,
+    recipe::Dtype as Weights,
 };
 use anyhow::{Context, Result};
 use burn::tensor::DType;
@@ -12,12 +13,12 @@ use safetensors::{Dtype, tensor::TensorView};
 use std::path::Path;
 
 /// The verb `logits`.
-pub fn logits(args: &ModelArgs, device: &Device, text: &str, out: &Path) -> Result<()> {
-    on!(device.ready()?, |B, place| write::<B>(args, place, text, out))
+pub fn logits((args, weights): (&ModelArgs, Weights), device: &Device, text: &str, out: &Path) -> Result<()> {
+    on!(device.ready()?, |B, place| write::<B>((args, weights), place, text, out))
 }
 
-fn write<B: Kernels>(args: &ModelArgs, device: &B::Device, text: &str, out: &Path) -> Result<()> {
-    let loaded = model::load::<B>(args, device)?;
+fn write<B: Kernels>((args, weights): (&ModelArgs, Weights), device: &B::Device, text: &str, out: &Path) -> Result<()> {
+    let loaded = model::load::<B>(args, weights, device)?;
     let ids = loaded.tokenizer.encode(text, true)?;
     let logits = generate::logits(&loaded.model, &ids)?.cast(DType::F32).into_data();
     let id_bytes: Vec<u8> = ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()).collect();

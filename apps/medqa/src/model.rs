@@ -2,8 +2,9 @@
 
 use crate::{adapter, cli::ModelArgs, fetch};
 use anyhow::{Context, Result};
-use burn::tensor::DType;
-use burn_llama::{ChatTemplate, Checkpoint, Llama, Message, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels};
+use burn_llama::{
+    ChatTemplate, Checkpoint, Llama, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
+};
 use std::path::Path;
 
 /// A model that is ready to compute.
@@ -13,19 +14,19 @@ pub struct Loaded<B: Kernels> {
 }
 
 /// Loads a model for evaluation, with its adapter.
-pub fn load<B: Kernels>(args: &ModelArgs, device: &B::Device) -> Result<Loaded<B>> {
+pub fn load<B: Kernels>(args: &ModelArgs, storage: impl Into<Storage>, device: &B::Device) -> Result<Loaded<B>> {
     let (checkpoint, tokenizer) = open(&args.model, args.tokenizer.as_deref())?;
-    let mut loaded = Loaded { model: checkpoint.load::<B>(DType::F32, device)?, tokenizer };
+    let mut loaded = Loaded { model: checkpoint.load::<B>(storage, device)?, tokenizer };
     if let Some(directory) = &args.adapter {
         adapter::load(&mut loaded.model, directory)?;
     }
     Ok(loaded)
 }
 
-/// Loads a model without adapters, its matrices stored as `dtype`.
-pub fn base<B: Kernels>(name: &str, dtype: DType, device: &B::Device) -> Result<Loaded<B>> {
+/// Loads a model without adapters.
+pub fn base<B: Kernels>(name: &str, storage: impl Into<Storage>, device: &B::Device) -> Result<Loaded<B>> {
     let (checkpoint, tokenizer) = open(name, None)?;
-    let model = checkpoint.load::<B>(dtype, device)?;
+    let model = checkpoint.load::<B>(storage, device)?;
     Ok(Loaded { model, tokenizer })
 }
 

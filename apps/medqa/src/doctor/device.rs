@@ -99,7 +99,7 @@ pub fn learns<B: Kernels>(subject: &Subject<B>) -> Result<String> {
 #[cfg(feature = "flex")]
 pub fn logits<B: Kernels>(subject: &Subject<B>) -> Result<String> {
     let ids = compute::sequence(subject)?;
-    let there = model::load::<Flex>(&subject.args, &Default::default())?.model;
+    let there = model::load::<Flex>(&subject.args, DType::F32, &Default::default())?.model;
     let found = compute::values(generate::logits(&subject.loaded.model, &ids)?)?;
     compute::same(&found, &compute::values(generate::logits(&there, &ids)?)?, APART)
 }

@@ -11,6 +11,7 @@ use crate::{
     model::{self, Loaded},
 };
 use anyhow::{Context, Result, bail};
+use burn::tensor::DType;
 use burn_llama::{Message, kernel::Kernels};
 use device::Trained;
 use std::cell::OnceCell;
@@ -97,7 +98,7 @@ pub fn doctor(args: &DoctorArgs) -> Result<()> {
 
 fn table<B: Kernels>(args: &DoctorArgs, device: &B::Device, rows: Vec<Row>) -> Result<()> {
     let subject = Subject {
-        loaded: model::load::<B>(&args.model, device)?,
+        loaded: model::load::<B>(&args.model, DType::F32, device)?,
         rows,
         args: args.model.clone(),
         device: device.clone(),

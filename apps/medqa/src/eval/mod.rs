@@ -37,7 +37,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
 }
 
 fn measure<B: Kernels>(args: &EvalArgs, device: &B::Device, rows: &[Row]) -> Result<Value> {
-    let loaded = model::load::<B>(&args.model, device)?;
+    let loaded = model::load::<B>(&args.model, args.weights, device)?;
     let result = match args.task {
         Task::QaLoss => qa_loss::measure(&loaded, rows, args),
         Task::Pubmedqa => pubmedqa::measure(&loaded, rows, args),

@@ -7,6 +7,7 @@ use crate::{
     model::{self, conversation},
 };
 use anyhow::Result;
+use burn::tensor::DType;
 use burn_llama::{Generate, Message, Settings, Tokenizer, kernel::Kernels};
 
 /// Questions whose answers are printed: medical, other.
@@ -53,7 +54,7 @@ impl<'a> Questions<'a> {
     }
 
     fn ask_on<B: Kernels>(&self, args: &ModelArgs, device: &B::Device) -> Result<Answers> {
-        let loaded = model::load::<B>(args, device)?;
+        let loaded = model::load::<B>(args, DType::F32, device)?;
         let settings = Settings {
             max_new_tokens: self.room(&loaded.tokenizer)?,
             eos: loaded.tokenizer.eos_ids().to_vec(),

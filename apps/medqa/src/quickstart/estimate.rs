@@ -41,7 +41,7 @@ impl Estimate {
         let tokens = lengths.iter().take(recipe.train.steps.batch_size).sum();
         let shape = shape(config);
         let parameters = shape.parameters(config.tie_word_embeddings);
-        let bytes = if recipe.model.dtype == Dtype::F32 { 4 } else { 2 };
+        let bytes = if recipe.model.dtype == Some(Dtype::F32) { 4 } else { 2 };
         Ok(Self {
             parameters,
             trained: adapters(&shape, recipe.method.lora.r as u64),

@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use super::{
-    Data, Method, MethodKind, Offload, Optimizer, Parallel, Recipe, Saving, Steps, TargetModules, VirtualTokens,
+    Data, Dtype, Method, MethodKind, Offload, Optimizer, Parallel, Recipe, Saving, Steps, TargetModules, VirtualTokens,
 };
 use crate::data::Schema;
 
@@ -14,7 +14,7 @@ type Problem = (&'static str, String);
 pub fn check(recipe: &Recipe) -> Result<(), Problem> {
     given("model.path", &recipe.model.path, "a model: a directory, a .gguf file, a hub id or `smollm2-135m-instruct`")?;
     data(&recipe.data)?;
-    method(&recipe.method)?;
+    method(&recipe.method, recipe.model.dtype)?;
     steps(&recipe.train.steps)?;
     optimizer(&recipe.train.optimizer)?;
     saving(&recipe.train.saving, recipe.data.valid.is_some())?;
@@ -46,7 +46,7 @@ fn data(data: &Data) -> Result<(), Problem> {
     within("data.max_length", data.max_length >= 2, "at least 2 tokens: one to see, one to predict", data.max_length)
 }
 
-fn method(method: &Method) -> Result<(), Problem> {
+fn method(method: &Method, dtype: Option<Dtype>) -> Result<(), Problem> {
     let Method { choice, lora, scope, tokens } = method;
     if lora.r == 0 {
         // peft's own words.
@@ -78,6 +78,11 @@ fn method(method: &Method) -> Result<(), Problem> {
         let expected = "the last n blocks as n, or the first n as -n";
         within("method.layers", layers.count != 0, expected, layers.count)?;
     }
+    let packed = dtype.is_none_or(Dtype::is_packed) || choice.kind != MethodKind::QLora;
+    within("model.dtype", packed, "\"packed\" or \"nf4\" with qlora", "floats; remove it, or take lora")?;
+    let learns = !matches!(choice.kind, MethodKind::Full | MethodKind::Freeze);
+    let floats = !dtype.is_some_and(Dtype::is_packed) || learns;
+    within("model.dtype", floats, "f32, f16 or bf16 where weights learn: blocks cannot", "blocks")?;
     virtual_tokens(tokens, choice.kind, found)
 }
 

@@ -46,7 +46,10 @@ pub enum MethodKind {
     /// Low-rank adapters beside frozen weights.
     #[default]
     Lora,
-    /// The same, magnitude and direction of the weights apart.
+    /// The same on weights that stay packed: a GGUF file's blocks, or nf4.
+    #[serde(rename = "qlora")]
+    QLora,
+    /// The same as `lora`, magnitude and direction of the weights apart.
     Dora,
     /// Factors of features.
     Ia3,
@@ -66,7 +69,7 @@ pub enum MethodKind {
 impl MethodKind {
     /// Whether it is of LoRA's family.
     pub fn is_lora(self) -> bool {
-        matches!(self, Self::Lora | Self::Dora)
+        matches!(self, Self::Lora | Self::QLora | Self::Dora)
     }
 
     /// Whether it trains virtual tokens.
@@ -77,7 +80,7 @@ impl MethodKind {
     /// The highest learning rate if the recipe names none.
     pub fn learning_rate(self) -> f64 {
         match self {
-            Self::Lora | Self::Dora => 2e-4,
+            Self::Lora | Self::QLora | Self::Dora => 2e-4,
             Self::Ia3 => 5e-3,
             Self::PTuningV2 => 5e-3,
             Self::Prompt => 3e-2,

@@ -21,6 +21,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::fetch;
+
 pub use method::{Choice, Lora, Method, MethodKind, Scope, VirtualTokens};
 pub use parallel::{Offload, Parallel};
 pub use tables::{Data, Dtype, Model, OnTooLong};
@@ -77,6 +79,12 @@ impl Recipe {
         if kind.is_lora() {
             self.method.scope.target_modules.get_or_insert_default();
         }
+        let gguf = self.model.path.to_ascii_lowercase().ends_with(".gguf") || self.model.path == fetch::SMOLLM2;
+        self.model.dtype.get_or_insert(match (kind, gguf) {
+            (MethodKind::QLora, true) => Dtype::Packed,
+            (MethodKind::QLora, false) => Dtype::Nf4,
+            _ => Dtype::F32,
+        });
         self.train.optimizer.learning_rate.get_or_insert(kind.learning_rate());
         let steps = &mut self.train.steps;
         if steps.max_steps.is_none() {

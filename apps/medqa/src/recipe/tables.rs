@@ -1,5 +1,7 @@
 //! The tables `[model]`, `[data]` and `[method]`.
 
+use burn::tensor::DType;
+use burn_llama::Storage;
 use serde::{Deserialize, Serialize};
 
 use super::value::{Source, sources};
@@ -11,21 +13,46 @@ use crate::data::{Columns, Format, Schema};
 pub struct Model {
     /// A Hugging Face directory, a GGUF file, a hub id or `smollm2-135m-instruct`.
     pub path: String,
-    /// Storage of the weights that do not learn.
-    pub dtype: Dtype,
+    /// Storage of the weights that do not learn; always there once a recipe is loaded: by default f32, with `qlora` the GGUF
+    /// file's own blocks, or nf4.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<Dtype>,
 }
 
 /// How a frozen weight is stored.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// 4 bytes.
+    /// 4 bytes
     #[default]
     F32,
-    /// 2 bytes, 10 bits of mantissa.
+    /// 2 bytes, 10 bits of mantissa
     F16,
-    /// 2 bytes, the range of f32.
+    /// 2 bytes, the range of f32
     Bf16,
+    /// The GGUF file's blocks as they are
+    Packed,
+    /// 4-bit blocks made from whatever the file holds
+    Nf4,
+}
+
+impl Dtype {
+    /// Whether weights are blocks, which cannot learn.
+    pub fn is_packed(self) -> bool {
+        matches!(self, Self::Packed | Self::Nf4)
+    }
+}
+
+impl From<Dtype> for Storage {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Self::Dense(DType::F32),
+            Dtype::F16 => Self::Dense(DType::F16),
+            Dtype::Bf16 => Self::Dense(DType::BF16),
+            Dtype::Packed => Self::Packed,
+            Dtype::Nf4 => Self::Nf4,
+        }
+    }
 }
 
 /// `[data]`

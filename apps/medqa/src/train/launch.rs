@@ -4,7 +4,7 @@ use super::{
     interrupt::Watch,
     learner,
     run::{Ended, Run},
-    setup, state,
+    state,
     world::World,
 };
 use crate::{
@@ -90,7 +90,7 @@ fn run_on<B: Kernels>(
     (device, communicator): (&B::Device, Box<dyn Communicator>),
 ) -> Result<Ended> {
     let watch = Watch::begin()?;
-    let loaded = model::base::<Autodiff<B>>(&recipe.model.path, setup::stored(recipe.model.dtype), device)?;
+    let loaded = model::base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
     let (run, model) = Run::<B>::new(recipe, options, (loaded, communicator))?;
     learner::launch(run, model, watch.interrupter())
 }

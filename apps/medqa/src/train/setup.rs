@@ -5,10 +5,9 @@ use crate::{
     adapter::{self, Adapter},
     data::{Encoded, Schema, encode, read},
     model::Loaded,
-    recipe::{Checkpointing as Recompute, Data, Dtype, MethodKind, Offload, OptimizerKind, Recipe, Scheduler},
+    recipe::{Checkpointing as Recompute, Data, MethodKind, Offload, OptimizerKind, Recipe, Scheduler},
 };
 use anyhow::{Context, Result, bail};
-use burn::tensor::DType;
 use burn_llama::{Example, Llama, Tokenizer, kernel::Kernels};
 use burn_peft::param;
 use burn_zero::{
@@ -36,7 +35,7 @@ pub fn adapt<B: Kernels>(
             let adapter = adapter::load(&mut model, directory)?;
             let fits = match &adapter {
                 Adapter::Lora(config, _) if config.use_dora => choice.kind == MethodKind::Dora,
-                Adapter::Lora(..) => choice.kind == MethodKind::Lora,
+                Adapter::Lora(..) => matches!(choice.kind, MethodKind::Lora | MethodKind::QLora),
                 Adapter::Ia3(_) => choice.kind == MethodKind::Ia3,
                 Adapter::Prompt => choice.kind.is_prompt(),
             };
@@ -55,14 +54,6 @@ pub fn adapt<B: Kernels>(
         _ => param::train_only(model, burn_peft::adapter::is_adapter),
     };
     Ok((model, Some(adapter)))
-}
-
-pub fn stored(dtype: Dtype) -> DType {
-    match dtype {
-        Dtype::F32 => DType::F32,
-        Dtype::F16 => DType::F16,
-        Dtype::Bf16 => DType::BF16,
-    }
 }
 
 pub fn optimizer(recipe: &Recipe) -> Optimizer {
