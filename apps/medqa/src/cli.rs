@@ -92,7 +92,8 @@ enum Verb {
 /// Where the verb computes.
 #[derive(Args, Clone)]
 pub struct DeviceArgs {
-    /// cpu, tch, tch:cuda:N, cuda:N, vulkan[:N] or wgpu[:N]; each needs a binary built with its feature
+    /// `cpu`, `tch`, `tch:cuda:N`, `cuda:N`, `vulkan` or `vulkan:N`, `wgpu` or `wgpu:N`; each needs a binary built with its
+    /// feature
     #[arg(long, default_value_t)]
     pub device: Device,
 }

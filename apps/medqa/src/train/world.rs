@@ -14,7 +14,7 @@ impl World {
     /// A world of one.
     pub fn alone() -> Self {
         Self {
-            communicator: Box::new(Solo::default()),
+            communicator: Box::new(Solo),
             #[cfg(feature = "mpi")]
             session: None,
         }
