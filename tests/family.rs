@@ -6,26 +6,23 @@ use burn::{
     tensor::DType,
 };
 use burn_llama::{
-    Checkpoint, Example, Layout, Llama,
+    Checkpoint, Llama,
     checkpoint::gguf::{BlockType, write},
     kernel::Kernels,
 };
 use burn_peft::{
-    Ia3Config, Linears, LoraConfig, Noise, Pass, TargetModules, adapter,
+    Ia3Config, Linears, LoraConfig, TargetModules, adapter,
     config::{Bias, InitLora},
     ia3, param,
 };
-use burn_zero::segment::{self, Checkpointing};
+use burn_zero::segment::Checkpointing;
 use laws::{
     fixture, floats, max_abs, max_diff, one_backward_at_a_time,
-    reference::{Reference, compare, examples, gradients, row_logits_differ},
+    reference::{Reference, compare, driven_rows, examples, gradients, row_logits_differ},
     tensors,
 };
 use serde_json::Value;
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 type Train = Autodiff<Flex>;
 
@@ -126,22 +123,6 @@ fn logits_and_gradients_are_peft_s() {
     }
 }
 
-/// Gradients by the segment driver.
-fn driven(model: &Llama<Train>, rows: &[Example], packed: bool, how: Checkpointing) -> BTreeMap<String, Vec<f32>> {
-    let targets: usize = rows.iter().map(Example::targets).sum();
-    let layout = Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
-    let pass = Pass::training(Noise { seed: 1, step: 2, tokens: layout.tokens(0) });
-    let batch = model.batch(rows, &layout, 1.0 / targets as f32, pass).unwrap();
-    let mut found = BTreeMap::new();
-    segment::run(model, &batch, how, &mut |ready| {
-        for gradient in ready {
-            let before = found.insert(gradient.path, floats(&gradient.value.flatten().into_data()));
-            assert!(before.is_none(), "a gradient came twice");
-        }
-    });
-    found
-}
-
 #[test]
 fn segments_give_the_same_gradients_however_rows_lie_with_dropout() {
     let _lock = one_backward_at_a_time();
@@ -150,12 +131,12 @@ fn segments_give_the_same_gradients_however_rows_lie_with_dropout() {
         let config = Config::load(&mut model, name);
         let mut model = config.train_only(model);
         let rows = examples(&reference(name));
-        let without = driven(&model, &rows, false, Checkpointing::None);
+        let without = driven_rows(&model, &rows, false, Checkpointing::None);
         model.linears_mut(&mut |_, linear| linear.adapters.iter_mut().for_each(|adapter| adapter.dropout = 0.2));
-        let kept = driven(&model, &rows, false, Checkpointing::None);
-        assert_eq!(driven(&model, &rows, false, Checkpointing::Full), kept, "{name}: recomputed");
+        let kept = driven_rows(&model, &rows, false, Checkpointing::None);
+        assert_eq!(driven_rows(&model, &rows, false, Checkpointing::Full), kept, "{name}: recomputed");
         for (path, expected) in &kept {
-            let packed = max_diff(&driven(&model, &rows, true, Checkpointing::None)[path], expected);
+            let packed = max_diff(&driven_rows(&model, &rows, true, Checkpointing::None)[path], expected);
             assert!(packed <= 2e-5 * max_abs(expected), "{name}, packed: {path} {packed:e}");
         }
         if !name.starts_with("ia3") {

@@ -10,18 +10,14 @@ use burn_peft::{
     LoraConfig, Noise, Pass, Prompt, PromptConfig, adapter, param,
     prompt::{Method, PromptTuningInit},
 };
-use burn_zero::{
-    Engine,
-    optimizer::AdamW,
-    segment::{self, Checkpointing},
-};
+use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
 use laws::{
     fixture, floats, integers, max_abs, max_diff, one_backward_at_a_time,
-    reference::{Reference, compare, examples, gradients, row_logits_differ},
+    reference::{Reference, compare, driven_rows, examples, gradients, row_logits_differ},
     tensors,
 };
 use serde_json::{Value, json};
-use std::{collections::BTreeMap, path::PathBuf};
+use std::path::PathBuf;
 
 type Train = Autodiff<Flex>;
 
@@ -103,22 +99,6 @@ fn logits_and_gradients_are_peft_s() {
     }
 }
 
-/// Gradients by the segment driver.
-fn driven(model: &Llama<Train>, rows: &[Example], packed: bool, how: Checkpointing) -> BTreeMap<String, Vec<f32>> {
-    let targets: usize = rows.iter().map(Example::targets).sum();
-    let layout = Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
-    let pass = Pass::training(Noise { seed: 1, step: 2, tokens: layout.tokens(0) });
-    let batch = model.batch(rows, &layout, 1.0 / targets as f32, pass).unwrap();
-    let mut found = BTreeMap::new();
-    segment::run(model, &batch, how, &mut |ready| {
-        for gradient in ready {
-            let before = found.insert(gradient.path, floats(&gradient.value.flatten().into_data()));
-            assert!(before.is_none(), "a gradient came twice");
-        }
-    });
-    found
-}
-
 #[test]
 fn segments_give_the_gradients_of_the_whole_however_rows_lie() {
     let _lock = one_backward_at_a_time();
@@ -132,7 +112,7 @@ fn segments_give_the_gradients_of_the_whole_however_rows_lie() {
             (true, Checkpointing::Full),
             (false, Checkpointing::Every(2)),
         ] {
-            let found = driven(&model, &rows, packed, how);
+            let found = driven_rows(&model, &rows, packed, how);
             assert!(found.keys().eq(expected.keys()), "{name}: {:?}", found.keys());
             for (path, expected) in &expected {
                 let difference = max_diff(&found[path], expected);
@@ -193,9 +173,9 @@ fn dropout_on_the_prefix_is_recomputed_alike_and_matters() {
     let rows = rows();
     for name in ["prefix", "prefix_projection"] {
         let model = whole(name, "gqa_llama3", 0.3);
-        let kept = driven(&model, &rows, true, Checkpointing::None);
-        assert_eq!(driven(&model, &rows, true, Checkpointing::Full), kept);
-        let without = driven(&whole(name, "gqa_llama3", 0.0), &rows, true, Checkpointing::None);
+        let kept = driven_rows(&model, &rows, true, Checkpointing::None);
+        assert_eq!(driven_rows(&model, &rows, true, Checkpointing::Full), kept);
+        let without = driven_rows(&whole(name, "gqa_llama3", 0.0), &rows, true, Checkpointing::None);
         assert!(kept.iter().all(|(path, g)| max_diff(g, &without[path]) > 1e-3 * max_abs(g)));
     }
 }

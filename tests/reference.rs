@@ -6,8 +6,9 @@ use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::{Tensor, TensorData},
 };
-use burn_llama::{Example, Layout, Llama, generate, kernel::Kernels};
-use burn_peft::Pass;
+use burn_llama::{Batch, Example, Layout, Llama, generate, kernel::Kernels};
+use burn_peft::{Noise, Pass};
+use burn_zero::segment::{self, Checkpointing};
 use std::collections::BTreeMap;
 
 /// The tensors of a `reference.safetensors`.
@@ -99,4 +100,33 @@ pub fn row_logits_differ<B: Kernels>(model: &Llama<B>, reference: &Reference) ->
         max_diff(&found, expected)
     };
     examples(reference).into_iter().enumerate().map(row).fold(0.0, f32::max)
+}
+
+/// Every gradient by path, made by the segment driver; each comes once.
+pub fn driven(
+    model: &Llama<Autodiff<Flex>>,
+    batch: &Batch<Autodiff<Flex>>,
+    how: Checkpointing,
+) -> BTreeMap<String, Vec<f32>> {
+    let mut found = BTreeMap::new();
+    segment::run(model, batch, how, &mut |ready| {
+        for gradient in ready {
+            let before = found.insert(gradient.path, floats(&gradient.value.flatten().into_data()));
+            assert!(before.is_none(), "a gradient came twice");
+        }
+    });
+    found
+}
+
+/// The gradients of the mean loss over rows, by the segment driver, with noise; `packed` as for [`Layout::of`].
+pub fn driven_rows(
+    model: &Llama<Autodiff<Flex>>,
+    rows: &[Example],
+    packed: bool,
+    how: Checkpointing,
+) -> BTreeMap<String, Vec<f32>> {
+    let targets: usize = rows.iter().map(Example::targets).sum();
+    let layout = Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
+    let pass = Pass::training(Noise { seed: 1, step: 2, tokens: layout.tokens(0) });
+    driven(model, &model.batch(rows, &layout, 1.0 / targets as f32, pass).unwrap(), how)
 }

@@ -11,7 +11,7 @@ use burn_zero::{
     optimizer::AdamW,
     segment::{self, Checkpointing},
 };
-use laws::{fixture, floats, max_abs, max_diff, one_backward_at_a_time, tensors};
+use laws::{fixture, floats, max_abs, max_diff, one_backward_at_a_time, reference::driven, tensors};
 use std::collections::BTreeMap;
 
 type Train = Autodiff<Flex>;
@@ -52,14 +52,7 @@ fn gradients(model: &Llama<Train>, dropout: bool, checkpointing: Checkpointing) 
     let (layout, targets) = (layout(&rows, false), rows.iter().map(Example::targets).sum::<usize>());
     let pass = if dropout { pass(&layout, 0) } else { Pass::default() };
     let batch = model.batch(&rows, &layout, 1.0 / targets as f32, pass).unwrap();
-    let mut found = BTreeMap::new();
-    segment::run(model, &batch, checkpointing, &mut |ready| {
-        for gradient in ready {
-            let before = found.insert(gradient.path, floats(&gradient.value.flatten().into_data()));
-            assert!(before.is_none(), "a gradient came twice");
-        }
-    });
-    found
+    driven(model, &batch, checkpointing)
 }
 
 #[test]
