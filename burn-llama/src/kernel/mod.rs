@@ -72,7 +72,8 @@ pub trait Kernels: LinearKernels {
     }
 
     /// Per token, `weight · -log softmax(hidden · headᵀ)[target]`: `hidden [n, features]`, `head [vocabulary, features]`.
-    /// A packed head is never trained. `wanted` says for which of the two a backward pass will follow, so that a backend may make gradients on the way.
+    /// A packed head is never trained. `wanted` says for which of the two a backward pass will follow, so that a backend may make
+    /// gradients on the way.
     fn linear_cross_entropy(
         hidden: F<Self>,
         head: Stored<Self>,
