@@ -28,6 +28,11 @@ impl<'a> Matrix<'a> {
         Self::strided(values, shape, shape[1])
     }
 
+    /// `[rows, columns]`.
+    pub fn shape(&self) -> [usize; 2] {
+        self.shape
+    }
+
     /// The same values as `[columns, rows]`.
     pub fn transposed(self) -> Self {
         let ([rows, columns], [down, right]) = (self.shape, self.strides);

@@ -6,6 +6,7 @@
 
 mod autodiff;
 mod backends;
+mod by_tensors;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "flex")]
@@ -17,25 +18,23 @@ mod stored;
 pub use stored::Stored;
 
 use crate::packed::{self, Packed};
-use burn::tensor::{DType, FloatDType, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor};
+use burn::tensor::{DType, FloatDType, Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
 
 /// Products with a weight `[out, in]` that may be stored in another type than the activations.
 pub trait LinearKernels: Backend {
     /// `y = x·Wᵀ`: `x [tokens, in]`, `weight [out, in]` in f32, f16 or bf16; `y [tokens, out]` in the type of `x`.
     fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        let weight = as_type_of::<Self>(&x, weight);
-        Self::float_matmul(x, Self::float_transpose(weight))
+        by_tensors::forward::<Self>(x, weight)
     }
 
     /// The gradient of `x`: `dx = dy·W`, with `dy [tokens, out]` and `weight [out, in]`.
     fn linear_backward_input(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        let weight = as_type_of::<Self>(&dy, weight);
-        Self::float_matmul(dy, weight)
+        by_tensors::backward_input::<Self>(dy, weight)
     }
 
     /// The gradient of the weight: `dW = dyᵀ·x`, `[out, in]`, in the type of `x`.
     fn linear_backward_weight(x: FloatTensor<Self>, dy: FloatTensor<Self>) -> FloatTensor<Self> {
-        Self::float_matmul(Self::float_transpose(dy), x)
+        by_tensors::backward_weight::<Self>(x, dy)
     }
 
     /// The values of packed rows, `[out, in]` in f32.
@@ -52,11 +51,6 @@ pub trait LinearKernels: Backend {
     fn packed_backward_input(dy: FloatTensor<Self>, weight: &Packed<Self>) -> FloatTensor<Self> {
         packed::backward_input(dy, weight)
     }
-}
-
-/// `weight` in the type of `x`; the same tensor if it has it already.
-fn as_type_of<B: Backend>(x: &FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
-    if x.dtype() == weight.dtype() { weight } else { B::float_cast(weight, float_dtype(x.dtype())) }
 }
 
 fn float_dtype(dtype: DType) -> FloatDType {

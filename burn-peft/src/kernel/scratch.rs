@@ -23,3 +23,12 @@ pub fn with_scratch<R>(n: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     SCRATCH.set(scratch);
     result
 }
+
+/// Memory for `n` values, every one of which the caller writes before anything reads it.
+#[allow(clippy::uninit_vec)]
+pub fn unwritten(n: usize) -> Vec<f32> {
+    let mut values = Vec::with_capacity(n);
+    // SAFETY: the capacity is there, every bit pattern is an f32, and the callers write before they read.
+    unsafe { values.set_len(n) };
+    values
+}

@@ -106,12 +106,12 @@ pub(crate) trait RowUser {
 }
 
 /// Independent sums of a product: two registers of AVX2, one of AVX-512.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Adds `Σ aᵢ·bᵢ` to the sums, one after the other.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // As in the decoders.
-fn accumulate<const LEN: usize>(sums: &mut [f32; LANES], a: &[f32; LEN], b: &[f32; LEN]) {
+pub(crate) fn accumulate<const LEN: usize>(sums: &mut [f32; LANES], a: &[f32; LEN], b: &[f32; LEN]) {
     let (a, a_rest) = a.as_chunks::<LANES>();
     let (b, b_rest) = b.as_chunks::<LANES>();
     for chunk in 0..a.len() {

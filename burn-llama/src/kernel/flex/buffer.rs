@@ -4,7 +4,7 @@ use burn::tensor::{DType, Shape, TensorData, bf16, f16};
 use burn_flex::FlexTensor;
 use std::borrow::Cow;
 
-pub(super) use burn_peft::kernel::scratch::with_scratch;
+pub(super) use burn_peft::kernel::scratch::{unwritten, with_scratch};
 
 /// The tensor with its values in order from the start of its buffer.
 pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {
@@ -39,13 +39,4 @@ pub(super) fn integers(data: TensorData) -> Vec<i32> {
 /// A tensor of the given values.
 pub(super) fn tensor(values: Vec<f32>, shape: &[usize]) -> FlexTensor {
     FlexTensor::from_data(TensorData::new(values, Shape::from(shape.to_vec())))
-}
-
-/// Memory for `n` values, every one of which the caller writes before anything reads it.
-#[allow(clippy::uninit_vec)]
-pub(super) fn unwritten(n: usize) -> Vec<f32> {
-    let mut values = Vec::with_capacity(n);
-    // SAFETY: the capacity is there, every bit pattern is an f32, and the callers in this folder write before they read.
-    unsafe { values.set_len(n) };
-    values
 }

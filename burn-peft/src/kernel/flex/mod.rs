@@ -1,0 +1,68 @@
+//! The products of a linear layer on Flex's own buffers: nothing is cleared before it is written, and no weight is copied,
+//! whatever it is stored in.
+
+mod dense;
+mod floats;
+mod rows;
+
+use super::{LinearKernels, by_tensors, float_dtype};
+use crate::packed::Packed;
+use burn::{
+    backend::Flex,
+    tensor::{DType, FloatDType, Shape, TensorData, ops::FloatTensorOps},
+};
+use burn_flex::FlexTensor;
+use rows::Rows;
+
+impl LinearKernels for Flex {
+    fn linear_forward(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
+        match x.dtype() {
+            DType::F64 => by_tensors::forward::<Self>(x, weight),
+            _ => in_f32(x, |x| rows::forward(x, &Rows::floats(weight))),
+        }
+    }
+
+    fn linear_backward_input(dy: FlexTensor, weight: FlexTensor) -> FlexTensor {
+        match dy.dtype() {
+            DType::F64 => by_tensors::backward_input::<Self>(dy, weight),
+            _ => in_f32(dy, |dy| rows::backward_input(dy, &Rows::floats(weight))),
+        }
+    }
+
+    fn linear_backward_weight(x: FlexTensor, dy: FlexTensor) -> FlexTensor {
+        if x.dtype() == DType::F64 {
+            return by_tensors::backward_weight::<Self>(x, dy);
+        }
+        let dy = float(dy);
+        in_f32(x, |x| dense::with_matrix(x, |x| dense::with_matrix(&dy, |dy| dense::product(dy.transposed(), x))))
+    }
+
+    fn unpack(weight: &Packed<Self>) -> FlexTensor {
+        Rows::packed(weight).unpack()
+    }
+
+    fn packed_forward(x: FlexTensor, weight: &Packed<Self>) -> FlexTensor {
+        in_f32(x, |x| rows::forward(x, &Rows::packed(weight)))
+    }
+
+    fn packed_backward_input(dy: FlexTensor, weight: &Packed<Self>) -> FlexTensor {
+        in_f32(dy, |dy| rows::backward_input(dy, &Rows::packed(weight)))
+    }
+}
+
+/// A tensor of the given values.
+fn tensor(values: Vec<f32>, shape: [usize; 2]) -> FlexTensor {
+    FlexTensor::from_data(TensorData::new(values, Shape::from(shape)))
+}
+
+/// In f32; f64 only where a weight of f64 meets activations that are not.
+fn float(x: FlexTensor) -> FlexTensor {
+    if x.dtype() == DType::F32 { x } else { Flex::float_cast(x, FloatDType::F32) }
+}
+
+/// Runs `work` on f32 and gives the result the type of `x`.
+fn in_f32(x: FlexTensor, work: impl FnOnce(&FlexTensor) -> FlexTensor) -> FlexTensor {
+    let dtype = x.dtype();
+    let result = work(&float(x));
+    if dtype == DType::F32 { result } else { Flex::float_cast(result, float_dtype(dtype)) }
+}

@@ -1,0 +1,244 @@
+//! Products with rows of any storage: many rows of activations by tiles of decoded rows, few by a product of every stored row
+//! with each of them. Rows of f32 are multiplied where they lie.
+
+use super::{dense, float, floats, tensor};
+use crate::{
+    kernel::{
+        matrix::{Matrix, Output, Threads, product},
+        scratch::{unwritten, vectorized, with_scratch},
+    },
+    packed::{Codec, Packed, RowCodec, RowUser},
+};
+use burn::{backend::Flex, tensor::DType};
+use burn_flex::FlexTensor;
+use rayon::prelude::*;
+
+const _: () = assert!(cfg!(target_endian = "little"), "words are read as the bytes that they were made of");
+
+/// Up to this many rows of activations meet the packed rows directly.
+const FEW: usize = 8;
+/// Values of a tile: it stays in the second-level cache while it is multiplied.
+const TILE: usize = 1 << 18;
+/// Values that a thread decodes at a time.
+const CHUNK: usize = 1 << 15;
+/// Products with fewer values are not worth waking other threads.
+const SERIAL: usize = 1 << 17;
+
+/// What a row is made of.
+#[derive(Clone, Copy)]
+enum Kind {
+    Floats(DType),
+    Packed(Codec),
+}
+
+impl Kind {
+    fn row_bytes(self, features: usize) -> usize {
+        match self {
+            Self::Floats(dtype) => features * dtype.size(),
+            Self::Packed(codec) => codec.row_bytes(features),
+        }
+    }
+
+    fn rows<U: RowUser>(self, user: U) -> U::Output {
+        match self {
+            Self::Floats(dtype) => floats::rows(dtype, user),
+            Self::Packed(codec) => codec.rows(user),
+        }
+    }
+}
+
+/// The rows of a weight as bytes.
+pub(super) struct Rows {
+    stored: FlexTensor,
+    kind: Kind,
+    out: usize,
+    features: usize,
+    /// From one row to the next.
+    stride: usize,
+}
+
+impl Rows {
+    /// Those of a weight of floats; f64 is narrowed.
+    pub(super) fn floats(weight: FlexTensor) -> Self {
+        let weight = if weight.dtype() == DType::F64 { float(weight) } else { weight };
+        let (stored, kind) = (weight.to_contiguous(), Kind::Floats(weight.dtype()));
+        let [out, features] = stored.layout().shape().dims();
+        Self { stored, kind, out, features, stride: kind.row_bytes(features) }
+    }
+
+    /// Those of a packed weight.
+    pub(super) fn packed(weight: &Packed<Flex>) -> Self {
+        let stored = weight.words().clone().into_primitive().to_contiguous();
+        let ([out, features], [_, words]) = (weight.shape(), weight.words().dims());
+        Self { stored, kind: Kind::Packed(weight.codec()), out, features, stride: words * 4 }
+    }
+
+    /// All values, `[out, in]`.
+    pub(super) fn unpack(&self) -> FlexTensor {
+        let mut values = unwritten(self.out * self.features);
+        self.decode(0, &mut values);
+        tensor(values, [self.out, self.features])
+    }
+
+    /// The matrix, if the rows are f32.
+    fn matrix(&self) -> Option<Matrix<'_>> {
+        matches!(self.kind, Kind::Floats(DType::F32)).then(|| dense::matrix(&self.stored))
+    }
+
+    /// The bytes from row `first` on.
+    fn from(&self, first: usize) -> Bytes<'_> {
+        let bytes = &self.stored.bytes()[first * self.stride..];
+        Bytes { bytes, stride: self.stride, length: self.kind.row_bytes(self.features), features: self.features }
+    }
+
+    /// Decodes rows from `first` until `out` is full.
+    fn decode(&self, first: usize, out: &mut [f32]) {
+        let step = (CHUNK / self.features).max(1);
+        out.par_chunks_mut(step * self.features).enumerate().for_each(|(chunk, out)| {
+            self.kind.rows(Decode { rows: self.from(first + chunk * step), out });
+        });
+    }
+
+    /// Calls `work` with the first row and the values of one tile after the other.
+    fn tiles(&self, mut work: impl FnMut(usize, Matrix<'_>, usize)) {
+        let step = (TILE / self.features).max(1).min(self.out);
+        with_scratch(step * self.features, |tile| {
+            for first in (0..self.out).step_by(step) {
+                let rows = step.min(self.out - first);
+                let tile = &mut tile[..rows * self.features];
+                self.decode(first, tile);
+                work(first, Matrix::new(tile, [rows, self.features]), rows);
+            }
+        });
+    }
+}
+
+/// Bytes of some rows one after the other.
+#[derive(Clone, Copy)]
+struct Bytes<'a> {
+    bytes: &'a [u8],
+    /// From one row to the next.
+    stride: usize,
+    /// Of a row.
+    length: usize,
+    features: usize,
+}
+
+impl<'a> Bytes<'a> {
+    #[inline(always)]
+    fn row(&self, index: usize) -> &'a [u8] {
+        &self.bytes[index * self.stride..][..self.length]
+    }
+}
+
+/// Decodes rows until `out` is full.
+struct Decode<'a> {
+    rows: Bytes<'a>,
+    out: &'a mut [f32],
+}
+
+impl RowUser for Decode<'_> {
+    type Output = ();
+
+    fn with<R: RowCodec>(self) {
+        let Self { rows, out } = self;
+        vectorized(
+            #[inline(always)]
+            || {
+                for index in 0..out.len() / rows.features {
+                    R::decode(rows.row(index), &mut out[index * rows.features..][..rows.features]);
+                }
+            },
+        )
+    }
+}
+
+/// The products of rows with every row of `x`, until `y` is full.
+struct Multiply<'a> {
+    rows: Bytes<'a>,
+    x: &'a [f32],
+    y: &'a mut [f32],
+}
+
+impl RowUser for Multiply<'_> {
+    type Output = ();
+
+    fn with<R: RowCodec>(self) {
+        let Self { rows, x, y } = self;
+        let tokens = x.len() / rows.features;
+        vectorized(
+            #[inline(always)]
+            || {
+                for (index, y) in y.iter_mut().enumerate() {
+                    let (row, token) = (index / tokens, index % tokens);
+                    *y = R::dot(rows.row(row), &x[token * rows.features..][..rows.features]);
+                }
+            },
+        )
+    }
+}
+
+/// `x·Wᵀ [tokens, out]`.
+pub(super) fn forward(x: &FlexTensor, rows: &Rows) -> FlexTensor {
+    let [tokens, features] = x.layout().shape().dims();
+    assert_eq!(features, rows.features, "{features} features meet a weight of {}", rows.features);
+    let mut y = unwritten(tokens * rows.out);
+    if tokens <= FEW {
+        let x = x.to_contiguous();
+        few(&mut y, x.storage::<f32>(), rows);
+    } else if let Some(weight) = rows.matrix() {
+        let to = Output { values: &mut y, stride: rows.out, add: false };
+        dense::with_matrix(x, |x| product(to, x, weight.transposed(), 1.0, Threads::All));
+    } else {
+        dense::with_matrix(x, |x| {
+            rows.tiles(|first, tile, _| {
+                let to = Output { values: &mut y[first..], stride: rows.out, add: false };
+                product(to, x, tile.transposed(), 1.0, Threads::All);
+            });
+        });
+    }
+    tensor(y, [tokens, rows.out])
+}
+
+/// `x·Wᵀ [tokens, out]`, straight from the stored rows.
+fn few(y: &mut [f32], x: &[f32], rows: &Rows) {
+    let tokens = x.len() / rows.features;
+    if tokens == 1 {
+        return across(y, x, rows);
+    }
+    let mut columns = unwritten(y.len());
+    across(&mut columns, x, rows);
+    for (row, columns) in columns.chunks_exact(tokens.max(1)).enumerate() {
+        columns.iter().enumerate().for_each(|(token, &value)| y[token * rows.out + row] = value);
+    }
+}
+
+/// `W·xᵀ [out, tokens]`.
+fn across(y: &mut [f32], x: &[f32], rows: &Rows) {
+    let (tokens, step) = (x.len() / rows.features, (CHUNK / rows.features).max(1));
+    let work = |(chunk, y)| rows.kind.rows(Multiply { rows: rows.from(chunk * step), x, y });
+    if rows.out * x.len() < SERIAL {
+        y.chunks_mut((step * tokens).max(1)).enumerate().for_each(work);
+    } else {
+        y.par_chunks_mut(step * tokens).enumerate().for_each(work);
+    }
+}
+
+/// `dy·W [tokens, in]`.
+pub(super) fn backward_input(dy: &FlexTensor, rows: &Rows) -> FlexTensor {
+    let [tokens, out] = dy.layout().shape().dims();
+    assert_eq!(out, rows.out, "the gradient of {out} outputs meets a weight of {}", rows.out);
+    if let Some(weight) = rows.matrix() {
+        return dense::with_matrix(dy, |dy| dense::product(dy, weight));
+    }
+    let dy = dy.to_contiguous();
+    let mut dx = unwritten(tokens * rows.features);
+    if tokens > 0 {
+        rows.tiles(|first, tile, count| {
+            let to = Output { values: &mut dx, stride: rows.features, add: first > 0 };
+            let part = Matrix::strided(&dy.storage::<f32>()[first..], [tokens, count], out);
+            product(to, part, tile, 1.0, Threads::All);
+        });
+    }
+    tensor(dx, [tokens, rows.features])
+}
