@@ -2,7 +2,7 @@
 
 use crate::{
     backend::Device,
-    chat,
+    bench, chat,
     data::{self, Columns, Format, Schema},
     doctor, estimate, eval, export, fetch, launch, logits, quickstart,
     recipe::{Dtype, MethodKind, OnTooLong},
@@ -71,6 +71,8 @@ enum Verb {
     Estimate(EstimateArgs),
     /// Draw a pipeline schedule and count its bubble and its live activations
     Schedule(ScheduleArgs),
+    /// How fast a model reads, writes and learns here, and the memory that it takes, as one line of JSON
+    Bench(BenchArgs),
     /// Write the logits of every token of a text
     Logits {
         #[command(flatten)]
@@ -332,6 +334,50 @@ fn method(name: &str) -> Result<MethodKind, String> {
     }
 }
 
+/// What learns.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Learned {
+    /// Nothing: no training
+    None,
+    /// LoRA of rank 8 on q_proj and v_proj
+    Lora,
+    /// Every weight
+    Full,
+}
+
+#[derive(Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// How weights are held in memory; packed needs a GGUF file
+    #[arg(long, default_value = "f32")]
+    pub weights: Dtype,
+    /// Tokens of a sequence that is read, and of a row that is learned from
+    #[arg(long, default_value_t = 512)]
+    pub length: usize,
+    /// Tokens before the first that is written
+    #[arg(long, default_value = "32")]
+    pub prompt: NonZeroUsize,
+    /// Tokens that are written
+    #[arg(long, default_value = "64")]
+    pub new_tokens: NonZeroUsize,
+    /// What a step trains
+    #[arg(long, default_value = "lora")]
+    pub train: Learned,
+    /// Rows of a step
+    #[arg(long, default_value = "2")]
+    pub batch_size: NonZeroUsize,
+    /// With activation_checkpointing = "full"
+    #[arg(long)]
+    pub recompute: bool,
+    /// The fastest of so many rounds counts
+    #[arg(long, default_value = "3")]
+    pub rounds: NonZeroUsize,
+}
+
 #[derive(Args)]
 pub struct ScheduleArgs {
     /// Ranks, each with one stage or, interleaved, several
@@ -379,6 +425,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Verb::Launch(args) => launch::launch(&args),
         Verb::Estimate(args) => estimate::estimate(&args),
         Verb::Schedule(args) => schedule::schedule(&args),
+        Verb::Bench(args) => bench::bench(&args),
         Verb::Logits { model, device, weights, text, out } => {
             logits::logits((&model, weights), &device.device, &text, &out)
         }

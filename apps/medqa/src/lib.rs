@@ -4,6 +4,7 @@
 
 mod adapter;
 mod backend;
+mod bench;
 mod chat;
 pub mod cli;
 pub mod data;

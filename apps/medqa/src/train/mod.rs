@@ -21,5 +21,5 @@ mod wire;
 mod world;
 
 pub use launch::{Options, run, train};
-pub use record::Summary;
+pub use record::{Summary, peak_rss_bytes};
 pub use world::World;

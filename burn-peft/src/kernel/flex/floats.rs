@@ -9,6 +9,7 @@ const BLOCK: usize = 64;
 
 /// The type of a float that fills `BYTES` bytes, little-endian.
 trait Float<const BYTES: usize> {
+    /// Loops over indices, as in the decoders: iterators are not always compiled into the caller.
     fn widen(bytes: &[[u8; BYTES]; BLOCK], out: &mut [f32; BLOCK]);
 }
 
@@ -22,8 +23,8 @@ impl<F: Float<BYTES>, const BYTES: usize> Floats<F, BYTES> {
     fn blocks(bytes: &[u8], mut work: impl FnMut(usize, &[f32; BLOCK], usize)) {
         let (blocks, rest) = bytes.as_chunks::<BYTES>().0.as_chunks::<BLOCK>();
         let mut values = [0.0; BLOCK];
-        for (index, block) in blocks.iter().enumerate() {
-            F::widen(block, &mut values);
+        for index in 0..blocks.len() {
+            F::widen(&blocks[index], &mut values);
             work(index, &values, BLOCK);
         }
         if !rest.is_empty() {
@@ -38,16 +39,24 @@ impl<F: Float<BYTES>, const BYTES: usize> Floats<F, BYTES> {
 impl<F: Float<BYTES>, const BYTES: usize> RowCodec for Floats<F, BYTES> {
     #[inline(always)]
     fn decode(bytes: &[u8], out: &mut [f32]) {
-        Self::blocks(bytes, |index, values, n| out[index * BLOCK..][..n].copy_from_slice(&values[..n]));
+        Self::blocks(
+            bytes,
+            #[inline(always)]
+            |index, values, n| out[index * BLOCK..][..n].copy_from_slice(&values[..n]),
+        );
     }
 
     #[inline(always)]
     fn dot(bytes: &[u8], x: &[f32]) -> f32 {
         let ((whole, rest), mut sums) = (x.as_chunks::<BLOCK>(), [0.0; LANES]);
-        Self::blocks(bytes, |index, values, n| match whole.get(index) {
-            Some(x) => accumulate(&mut sums, values, x),
-            None => values[..n].iter().zip(rest).for_each(|(value, x)| sums[0] += value * x),
-        });
+        Self::blocks(
+            bytes,
+            #[inline(always)]
+            |index, values, n| match whole.get(index) {
+                Some(x) => accumulate(&mut sums, values, x),
+                None => (0..n.min(rest.len())).for_each(|i| sums[0] += values[i] * rest[i]),
+            },
+        );
         sums.iter().sum()
     }
 }
@@ -58,23 +67,34 @@ struct F16;
 
 impl Float<4> for F32 {
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
     fn widen(bytes: &[[u8; 4]; BLOCK], out: &mut [f32; BLOCK]) {
-        *out = bytes.map(f32::from_le_bytes);
+        for i in 0..BLOCK {
+            out[i] = f32::from_le_bytes(bytes[i]);
+        }
     }
 }
 
 impl Float<2> for Bf16 {
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
     fn widen(bytes: &[[u8; 2]; BLOCK], out: &mut [f32; BLOCK]) {
-        *out = bytes.map(|bytes| f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16));
+        for i in 0..BLOCK {
+            out[i] = f32::from_bits(u32::from(u16::from_le_bytes(bytes[i])) << 16);
+        }
     }
 }
 
 impl Float<2> for F16 {
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
     fn widen(bytes: &[[u8; 2]; BLOCK], out: &mut [f32; BLOCK]) {
         // One test of what the machine has serves the whole block.
-        bytes.map(f16::from_le_bytes).as_slice().convert_to_f32_slice(out);
+        let mut halves = [f16::ZERO; BLOCK];
+        for i in 0..BLOCK {
+            halves[i] = f16::from_le_bytes(bytes[i]);
+        }
+        halves.convert_to_f32_slice(out);
     }
 }
 
