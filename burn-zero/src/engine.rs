@@ -25,7 +25,7 @@ use std::{collections::HashMap, sync::Arc};
 mod checkpoint;
 mod step;
 
-pub use checkpoint::consolidate;
+pub use checkpoint::{consolidate, restore_weights};
 
 /// What a step found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -60,6 +60,8 @@ pub struct Engine<B: AutodiffBackend> {
     /// This rank's pieces of weights in half precision, in f32.
     masters: HashMap<ParamId, Value<B::InnerBackend>>,
     scaler: Option<LossScaler>,
+    /// Whether communication and updates go on beside computation.
+    overlap: bool,
     steps: usize,
 }
 
@@ -87,6 +89,7 @@ impl<B: AutodiffBackend> Engine<B> {
             offload: None,
             masters: HashMap::new(),
             scaler: None,
+            overlap: true,
             steps: 0,
         }
     }
@@ -121,6 +124,12 @@ impl<B: AutodiffBackend> Engine<B> {
         Self { scaler: Some(scaler), ..self }
     }
 
+    /// The engine with or without communication and updates beside computation: with, unless this says otherwise. The numbers
+    /// are the same; without, every collective is waited for where it starts, and the trace shows what that costs.
+    pub fn with_overlap(self, overlap: bool) -> Self {
+        Self { overlap, ..self }
+    }
+
     /// What the loss is multiplied by in the next micro-batch; 1 without a scaler.
     pub fn loss_scale(&self) -> f64 {
         self.scaler.map_or(1.0, |scaler| scaler.scale())
@@ -142,7 +151,7 @@ impl<B: AutodiffBackend> Engine<B> {
         batch: &<M as Segments<B>>::Batch,
     ) -> Result<f64, Error> {
         self.divide(model);
-        let (queue, checkpointing) = (&self.queue, self.checkpointing);
+        let (queue, checkpointing, overlap) = (&self.queue, self.checkpointing, self.overlap);
         // A reduction of one rank is the identity: it may wait.
         let early = self.sharding.stage >= Stage::Gradients && queue.world() > 1;
         let division = self.division.as_mut().expect("the model was divided above");
@@ -150,13 +159,20 @@ impl<B: AutodiffBackend> Engine<B> {
         let mut peak = Peak::default();
         let mut sink = |segment, found| {
             gradients.add(layout, found);
-            if early { gradients.reduce_after(layout, segment, queue) } else { Ok(()) }
+            if early {
+                gradients.reduce_after(layout, segment, queue)?;
+                if !overlap {
+                    gradients.settle_all(layout)?;
+                }
+            }
+            Ok(())
         };
         let run = || match &division.weights {
             None => segment::drive::<B, M, _>(&mut Resident::new(model), batch, checkpointing, &mut sink),
             Some(weights) => {
                 let place = Place { layout, queue, device: &division.device };
-                let mut source = Gathered::new(model.clone(), weights, place, checkpointing, &mut peak);
+                let ahead = usize::from(overlap);
+                let mut source = Gathered::new(model.clone(), weights, place, (checkpointing, ahead), &mut peak);
                 segment::drive::<B, M, _>(&mut source, batch, checkpointing, &mut sink)
             }
         };

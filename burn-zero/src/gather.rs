@@ -201,6 +201,8 @@ pub(crate) struct Gathered<'a, B: AutodiffBackend, M> {
     visits: Vec<Visit>,
     /// The visit that is under way or next.
     now: usize,
+    /// For how many visits after this one weights are gathered ahead.
+    ahead: usize,
     coming: HashMap<usize, Gathering<B::InnerBackend>>,
     live: usize,
     peak: &'a mut Peak,
@@ -212,11 +214,11 @@ impl<'a, B: AutodiffBackend, M: Module<B>> Gathered<'a, B, M> {
         model: M,
         weights: &'a Weights<B::InnerBackend>,
         place: Place<'a, B::InnerBackend>,
-        checkpointing: Checkpointing,
+        (checkpointing, ahead): (Checkpointing, usize),
         peak: &'a mut Peak,
     ) -> Self {
         let visits = visits(place.layout, checkpointing);
-        Self { model: Some(model), weights, place, visits, now: 0, coming: HashMap::new(), live: 0, peak }
+        Self { model: Some(model), weights, place, visits, now: 0, ahead, coming: HashMap::new(), live: 0, peak }
     }
 
     fn map(&mut self, mapper: &mut impl ModuleMapper<B>) {
@@ -259,7 +261,9 @@ impl<B: AutodiffBackend, M: Module<B>> Source<M> for Gathered<'_, B, M> {
             let whole = gathering.wait(layout, &layout.buckets[index], device)?;
             values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
         }
-        self.start(self.now + 1);
+        for next in 1..=self.ahead {
+            self.start(self.now + next);
+        }
         if !values.is_empty() {
             self.map(&mut Put { values });
         }

@@ -60,7 +60,7 @@ pub mod schedule;
 pub mod segment;
 mod sharded;
 
-pub use engine::{Engine, StepReport, consolidate};
+pub use engine::{Engine, StepReport, consolidate, restore_weights};
 pub use error::Error;
 pub use offload::Tier;
 pub use partition::{ALIGN, Sharding};

@@ -6,7 +6,7 @@ use crate::{
     gather::Put,
     offload::{Offload, Snapshot},
     optimizer::State,
-    partition::{ALIGN, Layout, Parameter, Piece},
+    partition::{ALIGN, Layout, Parameter, Piece, Sharding},
     segment::{TrainSegments, Value},
 };
 use burn::{
@@ -204,6 +204,28 @@ impl<B: AutodiffBackend> Engine<B> {
         let state = SavedState { step, slots, scales: scales.try_into().ok() };
         Ok((!range.is_empty()).then_some(state))
     }
+}
+
+/// Puts the parameters of a saved state into a model, and nothing of what the optimizer remembers: for a model that is to be
+/// used, not trained on. Which ranks and which stage have saved it does not matter.
+///
+/// # Errors
+/// As [`Engine::restore`].
+pub fn restore_weights<B: AutodiffBackend, M: TrainSegments<B>>(model: M, path: &Path) -> Result<M, Error> {
+    let maps = Maps::open(path)?;
+    let mut saved = Saved::read(path, &maps)?;
+    let layout = Layout::new::<B, M>(&model, Sharding::default(), (0, 1));
+    let mut find = super::FindDevice::<B>(None);
+    model.visit(&mut find);
+    let device = &find.0.unwrap_or_default();
+    let mut values = HashMap::new();
+    for (index, _) in layout.trained().flat_map(|(_, bucket)| &bucket.slots) {
+        let parameter = &layout.parameters[*index];
+        let whole = saved.values(&parameter.path, &parameter.dims, 0..parameter.elements())?;
+        let value = bucket::from_vec::<B::InnerBackend>(whole, device).reshape(&parameter.dims);
+        values.insert(parameter.id, value.into_dtype(parameter.dtype));
+    }
+    Ok(model.map(&mut Put { values }))
 }
 
 /// The state of a piece as it was saved.

@@ -126,6 +126,10 @@ pub struct Schedule {
     pub scheduler: Scheduler,
     /// Steps until it is at its highest: a count, or a fraction of all steps.
     pub warmup: Warmup,
+    /// DeepSpeed's `scheduler` block, `{ type, params }`, instead of both: `"auto"` stands for `learning_rate`, `warmup` and the
+    /// steps of the run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deepspeed_scheduler: Option<toml::Table>,
 }
 
 /// Shapes of the learning rate's course after the warmup.

@@ -5,7 +5,7 @@ use super::{
     learner,
     run::{Ended, Run},
     state,
-    world::World,
+    world::{self, World},
 };
 use crate::{
     backend::{Device, on},
@@ -41,7 +41,11 @@ pub struct Options {
 
 /// The verb `train`.
 pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, (resume, device): (bool, Device)) -> Result<()> {
-    let recipe = Recipe::load(path, sets)?;
+    let (ranks, rank) = world::started();
+    let (recipe, notes) = Recipe::load(path, sets, ranks)?;
+    if rank == 0 {
+        notes.iter().for_each(|note| eprintln!("note: {note}"));
+    }
     let world = World::join()?;
     let name = path.file_stem().unwrap_or_default();
     let directory = directory.unwrap_or_else(|| Path::new("runs").join(name));

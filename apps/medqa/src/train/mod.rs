@@ -1,5 +1,6 @@
 //! Fine-tuning: from a recipe to a run folder.
 
+mod consolidate;
 mod dashboards;
 mod elsewhere;
 mod figures;
@@ -20,6 +21,7 @@ mod wandb;
 mod wire;
 mod world;
 
+pub use consolidate::consolidate;
 pub use launch::{Options, run, train};
 pub use record::Summary;
 pub use world::World;

@@ -25,7 +25,7 @@ use std::{
 };
 
 /// The file of a checkpoint that holds what learns and what the optimizer remembers.
-const STATE: &str = "training.safetensors";
+pub const STATE: &str = "training.safetensors";
 
 /// A run under way.
 pub struct Run<B: Kernels> {
@@ -77,6 +77,7 @@ impl<B: Kernels> Run<B> {
         let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
         let engine = Engine::new(setup::optimizer(&recipe), clip, setup::checkpointing(&recipe));
         let engine = engine.with_groups(setup::groups(&recipe)).in_world(communicator, setup::sharding(&recipe));
+        let engine = engine.with_overlap(recipe.parallel.division.overlap);
         let mut engine = engine.with_states_in(&setup::tier(&recipe))?;
         let first = engine.rank() == 0;
         let directory = options.directory.clone();
@@ -209,7 +210,7 @@ impl<B: Kernels> Run<B> {
         let targets: usize = rows.iter().map(Example::targets).sum();
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
         let loss = self.accumulate(model, (&rows, targets), step)?;
-        let learning_rate = setup::schedule(&self.recipe, steps).at(step);
+        let learning_rate = setup::learning_rate(&self.recipe, step, steps)?;
         let report = self.engine.step(model, learning_rate)?;
         let seconds = begin.elapsed().as_secs_f64();
         self.progress.tokens += tokens;

@@ -5,7 +5,7 @@ use crate::{
     adapter::{self, Adapter},
     data::{Encoded, Schema, encode, read},
     model::Loaded,
-    recipe::{Checkpointing as Recompute, Data, MethodKind, Offload, OptimizerKind, Recipe, Scheduler},
+    recipe::{self, Checkpointing as Recompute, Data, MethodKind, OptimizerKind, Place, Recipe, Scheduler},
 };
 use anyhow::{Context, Result, bail};
 use burn_llama::{Example, Llama, Tokenizer, kernel::Kernels};
@@ -77,17 +77,23 @@ pub fn groups(recipe: &Recipe) -> Groups {
 
 /// What is divided among ranks.
 pub fn sharding(recipe: &Recipe) -> Sharding {
-    Sharding { stage: recipe.parallel.zero_stage, bucket_size: recipe.parallel.bucket_size }
+    let recipe::Division { zero_stage: stage, bucket_size, .. } = recipe.parallel.division;
+    Sharding { stage, bucket_size }
 }
 
 /// Where optimizer states are.
 pub fn tier(recipe: &Recipe) -> Tier {
-    let parallel = &recipe.parallel;
-    match (parallel.offload_optimizer, &parallel.nvme_path) {
-        (Offload::Nvme, Some(folder)) => Tier::File(folder.into()),
+    match place(recipe, recipe.parallel.offload.offload_optimizer) {
         // 8-bit states are always the host's.
-        (Offload::None, _) if recipe.train.optimizer.optimizer == OptimizerKind::AdamW8bit => Tier::Host,
-        (Offload::None, _) => Tier::Device,
+        Tier::Device if recipe.train.optimizer.optimizer == OptimizerKind::AdamW8bit => Tier::Host,
+        tier => tier,
+    }
+}
+
+fn place(recipe: &Recipe, place: Place) -> Tier {
+    match (place, &recipe.parallel.offload.nvme_path) {
+        (Place::Nvme, Some(folder)) => Tier::File(folder.into()),
+        (Place::None, _) => Tier::Device,
         _ => Tier::Host,
     }
 }
@@ -119,9 +125,17 @@ fn report(path: &str, encoded: &Encoded) {
     );
 }
 
-/// The learning rate over `total` steps.
-pub fn schedule(recipe: &Recipe, total: usize) -> Schedule {
+/// The learning rate of a step, counted from 0, of `total`.
+///
+/// # Errors
+/// If DeepSpeed's scheduler cannot be in a run of so many steps.
+pub fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> {
     let train = &recipe.train;
+    let (peak, warmup) = (train.optimizer.learning_rate.unwrap_or_default(), train.schedule.warmup.steps(total));
+    if let Some(block) = &train.schedule.deepspeed_scheduler {
+        let schedule = recipe::deepspeed_schedule(block, peak, (warmup, total));
+        return Ok(schedule.context("`train.deepspeed_scheduler`")?.at(step as u64));
+    }
     let kind = match train.schedule.scheduler {
         Scheduler::Constant => Kind::Constant,
         Scheduler::Linear => Kind::Linear,
@@ -130,6 +144,5 @@ pub fn schedule(recipe: &Recipe, total: usize) -> Schedule {
         Scheduler::WarmupDecayLR => Kind::WarmupDecayLr,
         Scheduler::WarmupCosineLR => Kind::WarmupCosineLr,
     };
-    let peak = train.optimizer.learning_rate.unwrap_or_default();
-    Schedule { kind, peak, warmup: train.schedule.warmup.steps(total), total }
+    Ok(Schedule { kind, peak, warmup, total }.at(step))
 }
