@@ -5,8 +5,9 @@
 
 use crate::{
     Error, bucket,
-    comm::{Collectives, Pending, Queue},
+    comm::{Collectives, Lane, Pending, Queue},
     ds_config::Stage,
+    held::Held,
     partition::{Bucket, Layout, Piece},
     segment::{Gradient, Value},
 };
@@ -43,7 +44,7 @@ pub struct Peak {
 }
 
 /// A rank's gradients of a bucket by piece; none where no rank had one.
-pub(crate) type Reduced<B> = Vec<(Piece, Option<Value<B>>)>;
+pub(crate) type Reduced<B> = Vec<(Piece, Option<Held<B>>)>;
 
 impl<B: Backend> Gradients<B> {
     pub fn new(layout: &Layout) -> Self {
@@ -74,8 +75,14 @@ impl<B: Backend> Gradients<B> {
 
     /// Bytes of the gradients that are alive, buckets under way apart.
     pub fn bytes(&self) -> usize {
-        let parts: usize = self.parts.values().map(|part| part.len() * 4).sum();
-        self.whole.values().map(Value::bytes).sum::<usize>() + parts
+        let (whole, parts) = self.bytes_by_place();
+        whole + parts
+    }
+
+    /// The same, of whole gradients on the device and of this rank's parts on the host.
+    pub fn bytes_by_place(&self) -> (usize, usize) {
+        let parts = self.parts.values().map(|part| part.len() * 4).sum();
+        (self.whole.values().map(Value::bytes).sum(), parts)
     }
 
     /// The sums that wait for their bucket, by the parameter's number.
@@ -96,21 +103,33 @@ impl<B: Backend> Gradients<B> {
     }
 
     /// Sends a bucket on its way: this rank's part, which goes on from what it holds, or all of it where nothing is divided.
+    /// The gradients leave the device beside the thread that computes.
     fn reduce(&mut self, layout: &Layout, index: usize, queue: &Queue) -> Result<(), Error> {
         while self.pending.len() >= WINDOW || self.pending.iter().any(|(other, _)| *other == index) {
             self.settle(layout)?;
         }
-        let bucket = &layout.buckets[index];
-        let mut flat = bucket::flatten(bucket, |parameter| self.whole.remove(&parameter));
-        self.under_way += flat.len() * 4;
+        let bucket = layout.buckets[index].clone();
+        let parts = layout.parts;
+        let taken = bucket.slots.iter().filter_map(|(parameter, _)| Some((*parameter, self.whole.remove(parameter)?)));
+        let mut whole: HashMap<usize, Value<B>> = taken.collect();
+        self.under_way += bucket.length * 4;
         self.peak.buckets = self.peak.buckets.max(self.under_way);
-        let pending = if layout.parts == 1 {
-            queue.submit("all_reduce", move |group| group.all_reduce(&mut flat).map(|()| flat))
+        let trace = queue.trace().clone();
+        let mut flatten = move |bucket: &Bucket| {
+            let flat = || bucket::flatten(bucket, |parameter| whole.remove(&parameter));
+            trace.span_of(("to the host", index), Lane::Transfer, flat)
+        };
+        let pending = if parts == 1 && queue.world() > 1 {
+            queue.submit("all_reduce", move |group| {
+                let mut flat = flatten(&bucket);
+                group.all_reduce(&mut flat).map(|()| flat)
+            })
         } else {
-            // A sum that starts at -0 is what is added to it, the sign of a zero included.
-            let part = self.parts.remove(&index).unwrap_or_else(|| vec![-0.0; bucket.length / layout.parts]);
+            let part = self.parts.remove(&index);
             queue.submit("reduce_scatter", move |group| {
-                let mut part = part;
+                let flat = flatten(&bucket);
+                // A sum that starts at -0 is what is added to it, the sign of a zero included.
+                let mut part = part.unwrap_or_else(|| vec![-0.0; bucket.length / parts]);
                 group.reduce_scatter_onto(&flat, &mut part).map(|()| part)
             })
         };
@@ -134,12 +153,13 @@ impl<B: Backend> Gradients<B> {
         Ok(())
     }
 
-    /// Ends the step: every bucket reduced. A reduction of one rank is the identity, and nothing leaves the device for it.
+    /// Ends the step: every bucket reduced, this rank's parts on the device, if one is given. A reduction of one rank is the
+    /// identity, and nothing leaves the device for it.
     pub fn finish(
         mut self,
         layout: &Layout,
         (stage, queue): (Stage, &Queue),
-        device: &B::Device,
+        device: Option<&B::Device>,
     ) -> Result<HashMap<usize, Reduced<B>>, Error> {
         let alone = queue.world() == 1;
         if !alone && stage < Stage::Gradients {
@@ -150,9 +170,14 @@ impl<B: Backend> Gradients<B> {
         for (index, bucket) in layout.trained() {
             let part = self.parts.remove(&index);
             let gradient = |piece: Piece| {
-                let value = match &part {
-                    Some(part) => Some(bucket::from_host(&part[piece.at..piece.at + piece.range.len()], device)),
-                    None => self.whole.remove(&piece.parameter).map(|whole| Value::new(whole.flatten())),
+                let own = |part: &Vec<f32>| part[piece.at..piece.at + piece.range.len()].to_vec();
+                let value = match (&part, device) {
+                    (Some(part), Some(device)) => Some(Held::Device(bucket::from_vec(own(part), device))),
+                    (Some(part), None) => Some(Held::Host(own(part))),
+                    (None, _) => {
+                        let whole = self.whole.remove(&piece.parameter);
+                        whole.map(|whole| Held::Device(Value::new(whole.flatten())))
+                    }
                 };
                 (piece, value)
             };
