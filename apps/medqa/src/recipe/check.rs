@@ -148,6 +148,9 @@ fn saving(saving: &Saving, validates: bool) -> Result<(), Problem> {
     within("train.early_stopping", possible, "`train.eval_every` to be given too", "no `train.eval_every`")?;
     at_least_one("train.save_every", saving.save_every)?;
     at_least_one("train.keep", Some(saving.keep))?;
+    if let Some(gib) = saving.memory_gib {
+        within("train.memory_gib", gib >= 0.0 && gib.is_finite(), "a number, 0 or more", gib)?;
+    }
     let possible = validates || saving.eval_every.is_none();
     within("train.eval_every", possible, "`data.valid` to be given too", "no `data.valid`")?;
     let possible = validates || saving.eval_device.is_none();

@@ -3,18 +3,19 @@
 use super::{
     interrupt::Watch,
     learner,
+    memory::{self, Load},
     run::{Ended, Run},
     state,
     world::{self, World},
 };
 use crate::{
     backend::{Device, on},
-    model,
+    fetch, model,
     recipe::Recipe,
 };
 use anyhow::{Result, bail};
 use burn::backend::Autodiff;
-use burn_llama::kernel::Kernels;
+use burn_llama::{Checkpoint, kernel::Kernels};
 use burn_zero::comm::Communicator;
 use std::{
     io::IsTerminal,
@@ -94,6 +95,8 @@ fn run_on<B: Kernels>(
     (device, communicator): (&B::Device, Box<dyn Communicator>),
 ) -> Result<Ended> {
     let watch = Watch::begin()?;
+    let config = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?.config().clone();
+    memory::check(&Load::least(&config, &recipe, communicator.world() as u64), &recipe, &options.device)?;
     let loaded = model::base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
     let (run, model) = Run::<B>::new(recipe, options, (loaded, communicator))?;
     learner::launch(run, model, watch.interrupter())

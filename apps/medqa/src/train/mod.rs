@@ -9,6 +9,7 @@ mod interrupt;
 mod journal;
 mod launch;
 mod learner;
+mod memory;
 mod plot;
 mod quiet;
 mod record;
@@ -23,5 +24,7 @@ mod world;
 
 pub use consolidate::consolidate;
 pub use launch::{Options, run, train};
+pub use memory::{Load, held};
 pub use record::Summary;
+pub use setup::{adapt, engine};
 pub use world::World;

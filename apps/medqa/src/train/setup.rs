@@ -8,10 +8,12 @@ use crate::{
     recipe::{self, Checkpointing as Recompute, Data, MethodKind, OptimizerKind, Place, Recipe, Scheduler},
 };
 use anyhow::{Context, Result, bail};
+use burn::backend::Autodiff;
 use burn_llama::{Example, Llama, Tokenizer, kernel::Kernels};
 use burn_peft::param;
 use burn_zero::{
-    Sharding, Tier,
+    Engine, Sharding, Tier,
+    comm::Communicator,
     optimizer::{AdamW, Groups, Lamb, Lion, Optimizer, Sgd},
     schedule::{Kind, Schedule},
     segment::Checkpointing,
@@ -56,7 +58,7 @@ pub fn adapt<B: Kernels>(
     Ok((model, Some(adapter)))
 }
 
-pub fn optimizer(recipe: &Recipe) -> Optimizer {
+fn optimizer(recipe: &Recipe) -> Optimizer {
     let settings = &recipe.train.optimizer;
     let (betas, epsilon, weight_decay) = (settings.betas.into(), settings.epsilon, settings.weight_decay);
     let adam = AdamW { betas, epsilon, weight_decay };
@@ -70,19 +72,28 @@ pub fn optimizer(recipe: &Recipe) -> Optimizer {
     }
 }
 
+/// What takes a run's steps, as one of its ranks.
+pub fn engine<B: Kernels>(recipe: &Recipe, communicator: Box<dyn Communicator>) -> Result<Engine<Autodiff<B>>> {
+    let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
+    let engine = Engine::new(optimizer(recipe), clip, checkpointing(recipe)).with_groups(groups(recipe));
+    let engine = engine.in_world(communicator, sharding(recipe)).with_overlap(recipe.parallel.division.overlap);
+    let offload = &recipe.parallel.offload;
+    Ok(engine.with_weights_in(place(recipe, offload.offload_param)).with_states_in(&tier(recipe))?)
+}
+
 /// Which parameters learn how fast and decay.
-pub fn groups(recipe: &Recipe) -> Groups {
+fn groups(recipe: &Recipe) -> Groups {
     recipe.train.optimizer.loraplus_lr_ratio.map(Groups::lora_plus).unwrap_or_default()
 }
 
 /// What is divided among ranks.
-pub fn sharding(recipe: &Recipe) -> Sharding {
+fn sharding(recipe: &Recipe) -> Sharding {
     let recipe::Division { zero_stage: stage, bucket_size, .. } = recipe.parallel.division;
     Sharding { stage, bucket_size }
 }
 
 /// Where optimizer states are.
-pub fn tier(recipe: &Recipe) -> Tier {
+fn tier(recipe: &Recipe) -> Tier {
     match place(recipe, recipe.parallel.offload.offload_optimizer) {
         // 8-bit states are always the host's.
         Tier::Device if recipe.train.optimizer.optimizer == OptimizerKind::AdamW8bit => Tier::Host,
@@ -98,7 +109,7 @@ fn place(recipe: &Recipe, place: Place) -> Tier {
     }
 }
 
-pub fn checkpointing(recipe: &Recipe) -> Checkpointing {
+fn checkpointing(recipe: &Recipe) -> Checkpointing {
     match recipe.train.steps.activation_checkpointing {
         Recompute::None => Checkpointing::None,
         Recompute::Full => Checkpointing::Full,
