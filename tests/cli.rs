@@ -1155,11 +1155,30 @@ fn schedules_and_estimates_are_printed_before_anything_is_computed() {
         &["schedule", "--stages", "4", "--micro-batches", "8", "--kind", "zigzag"],
         &["schedule", "--stages", "4", "--micro-batches", "6", "--kind", "interleaved1f1b", "--chunks", "2"],
         &["estimate", "--config", "nowhere.json"],
+        &["estimate", "--config", "model/config.json", "--measure"],
         &["estimate", "--config", "model/config.json", "--method", "ia3"],
     ] {
         let done = work.run(arguments);
         assert!(done.code == Some(2) && done.stderr.contains("error: "), "{arguments:?}: {done:?}");
     }
+}
+
+#[test]
+fn what_is_estimated_is_counted_and_what_cannot_fit_is_refused() {
+    let work = Work::new();
+    for method in ["full", "lora"] {
+        let measured = ["estimate", "--measure", "--model", "model", "--method", method, "--tokens", "64"];
+        let found = work.succeed(&measured).json();
+        let (counted, estimated) = (number(&found, "states_counted_gib"), number(&found, "states_estimated_gib"));
+        assert!((counted - estimated).abs() <= 0.02 * counted, "{method}: {found}");
+        assert!(number(&found, "peak_rss_anon_gib") > 0.0, "{found}");
+    }
+    let full = ["train", "run.toml", "--dir", "out", "--set", "method.kind=full"];
+    // The weights alone are more than that.
+    let refused = [&full[..], &["--set", "train.memory_gib=0.00005"]].concat();
+    refused_in(&work, &refused, &["the run needs about", "`train.memory_gib`", "no setting is enough"]);
+    let done = work.run(&["train", "run.toml", "--set", "train.memory_gib=-1"]);
+    assert!(done.code == Some(2) && done.stderr.contains("train.memory_gib"), "{done:?}");
 }
 
 /// What a run of a foreign file was resolved to.
@@ -1437,8 +1456,11 @@ mod mpi {
                 for stage in 0..4 {
                     let (folder, stage_set) =
                         (format!("{kind}-{ranks}-{stage}"), format!("parallel.zero_stage={stage}"));
-                    let offload =
-                        if stage == 2 { "parallel.offload_optimizer=cpu" } else { "parallel.bucket_size=300" };
+                    let offload = match stage {
+                        2 => "parallel.offload_optimizer=cpu",
+                        3 => "parallel.offload_param=cpu",
+                        _ => "parallel.bucket_size=300",
+                    };
                     let found = train(&work, ranks, &folder, &[&steps[..], &[&stage_set, offload]].concat());
                     assert_same(&found, &alone, &format!("{kind}, {ranks} ranks, stage {stage}"));
                     let file =
@@ -1457,6 +1479,35 @@ mod mpi {
                 }
             }
         }
+    }
+
+    #[test]
+    fn mpi_timeline_has_every_rank_and_says_what_lies_inside_computation() {
+        let work = Work::new();
+        let mut arguments = vec!["train", "run.toml", "--dir", "out", "--trace", "trace.json"];
+        for set in
+            ["method.kind=full", "parallel.zero_stage=3", "parallel.offload_param=nvme", "parallel.nvme_path=parts"]
+        {
+            arguments.extend(["--set", set]);
+        }
+        work.write("run.toml", &RECIPE.replace("r = 4\ntarget_modules = 'all-linear'\n", ""));
+        let output = command(&work, 2, &arguments).output().unwrap();
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success() && words.contains("of the time in collectives lies inside computation"),
+            "{words}"
+        );
+        let trace = work.json("trace.json");
+        let events = trace["traceEvents"].as_array().unwrap();
+        for rank in 0..2 {
+            for name in ["forward 1", "backward 1", "all_gather", "reduce_scatter", "wait", "step"] {
+                assert!(
+                    events.iter().any(|event| event["pid"] == rank && event["name"] == name),
+                    "rank {rank}: {name}"
+                );
+            }
+        }
+        assert_eq!(fs::read_dir(work.at("parts")).unwrap().count(), 0, "files go with their run");
     }
 
     #[test]

@@ -23,8 +23,8 @@ pub(crate) struct Gradients<B: Backend> {
     whole: HashMap<usize, Value<B>>,
     /// This rank's parts of buckets that have been reduced.
     parts: HashMap<usize, Vec<f32>>,
-    /// Buckets under way, oldest first.
-    pending: VecDeque<(usize, Pending<Vec<f32>>)>,
+    /// Buckets under way, oldest first, and the bytes of this rank's part of each.
+    pending: VecDeque<(usize, usize, Pending<Vec<f32>>)>,
     /// Parameters that had a gradient.
     present: Vec<bool>,
     /// Bytes of the buckets under way.
@@ -81,7 +81,8 @@ impl<B: Backend> Gradients<B> {
 
     /// The same, of whole gradients on the device and of this rank's parts on the host.
     pub fn bytes_by_place(&self) -> (usize, usize) {
-        let parts = self.parts.values().map(|part| part.len() * 4).sum();
+        let parts: usize = self.parts.values().map(|part| part.len() * 4).sum();
+        let parts = parts + self.pending.iter().map(|(_, bytes, _)| bytes).sum::<usize>();
         (self.whole.values().map(Value::bytes).sum(), parts)
     }
 
@@ -105,7 +106,7 @@ impl<B: Backend> Gradients<B> {
     /// Sends a bucket on its way: this rank's part, which goes on from what it holds, or all of it where nothing is divided.
     /// The gradients leave the device beside the thread that computes.
     fn reduce(&mut self, layout: &Layout, index: usize, queue: &Queue) -> Result<(), Error> {
-        while self.pending.len() >= WINDOW || self.pending.iter().any(|(other, _)| *other == index) {
+        while self.pending.len() >= WINDOW || self.pending.iter().any(|(other, ..)| *other == index) {
             self.settle(layout)?;
         }
         let bucket = layout.buckets[index].clone();
@@ -133,13 +134,13 @@ impl<B: Backend> Gradients<B> {
                 group.reduce_scatter_onto(&flat, &mut part).map(|()| part)
             })
         };
-        self.pending.push_back((index, pending));
+        self.pending.push_back((index, layout.buckets[index].length / parts * 4, pending));
         Ok(())
     }
 
     /// Waits for the oldest bucket under way.
     fn settle(&mut self, layout: &Layout) -> Result<(), Error> {
-        let Some((index, pending)) = self.pending.pop_front() else { return Ok(()) };
+        let Some((index, _, pending)) = self.pending.pop_front() else { return Ok(()) };
         self.parts.insert(index, pending.wait()?);
         self.under_way -= layout.buckets[index].length * 4;
         Ok(())

@@ -12,7 +12,7 @@ use anyhow::Result;
 use burn::backend::Autodiff;
 use burn_llama::{Example, Layout, kernel::Kernels};
 use burn_peft::{Noise, Pass, param};
-use burn_zero::comm::Communicator;
+use burn_zero::{comm::Communicator, estimate::Memory};
 use serde_json::json;
 use std::{
     path::Path,
@@ -108,22 +108,24 @@ fn measured<B: Kernels>(args: &EstimateArgs, device: &B::Device, group: Box<dyn 
     let rows: Vec<Example> = (0..args.tokens.div_ceil(ROW)).map(row).collect();
     let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
     let layout = Layout::of(&lengths, true);
+    let mut counted = Memory::default();
     for step in 0..2 {
         let noise = Noise { seed: 0, step, tokens: layout.tokens(0) };
         let batch = model.batch(&rows, &layout, 1.0 / args.tokens as f32, Pass::training(noise))?;
         engine.accumulate(&mut model, &batch)?;
+        // Gradients are gone after the step, moments come with the first.
+        counted = engine.memory(&model);
         engine.step(&mut model, 1e-5)?;
     }
-    let (counted, peak, estimated) = (engine.memory(&model), engine.peak(), load.memory(&recipe));
+    let (peak, estimated) = (engine.peak(), load.memory(&recipe));
     engine.barrier()?;
     let all = watch.peak().saturating_sub(before);
-    // Gradients are gone after a step: the most that were alive at a time.
-    let states = counted.total() + peak.gradients as u64;
+    let states = counted.total();
     let line = json!({
         "rank": engine.rank(), "world": engine.world(), "zero_stage": args.zero_stage,
-        "weights": counted.parameters + counted.frozen, "gradients": peak.gradients,
+        "weights": counted.parameters + counted.frozen, "gradients": counted.gradients,
         "moments": counted.moments, "host": counted.host,
-        "buckets": peak.buckets, "gathered": peak.gathered,
+        "live_gradients": peak.gradients, "buckets": peak.buckets, "gathered": peak.gathered,
         "states_counted_gib": gib(states), "states_estimated_gib": gib(estimated.total() - estimated.activations - estimated.buffers),
         "peak_rss_anon_gib": gib(all), "estimated_gib": gib(estimated.total()),
         "estimated_to_measured": estimated.total() as f64 / all as f64,

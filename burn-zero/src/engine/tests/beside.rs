@@ -115,7 +115,8 @@ fn collectives_lie_inside_computation_only_with_overlap() {
 #[test]
 fn offload_overlaps_the_backward_pass() {
     let _alone = alone();
-    let mut engine = LARGE.engine().in_world(Box::new(crate::comm::Solo), Sharding { stage: Stage::Gradients, bucket_size: 1 });
+    let mut engine =
+        LARGE.engine().in_world(Box::new(crate::comm::Solo), Sharding { stage: Stage::Gradients, bucket_size: 1 });
     engine = engine.with_states_in(&Tier::Host).unwrap();
     let mut model = LARGE.model();
     for step in 0..2 {
@@ -133,7 +134,8 @@ fn offload_overlaps_the_backward_pass() {
     let path = folder.path().join("trace.json");
     engine.write_trace(&path).unwrap();
     let read: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-    let names: Vec<&str> = read["traceEvents"].as_array().unwrap().iter().filter_map(|event| event["name"].as_str()).collect();
+    let names: Vec<&str> =
+        read["traceEvents"].as_array().unwrap().iter().filter_map(|event| event["name"].as_str()).collect();
     for name in ["backward 1", "forward 0", "to the host 0", "update", "step"] {
         assert!(names.contains(&name), "{name} in {names:?}");
     }
