@@ -1155,11 +1155,146 @@ fn schedules_and_estimates_are_printed_before_anything_is_computed() {
         &["schedule", "--stages", "4", "--micro-batches", "8", "--kind", "zigzag"],
         &["schedule", "--stages", "4", "--micro-batches", "6", "--kind", "interleaved1f1b", "--chunks", "2"],
         &["estimate", "--config", "nowhere.json"],
+        &["estimate", "--config", "model/config.json", "--measure"],
         &["estimate", "--config", "model/config.json", "--method", "ia3"],
     ] {
         let done = work.run(arguments);
         assert!(done.code == Some(2) && done.stderr.contains("error: "), "{arguments:?}: {done:?}");
     }
+}
+
+#[test]
+fn what_is_estimated_is_counted_and_what_cannot_fit_is_refused() {
+    let work = Work::new();
+    for method in ["full", "lora"] {
+        let measured = ["estimate", "--measure", "--model", "model", "--method", method, "--tokens", "64"];
+        let found = work.succeed(&measured).json();
+        let (counted, estimated) = (number(&found, "states_counted_gib"), number(&found, "states_estimated_gib"));
+        assert!((counted - estimated).abs() <= 0.02 * counted, "{method}: {found}");
+        assert!(number(&found, "peak_rss_anon_gib") > 0.0, "{found}");
+    }
+    let full = ["train", "run.toml", "--dir", "out", "--set", "method.kind=full"];
+    // The weights alone are more than that.
+    let refused = [&full[..], &["--set", "train.memory_gib=0.00005"]].concat();
+    refused_in(&work, &refused, &["the run needs about", "`train.memory_gib`", "no setting is enough"]);
+    let done = work.run(&["train", "run.toml", "--set", "train.memory_gib=-1"]);
+    assert!(done.code == Some(2) && done.stderr.contains("train.memory_gib"), "{done:?}");
+}
+
+/// What a run of a foreign file was resolved to.
+fn resolved(work: &Work, folder: &str) -> toml::Table {
+    work.text(&format!("{folder}/recipe.toml")).parse().unwrap()
+}
+
+#[test]
+fn a_ds_config_is_part_of_the_recipe_and_says_what_it_says_in_vain() {
+    let work = Work::new();
+    let auto = json!({
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5, "bf16": {"enabled": "auto"}, "wall_clock_breakdown": true,
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.8, 0.95], "weight_decay": 0.1}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": "auto", "warmup_max_lr": "auto",
+            "warmup_min_lr": 1e-5, "total_num_steps": "auto"}},
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": "auto",
+            "sub_group_size": 1e8},
+    });
+    work.write("ds.json", &auto.to_string());
+    work.write("run.toml", &RECIPE.replace("warmup = 0\n", ""));
+    let done = work.succeed(&["train", "run.toml", "--dir", "out", "--deepspeed", "ds.json"]);
+    for words in ["note: ds.json: `wall_clock_breakdown` is not honoured", "`zero_optimization.sub_group_size`"] {
+        assert!(done.stderr.contains(words), "{words}: {done:?}");
+    }
+    let recipe = resolved(&work, "out");
+    let (train, parallel) = (&recipe["train"], &recipe["parallel"]);
+    assert_eq!(train["batch_size"].as_integer(), Some(2), "the recipe's, for its \"auto\"");
+    assert_eq!(train["gradient_accumulation"].as_integer(), Some(3));
+    assert_eq!((train["max_grad_norm"].as_float(), train["learning_rate"].as_float()), (Some(0.5), Some(2e-2)));
+    assert_eq!((train["weight_decay"].as_float(), train["epsilon"].as_float()), (Some(0.1), Some(1e-8)));
+    assert_eq!(train["betas"].as_array().unwrap()[1].as_float(), Some(0.95));
+    assert_eq!((parallel["zero_stage"].as_integer(), parallel["offload_optimizer"].as_str()), (Some(2), Some("cpu")));
+    assert_eq!(parallel["bucket_size"].as_integer(), Some(16 * 16), "the square of the model's width");
+    assert!(parallel.get("deepspeed").is_none(), "what it said is in the recipe now");
+    // Two steps of warm-up at least, the second the peak; then in a line to 0 at the step after the last.
+    let rates: Vec<f64> = lasting(&work, "out").iter().filter_map(|line| line["learning_rate"].as_f64()).collect();
+    assert!((rates[0] - 1e-5).abs() < 1e-12 && (rates[2] - 2e-2).abs() < 1e-9, "{rates:?}");
+    assert!((rates[11] - (1e-5 + (2e-2 - 1e-5) * 0.1)).abs() < 1e-9, "{rates:?}");
+    // The run's own recipe says it all: the file is needed no more.
+    fs::remove_file(work.at("ds.json")).unwrap();
+    work.succeed(&["train", "out/recipe.toml", "--dir", "again"]);
+    assert_eq!(lasting(&work, "again"), lasting(&work, "out"));
+
+    let yaml = "distributed_type: FSDP\nnum_processes: 4\nfsdp_config: {fsdp_sharding_strategy: SHARD_GRAD_OP, \
+                fsdp_activation_checkpointing: true, fsdp_version: 1}\n";
+    work.write("accelerate.yaml", yaml);
+    let done = work.succeed(&["train", "run.toml", "--dir", "fsdp", "--accelerate", "accelerate.yaml"]);
+    assert!(done.stderr.contains("`num_processes` is 4, but mpirun started 1"), "{done:?}");
+    let recipe = resolved(&work, "fsdp");
+    assert_eq!(recipe["parallel"]["zero_stage"].as_integer(), Some(2));
+    assert_eq!(recipe["train"]["activation_checkpointing"].as_str(), Some("full"));
+}
+
+#[test]
+fn a_foreign_file_that_does_not_fit_is_refused() {
+    let work = Work::new();
+    let table: [(&str, &[&str], &[&str]); 10] = [
+        (
+            r#"{"train_micro_batch_size_per_gpu": 8}"#,
+            &[],
+            &["ds.json: `train_micro_batch_size_per_gpu` is 8", "run.toml: `train.batch_size` is 2", "remove one"],
+        ),
+        (
+            r#"{"train_batch_size": 6, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 2}"#,
+            &[],
+            &["ds.json: Check batch related parameters.", "6 != 2 * 2 * 1"],
+        ),
+        (r#"{"gradient_accumulation_steps": 2}"#, &[], &["ds.json: Either train_batch_size or"]),
+        (
+            r#"{"train_batch_size": "auto", "zero_optimisation": {"stage": 2}}"#,
+            &[],
+            &["ds.json", "`zero_optimisation`", "did you mean `zero_optimization`"],
+        ),
+        (
+            r#"{"train_batch_size": "auto", "zero_optimization": {"stage": 2}}"#,
+            &["parallel.zero_stage=3"],
+            &["`zero_optimization.stage` is 2", "--set: `parallel.zero_stage` is 3"],
+        ),
+        (
+            r#"{"train_batch_size": "auto", "scheduler": {"type": "WarmupLR"}}"#,
+            &[],
+            &["ds.json: `scheduler` is", "run.toml: `train.warmup` is 0"],
+        ),
+        (r#"{"train_batch_size": "auto", "optimizer": {"type": "adagrad"}}"#, &[], &["ds.json", "`optimizer.type`"]),
+        (
+            r#"{"train_batch_size": "auto", "optimizer": {"type": "SGD"}}"#,
+            &["train.optimizer=lamb"],
+            &["`optimizer.type` is \"sgd\"", "`train.optimizer` is \"lamb\""],
+        ),
+        (
+            r#"{"train_batch_size": "auto", "zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}"#,
+            &[],
+            &["`zero_optimization.offload_param.device`", "stage 3"],
+        ),
+        ("{", &[], &["ds.json", "not readable as JSON"]),
+    ];
+    for (text, sets, words) in table {
+        work.write("ds.json", text);
+        let mut arguments = vec!["train", "run.toml", "--dir", "out", "--deepspeed", "ds.json"];
+        sets.iter().for_each(|set| arguments.extend(["--set", set]));
+        refused_in(&work, &arguments, words);
+    }
+    work.write("ds.json", r#"{"train_batch_size": "auto"}"#);
+    let both = ["train", "run.toml", "--deepspeed", "ds.json", "--accelerate", "a.yaml"];
+    refused_in(&work, &both, &["`parallel.deepspeed` is ds.json", "`parallel.accelerate` is a.yaml"]);
+    refused_in(&work, &["train", "run.toml", "--deepspeed", "none.json"], &["none.json", "cannot be read"]);
+}
+
+fn refused_in(work: &Work, arguments: &[&str], words: &[&str]) {
+    let done = work.run(arguments);
+    assert_eq!(done.code, Some(2), "{arguments:?}: {done:?}");
+    let line = done.stderr.trim();
+    assert!(line.starts_with("error: ") && !line.contains('\n'), "{arguments:?}: one line: {line}");
+    assert!(words.iter().all(|word| line.contains(word)), "{arguments:?}: {line} has all of {words:?}");
+    assert!(!work.at("out").exists(), "{arguments:?} leaves no folder");
 }
 
 /// Files may grow to `kibibytes` only, as on a disk that is full.
@@ -1321,8 +1456,11 @@ mod mpi {
                 for stage in 0..4 {
                     let (folder, stage_set) =
                         (format!("{kind}-{ranks}-{stage}"), format!("parallel.zero_stage={stage}"));
-                    let offload =
-                        if stage == 2 { "parallel.offload_optimizer=cpu" } else { "parallel.bucket_size=300" };
+                    let offload = match stage {
+                        2 => "parallel.offload_optimizer=cpu",
+                        3 => "parallel.offload_param=cpu",
+                        _ => "parallel.bucket_size=300",
+                    };
                     let found = train(&work, ranks, &folder, &[&steps[..], &[&stage_set, offload]].concat());
                     assert_same(&found, &alone, &format!("{kind}, {ranks} ranks, stage {stage}"));
                     let file =
@@ -1341,6 +1479,35 @@ mod mpi {
                 }
             }
         }
+    }
+
+    #[test]
+    fn mpi_timeline_has_every_rank_and_says_what_lies_inside_computation() {
+        let work = Work::new();
+        let mut arguments = vec!["train", "run.toml", "--dir", "out", "--trace", "trace.json"];
+        for set in
+            ["method.kind=full", "parallel.zero_stage=3", "parallel.offload_param=nvme", "parallel.nvme_path=parts"]
+        {
+            arguments.extend(["--set", set]);
+        }
+        work.write("run.toml", &RECIPE.replace("r = 4\ntarget_modules = 'all-linear'\n", ""));
+        let output = command(&work, 2, &arguments).output().unwrap();
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            output.status.success() && words.contains("of the time in collectives lies inside computation"),
+            "{words}"
+        );
+        let trace = work.json("trace.json");
+        let events = trace["traceEvents"].as_array().unwrap();
+        for rank in 0..2 {
+            for name in ["forward 1", "backward 1", "all_gather", "reduce_scatter", "wait", "step"] {
+                assert!(
+                    events.iter().any(|event| event["pid"] == rank && event["name"] == name),
+                    "rank {rank}: {name}"
+                );
+            }
+        }
+        assert_eq!(fs::read_dir(work.at("parts")).unwrap().count(), 0, "files go with their run");
     }
 
     #[test]
@@ -1369,5 +1536,58 @@ mod mpi {
         assert!(words.contains("exited on signal 9"), "{words}");
         let found = train(&work, 1, "killed", &[&shared[..], &[accumulated, "--resume"]].concat());
         assert_same(&found, &alone, "after a kill");
+    }
+
+    #[test]
+    fn mpi_checkpoint_of_a_killed_run_becomes_one_model_or_adapter() {
+        let work = Work::new();
+        for (kind, ranks, file) in [
+            ("full", 2, "model.safetensors"),
+            ("lora", 3, "adapter_model.safetensors"),
+            ("p-tuning-v2", 2, "adapter_model.safetensors"),
+        ] {
+            let folder = format!("killed-{kind}");
+            let kind_set = format!("method.kind={kind}");
+            let mut arguments = vec!["train", "run.toml", "--dir", &folder];
+            if kind != "lora" {
+                work.write("bare.toml", &RECIPE.replace("r = 4\ntarget_modules = 'all-linear'\n", ""));
+                arguments[1] = "bare.toml";
+            }
+            let sets = ["parallel.zero_stage=3", "train.max_steps=400", "train.save_every=1", &kind_set];
+            sets.iter().for_each(|set| arguments.extend(["--set", set]));
+            let mut job =
+                command(&work, ranks, &arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+            let metrics = work.at(&format!("{folder}/metrics.jsonl"));
+            while fs::read_to_string(&metrics).unwrap_or_default().lines().count() < 6 {
+                assert!(job.try_wait().unwrap().is_none(), "ended early");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            Command::new("pkill").args(["-9", "-n", "-P", &job.id().to_string()]).status().unwrap();
+            assert!(!job.wait().unwrap().success());
+            let out = format!("out-{kind}");
+            work.succeed(&["consolidate", &folder, "--out", &out]);
+            let found = tensors(&work.at(&out).join(file));
+            assert!(
+                !found.is_empty() && found.values().all(|(_, shape, bytes)| !bytes.is_empty() && !shape.contains(&0))
+            );
+            // The checkpoint has a copy that its ranks have gathered; this one is from their parts.
+            let last = fs::read_dir(work.at(&folder)).unwrap().map(|entry| entry.unwrap().path());
+            let last = last.filter(|path| path.extension().is_none() && path.join("state.json").exists());
+            let step = |path: &PathBuf| path.to_string_lossy().rsplit('-').next().unwrap().parse::<usize>().unwrap();
+            let last = last.max_by_key(step).unwrap();
+            let gathered = last.join(if kind == "full" { "model" } else { "adapter" }).join(file);
+            assert_eq!(found, tensors(&gathered), "{kind}");
+            let parts = fs::read_dir(&last).unwrap().filter(|entry| {
+                entry.as_ref().unwrap().file_name().to_string_lossy().ends_with(&format!("-of-{ranks}.safetensors"))
+            });
+            assert_eq!(parts.count(), ranks, "{kind}");
+            let again = work.run(&["consolidate", &last.to_string_lossy(), "--out", &out]);
+            assert!(again.code == Some(2) && again.stderr.contains("exists already"), "{again:?}");
+            let eval = ["eval", "--task", "qa-loss", "--data", "valid.jsonl"];
+            let of = if kind == "full" { vec!["--model", &out] } else { vec!["--model", "model", "--adapter", &out] };
+            work.succeed(&[&eval[..], &of].concat());
+        }
+        let none = work.run(&["consolidate", "model", "--out", "nothing"]);
+        assert!(none.code == Some(2) && none.stderr.contains("no recipe.toml"), "{none:?}");
     }
 }

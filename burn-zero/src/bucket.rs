@@ -73,6 +73,12 @@ pub(crate) fn from_vec<B: Backend>(values: Vec<f32>, device: &B::Device) -> Valu
     Value::from_primitive(B::float_from_data(TensorData::new(values, [n]), device))
 }
 
+/// A flat tensor in another type, rounded on the host.
+pub(crate) fn rounded<B: Backend>(values: &[f32], dtype: DType, device: &B::Device) -> Value<B> {
+    let data = TensorData::new(values.to_vec(), [values.len()]).convert_dtype(dtype);
+    Value::from_primitive(B::float_from_data(data, device))
+}
+
 /// The values of a tensor on the host, in f32; the tensor's own buffer where it is on the host and no one else holds it.
 pub(crate) fn to_host<B: Backend>(value: Value<B>) -> Vec<f32> {
     let data = value.into_f32().flatten().into_data();

@@ -2,11 +2,12 @@
 
 use crate::{
     Error,
-    comm::{Collectives, Communicator, Lane, Queue, Solo, Trace, Traffic},
+    comm::{self, Collectives, Communicator, Lane, Queue, Solo, Trace, Traffic},
     ds_config::Stage,
     estimate::Memory,
     gather::{Gathered, Place, Put, Weights},
-    offload::{Offload, Tier},
+    held::Held,
+    offload::{Desk, Offload, Tier},
     optimizer::{Groups, Optimizer, State},
     partition::{Layout, Sharding},
     precision::LossScaler,
@@ -20,12 +21,12 @@ use burn::{
         backend::{AutodiffBackend, Backend},
     },
 };
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, path::Path, sync::Arc};
 
 mod checkpoint;
 mod step;
 
-pub use checkpoint::consolidate;
+pub use checkpoint::{consolidate, restore_weights};
 
 /// What a step found.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,10 +57,14 @@ pub struct Engine<B: AutodiffBackend> {
     /// On the device, by parameter: a rank has at most one piece of each.
     states: HashMap<ParamId, State<B::InnerBackend>>,
     /// Off the device.
-    offload: Option<Offload>,
-    /// This rank's pieces of weights in half precision, in f32.
-    masters: HashMap<ParamId, Value<B::InnerBackend>>,
+    desk: Option<Desk>,
+    /// This rank's pieces of weights in half precision, in f32, where the states are.
+    masters: HashMap<ParamId, Held<B::InnerBackend>>,
+    /// Where this rank's part of the weights is in stage 3.
+    weights_tier: Tier,
     scaler: Option<LossScaler>,
+    /// Whether communication and updates go on beside computation.
+    overlap: bool,
     steps: usize,
 }
 
@@ -84,9 +89,11 @@ impl<B: AutodiffBackend> Engine<B> {
             queue: Arc::new(Queue::new(Box::new(Solo))),
             division: None,
             states: HashMap::new(),
-            offload: None,
+            desk: None,
             masters: HashMap::new(),
+            weights_tier: Tier::Device,
             scaler: None,
+            overlap: true,
             steps: 0,
         }
     }
@@ -111,14 +118,27 @@ impl<B: AutodiffBackend> Engine<B> {
     pub fn with_states_in(self, tier: &Tier) -> Result<Self, Error> {
         self.optimizer.check()?;
         let device = *tier == Tier::Device && !matches!(self.optimizer, Optimizer::AdamW8bit(_));
-        let offload = if device { None } else { Some(Offload::new(self.optimizer, tier, self.queue.rank())?) };
-        Ok(Self { offload, ..self })
+        let offload = || Offload::new(self.optimizer, tier, self.queue.rank());
+        let desk = if device { None } else { Some(Desk::new(offload()?, &self.queue)) };
+        Ok(Self { desk, ..self })
+    }
+
+    /// The engine with this rank's part of the weights in a tier (DeepSpeed's `offload_param`): in stage 3 they are on the
+    /// device only while their segment runs. The other stages hold all weights on the device and look away.
+    pub fn with_weights_in(self, tier: Tier) -> Self {
+        Self { weights_tier: tier, ..self }
     }
 
     /// The engine with a loss scale, for computation in f16: the loss weights of a batch must be multiplied by
     /// [`Engine::loss_scale`]. A step whose gradients overflow on any rank is skipped on all.
     pub fn with_loss_scaler(self, scaler: LossScaler) -> Self {
         Self { scaler: Some(scaler), ..self }
+    }
+
+    /// The engine with or without communication and updates beside computation: with, unless this says otherwise. The numbers
+    /// are the same; without, every collective is waited for where it starts, and the trace shows what that costs.
+    pub fn with_overlap(self, overlap: bool) -> Self {
+        Self { overlap, ..self }
     }
 
     /// What the loss is multiplied by in the next micro-batch; 1 without a scaler.
@@ -141,23 +161,31 @@ impl<B: AutodiffBackend> Engine<B> {
         model: &mut M,
         batch: &<M as Segments<B>>::Batch,
     ) -> Result<f64, Error> {
-        self.divide(model);
-        let (queue, checkpointing) = (&self.queue, self.checkpointing);
-        // A reduction of one rank is the identity: it may wait.
-        let early = self.sharding.stage >= Stage::Gradients && queue.world() > 1;
+        self.divide(model)?;
+        let (queue, checkpointing, overlap) = (&self.queue, self.checkpointing, self.overlap);
+        // A reduction of one rank is the identity: it may wait, unless it takes gradients off the device.
+        let divided = self.sharding.stage >= Stage::Gradients;
+        let early = if queue.world() > 1 { divided } else { self.desk.is_some() };
         let division = self.division.as_mut().expect("the model was divided above");
         let (layout, gradients) = (&division.layout, &mut division.gradients);
-        let mut peak = Peak::default();
+        let (mut peak, how) = (Peak::default(), (checkpointing, queue.trace()));
         let mut sink = |segment, found| {
             gradients.add(layout, found);
-            if early { gradients.reduce_after(layout, segment, queue) } else { Ok(()) }
+            if early {
+                gradients.reduce_after(layout, segment, queue)?;
+                if !overlap {
+                    gradients.settle_all(layout)?;
+                }
+            }
+            Ok(())
         };
         let run = || match &division.weights {
-            None => segment::drive::<B, M, _>(&mut Resident::new(model), batch, checkpointing, &mut sink),
+            None => segment::drive::<B, M, _>(&mut Resident::new(model), batch, how, &mut sink),
             Some(weights) => {
                 let place = Place { layout, queue, device: &division.device };
-                let mut source = Gathered::new(model.clone(), weights, place, checkpointing, &mut peak);
-                segment::drive::<B, M, _>(&mut source, batch, checkpointing, &mut sink)
+                let ahead = usize::from(overlap);
+                let mut source = Gathered::new(model.clone(), weights, place, (checkpointing, ahead), &mut peak);
+                segment::drive::<B, M, _>(&mut source, batch, how, &mut sink)
             }
         };
         let loss = queue.trace().span("micro-batch", Lane::Compute, run)?;
@@ -167,21 +195,23 @@ impl<B: AutodiffBackend> Engine<B> {
     }
 
     /// Looks at the model for the first time: divides it, and in stage 3 takes this rank's part of the weights.
-    fn divide<M: TrainSegments<B>>(&mut self, model: &mut M) {
+    fn divide<M: TrainSegments<B>>(&mut self, model: &mut M) -> Result<(), Error> {
         if self.division.is_some() {
-            return;
+            return Ok(());
         }
         let layout = Layout::new::<B, M>(model, self.sharding, (self.queue.rank(), self.queue.world()));
         let mut find = FindDevice::<B>(None);
         model.visit(&mut find);
         let device = find.0.unwrap_or_default();
         let gradients = Gradients::new(&layout);
-        let weights = (self.sharding.stage == Stage::Weights).then(|| {
-            let (shell, weights) = Weights::cut(model.clone(), &layout, &device);
+        let mut weights = None;
+        if self.sharding.stage == Stage::Weights {
+            let (shell, cut) = Weights::cut(model.clone(), &layout, (&device, &self.weights_tier))?;
             *model = shell;
-            weights
-        });
+            weights = Some(cut);
+        }
         self.division = Some(Division { layout, device, gradients, weights });
+        Ok(())
     }
 
     /// Lets `look` see the model with all its weights: to evaluate, to save it. In stage 3 they are gathered for it; every rank
@@ -250,6 +280,21 @@ impl<B: AutodiffBackend> Engine<B> {
         self.queue.trace()
     }
 
+    /// Writes the timelines of all ranks into one file, as `chrome://tracing` and Perfetto read them; every rank must call this,
+    /// the first one writes.
+    ///
+    /// # Errors
+    /// [`Error::Path`] if the file cannot be written, else as [`Engine::accumulate`].
+    pub fn write_trace(&self, path: &Path) -> Result<(), Error> {
+        let own = serde_json::Value::from(self.trace().events(self.rank())).to_string();
+        let all = self.queue.submit("share", move |group| group.share(own.as_bytes())).wait()?;
+        if self.rank() != 0 {
+            return Ok(());
+        }
+        let events = all.iter().filter_map(|own| serde_json::from_slice::<Vec<serde_json::Value>>(own).ok());
+        comm::write_events(path, &events.flatten().collect::<Vec<_>>())
+    }
+
     /// The most bytes of passing things that were alive at a time, counted from their buffers.
     pub fn peak(&self) -> Peak {
         self.division.as_ref().map_or_else(Peak::default, |division| division.gradients.peak)
@@ -261,16 +306,20 @@ impl<B: AutodiffBackend> Engine<B> {
         let mut count = CountWeights::default();
         model.visit(&mut count);
         let (mut parameters, mut frozen, mut gradients) = (count.trained, count.frozen, 0);
+        let mut host = self.desk.as_ref().map_or(0, |desk| desk.states().bytes());
         if let Some(division) = &self.division {
-            gradients = division.gradients.bytes();
-            for (&index, pieces) in division.weights.iter().flat_map(|weights| &weights.pieces) {
-                let bytes: usize = pieces.iter().map(|(_, value)| value.bytes()).sum();
-                *if division.layout.buckets[index].trainable { &mut parameters } else { &mut frozen } += bytes;
+            // With the states on the host gradients are there too, once they have been reduced.
+            let (whole, parts) = division.gradients.bytes_by_place();
+            (gradients, host) = if self.desk.is_some() { (whole, host + parts) } else { (whole + parts, host) };
+            for (trainable, count) in [(true, &mut parameters), (false, &mut frozen)] {
+                let weights = division.weights.as_ref();
+                let (there, here) = weights.map_or((0, 0), |weights| weights.bytes(&division.layout, trainable));
+                (*count, host) = (*count + there, host + here);
             }
         }
         let moments: usize = self.states.values().flat_map(|state| &state.slots).map(Value::bytes).sum();
-        let host = self.offload.as_ref().map_or(0, Offload::bytes) as u64;
-        let master: usize = self.masters.values().map(Value::bytes).sum();
+        let masters = self.masters.values().map(Held::bytes).fold((0, 0), |(a, b), (c, d)| (a + c, b + d));
+        let (master, host) = (masters.0, (host + masters.1) as u64);
         let (parameters, frozen, gradients, moments) =
             (parameters as u64, frozen as u64, gradients as u64, moments as u64);
         Memory { parameters, frozen, gradients, master: master as u64, moments, host, ..Memory::default() }

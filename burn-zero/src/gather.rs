@@ -6,11 +6,13 @@
 //! ```
 //!
 //! What is gathered and let go of when is a list made beforehand ([`visits`]); a bucket is gathered once per sweep, and the
-//! gathering of the next visit goes on while a segment runs.
+//! gathering of the next visit goes on while a segment runs. The parts themselves are on the device, in the host's memory or in
+//! a file (parameter offload); then gathering is also how weights come to the device.
 
 use crate::{
     Error, bucket,
-    comm::{Collectives, Pending, Queue},
+    comm::{Collectives, Lane, Pending, Queue},
+    offload::{Shelf, Tier},
     partition::{Bucket, Layout, Piece},
     reduce::Peak,
     segment::{Checkpointing, Source, Sweep, Value},
@@ -22,7 +24,10 @@ use burn::{
         backend::{AutodiffBackend, Backend},
     },
 };
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    sync::Arc,
+};
 
 /// A segment's turn in a sweep, and the buckets that come before it and go after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,20 +69,39 @@ pub(crate) fn visits(layout: &Layout, checkpointing: Checkpointing) -> Vec<Visit
 /// This rank's part of all weights.
 pub(crate) struct Weights<B: Backend> {
     /// By bucket.
-    pub pieces: HashMap<usize, Vec<(Piece, Value<B>)>>,
+    parts: HashMap<usize, Part<B>>,
+    /// Where parts are that are in a file.
+    shelf: Option<Shelf>,
+    tier: Tier,
+}
+
+/// A rank's part of a bucket.
+enum Part<B: Backend> {
+    Device(Pieces<B>),
+    /// The bytes of all pieces, as they travel.
+    Host(Arc<Vec<u8>>),
+    /// So many bytes of the file, from here on.
+    File(u64, usize),
 }
 
 impl<B: Backend> Weights<B> {
     /// Cuts a model's weights; what stays in the model are shells of one element.
+    ///
+    /// # Errors
+    /// [`Error::Path`] if parts go to a file that cannot be written.
     pub fn cut<A: AutodiffBackend<InnerBackend = B>, M: Module<A>>(
         model: M,
         layout: &Layout,
-        device: &B::Device,
-    ) -> (M, Self) {
+        (device, tier): (&B::Device, &Tier),
+    ) -> Result<(M, Self), Error> {
         let mut take = Take { layout, which: |_| true, values: HashMap::new() };
         let model = model.map(&mut take);
         let mut values = take.values;
-        let mut pieces = HashMap::new();
+        let shelf = match tier {
+            Tier::File(folder) => Some(Shelf::create(folder, layout.part)?),
+            _ => None,
+        };
+        let mut weights = Self { parts: HashMap::new(), shelf, tier: tier.clone() };
         for (index, bucket) in layout.buckets.iter().enumerate() {
             let own = layout.pieces(bucket).into_iter();
             let cut = own.map(|piece| {
@@ -85,14 +109,86 @@ impl<B: Backend> Weights<B> {
                 let part = bucket::cut(value, &piece, true, device);
                 (piece, part)
             });
-            pieces.insert(index, cut.collect());
+            weights.put(layout, index, cut.collect())?;
         }
-        (model, Self { pieces })
+        Ok((model, weights))
+    }
+
+    /// Takes over this rank's pieces of a bucket.
+    pub fn put(&mut self, layout: &Layout, index: usize, pieces: Pieces<B>) -> Result<(), Error> {
+        let bytes = || bucket::part_bytes(layout, &layout.buckets[index], &pieces);
+        let part = match (&self.tier, &mut self.shelf) {
+            (Tier::Device, _) => Part::Device(pieces),
+            (_, None) => Part::Host(Arc::new(bytes())),
+            (_, Some(shelf)) => {
+                let bytes = bytes();
+                let start = match self.parts.get(&index) {
+                    Some(&Part::File(start, _)) => start,
+                    _ => shelf.allocate(bytes.len()),
+                };
+                shelf.write(start, &bytes)?;
+                Part::File(start, bytes.len())
+            }
+        };
+        self.parts.insert(index, part);
+        Ok(())
+    }
+
+    /// This rank's pieces of a bucket, on the device, to be updated in place and [put](Self::put) back.
+    pub fn take(&mut self, layout: &Layout, index: usize, device: &B::Device) -> Result<Pieces<B>, Error> {
+        match self.parts.get_mut(&index) {
+            Some(Part::Device(pieces)) => Ok(std::mem::take(pieces)),
+            _ => self.look(layout, index, device),
+        }
+    }
+
+    /// A copy of this rank's pieces of a bucket, on the device.
+    pub fn look(&self, layout: &Layout, index: usize, device: &B::Device) -> Result<Pieces<B>, Error> {
+        let bucket = &layout.buckets[index];
+        let bytes = match (&self.parts[&index], &self.shelf) {
+            (Part::Device(pieces), _) => return Ok(pieces.clone()),
+            (Part::Host(bytes), _) => bytes.clone(),
+            (Part::File(start, length), Some(shelf)) => Arc::new(shelf.reader(*start, *length)()?),
+            (Part::File(..), None) => unreachable!("a part is in a file that there is"),
+        };
+        let size = bucket.dtype.size();
+        let piece = |piece: Piece| {
+            let bytes = &bytes[piece.at * size..][..piece.range.len() * size];
+            let value = bucket::tensor(bytes, &[piece.range.len()], bucket.dtype, device);
+            (piece, value)
+        };
+        Ok(layout.pieces(bucket).into_iter().map(piece).collect())
     }
 
     /// Starts to gather a bucket.
     pub fn gather(&self, layout: &Layout, index: usize, queue: &Queue) -> Gathering<B> {
-        start(layout, &layout.buckets[index], self.pieces[&index].clone(), queue)
+        let bucket = &layout.buckets[index];
+        let (size, trace) = (bucket.dtype.size(), queue.trace().clone());
+        match (&self.parts[&index], &self.shelf) {
+            (Part::Device(pieces), _) => start(layout, bucket, pieces.clone(), queue),
+            (Part::Host(bytes), _) => {
+                let bytes = bytes.clone();
+                Gathering::Coming(queue.submit("all_gather", move |group| group.all_gather_bytes(&bytes, size)))
+            }
+            (Part::File(start, length), Some(shelf)) => {
+                let read = shelf.reader(*start, *length);
+                Gathering::Coming(queue.submit("all_gather", move |group| {
+                    let bytes = trace.span_of(("from the file", index), Lane::Transfer, read)?;
+                    group.all_gather_bytes(&bytes, size)
+                }))
+            }
+            (Part::File(..), None) => unreachable!("a part is in a file that there is"),
+        }
+    }
+
+    /// Bytes on the device and on the host, of buckets that are trained or not.
+    pub fn bytes(&self, layout: &Layout, trainable: bool) -> (usize, usize) {
+        let own = self.parts.iter().filter(|(index, _)| layout.buckets[**index].trainable == trainable);
+        own.fold((0, 0), |(device, host), (_, part)| match part {
+            Part::Device(pieces) => (device + pieces.iter().map(|(_, value)| value.bytes()).sum::<usize>(), host),
+            Part::Host(bytes) => (device, host + bytes.len()),
+            Part::File(..) => (device, host),
+        })
     }
 }
 
@@ -137,18 +233,27 @@ impl<B: Backend> Gathering<B> {
 /// Pieces of weights.
 pub(crate) type Pieces<B> = Vec<(Piece, Value<B>)>;
 
-/// What makes new pieces of a bucket, by its number, from the old ones.
-pub(crate) type Update<'a, B> = dyn FnMut(usize, Pieces<B>) -> Result<Pieces<B>, Error> + 'a;
+/// What makes new pieces of a bucket, by its number, from the old ones; the work may go on between the two calls.
+pub(crate) trait Updater<B: Backend> {
+    /// Pieces under way.
+    type Coming;
+
+    /// Starts the update.
+    fn begin(&mut self, index: usize, pieces: Pieces<B>) -> Result<Self::Coming, Error>;
+
+    /// Waits for it.
+    fn end(&mut self, coming: Self::Coming) -> Result<Pieces<B>, Error>;
+}
 
 /// Buckets of new weights that may be under way at a time.
 const WINDOW: usize = 2;
 
-/// Updates a model that has its weights: this rank's part of every bucket is updated, the others' parts are gathered. On an
-/// error the model is incomplete.
-pub(crate) fn update_model<B: AutodiffBackend, M: Module<B>>(
+/// Updates a model that has its weights: this rank's part of every bucket is updated, the others' parts are gathered. While
+/// one bucket is updated the one before it is gathered, if one may be `ahead`. On an error the model is incomplete.
+pub(crate) fn update_model<B: AutodiffBackend, M: Module<B>, U: Updater<B::InnerBackend>>(
     model: &mut M,
     place: Place<B::InnerBackend>,
-    update: &mut Update<B::InnerBackend>,
+    (updater, ahead): (&mut U, usize),
 ) -> Result<(), Error> {
     let Place { layout, queue, device } = place;
     // A tensor is updated in place only if no one else holds it: the weights are taken out of the model.
@@ -156,12 +261,14 @@ pub(crate) fn update_model<B: AutodiffBackend, M: Module<B>>(
     let mut take = Take { layout, which, values: HashMap::new() };
     let shell = model.clone().map(&mut take);
     *model = shell;
-    let (mut old, mut values) = (take.values, HashMap::new());
-    let mut coming: VecDeque<(usize, Gathering<B::InnerBackend>)> = VecDeque::new();
-    let mut receive = |coming: &mut VecDeque<(usize, Gathering<_>)>| -> Result<(), Error> {
-        let Some((index, gathering)) = coming.pop_front() else { return Ok(()) };
-        let whole = gathering.wait(layout, &layout.buckets[index], device)?;
-        values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
+    let mut old = take.values;
+    let (mut updating, mut coming, mut values) = (VecDeque::new(), VecDeque::new(), HashMap::new());
+    let mut receive = |coming: &mut VecDeque<(usize, Gathering<_>)>, left: usize| -> Result<(), Error> {
+        while coming.len() > left {
+            let Some((index, gathering)) = coming.pop_front() else { return Ok(()) };
+            let whole = gathering.wait(layout, &layout.buckets[index], device)?;
+            values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
+        }
         Ok(())
     };
     for (index, bucket) in layout.trained() {
@@ -172,16 +279,30 @@ pub(crate) fn update_model<B: AutodiffBackend, M: Module<B>>(
         });
         let pieces = pieces.collect();
         bucket.slots.iter().for_each(|(parameter, _)| drop(old.remove(parameter)));
-        let pieces = update(index, pieces)?;
-        coming.push_back((index, start(layout, bucket, pieces, queue)));
-        if coming.len() > WINDOW {
-            receive(&mut coming)?;
+        updating.push_back((index, updater.begin(index, pieces)?));
+        while updating.len() > ahead {
+            send(&mut updating, &mut coming, (updater, layout, queue))?;
+            receive(&mut coming, WINDOW)?;
         }
     }
-    while !coming.is_empty() {
-        receive(&mut coming)?;
+    while !updating.is_empty() {
+        send(&mut updating, &mut coming, (updater, layout, queue))?;
+        receive(&mut coming, WINDOW)?;
     }
+    receive(&mut coming, 0)?;
     *model = model.clone().map(&mut Put { values });
+    Ok(())
+}
+
+/// Waits for the oldest update and sends its pieces to everyone.
+fn send<B: Backend, U: Updater<B>>(
+    updating: &mut VecDeque<(usize, U::Coming)>,
+    coming: &mut VecDeque<(usize, Gathering<B>)>,
+    (updater, layout, queue): (&mut U, &Layout, &Queue),
+) -> Result<(), Error> {
+    let Some((index, update)) = updating.pop_front() else { return Ok(()) };
+    let pieces = updater.end(update)?;
+    coming.push_back((index, start(layout, &layout.buckets[index], pieces, queue)));
     Ok(())
 }
 
@@ -201,6 +322,8 @@ pub(crate) struct Gathered<'a, B: AutodiffBackend, M> {
     visits: Vec<Visit>,
     /// The visit that is under way or next.
     now: usize,
+    /// For how many visits after this one weights are gathered ahead.
+    ahead: usize,
     coming: HashMap<usize, Gathering<B::InnerBackend>>,
     live: usize,
     peak: &'a mut Peak,
@@ -212,11 +335,11 @@ impl<'a, B: AutodiffBackend, M: Module<B>> Gathered<'a, B, M> {
         model: M,
         weights: &'a Weights<B::InnerBackend>,
         place: Place<'a, B::InnerBackend>,
-        checkpointing: Checkpointing,
+        (checkpointing, ahead): (Checkpointing, usize),
         peak: &'a mut Peak,
     ) -> Self {
         let visits = visits(place.layout, checkpointing);
-        Self { model: Some(model), weights, place, visits, now: 0, coming: HashMap::new(), live: 0, peak }
+        Self { model: Some(model), weights, place, visits, now: 0, ahead, coming: HashMap::new(), live: 0, peak }
     }
 
     fn map(&mut self, mapper: &mut impl ModuleMapper<B>) {
@@ -259,7 +382,9 @@ impl<B: AutodiffBackend, M: Module<B>> Source<M> for Gathered<'_, B, M> {
             let whole = gathering.wait(layout, &layout.buckets[index], device)?;
             values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
         }
-        self.start(self.now + 1);
+        for next in 1..=self.ahead {
+            self.start(self.now + next);
+        }
         if !values.is_empty() {
             self.map(&mut Put { values });
         }

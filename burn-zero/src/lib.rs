@@ -49,6 +49,7 @@ mod engine;
 mod error;
 pub mod estimate;
 mod gather;
+mod held;
 mod norm;
 mod offload;
 pub mod optimizer;
@@ -59,8 +60,9 @@ mod reduce;
 pub mod schedule;
 pub mod segment;
 mod sharded;
+mod worker;
 
-pub use engine::{Engine, StepReport, consolidate};
+pub use engine::{Engine, StepReport, consolidate, restore_weights};
 pub use error::Error;
 pub use offload::Tier;
 pub use partition::{ALIGN, Sharding};

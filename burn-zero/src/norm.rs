@@ -110,6 +110,19 @@ pub(crate) fn add_squares<B: Backend>(sum: &mut Exact, values: &Value<B>) {
     }
 }
 
+/// The same for values on the host. With the backend of the processor they are summed as it sums, so that where states are
+/// changes no result; without it in f64.
+pub(crate) fn add_squares_of(sum: &mut Exact, values: &[f32]) {
+    #[cfg(feature = "flex")]
+    for part in values.chunks(ALIGN << 10) {
+        add_squares::<burn::backend::Flex>(sum, &crate::bucket::from_host(part, &Default::default()));
+    }
+    #[cfg(not(feature = "flex"))]
+    for block in values.chunks(ALIGN) {
+        sum.add(block.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>() as f32);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

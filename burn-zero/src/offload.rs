@@ -5,21 +5,30 @@
 //!  weight piece   ─► host ─┴► Adam over slices ─► weight piece ─► device
 //!                                ▲   │
 //!             host or file: exp_avg, exp_avg_sq      a file passes through a few buffers, read ahead and written behind
+//!
+//!  communication   ─ gradients of bucket 3 ─ … of 0 │           │ weights of 0 │ weights of 1 │
+//!  compute         ─ backward 3 ─ 2 ─ 1 ─ 0 ────────┤ norm      │              │ to device 0  │ …
+//!  optimizer                                        │ update 0  │ update 1     │ update 2     │
 //! ```
+//!
+//! Gradients leave while the backward pass goes on. Clipping by the global norm, and the promise that a step whose gradients
+//! are not finite changes nothing, need all of them before the first update: there the pass and the updates meet.
 
 use crate::{
-    Error, bucket, ds_config,
+    Error, ds_config,
     optimizer::{
         EightBit, LEAST_8BIT, Optimizer,
         cpu_adam::{Copy, Slices, Update},
     },
-    segment::Value,
 };
-use burn::{module::ParamId, tensor::backend::Backend};
+use burn::module::ParamId;
 use std::{borrow::Cow, cell::RefCell, collections::HashMap, path::PathBuf};
 
+mod desk;
 mod file;
 
+pub(crate) use desk::{Desk, Task};
+pub(crate) use file::Shelf;
 use file::States;
 
 /// Where optimizer states are.
@@ -114,16 +123,13 @@ impl Offload {
         }
     }
 
-    /// The flat f32 piece of a parameter, of `whole` values in all, after an update.
-    pub fn update<B: Backend>(
+    /// Updates the flat f32 piece of a parameter, of `whole` values in all.
+    pub fn update(
         &mut self,
         (id, whole): (ParamId, usize),
         rates: Rates,
-        (value, gradient): (Value<B>, Value<B>),
-        device: &B::Device,
-    ) -> Result<Value<B>, Error> {
-        let mut parameter = bucket::to_host(value);
-        let gradient = bucket::to_host(gradient);
+        (parameter, gradient): (&mut [f32], &[f32]),
+    ) -> Result<(), Error> {
         let mut state = match self.states.remove(&id) {
             Some(state) => state,
             None => HostState { step: 0, moments: self.fresh(parameter.len(), whole)? },
@@ -134,17 +140,16 @@ impl Offload {
         let update = Update { settings, decoupled, lr, weight_decay, scale, step: state.step };
         match &mut state.moments {
             Moments::Here { exp_avg, exp_avg_sq } => {
-                let slices = Slices { parameter: &mut parameter, gradient: &gradient, exp_avg, exp_avg_sq };
-                update.apply(slices, Copy::None);
+                update.apply(Slices { parameter, gradient, exp_avg, exp_avg_sq }, Copy::None);
             }
-            Moments::EightBit(codes) => codes.apply(&update, &mut parameter, &gradient),
+            Moments::EightBit(codes) => codes.apply(&update, parameter, gradient),
             Moments::File { start, .. } => {
                 let file = self.file.as_mut().expect("the state is in it");
-                file.update(*start, &update, (&mut parameter, &gradient))?;
+                file.update(*start, &update, (parameter, gradient))?;
             }
         }
         self.states.insert(id, state);
-        Ok(bucket::from_vec(parameter, device))
+        Ok(())
     }
 
     /// Ends a step: what is on its way to the file arrives.

@@ -5,8 +5,9 @@
 
 use crate::{
     Error, bucket,
-    comm::{Collectives, Pending, Queue},
+    comm::{Collectives, Lane, Pending, Queue},
     ds_config::Stage,
+    held::Held,
     partition::{Bucket, Layout, Piece},
     segment::{Gradient, Value},
 };
@@ -22,8 +23,8 @@ pub(crate) struct Gradients<B: Backend> {
     whole: HashMap<usize, Value<B>>,
     /// This rank's parts of buckets that have been reduced.
     parts: HashMap<usize, Vec<f32>>,
-    /// Buckets under way, oldest first.
-    pending: VecDeque<(usize, Pending<Vec<f32>>)>,
+    /// Buckets under way, oldest first, and the bytes of this rank's part of each.
+    pending: VecDeque<(usize, usize, Pending<Vec<f32>>)>,
     /// Parameters that had a gradient.
     present: Vec<bool>,
     /// Bytes of the buckets under way.
@@ -43,7 +44,7 @@ pub struct Peak {
 }
 
 /// A rank's gradients of a bucket by piece; none where no rank had one.
-pub(crate) type Reduced<B> = Vec<(Piece, Option<Value<B>>)>;
+pub(crate) type Reduced<B> = Vec<(Piece, Option<Held<B>>)>;
 
 impl<B: Backend> Gradients<B> {
     pub fn new(layout: &Layout) -> Self {
@@ -74,8 +75,15 @@ impl<B: Backend> Gradients<B> {
 
     /// Bytes of the gradients that are alive, buckets under way apart.
     pub fn bytes(&self) -> usize {
+        let (whole, parts) = self.bytes_by_place();
+        whole + parts
+    }
+
+    /// The same, of whole gradients on the device and of this rank's parts on the host.
+    pub fn bytes_by_place(&self) -> (usize, usize) {
         let parts: usize = self.parts.values().map(|part| part.len() * 4).sum();
-        self.whole.values().map(Value::bytes).sum::<usize>() + parts
+        let parts = parts + self.pending.iter().map(|(_, bytes, _)| bytes).sum::<usize>();
+        (self.whole.values().map(Value::bytes).sum(), parts)
     }
 
     /// The sums that wait for their bucket, by the parameter's number.
@@ -96,31 +104,43 @@ impl<B: Backend> Gradients<B> {
     }
 
     /// Sends a bucket on its way: this rank's part, which goes on from what it holds, or all of it where nothing is divided.
+    /// The gradients leave the device beside the thread that computes.
     fn reduce(&mut self, layout: &Layout, index: usize, queue: &Queue) -> Result<(), Error> {
-        while self.pending.len() >= WINDOW || self.pending.iter().any(|(other, _)| *other == index) {
+        while self.pending.len() >= WINDOW || self.pending.iter().any(|(other, ..)| *other == index) {
             self.settle(layout)?;
         }
-        let bucket = &layout.buckets[index];
-        let mut flat = bucket::flatten(bucket, |parameter| self.whole.remove(&parameter));
-        self.under_way += flat.len() * 4;
+        let bucket = layout.buckets[index].clone();
+        let parts = layout.parts;
+        let taken = bucket.slots.iter().filter_map(|(parameter, _)| Some((*parameter, self.whole.remove(parameter)?)));
+        let mut whole: HashMap<usize, Value<B>> = taken.collect();
+        self.under_way += bucket.length * 4;
         self.peak.buckets = self.peak.buckets.max(self.under_way);
-        let pending = if layout.parts == 1 {
-            queue.submit("all_reduce", move |group| group.all_reduce(&mut flat).map(|()| flat))
+        let trace = queue.trace().clone();
+        let mut flatten = move |bucket: &Bucket| {
+            let flat = || bucket::flatten(bucket, |parameter| whole.remove(&parameter));
+            trace.span_of(("to the host", index), Lane::Transfer, flat)
+        };
+        let pending = if parts == 1 && queue.world() > 1 {
+            queue.submit("all_reduce", move |group| {
+                let mut flat = flatten(&bucket);
+                group.all_reduce(&mut flat).map(|()| flat)
+            })
         } else {
-            // A sum that starts at -0 is what is added to it, the sign of a zero included.
-            let part = self.parts.remove(&index).unwrap_or_else(|| vec![-0.0; bucket.length / layout.parts]);
+            let part = self.parts.remove(&index);
             queue.submit("reduce_scatter", move |group| {
-                let mut part = part;
+                let flat = flatten(&bucket);
+                // A sum that starts at -0 is what is added to it, the sign of a zero included.
+                let mut part = part.unwrap_or_else(|| vec![-0.0; bucket.length / parts]);
                 group.reduce_scatter_onto(&flat, &mut part).map(|()| part)
             })
         };
-        self.pending.push_back((index, pending));
+        self.pending.push_back((index, layout.buckets[index].length / parts * 4, pending));
         Ok(())
     }
 
     /// Waits for the oldest bucket under way.
     fn settle(&mut self, layout: &Layout) -> Result<(), Error> {
-        let Some((index, pending)) = self.pending.pop_front() else { return Ok(()) };
+        let Some((index, _, pending)) = self.pending.pop_front() else { return Ok(()) };
         self.parts.insert(index, pending.wait()?);
         self.under_way -= layout.buckets[index].length * 4;
         Ok(())
@@ -134,12 +154,13 @@ impl<B: Backend> Gradients<B> {
         Ok(())
     }
 
-    /// Ends the step: every bucket reduced. A reduction of one rank is the identity, and nothing leaves the device for it.
+    /// Ends the step: every bucket reduced, this rank's parts on the device, if one is given. A reduction of one rank is the
+    /// identity, and nothing leaves the device for it.
     pub fn finish(
         mut self,
         layout: &Layout,
         (stage, queue): (Stage, &Queue),
-        device: &B::Device,
+        device: Option<&B::Device>,
     ) -> Result<HashMap<usize, Reduced<B>>, Error> {
         let alone = queue.world() == 1;
         if !alone && stage < Stage::Gradients {
@@ -150,9 +171,14 @@ impl<B: Backend> Gradients<B> {
         for (index, bucket) in layout.trained() {
             let part = self.parts.remove(&index);
             let gradient = |piece: Piece| {
-                let value = match &part {
-                    Some(part) => Some(bucket::from_host(&part[piece.at..piece.at + piece.range.len()], device)),
-                    None => self.whole.remove(&piece.parameter).map(|whole| Value::new(whole.flatten())),
+                let own = |part: &Vec<f32>| part[piece.at..piece.at + piece.range.len()].to_vec();
+                let value = match (&part, device) {
+                    (Some(part), Some(device)) => Some(Held::Device(bucket::from_vec(own(part), device))),
+                    (Some(part), None) => Some(Held::Host(own(part))),
+                    (None, _) => {
+                        let whole = self.whole.remove(&piece.parameter);
+                        whole.map(|whole| Held::Device(Value::new(whole.flatten())))
+                    }
                 };
                 (piece, value)
             };

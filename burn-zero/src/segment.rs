@@ -4,7 +4,10 @@
 //! needs is kept or made again as [`Checkpointing`] says; its gradients are handed over and freed before the next segment's
 //! are made.
 
-use crate::Error;
+use crate::{
+    Error,
+    comm::{Lane, Trace},
+};
 use burn::{
     module::{AutodiffModule, Module, ModuleVisitor, Param, ParamId},
     tensor::{
@@ -188,7 +191,8 @@ pub fn run<B: AutodiffBackend, M: TrainSegments<B>>(
         }
         Ok(())
     };
-    match drive(&mut Resident::new(model), batch, checkpointing, &mut each) {
+    let trace = Trace::default();
+    match drive(&mut Resident::new(model), batch, (checkpointing, &trace), &mut each) {
         Ok(loss) => loss,
         Err(error) => unreachable!("neither a model at hand nor this sink can fail: {error}"),
     }
@@ -202,17 +206,18 @@ pub(crate) type Sink<'a, B> =
 pub(crate) fn drive<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
     source: &mut S,
     batch: &<M as Segments<B>>::Batch,
-    checkpointing: Checkpointing,
+    (checkpointing, trace): (Checkpointing, &Trace),
     sink: &mut Sink<B>,
 ) -> Result<Value<B::InnerBackend>, Error> {
     let (plan, segments) = (Plan::new(source.model()), source.model().segments());
-    let (loss, mut saved) = forward(source, batch, checkpointing, &plan)?;
+    let (loss, mut saved) = forward(source, batch, (checkpointing, trace), &plan)?;
     let mut pending = HashMap::new();
     let mut upstream = None; // the loss: a gradient of ones
     for segment in (plan.first..segments).rev() {
         source.enter(Sweep::Backward, segment)?;
         let saved = saved.pop().expect("one entry was saved for each segment with a graph");
-        let (grads, inputs) = backward(source.model(), batch, segment, (saved, upstream));
+        let walk = || backward(source.model(), batch, segment, (saved, upstream));
+        let (grads, inputs) = trace.span_of(("backward", segment), Lane::Compute, walk);
         let mut collect = Collect { plan: &plan, segment, path: vec![], grads, pending: &mut pending, found: vec![] };
         source.model().visit_segment(segment, &mut collect);
         let Collect { found, grads, .. } = collect;
@@ -270,7 +275,7 @@ type Forward<B> = (Value<<B as AutodiffBackend>::InnerBackend>, Vec<Saved<B>>);
 fn forward<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
     source: &mut S,
     batch: &<M as Segments<B>>::Batch,
-    checkpointing: Checkpointing,
+    (checkpointing, trace): (Checkpointing, &Trace),
     plan: &Plan,
 ) -> Result<Forward<B>, Error> {
     let segments = source.model().segments();
@@ -282,7 +287,8 @@ fn forward<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
         let (tracked, require_grad) = (segment >= plan.first, segment > plan.first);
         if tracked && checkpointing.keeps(segment, segments) {
             let leaves = leaves(values, require_grad);
-            let outputs = model.forward_segment(segment, batch, leaves.clone());
+            let run = || model.forward_segment(segment, batch, leaves.clone());
+            let outputs = trace.span_of(("forward", segment), Lane::Compute, run);
             values = outputs.iter().cloned().map(Value::inner).collect();
             saved.push(Saved::Graph { leaves, outputs });
         } else {
@@ -290,7 +296,8 @@ fn forward<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
                 saved.push(Saved::Inputs { inputs: values.clone(), require_grad });
             }
             let (model, batch) = inner.get_or_insert_with(|| (model.valid(), M::inner_batch(batch)));
-            values = model.forward_segment(segment, batch, values);
+            let run = || model.forward_segment(segment, batch, values);
+            values = trace.span_of(("forward", segment), Lane::Compute, run);
         }
         if !S::STAYS {
             inner = None;

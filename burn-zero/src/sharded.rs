@@ -5,7 +5,8 @@ use crate::{
     comm::{Collectives, Communicator, Queue},
     ds_config::Stage,
     engine::FindDevice,
-    gather::{Place, update_model},
+    gather::{Pieces, Place, Updater, update_model},
+    held::Held,
     partition::{Layout, Piece},
     reduce::Gradients,
     segment::{Gradient, Value},
@@ -99,24 +100,24 @@ where
         gradients.add(&layout, collect.found);
         let flags: Vec<u8> = gradients.present().iter().map(|&present| u8::from(present)).collect();
         // Stage 2 reduces as early as stage 1 where all gradients come at once.
-        let mut reduced = gradients.finish(&layout, (self.sharding.stage.min(Stage::States), &queue), device)?;
+        let mut reduced = gradients.finish(&layout, (self.sharding.stage.min(Stage::States), &queue), Some(device))?;
         let all = queue.submit("share", move |group| group.share(&flags)).wait()?;
         let present = |parameter: usize| all.iter().any(|flags| flags.get(parameter).is_some_and(|&flag| flag != 0));
         let share = 1.0 / queue.world() as f64;
-        let mut update = |index, pieces: Vec<(Piece, Value<_>)>| {
+        let update = |index, pieces: Pieces<B::InnerBackend>| {
             let gradients = reduced.remove(&index).unwrap_or_default();
-            let one = |((piece, value), (_, gradient)): ((Piece, Value<_>), (Piece, Option<Value<_>>))| {
+            let one = |((piece, value), (_, gradient)): ((Piece, Value<_>), (Piece, Option<Held<_>>))| {
                 let Some(gradient) = gradient.filter(|_| present(piece.parameter)) else { return (piece, value) };
                 let id = layout.parameters[piece.parameter].id;
                 let state = self.records.remove(&id).map(AdaptorRecord::into_state::<1>);
-                let gradient = gradient.into_dtype(value.dtype()).tensor::<1>().mul_scalar(share);
+                let gradient = gradient.on(device).into_dtype(value.dtype()).tensor::<1>().mul_scalar(share);
                 let (value, state) = self.optimizer.step(lr, value.tensor::<1>(), gradient, state);
                 self.records.extend(state.map(|state| (id, AdaptorRecord::from_state(state))));
                 (piece, Value::new(value))
             };
-            Ok(pieces.into_iter().zip(gradients).map(one).collect())
+            pieces.into_iter().zip(gradients).map(one).collect()
         };
-        update_model(&mut module, Place { layout: &layout, queue: &queue, device }, &mut update)?;
+        update_model(&mut module, Place { layout: &layout, queue: &queue, device }, (&mut AtOnce(update), 0))?;
         self.layout = Some(layout);
         Ok(module)
     }
@@ -150,6 +151,21 @@ where
     fn load_record(mut self, record: Self::Record) -> Self {
         self.records = record.into_iter().collect();
         self
+    }
+}
+
+/// An update that is complete when it has begun.
+struct AtOnce<F>(F);
+
+impl<B: Backend, F: FnMut(usize, Pieces<B>) -> Pieces<B>> Updater<B> for AtOnce<F> {
+    type Coming = Pieces<B>;
+
+    fn begin(&mut self, index: usize, pieces: Pieces<B>) -> Result<Pieces<B>, Error> {
+        Ok((self.0)(index, pieces))
+    }
+
+    fn end(&mut self, coming: Pieces<B>) -> Result<Pieces<B>, Error> {
+        Ok(coming)
     }
 }
 

@@ -45,6 +45,8 @@ enum Verb {
         /// Change a value of the recipe, for example --set train.max_steps=64
         #[arg(long = "set", value_name = "KEY=VALUE")]
         sets: Vec<String>,
+        #[command(flatten)]
+        files: FilesArgs,
         /// The folder for everything the run writes; default: runs/NAME-OF-RECIPE
         #[arg(long)]
         dir: Option<PathBuf>,
@@ -54,6 +56,8 @@ enum Verb {
         #[command(flatten)]
         device: DeviceArgs,
     },
+    /// Make one model, or one adapter, of a checkpoint that ranks have written in parts
+    Consolidate(ConsolidateArgs),
     /// Measure a model: the loss of answers, or accuracy on PubMedQA
     Eval(EvalArgs),
     /// Talk to a model
@@ -89,6 +93,29 @@ enum Verb {
         #[arg(long)]
         out: PathBuf,
     },
+}
+
+/// Files besides the recipe; each is short for a key of it.
+#[derive(Args, Clone)]
+pub struct FilesArgs {
+    /// DeepSpeed's ds_config.json: what it says is put where the recipe says nothing (parallel.deepspeed)
+    #[arg(long, value_name = "FILE")]
+    deepspeed: Option<String>,
+    /// The YAML of `accelerate config`, likewise (parallel.accelerate)
+    #[arg(long, value_name = "FILE")]
+    accelerate: Option<String>,
+    /// Write the timeline of all ranks, to be opened in Perfetto (parallel.trace)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<String>,
+}
+
+impl FilesArgs {
+    /// The same as values of the recipe.
+    fn sets(self) -> impl Iterator<Item = String> {
+        let files = [("deepspeed", self.deepspeed), ("accelerate", self.accelerate), ("trace", self.trace)];
+        let set = |(key, file): (&str, Option<String>)| Some(format!("parallel.{key}={}", toml::Value::String(file?)));
+        files.into_iter().filter_map(set)
+    }
 }
 
 /// Where the verb computes.
@@ -289,6 +316,15 @@ pub struct ExportArgs {
 }
 
 #[derive(Args)]
+pub struct ConsolidateArgs {
+    /// A run folder, for its last checkpoint, or one of its checkpoints
+    pub checkpoint: PathBuf,
+    /// A new folder: a Hugging Face model, or an adapter as PEFT writes it
+    #[arg(long)]
+    pub out: PathBuf,
+}
+
+#[derive(Args)]
 pub struct LaunchArgs {
     /// How many
     #[arg(short = 'n', long)]
@@ -324,6 +360,16 @@ pub struct EstimateArgs {
     /// With activation_checkpointing = "full"
     #[arg(long)]
     pub recompute: bool,
+    /// Take two steps on tokens of no meaning, in f32, and print what the estimate says beside what was counted and measured;
+    /// under mpirun by all its ranks
+    #[arg(long, conflicts_with = "config")]
+    pub measure: bool,
+    /// What --measure divides among ranks: 0 to 3
+    #[arg(long, default_value_t = 0, requires = "measure")]
+    pub zero_stage: u8,
+    /// Where --measure has optimizer states: none, cpu or nvme (in a file beside)
+    #[arg(long, default_value = "none", requires = "measure")]
+    pub offload_optimizer: String,
 }
 
 fn method(name: &str) -> Result<MethodKind, String> {
@@ -416,7 +462,11 @@ pub fn run(cli: Cli) -> Result<()> {
             println!("{}", fetch::fetch(&name, dest.as_deref())?.display());
             Ok(())
         }
-        Verb::Train { recipe, sets, dir, resume, device } => train::train(&recipe, &sets, dir, (resume, device.device)),
+        Verb::Train { recipe, mut sets, files, dir, resume, device } => {
+            sets.extend(files.sets());
+            train::train(&recipe, &sets, dir, (resume, device.device))
+        }
+        Verb::Consolidate(args) => train::consolidate(&args),
         Verb::Eval(args) => eval::eval(&args),
         Verb::Chat(args) => chat::chat(&args),
         Verb::Export(args) => export::export(&args),

@@ -8,8 +8,13 @@ use burn_zero::{
     estimate::{Numbers, Placement, Recompute, Shape, Weights, states},
 };
 
+mod measure;
+
 /// The verb `estimate`: a table on stdout. Nothing is loaded but the model's sizes.
 pub fn estimate(args: &EstimateArgs) -> Result<()> {
+    if args.measure {
+        return measure::measure(args);
+    }
     let config = match &args.config {
         Some(path) => LlamaConfig::load(path)?,
         None => Checkpoint::open(&fetch::resolve(&args.model)?)?.config().clone(),
@@ -45,7 +50,7 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
     Ok(())
 }
 
-fn gib(bytes: u64) -> f64 {
+pub fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 

@@ -22,11 +22,13 @@ mod trace;
 mod traffic;
 mod turn;
 
+pub use crate::worker::Pending;
 pub use collective::Collectives;
 pub use element::Element;
 pub use group::Group;
-pub use queue::{Pending, Queue};
+pub use queue::Queue;
 pub use solo::Solo;
+pub(crate) use trace::write_events;
 pub use trace::{Lane, Trace};
 pub use traffic::{Count, Traffic};
 pub use turn::Turn;

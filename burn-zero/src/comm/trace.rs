@@ -1,53 +1,82 @@
 //! When what ran: a timeline of one rank.
 
 use crate::Error;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::{
     path::Path,
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
-/// The thread of a span.
+/// The thread of a span, or what it does there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Lane {
-    /// The thread that computes: micro-batches and steps.
+    /// The thread that computes: micro-batches, segments, steps.
     Compute,
-    /// The same thread, where it waits for a collective.
+    /// The same thread, where it waits for another.
     Wait,
     /// The thread that communicates.
     Communication,
+    /// The same thread, where it moves values between device, host and files.
+    Transfer,
+    /// The thread that updates weights on the host.
+    Optimizer,
+}
+
+impl Lane {
+    /// The number and the name of the thread.
+    fn thread(self) -> (u8, &'static str) {
+        match self {
+            Self::Compute | Self::Wait => (0, "compute"),
+            Self::Communication | Self::Transfer => (1, "communication"),
+            Self::Optimizer => (2, "optimizer on the host"),
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Span {
     name: &'static str,
+    /// The segment or bucket.
+    number: Option<usize>,
     lane: Lane,
     /// Seconds since the trace began.
     begin: f64,
     end: f64,
 }
 
-/// A timeline that is written to by the thread that computes and the one that communicates.
+/// A timeline that is written to by the thread that computes and those beside it.
 #[derive(Debug, Clone)]
 pub struct Trace {
     start: Instant,
+    /// Seconds since 1970 at the start, by which the timelines of several ranks are laid side by side.
+    origin: f64,
     spans: Arc<Mutex<Vec<Span>>>,
 }
 
 impl Default for Trace {
     fn default() -> Self {
-        Self { start: Instant::now(), spans: Arc::default() }
+        let origin = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        Self { start: Instant::now(), origin, spans: Arc::default() }
     }
 }
 
 impl Trace {
     /// Runs `work` and notes when it ran.
     pub(crate) fn span<R>(&self, name: &'static str, lane: Lane, work: impl FnOnce() -> R) -> R {
+        self.note((name, None), lane, work)
+    }
+
+    /// The same for one of many of the same name.
+    pub(crate) fn span_of<R>(&self, name: (&'static str, usize), lane: Lane, work: impl FnOnce() -> R) -> R {
+        self.note((name.0, Some(name.1)), lane, work)
+    }
+
+    fn note<R>(&self, (name, number): (&'static str, Option<usize>), lane: Lane, work: impl FnOnce() -> R) -> R {
         let begin = self.start.elapsed().as_secs_f64();
         let result = work();
         let end = self.start.elapsed().as_secs_f64();
-        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(Span { name, lane, begin, end });
+        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(Span { name, number, lane, begin, end });
         result
     }
 
@@ -55,33 +84,75 @@ impl Trace {
         self.spans.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The share of the time in collectives during which the other thread did not wait; none without collectives.
+    /// The share of the time in collectives during which the other thread computed: it was in a micro-batch or a step and did
+    /// not wait. None without collectives.
     pub fn hidden_share(&self) -> Option<f64> {
-        let spans = self.spans();
-        let of = |lane| spans.iter().filter(move |span| span.lane == lane);
-        let total: f64 = of(Lane::Communication).map(|span| span.end - span.begin).sum();
-        let common = |a: &Span, b: &Span| (a.end.min(b.end) - a.begin.max(b.begin)).max(0.0);
-        let waited: f64 = of(Lane::Communication).flat_map(|a| of(Lane::Wait).map(move |b| common(a, b))).sum();
-        (total > 0.0).then(|| 1.0 - waited / total)
+        self.share_within(Lane::Communication, "")
     }
 
-    /// Writes the timeline as `chrome://tracing` and Perfetto read it; `rank` is the process's number there.
+    /// The share of the time in a lane during which the thread that computes was in spans whose names begin so, and did not
+    /// wait.
+    pub fn share_within(&self, lane: Lane, name: &str) -> Option<f64> {
+        let spans = self.spans();
+        let of = |lane, name: &str| -> Vec<(f64, f64)> {
+            let own = spans.iter().filter(|span| span.lane == lane && span.name.starts_with(name));
+            own.map(|span| (span.begin, span.end)).collect()
+        };
+        let (all, busy, waits) = (of(lane, ""), union(of(Lane::Compute, name)), union(of(Lane::Wait, "")));
+        let total: f64 = all.iter().map(|(begin, end)| end - begin).sum();
+        let inside = |spans: &[(f64, f64)], a: &(f64, f64)| -> f64 {
+            spans.iter().map(|b| (a.1.min(b.1) - a.0.max(b.0)).max(0.0)).sum()
+        };
+        let within = |a: &(f64, f64)| -> f64 {
+            let common = busy.iter().map(|b| (a.0.max(b.0), a.1.min(b.1))).filter(|(begin, end)| begin < end);
+            common.map(|part| part.1 - part.0 - inside(&waits, &part)).sum()
+        };
+        (total > 0.0).then(|| all.iter().map(within).sum::<f64>() / total)
+    }
+
+    /// The events of the timeline as `chrome://tracing` and Perfetto read them, in microseconds since 1970; `rank` is the
+    /// process's number there.
+    pub(crate) fn events(&self, rank: usize) -> Vec<Value> {
+        let threads = [Lane::Compute, Lane::Communication, Lane::Optimizer].map(|lane| {
+            let (tid, name) = lane.thread();
+            json!({ "name": "thread_name", "ph": "M", "pid": rank, "tid": tid, "args": { "name": name } })
+        });
+        let process =
+            json!({ "name": "process_name", "ph": "M", "pid": rank, "args": { "name": format!("rank {rank}") } });
+        let event = |span: Span| {
+            let name = span.number.map_or(span.name.to_owned(), |number| format!("{} {number}", span.name));
+            let (begin, long) = ((self.origin + span.begin) * 1e6, (span.end - span.begin) * 1e6);
+            json!({ "name": name, "ph": "X", "pid": rank, "tid": span.lane.thread().0, "ts": begin, "dur": long })
+        };
+        [process].into_iter().chain(threads).chain(self.spans().into_iter().map(event)).collect()
+    }
+
+    /// Writes the timeline of one rank.
     ///
     /// # Errors
     /// [`Error::Path`] if the file cannot be written.
     pub fn write(&self, path: &Path, rank: usize) -> Result<(), Error> {
-        let event = |span: Span| {
-            let lane = match span.lane {
-                Lane::Compute | Lane::Wait => "compute",
-                Lane::Communication => "communication",
-            };
-            let (begin, long) = (span.begin * 1e6, (span.end - span.begin) * 1e6);
-            json!({ "name": span.name, "ph": "X", "pid": rank, "tid": lane, "ts": begin, "dur": long })
-        };
-        let events: Vec<_> = self.spans().into_iter().map(event).collect();
-        let text = json!({ "traceEvents": events }).to_string();
-        std::fs::write(path, text).map_err(|source| Error::Path { path: path.to_owned(), source })
+        write_events(path, &self.events(rank))
     }
+}
+
+/// Writes events of any number of ranks.
+pub(crate) fn write_events(path: &Path, events: &[Value]) -> Result<(), Error> {
+    let text = json!({ "traceEvents": events }).to_string();
+    std::fs::write(path, text).map_err(|source| Error::Path { path: path.to_owned(), source })
+}
+
+/// Spans that overlap become one.
+fn union(mut spans: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
+    spans.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut all: Vec<(f64, f64)> = Vec::new();
+    for span in spans {
+        match all.last_mut().filter(|last| last.1 >= span.0) {
+            Some(last) => last.1 = last.1.max(span.1),
+            None => all.push(span),
+        }
+    }
+    all
 }
 
 #[cfg(test)]
@@ -92,19 +163,25 @@ mod tests {
     fn what_is_waited_for_is_not_hidden() {
         let trace = Trace::default();
         assert_eq!(trace.hidden_share(), None);
-        let span = |lane, begin, end| Span { name: "", lane, begin, end };
+        let span = |name, lane, begin, end| Span { name, number: None, lane, begin, end };
         trace.spans.lock().unwrap().extend([
-            span(Lane::Compute, 0.0, 10.0),
-            span(Lane::Communication, 1.0, 5.0),
-            span(Lane::Communication, 6.0, 10.0),
-            span(Lane::Wait, 4.0, 6.5),
+            span("micro-batch", Lane::Compute, 0.0, 9.5),
+            span("forward", Lane::Compute, 0.0, 3.0),
+            span("all_gather", Lane::Communication, 1.0, 5.0),
+            span("reduce_scatter", Lane::Communication, 6.0, 10.0),
+            span("wait", Lane::Wait, 4.0, 6.5),
         ]);
-        assert_eq!(trace.hidden_share(), Some(1.0 - 1.5 / 8.0));
+        // 1 to 4 and 6.5 to 9.5 of twice four seconds; 1 to 3 of them in a forward pass.
+        assert_eq!(trace.hidden_share(), Some(6.0 / 8.0));
+        assert_eq!(trace.share_within(Lane::Communication, "forward"), Some(2.0 / 8.0));
+        assert_eq!(trace.share_within(Lane::Optimizer, ""), None);
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.json");
         trace.write(&path, 3).unwrap();
         let read: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-        assert_eq!(read["traceEvents"][1]["dur"], 4e6);
-        assert_eq!(read["traceEvents"][3]["pid"], 3);
+        let events = read["traceEvents"].as_array().unwrap();
+        let spans: Vec<_> = events.iter().filter(|event| event["ph"] == "X").collect();
+        assert_eq!((spans.len(), &spans[2]["dur"], &spans[2]["tid"]), (5, &json!(4e6), &json!(1)));
+        assert!(events.iter().all(|event| event["pid"] == 3));
     }
 }

@@ -47,6 +47,14 @@ impl Document {
         keys
     }
 
+    /// What the file itself says under a path such as `zero_optimization.stage`; none where it says nothing, or `"auto"`.
+    pub fn says(&self, path: &str) -> Option<&Value> {
+        let mut parts = path.split('.');
+        let first = self.root.get(parts.next()?)?;
+        let value = parts.try_fold(first, |value, part| value.get(part))?;
+        Some(value).filter(|value| !value.is_null() && *value != "auto")
+    }
+
     /// The configuration for `world` ranks, every `"auto"` replaced by the caller's value.
     ///
     /// # Errors

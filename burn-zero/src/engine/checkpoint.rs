@@ -4,9 +4,10 @@ use super::Engine;
 use crate::{
     Error, bucket,
     gather::Put,
-    offload::{Offload, Snapshot},
+    held::Held,
+    offload::{Desk, Offload, Snapshot},
     optimizer::State,
-    partition::{ALIGN, Layout, Parameter, Piece},
+    partition::{ALIGN, Layout, Parameter, Piece, Sharding},
     segment::{TrainSegments, Value},
 };
 use burn::{
@@ -58,7 +59,8 @@ impl<B: AutodiffBackend> Engine<B> {
         if layout.parts == 1 && self.rank() != 0 {
             return Ok(());
         }
-        let (tensors, places) = self.stored(model, layout);
+        let states = self.desk.as_ref().map(Desk::states);
+        let (tensors, places) = self.stored(model, layout, states.as_deref())?;
         let mut metadata = HashMap::from([("steps".to_owned(), self.steps.to_string())]);
         if let Some(scaler) = &self.scaler {
             metadata.insert("loss_scaler".to_owned(), json!(scaler).to_string());
@@ -69,12 +71,17 @@ impl<B: AutodiffBackend> Engine<B> {
         let path = part_of(path, layout.part, layout.parts);
         let wrong = |source| Error::Path { path: path.clone(), source };
         safetensors::serialize_to_file(tensors, Some(metadata), &path).map_err(|e| wrong(std::io::Error::other(e)))?;
-        self.offload.as_ref().map_or(Ok(()), Offload::check_reads)?;
+        states.map_or(Ok(()), |states| states.check_reads())?;
         File::open(&path).and_then(|file| file.sync_all()).map_err(wrong)
     }
 
     /// This rank's tensors, and for each that is a piece where it starts and the shape of the whole.
-    fn stored<M: TrainSegments<B>>(&self, model: &M, layout: &Layout) -> (Tensors<'_, B>, serde_json::Value) {
+    fn stored<'a, M: TrainSegments<B>>(
+        &'a self,
+        model: &M,
+        layout: &Layout,
+        offload: Option<&'a Offload>,
+    ) -> Result<(Tensors<'a, B>, serde_json::Value), Error> {
         let weights = self.division.as_ref().and_then(|division| division.weights.as_ref());
         let device = &self.division.as_ref().map(|division| division.device.clone()).unwrap_or_default();
         let mut read = Read::<B::InnerBackend> { values: HashMap::new() };
@@ -82,7 +89,7 @@ impl<B: AutodiffBackend> Engine<B> {
         let (mut tensors, mut places) = (Vec::new(), serde_json::Map::new());
         for (index, bucket) in layout.trained() {
             let own = match weights {
-                Some(weights) => weights.pieces[&index].clone(),
+                Some(weights) => weights.look(layout, index, device)?,
                 None => {
                     let cut = |piece: Piece| {
                         let value = read.values[&layout.parameters[piece.parameter].id].clone();
@@ -101,10 +108,14 @@ impl<B: AutodiffBackend> Engine<B> {
                     tensors.push((name, Stored::Floats(shape, source)));
                 };
                 let place = || (piece.range.start, length, parameter.dims.clone());
-                let value = self.masters.get(&id).cloned().unwrap_or(value);
-                add(path.clone(), place(), Source::Device(value.flatten()));
+                let source = match self.masters.get(&id) {
+                    Some(Held::Host(values)) => Source::Host(values),
+                    Some(Held::Device(master)) => Source::Device(master.clone().flatten()),
+                    None => Source::Device(value.flatten()),
+                };
+                add(path.clone(), place(), source);
                 let state = self.states.get(&id);
-                let offload = self.offload.as_ref().filter(|offload| offload.step(id).is_some());
+                let offload = offload.filter(|offload| offload.step(id).is_some());
                 for (slot, name) in self.optimizer.slots().iter().enumerate() {
                     if let Some(state) = state {
                         add(format!("{path}.{name}"), place(), Source::Device(state.slots[slot].clone().flatten()));
@@ -124,7 +135,7 @@ impl<B: AutodiffBackend> Engine<B> {
                 }
             }
         }
-        (tensors, places.into())
+        Ok((tensors, places.into()))
     }
 
     /// Puts a saved state into the model and this engine: one that was saved here or in a world of another size or another
@@ -155,7 +166,10 @@ impl<B: AutodiffBackend> Engine<B> {
                 let value = bucket::from_vec::<B::InnerBackend>(whole, device).reshape(dims);
                 let piece = layout.pieces(bucket).into_iter().find(|piece| piece.parameter == index);
                 if let Some(piece) = piece.as_ref().filter(|_| parameter.dtype != DType::F32) {
-                    masters.insert(parameter.id, bucket::cut(value.clone(), piece, true, device));
+                    let master = bucket::cut(value.clone(), piece, true, device);
+                    let host = self.desk.is_some();
+                    let held = if host { Held::Host(bucket::to_host(master)) } else { Held::Device(master) };
+                    masters.insert(parameter.id, held);
                 }
                 values.insert(parameter.id, value.into_dtype(parameter.dtype));
                 let range = piece.map_or(0..0, |piece| piece.range);
@@ -165,9 +179,10 @@ impl<B: AutodiffBackend> Engine<B> {
         }
         saved.all_used()?;
         self.states.clear();
-        self.offload.iter_mut().for_each(|offload| offload.clear());
+        let mut offload = self.desk.as_ref().map(Desk::states);
+        offload.iter_mut().for_each(|offload| offload.clear());
         for (place, SavedState { step, slots, scales }) in states {
-            match &mut self.offload {
+            match &mut offload {
                 Some(offload) => {
                     let moments = slots.try_into().unwrap_or_default();
                     offload.restore(place, Snapshot { step, moments, scales })?;
@@ -178,6 +193,7 @@ impl<B: AutodiffBackend> Engine<B> {
                 }
             }
         }
+        drop(offload);
         (self.steps, self.masters, self.division) = (saved.steps, masters, None);
         self.scaler = self.scaler.map(|scaler| saved.scaler.unwrap_or(scaler));
         Ok(model.map(&mut Put { values }))
@@ -206,6 +222,28 @@ impl<B: AutodiffBackend> Engine<B> {
     }
 }
 
+/// Puts the parameters of a saved state into a model, and nothing of what the optimizer remembers: for a model that is to be
+/// used, not trained on. Which ranks and which stage have saved it does not matter.
+///
+/// # Errors
+/// As [`Engine::restore`].
+pub fn restore_weights<B: AutodiffBackend, M: TrainSegments<B>>(model: M, path: &Path) -> Result<M, Error> {
+    let maps = Maps::open(path)?;
+    let mut saved = Saved::read(path, &maps)?;
+    let layout = Layout::new::<B, M>(&model, Sharding::default(), (0, 1));
+    let mut find = super::FindDevice::<B>(None);
+    model.visit(&mut find);
+    let device = &find.0.unwrap_or_default();
+    let mut values = HashMap::new();
+    for (index, _) in layout.trained().flat_map(|(_, bucket)| &bucket.slots) {
+        let parameter = &layout.parameters[*index];
+        let whole = saved.values(&parameter.path, &parameter.dims, 0..parameter.elements())?;
+        let value = bucket::from_vec::<B::InnerBackend>(whole, device).reshape(&parameter.dims);
+        values.insert(parameter.id, value.into_dtype(parameter.dtype));
+    }
+    Ok(model.map(&mut Put { values }))
+}
+
 /// The state of a piece as it was saved.
 struct SavedState {
     step: usize,
@@ -225,6 +263,7 @@ enum Stored<'a, B: Backend> {
 
 enum Source<'a, B: Backend> {
     Device(Tensor<B, 1>),
+    Host(&'a [f32]),
     /// A moment of a piece.
     Offload(&'a Offload, ParamId, usize),
 }
@@ -248,6 +287,9 @@ impl<B: Backend> View for Stored<'_, B> {
         match self {
             Self::Floats(_, Source::Device(values)) => {
                 Cow::Owned(values.clone().into_data().convert_dtype(DType::F32).as_bytes().to_vec())
+            }
+            Self::Floats(_, Source::Host(values)) => {
+                Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect())
             }
             Self::Floats(_, Source::Offload(offload, id, slot)) => {
                 let values = offload.moment(*id, *slot);

@@ -2,11 +2,12 @@
 
 use super::{Division, Engine, StepReport};
 use crate::{
-    Error,
-    comm::{Collectives, Lane},
-    gather::{Pieces, Place, update_model},
-    norm::{Exact, add_squares},
-    offload,
+    Error, bucket,
+    comm::{Collectives, Lane, Pending},
+    gather::{Pieces, Place, Updater, Weights, update_model},
+    held::Held,
+    norm::{Exact, add_squares, add_squares_of},
+    offload::{self, Task},
     optimizer::{Lamb, Optimizer},
     partition::{Layout, Piece},
     reduce::{Gradients, Reduced},
@@ -16,7 +17,7 @@ use burn::tensor::{
     DType, Device, Tensor,
     backend::{AutodiffBackend, Backend},
 };
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 /// What all ranks agree on about the gradients of a step.
 struct Agreed {
@@ -44,7 +45,7 @@ impl<B: AutodiffBackend> Engine<B> {
     /// a loss scaler that is a step that all ranks skip instead, or [`Error::LossScale`].
     /// [`Error::Lost`] and the like if a rank is lost: the model is incomplete then.
     pub fn step<M: TrainSegments<B>>(&mut self, model: &mut M, learning_rate: f64) -> Result<StepReport, Error> {
-        self.divide(model);
+        self.divide(model)?;
         let mut division = self.division.take().expect("the model was divided above");
         let mut fresh = Gradients::new(&division.layout);
         fresh.peak = division.gradients.peak;
@@ -65,7 +66,9 @@ impl<B: AutodiffBackend> Engine<B> {
     ) -> Result<StepReport, Error> {
         let mine = gradients.present().to_vec();
         let place = (self.sharding.stage, self.queue.as_ref());
-        let mut reduced = gradients.finish(&division.layout, place, &division.device)?;
+        // Where states are on the host gradients stay there.
+        let device = self.desk.is_none().then_some(&division.device);
+        let reduced = gradients.finish(&division.layout, place, device)?;
         let Agreed { norm, present } = self.agree(&division.layout, &reduced, &mine)?;
         let (norm, unscale) = (norm / self.loss_scale(), 1.0 / self.loss_scale());
         let finite = norm.is_finite();
@@ -79,28 +82,14 @@ impl<B: AutodiffBackend> Engine<B> {
         }
         let clip = self.max_grad_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
         let rates = Rates { learning_rate, scale: clip * unscale };
-        match division.weights.take() {
-            Some(mut weights) => {
-                for (index, _) in division.layout.trained() {
-                    let old = weights.pieces.remove(&index).unwrap_or_default();
-                    let gradients = reduced.remove(&index).unwrap_or_default();
-                    let place = (&division.layout, &division.device);
-                    let new = self.update_pieces(place, (old, gradients), &present, &rates)?;
-                    weights.pieces.insert(index, new);
-                }
-                division.weights = Some(weights);
-            }
-            None => {
-                let Division { layout, device, .. } = &*division;
-                let queue = self.queue.clone();
-                let mut update = |index, pieces| {
-                    let gradients = reduced.remove(&index).unwrap_or_default();
-                    self.update_pieces((layout, device), (pieces, gradients), &present, &rates)
-                };
-                update_model(model, Place { layout, queue: &queue, device }, &mut update)?;
-            }
+        let (queue, ahead) = (self.queue.clone(), usize::from(self.overlap));
+        let Division { layout, device, weights, .. } = division;
+        let mut updates = Updates { engine: self, place: (layout, device), reduced, present, rates };
+        match weights {
+            Some(weights) => updates.of_parts(weights, ahead)?,
+            None => update_model(model, Place { layout, queue: &queue, device }, (&mut updates, ahead))?,
         }
-        self.offload.as_mut().map_or(Ok(()), |offload| offload.settle())?;
+        self.desk.as_ref().map_or(Ok(()), |desk| desk.states().settle())?;
         self.steps += 1;
         Ok(StepReport { grad_norm: norm, clipped: clip < 1.0, skipped: false })
     }
@@ -113,8 +102,12 @@ impl<B: AutodiffBackend> Engine<B> {
         present: &[bool],
     ) -> Result<Agreed, Error> {
         let mut sum = Exact::default();
-        let values = reduced.values().flatten().filter_map(|(_, value)| value.as_ref());
-        values.for_each(|value| add_squares(&mut sum, value));
+        for held in reduced.values().flatten().filter_map(|(_, value)| value.as_ref()) {
+            match held {
+                Held::Device(value) => add_squares(&mut sum, value),
+                Held::Host(values) => add_squares_of(&mut sum, values),
+            }
+        }
         let mut note = sum.to_bytes();
         note.extend(present.iter().map(|&present| u8::from(present)));
         let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
@@ -129,56 +122,36 @@ impl<B: AutodiffBackend> Engine<B> {
         Ok(Agreed { norm: total.value().sqrt(), present: any })
     }
 
-    /// Updates this rank's pieces of a bucket.
+    /// Updates this rank's pieces of a bucket, f32, on the device.
     fn update_pieces(
         &mut self,
-        division: (&Layout, &Device<B::InnerBackend>),
-        (pieces, gradients): (Pieces<B::InnerBackend>, Reduced<B::InnerBackend>),
+        layout: &Layout,
+        (pieces, gradients): (Pieces<B::InnerBackend>, Wanted<B::InnerBackend>),
         present: &[bool],
         rates: &Rates,
     ) -> Result<Pieces<B::InnerBackend>, Error> {
-        let layout = division.0;
-        let dtypes: Vec<DType> = pieces.iter().map(|(_, value)| value.dtype()).collect();
-        let master = |(piece, value): (Piece, Value<_>)| {
-            let kept = self.masters.remove(&layout.parameters[piece.parameter].id);
-            (piece, kept.unwrap_or_else(|| value.into_f32()))
-        };
-        let pieces = pieces.into_iter().map(master).collect();
-        let new = match self.optimizer {
-            Optimizer::Lamb(lamb) => self.update_by_layer(lamb, layout, (pieces, gradients), (present, rates))?,
-            _ => self.update_by_value(division, (pieces, gradients), present, rates)?,
-        };
-        let round = |((piece, value), dtype): ((Piece, Value<_>), DType)| {
-            if dtype != DType::F32 {
-                self.masters.insert(layout.parameters[piece.parameter].id, value.clone());
-            }
-            (piece, value.into_dtype(dtype))
-        };
-        Ok(new.into_iter().zip(dtypes).map(round).collect())
+        match self.optimizer {
+            Optimizer::Lamb(lamb) => self.update_by_layer(lamb, layout, (pieces, gradients), (present, rates)),
+            _ => Ok(self.update_by_value(layout, (pieces, gradients), present, rates)),
+        }
     }
 
-    /// The element-wise optimizers, on f32 pieces.
+    /// The element-wise optimizers.
     fn update_by_value(
         &mut self,
-        (layout, device): (&Layout, &Device<B::InnerBackend>),
-        (pieces, gradients): (Pieces<B::InnerBackend>, Reduced<B::InnerBackend>),
+        layout: &Layout,
+        (pieces, gradients): (Pieces<B::InnerBackend>, Wanted<B::InnerBackend>),
         present: &[bool],
         rates: &Rates,
-    ) -> Result<Pieces<B::InnerBackend>, Error> {
+    ) -> Pieces<B::InnerBackend> {
         let update = |((piece, value), (_, gradient)): ((Piece, Value<_>), (Piece, Option<Value<_>>))| {
-            let Some(gradient) = gradient.filter(|_| present[piece.parameter]) else { return Ok((piece, value)) };
-            let parameter = &layout.parameters[piece.parameter];
-            let (id, (lr, weight_decay)) = (parameter.id, self.rates(layout, &piece, rates));
-            if let Some(offload) = &mut self.offload {
-                let rates = offload::Rates { lr, weight_decay, scale: rates.scale };
-                let place = (id, parameter.elements());
-                return Ok((piece, offload.update(place, rates, (value, gradient), device)?));
-            }
+            let Some(gradient) = gradient.filter(|_| present[piece.parameter]) else { return (piece, value) };
+            let (id, rate) = (layout.parameters[piece.parameter].id, self.rates(layout, &piece, rates));
             let state = self.states.remove(&id);
             let (parameter, gradient) = (value.tensor::<1>(), scaled(gradient, rates));
-            let (value, state) = self.optimizer.update((lr, weight_decay), parameter, gradient, state);
+            let (value, state) = self.optimizer.update(rate, parameter, gradient, state);
             self.states.insert(id, state);
-            Ok((piece, Value::new(value)))
+            (piece, Value::new(value))
         };
         pieces.into_iter().zip(gradients).map(update).collect()
     }
@@ -195,7 +168,7 @@ impl<B: AutodiffBackend> Engine<B> {
         &mut self,
         lamb: Lamb,
         layout: &Layout,
-        (pieces, gradients): (Pieces<B::InnerBackend>, Reduced<B::InnerBackend>),
+        (pieces, gradients): (Pieces<B::InnerBackend>, Wanted<B::InnerBackend>),
         (present, rates): (&[bool], &Rates),
     ) -> Result<Pieces<B::InnerBackend>, Error> {
         let (mut moving, mut norms) = (Vec::new(), HashMap::new());
@@ -252,6 +225,119 @@ impl<B: AutodiffBackend> Engine<B> {
             }
         }
         Ok(all)
+    }
+}
+
+/// Gradients of pieces, on the device.
+type Wanted<B> = Vec<(Piece, Option<Value<B>>)>;
+
+/// The updates of a step, bucket by bucket.
+struct Updates<'a, B: AutodiffBackend> {
+    engine: &'a mut Engine<B>,
+    place: (&'a Layout, &'a Device<B::InnerBackend>),
+    reduced: HashMap<usize, Reduced<B::InnerBackend>>,
+    present: Vec<bool>,
+    rates: Rates,
+}
+
+/// Pieces of a bucket on their way, and the types of its weights.
+struct Coming<B: Backend> {
+    dtypes: Vec<DType>,
+    pieces: Way<B>,
+}
+
+enum Way<B: Backend> {
+    /// Updated, on the device.
+    Done(Pieces<B>),
+    /// With the thread that updates on the host.
+    Desk(Pending<Vec<(Piece, Held<B>)>>),
+}
+
+impl<B: AutodiffBackend> Updates<'_, B> {
+    /// Updates the parts of weights that are divided.
+    fn of_parts(&mut self, weights: &mut Weights<B::InnerBackend>, ahead: usize) -> Result<(), Error> {
+        let (layout, device) = self.place;
+        let mut coming = VecDeque::new();
+        for (index, _) in layout.trained() {
+            let old = weights.take(layout, index, device)?;
+            coming.push_back((index, self.begin(index, old)?));
+            while coming.len() > ahead {
+                self.put_first(&mut coming, weights)?;
+            }
+        }
+        while !coming.is_empty() {
+            self.put_first(&mut coming, weights)?;
+        }
+        Ok(())
+    }
+
+    fn put_first(
+        &mut self,
+        coming: &mut VecDeque<(usize, Coming<B::InnerBackend>)>,
+        weights: &mut Weights<B::InnerBackend>,
+    ) -> Result<(), Error> {
+        let Some((index, update)) = coming.pop_front() else { return Ok(()) };
+        let new = self.end(update)?;
+        weights.put(self.place.0, index, new)
+    }
+
+    /// What the thread that updates on the host is to do.
+    fn tasks(
+        &self,
+        pieces: Vec<(Piece, Held<B::InnerBackend>)>,
+        gradients: Reduced<B::InnerBackend>,
+    ) -> Vec<Task<B::InnerBackend>> {
+        let layout = self.place.0;
+        let task = |((piece, value), (_, gradient)): ((Piece, Held<_>), (Piece, Option<Held<_>>))| {
+            let parameter = &layout.parameters[piece.parameter];
+            let (lr, weight_decay) = self.engine.rates(layout, &piece, &self.rates);
+            let rates = offload::Rates { lr, weight_decay, scale: self.rates.scale };
+            let gradient = gradient.filter(|_| self.present[piece.parameter]);
+            Task { place: (parameter.id, parameter.elements()), piece, rates, value, gradient }
+        };
+        pieces.into_iter().zip(gradients).map(task).collect()
+    }
+}
+
+impl<B: AutodiffBackend> Updater<B::InnerBackend> for Updates<'_, B> {
+    type Coming = Coming<B::InnerBackend>;
+
+    fn begin(&mut self, index: usize, pieces: Pieces<B::InnerBackend>) -> Result<Self::Coming, Error> {
+        let (layout, device) = self.place;
+        let gradients = self.reduced.remove(&index).unwrap_or_default();
+        let dtypes = pieces.iter().map(|(_, value)| value.dtype()).collect();
+        let master = |(piece, value): (Piece, Value<_>)| {
+            let kept = self.engine.masters.remove(&layout.parameters[piece.parameter].id);
+            (piece, kept.unwrap_or_else(|| Held::Device(value.into_f32())))
+        };
+        let pieces: Vec<_> = pieces.into_iter().map(master).collect();
+        if let Some(desk) = &self.engine.desk {
+            return Ok(Coming { dtypes, pieces: Way::Desk(desk.submit(self.tasks(pieces, gradients))) });
+        }
+        let pieces = pieces.into_iter().map(|(piece, held)| (piece, held.on(device))).collect();
+        let gradients = gradients.into_iter().map(|(piece, held)| (piece, held.map(|held| held.on(device)))).collect();
+        let new = self.engine.update_pieces(layout, (pieces, gradients), &self.present, &self.rates)?;
+        Ok(Coming { dtypes, pieces: Way::Done(new) })
+    }
+
+    fn end(&mut self, Coming { dtypes, pieces }: Self::Coming) -> Result<Pieces<B::InnerBackend>, Error> {
+        let (layout, device) = self.place;
+        let pieces: Vec<(Piece, Held<_>)> = match pieces {
+            Way::Done(pieces) => pieces.into_iter().map(|(piece, value)| (piece, Held::Device(value))).collect(),
+            Way::Desk(pending) => pending.wait()?,
+        };
+        let round = |((piece, held), dtype): ((Piece, Held<_>), DType)| {
+            if dtype == DType::F32 {
+                return (piece, held.on(device));
+            }
+            let value = match &held {
+                Held::Device(value) => value.clone().into_dtype(dtype),
+                Held::Host(values) => bucket::rounded(values, dtype, device),
+            };
+            self.engine.masters.insert(layout.parameters[piece.parameter].id, held);
+            (piece, value)
+        };
+        Ok(pieces.into_iter().zip(dtypes).map(round).collect())
     }
 }
 

@@ -3,6 +3,7 @@ use crate::optimizer::AdamW;
 use crate::segment::tests::{AB, Toy, ToyBatch, alone, frozen, toy};
 use burn::module::AutodiffModule;
 
+mod beside;
 mod optimizers;
 mod world;
 

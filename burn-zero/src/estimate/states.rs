@@ -98,8 +98,8 @@ impl Memory {
 /// The bytes of one rank for AdamW: 16 per trained weight without sharding, in f32 (4 + 4 + 8) as in mixed precision
 /// (2 + 2 + 12), then stage by stage less (ZeRO, arXiv:1910.02054, figure 1). A shard is rounded up to whole weights.
 ///
-/// With the optimizer on the host that is where the rank's share of weights, gradients and moments is, in four bytes each, and
-/// the device holds gradients only until they are sent.
+/// With the optimizer on the host that is where the rank's share of gradients and moments is, in four bytes each, and of its own
+/// weights in mixed precision; the device holds gradients only until they are sent.
 ///
 /// # Panics
 /// If the world has no rank.
@@ -121,7 +121,7 @@ pub fn states(weights: Weights, numbers: Numbers, placement: Placement) -> Memor
         memory.buffers += weights.largest_segment_bytes;
     }
     if placement.offload_optimizer {
-        memory.host += (4 + 4 + 8) * divided(Stage::States);
+        memory.host += (4 + numbers.master() + 8) * divided(Stage::States);
         (memory.gradients, memory.master, memory.moments) = (0, 0, 0);
     }
     if placement.offload_param && !whole {

@@ -77,18 +77,24 @@ fn blocks(n: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..n.div_ceil(BLOCK)).map(move |i| (i * BLOCK, BLOCK.min(n - i * BLOCK)))
 }
 
+/// A new file of a rank's own.
+fn create(folder: &Path, rank: usize, what: &str) -> Result<(PathBuf, Arc<File>), Error> {
+    // Two engines of one process must not share a file.
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let path = folder.join(format!("rank-{rank}-{}-{number}.{what}", std::process::id()));
+    let wrong = |source| Error::Path { path: path.clone(), source };
+    std::fs::create_dir_all(folder).map_err(wrong)?;
+    let options = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
+    Ok((path.clone(), Arc::new(options.map_err(wrong)?)))
+}
+
 impl States {
     /// # Errors
     /// [`Error::Path`] if the file cannot be made.
     pub fn create(folder: &Path, rank: usize) -> Result<Self, Error> {
-        // Two engines of one process must not share a file.
-        static NUMBER: AtomicUsize = AtomicUsize::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let path = folder.join(format!("rank-{rank}-{}-{number}.states", std::process::id()));
+        let (path, file) = create(folder, rank, "states")?;
         let wrong = |source| Error::Path { path: path.clone(), source };
-        std::fs::create_dir_all(folder).map_err(wrong)?;
-        let options = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
-        let file = Arc::new(options.map_err(wrong)?);
         let ((requests, asked), (answer, answers)) = (channel(), channel());
         let shared = file.clone();
         let work = move || serve(&shared, asked, &answer);
@@ -219,6 +225,48 @@ impl States {
             }
         }
         Ok(())
+    }
+}
+
+/// A rank's file of weights: byte strings of fixed length, each at a place of its own.
+pub(crate) struct Shelf {
+    path: PathBuf,
+    file: Arc<File>,
+    end: u64,
+}
+
+impl Shelf {
+    /// # Errors
+    /// [`Error::Path`] if the file cannot be made.
+    pub fn create(folder: &Path, rank: usize) -> Result<Self, Error> {
+        let (path, file) = create(folder, rank, "weights")?;
+        Ok(Self { path, file, end: 0 })
+    }
+
+    /// A new place for so many bytes.
+    pub fn allocate(&mut self, length: usize) -> u64 {
+        self.end += length as u64;
+        self.end - length as u64
+    }
+
+    pub fn write(&self, start: u64, bytes: &[u8]) -> Result<(), Error> {
+        self.file.write_all_at(bytes, start).map_err(|source| Error::Path { path: self.path.clone(), source })
+    }
+
+    /// What reads so many bytes, on whichever thread.
+    pub fn reader(&self, start: u64, length: usize) -> impl FnOnce() -> Result<Vec<u8>, Error> + Send + 'static {
+        let (path, file) = (self.path.clone(), self.file.clone());
+        move || {
+            let mut bytes = vec![0; length];
+            file.read_exact_at(&mut bytes, start).map_err(|source| Error::Path { path, source })?;
+            Ok(bytes)
+        }
+    }
+}
+
+impl Drop for Shelf {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 

@@ -1,15 +1,8 @@
 use super::*;
 use crate::optimizer::{AdamW, Lion};
-use burn::{backend::Flex, tensor::Tensor};
 
-fn piece(n: usize, k: usize) -> Value<Flex> {
-    let values: Vec<f32> = (0..n).map(|i| ((i * 37 + k * 101) as f32).sin()).collect();
-    bucket::from_vec(values, &Default::default())
-}
-
-fn host(value: Value<Flex>) -> Vec<f32> {
-    let tensor: Tensor<Flex, 1> = value.flatten();
-    tensor.into_data().to_vec().unwrap()
+fn piece(n: usize, k: usize) -> Vec<f32> {
+    (0..n).map(|i| ((i * 37 + k * 101) as f32).sin()).collect()
 }
 
 fn snapshot(offload: &Offload, id: ParamId) -> Snapshot {
@@ -26,8 +19,7 @@ fn run(tier: &Tier, sizes: &[usize], stop: Option<usize>) -> Vec<(Vec<f32>, [Vec
     for step in 0..4 {
         let rates = Rates { lr: 1e-2, weight_decay: 0.1, scale: 0.5 };
         for (i, (value, &n)) in values.iter_mut().zip(sizes).enumerate() {
-            let new = offload.update((id(i), n), rates, (value.clone(), piece(n, step)), &Default::default());
-            *value = new.unwrap();
+            offload.update((id(i), n), rates, (value, &piece(n, step))).unwrap();
         }
         offload.settle().unwrap();
         if stop == Some(step) {
@@ -39,7 +31,7 @@ fn run(tier: &Tier, sizes: &[usize], stop: Option<usize>) -> Vec<(Vec<f32>, [Vec
         }
     }
     let moments = |i| snapshot(&offload, id(i)).moments;
-    values.into_iter().enumerate().map(|(i, value)| (host(value), moments(i))).collect()
+    values.into_iter().enumerate().map(|(i, value)| (value, moments(i))).collect()
 }
 
 #[test]

@@ -3,9 +3,11 @@
 use std::fmt::Display;
 
 use super::{
-    Data, Dtype, Method, MethodKind, Offload, Optimizer, Parallel, Recipe, Saving, Steps, TargetModules, VirtualTokens,
+    Data, Dtype, Method, MethodKind, Optimizer, Parallel, Place, Recipe, Saving, Schedule, Steps, TargetModules,
+    VirtualTokens, deepspeed_schedule,
 };
 use crate::data::Schema;
+use burn_zero::ds_config::Stage;
 
 /// The key and what is wrong with its value.
 type Problem = (&'static str, String);
@@ -17,6 +19,7 @@ pub fn check(recipe: &Recipe) -> Result<(), Problem> {
     method(&recipe.method, recipe.model.dtype)?;
     steps(&recipe.train.steps)?;
     optimizer(&recipe.train.optimizer)?;
+    schedule(&recipe.train.schedule)?;
     saving(&recipe.train.saving, recipe.data.valid.is_some())?;
     parallel(&recipe.parallel)
 }
@@ -145,18 +148,30 @@ fn saving(saving: &Saving, validates: bool) -> Result<(), Problem> {
     within("train.early_stopping", possible, "`train.eval_every` to be given too", "no `train.eval_every`")?;
     at_least_one("train.save_every", saving.save_every)?;
     at_least_one("train.keep", Some(saving.keep))?;
+    if let Some(gib) = saving.memory_gib {
+        within("train.memory_gib", gib >= 0.0 && gib.is_finite(), "a number, 0 or more", gib)?;
+    }
     let possible = validates || saving.eval_every.is_none();
     within("train.eval_every", possible, "`data.valid` to be given too", "no `data.valid`")?;
     let possible = validates || saving.eval_device.is_none();
     within("train.eval_device", possible, "`data.valid` to be given too", "no `data.valid`")
 }
 
+fn schedule(schedule: &Schedule) -> Result<(), Problem> {
+    let Some(block) = &schedule.deepspeed_scheduler else { return Ok(()) };
+    deepspeed_schedule(block, 1.0, (1, 1)).map(drop).map_err(|error| ("train.deepspeed_scheduler", error.to_string()))
+}
+
 fn parallel(parallel: &Parallel) -> Result<(), Problem> {
-    at_least_one("parallel.bucket_size", Some(parallel.bucket_size))?;
-    let nvme = parallel.offload_optimizer == Offload::Nvme;
-    let expected = "a folder with `offload_optimizer = \"nvme\"`, and only then";
-    let found = parallel.nvme_path.as_deref().unwrap_or("none");
-    within("parallel.nvme_path", nvme == parallel.nvme_path.is_some(), expected, found)
+    at_least_one("parallel.bucket_size", Some(parallel.division.bucket_size))?;
+    let offload = &parallel.offload;
+    let nvme = [offload.offload_optimizer, offload.offload_param].contains(&Place::Nvme);
+    let expected = "a folder with `offload_optimizer = \"nvme\"` or `offload_param = \"nvme\"`, and only then";
+    let found = offload.nvme_path.as_deref().unwrap_or("none");
+    within("parallel.nvme_path", nvme == offload.nvme_path.is_some(), expected, found)?;
+    let divided = parallel.division.zero_stage == Stage::Weights || offload.offload_param == Place::None;
+    let found = format!("zero_stage = {}", u8::from(parallel.division.zero_stage));
+    within("parallel.offload_param", divided, "\"none\", or `zero_stage = 3`", found)
 }
 
 fn at_least_one(key: &'static str, count: Option<usize>) -> Result<(), Problem> {

@@ -9,6 +9,7 @@
 //! directory.
 
 mod check;
+mod foreign;
 mod method;
 mod parallel;
 mod read;
@@ -23,8 +24,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::fetch;
 
+pub use foreign::schedule as deepspeed_schedule;
 pub use method::{Choice, Lora, Method, MethodKind, Scope, VirtualTokens};
-pub use parallel::{Offload, Parallel};
+pub use parallel::{Division, Files, Offload, Parallel, Place};
 pub use tables::{Data, Dtype, Model, OnTooLong};
 pub use train::{Optimizer, OptimizerKind, ReportTo, Saving, Schedule, Scheduler, Steps, Train};
 pub use value::{Checkpointing, Layers, TargetModules};
@@ -46,23 +48,30 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// Reads the recipe at `path`; each of `sets` is a `table.key=value` that overrides it.
+    /// Reads the recipe at `path` for a run of `world` ranks; each of `sets` is a `table.key=value` that overrides it. A
+    /// ds_config or an Accelerate file that it names is part of the recipe from then on; the second value says which of its
+    /// keys are not honoured.
     ///
     /// # Errors
     /// One line that names the file (or `--set`), the key, what was expected and what was found.
-    pub fn load(path: &Path, sets: &[String]) -> Result<Self> {
+    pub fn load(path: &Path, sets: &[String], world: u64) -> Result<(Self, Vec<String>)> {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()))?;
-        Self::parse(&text, path, sets)
+        let (recipe, origin, notes) = read::read(&text, path, sets, Some(world))?;
+        Ok((recipe.checked(&origin)?, notes))
     }
 
-    /// [`Recipe::load`] for a text that came from `path`.
+    /// [`Recipe::load`] for a text that came from `path`; files of other programs are named and not read.
     pub fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Self> {
-        let (mut recipe, origin) = read::read(text, path, sets)?;
+        let (recipe, origin, _) = read::read(text, path, sets, None)?;
+        recipe.checked(&origin)
+    }
+
+    fn checked(mut self, origin: &read::Origin) -> Result<Self> {
         // Impossible values are refused before defaults that depend on them are chosen.
-        check::check(&recipe).map_err(|(key, problem)| origin.error(key, &problem))?;
-        recipe.fill();
-        Ok(recipe)
+        check::check(&self).map_err(|(key, problem)| origin.error(key, &problem))?;
+        self.fill();
+        Ok(self)
     }
 
     /// The recipe with every default written out; loading it gives the same recipe.

@@ -2,7 +2,7 @@
 //!
 //! Every table's fields have defaults, so each key can be read alone first: whatever goes wrong then is that key's.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -12,33 +12,90 @@ use serde::{Deserialize, forward_to_deserialize_any};
 use toml::{Table, Value};
 
 use super::{
-    Choice, Data, Lora, Method, Model, Optimizer, Parallel, Recipe, Saving, Schedule, Scope, Steps, Train,
-    VirtualTokens,
+    Choice, Data, Division, Files, Lora, Method, Model, Offload, Optimizer, Parallel, Recipe, Saving, Schedule, Scope,
+    Steps, Train, VirtualTokens,
+    foreign::{self, Foreign, Said},
+    parallel::stage_of,
 };
 
 /// Where each key's value came from.
 pub struct Origin {
     file: PathBuf,
     sets: BTreeSet<String>,
+    /// Keys whose values came from another program's file.
+    foreign: BTreeMap<String, String>,
 }
 
 impl Origin {
     /// An error about `key`, opened by the place where it was written.
     pub fn error(&self, key: &str, problem: &str) -> anyhow::Error {
+        anyhow!("{}: `{key}`: {problem}", self.place(key))
+    }
+
+    fn place(&self, key: &str) -> String {
         let set = self.sets.iter().any(|set| set == key || key.starts_with(&format!("{set}.")));
-        let place = if set { "--set".to_string() } else { self.file.display().to_string() };
-        anyhow!("{place}: `{key}`: {problem}")
+        match self.foreign.get(key) {
+            _ if set => "--set".to_string(),
+            Some(file) => file.clone(),
+            None => self.file.display().to_string(),
+        }
+    }
+
+    /// Puts what another program's file says where the recipe says nothing.
+    fn merge(&mut self, table: &mut Table, foreign: &Foreign) -> Result<()> {
+        let file = &foreign.file;
+        for Said { key, theirs, value, weak } in &foreign.said {
+            let (name, last) = key.split_once('.').unwrap_or_default();
+            // A scheduler of theirs stands for all that ours is.
+            let rivals: &[&str] = if last == "deepspeed_scheduler" { &["scheduler", "warmup", last] } else { &[last] };
+            let said = table.get(name).and_then(Value::as_table);
+            let rival = rivals.iter().find_map(|&rival| Some((rival, said?.get(rival)?)));
+            if let Some((rival, ours)) = rival {
+                if !weak && !same(ours, value) {
+                    let ours_at = format!("{name}.{rival}");
+                    bail!(
+                        "{file}: `{theirs}` is {value}, but {}: `{ours_at}` is {ours}; remove one of the two",
+                        self.place(&ours_at)
+                    );
+                }
+                continue;
+            }
+            let section = table.entry(name).or_insert_with(|| Value::Table(Table::new()));
+            if let Value::Table(section) = section {
+                section.insert(last.to_owned(), value.clone());
+                self.foreign.insert((*key).to_owned(), file.clone());
+            }
+        }
+        if let Some(Value::Table(parallel)) = table.get_mut("parallel") {
+            parallel.retain(|key, _| key != "deepspeed" && key != "accelerate");
+        }
+        Ok(())
     }
 }
 
-/// Reads `text`, overridden by `sets`.
-pub fn read(text: &str, file: &Path, sets: &[String]) -> Result<(Recipe, Origin)> {
+/// Whether two ways to write a value mean the same.
+fn same(a: &Value, b: &Value) -> bool {
+    let number = |value: &Value| value.as_float().or_else(|| value.as_integer().map(|number| number as f64));
+    match (a, b) {
+        (Value::String(name), Value::Integer(_)) => fsdp(name).is_some() && fsdp(name) == stage_of(b).map(u8::from),
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
+        _ => a == b || number(a).is_some() && number(a) == number(b),
+    }
+}
+
+fn fsdp(name: &str) -> Option<u8> {
+    stage_of(&Value::String(name.to_owned())).map(u8::from)
+}
+
+/// Reads `text`, overridden by `sets`; with the number of ranks, also the file of another program that it names, and says what
+/// that one says in vain.
+pub fn read(text: &str, file: &Path, sets: &[String], world: Option<u64>) -> Result<(Recipe, Origin, Vec<String>)> {
     let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
         let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
         let (line, message) = (before.matches('\n').count() + 1, error.message().replace('\n', ", "));
         anyhow!("{}:{line}: not valid TOML: {message}", file.display())
     })?;
-    let mut origin = Origin { file: file.to_path_buf(), sets: BTreeSet::new() };
+    let mut origin = Origin { file: file.to_path_buf(), sets: BTreeSet::new(), foreign: BTreeMap::new() };
     for set in sets {
         let key = apply(&mut table, set)?;
         origin.sets.insert(key);
@@ -47,28 +104,39 @@ pub fn read(text: &str, file: &Path, sets: &[String]) -> Result<(Recipe, Origin)
     if let Some(name) = table.keys().find(|name| !tables.iter().any(|(known, _)| known == name)) {
         return Err(origin.error(name, &unknown(name)));
     }
-    let recipe = Recipe {
-        model: section(&table, &tables[0], &origin)?,
-        data: section(&table, &tables[1], &origin)?,
-        method: section(&table, &tables[2], &origin)?,
-        train: section(&table, &tables[3], &origin)?,
-        parallel: section(&table, &tables[4], &origin)?,
-    };
-    Ok((recipe, origin))
+    let recipe = sections(&table, &origin)?;
+    let foreign = world.map(|world| foreign::read(&recipe, world)).transpose()?.flatten();
+    let Some(foreign) = foreign else { return Ok((recipe, origin, Vec::new())) };
+    origin.merge(&mut table, &foreign)?;
+    let recipe = sections(&table, &origin)?;
+    let notes = foreign.notes.iter().map(|note| format!("{}: {note}", foreign.file)).collect();
+    Ok((recipe, origin, notes))
+}
+
+fn sections(table: &Table, origin: &Origin) -> Result<Recipe> {
+    let tables = tables();
+    Ok(Recipe {
+        model: section(table, &tables[0], origin)?,
+        data: section(table, &tables[1], origin)?,
+        method: section(table, &tables[2], origin)?,
+        train: section(table, &tables[3], origin)?,
+        parallel: section(table, &tables[4], origin)?,
+    })
 }
 
 /// Every table and its keys.
 fn tables() -> [(&'static str, Vec<&'static str>); 5] {
     let train = [fields::<Steps>(), fields::<Optimizer>(), fields::<Schedule>(), fields::<Saving>()].concat();
     let method = [fields::<Choice>(), fields::<Lora>(), fields::<Scope>(), fields::<VirtualTokens>()].concat();
+    let parallel = [fields::<Division>(), fields::<Offload>(), fields::<Files>()].concat();
     // The tables themselves only flatten these; were they to gain a field of their own, this would miss it.
-    debug_assert!(fields::<Train>().is_empty() && fields::<Method>().is_empty());
+    debug_assert!(fields::<Train>().is_empty() && fields::<Method>().is_empty() && fields::<Parallel>().is_empty());
     [
         ("model", fields::<Model>().to_vec()),
         ("data", fields::<Data>().to_vec()),
         ("method", method),
         ("train", train),
-        ("parallel", fields::<Parallel>().to_vec()),
+        ("parallel", parallel),
     ]
 }
 

@@ -126,6 +126,10 @@ pub struct Schedule {
     pub scheduler: Scheduler,
     /// Steps until it is at its highest: a count, or a fraction of all steps.
     pub warmup: Warmup,
+    /// DeepSpeed's `scheduler` block, `{ type, params }`, instead of both: `"auto"` stands for `learning_rate`, `warmup` and the
+    /// steps of the run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deepspeed_scheduler: Option<toml::Table>,
 }
 
 /// Shapes of the learning rate's course after the warmup.
@@ -167,6 +171,10 @@ pub struct Saving {
     /// The run ends after so many evaluations without a lower validation loss than before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<usize>,
+    /// The memory of a machine that a run may take, in GiB: what needs more is refused. By default what the machine has left; 0
+    /// does not ask.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory_gib: Option<f64>,
     /// For whom losses and speeds are written besides `metrics.jsonl`.
     pub report_to: Vec<ReportTo>,
 }
@@ -189,6 +197,7 @@ impl Default for Saving {
             save_every: None,
             keep: 2,
             early_stopping: None,
+            memory_gib: None,
             report_to: vec![ReportTo::TensorBoard],
         }
     }

@@ -3,18 +3,19 @@
 use super::{
     interrupt::Watch,
     learner,
+    memory::{self, Load},
     run::{Ended, Run},
     state,
-    world::World,
+    world::{self, World},
 };
 use crate::{
     backend::{Device, on},
-    model,
+    fetch, model,
     recipe::Recipe,
 };
 use anyhow::{Result, bail};
 use burn::backend::Autodiff;
-use burn_llama::kernel::Kernels;
+use burn_llama::{Checkpoint, kernel::Kernels};
 use burn_zero::comm::Communicator;
 use std::{
     io::IsTerminal,
@@ -41,7 +42,11 @@ pub struct Options {
 
 /// The verb `train`.
 pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, (resume, device): (bool, Device)) -> Result<()> {
-    let recipe = Recipe::load(path, sets)?;
+    let (ranks, rank) = world::started();
+    let (recipe, notes) = Recipe::load(path, sets, ranks)?;
+    if rank == 0 {
+        notes.iter().for_each(|note| eprintln!("note: {note}"));
+    }
     let world = World::join()?;
     let name = path.file_stem().unwrap_or_default();
     let directory = directory.unwrap_or_else(|| Path::new("runs").join(name));
@@ -90,6 +95,8 @@ fn run_on<B: Kernels>(
     (device, communicator): (&B::Device, Box<dyn Communicator>),
 ) -> Result<Ended> {
     let watch = Watch::begin()?;
+    let config = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?.config().clone();
+    memory::check(&Load::least(&config, &recipe, communicator.world() as u64), &recipe, &options.device)?;
     let loaded = model::base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
     let (run, model) = Run::<B>::new(recipe, options, (loaded, communicator))?;
     learner::launch(run, model, watch.interrupter())

@@ -1,5 +1,6 @@
 //! Fine-tuning: from a recipe to a run folder.
 
+mod consolidate;
 mod dashboards;
 mod elsewhere;
 mod figures;
@@ -8,6 +9,7 @@ mod interrupt;
 mod journal;
 mod launch;
 mod learner;
+mod memory;
 mod plot;
 mod quiet;
 mod record;
@@ -20,6 +22,9 @@ mod wandb;
 mod wire;
 mod world;
 
+pub use consolidate::consolidate;
 pub use launch::{Options, run, train};
+pub use memory::{Load, held};
 pub use record::{Summary, peak_rss_bytes};
+pub use setup::{adapt, engine};
 pub use world::World;

@@ -5,6 +5,7 @@ use super::{
     journal::Journal,
     launch::{INTERRUPTED, Options},
     learner::Feed,
+    memory::{self, Load},
     plot,
     record::{Summary, peak_rss_bytes},
     setup,
@@ -25,7 +26,7 @@ use std::{
 };
 
 /// The file of a checkpoint that holds what learns and what the optimizer remembers.
-const STATE: &str = "training.safetensors";
+pub const STATE: &str = "training.safetensors";
 
 /// A run under way.
 pub struct Run<B: Kernels> {
@@ -74,10 +75,15 @@ impl<B: Kernels> Run<B> {
         valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
         let (model, adapter) = setup::adapt(loaded.model, &loaded.tokenizer, &recipe)?;
         let elsewhere = elsewhere::open(&recipe)?;
-        let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
-        let engine = Engine::new(setup::optimizer(&recipe), clip, setup::checkpointing(&recipe));
-        let engine = engine.with_groups(setup::groups(&recipe)).in_world(communicator, setup::sharding(&recipe));
-        let mut engine = engine.with_states_in(&setup::tier(&recipe))?;
+        let mut lengths: Vec<u64> = sources.iter().flatten().map(|row: &Example| row.ids.len() as u64).collect();
+        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        let load = Load {
+            trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
+            tokens: lengths.iter().take(recipe.train.steps.batch_size).sum(),
+            ..Load::least(model.config(), &recipe, communicator.world() as u64)
+        };
+        memory::check(&load, &recipe, &options.device)?;
+        let mut engine = setup::engine::<B>(&recipe, communicator)?;
         let first = engine.rank() == 0;
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
@@ -209,7 +215,7 @@ impl<B: Kernels> Run<B> {
         let targets: usize = rows.iter().map(Example::targets).sum();
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
         let loss = self.accumulate(model, (&rows, targets), step)?;
-        let learning_rate = setup::schedule(&self.recipe, steps).at(step);
+        let learning_rate = setup::learning_rate(&self.recipe, step, steps)?;
         let report = self.engine.step(model, learning_rate)?;
         let seconds = begin.elapsed().as_secs_f64();
         self.progress.tokens += tokens;
@@ -314,6 +320,16 @@ impl<B: Kernels> Run<B> {
     }
 
     fn finish(&mut self, model: &Llama<Autodiff<B>>, steps: usize, feed: &mut Feed<B>) -> Result<Summary> {
+        if let Some(trace) = &self.recipe.parallel.files.trace {
+            // Before the last evaluation, which is no part of training.
+            self.engine.write_trace(Path::new(trace))?;
+            if let Some(share) = self.engine.trace().hidden_share() {
+                self.journal.say(&format!(
+                    "{trace}: {:.0} % of the time in collectives lies inside computation",
+                    100.0 * share
+                ));
+            }
+        }
         let after = self.evaluate(model, steps, feed)?.map(|(loss, _)| loss);
         let directory = self.directory.clone();
         self.save(model, &directory)?;

@@ -5,13 +5,15 @@ use crate::{
     adapter::{self, Adapter},
     data::{Encoded, Schema, encode, read},
     model::Loaded,
-    recipe::{Checkpointing as Recompute, Data, MethodKind, Offload, OptimizerKind, Recipe, Scheduler},
+    recipe::{self, Checkpointing as Recompute, Data, MethodKind, OptimizerKind, Place, Recipe, Scheduler},
 };
 use anyhow::{Context, Result, bail};
+use burn::backend::Autodiff;
 use burn_llama::{Example, Llama, Tokenizer, kernel::Kernels};
 use burn_peft::param;
 use burn_zero::{
-    Sharding, Tier,
+    Engine, Sharding, Tier,
+    comm::Communicator,
     optimizer::{AdamW, Groups, Lamb, Lion, Optimizer, Sgd},
     schedule::{Kind, Schedule},
     segment::Checkpointing,
@@ -56,7 +58,7 @@ pub fn adapt<B: Kernels>(
     Ok((model, Some(adapter)))
 }
 
-pub fn optimizer(recipe: &Recipe) -> Optimizer {
+fn optimizer(recipe: &Recipe) -> Optimizer {
     let settings = &recipe.train.optimizer;
     let (betas, epsilon, weight_decay) = (settings.betas.into(), settings.epsilon, settings.weight_decay);
     let adam = AdamW { betas, epsilon, weight_decay };
@@ -70,29 +72,44 @@ pub fn optimizer(recipe: &Recipe) -> Optimizer {
     }
 }
 
+/// What takes a run's steps, as one of its ranks.
+pub fn engine<B: Kernels>(recipe: &Recipe, communicator: Box<dyn Communicator>) -> Result<Engine<Autodiff<B>>> {
+    let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
+    let engine = Engine::new(optimizer(recipe), clip, checkpointing(recipe)).with_groups(groups(recipe));
+    let engine = engine.in_world(communicator, sharding(recipe)).with_overlap(recipe.parallel.division.overlap);
+    let offload = &recipe.parallel.offload;
+    Ok(engine.with_weights_in(place(recipe, offload.offload_param)).with_states_in(&tier(recipe))?)
+}
+
 /// Which parameters learn how fast and decay.
-pub fn groups(recipe: &Recipe) -> Groups {
+fn groups(recipe: &Recipe) -> Groups {
     recipe.train.optimizer.loraplus_lr_ratio.map(Groups::lora_plus).unwrap_or_default()
 }
 
 /// What is divided among ranks.
-pub fn sharding(recipe: &Recipe) -> Sharding {
-    Sharding { stage: recipe.parallel.zero_stage, bucket_size: recipe.parallel.bucket_size }
+fn sharding(recipe: &Recipe) -> Sharding {
+    let recipe::Division { zero_stage: stage, bucket_size, .. } = recipe.parallel.division;
+    Sharding { stage, bucket_size }
 }
 
 /// Where optimizer states are.
-pub fn tier(recipe: &Recipe) -> Tier {
-    let parallel = &recipe.parallel;
-    match (parallel.offload_optimizer, &parallel.nvme_path) {
-        (Offload::Nvme, Some(folder)) => Tier::File(folder.into()),
+fn tier(recipe: &Recipe) -> Tier {
+    match place(recipe, recipe.parallel.offload.offload_optimizer) {
         // 8-bit states are always the host's.
-        (Offload::None, _) if recipe.train.optimizer.optimizer == OptimizerKind::AdamW8bit => Tier::Host,
-        (Offload::None, _) => Tier::Device,
+        Tier::Device if recipe.train.optimizer.optimizer == OptimizerKind::AdamW8bit => Tier::Host,
+        tier => tier,
+    }
+}
+
+fn place(recipe: &Recipe, place: Place) -> Tier {
+    match (place, &recipe.parallel.offload.nvme_path) {
+        (Place::Nvme, Some(folder)) => Tier::File(folder.into()),
+        (Place::None, _) => Tier::Device,
         _ => Tier::Host,
     }
 }
 
-pub fn checkpointing(recipe: &Recipe) -> Checkpointing {
+fn checkpointing(recipe: &Recipe) -> Checkpointing {
     match recipe.train.steps.activation_checkpointing {
         Recompute::None => Checkpointing::None,
         Recompute::Full => Checkpointing::Full,
@@ -119,9 +136,17 @@ fn report(path: &str, encoded: &Encoded) {
     );
 }
 
-/// The learning rate over `total` steps.
-pub fn schedule(recipe: &Recipe, total: usize) -> Schedule {
+/// The learning rate of a step, counted from 0, of `total`.
+///
+/// # Errors
+/// If DeepSpeed's scheduler cannot be in a run of so many steps.
+pub fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> {
     let train = &recipe.train;
+    let (peak, warmup) = (train.optimizer.learning_rate.unwrap_or_default(), train.schedule.warmup.steps(total));
+    if let Some(block) = &train.schedule.deepspeed_scheduler {
+        let schedule = recipe::deepspeed_schedule(block, peak, (warmup, total));
+        return Ok(schedule.context("`train.deepspeed_scheduler`")?.at(step as u64));
+    }
     let kind = match train.schedule.scheduler {
         Scheduler::Constant => Kind::Constant,
         Scheduler::Linear => Kind::Linear,
@@ -130,6 +155,5 @@ pub fn schedule(recipe: &Recipe, total: usize) -> Schedule {
         Scheduler::WarmupDecayLR => Kind::WarmupDecayLr,
         Scheduler::WarmupCosineLR => Kind::WarmupCosineLr,
     };
-    let peak = train.optimizer.learning_rate.unwrap_or_default();
-    Schedule { kind, peak, warmup: train.schedule.warmup.steps(total), total }
+    Ok(Schedule { kind, peak, warmup, total }.at(step))
 }

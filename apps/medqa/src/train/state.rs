@@ -9,7 +9,7 @@ use std::{
 };
 
 /// Keys that a resumed run may change: they say when it ends, what it writes and who computes, not what a step does.
-const FREE: [&str; 13] = [
+const FREE: [&str; 17] = [
     "train.max_steps",
     "train.epochs",
     "train.eval_every",
@@ -24,6 +24,10 @@ const FREE: [&str; 13] = [
     "parallel.bucket_size",
     "parallel.offload_optimizer",
     "parallel.nvme_path",
+    "parallel.offload_param",
+    "parallel.overlap",
+    "parallel.trace",
+    "train.memory_gib",
 ];
 
 /// `state.json` of a checkpoint.

@@ -79,6 +79,12 @@ impl Farewell {
     }
 }
 
+/// How many ranks `mpirun` has started, and which one this is, before it joins them: 1 and 0 without `mpirun`.
+pub fn started() -> (u64, u64) {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
+    (number("OMPI_COMM_WORLD_SIZE").unwrap_or(1).max(1), number("OMPI_COMM_WORLD_RANK").unwrap_or(0))
+}
+
 /// The rows of a rank's micro-batches, `rows` being those of one step of all ranks, each with the place of its first row
 /// among them: rounds of one micro-batch of each rank, in the order of ranks, cut as evenly as they come. Every rank gets as many; an empty one has nothing to learn.
 pub fn share<T>(rows: &[T], (rank, world): (usize, usize), batch_size: usize) -> Vec<(usize, &[T])> {

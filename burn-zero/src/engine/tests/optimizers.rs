@@ -119,7 +119,7 @@ impl ModuleMapper<AB> for ToBf16 {
 }
 
 /// The matrix `down` in bf16.
-fn half() -> Toy<AB> {
+pub(super) fn half() -> Toy<AB> {
     let mut model = CASE.model();
     model.down = ToBf16.map_float(model.down);
     model

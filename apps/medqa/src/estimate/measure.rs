@@ -1,0 +1,135 @@
+//! An estimate beside the truth: two steps, their bytes counted and the process measured.
+
+use super::gib;
+use crate::{
+    backend::{Device, on},
+    cli::EstimateArgs,
+    model,
+    recipe::{MethodKind, Recipe},
+    train::{self, Load, World, held},
+};
+use anyhow::Result;
+use burn::backend::Autodiff;
+use burn_llama::{Example, Layout, kernel::Kernels};
+use burn_peft::{Noise, Pass, param};
+use burn_zero::{comm::Communicator, estimate::Memory};
+use serde_json::json;
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+/// The longest row that is made.
+const ROW: u64 = 512;
+/// How often the process is looked at.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// Watches the memory of this process from a thread of its own.
+struct Watch {
+    peak: Arc<AtomicU64>,
+    end: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+}
+
+impl Watch {
+    fn begin() -> Result<Self> {
+        let (peak, end) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (most, stop) = (peak.clone(), end.clone());
+        let look = move || {
+            while !stop.load(Ordering::Relaxed) {
+                most.fetch_max(held(), Ordering::Relaxed);
+                std::thread::sleep(PAUSE);
+            }
+        };
+        Ok(Self { peak, end, thread: std::thread::Builder::new().spawn(look)? })
+    }
+
+    fn peak(self) -> u64 {
+        self.end.store(true, Ordering::Relaxed);
+        let _ = self.thread.join();
+        self.peak.load(Ordering::Relaxed)
+    }
+}
+
+/// The verb `estimate --measure`: one line of JSON by each rank, in the order of ranks.
+pub fn measure(args: &EstimateArgs) -> Result<()> {
+    let (communicator, farewell) = World::join()?.divide();
+    on!(Device::default(), |B, place| measured::<B>(args, place, communicator))?;
+    farewell.say();
+    Ok(())
+}
+
+/// The recipe of the arguments.
+fn recipe(args: &EstimateArgs) -> Result<Recipe> {
+    let kind = if args.method == MethodKind::Full { "full" } else { "lora" };
+    let folder = std::env::temp_dir().join("medqa-states");
+    let mut sets = vec![
+        format!("model.path={}", toml::Value::String(args.model.clone())),
+        "model.dtype=f32".to_owned(),
+        "data.train=none".to_owned(),
+        format!("method.kind={kind}"),
+        format!("method.r={}", args.r),
+        format!("parallel.zero_stage={}", args.zero_stage),
+        format!("parallel.offload_optimizer={}", args.offload_optimizer),
+    ];
+    if args.method != MethodKind::Full {
+        sets.push("method.target_modules=all-linear".to_owned());
+    }
+    if args.recompute {
+        sets.push("train.activation_checkpointing=full".to_owned());
+    }
+    if args.offload_optimizer == "nvme" {
+        sets.push(format!("parallel.nvme_path={}", toml::Value::String(folder.display().to_string())));
+    }
+    Recipe::parse("", Path::new("--measure"), &sets)
+}
+
+fn measured<B: Kernels>(args: &EstimateArgs, device: &B::Device, group: Box<dyn Communicator>) -> Result<()> {
+    let (recipe, before, watch) = (recipe(args)?, held(), Watch::begin()?);
+    let loaded = model::base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
+    let (mut model, _) = train::adapt(loaded.model, &loaded.tokenizer, &recipe)?;
+    let load = Load {
+        trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
+        tokens: args.tokens,
+        ..Load::least(model.config(), &recipe, group.world() as u64)
+    };
+    let mut engine = train::engine::<B>(&recipe, group)?;
+    let vocabulary = model.config().vocab_size as u64;
+    let row = |number: u64| {
+        let length = ROW.min(args.tokens - number * ROW) as usize;
+        let ids: Vec<u32> = (0..length as u64).map(|i| ((i * 7919 + number * 104_729) % vocabulary) as u32).collect();
+        Example { learned: (0..length).map(|i| i > 0).collect(), ids }
+    };
+    let rows: Vec<Example> = (0..args.tokens.div_ceil(ROW)).map(row).collect();
+    let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
+    let layout = Layout::of(&lengths, true);
+    let mut counted = Memory::default();
+    for step in 0..2 {
+        let noise = Noise { seed: 0, step, tokens: layout.tokens(0) };
+        let batch = model.batch(&rows, &layout, 1.0 / args.tokens as f32, Pass::training(noise))?;
+        engine.accumulate(&mut model, &batch)?;
+        // Gradients are gone after the step, moments come with the first.
+        counted = engine.memory(&model);
+        engine.step(&mut model, 1e-5)?;
+    }
+    let (peak, estimated) = (engine.peak(), load.memory(&recipe));
+    engine.barrier()?;
+    let all = watch.peak().saturating_sub(before);
+    let states = counted.total();
+    let line = json!({
+        "rank": engine.rank(), "world": engine.world(), "zero_stage": args.zero_stage,
+        "weights": counted.parameters + counted.frozen, "gradients": counted.gradients,
+        "moments": counted.moments, "host": counted.host,
+        "live_gradients": peak.gradients, "buckets": peak.buckets, "gathered": peak.gathered,
+        "states_counted_gib": gib(states), "states_estimated_gib": gib(estimated.total() - estimated.activations - estimated.buffers),
+        "peak_rss_anon_gib": gib(all), "estimated_gib": gib(estimated.total()),
+        "estimated_to_measured": estimated.total() as f64 / all as f64,
+    });
+    println!("{line}");
+    Ok(())
+}

@@ -1,0 +1,70 @@
+//! A checkpoint in parts as one model, or one adapter.
+
+use super::{run::STATE, setup, state};
+use crate::{
+    backend::{Device, on},
+    cli::ConsolidateArgs,
+    model,
+    recipe::Recipe,
+};
+use anyhow::{Context, Result, bail};
+use burn::backend::Autodiff;
+use burn_llama::{checkpoint, kernel::Kernels};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// The verb `consolidate`. It reads weights alone, of whatever ranks and stage, in one process.
+///
+/// # Errors
+/// One line that names the folder or the file.
+pub fn consolidate(args: &ConsolidateArgs) -> Result<()> {
+    let (run, checkpoint) = find(&args.checkpoint)?;
+    let out = args.out.display();
+    if args.out.exists() {
+        bail!("{out}: it exists already; choose another --out");
+    }
+    let (recipe, _) = Recipe::load(&run.join("recipe.toml"), &[], 1)?;
+    let part = args.out.with_extension("part");
+    if part.exists() {
+        // What an earlier attempt that was cut short has left.
+        fs::remove_dir_all(&part).with_context(|| format!("{}: cannot be removed", part.display()))?;
+    }
+    fs::create_dir_all(&part).with_context(|| format!("{}: cannot be made", part.display()))?;
+    let state = checkpoint.join(STATE);
+    on!(Device::default(), |B, place| write::<B>(&recipe, &state, (&part, place)))
+        .and_then(|()| fs::rename(&part, &args.out).with_context(|| format!("{out}: cannot be made")))
+        .inspect_err(|_| drop(fs::remove_dir_all(&part)))?;
+    println!("{out}");
+    Ok(())
+}
+
+/// The run folder and its checkpoint.
+fn find(folder: &Path) -> Result<(PathBuf, PathBuf)> {
+    let at = folder.display();
+    if folder.join("recipe.toml").is_file() {
+        let newest = state::checkpoints(folder)?.pop();
+        let newest = newest.with_context(|| format!("{at}: expected a run with a checkpoint, found none"))?;
+        return Ok((folder.to_owned(), newest));
+    }
+    let run = folder.canonicalize().ok().and_then(|folder| Some(folder.parent()?.to_owned()));
+    match run.filter(|run| run.join("recipe.toml").is_file()) {
+        Some(run) => Ok((run, folder.to_owned())),
+        None => bail!("{at}: expected a run folder or a checkpoint in one, found no recipe.toml there nor above"),
+    }
+}
+
+fn write<B: Kernels>(recipe: &Recipe, state: &Path, (out, device): (&Path, &B::Device)) -> Result<()> {
+    let dtype = recipe.model.dtype.unwrap_or_default();
+    let loaded = model::base::<Autodiff<B>>(&recipe.model.path, dtype, device)?;
+    let (model, adapter) = setup::adapt(loaded.model, &loaded.tokenizer, recipe)?;
+    let model = burn_zero::restore_weights::<Autodiff<B>, _>(model, state)?;
+    match adapter {
+        Some(adapter) => adapter.save(&model, out),
+        None => {
+            checkpoint::save(&model, out)?;
+            Ok(loaded.tokenizer.save(out)?)
+        }
+    }
+}

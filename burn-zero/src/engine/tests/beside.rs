@@ -1,0 +1,164 @@
+//! What goes on beside computation: the same numbers wherever things are, and timelines that show it.
+
+use super::{
+    world::{CASES, Case, STAGES, assert_same, batch, run, values},
+    *,
+};
+use crate::{
+    Tier,
+    comm::{Lane, threads},
+};
+
+/// Where optimizer states and the rank's part of the weights are.
+fn tiers(folder: &std::path::Path) -> [(Tier, Tier); 6] {
+    let file = || Tier::File(folder.to_owned());
+    [
+        (Tier::Device, Tier::Device),
+        (Tier::Host, Tier::Device),
+        (file(), Tier::Device),
+        (Tier::Device, Tier::Host),
+        (Tier::Host, file()),
+        (file(), file()),
+    ]
+}
+
+/// Full and adapter-like, tied and not, unequal and tiny tensors, frozen ones: every stage, world and place gives bit for bit
+/// what one process gives that accumulates the same micro-batches with everything on the device.
+#[test]
+fn wherever_things_are_a_world_is_one_process_bit_for_bit() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    for case in [CASES[0], CASES[1], CASES[4], CASES[5], CASES[6]] {
+        let [one, two, three, four] = [1, 2, 3, 4].map(|micros| run(case, case.engine(), micros).0.parameters);
+        for (world, expected) in [(1, one), (2, two), (3, three), (4, four)] {
+            for stage in STAGES {
+                for (states, weights) in tiers(folder.path()) {
+                    if weights != Tier::Device && stage != Stage::Weights {
+                        continue;
+                    }
+                    let what = format!("{case:?}, {stage:?}, {world} ranks, {states:?}, {weights:?}");
+                    for (found, memory) in threads::run(world, |group| {
+                        let sharding = Sharding { stage, bucket_size: case.bucket_size };
+                        let engine = case.engine().in_world(Box::new(group), sharding);
+                        let engine = engine.with_weights_in(weights.clone()).with_states_in(&states).unwrap();
+                        let (found, engine, model) = run(case, engine, 1);
+                        (found, engine.memory(&model))
+                    }) {
+                        assert_same(&found.parameters, &expected, &what);
+                        assert_eq!(memory.moments > 0, states == Tier::Device && memory.moments > 0, "{what}");
+                        // What stays of a model whose weights are elsewhere are shells of one value.
+                        let shells = 4 * 6;
+                        assert!(weights == Tier::Device || memory.parameters + memory.frozen <= shells, "{what}");
+                        let nothing = matches!((&states, &weights), (Tier::File(_), Tier::File(_) | Tier::Device));
+                        assert!(!nothing || memory.host == 0, "{what}: {memory:?}");
+                    }
+                }
+            }
+        }
+    }
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0, "files go with their engines");
+}
+
+#[test]
+fn overlap_changes_no_number() {
+    let _alone = alone();
+    for (case, tier) in [(CASES[0], Tier::Device), (CASES[1], Tier::Host)] {
+        for stage in STAGES {
+            let outcome = |overlap| {
+                threads::run(2, |group| {
+                    let sharding = Sharding { stage, bucket_size: 300 };
+                    let engine = case.engine().in_world(Box::new(group), sharding).with_overlap(overlap);
+                    run(case, engine.with_states_in(&tier).unwrap(), 2).0
+                })
+            };
+            assert_eq!(outcome(true), outcome(false), "{stage:?}");
+        }
+    }
+}
+
+/// A model whose segments compute for a while.
+const LARGE: Case =
+    Case { vocab: 2000, hidden: 320, tied: false, checkpointing: Checkpointing::All, bucket_size: 1, ..CASES[0] };
+
+/// The timeline of the second step of two ranks.
+fn timeline(sharding: Sharding, states: &Tier, overlap: bool) -> Vec<crate::comm::Trace> {
+    threads::run(2, |group| {
+        let engine = LARGE.engine().in_world(Box::new(group), sharding).with_overlap(overlap);
+        let mut engine = engine.with_states_in(states).unwrap();
+        let (mut model, rank) = (LARGE.model(), engine.rank());
+        for step in 0..2 {
+            engine.accumulate(&mut model, &batch(step, rank)).unwrap();
+            engine.step(&mut model, 1e-3).unwrap();
+        }
+        engine.trace().clone()
+    })
+}
+
+#[test]
+fn collectives_lie_inside_computation_only_with_overlap() {
+    let _alone = alone();
+    for stage in [Stage::Gradients, Stage::Weights] {
+        let sharding = Sharding { stage, bucket_size: 1 };
+        let mean = |overlap| {
+            let shares: Vec<f64> = timeline(sharding, &Tier::Device, overlap)
+                .iter()
+                .map(|trace| trace.hidden_share().expect("two ranks communicate"))
+                .collect();
+            shares.iter().sum::<f64>() / shares.len() as f64
+        };
+        let (with, without) = (mean(true), mean(false));
+        assert!(with > without, "{stage:?}: {with} with overlap, {without} without");
+    }
+}
+
+/// The gradients of one process leave the device while it walks backward, and it never holds all of them there.
+#[test]
+fn offload_overlaps_the_backward_pass() {
+    let _alone = alone();
+    let mut engine =
+        LARGE.engine().in_world(Box::new(crate::comm::Solo), Sharding { stage: Stage::Gradients, bucket_size: 1 });
+    engine = engine.with_states_in(&Tier::Host).unwrap();
+    let mut model = LARGE.model();
+    for step in 0..2 {
+        engine.accumulate(&mut model, &batch(step, 0)).unwrap();
+        engine.step(&mut model, 1e-3).unwrap();
+    }
+    let trace = engine.trace();
+    let leaving = trace.share_within(Lane::Transfer, "backward").expect("gradients leave the device");
+    assert!(leaving > 0.0, "{leaving}");
+    assert!(trace.share_within(Lane::Optimizer, "step").is_some_and(|share| share > 0.0), "updates beside uploads");
+    let whole: usize = values(&model).iter().map(Vec::len).sum::<usize>() * 4;
+    // Parts on the host are gradients too; whole ones on the device were at most one segment's.
+    assert!(engine.peak().gradients <= whole + 4 * 2000 * 320 + 4096, "{:?} of {whole}", engine.peak());
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace.json");
+    engine.write_trace(&path).unwrap();
+    let read: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let names: Vec<&str> =
+        read["traceEvents"].as_array().unwrap().iter().filter_map(|event| event["name"].as_str()).collect();
+    for name in ["backward 1", "forward 0", "to the host 0", "update", "step"] {
+        assert!(names.contains(&name), "{name} in {names:?}");
+    }
+}
+
+/// Masters in half precision are optimizer states too: off the device with them, and saved from there.
+#[test]
+fn masters_are_where_the_states_are() {
+    let _alone = alone();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state.safetensors");
+    let outcome = |tier: &Tier| {
+        let mut engine = super::engine(Some(1.0)).with_states_in(tier).unwrap();
+        let mut model = super::optimizers::half();
+        for step in 0..3 {
+            engine.accumulate(&mut model, &batch(step, 0)).unwrap();
+            engine.step(&mut model, 1e-3).unwrap();
+        }
+        engine.save(&model, &path).unwrap();
+        (engine.memory(&model), std::fs::read(&path).unwrap())
+    };
+    let ((device, expected), (host, found)) = (outcome(&Tier::Device), outcome(&Tier::Host));
+    assert!(device.master > 0 && device.moments > 0 && device.host == 0);
+    assert_eq!((host.master, host.moments, host.host), (0, 0, device.master + device.moments));
+    assert!(found == expected, "the states are the same");
+}
