@@ -50,7 +50,7 @@ fn collapsed<B: burn_llama::kernel::Kernels>(name: &str, model: &str) -> Llama<B
     let mut model = base::<B>(model);
     let (prompt, unknown) = Prompt::load(&directory(name), model.config().base_shape(), &model.device()).unwrap();
     assert!(unknown.is_empty(), "{name}: {unknown:?}");
-    model.prompt = Some(prompt);
+    model.prompts = vec![prompt];
     model
 }
 
@@ -64,7 +64,7 @@ fn whole(name: &str, model: &str, dropout: f64) -> Llama<Train> {
     }
     let mut prompt = model.new_prompt(&config, None, 3).unwrap();
     prompt.read_encoder(&directory(name).join("encoder.safetensors")).unwrap();
-    model.prompt = Some(prompt);
+    model.prompts = vec![prompt];
     param::train_only(model, adapter::is_adapter)
 }
 
@@ -72,8 +72,8 @@ fn whole(name: &str, model: &str, dropout: f64) -> Llama<Train> {
 fn path(key: &str) -> String {
     let parts: Vec<&str> = key.split('.').collect();
     match parts[..] {
-        [_, index, part] => format!("prompt.encoder.layers.{}.{part}", index.parse::<usize>().unwrap() / 2),
-        _ => "prompt.encoder.embedding".to_owned(),
+        [_, index, part] => format!("prompts.0.encoder.layers.{}.{part}", index.parse::<usize>().unwrap() / 2),
+        _ => "prompts.0.encoder.embedding".to_owned(),
     }
 }
 
@@ -137,7 +137,7 @@ fn rows() -> Vec<Example> {
 fn trained(name: &str, base: &str, micro: usize, packed: bool) -> Vec<f32> {
     let (mut model, rows) = (whole(name, base, 0.2), rows());
     let lora = LoraConfig { r: 2, lora_dropout: 0.1, ..LoraConfig::default() };
-    adapter::attach(&mut model, "default", &lora, 5).unwrap();
+    adapter::attach(&mut model, "lora", &lora, 5).unwrap();
     let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
     let targets: usize = rows.iter().map(Example::targets).sum();
     for step in 0..3 {
@@ -150,7 +150,7 @@ fn trained(name: &str, base: &str, micro: usize, packed: bool) -> Vec<f32> {
         }
         engine.step(&mut model, 1e-2).unwrap();
     }
-    floats(&model.prompt.unwrap().encoder.forward().into_data())
+    floats(&model.prompts[0].encoder.forward().into_data())
 }
 
 #[test]
@@ -162,7 +162,7 @@ fn accumulated_and_packed_micro_batches_are_one_batch_with_dropout() {
             let difference = max_diff(&trained(name, base, micro, packed), &one);
             assert!(difference < 5e-5, "{name}, micro-batches of {micro}, packed {packed}: {difference:e}");
         }
-        let start = floats(&collapsed::<Flex>(name, base).prompt.unwrap().encoder.forward().into_data());
+        let start = floats(&collapsed::<Flex>(name, base).prompts[0].encoder.forward().into_data());
         assert!(max_diff(&one, &start) > 1e-2, "{name}: training must matter");
     }
 }
@@ -200,9 +200,9 @@ fn only_the_prompt_learns() {
         engine.step(&mut model, 1e-2).unwrap();
     }
     assert_eq!(weights(&model), frozen);
-    let config = model.prompt.as_ref().unwrap().config().clone();
+    let config = model.prompts[0].config().clone();
     assert_eq!(param::count_trainable::<Train, _>(&model), config.count_trainable(&model.config().base_shape()));
-    assert!(before.iter().filter(|(_, _, trained)| *trained).all(|(path, ..)| path.starts_with("prompt.")));
+    assert!(before.iter().filter(|(_, _, trained)| *trained).all(|(path, ..)| path.starts_with("prompts.")));
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -261,8 +261,8 @@ fn saved_files_are_peft_s() {
     let kept = std::env::var_os("SAVED_ADAPTERS").map_or(temporary.path().to_owned(), PathBuf::from);
     for (name, base) in CASES {
         let out = kept.join(name);
-        for prompt in [collapsed::<Train>(name, base).prompt, whole(name, base, 0.0).prompt] {
-            prompt.unwrap().save(&out).unwrap();
+        for prompts in [collapsed::<Train>(name, base).prompts, whole(name, base, 0.0).prompts] {
+            prompts[0].save(&out).unwrap();
             let ours = fields(out.join("adapter_config.json"));
             assert_eq!(ours, fields(directory(name).join("adapter_config.json")), "{name}");
             let read = |path: PathBuf| std::fs::read(path.join("adapter_model.safetensors")).unwrap();
@@ -280,7 +280,7 @@ fn saved_files_are_peft_s() {
         }
         let again = Prompt::<Flex>::load(&out, self::base::<Flex>(base).config().base_shape(), &Default::default());
         let mut model = self::base::<Flex>(base);
-        model.prompt = Some(again.unwrap().0);
+        model.prompts = vec![again.unwrap().0];
         assert!(row_logits_differ(&model, &reference(name)) < 1e-4, "{name} after its own file");
     }
 }
@@ -294,8 +294,8 @@ fn a_prefix_from_the_cache_of_a_text_is_the_text() {
             Some(ids) => integers(ids).iter().map(|&id| id as u32).collect(),
             None => (0..7).map(|i| (i * 11 + 4) % 60).collect(),
         };
-        model.prompt = Some(model.new_prompt(&PromptConfig::prefix(5), Some(&text), 0).unwrap());
-        let table = floats(&model.prompt.as_ref().unwrap().encoder.forward().into_data());
+        model.prompts = vec![model.new_prompt(&PromptConfig::prefix(5), Some(&text), 0).unwrap()];
+        let table = floats(&model.prompts[0].encoder.forward().into_data());
         if let Some(expected) = golden.get(&format!("{name}.prompt_embeddings")) {
             assert!(max_diff(&table, &floats(expected)) < 1e-5, "{name}: the cache is not PEFT's");
         }

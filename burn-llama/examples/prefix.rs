@@ -25,7 +25,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         tokenizer.encode("You are a doctor. You answer questions about the human body in one short sentence.", true)?;
     for (start, text) in [("random numbers", None), ("a text", Some(text.as_slice()))] {
         let mut model = base.clone();
-        model.prompt = Some(model.new_prompt(&PromptConfig::prefix(16), text, 0)?);
+        model.prompts = vec![model.new_prompt(&PromptConfig::prefix(16), text, 0)?];
         let mut model = param::train_only(model, adapter::is_adapter);
         let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
         let mut losses = Vec::new();
@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             engine.step(&mut model, 5e-3)?;
         }
         println!("from {start}: loss {:.4} at first, {:.4} after 20 steps", losses[0], losses[20]);
-        model.prompt.iter().try_for_each(|prompt| prompt.save(Path::new(out)))?;
+        model.prompts.iter().try_for_each(|prompt| prompt.save(Path::new(out)))?;
     }
     Ok(())
 }

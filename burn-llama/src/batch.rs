@@ -75,7 +75,7 @@ impl<B: Kernels> Llama<B> {
     /// If no token is a target, a row is empty, or the layout is not that of the examples.
     pub fn batch(&self, examples: &[Example], layout: &Layout, weight: f32, pass: Pass) -> Result<Batch<B>, Error> {
         self.accepts(examples)?;
-        let (device, arranged) = (self.device(), self.arrange(layout));
+        let (device, arranged) = (self.device(), self.arrange(layout, &self.active_rows(layout.rows)));
         let places = arranged.places(layout.rows * layout.length);
         let mut ids = vec![0i32; layout.rows * layout.length];
         let (mut slots, mut targets) = (Vec::new(), Vec::new());
@@ -90,7 +90,7 @@ impl<B: Kernels> Llama<B> {
         }
         assert!(!slots.is_empty(), "a batch has at least one target");
         let n = slots.len();
-        let before = Past::starting_with(Vec::new(), layout.rows, arranged.past);
+        let before = Past::starting_with(Vec::new(), &arranged.past);
         Ok(Batch {
             context: self.context(&arranged.layout, Some(&before))?,
             ids: ints(ids, layout.rows, &device),
@@ -106,7 +106,7 @@ impl<B: Kernels> Llama<B> {
 
     /// The weighted loss of every target of a batch, `[n]`, in one forward pass.
     pub fn batch_loss(&self, batch: &Batch<B>) -> Tensor<B, 1> {
-        let (mut x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass);
+        let (mut x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass, &self.active_rows(1));
         let mut before = before.into_iter();
         for layer in &self.model.layers {
             let mut past = Past::of_layer(before.next(), batch.context.rows);

@@ -1,8 +1,14 @@
 //! Generation: one token after the other, with a cache.
 
-use crate::{Error, Layout, Llama, Past, batch::check_ids, kernel::Kernels, layout::ints, model::indices};
+use crate::{
+    Error, Layout, Llama, Past,
+    batch::check_ids,
+    kernel::Kernels,
+    layout::ints,
+    model::{Rows, indices},
+};
 use burn::tensor::{DType, Tensor, s};
-use burn_peft::{Pass, random};
+use burn_peft::random;
 
 /// How the next token is chosen. The default is greedy.
 #[derive(Debug, Clone, PartialEq)]
@@ -122,6 +128,7 @@ impl Settings {
 pub struct Generate<'a, B: Kernels> {
     model: &'a Llama<B>,
     settings: &'a Settings,
+    rows: Rows,
     past: Past<B>,
     /// Per row: prompt and new tokens.
     tokens: Vec<Vec<u32>>,
@@ -136,25 +143,38 @@ impl<'a, B: Kernels> Generate<'a, B> {
     /// # Errors
     /// If there is no prompt, one is empty, one has a token outside the vocabulary, or a setting is impossible.
     pub fn new(model: &'a Llama<B>, prompts: &[Vec<u32>], settings: &'a Settings) -> Result<Self, Error> {
+        Self::of_rows(model, prompts, settings, model.active_rows(prompts.len()))
+    }
+
+    /// As [`Generate::new`], each row with the adapter or prompt that it names, active or not; `__base__` names none.
+    ///
+    /// # Errors
+    /// As [`Generate::new`]; if there is no name for every row, one is unknown, or adapters are in the weights.
+    pub fn mixed<S: AsRef<str>>(
+        model: &'a Llama<B>,
+        (prompts, names): (&[Vec<u32>], &[S]),
+        settings: &'a Settings,
+    ) -> Result<Self, Error> {
+        Self::of_rows(model, prompts, settings, model.named_rows(names, prompts.len())?)
+    }
+
+    fn of_rows(model: &'a Llama<B>, prompts: &[Vec<u32>], settings: &'a Settings, rows: Rows) -> Result<Self, Error> {
         settings.check()?;
         if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
             return Err(Error::config("prompt", "at least one token", "none"));
         }
         check_ids(prompts.iter().flatten(), model.config().vocab_size)?;
         let layout = Layout::padded(&prompts.iter().map(Vec::len).collect::<Vec<_>>());
-        let padded = |row: &Vec<u32>| {
-            let row = row.iter().map(|&id| id as i32);
-            row.chain(std::iter::repeat(0)).take(layout.length).collect::<Vec<_>>()
-        };
-        let ids: Vec<i32> = prompts.iter().flat_map(padded).collect();
-        let (arranged, pass) = (model.arrange(&layout), Pass::default());
+        let ids = padded_ids(prompts, layout.length);
+        let arranged = model.arrange(&layout, &rows);
         let places = arranged.places(ids.len());
         let last = |(row, prompt): (usize, &Vec<u32>)| places[row * layout.length + prompt.len() - 1];
         let slots: Vec<i32> = prompts.iter().enumerate().map(last).collect();
-        let (x, past) = model.first(ids, &arranged, &pass);
+        let (x, past) = model.first(ids, &arranged, &rows);
         let mut generate = Self {
             model,
             settings,
+            rows,
             past,
             tokens: prompts.to_vec(),
             done: vec![false; prompts.len()],
@@ -167,12 +187,12 @@ impl<'a, B: Kernels> Generate<'a, B> {
 
     /// Runs the model on new embeddings and keeps the logits of each row's last one.
     fn forward(&mut self, embeddings: Tensor<B, 2>, layout: &Layout, slots: Option<Vec<i32>>) -> Result<(), Error> {
-        let (model, device, pass) = (self.model, self.model.device(), Pass::default());
-        let mut hidden = model.hidden(embeddings, layout, Some(&mut self.past), &pass)?;
+        let (model, device) = (self.model, self.model.device());
+        let mut hidden = model.hidden(embeddings, layout, Some(&mut self.past), &self.rows.pass(layout.length))?;
         if let Some(slots) = slots {
             hidden = hidden.select(0, indices(slots, &device));
         }
-        let logits = model.head(hidden, &pass).cast(DType::F32).into_data();
+        let logits = model.head(hidden, &self.rows.pass(1)).cast(DType::F32).into_data();
         self.logits = logits.into_vec().map_err(|e| Error::config("logits", "f32 values", format!("{e:?}")))?;
         Ok(())
     }
@@ -186,8 +206,8 @@ impl<'a, B: Kernels> Generate<'a, B> {
             return Ok(None);
         }
         if self.step > 0 {
-            let before = self.model.virtual_tokens();
-            let positions: Vec<usize> = self.tokens.iter().map(|row| before + row.len() - 1).collect();
+            let before = self.rows.virtual_tokens(self.model);
+            let positions: Vec<usize> = self.tokens.iter().zip(before).map(|(row, n)| n + row.len() - 1).collect();
             let ids = self.tokens.iter().map(|row| row.last().map_or(0, |&id| id as i32)).collect();
             let x = self.model.embed(ints(ids, positions.len(), &self.model.device()));
             self.forward(x, &Layout::next(&positions), None)?;
@@ -229,17 +249,54 @@ impl<'a, B: Kernels> Generate<'a, B> {
 /// # Errors
 /// If the sequence is empty or too long for the model.
 pub fn logits<B: Kernels>(model: &Llama<B>, ids: &[u32]) -> Result<Tensor<B, 2>, Error> {
-    if ids.is_empty() {
+    let mut rows = logits_of_rows(model, &[ids.to_vec()], &model.active_rows(1))?;
+    Ok(rows.swap_remove(0))
+}
+
+/// The logits of every token of several sequences, computed in one pass, each with the adapter or prompt that it names, active or
+/// not; `__base__` names none. `[tokens, vocab_size]` for each.
+///
+/// # Errors
+/// If a sequence is empty or too long for the model, if there is no name for each, one is unknown, or adapters are in the weights.
+pub fn mixed_logits<B: Kernels, S: AsRef<str>>(
+    model: &Llama<B>,
+    sequences: &[Vec<u32>],
+    names: &[S],
+) -> Result<Vec<Tensor<B, 2>>, Error> {
+    logits_of_rows(model, sequences, &model.named_rows(names, sequences.len())?)
+}
+
+fn logits_of_rows<B: Kernels>(
+    model: &Llama<B>,
+    sequences: &[Vec<u32>],
+    rows: &Rows,
+) -> Result<Vec<Tensor<B, 2>>, Error> {
+    if sequences.is_empty() || sequences.iter().any(Vec::is_empty) {
         return Err(Error::config("text", "at least one token", "none"));
     }
-    check_ids(ids.iter(), model.config().vocab_size)?;
-    let pass = Pass::default();
-    let arranged = model.arrange(&Layout::padded(&[ids.len()]));
-    let (x, mut past) = model.first(ids.iter().map(|&id| id as i32).collect(), &arranged, &pass);
+    check_ids(sequences.iter().flatten(), model.config().vocab_size)?;
+    let layout = Layout::padded(&sequences.iter().map(Vec::len).collect::<Vec<_>>());
+    let arranged = model.arrange(&layout, rows);
+    let (x, mut past) = model.first(padded_ids(sequences, layout.length), &arranged, rows);
+    let pass = rows.pass(arranged.layout.length);
     let hidden = model.hidden(x, &arranged.layout, Some(&mut past), &pass)?;
-    // Nothing is said of a prompt's embeddings, which come first.
-    let all = arranged.layout.length;
-    Ok(model.head(hidden.slice(s![all - ids.len().., ..]), &pass))
+    let logits = model.head(hidden, &pass);
+    // Nothing is said of a prompt's embeddings.
+    let places = arranged.places(layout.rows * layout.length);
+    let of_row = |(row, sequence): (usize, &Vec<u32>)| {
+        let first = places[row * layout.length] as usize;
+        logits.clone().slice(s![first..first + sequence.len(), ..])
+    };
+    Ok(sequences.iter().enumerate().map(of_row).collect())
+}
+
+/// Token ids of rows, padded on the right to `length`.
+fn padded_ids(rows: &[Vec<u32>], length: usize) -> Vec<i32> {
+    let padded = |row: &Vec<u32>| {
+        let row: Vec<i32> = row.iter().map(|&id| id as i32).collect();
+        row.into_iter().chain(std::iter::repeat(0)).take(length)
+    };
+    rows.iter().flat_map(padded).collect()
 }
 
 /// The summed log-likelihood of each continuation after `context`, computed once for the context.
@@ -261,11 +318,13 @@ pub fn log_likelihoods<B: Kernels>(model: &Llama<B>, context: &[u32], choices: &
             let mut layout = Layout::padded(&[fed.len()]);
             layout.positions.iter_mut().for_each(|p| *p += (model.virtual_tokens() + context.len()) as i32);
             let tokens = ints(fed.iter().map(|&id| id as i32).collect(), 1, &model.device());
-            let (mut past, pass) = (start.past.clone(), Pass::default());
+            let (mut past, pass) = (start.past.clone(), start.rows.pass(fed.len()));
             let hidden = model.hidden(model.embed(tokens), &layout, Some(&mut past), &pass)?;
             for (index, &target) in rest.iter().enumerate() {
-                let row =
-                    model.head(hidden.clone().slice(s![index..index + 1, ..]), &pass).cast(DType::F32).into_data();
+                let row = model
+                    .head(hidden.clone().slice(s![index..index + 1, ..]), &start.rows.pass(1))
+                    .cast(DType::F32)
+                    .into_data();
                 let row = row.into_vec().map_err(|e| Error::config("logits", "f32 values", format!("{e:?}")))?;
                 sum += log_softmax(&row, target);
             }

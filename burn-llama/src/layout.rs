@@ -3,7 +3,7 @@
 use crate::kernel::Visibility;
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use burn_peft::Token;
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 /// The slots of a batch of `rows` × `length`: to which sequence each belongs and at which position.
 ///
@@ -75,28 +75,30 @@ impl Layout {
         Self { rows, length: 1, segments: vec![1; rows], positions: positions.iter().map(|&p| p as i32).collect() }
     }
 
-    /// Every position `by` later, as after that many virtual tokens.
-    pub(crate) fn shifted(&self, by: usize) -> Self {
-        Self { positions: self.positions.iter().map(|p| p + by as i32).collect(), ..self.clone() }
+    /// Every position of a row later by its number, as after that many virtual tokens.
+    pub(crate) fn shifted(&self, by: impl Fn(usize) -> usize) -> Self {
+        let later = |(slot, position): (usize, &i32)| position + by(slot / self.length) as i32;
+        Self { positions: self.positions.iter().enumerate().map(later).collect(), ..self.clone() }
     }
 
-    /// The layout with `n` slots in front of every sequence, and for each slot its source: the slot that it had, or
-    /// `rows · length + j` for the `j`-th of the new ones. Rows are padded again to the longest, with sources that do not matter.
-    pub(crate) fn preceded(&self, n: usize) -> (Self, Vec<i32>) {
+    /// The layout with slots in front of every sequence, those of a row for the virtual tokens of its range, and for each slot its
+    /// source: the slot that it had, or `rows · length + j` for the `j`-th virtual token. Rows are padded again to the longest, with
+    /// sources that do not matter.
+    pub(crate) fn preceded(&self, ranges: &[Range<usize>]) -> (Self, Vec<i32>) {
         let mut rows: Vec<Vec<(i32, i32, i32)>> = Vec::with_capacity(self.rows);
         let slots = (self.rows * self.length) as i32;
         for row in 0..self.rows {
-            let (mut new, mut last) = (Vec::new(), 0);
+            let (mut new, mut last, front) = (Vec::new(), 0, &ranges[row]);
             for slot in row * self.length..(row + 1) * self.length {
                 let (segment, position) = (self.segments[slot], self.positions[slot]);
                 if segment == 0 {
                     continue;
                 }
                 if segment != last {
-                    new.extend((0..n as i32).map(|j| (segment, j, slots + j)));
+                    new.extend(front.clone().enumerate().map(|(j, source)| (segment, j as i32, slots + source as i32)));
                     last = segment;
                 }
-                new.push((segment, position + n as i32, slot as i32));
+                new.push((segment, position + front.len() as i32, slot as i32));
             }
             rows.push(new);
         }

@@ -1,7 +1,8 @@
 //! Keys and values of what came before: the cache of generation and the prefix of P-tuning.
 
-use crate::{Layout, kernel::Visibility};
+use crate::{Layout, kernel::Visibility, model::indices};
 use burn::tensor::{Tensor, backend::Backend, s};
+use std::{iter, ops::Range};
 
 /// Keys and values of one layer, `[rows, capacity, kv_heads, head_dim]`, of which the first slots are in use.
 #[derive(Debug, Clone)]
@@ -33,22 +34,35 @@ impl<B: Backend> Past<B> {
         Self { layers: vec![None; layers], rows, slots: 0, segments: Vec::new(), positions: Vec::new(), grows: true }
     }
 
-    /// A past that starts with the same keys and values, `[n, 2, kv_heads, head_dim]` per layer, for all rows and segments: those
-    /// of virtual tokens at positions `0..n`.
-    pub(crate) fn starting_with(layers: Vec<Tensor<B, 4>>, rows: usize, slots: usize) -> Self {
-        let spread = |layer: Tensor<B, 4>, part: usize| {
-            let [n, _, heads, dim] = layer.dims();
-            layer.slice(s![.., part..part + 1]).reshape([1, n, heads, dim]).expand([rows, n, heads, dim])
+    /// A past that starts with keys and values of virtual tokens, `[n, 2, kv_heads, head_dim]` per layer: a row with those of its
+    /// range, for all its segments, at the positions from 0.
+    pub(crate) fn starting_with(layers: Vec<Tensor<B, 4>>, ranges: &[Range<usize>]) -> Self {
+        let (rows, slots) = (ranges.len(), ranges.iter().map(Range::len).max().unwrap_or(0));
+        let of_rows = |layer: Tensor<B, 4>| {
+            let [_, _, heads, dim] = layer.dims();
+            if ranges.iter().all(|range| *range == ranges[0]) {
+                let shared = layer.slice(s![ranges[0].clone()]).unsqueeze::<5>();
+                return shared.expand([rows, slots, 2, heads, dim]);
+            }
+            // Holes hold what stands first: nobody sees it.
+            let source = |range: &Range<usize>| range.clone().chain(iter::repeat(0)).take(slots).map(|at| at as i32);
+            let sources: Vec<i32> = ranges.iter().flat_map(source).collect();
+            let device = layer.device();
+            layer.select(0, indices(sources, &device)).reshape([rows, slots, 2, heads, dim])
         };
         let layer = |layer: Tensor<B, 4>| {
-            assert_eq!(layer.dims()[0], slots, "the virtual tokens of a layer");
-            Some(KeyValue { keys: spread(layer.clone(), 0), values: spread(layer, 1) })
+            let [_, _, heads, dim] = layer.dims();
+            let all = of_rows(layer);
+            let part = |part| all.clone().slice(s![.., .., part..part + 1]).reshape([rows, slots, heads, dim]);
+            Some(KeyValue { keys: part(0), values: part(1) })
         };
+        let segment =
+            |range: &Range<usize>, slot| if slot < range.len() { Visibility::<B>::ANY } else { Visibility::<B>::HOLE };
         Self {
             layers: layers.into_iter().map(layer).collect(),
             rows,
             slots,
-            segments: vec![Visibility::<B>::ANY; rows * slots],
+            segments: ranges.iter().flat_map(|range| (0..slots).map(move |slot| segment(range, slot))).collect(),
             positions: (0..rows).flat_map(|_| 0..slots as i32).collect(),
             grows: true,
         }
@@ -57,7 +71,7 @@ impl<B: Backend> Past<B> {
     /// What a single layer sees before the new tokens of a pass that keeps nothing, such as one of training.
     pub(crate) fn of_layer(layer: Option<Tensor<B, 4>>, rows: usize) -> Self {
         let slots = layer.as_ref().map_or(0, |layer| layer.dims()[0]);
-        let mut past = Self::starting_with(layer.into_iter().collect(), rows, slots);
+        let mut past = Self::starting_with(layer.into_iter().collect(), &vec![0..slots; rows]);
         past.open(1);
         Self { grows: false, ..past }
     }

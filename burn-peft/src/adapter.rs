@@ -1,20 +1,29 @@
 //! Adapters on a whole model: attach, read, write, merge.
 
 mod base;
+mod combine;
 mod convert;
+mod merge;
+mod several;
+mod swap;
 
-pub use base::{is_adapter, learning_rate_scale, train_only};
-pub use convert::save_as_lora;
+pub use base::{is_adapter, learning_rate_scale, train_active, train_only};
+pub use combine::{Combination, combine, combine_directories};
+pub use convert::{convert_to_lora, save_as_lora};
+pub use merge::{merge, safe_merge, unmerge};
+pub use several::{activate, active, check_rows, delete, names};
+pub use swap::swap;
 
 use crate::{
-    Error, Linear, Lora, LoraConfig, TargetModules, config::InitLora, format, kernel::LinearKernels, lora::Dora,
-    target::Selection,
+    Error, Linear, Lora, LoraConfig, Prompt, TargetModules, config::InitLora, format, kernel::LinearKernels,
+    lora::Dora, target::Selection,
 };
 use base::Base;
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData},
 };
+pub(crate) use several::admit;
 use std::{collections::BTreeSet, path::Path};
 
 /// A model that shows its linear layers, each with its path in the checkpoint.
@@ -26,6 +35,16 @@ pub trait Linears<B: LinearKernels> {
 
     /// As [`Linears::linears`], for changing them.
     fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>));
+
+    /// The model's prompts, if it can have any.
+    fn prompts(&self) -> &[Prompt<B>] {
+        &[]
+    }
+
+    /// As [`Linears::prompts`], for changing them; `None` if the model can have none.
+    fn prompts_mut(&mut self) -> Option<&mut Vec<Prompt<B>>> {
+        None
+    }
 
     /// The path of a parameter that the model uses in two places, such as a tied embedding.
     fn shared(&self) -> Option<&str> {
@@ -70,7 +89,7 @@ pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
         return Err(Error::config(format!("`init_lora_weights`: expected {expected}, found {other:?}")));
     }
     let base = Base::new(model, config)?;
-    name_is_free(model, name)?;
+    admit(model, name, config.changes_base())?;
     all(model, |path, linear| if base.adapted(path) { linear.fits(config) } else { Ok(()) })?;
     let mut result = Ok(());
     model.linears_mut(&mut |path, linear| {
@@ -104,7 +123,7 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     directory: &Path,
 ) -> Result<(LoraConfig, Vec<String>), Error> {
     let (config, mut tensors, unknown) = format::read(directory)?;
-    name_is_free(model, name)?;
+    admit(model, name, config.changes_base())?;
     let base = Base::new(model, &config)?;
     let mut expected = base.expected();
     model.linears(&mut |path, linear| {
@@ -182,21 +201,6 @@ fn collect<B: LinearKernels, M: Linears<B> + Module<B>>(
     Ok((tensors, config))
 }
 
-/// Merges the named adapter into the weights of its layers; merging twice is merging once.
-///
-/// # Errors
-/// If one of the weights is packed; then nothing has changed.
-pub fn merge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Result<(), Error> {
-    all(model, |_, linear| linear.mergeable(name))?;
-    let mut result = Ok(());
-    model.linears_mut(&mut |_, linear| {
-        if result.is_ok() {
-            result = linear.merge(name);
-        }
-    });
-    result
-}
-
 /// The first error that `check` finds on a layer.
 fn all<B: LinearKernels, M: Linears<B>>(
     model: &M,
@@ -209,20 +213,4 @@ fn all<B: LinearKernels, M: Linears<B>>(
         }
     });
     result
-}
-
-/// Undoes [`merge`], up to rounding.
-pub fn unmerge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) {
-    model.linears_mut(&mut |_, linear| linear.unmerge(name));
-}
-
-pub(crate) fn name_is_free<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<(), Error> {
-    let mut taken = false;
-    model.linears(&mut |_, linear| {
-        taken |= linear.adapter(name).is_some() || linear.ia3.iter().any(|ia3| ia3.name == name);
-    });
-    if taken {
-        return Err(Error::Name { name: name.to_owned(), state: "exists already; choose another name or detach it" });
-    }
-    Ok(())
 }

@@ -192,8 +192,13 @@ impl LoraConfig {
     /// Whether the adapter is no more than one rank and one scaling of `B·A` on an unchanged base model.
     pub fn is_plain(&self) -> bool {
         let patterns = self.rank_pattern.is_empty() && self.alpha_pattern.is_empty();
-        let base = self.bias == Bias::None && self.modules_to_save.as_ref().is_none_or(Vec::is_empty);
-        patterns && base && !self.use_dora && !matches!(self.init_lora_weights, InitLora::Pissa { .. })
+        patterns && !self.use_dora && !self.changes_base()
+    }
+
+    /// Whether the adapter changes more of the model than what it adds: by its start, biases or whole modules.
+    pub fn changes_base(&self) -> bool {
+        let saved = self.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty());
+        saved || self.bias != Bias::None || matches!(self.init_lora_weights, InitLora::Pissa { .. })
     }
 
     /// Refuses values that no adapter can have.

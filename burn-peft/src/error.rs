@@ -59,7 +59,35 @@ pub enum Error {
         /// What was asked for.
         operation: &'static str,
     },
-    /// An adapter of that name exists already, or none exists.
+    /// An adapter does not fit into the tensors of another.
+    #[error(
+        "{path}: the adapter does not fit into the tensors of `{name}`: {message}; a hot swap keeps layers and ranks: delete `{name}` and load this one instead"
+    )]
+    Swap {
+        /// The new adapter's directory.
+        path: PathBuf,
+        /// The adapter on the model.
+        name: String,
+        /// Missing, unexpected and misshapen tensors.
+        message: String,
+    },
+    /// No adapter of that name is on the model.
+    #[error("adapter `{name}` is not on the model, which has {known}")]
+    Unknown {
+        /// The name.
+        name: String,
+        /// The names that there are.
+        known: String,
+    },
+    /// A value of an adapter is no number.
+    #[error("adapter `{name}`: expected finite numbers, found others in the adapter of {layer}; nothing was merged")]
+    NotFinite {
+        /// The adapter's name.
+        name: String,
+        /// The layer's path.
+        layer: String,
+    },
+    /// An adapter of that name cannot be had, or not do this.
     #[error("adapter `{name}` {state}")]
     Name {
         /// The adapter's name.

@@ -1,8 +1,8 @@
 //! IA3: features scaled by learned factors (Liu et al., 2022, arXiv:2205.05638).
 
 use crate::{
-    Error, Linear, Linears, TargetModules, adapter::name_is_free, config::default_if_null, format,
-    kernel::LinearKernels, param,
+    Error, Linear, Linears, TargetModules, adapter::admit, config::default_if_null, format, kernel::LinearKernels,
+    param,
 };
 use burn::{
     module::{Module, Param},
@@ -21,12 +21,19 @@ pub struct Ia3<B: LinearKernels> {
     pub name: String,
     /// Whether the factors are in the layer's weight.
     pub merged: bool,
+    /// Whether they act in a pass that does not name adapters.
+    pub active: bool,
 }
 
 impl<B: LinearKernels> Ia3<B> {
     fn new(path: &str, name: &str, factors: Tensor<B, 2>) -> Self {
         let id = param::id(&format!("{path}.ia3_l.{name}"));
-        Self { ia3_l: Param::initialized(id, factors.require_grad()), name: name.to_owned(), merged: false }
+        Self {
+            ia3_l: Param::initialized(id, factors.require_grad()),
+            name: name.to_owned(),
+            merged: false,
+            active: true,
+        }
     }
 
     /// Whether input features are scaled.
@@ -184,7 +191,7 @@ pub fn attach<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str, config
         return Err(Error::config("`init_ia3_weights` should be true: other factors than 1 break the model"));
     }
     let selected = config.selected(model)?;
-    name_is_free(model, name)?;
+    admit(model, name, false)?;
     place(model, name, selected, |_, shape, device| Tensor::ones(shape, (device, DType::F32)));
     Ok(())
 }
@@ -203,7 +210,7 @@ pub fn load<B: LinearKernels, M: Linears<B>>(
     let (config, unknown) = Ia3Config::from_json(&path, format::read_config(directory)?)?;
     let mut tensors = format::read_tensors(directory)?;
     let selected = config.selected(model)?;
-    name_is_free(model, name)?;
+    admit(model, name, false)?;
     let expected: Vec<_> = selected.iter().map(|(path, shape)| (key(path), shape.to_vec())).collect();
     format::fits(directory, &expected, &tensors)?;
     place(model, name, selected, |path, shape, device| match tensors.remove(&key(path)) {

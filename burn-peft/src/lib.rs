@@ -32,7 +32,8 @@
 //!
 //! Where to look: [`adapter`] puts LoRA and its family (DoRA, PiSSA, patterns, biases and whole modules beside it) on a model,
 //! [`ia3`] learned factors, [`prompt`] virtual tokens (prefix tuning, prompt tuning, P-tuning). All of them read and write PEFT's
-//! own directories. [`packed`] keeps frozen weights in the blocks of their file, or makes NF4 of them. `examples/foreign.rs` puts a prefix and LoRA on a model that knows nothing of this crate but [`Linear`].
+//! own directories. Several can be on a model by their names; [`adapter`] switches, merges, combines and swaps them, and a
+//! [`Route`] lets each row of a batch have its own. [`packed`] keeps frozen weights in the blocks of their file, or makes NF4 of them. `examples/foreign.rs` puts a prefix and LoRA on a model that knows nothing of this crate but [`Linear`].
 #![deny(missing_docs)]
 #![recursion_limit = "256"]
 
@@ -49,6 +50,7 @@ pub mod param;
 mod pass;
 pub mod prompt;
 pub mod random;
+pub mod route;
 pub mod target;
 mod weight;
 
@@ -60,5 +62,6 @@ pub use linear::Linear;
 pub use lora::Lora;
 pub use pass::{Noise, Pass, Token};
 pub use prompt::{Prompt, PromptConfig};
+pub use route::Route;
 pub use target::TargetModules;
 pub use weight::Weight;

@@ -2,7 +2,7 @@
 
 use crate::{
     Error, Ia3, Lora, LoraConfig, Pass, Weight, config::InitLora, kernel::LinearKernels, lora::Dora, packed::Packed,
-    param,
+    param, route::Reach,
 };
 use burn::{
     module::{Module, Param},
@@ -17,7 +17,7 @@ pub struct Linear<B: LinearKernels> {
     pub weight: Weight<B>,
     /// `[out]`, in f32.
     pub bias: Option<Param<Tensor<B, 1>>>,
-    /// The low-rank adapters, in the order in which they were attached. All of them add to the output.
+    /// The low-rank adapters, in the order in which they were attached. Those that are active add to the output.
     pub adapters: Vec<Lora<B>>,
     /// Learned factors of the layer's own features.
     pub ia3: Vec<Ia3<B>>,
@@ -51,31 +51,40 @@ impl<B: LinearKernels> Linear<B> {
 
     /// `x [tokens, in]` → `[tokens, out]`, in the type of `x`.
     pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
-        let mut y = self.weight.linear(self.scaled(x.clone(), true));
-        let base = self.active().any(|adapter| adapter.dora.is_some()).then(|| y.clone());
+        let tokens = x.dims()[0];
+        let mut y = self.weight.linear(self.scaled(x.clone(), true, pass));
+        let base = self.adapters.iter().any(|adapter| adapter.dora.is_some()).then(|| y.clone());
         if let Some(bias) = &self.bias {
             y = y + bias.val().unsqueeze();
         }
-        y = self.scaled(y, false);
-        for adapter in self.active() {
-            y = y + match (&adapter.dora, &base) {
+        y = self.scaled(y, false, pass);
+        for adapter in self.adapters.iter().filter(|adapter| !adapter.merged) {
+            let Some(reach) = pass.reach(&adapter.name, adapter.active, tokens) else { continue };
+            let x = reach.take(x.clone());
+            let added = match (&adapter.dora, &base) {
                 (Some(dora), Some(base)) => {
-                    adapter.forward_with_magnitude(dora, x.clone(), (base.clone(), &self.weight), pass)
+                    adapter.forward_with_magnitude(dora, x, (reach.take(base.clone()), &self.weight), pass)
                 }
-                _ => adapter.forward(x.clone(), pass),
+                _ => adapter.forward(x, pass),
             };
+            y = reach.add(y, added);
         }
         y
     }
 
-    fn active(&self) -> impl Iterator<Item = &Lora<B>> {
-        self.adapters.iter().filter(|adapter| !adapter.merged)
-    }
-
     /// `x` with its features scaled by the factors of the layer's inputs (`feedforward`) or outputs.
-    fn scaled(&self, x: Tensor<B, 2>, feedforward: bool) -> Tensor<B, 2> {
-        let active = self.ia3.iter().filter(|ia3| !ia3.merged && ia3.is_feedforward() == feedforward);
-        active.fold(x, |x, ia3| ia3.scale(x))
+    fn scaled(&self, x: Tensor<B, 2>, feedforward: bool, pass: &Pass) -> Tensor<B, 2> {
+        let tokens = x.dims()[0];
+        self.ia3.iter().filter(|ia3| !ia3.merged && ia3.is_feedforward() == feedforward).fold(x, |x, ia3| {
+            match pass.reach(&ia3.name, ia3.active, tokens) {
+                None => x,
+                Some(Reach::ALL) => ia3.scale(x),
+                Some(reach) => {
+                    let part = reach.take(x.clone());
+                    reach.add(x, ia3.scale(part.clone()) - part)
+                }
+            }
+        })
     }
 
     /// Adds a new adapter; `seed` and the layer's path decide its random numbers. A start from the weight takes the adapter's
@@ -129,8 +138,22 @@ impl<B: LinearKernels> Linear<B> {
 
     /// An error if the layer has the named adapter and no weight that takes it in.
     pub(crate) fn mergeable(&self, name: &str) -> Result<(), Error> {
-        let found = self.adapter(name).is_some() || self.ia3.iter().any(|ia3| ia3.name == name);
-        if found { self.weight.writable("merging an adapter") } else { Ok(()) }
+        if self.carries(name) { self.weight.writable("merging an adapter") } else { Ok(()) }
+    }
+
+    /// Whether the layer has the named adapter.
+    pub(crate) fn carries(&self, name: &str) -> bool {
+        self.adapter(name).is_some() || self.ia3.iter().any(|ia3| ia3.name == name)
+    }
+
+    /// Whether everything that merging the named adapter would write is a number.
+    pub(crate) fn is_finite(&self, name: &str) -> bool {
+        let whole = |x: Tensor<B, 2>| x.abs().max().into_data().iter::<f64>().all(f64::is_finite);
+        let low_rank = self.adapter(name).is_none_or(|adapter| {
+            let magnitude = adapter.dora.as_ref().map(|dora| dora.magnitude.val().unsqueeze());
+            whole(adapter.delta()) && magnitude.is_none_or(whole)
+        });
+        low_rank && self.ia3.iter().filter(|ia3| ia3.name == name).all(|ia3| whole(ia3.ia3_l.val()))
     }
 
     /// Takes a merged adapter out of the weight again.

@@ -6,6 +6,7 @@ mod svd;
 
 pub use dora::Dora;
 pub(crate) use dora::norm;
+pub(crate) use svd::halves;
 
 use crate::{LoraConfig, Pass, Weight, kernel, kernel::LinearKernels, param, random};
 use burn::{
@@ -30,6 +31,10 @@ pub struct Lora<B: LinearKernels> {
     pub dropout: f64,
     /// Whether `s·B·A` has been added to the layer's weight.
     pub merged: bool,
+    /// Whether it acts in a pass that does not name adapters.
+    pub active: bool,
+    /// Whether it came with changes of the base model: of its weights, biases or whole modules.
+    pub changes_base: bool,
     /// The layer's path as a number, the last part of the key of its dropout masks.
     layer: u64,
 }
@@ -65,6 +70,8 @@ impl<B: LinearKernels> Lora<B> {
             scaling: config.scaling_at(path),
             dropout: config.lora_dropout,
             merged: false,
+            active: true,
+            changes_base: config.changes_base(),
             layer: random::text(path),
         }
     }
@@ -140,4 +147,14 @@ impl<B: LinearKernels> Lora<B> {
             }
         }
     }
+}
+
+/// The matrix with zeros after its end along `dim`, `n` in all.
+pub(crate) fn padded<B: LinearKernels>(x: Tensor<B, 2>, dim: usize, n: usize) -> Tensor<B, 2> {
+    let (mut shape, device) = (x.dims(), x.device());
+    if shape[dim] >= n {
+        return x;
+    }
+    shape[dim] = n - shape[dim];
+    Tensor::cat(vec![x, Tensor::zeros(shape, (&device, DType::F32))], dim)
 }

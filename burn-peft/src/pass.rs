@@ -1,19 +1,37 @@
 //! What one forward pass tells every adapter on its way.
 
-use crate::random;
+use crate::{
+    random,
+    route::{Reach, Route},
+};
 use std::sync::Arc;
 
-/// What holds for all linear layers during one forward pass. The default is evaluation: no noise.
+/// What holds for all linear layers during one forward pass. The default is evaluation with the active adapters.
 #[derive(Debug, Clone, Default)]
 pub struct Pass {
     /// The source of dropout masks; `None` switches dropout off.
     pub noise: Option<Noise>,
+    /// Which adapters act where; `None` lets those act that are active, on all tokens.
+    pub route: Option<Route>,
 }
 
 impl Pass {
     /// A training pass whose dropout masks come from `noise`.
     pub fn training(noise: Noise) -> Self {
-        Self { noise: Some(noise) }
+        Self { noise: Some(noise), route: None }
+    }
+
+    /// A pass of evaluation whose rows have adapters of their own.
+    pub fn routed(route: Route) -> Self {
+        Self { noise: None, route: Some(route) }
+    }
+
+    /// Which of an activation's `tokens` the adapter of that name acts on, if any.
+    pub(crate) fn reach(&self, name: &str, active: bool, tokens: usize) -> Option<Reach<'_>> {
+        match &self.route {
+            None => active.then_some(Reach::ALL),
+            Some(route) => route.reach(name, tokens),
+        }
     }
 }
 

@@ -32,7 +32,7 @@ pub fn load<B: Kernels>(model: &mut Llama<B>, directory: &Path) -> Result<Adapte
     if PromptConfig::is_prompt(&json) {
         let (prompt, unknown) = prompt::Prompt::load(directory, model.config().base_shape(), &model.device())?;
         model::warn_unknown(directory, &unknown);
-        model.prompt = Some(prompt);
+        model.prompts.push(prompt);
         return Ok(Adapter::Prompt);
     }
     if json["peft_type"] == "IA3" {
@@ -60,7 +60,7 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
             if let Some(file) = &method.choice.init {
                 prompt.read_encoder(Path::new(file))?;
             }
-            model.prompt = Some(prompt);
+            model.prompts.push(prompt);
             Ok(Adapter::Prompt)
         }
         _ => {
@@ -80,7 +80,7 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
 impl Adapter {
     /// Writes PEFT's directory. An adapter that started by changing the weights is written as plain LoRA of the unchanged ones.
     pub fn save<B: Kernels>(&self, model: &Llama<B>, directory: &Path) -> Result<()> {
-        match (self, &model.prompt) {
+        match (self, model.prompts.iter().find(|prompt| prompt.name == NAME)) {
             (Self::Lora(config, None), _) => adapter::save(model, NAME, config, directory)?,
             (Self::Lora(config, Some(start)), _) => {
                 adapter::save_as_lora(model, NAME, config, (start.path(), directory))?;

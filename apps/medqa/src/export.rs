@@ -44,7 +44,7 @@ pub fn export(args: &ExportArgs) -> Result<()> {
 
 fn merged<B: Kernels>(model: &ModelArgs, device: &B::Device, (args, gguf): (&ExportArgs, bool)) -> Result<()> {
     let mut loaded = model::load::<B>(model, DType::F32, device)?;
-    if loaded.model.prompt.is_some() {
+    if !loaded.model.prompts.is_empty() {
         bail!(
             "--adapter: expected one that can be merged into weights, found virtual tokens; load them beside the model"
         );

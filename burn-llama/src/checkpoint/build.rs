@@ -80,7 +80,7 @@ pub(crate) fn build<B: Kernels, E>(config: &LlamaConfig, read: Read<'_, E>, devi
             layers,
             norm: build.norm("model.norm")?,
         },
-        prompt: None,
+        prompts: Vec::new(),
         lm_head: if config.tie_word_embeddings { None } else { Some(build.linear("lm_head", false)?) },
         config: config.clone(),
     })

@@ -1,6 +1,6 @@
 //! What every sequence begins with: nothing, or a trained prompt's virtual tokens.
 
-use super::Llama;
+use super::{Llama, Rows};
 use crate::{Error, Layout, LlamaConfig, Past, kernel::Kernels};
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use burn_peft::{
@@ -8,6 +8,7 @@ use burn_peft::{
     prompt::{BaseShape, Place, PromptTuningInit as Init},
     random,
 };
+use std::ops::Range;
 
 /// Tokens in their places after the model's virtual ones.
 pub(crate) struct Arrangement {
@@ -16,8 +17,8 @@ pub(crate) struct Arrangement {
     /// For each slot where its embedding is: among those of the tokens, or after them the virtual ones'. `None` if slots and
     /// tokens are the same.
     pub sources: Option<Vec<i32>>,
-    /// Slots of the past that are taken.
-    pub past: usize,
+    /// For every row the virtual tokens that its past begins with, among those of all prompts.
+    pub past: Vec<Range<usize>>,
 }
 
 impl Arrangement {
@@ -46,7 +47,7 @@ impl Arrangement {
             }
         };
         noise.tokens = sources.iter().enumerate().map(name).collect();
-        Pass { noise: Some(noise) }
+        Pass { noise: Some(noise), ..pass }
     }
 }
 
@@ -64,53 +65,62 @@ impl LlamaConfig {
 }
 
 impl<B: Kernels> Llama<B> {
-    /// The number of virtual tokens before every sequence.
+    /// The number of virtual tokens before a sequence that names no adapter.
     pub fn virtual_tokens(&self) -> usize {
-        self.prompt.as_ref().map_or(0, Prompt::num_virtual_tokens)
+        self.active_rows(1).virtual_tokens(self)[0]
     }
 
-    pub(crate) fn arrange(&self, layout: &Layout) -> Arrangement {
-        let n = self.virtual_tokens();
-        match self.prompt.as_ref().map(Prompt::place) {
-            Some(Place::Embeddings) => {
-                let (layout, sources) = layout.preceded(n);
-                Arrangement { layout, sources: Some(sources), past: 0 }
+    /// Tokens in their places after the virtual ones of their rows.
+    pub(crate) fn arrange(&self, layout: &Layout, rows: &Rows) -> Arrangement {
+        let ranges = |place| rows.ranges(self, place);
+        let past = ranges(Place::Past);
+        let layout = layout.shifted(|row| past[row].len());
+        match ranges(Place::Embeddings) {
+            none if none.iter().all(Range::is_empty) => Arrangement { layout, sources: None, past },
+            embeddings => {
+                let (layout, sources) = layout.preceded(&embeddings);
+                Arrangement { layout, sources: Some(sources), past }
             }
-            Some(Place::Past) => Arrangement { layout: layout.shifted(n), sources: None, past: n },
-            None => Arrangement { layout: layout.clone(), sources: None, past: 0 },
         }
     }
 
-    /// Token ids → the embeddings of every slot, `[slots, hidden_size]`, and what the layers see before it, one value per layer or
-    /// none.
+    /// Token ids → the embeddings of every slot, `[slots, hidden_size]`, and the virtual tokens that layers see before them, those
+    /// of all prompts of `rows` one after the other, one value per layer or none.
     pub(crate) fn begin(
         &self,
         ids: Tensor<B, 2, Int>,
         sources: Option<Tensor<B, 1, Int>>,
         pass: &Pass,
+        rows: &Rows,
     ) -> (Tensor<B, 2>, Vec<Tensor<B, 4>>) {
-        let x = self.embed(ids);
-        let Some(prompt) = &self.prompt else { return (x, Vec::new()) };
-        let tokens = prompt.encode(pass);
-        let x = match (tokens.embeddings, sources) {
-            (Some(embeddings), Some(sources)) => Tensor::cat(vec![x, embeddings], 0).select(0, sources),
-            _ => x,
+        let (mut embeddings, mut layers) = (vec![self.embed(ids)], Vec::<Vec<Tensor<B, 4>>>::new());
+        for prompt in rows.prompts(self) {
+            let tokens = prompt.encode(pass);
+            embeddings.extend(tokens.embeddings);
+            layers.resize_with(layers.len().max(tokens.layers.len()), Vec::new);
+            layers.iter_mut().zip(tokens.layers).for_each(|(layer, tokens)| layer.push(tokens));
+        }
+        let joined = |layer: Vec<Tensor<B, 4>>| if layer.len() == 1 { layer[0].clone() } else { Tensor::cat(layer, 0) };
+        let x = match sources {
+            Some(sources) => Tensor::cat(embeddings, 0).select(0, sources),
+            None => embeddings.swap_remove(0),
         };
-        (x, tokens.layers)
+        (x, layers.into_iter().map(joined).collect())
     }
 
     /// The embeddings of a first pass that is kept, and the past it begins with.
-    pub(crate) fn first(&self, ids: Vec<i32>, arranged: &Arrangement, pass: &Pass) -> (Tensor<B, 2>, Past<B>) {
-        let (device, rows) = (self.device(), arranged.layout.rows);
+    pub(crate) fn first(&self, ids: Vec<i32>, arranged: &Arrangement, rows: &Rows) -> (Tensor<B, 2>, Past<B>) {
+        let device = self.device();
         let sources = arranged.sources.clone().map(|sources| indices(sources, &device));
-        let (x, before) = self.begin(crate::layout::ints(ids, rows, &device), sources, pass);
-        let mut past = Past::starting_with(before, rows, arranged.past);
+        let ids = crate::layout::ints(ids, arranged.layout.rows, &device);
+        let (x, before) = self.begin(ids, sources, &Pass::default(), rows);
+        let mut past = Past::starting_with(before, &arranged.past);
         past.open(self.config.num_hidden_layers);
         (x, past)
     }
 
     /// A new prompt for this model: from the tokens of a text if any are given, repeated or cut to the number of virtual tokens,
-    /// else from what the configuration says. Put it into [`Llama::prompt`].
+    /// else from what the configuration says. Put it into [`Llama::prompts`].
     ///
     /// # Errors
     /// If the configuration is impossible, asks for a text that is not given, or its method cannot start from one.

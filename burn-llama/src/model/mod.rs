@@ -4,6 +4,7 @@ mod begin;
 mod block;
 mod init;
 mod norm;
+mod rows;
 #[cfg(feature = "zero")]
 mod segments;
 mod visit;
@@ -11,6 +12,7 @@ mod visit;
 pub(crate) use begin::indices;
 pub use block::{Attention, Layer, Mlp};
 pub use norm::RmsNorm;
+pub(crate) use rows::Rows;
 
 use crate::{
     Context, Error, Layout, LlamaConfig, Past,
@@ -48,8 +50,9 @@ pub struct Llama<B: Kernels> {
     pub model: Decoder<B>,
     /// The head, `None` when it is the embedding.
     pub lm_head: Option<Linear<B>>,
-    /// Virtual tokens before every sequence: batches, generation and scores begin with them. [`Llama::hidden`] does not.
-    pub prompt: Option<Prompt<B>>,
+    /// Virtual tokens before every sequence: batches, generation and scores begin with those of the first active one, or a row
+    /// with those that it names. [`Llama::hidden`] does not.
+    pub prompts: Vec<Prompt<B>>,
     pub(crate) config: LlamaConfig,
 }
 

@@ -23,7 +23,7 @@ impl<B: Kernels> Segments<B> for Llama<B> {
     fn forward_segment(&self, segment: usize, batch: &Batch<B>, inputs: Vec<Value<B>>) -> Vec<Value<B>> {
         let mut inputs = inputs.into_iter();
         let Some(x) = inputs.next() else {
-            let (x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass);
+            let (x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass, &self.active_rows(1));
             return std::iter::once(Value::new(x)).chain(before.into_iter().map(Value::new)).collect();
         };
         let x = x.tensor::<2>();
@@ -77,9 +77,7 @@ where
         match segment {
             0 => {
                 within(&["model", "embed_tokens"], visitor, |v| self.model.embed_tokens.visit(v));
-                if let Some(prompt) = &self.prompt {
-                    within(&["prompt"], visitor, |v| prompt.visit(v));
-                }
+                within(&["prompts"], visitor, |v| self.prompts.visit(v));
             }
             _ if segment <= 2 * layers => {
                 let index = (segment - 1) / 2;

@@ -2,7 +2,7 @@
 
 use super::Llama;
 use crate::kernel::Kernels;
-use burn_peft::{Linear, Linears};
+use burn_peft::{Linear, Linears, Prompt};
 
 impl<B: Kernels> Linears<B> for Llama<B> {
     fn linears(&self, visit: &mut dyn FnMut(&str, &Linear<B>)) {
@@ -23,6 +23,14 @@ impl<B: Kernels> Linears<B> for Llama<B> {
         if let Some(head) = &self.lm_head {
             visit("lm_head", head);
         }
+    }
+
+    fn prompts(&self) -> &[Prompt<B>] {
+        &self.prompts
+    }
+
+    fn prompts_mut(&mut self) -> Option<&mut Vec<Prompt<B>>> {
+        Some(&mut self.prompts)
     }
 
     fn shared(&self) -> Option<&str> {

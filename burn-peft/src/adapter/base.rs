@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Whether the parameter at `path` belongs to an adapter or a prompt.
 pub fn is_adapter(path: &str) -> bool {
-    path.split('.').any(|part| matches!(part, "adapters" | "ia3" | "prompt"))
+    path.split('.').any(|part| matches!(part, "adapters" | "ia3" | "prompt" | "prompts"))
 }
 
 /// What LoRA+ multiplies the learning rate of the parameter at `path` by: `loraplus_lr_ratio` for `B` and for vectors
@@ -25,8 +25,39 @@ pub fn learning_rate_scale(path: &str, rank: usize, loraplus_lr_ratio: f64) -> f
 /// # Errors
 /// If the configuration selects nothing.
 pub fn train_only<B: LinearKernels, M: Linears<B> + Module<B>>(model: M, config: &LoraConfig) -> Result<M, Error> {
-    let base = Base::new(&model, config)?;
-    Ok(param::train_only(model, |path| is_adapter(path) || base.learned.contains_key(path)))
+    let (base, idle) = (Base::new(&model, config)?, Idle::new(&model));
+    Ok(param::train_only(model, |path| (is_adapter(path) && !idle.has(path)) || base.learned.contains_key(path)))
+}
+
+/// Lets only the active adapters learn. Every parameter becomes a leaf.
+pub fn train_active<B: LinearKernels, M: Linears<B> + Module<B>>(model: M) -> M {
+    let idle = Idle::new(&model);
+    param::train_only(model, |path| is_adapter(path) && !idle.has(path))
+}
+
+/// Where adapters are that are not active: the beginnings of their parameters' paths.
+struct Idle(Vec<String>);
+
+impl Idle {
+    fn new<B: LinearKernels, M: Linears<B>>(model: &M) -> Self {
+        let mut idle = Vec::new();
+        model.linears(&mut |path, linear| {
+            let low_rank = linear.adapters.iter().map(|adapter| adapter.active).enumerate();
+            let factors = linear.ia3.iter().map(|ia3| ia3.active).enumerate();
+            let off =
+                |(index, active): (usize, bool), field: &str| (!active).then(|| format!("{path}.{field}.{index}."));
+            idle.extend(low_rank.filter_map(|at| off(at, "adapters")));
+            idle.extend(factors.filter_map(|at| off(at, "ia3")));
+        });
+        let first = model.prompts().iter().position(|prompt| prompt.active);
+        let others = (0..model.prompts().len()).filter(|&index| Some(index) != first);
+        idle.extend(others.map(|index| format!("prompts.{index}.")));
+        Self(idle)
+    }
+
+    fn has(&self, path: &str) -> bool {
+        self.0.iter().any(|start| path.starts_with(start))
+    }
 }
 
 /// The layers of an adapter and the base model's parameters that learn with it.

@@ -21,15 +21,40 @@ pub fn save_as_lora<B: LinearKernels, M: Linears<B> + Module<B>>(
     config: &LoraConfig,
     (initial, directory): (&Path, &Path),
 ) -> Result<(), Error> {
-    let (mut tensors, config) = collect(model, name, config)?;
+    write::<B>(collect(model, name, config)?, initial, directory, &B::Device::default())
+}
+
+/// As [`save_as_lora`], for an adapter in the directory `trained`, without a model.
+///
+/// # Errors
+/// If a directory cannot be read or written, if `initial` is not of the adapter in `trained`, or if that one is plain already.
+pub fn convert_to_lora<B: LinearKernels>(
+    (trained, initial): (&Path, &Path),
+    directory: &Path,
+    device: &B::Device,
+) -> Result<(), Error> {
+    let (config, tensors, _) = format::read(trained)?;
+    if !matches!(config.init_lora_weights, InitLora::Pissa { .. }) {
+        let found = json!(config.init_lora_weights);
+        return Err(Error::format(trained, "init_lora_weights", "pissa, which takes a part off the weights", found));
+    }
+    write::<B>((tensors.into_iter().collect(), config), initial, directory, device)
+}
+
+fn write<B: LinearKernels>(
+    (mut tensors, config): (Vec<(String, TensorData)>, LoraConfig),
+    initial: &Path,
+    directory: &Path,
+    device: &B::Device,
+) -> Result<(), Error> {
     let start = format::read_tensors(initial)?;
     let expected: Vec<_> = tensors.iter().map(|(key, data)| (key.clone(), data.shape.to_vec())).collect();
     format::fits(initial, &expected, &start)?;
     for (key, data) in &mut tensors {
         let before = start[key.as_str()].clone();
         *data = match key.ends_with("lora_A.weight") {
-            true => joined::<B>([data.clone(), before], 0),
-            false if key.ends_with("lora_B.weight") => joined::<B>([data.clone(), before], 1),
+            true => joined::<B>([data.clone(), before], 0, device),
+            false if key.ends_with("lora_B.weight") => joined::<B>([data.clone(), before], 1, device),
             false => data.clone(),
         };
     }
@@ -49,9 +74,8 @@ pub fn save_as_lora<B: LinearKernels, M: Linears<B> + Module<B>>(
 }
 
 /// `now` and what it started from, side by side; the start of a `B` is subtracted.
-fn joined<B: LinearKernels>([now, start]: [TensorData; 2], dim: usize) -> TensorData {
-    let device = B::Device::default();
-    let tensor = |data| Tensor::<B, 2>::from_data(data, (&device, DType::F32));
+fn joined<B: LinearKernels>([now, start]: [TensorData; 2], dim: usize, device: &B::Device) -> TensorData {
+    let tensor = |data| Tensor::<B, 2>::from_data(data, (device, DType::F32));
     let start = if dim == 1 { tensor(start).neg() } else { tensor(start) };
     Tensor::cat(vec![tensor(now), start], dim).into_data()
 }

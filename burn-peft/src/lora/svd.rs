@@ -9,7 +9,7 @@ const PATIENCE: usize = 100;
 
 /// `A [r, in]` and `B [out, r]` whose product is the best approximation of `weight [out, in]` of rank `r` and which share its
 /// singular values evenly. `niter` iterations, or until the values no longer change.
-pub(super) fn halves<B: Backend>(
+pub(crate) fn halves<B: Backend>(
     weight: Tensor<B, 2>,
     r: usize,
     niter: Option<usize>,

@@ -1,7 +1,7 @@
 //! Where virtual tokens come from: a table, and an MLP behind it if there is one.
 
 use super::{BaseShape, Method, PromptConfig};
-use crate::{Linear, Pass, kernel::LinearKernels, param, random};
+use crate::{Linear, Pass, Weight, kernel::LinearKernels, param, random};
 use burn::{
     module::{Module, Param},
     tensor::{
@@ -68,6 +68,21 @@ impl<B: LinearKernels> Encoder<B> {
         Self { embedding: leaf(table), layers: Vec::new(), activation: Activation::Relu }
     }
 
+    /// Gives every parameter the identity of one of the prompt `name`.
+    pub(super) fn rename(&mut self, name: &str) {
+        let end = if name == "default" { String::new() } else { format!(".{name}") };
+        identify(&mut self.embedding, &format!("prompt.encoder.embedding{end}"));
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let path = format!("prompt.encoder.layers.{index}");
+            if let Weight::Dense(weight) = &mut layer.weight {
+                identify(weight, &format!("{path}.weight{end}"));
+            }
+            if let Some(bias) = &mut layer.bias {
+                identify(bias, &format!("{path}.bias{end}"));
+            }
+        }
+    }
+
     /// The virtual tokens, `[num_virtual_tokens, width]`.
     pub fn forward(&self) -> Tensor<B, 2> {
         let mut x = self.embedding.val();
@@ -86,4 +101,8 @@ impl<B: LinearKernels> Encoder<B> {
 
 fn leaf<B: LinearKernels>(table: Tensor<B, 2>) -> Param<Tensor<B, 2>> {
     Param::initialized(param::id("prompt.encoder.embedding"), table.detach().require_grad())
+}
+
+fn identify<B: LinearKernels, const D: usize>(param: &mut Param<Tensor<B, D>>, path: &str) {
+    *param = Param::initialized(param::id(path), param.val());
 }

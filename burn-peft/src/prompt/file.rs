@@ -37,7 +37,7 @@ impl<B: LinearKernels> Prompt<B> {
         match table {
             Some(table) if problems.is_empty() => {
                 let encoder = Encoder::flat(Tensor::from_data(table, (device, DType::F32)));
-                Ok((Self { encoder, config, base }, unknown))
+                Ok((Self::with(encoder, config, base), unknown))
             }
             _ => Err(Error::Mismatch { path: directory.to_owned(), message: problems.join("; ") }),
         }

@@ -26,6 +26,10 @@ use burn::{
 pub struct Prompt<B: LinearKernels> {
     /// Makes the virtual tokens.
     pub encoder: Encoder<B>,
+    /// The name, `default` if nothing else is said.
+    pub name: String,
+    /// Whether it acts in a pass that does not name adapters. Of several, the first does.
+    pub active: bool,
     config: PromptConfig,
     base: BaseShape,
 }
@@ -55,7 +59,18 @@ impl<B: LinearKernels> Prompt<B> {
     /// If the configuration is not possible.
     pub fn new(config: &PromptConfig, base: BaseShape, (seed, device): (u64, &B::Device)) -> Result<Self, Error> {
         config.check()?;
-        Ok(Self { encoder: Encoder::new(config, &base, (seed, device)), config: config.clone(), base })
+        Ok(Self::with(Encoder::new(config, &base, (seed, device)), config.clone(), base))
+    }
+
+    fn with(encoder: Encoder<B>, config: PromptConfig, base: BaseShape) -> Self {
+        Self { encoder, name: "default".to_owned(), active: true, config, base }
+    }
+
+    /// The prompt under another name, by which its parameters are told from those of other prompts of the model.
+    pub fn named(mut self, name: &str) -> Self {
+        name.clone_into(&mut self.name);
+        self.encoder.rename(name);
+        self
     }
 
     /// Starts from given virtual tokens, `[num_virtual_tokens, width]`, such as the embeddings of a text or its keys and values.
