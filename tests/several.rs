@@ -118,7 +118,7 @@ fn impossible_mixed_batches_are_refused() {
     assert!(error(&model, &["a"]).contains("2 rows, found 1"));
     assert!(error(&model, &["a", "b", "a"]).contains("2 rows, found 3"));
     let unknown = error(&model, &["a", "c"]);
-    assert!(unknown.contains("`c` is not on the model, which has a, b"), "{unknown}");
+    assert!(unknown.contains("`c` is not on the model, which has a, wide, dora"), "{unknown}");
     adapter::merge(&mut model, "b").unwrap();
     let merged = error(&model, &["a", BASE]);
     assert!(merged.contains("`b` is merged") && merged.contains("unmerge"), "{merged}");
@@ -146,7 +146,7 @@ fn active_adapters_add_up_and_none_is_the_base() {
     let plain = logits(&base(), &text);
     assert_eq!(logits(&model, &text), plain, "all are off");
     assert_eq!(adapter::active(&model), [""; 0]);
-    assert_eq!(adapter::names(&model), ["a", "dora", "wide", "ia3", "b", "prefix", "prompt", "p_tuning", "long"]);
+    assert_eq!(adapter::names(&model), ["a", "wide", "dora", "ia3", "b", "prefix", "prompt", "p_tuning", "long"]);
     adapter::activate(&mut model, &["a", "b"]).unwrap();
     let both = logits(&model, &text);
     // Merged one after the other they are the same sum.

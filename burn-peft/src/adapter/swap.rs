@@ -1,7 +1,10 @@
 //! Another adapter's values in the tensors of one that is on the model.
 
 use super::{Linears, all, parts, several::known};
-use crate::{Error, LoraConfig, format, kernel::LinearKernels};
+use crate::{
+    Error, LoraConfig, format,
+    kernel::{self, LinearKernels},
+};
 use burn::{
     module::Param,
     tensor::{DType, Tensor, TensorData},
@@ -68,7 +71,7 @@ fn fill<B: LinearKernels, const D: usize>(param: &mut Param<Tensor<B, D>>, value
     let empty = Param::initialized(param.id, Tensor::zeros([1; D], (&device, DType::F32)));
     let (id, old, mapper) = std::mem::replace(param, empty).consume();
     let trained = old.is_require_grad();
-    let all = old.dims().map(|n| 0..n);
-    let filled = old.detach().slice_assign(all, new).set_require_grad(trained);
+    let filled = B::overwrite(old.into_primitive().tensor(), new.into_primitive().tensor());
+    let filled = kernel::tensor::<B, D>(filled).set_require_grad(trained);
     *param = Param::from_mapped_value(id, filled, mapper);
 }

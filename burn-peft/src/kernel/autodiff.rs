@@ -65,6 +65,11 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
             OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive)),
         }
     }
+
+    fn overwrite(target: FloatTensor<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {
+        <Self as AutodiffBackend>::from_inner(B::overwrite(target.primitive, values.primitive))
+    }
+
     fn unpack(weight: &Packed<Self>) -> FloatTensor<Self> {
         <Self as AutodiffBackend>::from_inner(B::unpack(&weight.inner()))
     }

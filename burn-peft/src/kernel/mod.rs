@@ -18,7 +18,9 @@ mod stored;
 pub use stored::Stored;
 
 use crate::packed::{self, Packed};
-use burn::tensor::{DType, FloatDType, Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
+use burn::tensor::{
+    DType, FloatDType, Slice, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor,
+};
 
 /// Products with a weight `[out, in]` that may be stored in another type than the activations.
 pub trait LinearKernels: Backend {
@@ -50,6 +52,12 @@ pub trait LinearKernels: Backend {
     /// [`LinearKernels::linear_backward_input`] with a packed weight, decoded tile by tile.
     fn packed_backward_input(dy: FloatTensor<Self>, weight: &Packed<Self>) -> FloatTensor<Self> {
         packed::backward_input(dy, weight)
+    }
+
+    /// `values` in the memory of `target`, of the same shape and type, where nobody else holds it.
+    fn overwrite(target: FloatTensor<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {
+        let all: Vec<Slice> = target.shape().iter().map(|&n| Slice::from(0..n)).collect();
+        Self::float_slice_assign(target, &all, values)
     }
 }
 

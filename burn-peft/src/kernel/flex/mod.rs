@@ -9,7 +9,7 @@ use super::{LinearKernels, by_tensors, float_dtype};
 use crate::packed::Packed;
 use burn::{
     backend::Flex,
-    tensor::{DType, FloatDType, Shape, TensorData, ops::FloatTensorOps},
+    tensor::{DType, FloatDType, Shape, TensorData, TensorMetadata, ops::FloatTensorOps},
 };
 use burn_flex::FlexTensor;
 use rows::Rows;
@@ -47,6 +47,17 @@ impl LinearKernels for Flex {
 
     fn packed_backward_input(dy: FlexTensor, weight: &Packed<Self>) -> FlexTensor {
         in_f32(dy, |dy| rows::backward_input(dy, &Rows::packed(weight)))
+    }
+
+    /// Flex's own assignment of a slice copies what it assigns to.
+    fn overwrite(mut target: FlexTensor, values: FlexTensor) -> FlexTensor {
+        assert_eq!((target.dtype(), target.shape()), (DType::F32, values.shape()), "what is overwritten and by what");
+        let (whole, values) = (target.is_contiguous(), values.to_contiguous());
+        match target.try_storage_mut::<f32>().filter(|held| whole && held.len() == values.storage::<f32>().len()) {
+            Some(held) => held.copy_from_slice(values.storage()),
+            None => return values,
+        }
+        target
     }
 }
 
