@@ -11,7 +11,7 @@ pub use base::{is_adapter, learning_rate_scale, train_active, train_only};
 pub use combine::{Combination, combine, combine_directories};
 pub use convert::{convert_to_lora, save_as_lora};
 pub use merge::{merge, safe_merge, unmerge};
-pub use several::{activate, active, check_rows, delete, names};
+pub use several::{activate, active, admit, check_rows, delete, names};
 pub use swap::swap;
 
 use crate::{
@@ -23,7 +23,6 @@ use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData},
 };
-pub(crate) use several::admit;
 use std::{collections::BTreeSet, path::Path};
 
 /// A model that shows its linear layers, each with its path in the checkpoint.

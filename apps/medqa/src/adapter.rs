@@ -7,11 +7,68 @@ use crate::{
 use anyhow::{Context, Result};
 use burn_llama::{Llama, Tokenizer, kernel::Kernels};
 use burn_peft::{Ia3Config, LoraConfig, PromptConfig, TargetModules, adapter, config::InitLora, format, ia3, prompt};
-use std::path::Path;
+use std::{
+    convert::Infallible,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 use tempfile::TempDir;
 
-/// The adapter's name on the model, as PEFT has it.
+/// The adapter's name on the model that is trained, as PEFT has it.
 pub const NAME: &str = "default";
+
+/// An adapter directory as the user names it: `[NAME=]DIR`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Source {
+    /// What it is called.
+    pub name: String,
+    /// Where it is.
+    pub directory: PathBuf,
+}
+
+impl From<PathBuf> for Source {
+    /// Called as its folder is; as that one's folder for the `adapter` of a run.
+    fn from(directory: PathBuf) -> Self {
+        let part = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let own = part(&directory).filter(|name| name != "adapter");
+        let name = own.or_else(|| directory.parent().and_then(part)).unwrap_or_else(|| NAME.to_owned());
+        Self { name, directory }
+    }
+}
+
+impl FromStr for Source {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(match text.split_once('=') {
+            Some((name, directory)) if !name.is_empty() && !name.contains('/') && !Path::new(text).exists() => {
+                Self { name: name.to_owned(), directory: directory.into() }
+            }
+            _ => PathBuf::from(text).into(),
+        })
+    }
+}
+
+/// An adapter directory and its weight: `DIR=WEIGHT`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weighted {
+    /// Where it is.
+    pub directory: PathBuf,
+    /// What it is multiplied by.
+    pub weight: f64,
+}
+
+impl FromStr for Weighted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.rsplit_once('=').and_then(|(directory, weight)| Some((directory, weight.parse().ok()?)));
+        match parts.filter(|(_, weight): &(_, f64)| weight.is_finite()) {
+            Some((directory, weight)) => Ok(Self { directory: directory.into(), weight }),
+            None => Err("expected DIR=WEIGHT with a finite number, such as runs/a/adapter=0.7".to_owned()),
+        }
+    }
+}
 
 /// What is on a model.
 pub enum Adapter {
@@ -23,24 +80,25 @@ pub enum Adapter {
     Prompt,
 }
 
-/// Reads PEFT's directory of an adapter onto the model.
+/// Reads PEFT's directory of an adapter onto the model, under a name.
 ///
 /// # Errors
 /// If it cannot be read, is of a kind that is not known here, or was made for another model.
-pub fn load<B: Kernels>(model: &mut Llama<B>, directory: &Path) -> Result<Adapter> {
+pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, directory: &Path) -> Result<Adapter> {
     let json = format::read_config(directory)?;
     if PromptConfig::is_prompt(&json) {
         let (prompt, unknown) = prompt::Prompt::load(directory, model.config().base_shape(), &model.device())?;
         model::warn_unknown(directory, &unknown);
-        model.prompts.push(prompt);
+        burn_peft::adapter::admit(model, name, false)?;
+        model.prompts.push(prompt.named(name));
         return Ok(Adapter::Prompt);
     }
     if json["peft_type"] == "IA3" {
-        let (config, unknown) = ia3::load(model, NAME, directory)?;
+        let (config, unknown) = ia3::load(model, name, directory)?;
         model::warn_unknown(directory, &unknown);
         return Ok(Adapter::Ia3(config));
     }
-    let (config, unknown) = adapter::load(model, NAME, directory)?;
+    let (config, unknown) = adapter::load(model, name, directory)?;
     model::warn_unknown(directory, &unknown);
     Ok(Adapter::Lora(Box::new(config), None))
 }

@@ -7,6 +7,7 @@ use crate::{
 };
 use anyhow::Result;
 use burn_llama::{Generate, Message, Settings, kernel::Kernels};
+use burn_peft::{adapter, route::BASE};
 use rustyline::{DefaultEditor, error::ReadlineError};
 use std::io::Write;
 
@@ -16,7 +17,8 @@ pub fn chat(args: &ChatArgs) -> Result<()> {
 }
 
 fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
-    let loaded = model::load::<B>(&args.model, args.weights, device)?;
+    let mut loaded = model::without_adapters::<B>(&args.model, args.weights, device)?;
+    model::add_adapters(&mut loaded.model, &args.model)?;
     let settings = Settings {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
@@ -33,7 +35,8 @@ fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
         answer(&loaded, &history, &settings, &args.stop)?;
         return Ok(());
     }
-    eprintln!("Ask a question; /new forgets the conversation, /quit or Ctrl-D ends it.");
+    let switching = if args.model.adapter.is_empty() { "" } else { "/adapter NAME switches the adapter, " };
+    eprintln!("Ask a question; {switching}/new forgets the conversation, /quit or Ctrl-D ends it.");
     let mut editor = DefaultEditor::new()?;
     loop {
         let line = match editor.readline("> ") {
@@ -45,6 +48,12 @@ fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
             "" => continue,
             "/quit" => return Ok(()),
             "/new" => history.clear(),
+            command if command == "/adapter" || command.starts_with("/adapter ") => {
+                // A name that is not there must not end the conversation.
+                if let Err(error) = switch(&mut loaded, command["/adapter".len()..].trim()) {
+                    eprintln!("{error}");
+                }
+            }
             question => {
                 editor.add_history_entry(question)?;
                 history.push(Message::new("user", question));
@@ -53,6 +62,22 @@ fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
             }
         }
     }
+}
+
+/// Lets the named adapter act alone; `base` lets none. Without a name, says which there are.
+fn switch<B: Kernels>(loaded: &mut Loaded<B>, name: &str) -> Result<()> {
+    let model = &mut loaded.model;
+    match name {
+        "" => {}
+        "base" | BASE => adapter::activate(model, &[])?,
+        name => adapter::activate(model, &[name])?,
+    }
+    let active = adapter::active(model);
+    let mark = |name: String| if active.contains(&name) { format!("[{name}]") } else { name };
+    let base = if active.is_empty() { "[base]" } else { "base" };
+    let names = adapter::names(model).into_iter().map(mark);
+    eprintln!("adapters: {}", std::iter::once(base.to_owned()).chain(names).collect::<Vec<_>>().join(" "));
+    Ok(())
 }
 
 /// Streams the assistant's next words to stdout and returns them.

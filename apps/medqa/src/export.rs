@@ -1,7 +1,6 @@
 //! A model for other programs: a Hugging Face directory, or a GGUF file that llama.cpp loads.
 
 use crate::{
-    adapter,
     backend::{Device, on},
     cli::{ExportArgs, ModelArgs, Precision},
     fetch,
@@ -43,20 +42,24 @@ pub fn export(args: &ExportArgs) -> Result<()> {
 }
 
 fn merged<B: Kernels>(model: &ModelArgs, device: &B::Device, (args, gguf): (&ExportArgs, bool)) -> Result<()> {
-    let mut loaded = model::load::<B>(model, DType::F32, device)?;
+    let mut loaded = model::without_adapters::<B>(model, DType::F32, device)?;
+    model::add_adapters(&mut loaded.model, model)?;
     if !loaded.model.prompts.is_empty() {
         bail!(
             "--adapter: expected one that can be merged into weights, found virtual tokens; load them beside the model"
         );
     }
-    burn_peft::adapter::merge(&mut loaded.model, adapter::NAME)?;
+    // All of them before the first merge: what they add does not depend on the order then.
+    let names: Vec<&str> = model.adapter.iter().map(|source| source.name.as_str()).collect();
+    burn_peft::adapter::activate(&mut loaded.model, &names)?;
+    names.iter().try_for_each(|name| burn_peft::adapter::safe_merge(&mut loaded.model, name))?;
     if gguf { file(&loaded, args) } else { directory(&loaded, args) }
 }
 
 /// Refuses what cannot be, before anything is loaded.
 fn check(args: &ExportArgs, gguf: bool) -> Result<()> {
     let out = args.out.display();
-    if args.adapter_only && args.model.adapter.is_none() {
+    if args.adapter_only && args.model.adapter.is_empty() {
         bail!("--adapter-only writes the adapter of --adapter DIR, which is missing");
     }
     if args.adapter_only && !gguf {
@@ -124,10 +127,17 @@ fn directory<B: Kernels>(loaded: &Loaded<B>, args: &ExportArgs) -> Result<()> {
 }
 
 fn adapter_only(args: &ExportArgs) -> Result<()> {
-    let directory = args.model.adapter.as_deref().context("--adapter is missing")?;
-    let checkpoint = Checkpoint::open(&fetch::resolve(&args.model.model)?)?;
-    parent(&args.out)?;
-    let unknown = write::save_adapter(checkpoint.config(), directory, kind(args.dtype), &args.out)?;
+    let [source] = args.model.adapter.as_slice() else {
+        bail!("--adapter-only: expected one --adapter, found {}", args.model.adapter.len());
+    };
+    adapter_file(&args.model.model, &source.directory, (args.dtype, &args.out))
+}
+
+/// Writes an adapter's directory as llama.cpp's file.
+pub fn adapter_file(model: &str, directory: &Path, (precision, out): (Precision, &Path)) -> Result<()> {
+    let checkpoint = Checkpoint::open(&fetch::resolve(model)?)?;
+    parent(out)?;
+    let unknown = write::save_adapter(checkpoint.config(), directory, kind(precision), out)?;
     model::warn_unknown(directory, &unknown);
     Ok(())
 }

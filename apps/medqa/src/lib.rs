@@ -3,6 +3,7 @@
 #![recursion_limit = "256"]
 
 mod adapter;
+mod adapters;
 mod backend;
 mod bench;
 mod chat;

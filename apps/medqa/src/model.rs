@@ -1,7 +1,7 @@
 //! A model with its tokenizer, as the user named it.
 
 use crate::{adapter, cli::ModelArgs, fetch};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use burn_llama::{
     ChatTemplate, Checkpoint, Llama, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
 };
@@ -15,12 +15,37 @@ pub struct Loaded<B: Kernels> {
 
 /// Loads a model for evaluation, with its adapter.
 pub fn load<B: Kernels>(args: &ModelArgs, storage: impl Into<Storage>, device: &B::Device) -> Result<Loaded<B>> {
-    let (checkpoint, tokenizer) = open(&args.model, args.tokenizer.as_deref())?;
-    let mut loaded = Loaded { model: checkpoint.load::<B>(storage, device)?, tokenizer };
-    if let Some(directory) = &args.adapter {
-        adapter::load(&mut loaded.model, directory)?;
+    if let [_, second, ..] = args.adapter.as_slice() {
+        bail!("--adapter: expected one here, found a second one: {}", second.directory.display());
     }
+    let mut loaded = without_adapters(args, storage, device)?;
+    add_adapters(&mut loaded.model, args)?;
     Ok(loaded)
+}
+
+/// Loads a model for evaluation, without the adapters.
+pub fn without_adapters<B: Kernels>(
+    args: &ModelArgs,
+    storage: impl Into<Storage>,
+    device: &B::Device,
+) -> Result<Loaded<B>> {
+    let (checkpoint, tokenizer) = open(&args.model, args.tokenizer.as_deref())?;
+    Ok(Loaded { model: checkpoint.load::<B>(storage, device)?, tokenizer })
+}
+
+/// Puts the adapters onto the model. The first is active.
+pub fn add_adapters<B: Kernels>(model: &mut Llama<B>, args: &ModelArgs) -> Result<()> {
+    for (index, source) in args.adapter.iter().enumerate() {
+        if args.adapter[..index].iter().any(|before| before.name == source.name) {
+            let (name, directory) = (&source.name, source.directory.display());
+            bail!("--adapter {directory}: another one is called {name:?} already; name it: --adapter NAME={directory}");
+        }
+        adapter::load(model, &source.name, &source.directory)?;
+    }
+    if let [first, _, ..] = args.adapter.as_slice() {
+        burn_peft::adapter::activate(model, &[&first.name])?;
+    }
+    Ok(())
 }
 
 /// Loads a model without adapters.

@@ -54,7 +54,10 @@ pub(super) fn known<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> R
 
 /// An error if an adapter cannot come onto the model under that name. One that `changes_base` wants the model for itself: what it
 /// leaves of the base is not what other adapters were made for.
-pub(crate) fn admit<B: LinearKernels, M: Linears<B>>(model: &M, name: &str, changes_base: bool) -> Result<(), Error> {
+///
+/// # Errors
+/// That error.
+pub fn admit<B: LinearKernels, M: Linears<B>>(model: &M, name: &str, changes_base: bool) -> Result<(), Error> {
     let names = names(model);
     let refuse = |state| Err(Error::Name { name: name.to_owned(), state });
     if name == BASE {

@@ -15,6 +15,7 @@ mod report;
 mod tiny;
 
 use crate::{
+    adapter::Source,
     cli::{ModelArgs, QuickstartArgs},
     fetch,
     recipe::Recipe,
@@ -25,7 +26,12 @@ use ask::Questions;
 use estimate::Estimate;
 use lessons::{Kind, Lesson, Split};
 use report::Report;
-use std::{fs, num::NonZeroUsize, path::Path, time::Instant};
+use std::{
+    fs,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 /// The model that is made on the spot.
 const TINY: &str = "tiny";
@@ -43,7 +49,11 @@ pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
     let estimate = Estimate::of(&recipe)?;
     println!("{estimate}");
     let questions = Questions::among(&lessons);
-    let named = |adapter| ModelArgs { model: model.clone(), adapter, tokenizer: None };
+    let named = |adapter: Option<PathBuf>| ModelArgs {
+        model: model.clone(),
+        adapter: adapter.into_iter().map(Source::from).collect(),
+        tokenizer: None,
+    };
     let before = questions.ask(&named(None), device)?;
     let options = Options { directory: directory.to_owned(), device: device.clone(), ..Options::default() };
     let summary = train::run(recipe, &options, World::alone())?;

@@ -232,3 +232,22 @@ fn steps_are_counted() {
     assert_eq!(Steps { max_steps: Some(7), epochs: None, ..steps }.total(3), 7);
     assert_eq!((Warmup::Ratio(0.03).steps(100), Warmup::Ratio(0.03).steps(101), Warmup::Steps(5).steps(9)), (3, 4, 5));
 }
+
+#[test]
+fn every_recipe_of_the_folder_loads_and_every_method_has_one() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes");
+    let mut kinds = std::collections::BTreeSet::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let recipe = Recipe::parse(&text, &path, &[]).unwrap_or_else(|error| panic!("{}: {error:#}", path.display()));
+        // What the head of the file says to type names the file itself.
+        let name = path.file_name().unwrap().to_str().unwrap();
+        assert!(text.contains(&format!("medqa train apps/medqa/recipes/{name}")), "{name}");
+        let written = recipe.to_toml().unwrap();
+        assert_eq!(Recipe::parse(&written, &path, &[]).unwrap(), recipe, "{name}");
+        kinds.insert(serde_json::to_value(recipe.method.choice.kind).unwrap().as_str().unwrap().to_owned());
+    }
+    let all = ["dora", "freeze", "full", "ia3", "lora", "p-tuning", "p-tuning-v2", "prompt", "qlora"];
+    assert!(kinds.iter().map(String::as_str).eq(all), "{kinds:?}");
+}

@@ -34,7 +34,7 @@ pub fn adapt<B: Kernels>(
     }
     let adapter = match choice.init.as_deref().map(Path::new).filter(|init| !init.is_file()) {
         Some(directory) => {
-            let adapter = adapter::load(&mut model, directory)?;
+            let adapter = adapter::load(&mut model, adapter::NAME, directory)?;
             let fits = match &adapter {
                 Adapter::Lora(config, _) if config.use_dora => choice.kind == MethodKind::Dora,
                 Adapter::Lora(..) => matches!(choice.kind, MethodKind::Lora | MethodKind::QLora),

@@ -12,11 +12,13 @@ use rayon::prelude::*;
 
 use crate::error::Error;
 
+mod adapter;
 mod config;
 mod header;
 mod names;
 pub mod write;
 
+pub use adapter::adapter_directory;
 pub use burn_peft::packed::BlockType;
 pub use header::{Array, TensorEntry, Value};
 pub use names::{gguf_name, hugging_face_key};

@@ -13,7 +13,7 @@ pub(super) fn architecture(config: &LlamaConfig) -> &str {
 }
 
 /// The size of the heads whose rows llama.cpp keeps in pairs: it rotates neighbours for `llama`, halves for the others.
-pub(super) fn paired(config: &LlamaConfig) -> Option<usize> {
+pub(in crate::checkpoint::gguf) fn paired(config: &LlamaConfig) -> Option<usize> {
     (architecture(config) == "llama").then_some(config.head_dim)
 }
 

@@ -10,6 +10,7 @@ mod encode;
 mod file;
 
 pub use adapter::save_adapter;
+pub(super) use config::paired;
 pub use file::Metadata;
 
 use super::{BlockType, Value, gguf_name};
@@ -93,7 +94,7 @@ fn planned<B: Backend>(parameter: &Parameter<B>, paired: Option<usize>, kind: Bl
 }
 
 /// Whether the rows of the tensor are those of query or key heads.
-fn in_pairs(name: &str) -> bool {
+pub(super) fn in_pairs(name: &str) -> bool {
     let part = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
     matches!(part, Some((_, "attn_q.weight" | "attn_q.bias" | "attn_k.weight" | "attn_k.bias")))
 }
