@@ -124,6 +124,7 @@ impl Gguf {
             let stored = rotated.map_or(index, |head_dim| interleaved(index, head_dim));
             entry.kind.dequantize(&bytes[stored * row_bytes..][..row_bytes], out);
         });
+        self.forget(entry);
         Ok(values)
     }
 
@@ -134,10 +135,31 @@ impl Gguf {
     /// As [`Gguf::read`].
     pub fn rows(&self, entry: &TensorEntry) -> Result<Vec<u8>, Error> {
         let bytes = self.bytes(entry)?;
-        let Some(head_dim) = self.rotated(entry)? else { return Ok(bytes.to_vec()) };
-        let row = entry.row_len() / entry.kind.block_len() * entry.kind.block_bytes();
-        let stored = (0..bytes.len() / row.max(1)).map(|index| interleaved(index, head_dim) * row);
-        Ok(stored.flat_map(|from| &bytes[from..from + row]).copied().collect())
+        let mut rows = Vec::with_capacity(bytes.len());
+        match self.rotated(entry)? {
+            None => rows.extend_from_slice(bytes),
+            Some(head_dim) => {
+                let row = entry.row_len() / entry.kind.block_len() * entry.kind.block_bytes();
+                let stored = (0..bytes.len() / row.max(1)).map(|index| interleaved(index, head_dim) * row);
+                stored.for_each(|from| rows.extend_from_slice(&bytes[from..from + row]));
+            }
+        }
+        self.forget(entry);
+        Ok(rows)
+    }
+
+    /// Gives the pages of a tensor that was copied back to the system: else the whole file counts as the process's memory beside
+    /// the copies. Whoever reads them again gets them from the file.
+    fn forget(&self, entry: &TensorEntry) {
+        #[cfg(unix)]
+        {
+            // SAFETY: the map is read-only and of a file, so that a page that is dropped comes back with the same content.
+            let result = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, entry.offset, entry.bytes())
+            };
+            // A system that keeps them costs memory, nothing else.
+            let _ = result;
+        }
     }
 
     /// The bytes of an entry, which may come from anywhere and is therefore checked again.
