@@ -15,7 +15,10 @@ use burn_peft::{
 use laws::{fixture, floats, integers, max_abs, max_diff, tensors};
 use std::{collections::BTreeMap, path::PathBuf};
 
-const HOW: [(&str, &[(&str, f64)], Combination); 5] = [
+/// A fixture, the adapters that it is made of with their weights, and how.
+type Made = (&'static str, &'static [(&'static str, f64)], Combination);
+
+const HOW: [Made; 5] = [
     ("linear", &[("a", 0.7), ("b", -0.4)], Combination::Linear),
     ("one", &[("b", -1.5)], Combination::Svd { rank: None }),
     ("cat", &[("a", 0.7), ("b", -0.4), ("wide", 1.2)], Combination::Cat),

@@ -87,8 +87,8 @@ impl Layout {
     pub(crate) fn preceded(&self, ranges: &[Range<usize>]) -> (Self, Vec<i32>) {
         let mut rows: Vec<Vec<(i32, i32, i32)>> = Vec::with_capacity(self.rows);
         let slots = (self.rows * self.length) as i32;
-        for row in 0..self.rows {
-            let (mut new, mut last, front) = (Vec::new(), 0, &ranges[row]);
+        for (row, front) in ranges.iter().enumerate() {
+            let (mut new, mut last) = (Vec::new(), 0);
             for slot in row * self.length..(row + 1) * self.length {
                 let (segment, position) = (self.segments[slot], self.positions[slot]);
                 if segment == 0 {
