@@ -19,15 +19,7 @@ pub fn chat(args: &ChatArgs) -> Result<()> {
 fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
     let mut loaded = model::without_adapters::<B>(&args.model, args.weights, device)?;
     model::add_adapters(&mut loaded.model, &args.model)?;
-    let settings = Settings {
-        max_new_tokens: args.max_new_tokens,
-        temperature: args.temperature,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        repetition_penalty: args.repetition_penalty,
-        seed: args.seed,
-        eos: loaded.tokenizer.eos_ids().to_vec(),
-    };
+    let settings = settings(args, loaded.tokenizer.eos_ids());
     settings.check()?;
     let mut history = Vec::new();
     if let Some(prompt) = &args.prompt {
@@ -48,12 +40,8 @@ fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
             "" => continue,
             "/quit" => return Ok(()),
             "/new" => history.clear(),
-            command if command == "/adapter" || command.starts_with("/adapter ") => {
-                // A name that is not there must not end the conversation.
-                if let Err(error) = switch(&mut loaded, command["/adapter".len()..].trim()) {
-                    eprintln!("{error}");
-                }
-            }
+            "/adapter" => switch(&mut loaded, ""),
+            command if command.starts_with("/adapter ") => switch(&mut loaded, command["/adapter".len()..].trim()),
             question => {
                 editor.add_history_entry(question)?;
                 history.push(Message::new("user", question));
@@ -64,20 +52,35 @@ fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
     }
 }
 
+fn settings(args: &ChatArgs, eos: &[u32]) -> Settings {
+    Settings {
+        max_new_tokens: args.max_new_tokens,
+        temperature: args.temperature,
+        top_k: args.top_k,
+        top_p: args.top_p,
+        repetition_penalty: args.repetition_penalty,
+        seed: args.seed,
+        eos: eos.to_vec(),
+    }
+}
+
 /// Lets the named adapter act alone; `base` lets none. Without a name, says which there are.
-fn switch<B: Kernels>(loaded: &mut Loaded<B>, name: &str) -> Result<()> {
+fn switch<B: Kernels>(loaded: &mut Loaded<B>, name: &str) {
     let model = &mut loaded.model;
-    match name {
-        "" => {}
-        "base" | BASE => adapter::activate(model, &[])?,
-        name => adapter::activate(model, &[name])?,
+    let switched = match name {
+        "" => Ok(()),
+        "base" | BASE => adapter::activate(model, &[]),
+        name => adapter::activate(model, &[name]),
+    };
+    if let Err(error) = switched {
+        // A name that is not there must not end the conversation.
+        eprintln!("{error}");
     }
     let active = adapter::active(model);
     let mark = |name: String| if active.contains(&name) { format!("[{name}]") } else { name };
     let base = if active.is_empty() { "[base]" } else { "base" };
     let names = adapter::names(model).into_iter().map(mark);
     eprintln!("adapters: {}", std::iter::once(base.to_owned()).chain(names).collect::<Vec<_>>().join(" "));
-    Ok(())
 }
 
 /// Streams the assistant's next words to stdout and returns them.

@@ -189,24 +189,7 @@ pub fn combine_directories<B: LinearKernels>(
     device: &B::Device,
 ) -> Result<LoraConfig, Error> {
     let how = effective(how, check(adapters.iter().map(|(_, weight)| *weight))?);
-    let (mut configs, mut layers) = (Vec::new(), BTreeMap::<String, Vec<Part<B>>>::new());
-    for (directory, weight) in adapters {
-        let (config, mut tensors, _) = format::read(directory)?;
-        if config.use_dora || config.changes_base() {
-            let expected = "LoRA without DoRA, bias, modules_to_save and PiSSA, which alone can be combined";
-            return Err(Error::format(directory, "adapter_config.json", expected, "another adapter"));
-        }
-        let paths: Vec<String> = tensors.keys().filter_map(|key| layer_of(key)).collect();
-        for path in paths {
-            let mut take = |part| tensors.remove(&format::key(&path, part));
-            let tensor = |data: TensorData| Tensor::<B, 2>::from_data(data, (device, DType::F32));
-            if let (Some(a), Some(b)) = (take("lora_A").map(tensor), take("lora_B").map(tensor)) {
-                let weight = weight * config.scaling_at(&path);
-                layers.entry(path).or_default().push(Part { a, b, weight });
-            }
-        }
-        configs.push(config);
-    }
+    let (configs, layers) = read(adapters, device)?;
     let largest = |config: &LoraConfig| {
         let others = config.rank_pattern.values().filter_map(serde_json::Value::as_u64);
         others.map(|rank| rank as usize).fold(config.r, usize::max)
@@ -227,6 +210,38 @@ pub fn combine_directories<B: LinearKernels>(
     }
     format::write(out, &config.to_json(), tensors)?;
     Ok(config)
+}
+
+/// Configurations, and by layer what each adapter has there.
+type Read<B> = (Vec<LoraConfig>, BTreeMap<String, Vec<Part<B>>>);
+
+fn read<B: LinearKernels>(adapters: &[(&Path, f64)], device: &B::Device) -> Result<Read<B>, Error> {
+    let (mut configs, mut layers) = (Vec::new(), BTreeMap::<String, Vec<Part<B>>>::new());
+    for (directory, weight) in adapters {
+        let (config, mut tensors, _) = format::read(directory)?;
+        if config.use_dora || config.changes_base() {
+            let expected = "LoRA without DoRA, bias, modules_to_save and PiSSA, which alone can be combined";
+            return Err(Error::format(directory, "adapter_config.json", expected, "another adapter"));
+        }
+        let paths: Vec<String> = tensors.keys().filter_map(|key| layer_of(key)).collect();
+        for path in paths {
+            let mut take = |part| tensors.remove(&format::key(&path, part));
+            let Some((a, b)) = take("lora_A").zip(take("lora_B")) else {
+                let message = format!("{path} has no lora_B");
+                return Err(Error::Mismatch { path: (*directory).to_owned(), message });
+            };
+            let r = config.rank_at(&path);
+            if !matches!((a.shape.as_slice(), b.shape.as_slice()), ([k, _], [_, l]) if *k == r && *l == r) {
+                let message = format!("{path}: expected rank {r}, found {:?} and {:?}", a.shape, b.shape);
+                return Err(Error::Mismatch { path: (*directory).to_owned(), message });
+            }
+            let tensor = |data: TensorData| Tensor::<B, 2>::from_data(data, (device, DType::F32));
+            let weight = weight * config.scaling_at(&path);
+            layers.entry(path).or_default().push(Part { a: tensor(a), b: tensor(b), weight });
+        }
+        configs.push(config);
+    }
+    Ok((configs, layers))
 }
 
 fn layer_of(key: &str) -> Option<String> {

@@ -33,18 +33,7 @@ pub fn swap<B: LinearKernels, M: Linears<B>>(
         true => Err(refuse("is merged into the weights; unmerge it first")),
         false => Ok(()),
     })?;
-    let mut expected = Vec::new();
-    model.linears(&mut |path, linear| {
-        if let Some(adapter) = linear.adapter(name) {
-            let held = LoraConfig {
-                r: adapter.lora_a.lazy_shape()[0],
-                use_dora: adapter.dora.is_some(),
-                ..LoraConfig::default()
-            };
-            let parts = parts(&held, path, linear.shape()).into_iter();
-            expected.extend(parts.map(|(part, shape)| (format::key(path, part), shape)));
-        }
-    });
+    let expected = held(model, name);
     format::fits(directory, &expected, &tensors).map_err(|error| match error {
         Error::Mismatch { path, message } => Error::Swap { path, name: name.to_owned(), message },
         other => other,
@@ -61,6 +50,20 @@ pub fn swap<B: LinearKernels, M: Linears<B>>(
         }
     });
     Ok((config, unknown))
+}
+
+/// Keys and shapes of the tensors that the adapter has.
+fn held<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Vec<(String, Vec<usize>)> {
+    let mut held = Vec::new();
+    model.linears(&mut |path, linear| {
+        if let Some(adapter) = linear.adapter(name) {
+            let (r, use_dora) = (adapter.lora_a.lazy_shape()[0], adapter.dora.is_some());
+            let config = LoraConfig { r, use_dora, ..LoraConfig::default() };
+            let parts = parts(&config, path, linear.shape()).into_iter();
+            held.extend(parts.map(|(part, shape)| (format::key(path, part), shape)));
+        }
+    });
+    held
 }
 
 /// Writes `values` into the parameter's own memory, where nobody else holds it.

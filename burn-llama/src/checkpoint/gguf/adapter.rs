@@ -1,6 +1,6 @@
 //! llama.cpp's adapter file, read back as PEFT's directory.
 
-use super::{Gguf, hugging_face_key, interleaved, write};
+use super::{Gguf, TensorEntry, hugging_face_key, interleaved, write};
 use crate::{Error, LlamaConfig, checkpoint::build};
 use burn::tensor::TensorData;
 use burn_peft::{LoraConfig, TargetModules, format};
@@ -25,29 +25,19 @@ pub fn adapter_directory(config: &LlamaConfig, file: &Path, directory: &Path) ->
     }
     let alpha = |value: &super::Value| value.as_f64();
     let alpha = gguf.typed("adapter.lora.alpha", "a number", alpha)?.unwrap_or(0.0);
-    let shapes: BTreeMap<String, Vec<usize>> = build::shapes(config).into_iter().collect();
+    let matrices = build::shapes(config).into_iter().filter(|(key, _)| key != "model.embed_tokens.weight");
+    let shapes: BTreeMap<String, [usize; 2]> =
+        matrices.filter_map(|(key, shape)| Some((key, <[usize; 2]>::try_from(shape).ok()?))).collect();
     let (mut tensors, mut names, mut ranks) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
     for entry in gguf.tensors() {
-        let stem = entry.name.strip_suffix(".lora_a").map(|stem| (stem, "lora_A", 1, 0));
-        let parts = stem.or_else(|| entry.name.strip_suffix(".lora_b").map(|stem| (stem, "lora_B", 0, 1)));
-        let weight = parts.and_then(|(stem, ..)| hugging_face_key(stem)).filter(|key| shapes.contains_key(key));
-        let (Some((stem, part, outer, low)), Some(weight)) = (parts, weight) else {
-            return Err(gguf.error(&entry.name, "lora_a or lora_b of a weight of the model", "another tensor"));
-        };
-        // `A` shares the weight's features, `B` its rows.
-        let side = shapes[&weight][outer];
-        if entry.shape.len() != 2 || entry.shape[outer] != side {
-            let expected = format!("a matrix with {side} as its dimension {outer}, like {weight}");
-            return Err(gguf.error(&entry.name, &expected, &format!("{:?}", entry.shape)));
-        }
-        ranks.insert(entry.shape[low]);
+        let Half { layer, part, rank, paired } = half(&gguf, entry, &shapes)?;
+        ranks.insert(rank);
         let mut values = gguf.read(entry)?;
-        if let Some(head_dim) = write::paired(config).filter(|_| part == "lora_B" && write::in_pairs(stem)) {
+        if let Some(head_dim) = write::paired(config).filter(|_| paired) {
             values = unpaired(&values, entry.shape[1], head_dim);
         }
-        let layer = weight.trim_end_matches(".weight");
-        names.insert(layer.rsplit('.').next().unwrap_or(layer).to_owned());
-        tensors.push((format::key(layer, part), TensorData::new(values, entry.shape.clone())));
+        names.insert(layer.rsplit('.').next().unwrap_or(&layer).to_owned());
+        tensors.push((format::key(&layer, part), TensorData::new(values, entry.shape.clone())));
     }
     let [r] = ranks.into_iter().collect::<Vec<_>>()[..] else {
         return Err(gguf.error("tensors", "adapters of one rank", "none, or several ranks"));
@@ -57,6 +47,42 @@ pub fn adapter_directory(config: &LlamaConfig, file: &Path, directory: &Path) ->
     let target_modules = TargetModules::Suffixes(names.into_iter().collect());
     let lora = LoraConfig { r, lora_alpha, target_modules, ..LoraConfig::default() };
     Ok(format::write(directory, &lora.to_json(), tensors)?)
+}
+
+/// `A` or `B` of a layer.
+struct Half {
+    layer: String,
+    part: &'static str,
+    rank: usize,
+    /// Whether its rows are those of query or key heads.
+    paired: bool,
+}
+
+/// What a tensor of the file is, checked against the weight that it changes.
+fn half(gguf: &Gguf, entry: &TensorEntry, shapes: &BTreeMap<String, [usize; 2]>) -> Result<Half, Error> {
+    let (name, shape) = (entry.name.as_str(), entry.shape.as_slice());
+    // `A` shares the weight's features, `B` its rows.
+    let a = name.strip_suffix(".lora_a").map(|stem| (stem, "lora_A", 1));
+    let found = a.or_else(|| name.strip_suffix(".lora_b").map(|stem| (stem, "lora_B", 0)));
+    let known = |key: &String| shapes.contains_key(key);
+    let Some(((stem, part, side), weight)) =
+        found.and_then(|found| Some((found, hugging_face_key(found.0).filter(known)?)))
+    else {
+        return Err(gguf.error(name, "lora_a or lora_b of a matrix of the model", "another tensor"));
+    };
+    let expected = shapes[&weight][side];
+    match *shape {
+        [rows, columns] if [rows, columns][side] == expected => Ok(Half {
+            layer: weight.trim_end_matches(".weight").to_owned(),
+            part,
+            rank: [rows, columns][1 - side],
+            paired: side == 0 && write::in_pairs(stem),
+        }),
+        _ => {
+            let expected = format!("a matrix with {expected} as its dimension {side}, like {weight}");
+            Err(gguf.error(name, &expected, &format!("{shape:?}")))
+        }
+    }
 }
 
 /// Rows of `columns` values in the order of the Hugging Face checkpoint.
