@@ -424,7 +424,7 @@ fn adapters_are_listed_combined_merged_and_converted() {
     for words in [
         ["runs/one/adapter", "LORA", "rank 4", "for model"],
         ["runs/three/adapter", "PREFIX_TUNING", "virtual tokens 3", " 96 "],
-        ["runs/four/adapter", "IA3", "on down_proj k_proj v_proj", ""],
+        ["runs/four/adapter", "IA3", "on k_proj v_proj down_proj", ""],
     ] {
         let line = listed.lines().find(|line| line.starts_with(words[0])).unwrap_or_else(|| panic!("{listed}"));
         assert!(words.iter().all(|word| line.contains(word)), "{line}");
