@@ -1751,3 +1751,25 @@ mod mpi {
         assert!(none.code == Some(2) && none.stderr.contains("no recipe.toml"), "{none:?}");
     }
 }
+
+#[test]
+fn bench_measures_what_it_is_asked_for() {
+    let work = Work::new();
+    let small = ["bench", "--model", "model", "--length", "8", "--prompt", "4", "--new-tokens", "3", "--rounds", "1"];
+    for (train, trainable) in [("lora", Some(8 * (16 + 16) * 2 + 8 * (16 + 8) * 2)), ("full", None)] {
+        let report = work.succeed(&[&small[..], &["--train", train]].concat()).json();
+        for speed in [&report["forward"], &report["decode"], &report["train"]] {
+            assert!(speed["tokens_per_second"].as_f64().unwrap() > 0.0, "{report}");
+        }
+        assert_eq!(report["forward"]["tokens"], 8);
+        assert_eq!(report["decode"]["tokens"], 3);
+        assert_eq!(report["train"]["tokens"], 16);
+        if let Some(trainable) = trainable {
+            assert_eq!(report["train"]["trainable_parameters"], trainable);
+        }
+    }
+    let report = work.succeed(&[&small[..], &["--train", "none", "--weights", "bf16"]].concat()).json();
+    assert_eq!((&report["train"], &report["weights"]), (&Value::Null, &json!("bf16")));
+    refused_in(&work, &[&small[..], &["--train", "full", "--weights", "bf16"]].concat(), &["--train full", "f32"]);
+    refused_in(&work, &["bench", "--model", "model", "--length", "1"], &["--length", "at least 2"]);
+}
