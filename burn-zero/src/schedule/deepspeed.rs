@@ -144,6 +144,17 @@ pub enum DeepSpeed {
 }
 
 impl DeepSpeed {
+    /// The learning rate of `step` of a run, counted from 0. DeepSpeed's engine asks its scheduler after a step: the first one is
+    /// taken with what the scheduler sets when it is made, the second with its first value.
+    pub fn in_run(&self, step: u64) -> f64 {
+        match (step.checked_sub(1), *self) {
+            (Some(before), _) => self.at(before),
+            (None, Self::WarmupCosineLr { .. }) => 0.0,
+            (None, Self::WarmupLr { min, .. } | Self::WarmupDecayLr { min, .. } | Self::LrRangeTest { min, .. }) => min,
+            (None, Self::OneCycle(cycle)) => cycle.min,
+        }
+    }
+
     /// The learning rate of `step`, counted from 0: DeepSpeed's value at `last_batch_iteration = step`.
     ///
     /// DeepSpeed's engine moves the scheduler after the optimizer has stepped, so there the optimizer's step `n` uses the value
@@ -187,6 +198,16 @@ mod tests {
     }
 
     /// Computed from DeepSpeed's source.
+    /// What DeepSpeed 0.19.8 trained its first steps with.
+    #[test]
+    fn a_run_lags_its_scheduler_by_a_step() {
+        let schedule = DeepSpeed::WarmupLr { warmup: Warmup { steps: 4, form: WarmupType::Log }, min: 1e-5, max: 1e-4 };
+        for (step, expected) in [1e-5, 1e-5, 5.5e-5, 8.132331253e-5, 1e-4, 1e-4].into_iter().enumerate() {
+            let found = schedule.in_run(step as u64);
+            assert!((found - expected).abs() < 1e-13, "step {step}: {found}");
+        }
+    }
+
     #[test]
     fn the_golden_values_of_the_warm_ups_hold() {
         let (min, max, total) = (0.0, 1e-3, 110);

@@ -56,8 +56,9 @@ pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, (resume, 
             directory.display()
         );
     }
-    let first = world.is_first();
-    let options = Options { directory, resume, display: first && std::io::stdout().is_terminal(), device };
+    // A rank's terminal is mpirun's invention.
+    let (first, alone) = (world.is_first(), !world::launched());
+    let options = Options { directory, resume, display: alone && std::io::stdout().is_terminal(), device };
     let summary = serde_json::to_string(&run(recipe, &options, world)?)?;
     if first {
         println!("{summary}");

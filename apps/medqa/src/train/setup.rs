@@ -145,7 +145,7 @@ pub fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> 
     let (peak, warmup) = (train.optimizer.learning_rate.unwrap_or_default(), train.schedule.warmup.steps(total));
     if let Some(block) = &train.schedule.deepspeed_scheduler {
         let schedule = recipe::deepspeed_schedule(block, peak, (warmup, total));
-        return Ok(schedule.context("`train.deepspeed_scheduler`")?.at(step as u64));
+        return Ok(schedule.context("`train.deepspeed_scheduler`")?.in_run(step as u64));
     }
     let kind = match train.schedule.scheduler {
         Scheduler::Constant => Kind::Constant,

@@ -79,6 +79,11 @@ impl Farewell {
     }
 }
 
+/// Whether `mpirun` has started this process.
+pub fn launched() -> bool {
+    std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some()
+}
+
 /// How many ranks `mpirun` has started, and which one this is, before it joins them: 1 and 0 without `mpirun`.
 pub fn started() -> (u64, u64) {
     let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
