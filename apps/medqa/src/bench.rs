@@ -80,7 +80,10 @@ fn decode<B: Kernels>(model: &Llama<B>, args: &BenchArgs) -> Result<Value> {
     let seconds = fastest(args.rounds.get(), || {
         let mut generate = Generate::new(model, std::slice::from_ref(&prompt), &settings)?;
         generate.advance()?;
-        clocked(|| Ok(while generate.advance()?.is_some() {}))
+        clocked(|| {
+            while generate.advance()?.is_some() {}
+            Ok(())
+        })
     })?;
     Ok(json!({
         "prompt": args.prompt.get(), "tokens": args.new_tokens.get(), "tokens_per_second": args.new_tokens.get() as f64 / seconds,

@@ -20,6 +20,7 @@ impl<F: Float<BYTES>, const BYTES: usize> Floats<F, BYTES> {
     /// Calls `work` with the index and the values of one block after the other, and the number of those that count. The last
     /// block is filled up with zeros.
     #[inline(always)]
+    #[allow(clippy::needless_range_loop)]
     fn blocks(bytes: &[u8], mut work: impl FnMut(usize, &[f32; BLOCK], usize)) {
         let (blocks, rest) = bytes.as_chunks::<BYTES>().0.as_chunks::<BLOCK>();
         let mut values = [0.0; BLOCK];
