@@ -20,9 +20,9 @@ CONFIG = {
     "gradient_clipping": 1.0,
     "optimizer": {  # torch's, so that DeepSpeed compiles no kernel of its own first
         "type": "AdamW",
-        "params": {"lr": 1e-4, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True},
+        "params": {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True},
     },
-    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 1e-5, "warmup_max_lr": 1e-4, "warmup_num_steps": 4}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 2e-6, "warmup_max_lr": 2e-5, "warmup_num_steps": 4}},
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 5e6, "allgather_bucket_size": 5e6},
     "zero_allow_untested_optimizer": True,
 }

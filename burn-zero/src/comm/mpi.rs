@@ -44,9 +44,12 @@ pub struct Session {
     thread: JoinHandle<()>,
 }
 
+/// Where the messages of an exchange go.
+type Reply = Sender<Result<Vec<Vec<u8>>, Lost>>;
+
 /// What the thread that owns MPI is asked.
 enum Post {
-    Exchange { tag: u32, messages: Messages, deadline: Duration, reply: Sender<Result<Vec<Vec<u8>>, Lost>> },
+    Exchange { tag: u32, messages: Messages, deadline: Duration, reply: Reply },
     Finish,
 }
 
@@ -134,7 +137,7 @@ struct Running {
     receives: Vec<Receiving>,
     start: Instant,
     deadline: Duration,
-    reply: Sender<Result<Vec<Vec<u8>>, Lost>>,
+    reply: Reply,
 }
 
 struct Sending {
@@ -153,7 +156,7 @@ struct Receiving {
 }
 
 impl Running {
-    fn post(tag: c_int, messages: Messages, (deadline, reply): (Duration, Sender<Result<Vec<Vec<u8>>, Lost>>)) -> Self {
+    fn post(tag: c_int, messages: Messages, (deadline, reply): (Duration, Reply)) -> Self {
         let sends = messages.outgoing.into_iter().map(|(to, message)| Sending::post(to, message, tag)).collect();
         let receive = |from| Receiving { from, message: Vec::new(), part: None, complete: false };
         let receives = messages.incoming.into_iter().map(receive).collect();
@@ -162,10 +165,15 @@ impl Running {
 
     /// Goes on as far as it can; none when the exchange is over.
     fn poll(mut self, progress: &mut bool, peace: &mut bool) -> Option<Self> {
-        let sent = self.sends.iter_mut().fold(true, |done, sending| sending.poll(progress) && done);
-        let tag = self.tag;
-        let received = self.receives.iter_mut().fold(true, |done, receiving| receiving.poll(tag, progress) && done);
-        if sent && received {
+        // Every one is polled, whatever the others say.
+        let mut open = 0;
+        for sending in &mut self.sends {
+            open += usize::from(!sending.poll(progress));
+        }
+        for receiving in &mut self.receives {
+            open += usize::from(!receiving.poll(self.tag, progress));
+        }
+        if open == 0 {
             let _ = self.reply.send(Ok(self.receives.into_iter().map(|receiving| receiving.message).collect()));
             return None;
         }
