@@ -404,6 +404,8 @@ fn chat_switches_adapters_in_the_middle_of_a_conversation() {
         [answer(&["--adapter", "runs/one/adapter"]), answer(&["--adapter", "runs/three/adapter"]), answer(&[])];
     let mut command = work.command(&["chat", "--model", "model", "--max-new-tokens", "12"]);
     command.args(["--adapter", "runs/one/adapter", "--adapter", "prefix=runs/three/adapter"]);
+    // Where a terminal can do nothing, answers must still be all that is printed.
+    command.env("TERM", "dumb");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let lines = "What is 7?\n/new\n/adapter prefix\nWhat is 7?\n/new\n/adapter nothing\n/adapter base\nWhat is 7?\n/adapter\n/quit\n";

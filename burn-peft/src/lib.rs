@@ -30,10 +30,12 @@
 //! # Ok::<(), burn_peft::Error>(())
 //! ```
 //!
-//! Where to look: [`adapter`] puts LoRA and its family (DoRA, PiSSA, patterns, biases and whole modules beside it) on a model,
-//! [`ia3`] learned factors, [`prompt`] virtual tokens (prefix tuning, prompt tuning, P-tuning). All of them read and write PEFT's
-//! own directories. Several can be on a model by their names; [`adapter`] switches, merges, combines and swaps them, and a
-//! [`Route`] lets each row of a batch have its own. [`packed`] keeps frozen weights in the blocks of their file, or makes NF4 of them. `examples/foreign.rs` puts a prefix and LoRA on a model that knows nothing of this crate but [`Linear`].
+//! Where to look: [`adapter`] puts LoRA and its family (DoRA, PiSSA, patterns, biases and whole modules beside it) on a
+//! model, [`ia3`] learned factors, [`prompt`] virtual tokens (prefix tuning, prompt tuning, P-tuning). All of them read
+//! and write PEFT's own directories. Several can be on a model by their names; [`adapter`] switches, merges, combines
+//! and swaps them, and a [`Route`] lets each row of a batch have its own. [`packed`] keeps frozen weights in the blocks
+//! of their file, or makes NF4 of them. `examples/foreign.rs` puts a prefix and LoRA on a model that knows nothing of
+//! this crate but [`Linear`].
 #![deny(missing_docs)]
 #![recursion_limit = "256"]
 

@@ -9,7 +9,7 @@ use anyhow::Result;
 use burn_llama::{Generate, Message, Settings, kernel::Kernels};
 use burn_peft::{adapter, route::BASE};
 use rustyline::{DefaultEditor, error::ReadlineError};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 /// The verb `chat`: one answer, or a conversation.
 pub fn chat(args: &ChatArgs) -> Result<()> {
@@ -30,8 +30,10 @@ fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
     let switching = if args.model.adapter.is_empty() { "" } else { "/adapter NAME switches the adapter, " };
     eprintln!("Ask a question; {switching}/new forgets the conversation, /quit or Ctrl-D ends it.");
     let mut editor = DefaultEditor::new()?;
+    // What comes through a pipe must not find prompts among the answers, not even where TERM=dumb.
+    let prompt = if std::io::stdin().is_terminal() { "> " } else { "" };
     loop {
-        let line = match editor.readline("> ") {
+        let line = match editor.readline(prompt) {
             Ok(line) => line,
             Err(ReadlineError::Eof | ReadlineError::Interrupted) => return Ok(()),
             Err(error) => return Err(error.into()),

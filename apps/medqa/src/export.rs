@@ -5,6 +5,7 @@ use crate::{
     cli::{ExportArgs, ModelArgs, Precision},
     fetch,
     model::{self, Loaded},
+    write::{parent, whole_folder},
 };
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
@@ -16,11 +17,7 @@ use burn_llama::{
     },
     kernel::Kernels,
 };
-use std::{
-    ffi::OsString,
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
 /// The verb `export`.
 pub fn export(args: &ExportArgs) -> Result<()> {
@@ -96,7 +93,6 @@ fn file<B: Kernels>(loaded: &Loaded<B>, args: &ExportArgs) -> Result<()> {
     Ok(write::save(&loaded.model, tokens, kind(args.dtype), &args.out)?)
 }
 
-/// Fills a folder beside the place, then renames it.
 fn directory<B: Kernels>(loaded: &Loaded<B>, args: &ExportArgs) -> Result<()> {
     let config = loaded.model.config();
     if config.to_json()["rope_scaling"]["rope_type"] == "factors" {
@@ -105,25 +101,11 @@ fn directory<B: Kernels>(loaded: &Loaded<B>, args: &ExportArgs) -> Result<()> {
             "{model}: rope_freqs.weight: expected Llama 3's divisors, the only ones transformers knows; export to GGUF"
         );
     }
-    let out = std::path::absolute(&args.out).with_context(|| args.out.display().to_string())?;
-    parent(&out)?;
-    let mut part = OsString::from(out.as_os_str());
-    part.push(".part");
-    let part = PathBuf::from(part);
-    // What an earlier attempt that was cut short has left.
-    remove(&part)?;
-    let fill = || -> Result<()> {
-        fs::create_dir(&part).with_context(|| format!("{}: cannot be made", part.display()))?;
-        loaded.tokenizer.save(&part)?;
+    whole_folder(&args.out, |part| {
+        loaded.tokenizer.save(part)?;
         let dtype = if args.dtype == Precision::F16 { DType::F16 } else { DType::F32 };
-        save_as(&loaded.model, dtype, &part)?;
-        if out.is_dir() {
-            fs::remove_dir(&out).with_context(|| format!("{}: cannot be replaced", out.display()))?;
-        }
-        fs::rename(&part, &out).with_context(|| format!("{}: cannot be made", out.display()))
-    };
-    // The error that matters is the first one.
-    fill().inspect_err(|_| drop(remove(&part)))
+        Ok(save_as(&loaded.model, dtype, part)?)
+    })
 }
 
 fn adapter_only(args: &ExportArgs) -> Result<()> {
@@ -140,19 +122,4 @@ pub fn adapter_file(model: &str, directory: &Path, (precision, out): (Precision,
     let unknown = write::save_adapter(checkpoint.config(), directory, kind(precision), out)?;
     model::warn_unknown(directory, &unknown);
     Ok(())
-}
-
-/// Makes the folder that `path` lies in.
-fn parent(path: &Path) -> Result<()> {
-    let Some(parent) = path.parent() else { return Ok(()) };
-    fs::create_dir_all(parent).with_context(|| format!("{}: cannot be made", parent.display()))
-}
-
-fn remove(directory: &Path) -> Result<()> {
-    match fs::remove_dir_all(directory) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("{}: cannot be removed", directory.display()))
-        }
-        _ => Ok(()),
-    }
 }

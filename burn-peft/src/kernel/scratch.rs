@@ -24,7 +24,8 @@ pub fn with_scratch<R>(n: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     result
 }
 
-/// Memory for `n` values, every one of which the caller writes before anything reads it.
+/// Memory for `n` values, every one of which the caller writes before anything reads it. For the kernels of these crates only.
+#[doc(hidden)]
 #[allow(clippy::uninit_vec)]
 pub fn unwritten(n: usize) -> Vec<f32> {
     let mut values = Vec::with_capacity(n);

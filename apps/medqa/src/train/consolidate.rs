@@ -6,14 +6,12 @@ use crate::{
     cli::ConsolidateArgs,
     model,
     recipe::Recipe,
+    write::whole_folder,
 };
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
 use burn_llama::{checkpoint, kernel::Kernels};
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 /// The verb `consolidate`. It reads weights alone, of whatever ranks and stage, in one process.
 ///
@@ -26,16 +24,8 @@ pub fn consolidate(args: &ConsolidateArgs) -> Result<()> {
         bail!("{out}: it exists already; choose another --out");
     }
     let (recipe, _) = Recipe::load(&run.join("recipe.toml"), &[], 1)?;
-    let part = args.out.with_extension("part");
-    if part.exists() {
-        // What an earlier attempt that was cut short has left.
-        fs::remove_dir_all(&part).with_context(|| format!("{}: cannot be removed", part.display()))?;
-    }
-    fs::create_dir_all(&part).with_context(|| format!("{}: cannot be made", part.display()))?;
     let state = checkpoint.join(STATE);
-    on!(Device::default(), |B, place| write::<B>(&recipe, &state, (&part, place)))
-        .and_then(|()| fs::rename(&part, &args.out).with_context(|| format!("{out}: cannot be made")))
-        .inspect_err(|_| drop(fs::remove_dir_all(&part)))?;
+    on!(Device::default(), |B, place| whole_folder(&args.out, |part| write::<B>(&recipe, &state, (part, place))))?;
     println!("{out}");
     Ok(())
 }

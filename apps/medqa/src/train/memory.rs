@@ -189,7 +189,6 @@ fn alternatives(load: &Load, recipe: &Recipe) -> Vec<(String, u64)> {
     if words.len() > 1 {
         all.push((format!("all of these: {}", words.join(", ")), bytes));
     }
-    // One that is enough makes all together superfluous.
     all
 }
 
