@@ -1,11 +1,25 @@
-//! Products of f32 matrices in host memory: the safe face of the `gemm` crate for kernels that work on Flex's buffers.
+//! Products of matrices in host memory, for kernels that work on Flex's buffers: our own where the machine has 512-bit
+//! vectors, else those of the `gemm` crate.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+
+use super::scratch::with_scratch;
+use burn::tensor::bf16;
 use gemm::Parallelism;
+use half::slice::HalfFloatSliceExt;
+
+/// The values of a [`Matrix`].
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Values<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
 
 /// A matrix `[rows, columns]` in host memory, with any strides.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a> {
-    values: &'a [f32],
+    values: Values<'a>,
     shape: [usize; 2],
     strides: [usize; 2],
 }
@@ -16,8 +30,8 @@ impl<'a> Matrix<'a> {
     /// # Panics
     /// If `values` ends before the last row does.
     pub fn strided(values: &'a [f32], shape: [usize; 2], stride: usize) -> Self {
-        assert!(reach(shape, stride) <= values.len(), "{shape:?} by {stride} does not fit {} values", values.len());
-        Self { values, shape, strides: [stride, 1] }
+        fits(values.len(), shape, stride);
+        Self { values: Values::F32(values), shape, strides: [stride, 1] }
     }
 
     /// Rows one after the other.
@@ -26,6 +40,15 @@ impl<'a> Matrix<'a> {
     /// If `values` holds fewer than `shape` asks for.
     pub fn new(values: &'a [f32], shape: [usize; 2]) -> Self {
         Self::strided(values, shape, shape[1])
+    }
+
+    /// [`Matrix::new`] of bf16, which are widened where they are read. Where [`widens`] says no, that is a copy.
+    ///
+    /// # Panics
+    /// As there.
+    pub fn of_bf16(values: &'a [bf16], shape: [usize; 2]) -> Self {
+        fits(values.len(), shape, shape[1]);
+        Self { values: Values::Bf16(values), shape, strides: [shape[1], 1] }
     }
 
     /// `[rows, columns]`.
@@ -38,6 +61,10 @@ impl<'a> Matrix<'a> {
         let ([rows, columns], [down, right]) = (self.shape, self.strides);
         Self { shape: [columns, rows], strides: [right, down], ..self }
     }
+}
+
+fn fits(found: usize, shape: [usize; 2], stride: usize) {
+    assert!(reach(shape, stride) <= found, "{shape:?} by {stride} does not fit {found} values");
 }
 
 /// The number of values that a matrix with unit column stride spans.
@@ -65,11 +92,42 @@ pub enum Threads {
     All,
 }
 
+/// In what a product is computed. Sums are f32 in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Compute {
+    /// Products of f32.
+    #[default]
+    F32,
+    /// Products of bf16, to which both factors are rounded first.
+    Bf16,
+}
+
+/// Whether this machine reads bf16 where they lie.
+pub fn widens() -> bool {
+    by_vectors(Compute::F32)
+}
+
+/// Whether our own products serve.
+fn by_vectors(compute: Compute) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return avx512::available(compute);
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
 /// `factor · a·b`, `[m, k]·[k, n]`, into `out`.
 ///
 /// # Panics
 /// If the inner sizes differ or `out` is too small.
 pub fn product(out: Output<'_>, a: Matrix<'_>, b: Matrix<'_>, factor: f32, threads: Threads) {
+    product_in(Compute::F32, out, a, b, factor, threads);
+}
+
+/// [`product`], computed as told.
+///
+/// # Panics
+/// As there.
+pub fn product_in(compute: Compute, out: Output<'_>, a: Matrix<'_>, b: Matrix<'_>, factor: f32, threads: Threads) {
     let ([m, k], [inner, n]) = (a.shape, b.shape);
     assert_eq!(k, inner, "[{m}, {k}]·[{inner}, {n}] is no product");
     assert!(out.stride >= n && reach([m, n], out.stride) <= out.values.len(), "the product [{m}, {n}] does not fit");
@@ -80,6 +138,41 @@ pub fn product(out: Output<'_>, a: Matrix<'_>, b: Matrix<'_>, factor: f32, threa
         let rows = out.values.chunks_mut(out.stride).take(m).filter(|_| !out.add);
         return rows.for_each(|row| row[..n].fill(0.0));
     }
+    #[cfg(target_arch = "x86_64")]
+    if by_vectors(compute) {
+        // SAFETY: it is available; the constructors and the assertions above hold every index within its slice.
+        return unsafe { avx512::product(out, a, b, factor, (threads, compute)) };
+    }
+    let rounded = compute == Compute::Bf16;
+    plain(a, rounded, |a| plain(b, rounded, |b| by_gemm(out, a, b, factor, threads)));
+}
+
+/// Runs `work` on the matrix in f32: itself, or a copy that is widened or rounded to bf16.
+fn plain(matrix: Matrix<'_>, rounded: bool, work: impl FnOnce(Plain<'_>)) {
+    let Matrix { values, shape, strides } = matrix;
+    let spanned = (shape[0] - 1) * strides[0] + (shape[1] - 1) * strides[1] + 1;
+    match values {
+        Values::F32(values) if !rounded => work(Plain { values, shape, strides }),
+        Values::F32(values) => with_scratch(spanned, |copy| {
+            copy.iter_mut().zip(values).for_each(|(copy, &value)| *copy = bf16::from_f32(value).to_f32());
+            work(Plain { values: copy, shape, strides });
+        }),
+        Values::Bf16(values) => with_scratch(spanned, |copy| {
+            values[..spanned].convert_to_f32_slice(copy);
+            work(Plain { values: copy, shape, strides });
+        }),
+    }
+}
+
+/// A [`Matrix`] of f32.
+struct Plain<'a> {
+    values: &'a [f32],
+    shape: [usize; 2],
+    strides: [usize; 2],
+}
+
+fn by_gemm(out: Output<'_>, a: Plain<'_>, b: Plain<'_>, factor: f32, threads: Threads) {
+    let ([m, k], n) = (a.shape, b.shape[1]);
     let parallelism = match threads {
         Threads::All if m * n * k >= 1 << 21 => Parallelism::Rayon(0),
         _ => Parallelism::None,
@@ -109,3 +202,6 @@ pub fn product(out: Output<'_>, a: Matrix<'_>, b: Matrix<'_>, factor: f32, threa
         );
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,10 +1,10 @@
 //! Products with rows of any storage: many rows of activations by tiles of decoded rows, few by a product of every stored row
-//! with each of them. Rows of f32 are multiplied where they lie.
+//! with each of them. Rows of f32, and of bf16 where products read them, are multiplied where they lie.
 
 use super::{dense, float, floats, tensor};
 use crate::{
     kernel::{
-        matrix::{Matrix, Output, Threads, product},
+        matrix::{self, Matrix, Output, Threads, product},
         scratch::{unwritten, vectorized, with_scratch},
     },
     packed::{Codec, Packed, RowCodec, RowUser},
@@ -80,9 +80,15 @@ impl Rows {
         tensor(values, [self.out, self.features])
     }
 
-    /// The matrix, if the rows are f32.
+    /// The matrix, if products read the rows as they are.
     fn matrix(&self) -> Option<Matrix<'_>> {
-        matches!(self.kind, Kind::Floats(DType::F32)).then(|| dense::matrix(&self.stored))
+        match self.kind {
+            Kind::Floats(DType::F32) => Some(dense::matrix(&self.stored)),
+            Kind::Floats(DType::BF16) if matrix::widens() => {
+                Some(Matrix::of_bf16(self.stored.storage(), [self.out, self.features]))
+            }
+            _ => None,
+        }
     }
 
     /// The bytes from row `first` on.

@@ -1,0 +1,199 @@
+//! Products by 512-bit vectors, of f32 or of pairs of bf16 whose products are summed in f32.
+//!
+//! One side is the *vector* side: [`WIDTH`] of its vectors lie side by side in registers. The other is the *broadcast* side:
+//! [`ROWS`] of its values are multiplied with all of them. Either side of the product can be either; the one that costs
+//! less is taken. Panels of the vector side are packed by the thread that uses them and stay in its second-level cache; the
+//! broadcast side is read where it lies unless its type must change. A *word* is what a lane holds: an f32, or two bf16 that
+//! follow each other along the inner dimension.
+//!
+//! Every element is summed in the order of the inner dimension, whatever the shape of the product and the number of threads.
+
+mod micro;
+mod pack;
+
+use super::{Compute, Matrix, Output, Threads, Values};
+use rayon::prelude::*;
+use std::cell::Cell;
+
+/// Vectors of the vector side that are multiplied at a time: two registers.
+const WIDTH: usize = 32;
+/// Values of the broadcast side that meet them.
+const ROWS: usize = 12;
+/// Words of the inner dimension that are summed before the sum is stored.
+const DEPTH: usize = 768;
+/// Panels of the vector side that a thread packs at a time, at most: with [`DEPTH`] words they fill half its cache.
+const PANELS: usize = 6;
+/// Rows of the broadcast side that are worth a task of their own.
+const TASK_ROWS: usize = 8 * ROWS;
+/// Multiplications that are worth waking other threads.
+const PARALLEL: usize = 1 << 21;
+
+/// Whether this machine can compute so.
+pub(super) fn available(compute: Compute) -> bool {
+    let vectors = is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl");
+    vectors && (compute == Compute::F32 || is_x86_feature_detected!("avx512bf16"))
+}
+
+/// One operand, as vectors along the inner dimension.
+#[derive(Clone, Copy)]
+struct Side {
+    values: *const u8,
+    /// Whether the values are bf16, else f32.
+    half: bool,
+    /// The number of vectors.
+    count: usize,
+    /// In values: from one vector to the next, and along a vector.
+    strides: [usize; 2],
+}
+
+// SAFETY: it stands for a shared slice, which every thread may read.
+unsafe impl Sync for Side {}
+
+impl Side {
+    fn new(matrix: Matrix<'_>) -> Self {
+        let (values, half) = match matrix.values {
+            Values::F32(values) => (values.as_ptr().cast(), false),
+            Values::Bf16(values) => (values.as_ptr().cast(), true),
+        };
+        Self { values, half, count: matrix.shape[0], strides: matrix.strides }
+    }
+
+    /// Where a value lies.
+    ///
+    /// # Safety
+    /// The value exists.
+    #[inline(always)]
+    unsafe fn at(&self, vector: usize, inner: usize) -> *const u8 {
+        let size = if self.half { 2 } else { 4 };
+        // SAFETY: by the caller.
+        unsafe { self.values.add((vector * self.strides[0] + inner * self.strides[1]) * size) }
+    }
+
+    /// About how many cycles the product takes with this side as the vector side; `k` inner values, `others` vectors.
+    fn cost(&self, others: usize, k: usize) -> usize {
+        // Turning rows to columns takes twice the time of a copy.
+        let pack = self.count * k / if self.strides[0] == 1 { 16 } else { 8 };
+        self.count.div_ceil(WIDTH) * others * k + pack
+    }
+}
+
+/// Where the results go: `[broadcast side, vector side]` with strides.
+#[derive(Clone, Copy)]
+struct Target {
+    values: *mut f32,
+    strides: [usize; 2],
+    add: bool,
+    factor: f32,
+}
+
+// SAFETY: every task writes elements of its own.
+unsafe impl Sync for Target {}
+
+/// `factor · a·b` into `out`, all of which fit.
+///
+/// # Safety
+/// [`available`] said so, and every index of the shapes and strides lies in its slice.
+pub(super) unsafe fn product(
+    out: Output<'_>,
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    factor: f32,
+    (threads, compute): (Threads, Compute),
+) {
+    let k = a.shape[1];
+    let (a, b) = (Side::new(a), Side::new(b.transposed()));
+    let target = Target { values: out.values.as_mut_ptr(), strides: [out.stride, 1], add: out.add, factor };
+    let turned = a.cost(b.count, k) < b.cost(a.count, k);
+    let (broadcast, vectors, strides) = if turned { (b, a, [1, out.stride]) } else { (a, b, target.strides) };
+    let work = Work { broadcast, vectors, target: Target { strides, ..target }, k, bf16: compute == Compute::Bf16 };
+    if threads == Threads::One || broadcast.count * vectors.count * k < PARALLEL {
+        return work.part([0..broadcast.count, 0..vectors.count.div_ceil(WIDTH)]);
+    }
+    let [rows, columns] = work.split(rayon::current_num_threads());
+    (0..rows * columns).into_par_iter().with_max_len(1).for_each(|task| {
+        let part = |index: usize, parts: usize, whole: usize| index * whole / parts..(index + 1) * whole / parts;
+        let (row, column) = (task % rows, task / rows);
+        let panels = work.vectors.count.div_ceil(WIDTH);
+        let tiles = part(row, rows, work.broadcast.count.div_ceil(ROWS));
+        work.part([tiles.start * ROWS..(tiles.end * ROWS).min(work.broadcast.count), part(column, columns, panels)]);
+    });
+}
+
+/// A product, its sides in their roles.
+struct Work {
+    broadcast: Side,
+    vectors: Side,
+    target: Target,
+    /// Inner values.
+    k: usize,
+    bf16: bool,
+}
+
+thread_local! {
+    static SCRATCH: Cell<Vec<u32>> = const { Cell::new(Vec::new()) };
+}
+
+/// Runs `work` with memory for `n` words that starts at a cache line and stays with the thread.
+fn with_words<R>(n: usize, work: impl FnOnce(*mut u32) -> R) -> R {
+    const LINE: usize = 64;
+    let mut scratch = SCRATCH.take();
+    if scratch.capacity() < n + LINE {
+        scratch = Vec::with_capacity(n + LINE);
+    }
+    let start = scratch.as_mut_ptr();
+    let result = work(start.wrapping_add(start.align_offset(LINE)));
+    SCRATCH.set(scratch);
+    result
+}
+
+impl Work {
+    /// The number of parts of the broadcast and of the vector side that make tasks of like size for so many threads.
+    fn split(&self, threads: usize) -> [usize; 2] {
+        let panels = self.vectors.count.div_ceil(WIDTH);
+        let columns = if panels < 2 * threads {
+            panels.div_ceil(PANELS)
+        } else {
+            panels.div_ceil(PANELS).max(2 * threads).next_multiple_of(threads).min(panels)
+        };
+        let rows = (2 * threads).div_ceil(columns).min(self.broadcast.count.div_ceil(TASK_ROWS)).max(1);
+        [rows, columns]
+    }
+
+    /// Inner values in a word.
+    fn pair(&self) -> usize {
+        if self.bf16 { 2 } else { 1 }
+    }
+
+    /// The product of some rows of the broadcast side with some panels of the vector side.
+    fn part(&self, [rows, panels]: [std::ops::Range<usize>; 2]) {
+        let words = self.k.div_ceil(self.pair());
+        // Parts of like size, whole registers.
+        let depth = words.div_ceil(words.div_ceil(DEPTH)).next_multiple_of(16);
+        let room = PANELS.min(panels.len()) * depth * WIDTH;
+        with_words(room + micro::STAGE * depth, |scratch| {
+            let stage = scratch.wrapping_add(room);
+            for from in panels.clone().step_by(PANELS) {
+                let panels = from..panels.end.min(from + PANELS);
+                for start in (0..words).step_by(depth) {
+                    let inner = [start * self.pair(), self.k.min((start + depth) * self.pair())];
+                    // SAFETY: the scratch has room for these panels and a stage, and all indices exist.
+                    unsafe {
+                        for (index, panel) in panels.clone().enumerate() {
+                            pack::panel(self, panel, inner, scratch.add(index * depth * WIDTH));
+                        }
+                        for row in rows.clone().step_by(ROWS) {
+                            let tile = row..rows.end.min(row + ROWS);
+                            let left = pack::stage(self, tile.clone(), inner, stage);
+                            for (index, panel) in panels.clone().enumerate() {
+                                let packed = scratch.add(index * depth * WIDTH);
+                                micro::tile(self, left, packed, inner, (tile.clone(), panel));
+                            }
+                        }
+                    }
+                }
+            }
+        });
+    }
+}

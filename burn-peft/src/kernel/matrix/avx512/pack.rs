@@ -1,0 +1,219 @@
+//! Operands in the order in which a tile reads them.
+
+use super::{
+    Side, WIDTH, Work,
+    micro::{Left, STAGE, pack_mask},
+};
+use std::{arch::x86_64::*, ops::Range};
+
+/// Writes panel `panel` of the vector side, `inner` values deep: for every word of depth the words of all its vectors, zeros
+/// for those that are not there.
+///
+/// # Safety
+/// `to` has room for as many words, a multiple of 16 deep; the machine has the instructions.
+pub(super) unsafe fn panel(work: &Work, panel: usize, inner: [usize; 2], to: *mut u32) {
+    let (side, start) = (&work.vectors, panel * WIDTH);
+    let vectors = start..side.count.min(start + WIDTH);
+    // SAFETY: by the caller.
+    unsafe {
+        match (side.half, work.bf16) {
+            (false, false) => panel_f32::<false>(side, vectors, inner, to),
+            (true, false) => panel_f32::<true>(side, vectors, inner, to),
+            (false, true) => panel_bf16::<false>(side, vectors, inner, to),
+            (true, true) => panel_bf16::<true>(side, vectors, inner, to),
+        }
+    }
+}
+
+/// The rows of the broadcast side as words, `inner` values deep: where they lie if they can be read there, else in `stage`.
+///
+/// # Safety
+/// As for [`panel`]; `stage` has room for [`STAGE`] times that many words.
+pub(super) unsafe fn stage(work: &Work, rows: Range<usize>, inner: [usize; 2], stage: *mut u32) -> Left {
+    let side = &work.broadcast;
+    // SAFETY: by the caller.
+    unsafe {
+        let words = side.at(rows.start, inner[0]).cast();
+        match (side.half, work.bf16) {
+            (false, false) => return Left { words, strides: side.strides },
+            // Pairs that lie side by side.
+            (true, true) if side.strides[1] == 1 && side.strides[0].is_multiple_of(2) && inner[1].is_multiple_of(2) => {
+                return Left { words, strides: [side.strides[0] / 2, 1] };
+            }
+            (true, false) => stage_f32(side, rows, inner, stage),
+            (false, true) => stage_bf16::<false>(side, rows, inner, stage),
+            (true, true) => stage_bf16::<true>(side, rows, inner, stage),
+        }
+    }
+    Left { words: stage, strides: [1, STAGE] }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn panel_f32<const HALF: bool>(side: &Side, vectors: Range<usize>, inner: [usize; 2], to: *mut u32) {
+    // SAFETY: by the caller of [`panel`].
+    unsafe { lay::<HALF, false, WIDTH>(side, vectors, inner, to) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn panel_bf16<const HALF: bool>(side: &Side, vectors: Range<usize>, inner: [usize; 2], to: *mut u32) {
+    // SAFETY: by the caller of [`panel`].
+    unsafe { lay::<HALF, true, WIDTH>(side, vectors, inner, to) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn stage_f32(side: &Side, rows: Range<usize>, inner: [usize; 2], to: *mut u32) {
+    // SAFETY: by the caller of [`stage`].
+    unsafe { lay::<true, false, STAGE>(side, rows, inner, to) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn stage_bf16<const HALF: bool>(side: &Side, rows: Range<usize>, inner: [usize; 2], to: *mut u32) {
+    // SAFETY: by the caller of [`stage`].
+    unsafe { lay::<HALF, true, STAGE>(side, rows, inner, to) }
+}
+
+/// Writes `vectors` of a side as words (of bf16 if `PAIRS`), `LANES` words for every word of depth.
+#[inline(always)]
+unsafe fn lay<const HALF: bool, const PAIRS: bool, const LANES: usize>(
+    side: &Side,
+    vectors: Range<usize>,
+    [from, end]: [usize; 2],
+    to: *mut u32,
+) {
+    let pair = if PAIRS { 2 } else { 1 };
+    let words = (end - from).div_ceil(pair);
+    // SAFETY: by the callers; masks keep to the values that exist.
+    unsafe {
+        for lane in (0..LANES).step_by(16) {
+            let first = (vectors.start + lane).min(vectors.end);
+            let count = (vectors.end - first).min(16);
+            let to = to.add(lane);
+            if count == 0 {
+                for word in 0..words {
+                    _mm512_storeu_si512(to.add(word * LANES).cast(), _mm512_setzero_si512());
+                }
+            } else if side.strides[1] == 1 {
+                for word in (0..words).step_by(16) {
+                    let inner = from + word * pair;
+                    let mut rows = [_mm512_setzero_si512(); 16];
+                    for (index, row) in rows.iter_mut().enumerate().take(count) {
+                        *row = along::<HALF, PAIRS>(side.at(first + index, inner), end - inner);
+                    }
+                    for (index, column) in transpose(rows).into_iter().enumerate() {
+                        _mm512_storeu_si512(to.add((word + index) * LANES).cast(), column);
+                    }
+                }
+            } else if side.strides[0] == 1 {
+                let mask = pack_mask(count);
+                for word in 0..words {
+                    let inner = from + word * pair;
+                    let low = across::<HALF, PAIRS>(side.at(first, inner), mask);
+                    let high = if PAIRS && inner + 1 < end {
+                        _mm512_slli_epi32::<16>(across::<HALF, PAIRS>(side.at(first, inner + 1), mask))
+                    } else {
+                        _mm512_setzero_si512()
+                    };
+                    _mm512_storeu_si512(to.add(word * LANES).cast(), _mm512_or_si512(low, high));
+                }
+            } else {
+                for word in 0..words {
+                    for index in 0..16 {
+                        let inner = from + word * pair;
+                        let value = |inner| match index < count && inner < end {
+                            true => one::<HALF, PAIRS>(side.at(first + index, inner)),
+                            false => 0,
+                        };
+                        let high = if PAIRS { value(inner + 1) << 16 } else { 0 };
+                        to.add(word * LANES + index).write(value(inner) | high);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// 16 words of a vector whose values lie side by side, of which `left` values exist.
+#[inline(always)]
+unsafe fn along<const HALF: bool, const PAIRS: bool>(at: *const u8, left: usize) -> __m512i {
+    // SAFETY: masks keep to the values that exist.
+    unsafe {
+        match (HALF, PAIRS) {
+            (false, false) => _mm512_maskz_loadu_epi32(pack_mask(left), at.cast()),
+            (true, false) => {
+                _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(pack_mask(left), at.cast())))
+            }
+            (false, true) => {
+                let low = _mm512_maskz_loadu_ps(pack_mask(left), at.cast());
+                let high = _mm512_maskz_loadu_ps(pack_mask(left.saturating_sub(16)), at.cast::<f32>().wrapping_add(16));
+                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+            }
+            (true, true) => {
+                let mask = if left >= 32 { !0 } else { (1u32 << left) - 1 };
+                _mm512_maskz_loadu_epi16(mask, at.cast())
+            }
+        }
+    }
+}
+
+/// One value of each of 16 vectors that lie side by side: f32, or bf16 in the lower halves.
+#[inline(always)]
+unsafe fn across<const HALF: bool, const PAIRS: bool>(at: *const u8, mask: __mmask16) -> __m512i {
+    // SAFETY: masks keep to the values that exist.
+    unsafe {
+        match (HALF, PAIRS) {
+            (false, false) => _mm512_maskz_loadu_epi32(mask, at.cast()),
+            (true, false) => _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast()))),
+            (false, true) => {
+                let halves = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, at.cast()));
+                _mm512_cvtepu16_epi32(std::mem::transmute::<__m256bh, __m256i>(halves))
+            }
+            (true, true) => _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast())),
+        }
+    }
+}
+
+/// One value: an f32, or a bf16 in the lower half.
+#[inline(always)]
+unsafe fn one<const HALF: bool, const PAIRS: bool>(at: *const u8) -> u32 {
+    // SAFETY: the value exists, by the caller.
+    unsafe {
+        match (HALF, PAIRS) {
+            (false, false) => at.cast::<u32>().read_unaligned(),
+            (true, false) => u32::from(at.cast::<u16>().read_unaligned()) << 16,
+            (false, true) => half::bf16::from_f32(at.cast::<f32>().read_unaligned()).to_bits().into(),
+            (true, true) => at.cast::<u16>().read_unaligned().into(),
+        }
+    }
+}
+
+/// 16 rows of 16 words → 16 columns.
+#[inline(always)]
+pub(super) unsafe fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
+    // SAFETY: the callers run where the instructions are.
+    unsafe {
+        let mut pairs = rows;
+        for i in (0..16).step_by(2) {
+            pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+            pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        }
+        // In lane l of register 4·g + c: column 4·l + c of the rows 4·g to 4·g + 3.
+        let mut fours = rows;
+        for i in (0..16).step_by(4) {
+            fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+            fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+            fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+            fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+        }
+        let mut columns = rows;
+        for c in 0..4 {
+            let [a, b, c2, d] = [fours[c], fours[4 + c], fours[8 + c], fours[12 + c]];
+            let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+            let (even2, odd2) = (_mm512_shuffle_i32x4::<0x88>(c2, d), _mm512_shuffle_i32x4::<0xdd>(c2, d));
+            columns[c] = _mm512_shuffle_i32x4::<0x88>(even, even2);
+            columns[4 + c] = _mm512_shuffle_i32x4::<0x88>(odd, odd2);
+            columns[8 + c] = _mm512_shuffle_i32x4::<0xdd>(even, even2);
+            columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(odd, odd2);
+        }
+        columns
+    }
+}

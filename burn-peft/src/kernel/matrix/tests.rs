@@ -1,0 +1,134 @@
+//! Products equal plain host code in f64, whatever the shapes, strides and types.
+
+use super::*;
+
+const LENGTHS: [usize; 8] = [1, 2, 3, 11, 16, 33, 61, 100];
+
+/// Numbers between -1 and 1 that bf16 does not hold exactly.
+fn numbers(n: usize, seed: u64) -> Vec<f32> {
+    let key = crate::random::key(&[seed]);
+    (0..n).map(|index| crate::random::uniform(key, index as u64) as f32 * 2.0 - 1.0).collect()
+}
+
+fn halves(values: &[f32]) -> Vec<bf16> {
+    values.iter().map(|&value| bf16::from_f32(value)).collect()
+}
+
+/// One operand in all the ways in which it can be given.
+struct Given {
+    shape: [usize; 2],
+    plain: Vec<f32>,
+    plain_turned: Vec<f32>,
+    half: Vec<bf16>,
+    half_turned: Vec<bf16>,
+}
+
+impl Given {
+    fn new([rows, columns]: [usize; 2], seed: u64) -> Self {
+        let plain = numbers(rows * columns, seed);
+        let plain_turned: Vec<f32> = (0..rows * columns).map(|at| plain[(at % rows) * columns + at / rows]).collect();
+        let (half, half_turned) = (halves(&plain), halves(&plain_turned));
+        Self { shape: [rows, columns], plain, plain_turned, half, half_turned }
+    }
+
+    fn matrix(&self, half: bool, turned: bool) -> Matrix<'_> {
+        let [rows, columns] = self.shape;
+        match (half, turned) {
+            (false, false) => Matrix::new(&self.plain, [rows, columns]),
+            (false, true) => Matrix::new(&self.plain_turned, [columns, rows]).transposed(),
+            (true, false) => Matrix::of_bf16(&self.half, [rows, columns]),
+            (true, true) => Matrix::of_bf16(&self.half_turned, [columns, rows]).transposed(),
+        }
+    }
+
+    /// The value that a product computes with.
+    fn value(&self, row: usize, column: usize, rounded: bool) -> f64 {
+        let value = self.plain[row * self.shape[1] + column];
+        if rounded { bf16::from_f32(value).to_f64() } else { value.into() }
+    }
+}
+
+fn check([m, n, k]: [usize; 3], (compute, threads): (Compute, Threads), (add, factor): (bool, f32)) {
+    let (a, b) = (Given::new([m, k], 1), Given::new([k, n], 2));
+    let stride = n + 3;
+    let before = numbers(m * stride, 3);
+    for case in 0..16 {
+        let [half_a, half_b, turned_a, turned_b] = [1, 2, 4, 8].map(|bit| case & bit != 0);
+        let mut values = before.clone();
+        let to = Output { values: &mut values, stride, add };
+        product_in(compute, to, a.matrix(half_a, turned_a), b.matrix(half_b, turned_b), factor, threads);
+        let rounds = compute == Compute::Bf16;
+        for row in 0..m {
+            for column in 0..stride {
+                let (at, place) = (row * stride + column, format!("{m}x{n}x{k} {compute:?} {case:04b} {row},{column}"));
+                if column >= n {
+                    assert_eq!(values[at], before[at], "{place} is beyond the product");
+                    continue;
+                }
+                let term = |p| a.value(row, p, rounds || half_a) * b.value(p, column, rounds || half_b);
+                let sum: f64 = (0..k).map(term).sum();
+                let expected = f64::from(factor) * sum + if add { before[at].into() } else { 0.0 };
+                let error = (f64::from(values[at]) - expected).abs();
+                assert!(error <= 2e-7 * (k as f64 + 4.0), "{place}: {} is not {expected}", values[at]);
+            }
+        }
+    }
+}
+
+#[test]
+fn products_of_any_shape_equal_plain_ones() {
+    for (i, &m) in LENGTHS.iter().enumerate() {
+        for (j, &n) in LENGTHS.iter().enumerate() {
+            let k = LENGTHS[(i * 3 + j) % LENGTHS.len()];
+            for compute in [Compute::F32, Compute::Bf16] {
+                check([m, n, k], (compute, Threads::One), ((i + j) % 2 == 1, [1.0, 0.375][i % 2]));
+            }
+        }
+    }
+}
+
+#[test]
+fn products_that_are_divided_equal_plain_ones() {
+    // Deeper than one part, and in both roles.
+    for shape in [[150, 200, 100], [13, 3, 1700], [7, 420, 1601], [300, 8, 1000], [40, 2100, 48]] {
+        for compute in [Compute::F32, Compute::Bf16] {
+            check(shape, (compute, Threads::All), (true, 0.5));
+        }
+    }
+}
+
+#[test]
+fn a_result_does_not_depend_on_what_is_computed_beside_it() {
+    let (a, b) = (Given::new([97, 833], 1), Given::new([833, 130], 2));
+    for compute in [Compute::F32, Compute::Bf16] {
+        let mut whole = vec![0.0; 97 * 130];
+        let to = Output { values: &mut whole, stride: 130, add: false };
+        product_in(compute, to, a.matrix(false, false), b.matrix(false, true), 1.0, Threads::All);
+        for row in [0, 13, 96] {
+            let mut alone = vec![0.0; 130];
+            let to = Output { values: &mut alone, stride: 130, add: false };
+            let one = Matrix::new(&a.plain[row * 833..][..833], [1, 833]);
+            product_in(compute, to, one, b.matrix(false, true), 1.0, Threads::One);
+            // The gemm crate sums a single row in another order.
+            let exact = by_vectors(compute);
+            let near = |(&x, &y): (&f32, &f32)| if exact { x == y } else { (x - y).abs() < 1e-4 };
+            assert!(whole[row * 130..][..130].iter().zip(&alone).all(near), "row {row}, {compute:?}");
+        }
+    }
+}
+
+#[test]
+fn a_value_that_is_no_number_shows() {
+    for compute in [Compute::F32, Compute::Bf16] {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let (mut a, b) = (Given::new([20, 40], 1), Given::new([40, 20], 2));
+            a.plain[5 * 40 + 7] = bad;
+            let mut values = vec![0.0; 400];
+            let to = Output { values: &mut values, stride: 20, add: false };
+            product_in(compute, to, a.matrix(false, false), b.matrix(false, false), 1.0, Threads::One);
+            for (at, value) in values.iter().enumerate() {
+                assert_eq!(value.is_finite(), at / 20 != 5, "{compute:?}, {bad} in row 5: {value} at {at}");
+            }
+        }
+    }
+}
