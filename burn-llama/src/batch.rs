@@ -99,7 +99,7 @@ impl<B: Kernels> Llama<B> {
                 ids: indices(targets, &device),
                 weights: Tensor::full([n], weight, (&device, DType::F32)),
             },
-            pass: arranged.pass(pass, self.virtual_tokens()),
+            pass: self.in_its_precision(&arranged.pass(pass, self.virtual_tokens())),
             sources: arranged.sources.map(|sources| indices(sources, &device)),
         })
     }

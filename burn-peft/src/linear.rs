@@ -52,7 +52,7 @@ impl<B: LinearKernels> Linear<B> {
     /// `x [tokens, in]` → `[tokens, out]`, in the type of `x`.
     pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
         let tokens = x.dims()[0];
-        let mut y = self.weight.linear(self.scaled(x.clone(), true, pass));
+        let mut y = self.weight.linear(self.scaled(x.clone(), true, pass), pass.compute);
         let base = self.adapters.iter().any(|adapter| adapter.dora.is_some()).then(|| y.clone());
         if let Some(bias) = &self.bias {
             y = y + bias.val().unsqueeze();

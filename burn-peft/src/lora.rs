@@ -8,7 +8,11 @@ pub use dora::Dora;
 pub(crate) use dora::norm;
 pub(crate) use svd::halves;
 
-use crate::{LoraConfig, Pass, Weight, kernel, kernel::LinearKernels, param, random};
+use crate::{
+    LoraConfig, Pass, Weight, kernel,
+    kernel::{Compute, LinearKernels},
+    param, random,
+};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor, TensorData},
@@ -94,8 +98,8 @@ impl<B: LinearKernels> Lora<B> {
     pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
         let dtype = x.dtype();
         let x = self.drop(x.cast(DType::F32), pass);
-        let low = kernel::linear(x, self.lora_a.val()) * self.scaling;
-        kernel::linear(low, self.lora_b.val()).cast(dtype)
+        let low = kernel::linear(x, self.lora_a.val(), Compute::F32) * self.scaling;
+        kernel::linear(low, self.lora_b.val(), Compute::F32).cast(dtype)
     }
 
     /// What an adapter with a magnitude adds to the layer's output: `base [tokens, out]` is `x` times the layer's `weight`.
@@ -108,7 +112,9 @@ impl<B: LinearKernels> Lora<B> {
     ) -> Tensor<B, 2> {
         // Both parts see the same features, as in PEFT.
         let base = match pass.noise {
-            Some(_) if self.dropout > 0.0 => weight.linear(self.drop(x.clone().cast(DType::F32), pass).cast(x.dtype())),
+            Some(_) if self.dropout > 0.0 => {
+                weight.linear(self.drop(x.clone().cast(DType::F32), pass).cast(x.dtype()), pass.compute)
+            }
             _ => base,
         };
         let factor = dora.factor(self, weight.val()).unsqueeze::<2>();

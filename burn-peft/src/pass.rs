@@ -1,6 +1,7 @@
 //! What one forward pass tells every adapter on its way.
 
 use crate::{
+    kernel::Compute,
     random,
     route::{Reach, Route},
 };
@@ -13,17 +14,20 @@ pub struct Pass {
     pub noise: Option<Noise>,
     /// Which adapters act where; `None` lets those act that are active, on all tokens.
     pub route: Option<Route>,
+    /// In what the products with the layers' own weights are computed; adapters compute in f32. A model that has a choice of its
+    /// own puts it here.
+    pub compute: Compute,
 }
 
 impl Pass {
     /// A training pass whose dropout masks come from `noise`.
     pub fn training(noise: Noise) -> Self {
-        Self { noise: Some(noise), route: None }
+        Self { noise: Some(noise), ..Self::default() }
     }
 
     /// A pass of evaluation whose rows have adapters of their own.
     pub fn routed(route: Route) -> Self {
-        Self { noise: None, route: Some(route) }
+        Self { route: Some(route), ..Self::default() }
     }
 
     /// Which of an activation's `tokens` the adapter of that name acts on, if any.

@@ -2,7 +2,7 @@
 
 use crate::{
     Error,
-    kernel::{self, LinearKernels, Stored},
+    kernel::{self, Compute, LinearKernels, Stored},
     packed::Packed,
     param,
 };
@@ -98,10 +98,10 @@ impl<B: LinearKernels> Weight<B> {
     ///
     /// # Panics
     /// If the inner dimensions differ.
-    pub fn linear(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    pub fn linear(&self, x: Tensor<B, 2>, compute: Compute) -> Tensor<B, 2> {
         match self {
-            Self::Dense(weight) => kernel::linear(x, weight.val()),
-            Self::Packed { rows, .. } => rows.linear(x),
+            Self::Dense(weight) => kernel::linear(x, weight.val(), compute),
+            Self::Packed { rows, .. } => rows.linear(x, compute),
         }
     }
 

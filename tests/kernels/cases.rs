@@ -3,7 +3,10 @@
 use crate::host::{self, Sight};
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend, bf16, f16, ops::FloatTensor};
 use burn_llama::kernel::{Kernels, Targets, Visibility};
-use burn_peft::{kernel::Stored, random};
+use burn_peft::{
+    kernel::{Compute, Stored},
+    random,
+};
 use burn_zero::segment::Value;
 
 /// A float input of a kernel.
@@ -43,6 +46,7 @@ pub struct Place<'a, B: Backend> {
     pub dtype: DType,
     /// Whether inputs are parts of larger tensors, so that their values lie apart.
     pub views: bool,
+    pub compute: Compute,
 }
 
 /// `n` numbers in `±scale`, the same for the same name, each exact in f32.
@@ -113,8 +117,8 @@ impl Case {
                 let table = |x: &[f64]| shaped(&floats::<B>(x, place.dtype, device), &shape, place.views);
                 vec![B::rope(input(0), table(cos), table(sin))]
             }
-            Kernel::SwiGlu => vec![B::swiglu(input(0), input(1))],
-            Kernel::Linear => vec![B::linear_forward(input(0), input(1))],
+            Kernel::SwiGlu => vec![B::swiglu(input(0), input(1), place.compute)],
+            Kernel::Linear => vec![B::linear_forward(input(0), input(1), place.compute)],
             Kernel::Attention(sight) => {
                 let (output, lse) = B::flash_attention([input(0), input(1), input(2)], &visibility(sight, device));
                 vec![output, lse]
@@ -123,7 +127,8 @@ impl Case {
                 let ids = ints::<B>(ids, 1, device).squeeze_dim::<1>(0);
                 let targets = Targets { ids, weights: floats(weights, place.dtype, device) };
                 let wanted = [0, 1].map(|index| self.inputs[index].trained);
-                let found = B::linear_cross_entropy(input(0), Stored::Dense(input(1)), &targets, wanted);
+                let rule = (wanted, place.compute);
+                let found = B::linear_cross_entropy(input(0), Stored::Dense(input(1)), &targets, rule);
                 vec![found.losses, found.lse]
             }
         };

@@ -10,9 +10,10 @@ mod host;
 
 use burn::{
     backend::{Autodiff, Flex},
-    tensor::{DType, Tensor, backend::Backend},
+    tensor::{DType, Tensor, backend::Backend, bf16},
 };
 use burn_llama::kernel::Kernels;
+use burn_peft::kernel::Compute;
 use cases::{Case, Kernel, Place, attention, floats, numbers, packed, table};
 use laws::one_backward_at_a_time;
 use std::sync::OnceLock;
@@ -26,7 +27,8 @@ struct Found {
 
 /// Runs a case forward, and backward from `dy`.
 fn evaluate<B: Kernels>(case: &Case, inputs: &[Vec<f64>], dy: &[f64], place: &Place<'_, B>) -> Found {
-    let place = Place::<Autodiff<B>> { device: place.device, dtype: place.dtype, views: place.views };
+    let Place { device, dtype, views, compute } = *place;
+    let place = Place::<Autodiff<B>> { device, dtype, views, compute };
     let leaves = case.inputs.iter().zip(inputs).map(|(input, values)| {
         let dtype = if input.dtype == DType::F32 { place.dtype } else { input.dtype };
         floats::<Autodiff<B>>(values, dtype, place.device).set_require_grad(input.trained)
@@ -70,7 +72,8 @@ fn assert_same(found: &Found, expected: &Found, tolerance: f64, what: &str) {
 fn truth() -> &'static [(Case, Found)] {
     static TRUTH: OnceLock<Vec<(Case, Found)>> = OnceLock::new();
     TRUTH.get_or_init(|| {
-        let place = Place::<Flex> { device: &Default::default(), dtype: DType::F64, views: false };
+        let place =
+            Place::<Flex> { device: &Default::default(), dtype: DType::F64, views: false, compute: Compute::F32 };
         let truth = |case: Case| {
             let inputs = case.values();
             let found = evaluate(&case, &inputs, &case.dy, &place);
@@ -152,7 +155,7 @@ impl Extent {
 /// The laws that hold on every backend, in f32; `tolerance` relative to the largest value.
 fn laws<B: Kernels>(device: &B::Device, tolerance: f64, extent: Extent) {
     let _lock = one_backward_at_a_time();
-    let place = Place::<B> { device, dtype: DType::F32, views: false };
+    let place = Place::<B> { device, dtype: DType::F32, views: false, compute: Compute::F32 };
     for (case, truth) in extent.of(truth()) {
         let inputs = case.values();
         let found = evaluate(case, &inputs, &case.dy, &place);
@@ -165,6 +168,29 @@ fn laws<B: Kernels>(device: &B::Device, tolerance: f64, extent: Extent) {
     }
     let lengths: &[i32] = if matches!(extent, Extent::All) { &[1, 7, 63, 64, 65, 193] } else { &[1, 7] };
     packed_is_separate(lengths, &place, tolerance);
+}
+
+/// Products of bf16 are those of factors rounded to it: `exact` relative to the largest value where only sums are rounded after
+/// that, 2⁻⁷ where gradients of bf16 meet.
+fn products_of_bf16<B: Kernels>(device: &B::Device, exact: f64) {
+    let _lock = one_backward_at_a_time();
+    let place = Place::<B> { device, dtype: DType::F32, views: false, compute: Compute::Bf16 };
+    let double = Place::<Flex> { device: &Default::default(), dtype: DType::F64, views: false, compute: Compute::F32 };
+    let multiplies = |case: &Case| matches!(case.kernel, Kernel::Linear | Kernel::CrossEntropy { .. } | Kernel::SwiGlu);
+    for (mut case, _) in truth().iter().filter(|(case, _)| multiplies(case)).cloned() {
+        let round = |x: &mut f64| *x = bf16::from_f64(*x).to_f64();
+        case.inputs.iter_mut().flat_map(|input| &mut input.values).chain(&mut case.dy).for_each(round);
+        let inputs = case.values();
+        let expected = evaluate(&case, &inputs, &case.dy, &double);
+        let found = evaluate(&case, &inputs, &case.dy, &place);
+        let outputs = |found: &Found| Found { gradients: Vec::new(), ..found.clone() };
+        assert_same(&outputs(&found), &outputs(&expected), exact, &format!("{} in bf16", case.name));
+        let tolerance = if matches!(case.kernel, Kernel::Linear) { exact } else { 1.0 / 128.0 };
+        assert_same(&found, &expected, tolerance, &format!("{} in bf16, backward", case.name));
+        if case.dy.len() < 6000 {
+            nan_shows(&case, &place);
+        }
+    }
 }
 
 /// A NaN in any input shows in every output that depends on it, and one in the gradient of the output shows in all gradients.
@@ -219,12 +245,15 @@ fn packed_is_separate<B: Kernels>(lengths: &[i32], place: &Place<'_, B>, toleran
 #[test]
 fn flex() {
     laws::<Flex>(&Default::default(), 3e-6, Extent::All);
+    products_of_bf16::<Flex>(&Default::default(), 3e-6);
 }
 
 #[cfg(feature = "tch")]
 #[test]
 fn tch() {
     laws::<burn::backend::LibTorch>(&Default::default(), 1e-5, Extent::All);
+    // What comes out of its products is rounded to bf16 too.
+    products_of_bf16::<burn::backend::LibTorch>(&Default::default(), 1.0 / 64.0);
 }
 
 #[cfg(feature = "vulkan")]
@@ -248,7 +277,7 @@ fn cuda() {
 #[test]
 fn results_on_flex_do_not_depend_on_the_number_of_threads() {
     let _lock = one_backward_at_a_time();
-    let place = Place::<Flex> { device: &Default::default(), dtype: DType::F32, views: false };
+    let place = Place::<Flex> { device: &Default::default(), dtype: DType::F32, views: false, compute: Compute::F32 };
     let [one, two, three] = [1, 2, 3].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
     for case in table() {
         let run = || evaluate(&case, &case.values(), &case.dy, &place);

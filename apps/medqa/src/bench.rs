@@ -24,7 +24,7 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
     if args.length < 2 {
         bail!("--length: a row that is learned from has at least 2 tokens, found {}", args.length);
     }
-    if args.train == Learned::Full && args.weights != Dtype::F32 {
+    if args.train == Learned::Full && args.weights.weights != Dtype::F32 {
         bail!("--train full: weights that learn are f32; leave --weights out, or use --train lora");
     }
     let device: &Device = &args.device.device;
@@ -33,14 +33,16 @@ pub fn bench(args: &BenchArgs) -> Result<()> {
 
 fn run<B: Kernels>(args: &BenchArgs, place: &B::Device) -> Result<()> {
     let begin = Instant::now();
-    let Loaded { model, .. } = model::load::<Autodiff<B>>(&args.model, args.weights, place)?;
+    let Loaded { model, .. } = model::load::<Autodiff<B>>(&args.model, args.weights.weights, place)?;
+    let model = model::computing(model, args.weights.compute)?;
     let load_seconds = begin.elapsed().as_secs_f64();
     let still = model.valid();
     let (forward, decode) = (forward(&still, args)?, decode(&still, args)?);
     drop(still);
     let train = if args.train == Learned::None { Value::Null } else { train(model, args)? };
     let report = json!({
-        "model": args.model.model, "device": args.device.device.to_string(), "weights": args.weights,
+        "model": args.model.model, "device": args.device.device.to_string(), "weights": args.weights.weights,
+        "compute": args.weights.compute,
         "threads": std::thread::available_parallelism().map_or(1, usize::from), "load_seconds": load_seconds,
         "forward": forward, "decode": decode, "train": train, "peak_rss_bytes": peak_rss_bytes(),
     });

@@ -17,7 +17,8 @@ pub fn chat(args: &ChatArgs) -> Result<()> {
 }
 
 fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
-    let mut loaded = model::without_adapters::<B>(&args.model, args.weights, device)?;
+    let mut loaded = model::without_adapters::<B>(&args.model, args.weights.weights, device)?;
+    loaded.model = model::computing(loaded.model, args.weights.compute)?;
     model::add_adapters(&mut loaded.model, &args.model)?;
     let settings = settings(args, loaded.tokenizer.eos_ids());
     settings.check()?;

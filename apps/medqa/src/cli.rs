@@ -12,7 +12,7 @@ use crate::{
     bench, chat,
     data::{self, Columns, Format, Schema},
     doctor, estimate, eval, export, fetch, launch, logits, quickstart,
-    recipe::{Dtype, OnTooLong},
+    recipe::{Compute, Dtype, OnTooLong},
     schedule, train,
 };
 use anyhow::{Result, anyhow};
@@ -88,9 +88,8 @@ enum Verb {
         model: ModelArgs,
         #[command(flatten)]
         device: DeviceArgs,
-        /// How weights are held in memory; packed needs a GGUF file
-        #[arg(long, default_value = "f32")]
-        weights: Dtype,
+        #[command(flatten)]
+        weights: WeightsArgs,
         /// The text
         #[arg(long)]
         text: String,
@@ -144,6 +143,17 @@ pub struct ModelArgs {
     /// Take the tokenizer from this directory or GGUF file instead of the model's
     #[arg(long)]
     pub tokenizer: Option<PathBuf>,
+}
+
+/// How the model's weights are held and multiplied.
+#[derive(Args, Clone, Copy)]
+pub struct WeightsArgs {
+    /// How weights are held in memory; packed needs a GGUF file
+    #[arg(long, default_value = "f32")]
+    pub weights: Dtype,
+    /// In what products with them are computed
+    #[arg(long, default_value = "f32")]
+    pub compute: Compute,
 }
 
 #[derive(Args)]
@@ -233,9 +243,8 @@ pub struct EvalArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// How weights are held in memory; packed needs a GGUF file
-    #[arg(long, default_value = "f32")]
-    pub weights: Dtype,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// What to measure
     #[arg(long)]
     pub task: Task,
@@ -264,9 +273,8 @@ pub struct ChatArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// How weights are held in memory; packed needs a GGUF file
-    #[arg(long, default_value = "f32")]
-    pub weights: Dtype,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// Answer this one question and stop; without it, a conversation starts
     #[arg(long)]
     pub prompt: Option<String>,

@@ -2,9 +2,8 @@
 
 use crate::{
     backend::{Device, on},
-    cli::ModelArgs,
+    cli::{ModelArgs, WeightsArgs},
     model,
-    recipe::Dtype as Weights,
 };
 use anyhow::{Context, Result};
 use burn::tensor::DType;
@@ -13,12 +12,18 @@ use safetensors::{Dtype, tensor::TensorView};
 use std::path::Path;
 
 /// The verb `logits`.
-pub fn logits((args, weights): (&ModelArgs, Weights), device: &Device, text: &str, out: &Path) -> Result<()> {
+pub fn logits((args, weights): (&ModelArgs, WeightsArgs), device: &Device, text: &str, out: &Path) -> Result<()> {
     on!(device.ready()?, |B, place| write::<B>((args, weights), place, text, out))
 }
 
-fn write<B: Kernels>((args, weights): (&ModelArgs, Weights), device: &B::Device, text: &str, out: &Path) -> Result<()> {
-    let loaded = model::load::<B>(args, weights, device)?;
+fn write<B: Kernels>(
+    (args, weights): (&ModelArgs, WeightsArgs),
+    device: &B::Device,
+    text: &str,
+    out: &Path,
+) -> Result<()> {
+    let mut loaded = model::load::<B>(args, weights.weights, device)?;
+    loaded.model = model::computing(loaded.model, weights.compute)?;
     let ids = loaded.tokenizer.encode(text, true)?;
     let logits = generate::logits(&loaded.model, &ids)?.cast(DType::F32).into_data();
     let id_bytes: Vec<u8> = ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()).collect();

@@ -1,7 +1,8 @@
 //! A model with its tokenizer, as the user named it.
 
-use crate::{adapter, cli::ModelArgs, fetch};
+use crate::{adapter, cli::ModelArgs, fetch, recipe::Compute};
 use anyhow::{Context, Result, bail};
+use burn::tensor::DType;
 use burn_llama::{
     ChatTemplate, Checkpoint, Llama, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
 };
@@ -53,6 +54,14 @@ pub fn base<B: Kernels>(name: &str, storage: impl Into<Storage>, device: &B::Dev
     let (checkpoint, tokenizer) = open(name, None)?;
     let model = checkpoint.load::<B>(storage, device)?;
     Ok(Loaded { model, tokenizer })
+}
+
+/// The model with its products computed so.
+pub fn computing<B: Kernels>(model: Llama<B>, compute: Compute) -> Result<Llama<B>> {
+    if compute == Compute::Bf16 && !B::supports_dtype(&model.device(), DType::BF16) {
+        bail!("products of bf16: this device has no bf16; take f32, or the devices cpu, tch or cuda");
+    }
+    Ok(model.computing_in(compute.into()))
 }
 
 /// A model's sizes and its tokenizer, or the one in `instead`; the weights stay in their files.

@@ -11,6 +11,7 @@ use burn::{
 };
 use burn_peft::{
     Linear, Weight,
+    kernel::Compute,
     packed::{Codec, Packed},
     param,
 };
@@ -83,6 +84,7 @@ pub(crate) fn build<B: Kernels, E>(config: &LlamaConfig, read: Read<'_, E>, devi
         prompts: Vec::new(),
         lm_head: if config.tie_word_embeddings { None } else { Some(build.linear("lm_head", false)?) },
         config: config.clone(),
+        compute: Compute::F32,
     })
 }
 

@@ -10,7 +10,7 @@ use burn::{
     },
     tensor::backend::{AutodiffBackend, Backend},
 };
-use burn_peft::kernel::Stored;
+use burn_peft::kernel::{Compute, Stored};
 
 /// Registers the gradient of a parent that carries one.
 fn register<B: Backend>(grads: &mut Gradients, node: Option<NodeId>, gradient: F<B>) {
@@ -50,6 +50,8 @@ impl<B: Kernels> Backward<B, 1> for Rope {
     }
 }
 
+/// State: gate and up, in bf16 if products of bf16 made them: halves what the largest activations take, at an error of the size
+/// that they carry already.
 #[derive(Debug)]
 struct SwiGlu;
 
@@ -87,13 +89,13 @@ impl<B: Kernels> Backward<B, 3> for Attention {
 struct CrossEntropy;
 
 impl<B: Kernels> Backward<B, 2> for CrossEntropy {
-    type State = ((F<B>, Stored<B>), Targets<B>, Losses<B>);
+    type State = ((F<B>, Stored<B>), Targets<B>, Losses<B>, Compute);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let (inputs, targets, kept) = ops.state;
+        let (inputs, targets, kept, compute) = ops.state;
         let wanted = [ops.parents[0].is_some(), ops.parents[1].is_some()];
-        let gradients = B::linear_cross_entropy_backward(inputs, &targets, (kept, dy), wanted);
+        let gradients = B::linear_cross_entropy_backward(inputs, &targets, (kept, dy), (wanted, compute));
         for (node, gradient) in ops.parents.into_iter().zip(gradients) {
             if let Some(gradient) = gradient {
                 register::<B>(grads, node.map(|n| n.id), gradient);
@@ -129,10 +131,11 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         }
     }
 
-    fn swiglu(gate: F<Self>, up: F<Self>) -> F<Self> {
-        let output = B::swiglu(gate.primitive.clone(), up.primitive.clone());
+    fn swiglu(gate: F<Self>, up: F<Self>, kept: Compute) -> F<Self> {
+        let output = B::swiglu(gate.primitive.clone(), up.primitive.clone(), kept);
+        let keep = |x| if kept == Compute::Bf16 { B::halved(x) } else { x };
         match SwiGlu.prepare::<C>([gate.node.clone(), up.node.clone()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((gate.primitive, up.primitive), output),
+            OpsKind::Tracked(prep) => prep.finish((keep(gate.primitive), keep(up.primitive)), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }
@@ -153,7 +156,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         hidden: F<Self>,
         head: Stored<Self>,
         targets: &Targets<Self>,
-        _: [bool; 2],
+        (_, compute): ([bool; 2], Compute),
     ) -> Losses<Self> {
         let targets = Targets { ids: targets.ids.clone().inner(), weights: targets.weights.clone().inner() };
         let (head_tracked, head_node, head) = match head {
@@ -167,10 +170,10 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let wanted = [hidden.is_tracked(), head_tracked];
         let nodes = [hidden.node.clone(), head_node];
         let inputs = (hidden.primitive, head);
-        let kept = B::linear_cross_entropy(inputs.0.clone(), inputs.1.clone(), &targets, wanted);
+        let kept = B::linear_cross_entropy(inputs.0.clone(), inputs.1.clone(), &targets, (wanted, compute));
         let (losses, lse) = (kept.losses.clone(), kept.lse.clone());
         let losses = match CrossEntropy.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((inputs, targets, kept), losses),
+            OpsKind::Tracked(prep) => prep.finish((inputs, targets, kept, compute), losses),
             OpsKind::UnTracked(prep) => prep.finish(losses),
         };
         Losses { losses, lse: <Self as AutodiffBackend>::from_inner(lse), unit: [None, None] }

@@ -2,7 +2,7 @@
 
 use super::{F, primitive, tensor};
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, backend::Backend, s};
-use burn_peft::kernel::{LinearKernels, Stored};
+use burn_peft::kernel::{self, Compute, LinearKernels, Stored};
 
 /// Tokens per block.
 const TOKENS: usize = 4096;
@@ -45,17 +45,26 @@ fn vocabulary_blocks(n: usize, vocabulary: usize) -> impl Iterator<Item = (usize
     blocks(vocabulary, (LOGITS / n.max(1)).max(256))
 }
 
+fn times<B: LinearKernels>(a: Tensor<B, 2>, b: Tensor<B, 2>, compute: Compute) -> Tensor<B, 2> {
+    tensor(kernel::product::<B>(primitive(a), primitive(b), compute))
+}
+
 /// Rows `from..to` of the head, in the type of the hidden states.
 fn rows<B: LinearKernels>(head: &Stored<B>, (from, to): (usize, usize), dtype: DType) -> Tensor<B, 2> {
     head.rows(from..to).cast(dtype)
 }
 
-pub(super) fn forward<B: LinearKernels>(hidden: F<B>, head: Stored<B>, targets: &Targets<B>) -> Losses<B> {
+pub(super) fn forward<B: LinearKernels>(
+    hidden: F<B>,
+    head: Stored<B>,
+    targets: &Targets<B>,
+    compute: Compute,
+) -> Losses<B> {
     let hidden = tensor::<B, 2>(hidden);
     let (mut losses, mut sums) = (Vec::new(), Vec::new());
     for (from, to) in blocks(hidden.dims()[0], TOKENS) {
         let (hidden, targets) = (hidden.clone().slice(s![from..to, ..]), targets.slice(from, to));
-        let lse = log_sum_exp(&hidden, &head);
+        let lse = log_sum_exp(&hidden, &head, compute);
         let rows = head.select(targets.ids).cast(hidden.dtype());
         let target = (hidden * rows).sum_dim(1).squeeze_dim::<1>(1);
         losses.push((lse.clone() - target) * targets.weights);
@@ -65,11 +74,11 @@ pub(super) fn forward<B: LinearKernels>(hidden: F<B>, head: Stored<B>, targets: 
 }
 
 /// `log Σ exp(hidden · headᵀ)` over the vocabulary, `[n]`.
-fn log_sum_exp<B: LinearKernels>(hidden: &Tensor<B, 2>, head: &Stored<B>) -> Tensor<B, 1> {
+fn log_sum_exp<B: LinearKernels>(hidden: &Tensor<B, 2>, head: &Stored<B>, compute: Compute) -> Tensor<B, 1> {
     let n = hidden.dims()[0];
     let mut running: Option<(Tensor<B, 2>, Tensor<B, 2>)> = None;
     for (from, to) in vocabulary_blocks(n, head.shape()[0]) {
-        let logits = hidden.clone().matmul(rows(head, (from, to), hidden.dtype()).transpose());
+        let logits = times(hidden.clone(), rows(head, (from, to), hidden.dtype()).transpose(), compute);
         let max = logits.clone().max_dim(1);
         running = Some(match running {
             None => (max.clone(), (logits - max).exp().sum_dim(1)),
@@ -89,7 +98,7 @@ pub(super) fn backward<B: LinearKernels>(
     (hidden, head): (F<B>, Stored<B>),
     targets: &Targets<B>,
     [lse, dy]: [F<B>; 2],
-    [_, trained]: [bool; 2],
+    ([_, trained], compute): ([bool; 2], Compute),
 ) -> [Option<F<B>>; 2] {
     let hidden = tensor::<B, 2>(hidden);
     let (lse, scale) = (tensor::<B, 1>(lse), tensor::<B, 1>(dy) * targets.weights.clone());
@@ -105,12 +114,12 @@ pub(super) fn backward<B: LinearKernels>(
         let mut parts = Vec::new();
         for (first, end) in vocabulary_blocks(to - from, vocabulary) {
             let w = rows(&head, (first, end), h.dtype());
-            let logits = h.clone().matmul(w.clone().transpose());
+            let logits = times(h.clone(), w.clone().transpose(), compute);
             let d_logits = (logits - lse.clone()).exp() * scale.clone();
             if trained {
-                parts.push(d_logits.clone().transpose().matmul(h.clone()));
+                parts.push(times(d_logits.clone().transpose(), h.clone(), compute));
             }
-            dh = dh + d_logits.matmul(w);
+            dh = dh + times(d_logits, w, compute);
         }
         if trained {
             let part = Tensor::cat(parts, 0).select_assign(0, ids, (h * scale).neg(), IndexingUpdateOp::Add);

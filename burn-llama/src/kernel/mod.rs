@@ -18,8 +18,8 @@ mod swiglu;
 pub use attention::Visibility;
 pub use cross_entropy::{Losses, Targets};
 
-use burn::tensor::{Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
-use burn_peft::kernel::{LinearKernels, Stored};
+use burn::tensor::{FloatDType, Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
+use burn_peft::kernel::{Compute, LinearKernels, Stored};
 
 /// A float tensor of the backend.
 type F<B> = FloatTensor<B>;
@@ -44,12 +44,18 @@ pub trait Kernels: LinearKernels {
         rope::forward::<Self>(x, cos, sin)
     }
 
-    /// `silu(gate) · up`, element by element. (Shazeer, 2020, arXiv:2002.05202.)
-    fn swiglu(gate: F<Self>, up: F<Self>) -> F<Self> {
+    /// `silu(gate) · up`, element by element. (Shazeer, 2020, arXiv:2002.05202.) In bf16, which products of bf16 gave it, a
+    /// backward pass may keep its inputs.
+    fn swiglu(gate: F<Self>, up: F<Self>, _kept: Compute) -> F<Self> {
         swiglu::forward::<Self>(gate, up)
     }
 
-    /// The gradients of `gate` and `up`.
+    /// In bf16, to be kept for a backward pass.
+    fn halved(x: F<Self>) -> F<Self> {
+        Self::float_cast(x, FloatDType::BF16)
+    }
+
+    /// The gradients of `gate` and `up`, in the type of `dy`.
     fn swiglu_backward(gate: F<Self>, up: F<Self>, dy: F<Self>) -> (F<Self>, F<Self>) {
         swiglu::backward::<Self>(gate, up, dy)
     }
@@ -73,14 +79,14 @@ pub trait Kernels: LinearKernels {
 
     /// Per token, `weight · -log softmax(hidden · headᵀ)[target]`: `hidden [n, features]`, `head [vocabulary, features]`.
     /// A packed head is never trained. `wanted` says for which of the two a backward pass will follow, so that a backend may make
-    /// gradients on the way.
+    /// gradients on the way; the products with the head are computed as told.
     fn linear_cross_entropy(
         hidden: F<Self>,
         head: Stored<Self>,
         targets: &Targets<Self>,
-        _wanted: [bool; 2],
+        (_wanted, compute): ([bool; 2], Compute),
     ) -> Losses<Self> {
-        cross_entropy::forward::<Self>(hidden, head, targets)
+        cross_entropy::forward::<Self>(hidden, head, targets, compute)
     }
 
     /// The gradients of `hidden` and `head` as far as they are `wanted`, from what the forward pass gave and the gradient
@@ -89,9 +95,9 @@ pub trait Kernels: LinearKernels {
         inputs: (F<Self>, Stored<Self>),
         targets: &Targets<Self>,
         (kept, dy): (Losses<Self>, F<Self>),
-        wanted: [bool; 2],
+        rule: ([bool; 2], Compute),
     ) -> [Option<F<Self>>; 2] {
-        cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], wanted)
+        cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], rule)
     }
 }
 

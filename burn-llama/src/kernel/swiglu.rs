@@ -10,7 +10,8 @@ pub(super) fn forward<B: Backend>(gate: F<B>, up: F<B>) -> F<B> {
 
 /// With `s = σ(gate)` and `a = gate·s`: `d up = dy·a`, `d gate = dy·up·(s + a·(1 - s))`.
 pub(super) fn backward<B: Backend>(gate: F<B>, up: F<B>, dy: F<B>) -> (F<B>, F<B>) {
-    let (gate, up, dy) = (tensor::<B, 2>(gate), tensor::<B, 2>(up), tensor::<B, 2>(dy));
+    let dy = tensor::<B, 2>(dy);
+    let [gate, up] = [gate, up].map(|kept| tensor::<B, 2>(kept).cast(dy.dtype()));
     let s = sigmoid(gate.clone());
     let a = gate * s.clone();
     let slope = s.clone() + a.clone() * (s.neg() + 1.0);

@@ -111,6 +111,6 @@ impl<B: Kernels> Layer<B> {
         let normed = self.post_attention_layernorm.forward(x.clone());
         let gate = self.mlp.gate_proj.forward(normed.clone(), pass);
         let up = self.mlp.up_proj.forward(normed, pass);
-        x + self.mlp.down_proj.forward(tensor(B::swiglu(primitive(gate), primitive(up))), pass)
+        x + self.mlp.down_proj.forward(tensor(B::swiglu(primitive(gate), primitive(up), pass.compute)), pass)
     }
 }

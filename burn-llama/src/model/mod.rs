@@ -23,7 +23,7 @@ use burn::{
     module::Module,
     tensor::{DType, Int, Tensor, TensorData, backend::Backend},
 };
-use burn_peft::{Linear, Pass, Prompt, Weight};
+use burn_peft::{Linear, Pass, Prompt, Weight, kernel::Compute};
 
 /// The token table; its path is `model.embed_tokens.weight`.
 #[derive(Module, Debug)]
@@ -54,12 +54,25 @@ pub struct Llama<B: Kernels> {
     /// with those that it names. [`Llama::hidden`] does not.
     pub prompts: Vec<Prompt<B>>,
     pub(crate) config: LlamaConfig,
+    #[module(skip)]
+    pub(crate) compute: Compute,
 }
 
 impl<B: Kernels> Llama<B> {
     /// The sizes and variants.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
+    }
+
+    /// The same model, its products with its own weights computed so; norms, attention, adapters and sums stay f32.
+    pub fn computing_in(mut self, compute: Compute) -> Self {
+        self.compute = compute;
+        self
+    }
+
+    /// The pass with the model's own precision.
+    pub(crate) fn in_its_precision(&self, pass: &Pass) -> Pass {
+        Pass { compute: self.compute, ..pass.clone() }
     }
 
     /// The device that holds the model.
@@ -120,7 +133,7 @@ impl<B: Kernels> Llama<B> {
         pass: &Pass,
     ) -> Result<Tensor<B, 2>, Error> {
         let context = self.context(layout, past.as_deref())?;
-        let (mut x, mut past) = (embeddings, past);
+        let (mut x, mut past, pass) = (embeddings, past, &self.in_its_precision(pass));
         for (index, layer) in self.model.layers.iter().enumerate() {
             x = layer.attend(x, &context, past.as_deref_mut().map(|past| (past, index)), pass);
             x = layer.transform(x, pass);
@@ -134,8 +147,8 @@ impl<B: Kernels> Llama<B> {
     /// Normalised hidden states `[n, hidden_size]` → logits `[n, vocab_size]`.
     pub fn head(&self, hidden: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
         match &self.lm_head {
-            Some(head) => head.forward(hidden, pass),
-            None => self.model.embed_tokens.weight.linear(hidden),
+            Some(head) => head.forward(hidden, &self.in_its_precision(pass)),
+            None => self.model.embed_tokens.weight.linear(hidden, self.compute),
         }
     }
 
@@ -143,6 +156,7 @@ impl<B: Kernels> Llama<B> {
     /// exist whole. An adapter on the head is not seen here.
     pub fn loss(&self, hidden: Tensor<B, 2>, targets: &Targets<B>) -> Tensor<B, 1> {
         let head = self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight);
-        tensor(B::linear_cross_entropy(primitive(hidden), head.stored(), targets, [true, true]).losses)
+        let rule = ([true, true], self.compute);
+        tensor(B::linear_cross_entropy(primitive(hidden), head.stored(), targets, rule).losses)
     }
 }

@@ -1,6 +1,6 @@
 //! The backward pass of a linear layer.
 
-use super::LinearKernels;
+use super::{Compute, LinearKernels};
 use crate::packed::Packed;
 use burn::{
     backend::autodiff::{
@@ -17,17 +17,17 @@ use burn::{
 struct LinearBackward;
 
 impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
-    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>);
+    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>, Compute);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let [x_node, weight_node] = ops.parents;
-        let (x, weight) = ops.state;
+        let (x, weight, compute) = ops.state;
         if let (Some(node), Some(weight)) = (x_node, weight) {
-            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight));
+            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight, compute));
         }
         if let (Some(node), Some(x)) = (weight_node, x) {
-            grads.register::<B>(node.id, B::linear_backward_weight(x, dy));
+            grads.register::<B>(node.id, B::linear_backward_weight(x, dy, compute));
         }
     }
 }
@@ -37,19 +37,20 @@ impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
 struct PackedBackward;
 
 impl<B: LinearKernels> Backward<B, 1> for PackedBackward {
-    type State = Packed<B>;
+    type State = (Packed<B>, Compute);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let [node] = ops.parents;
         if let Some(node) = node {
-            grads.register::<B>(node.id, B::packed_backward_input(dy, &ops.state));
+            let (weight, compute) = ops.state;
+            grads.register::<B>(node.id, B::packed_backward_input(dy, &weight, compute));
         }
     }
 }
 
 impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
-    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
         let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
         assert!(
             !weight_tracked || weight.primitive.dtype() == x.primitive.dtype(),
@@ -59,10 +60,11 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
         );
         match LinearBackward.prepare::<C>([x.node.clone(), weight.node.clone()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let state = (weight_tracked.then(|| x.primitive.clone()), x_tracked.then(|| weight.primitive.clone()));
-                prep.finish(state, B::linear_forward(x.primitive, weight.primitive))
+                let (kept_x, kept) =
+                    (weight_tracked.then(|| x.primitive.clone()), x_tracked.then(|| weight.primitive.clone()));
+                prep.finish((kept_x, kept, compute), B::linear_forward(x.primitive, weight.primitive, compute))
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive)),
+            OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive, compute)),
         }
     }
 
@@ -74,11 +76,11 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
         <Self as AutodiffBackend>::from_inner(B::unpack(&weight.inner()))
     }
 
-    fn packed_forward(x: FloatTensor<Self>, weight: &Packed<Self>) -> FloatTensor<Self> {
+    fn packed_forward(x: FloatTensor<Self>, weight: &Packed<Self>, compute: Compute) -> FloatTensor<Self> {
         let weight: Packed<B> = weight.inner();
-        let y = B::packed_forward(x.primitive, &weight);
+        let y = B::packed_forward(x.primitive, &weight, compute);
         match PackedBackward.prepare::<C>([x.node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(weight, y),
+            OpsKind::Tracked(prep) => prep.finish((weight, compute), y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }

@@ -1,23 +1,38 @@
 //! The products of a linear layer by tensor operations.
 
-use super::float_dtype;
-use burn::tensor::{TensorMetadata, backend::Backend, ops::FloatTensor};
+use super::{Compute, float_dtype};
+use burn::tensor::{DType, TensorMetadata, backend::Backend, ops::FloatTensor};
 
-pub(super) fn forward<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
-    let weight = as_type_of::<B>(&x, weight);
-    B::float_matmul(x, B::float_transpose(weight))
+pub(super) fn forward<B: Backend>(x: FloatTensor<B>, weight: FloatTensor<B>, compute: Compute) -> FloatTensor<B> {
+    product::<B>(x, B::float_transpose(weight), compute)
 }
 
-pub(super) fn backward_input<B: Backend>(dy: FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
-    let weight = as_type_of::<B>(&dy, weight);
-    B::float_matmul(dy, weight)
+pub(super) fn backward_input<B: Backend>(
+    dy: FloatTensor<B>,
+    weight: FloatTensor<B>,
+    compute: Compute,
+) -> FloatTensor<B> {
+    product::<B>(dy, weight, compute)
 }
 
-pub(super) fn backward_weight<B: Backend>(x: FloatTensor<B>, dy: FloatTensor<B>) -> FloatTensor<B> {
-    B::float_matmul(B::float_transpose(dy), x)
+pub(super) fn backward_weight<B: Backend>(x: FloatTensor<B>, dy: FloatTensor<B>, compute: Compute) -> FloatTensor<B> {
+    let dtype = x.dtype();
+    as_type::<B>(product::<B>(B::float_transpose(dy), x, compute), dtype)
 }
 
-/// `weight` in the type of `x`; the same tensor if it has it already.
-fn as_type_of<B: Backend>(x: &FloatTensor<B>, weight: FloatTensor<B>) -> FloatTensor<B> {
-    if x.dtype() == weight.dtype() { weight } else { B::float_cast(weight, float_dtype(x.dtype())) }
+/// `a·b` by tensor operations, in the type of `a`.
+pub fn product<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, compute: Compute) -> FloatTensor<B> {
+    let dtype = a.dtype();
+    match compute {
+        Compute::F32 => B::float_matmul(a, as_type::<B>(b, dtype)),
+        Compute::Bf16 => {
+            let half = |x| as_type::<B>(x, DType::BF16);
+            as_type::<B>(B::float_matmul(half(a), half(b)), dtype)
+        }
+    }
+}
+
+/// `x` in a type; the same tensor if it has it already.
+fn as_type<B: Backend>(x: FloatTensor<B>, dtype: DType) -> FloatTensor<B> {
+    if x.dtype() == dtype { x } else { B::float_cast(x, float_dtype(dtype)) }
 }

@@ -4,7 +4,7 @@
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 
-use super::scratch::with_scratch;
+use super::{Compute, scratch::with_scratch};
 use burn::tensor::bf16;
 use gemm::Parallelism;
 use half::slice::HalfFloatSliceExt;
@@ -90,16 +90,6 @@ pub enum Threads {
     One,
     /// The whole rayon pool, if the product is large enough to pay.
     All,
-}
-
-/// In what a product is computed. Sums are f32 in any case.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Compute {
-    /// Products of f32.
-    #[default]
-    F32,
-    /// Products of bf16, to which both factors are rounded first.
-    Bf16,
 }
 
 /// Whether this machine reads bf16 where they lie.

@@ -15,6 +15,7 @@ pub mod matrix;
 pub mod scratch;
 mod stored;
 
+pub use by_tensors::product;
 pub use stored::Stored;
 
 use crate::packed::{self, Packed};
@@ -22,21 +23,31 @@ use burn::tensor::{
     DType, FloatDType, Slice, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor,
 };
 
+/// In what products are computed. Their sums are f32 in any case, and so is what comes out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Compute {
+    /// Products of f32.
+    #[default]
+    F32,
+    /// Products of bf16, to which both factors are rounded first.
+    Bf16,
+}
+
 /// Products with a weight `[out, in]` that may be stored in another type than the activations.
 pub trait LinearKernels: Backend {
     /// `y = x·Wᵀ`: `x [tokens, in]`, `weight [out, in]` in f32, f16 or bf16; `y [tokens, out]` in the type of `x`.
-    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        by_tensors::forward::<Self>(x, weight)
+    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
+        by_tensors::forward::<Self>(x, weight, compute)
     }
 
     /// The gradient of `x`: `dx = dy·W`, with `dy [tokens, out]` and `weight [out, in]`.
-    fn linear_backward_input(dy: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self> {
-        by_tensors::backward_input::<Self>(dy, weight)
+    fn linear_backward_input(dy: FloatTensor<Self>, weight: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
+        by_tensors::backward_input::<Self>(dy, weight, compute)
     }
 
     /// The gradient of the weight: `dW = dyᵀ·x`, `[out, in]`, in the type of `x`.
-    fn linear_backward_weight(x: FloatTensor<Self>, dy: FloatTensor<Self>) -> FloatTensor<Self> {
-        by_tensors::backward_weight::<Self>(x, dy)
+    fn linear_backward_weight(x: FloatTensor<Self>, dy: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
+        by_tensors::backward_weight::<Self>(x, dy, compute)
     }
 
     /// The values of packed rows, `[out, in]` in f32.
@@ -45,13 +56,13 @@ pub trait LinearKernels: Backend {
     }
 
     /// [`LinearKernels::linear_forward`] with a packed weight, decoded tile by tile.
-    fn packed_forward(x: FloatTensor<Self>, weight: &Packed<Self>) -> FloatTensor<Self> {
-        packed::forward(x, weight)
+    fn packed_forward(x: FloatTensor<Self>, weight: &Packed<Self>, compute: Compute) -> FloatTensor<Self> {
+        packed::forward(x, weight, compute)
     }
 
     /// [`LinearKernels::linear_backward_input`] with a packed weight, decoded tile by tile.
-    fn packed_backward_input(dy: FloatTensor<Self>, weight: &Packed<Self>) -> FloatTensor<Self> {
-        packed::backward_input(dy, weight)
+    fn packed_backward_input(dy: FloatTensor<Self>, weight: &Packed<Self>, compute: Compute) -> FloatTensor<Self> {
+        packed::backward_input(dy, weight, compute)
     }
 
     /// `values` in the memory of `target`, of the same shape and type, where nobody else holds it.
@@ -76,10 +87,10 @@ fn float_dtype(dtype: DType) -> FloatDType {
 ///
 /// # Panics
 /// If the inner dimensions differ.
-pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>) -> Tensor<B, 2> {
+pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>, compute: Compute) -> Tensor<B, 2> {
     let ([_, features], [out, inner]) = (x.dims(), weight.dims());
     assert_eq!(features, inner, "activations have {features} features, the weight [{out}, {inner}] takes {inner}");
-    let y = B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor());
+    let y = B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor(), compute);
     tensor(y)
 }
 

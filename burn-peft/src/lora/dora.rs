@@ -1,7 +1,11 @@
 //! The magnitude of a weight, learned apart from its direction (Liu et al., 2024, arXiv:2402.09353).
 
 use super::Lora;
-use crate::{kernel, kernel::LinearKernels, param};
+use crate::{
+    kernel,
+    kernel::{Compute, LinearKernels},
+    param,
+};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
@@ -34,7 +38,7 @@ pub(crate) fn norm<B: LinearKernels>(lora: &Lora<B>, weight: Tensor<B, 2>) -> Te
     // A detached leaf still asks for a gradient, which a weight in half precision cannot have.
     let weight = weight.detach().set_require_grad(false);
     let (a, b) = (lora.lora_a.val().detach(), lora.lora_b.val().detach());
-    let across = kernel::linear(a.clone(), weight.clone()).transpose() * (2.0 * lora.scaling);
+    let across = kernel::linear(a.clone(), weight.clone(), Compute::F32).transpose() * (2.0 * lora.scaling);
     let own = b.clone().matmul(a.clone().matmul(a.transpose())) * lora.scaling.powi(2);
     let weight = weight.cast(DType::F32);
     let square = (weight.clone() * weight).sum_dim(1) + ((across + own) * b).sum_dim(1);

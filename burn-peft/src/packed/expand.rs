@@ -1,7 +1,7 @@
 //! The products with a packed weight as tensor operations: shifts and masks of integers, a tile of rows at a time.
 
 use super::{BlockType, Codec, Packed, nf4};
-use crate::kernel::{self, LinearKernels};
+use crate::kernel::{self, Compute, LinearKernels};
 use burn::tensor::{
     DType, ElementConversion, Int, Tensor, TensorData, TensorMetadata, backend::Backend, ops::FloatTensor, s,
 };
@@ -20,23 +20,31 @@ fn tiles<B: LinearKernels>(weight: &Packed<B>, dtype: DType) -> impl Iterator<It
 }
 
 /// `x·Wᵀ`.
-pub(crate) fn forward<B: LinearKernels>(x: FloatTensor<B>, weight: &Packed<B>) -> FloatTensor<B> {
+pub(crate) fn forward<B: LinearKernels>(x: FloatTensor<B>, weight: &Packed<B>, compute: Compute) -> FloatTensor<B> {
     let dtype = x.dtype();
     let x = kernel::tensor::<B, 2>(x);
-    let parts = tiles(weight, dtype).map(|(_, tile)| x.clone().matmul(tile.transpose())).collect();
+    let parts = tiles(weight, dtype).map(|(_, tile)| times(x.clone(), tile.transpose(), compute)).collect();
     Tensor::cat(parts, 1).into_primitive().tensor()
 }
 
 /// `dy·W`.
-pub(crate) fn backward_input<B: LinearKernels>(dy: FloatTensor<B>, weight: &Packed<B>) -> FloatTensor<B> {
+pub(crate) fn backward_input<B: LinearKernels>(
+    dy: FloatTensor<B>,
+    weight: &Packed<B>,
+    compute: Compute,
+) -> FloatTensor<B> {
     let dtype = dy.dtype();
     let dy = kernel::tensor::<B, 2>(dy);
     let parts = tiles(weight, dtype).map(|(from, tile)| {
         let rows = tile.dims()[0];
-        dy.clone().slice(s![.., from..from + rows]).matmul(tile)
+        times(dy.clone().slice(s![.., from..from + rows]), tile, compute)
     });
     let sum = parts.reduce(|sum, part| sum + part).expect("a weight has rows");
     sum.into_primitive().tensor()
+}
+
+fn times<B: LinearKernels>(a: Tensor<B, 2>, b: Tensor<B, 2>, compute: Compute) -> Tensor<B, 2> {
+    kernel::tensor(kernel::product::<B>(a.into_primitive().tensor(), b.into_primitive().tensor(), compute))
 }
 
 /// The values `[out, in]` in f32.
@@ -222,8 +230,14 @@ mod tests {
                 Tensor::<Flex, 2>::from_data(data, &Default::default()).into_primitive().tensor()
             };
             let pairs = [
-                (forward(tensor(features), &weight), Flex::packed_forward(tensor(features), &weight)),
-                (backward_input(tensor(out), &weight), Flex::packed_backward_input(tensor(out), &weight)),
+                (
+                    forward(tensor(features), &weight, Compute::F32),
+                    Flex::packed_forward(tensor(features), &weight, Compute::F32),
+                ),
+                (
+                    backward_input(tensor(out), &weight, Compute::F32),
+                    Flex::packed_backward_input(tensor(out), &weight, Compute::F32),
+                ),
             ];
             for (found, expected) in pairs {
                 let [found, expected] = [found, expected].map(kernel::tensor::<Flex, 2>);

@@ -12,7 +12,7 @@ pub mod nf4;
 pub use block::BlockType;
 pub(crate) use expand::{backward_input, forward, unpack};
 
-use crate::kernel::{self, LinearKernels};
+use crate::kernel::{self, Compute, LinearKernels};
 use burn::tensor::{
     DType, Int, Tensor, TensorData,
     backend::{AutodiffBackend, Backend},
@@ -226,10 +226,10 @@ impl<B: LinearKernels> Packed<B> {
     ///
     /// # Panics
     /// If the inner dimensions differ.
-    pub fn linear(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    pub fn linear(&self, x: Tensor<B, 2>, compute: Compute) -> Tensor<B, 2> {
         let (features, [out, inner]) = (x.dims()[1], self.shape());
         assert_eq!(features, inner, "activations have {features} features, the weight [{out}, {inner}] takes {inner}");
-        kernel::tensor(B::packed_forward(x.into_primitive().tensor(), self))
+        kernel::tensor(B::packed_forward(x.into_primitive().tensor(), self, compute))
     }
 }
 

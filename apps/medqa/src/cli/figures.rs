@@ -1,10 +1,7 @@
 //! Verbs that tell figures and train nothing: `estimate`, `bench`, `schedule`.
 
-use super::{DeviceArgs, ModelArgs};
-use crate::{
-    fetch,
-    recipe::{Dtype, MethodKind},
-};
+use super::{DeviceArgs, ModelArgs, WeightsArgs};
+use crate::{fetch, recipe::MethodKind};
 use burn_zero::pipeline::Kind;
 use clap::{Args, ValueEnum};
 use std::{
@@ -73,9 +70,8 @@ pub struct BenchArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// How weights are held in memory; packed needs a GGUF file
-    #[arg(long, default_value = "f32")]
-    pub weights: Dtype,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// Tokens of a sequence that is read, and of a row that is learned from
     #[arg(long, default_value_t = 512)]
     pub length: usize,

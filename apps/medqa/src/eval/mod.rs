@@ -46,7 +46,8 @@ fn shorten(result: &mut Value) {
 /// With several adapters, a table of them and of the model without any; else the figures of what was asked for. Either way with
 /// the loss on a neutral text, before and after.
 fn measure<B: Kernels>(args: &EvalArgs, device: &B::Device, rows: &[Row]) -> Result<Value> {
-    let mut loaded = model::without_adapters::<B>(&args.model, args.weights, device)?;
+    let mut loaded = model::without_adapters::<B>(&args.model, args.weights.weights, device)?;
+    loaded.model = model::computing(loaded.model, args.weights.compute)?;
     let (before, tokens) = neutral::neutral(&loaded)?;
     let several = args.model.adapter.len() > 1;
     let base = (several || args.model.adapter.is_empty()).then(|| task(&loaded, rows, args)).transpose()?;

@@ -11,7 +11,7 @@ use burn_zero::ds_config::{
 use serde_json::json;
 use toml::Value;
 
-use super::{Dtype, Recipe};
+use super::{Compute, Dtype, Recipe};
 use crate::fetch;
 
 /// What a file says about a key of the recipe.
@@ -69,9 +69,9 @@ pub fn read(recipe: &Recipe, world: u64) -> Result<Option<Foreign>> {
 fn auto(recipe: &Recipe, document: &Document) -> Result<AutoValues> {
     let train = &recipe.train;
     let (optimizer, steps) = (&train.optimizer, &train.steps);
-    let precision = match recipe.model.dtype {
-        Some(Dtype::F16) => AutoPrecision::F16,
-        Some(Dtype::Bf16) => AutoPrecision::Bf16,
+    let precision = match (recipe.model.compute, recipe.model.dtype) {
+        (Compute::Bf16, _) | (_, Some(Dtype::Bf16)) => AutoPrecision::Bf16,
+        (_, Some(Dtype::F16)) => AutoPrecision::F16,
         _ => AutoPrecision::F32,
     };
     // Bucket sizes follow from the model's width; only then is the model looked for.
@@ -215,23 +215,20 @@ impl Foreign {
         }
     }
 
-    /// `fp16` and `bf16`. Sums are f32 whatever weights are stored in.
+    /// `fp16` and `bf16`. Sums and weights that learn are f32 in any case.
     fn numbers(&mut self, config: &DsConfig, dtype: Option<Dtype>) {
-        let (block, name) = match config.precision {
-            Precision::F32 => return,
-            Precision::Bf16 => ("bf16", "bf16"),
-            Precision::F16 { .. } => {
-                self.note(
-                    "fp16.loss_scale",
-                    "weights are stored in f16 and gradients computed in f32, which need no scale",
-                );
-                ("fp16", "f16")
+        match config.precision {
+            Precision::F32 => {}
+            Precision::Bf16 => self.say("model.compute", "bf16.enabled", "bf16"),
+            Precision::F16 { .. } if dtype.is_some_and(Dtype::is_packed) => {
+                self.note("fp16.enabled", "`model.dtype` says that weights are packed");
             }
-        };
-        if dtype.is_some_and(Dtype::is_packed) {
-            return self.note(&format!("{block}.enabled"), "`model.dtype` says that weights are packed");
+            Precision::F16 { .. } => {
+                let instead = "weights are stored in f16 and gradients computed in f32, which need no scale";
+                self.note("fp16.loss_scale", instead);
+                self.say("model.dtype", "fp16.enabled", "f16");
+            }
         }
-        self.say("model.dtype", format!("{block}.enabled"), name);
     }
 
     fn optimizer(&mut self, document: &Document, config: &DsConfig) {

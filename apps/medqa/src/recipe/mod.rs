@@ -27,7 +27,7 @@ use crate::fetch;
 pub use foreign::schedule as deepspeed_schedule;
 pub use method::{Choice, Lora, Method, MethodKind, Scope, VirtualTokens};
 pub use parallel::{Division, Files, Offload, Parallel, Place};
-pub use tables::{Data, Dtype, Model, OnTooLong};
+pub use tables::{Compute, Data, Dtype, Model, OnTooLong};
 pub use train::{Optimizer, OptimizerKind, ReportTo, Saving, Schedule, Scheduler, Steps, Train};
 pub use value::{Checkpointing, Layers, TargetModules};
 
@@ -89,9 +89,11 @@ impl Recipe {
             self.method.scope.target_modules.get_or_insert_default();
         }
         let gguf = self.model.path.to_ascii_lowercase().ends_with(".gguf") || self.model.path == fetch::SMOLLM2;
+        let learns = matches!(kind, MethodKind::Full | MethodKind::Freeze);
         self.model.dtype.get_or_insert(match (kind, gguf) {
             (MethodKind::QLora, true) => Dtype::Packed,
             (MethodKind::QLora, false) => Dtype::Nf4,
+            _ if self.model.compute == Compute::Bf16 && !learns => Dtype::Bf16,
             _ => Dtype::F32,
         });
         self.train.optimizer.learning_rate.get_or_insert(kind.learning_rate());

@@ -2,6 +2,7 @@
 
 use burn::tensor::DType;
 use burn_llama::Storage;
+use burn_peft::kernel;
 use serde::{Deserialize, Serialize};
 
 use super::value::{Source, sources};
@@ -17,6 +18,28 @@ pub struct Model {
     /// file's own blocks, or nf4.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
+    /// In what products with the model's weights are computed; with bf16, weights that do not learn are stored so by default.
+    pub compute: Compute,
+}
+
+/// In what products are computed. Norms, attention, adapters, sums, the optimizer and weights that learn are f32 either way.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// Products of f32
+    #[default]
+    F32,
+    /// Products of bf16, to which both factors are rounded: faster where the machine multiplies them itself
+    Bf16,
+}
+
+impl From<Compute> for kernel::Compute {
+    fn from(compute: Compute) -> Self {
+        match compute {
+            Compute::F32 => Self::F32,
+            Compute::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// How a frozen weight is stored.

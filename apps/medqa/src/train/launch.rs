@@ -98,7 +98,8 @@ fn run_on<B: Kernels>(
     let watch = Watch::begin()?;
     let config = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?.config().clone();
     memory::check(&Load::least(&config, &recipe, communicator.world() as u64), &recipe, &options.device)?;
-    let loaded = model::base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
+    let mut loaded = model::base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
+    loaded.model = model::computing(loaded.model, recipe.model.compute)?;
     let (run, model) = Run::<B>::new(recipe, options, (loaded, communicator))?;
     learner::launch(run, model, watch.interrupter())
 }

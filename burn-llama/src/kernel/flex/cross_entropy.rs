@@ -9,13 +9,15 @@ use crate::kernel::{Losses, Targets, tensor as wrapped};
 use burn::{backend::Flex, tensor::DType};
 use burn_flex::FlexTensor;
 use burn_peft::kernel::{
-    LinearKernels, Stored,
-    matrix::{Matrix, Output, Threads, product},
+    Compute, LinearKernels, Stored,
+    matrix::{self, Matrix, Output, Threads, product_in},
 };
 use rayon::prelude::*;
 
-/// The number of logits that exist at a time, unless that is fewer than 64 tokens'.
-const LOGITS: usize = 1 << 22;
+/// The number of logits that exist at a time, unless that is fewer than two blocks of tokens.
+const LOGITS: usize = 1 << 23;
+/// Tokens that products take together.
+const TOKENS: usize = 32;
 /// Rows of a head in half precision or packed that are widened at a time.
 const ROWS: usize = 4096;
 
@@ -24,11 +26,19 @@ struct Head<'a> {
     weight: &'a Stored<Flex>,
     vocabulary: usize,
     width: usize,
+    compute: Compute,
 }
 
 impl Head<'_> {
     /// Calls `work` with the first row and the values of one block after the other.
     fn blocks(&self, mut work: impl FnMut(usize, Matrix<'_>, usize)) {
+        let halves = match self.weight {
+            Stored::Dense(weight) if weight.dtype() == DType::BF16 && matrix::widens() => Some(weight.storage()),
+            _ => None,
+        };
+        if let Some(values) = halves {
+            return work(0, Matrix::of_bf16(values, [self.vocabulary, self.width]), self.vocabulary);
+        }
         let step = match self.weight {
             Stored::Dense(weight) if weight.dtype() == DType::F32 => self.vocabulary,
             _ => ROWS,
@@ -50,7 +60,7 @@ impl Head<'_> {
     }
 
     fn tokens(&self) -> usize {
-        (LOGITS / self.vocabulary).max(64)
+        (LOGITS / self.vocabulary / TOKENS).max(2) * TOKENS
     }
 }
 
@@ -69,7 +79,7 @@ pub(super) fn forward(
     hidden: FlexTensor,
     head: Stored<Flex>,
     targets: &Targets<Flex>,
-    wanted: [bool; 2],
+    (wanted, compute): ([bool; 2], Compute),
 ) -> Losses<Flex> {
     let weights = contiguous(targets.weights.clone().into_primitive().tensor());
     let weight = match head {
@@ -78,7 +88,7 @@ pub(super) fn forward(
     };
     let hidden = contiguous(hidden);
     let ([n, width], [vocabulary, _]) = (hidden.layout().shape().dims(), weight.shape());
-    let head = Head { weight: &weight, vocabulary, width };
+    let head = Head { weight: &weight, vocabulary, width, compute };
     let (ids, weights) = (integers(targets.ids.to_data()), values(&weights));
     let room = |wanted: bool, size: usize| if wanted { vec![0.0; size] } else { Vec::new() };
     let (mut losses, mut lse) = (vec![0.0; n], vec![0.0; n]);
@@ -104,7 +114,7 @@ fn block(head: &Head<'_>, tokens: Matrix<'_>, (ids, weights): (&[i32], &[f32]), 
     with_scratch(n * vocabulary, |logits| {
         head.blocks(|from, rows, _| {
             let to = Output { values: &mut logits[from..], stride: vocabulary, add: false };
-            product(to, tokens, rows.transposed(), 1.0, Threads::All);
+            product_in(head.compute, to, tokens, rows.transposed(), 1.0, Threads::All);
         });
         let rows = logits.par_chunks_exact_mut(vocabulary).zip(sums.losses).zip(sums.lse);
         rows.zip(ids.par_iter().zip(weights)).for_each(|(((logits, loss), lse), (&id, &weight))| {
@@ -115,12 +125,12 @@ fn block(head: &Head<'_>, tokens: Matrix<'_>, (ids, weights): (&[i32], &[f32]), 
             head.blocks(|from, rows, count| {
                 let part = Matrix::strided(&logits[from..], [n, count], vocabulary);
                 let to = Output { values: sums.d_hidden, stride: width, add: from > 0 };
-                product(to, part, rows, 1.0, Threads::All);
+                product_in(head.compute, to, part, rows, 1.0, Threads::All);
             });
         }
         if !sums.d_head.is_empty() {
             let to = Output { values: sums.d_head, stride: width, add: true };
-            product(to, Matrix::new(logits, [n, vocabulary]).transposed(), tokens, 1.0, Threads::All);
+            product_in(head.compute, to, Matrix::new(logits, [n, vocabulary]).transposed(), tokens, 1.0, Threads::All);
         }
     });
 }
@@ -151,7 +161,7 @@ pub(super) fn backward(
     (hidden, head): (FlexTensor, Stored<Flex>),
     targets: &Targets<Flex>,
     (kept, dy): (Losses<Flex>, FlexTensor),
-    wanted: [bool; 2],
+    (wanted, compute): ([bool; 2], Compute),
 ) -> [Option<FlexTensor>; 2] {
     let factors = contiguous(dy.clone());
     let factor = values(&factors).first().copied().unwrap_or(0.0);
@@ -161,7 +171,7 @@ pub(super) fn backward(
         return kept.unit.map(|unit| unit.map(|unit| times(unit, factor)));
     }
     let weights = targets.weights.clone() * wrapped::<Flex, 1>(dy);
-    forward(hidden, head, &Targets { ids: targets.ids.clone(), weights }, wanted).unit
+    forward(hidden, head, &Targets { ids: targets.ids.clone(), weights }, (wanted, compute)).unit
 }
 
 /// In place where nobody else holds the tensor.

@@ -4,6 +4,7 @@ use super::{
     buffer::{contiguous, tensor, unwritten, values},
     lanes::{exp, vectorized},
 };
+use burn::tensor::{DType, TensorData, bf16};
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
@@ -53,10 +54,65 @@ pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     tensor(out, &shape)
 }
 
+/// Rounds to bf16.
+pub(super) fn halved(x: FlexTensor) -> FlexTensor {
+    let x = contiguous(x);
+    let (shape, x) = (x.layout().shape().clone(), values(&x));
+    let mut out = Vec::with_capacity(x.len());
+    let room = &mut out.spare_capacity_mut()[..x.len()];
+    room.par_chunks_mut(BLOCK).zip(x.par_chunks(BLOCK)).for_each(|(out, x)| {
+        vectorized(
+            #[inline(always)]
+            || {
+                for (out, &x) in out.iter_mut().zip(x) {
+                    out.write(bf16::from_bits(rounded(x)));
+                }
+            },
+        )
+    });
+    // SAFETY: every value was written.
+    unsafe { out.set_len(x.len()) };
+    FlexTensor::from_data(TensorData::new(out, shape))
+}
+
+/// The bits of the nearest bf16, ties to even; a NaN stays one.
+#[inline(always)]
+fn rounded(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { (bits >> 16) as u16 | 0x40 } else { nearest as u16 }
+}
+
+/// A value that is read as f32.
+trait Widen: Copy + Sync {
+    fn widen(self) -> f32;
+}
+
+impl Widen for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+}
+
+impl Widen for bf16 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+}
+
+/// Of gate and up in f32 or both in bf16.
 pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, dy: FlexTensor) -> (FlexTensor, FlexTensor) {
     let (gate, up, dy) = (contiguous(gate), contiguous(up), contiguous(dy));
-    let shape = gate.layout().shape().clone();
-    let (gate, up, dy) = (values(&gate), values(&up), values(&dy));
+    let (shape, dy) = (gate.layout().shape().clone(), values(&dy));
+    if gate.dtype() == DType::BF16 {
+        return gated_backward((gate.storage::<bf16>(), up.storage::<bf16>(), dy), &shape);
+    }
+    gated_backward((values(&gate), values(&up), dy), &shape)
+}
+
+fn gated_backward<T: Widen>((gate, up, dy): (&[T], &[T], &[f32]), shape: &[usize]) -> (FlexTensor, FlexTensor) {
     let (mut d_gate, mut d_up) = (unwritten(gate.len()), unwritten(gate.len()));
     let outputs = d_gate.par_chunks_mut(BLOCK).zip(d_up.par_chunks_mut(BLOCK));
     let inputs = gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK));
@@ -66,6 +122,7 @@ pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, dy: FlexTensor) 
             || {
                 let inputs = gate.iter().zip(up).zip(dy);
                 for ((d_gate, d_up), ((&gate, &up), &dy)) in d_gate.iter_mut().zip(d_up).zip(inputs) {
+                    let (gate, up) = (gate.widen(), up.widen());
                     let s = 1.0 / (1.0 + exp(-gate));
                     let a = gate * s;
                     *d_up = dy * a;
@@ -74,5 +131,5 @@ pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, dy: FlexTensor) 
             },
         )
     });
-    (tensor(d_gate, &shape), tensor(d_up, &shape))
+    (tensor(d_gate, shape), tensor(d_up, shape))
 }

@@ -11,9 +11,12 @@ mod rms_norm;
 mod visible;
 
 use super::{F, Kernels, Losses, Targets, Visibility};
-use burn::{backend::Flex, tensor::DType};
+use burn::{
+    backend::Flex,
+    tensor::{DType, FloatDType, ops::FloatTensorOps},
+};
 use burn_flex::FlexTensor;
-use burn_peft::kernel::Stored;
+use burn_peft::kernel::{Compute, Stored};
 
 /// Whether all are f32.
 fn plain(tensors: &[&FlexTensor]) -> bool {
@@ -48,15 +51,20 @@ impl Kernels for Flex {
         }
     }
 
-    fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
+    fn swiglu(gate: FlexTensor, up: FlexTensor, _: Compute) -> FlexTensor {
         if plain(&[&gate, &up]) { elementwise::swiglu(gate, up) } else { super::swiglu::forward::<Self>(gate, up) }
     }
 
     fn swiglu_backward(gate: FlexTensor, up: FlexTensor, dy: FlexTensor) -> (FlexTensor, FlexTensor) {
-        if plain(&[&gate, &up, &dy]) {
+        let halves = [&gate, &up].iter().all(|kept| kept.dtype() == DType::BF16);
+        if plain(&[&dy]) && (halves || plain(&[&gate, &up])) {
             return elementwise::swiglu_backward(gate, up, dy);
         }
         super::swiglu::backward::<Self>(gate, up, dy)
+    }
+
+    fn halved(x: FlexTensor) -> FlexTensor {
+        if plain(&[&x]) { elementwise::halved(x) } else { Self::float_cast(x, FloatDType::BF16) }
     }
 
     fn flash_attention(qkv: [F<Self>; 3], visibility: &Visibility<Self>) -> (F<Self>, F<Self>) {
@@ -77,23 +85,23 @@ impl Kernels for Flex {
         hidden: F<Self>,
         head: Stored<Self>,
         targets: &Targets<Self>,
-        wanted: [bool; 2],
+        rule: ([bool; 2], Compute),
     ) -> Losses<Self> {
         if plain(&[&hidden]) {
-            return cross_entropy::forward(hidden, head, targets, wanted);
+            return cross_entropy::forward(hidden, head, targets, rule);
         }
-        super::cross_entropy::forward::<Self>(hidden, head, targets)
+        super::cross_entropy::forward::<Self>(hidden, head, targets, rule.1)
     }
 
     fn linear_cross_entropy_backward(
         inputs: (F<Self>, Stored<Self>),
         targets: &Targets<Self>,
         (kept, dy): (Losses<Self>, F<Self>),
-        wanted: [bool; 2],
+        rule: ([bool; 2], Compute),
     ) -> [Option<F<Self>>; 2] {
         if plain(&[&inputs.0]) {
-            return cross_entropy::backward(inputs, targets, (kept, dy), wanted);
+            return cross_entropy::backward(inputs, targets, (kept, dy), rule);
         }
-        super::cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], wanted)
+        super::cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], rule)
     }
 }

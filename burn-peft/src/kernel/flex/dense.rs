@@ -2,17 +2,18 @@
 
 use super::tensor;
 use crate::kernel::{
+    Compute,
     matrix::{self, Matrix, Output, Threads},
     scratch::unwritten,
 };
 use burn_flex::FlexTensor;
 
 /// `a·b`, `[m, k]·[k, n]`.
-pub(super) fn product(a: Matrix<'_>, b: Matrix<'_>) -> FlexTensor {
+pub(super) fn product(a: Matrix<'_>, b: Matrix<'_>, compute: Compute) -> FlexTensor {
     let shape = [a.shape()[0], b.shape()[1]];
     let mut values = unwritten(shape[0] * shape[1]);
     let to = Output { values: &mut values, stride: shape[1], add: false };
-    matrix::product(to, a, b, 1.0, Threads::All);
+    matrix::product_in(compute, to, a, b, 1.0, Threads::All);
     tensor(values, shape)
 }
 

@@ -5,7 +5,7 @@ mod dense;
 mod floats;
 mod rows;
 
-use super::{LinearKernels, by_tensors, float_dtype};
+use super::{Compute, LinearKernels, by_tensors, float_dtype};
 use crate::packed::Packed;
 use burn::{
     backend::Flex,
@@ -15,38 +15,40 @@ use burn_flex::FlexTensor;
 use rows::Rows;
 
 impl LinearKernels for Flex {
-    fn linear_forward(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
+    fn linear_forward(x: FlexTensor, weight: FlexTensor, compute: Compute) -> FlexTensor {
         match x.dtype() {
-            DType::F64 => by_tensors::forward::<Self>(x, weight),
-            _ => in_f32(x, |x| rows::forward(x, &Rows::floats(weight))),
+            DType::F64 => by_tensors::forward::<Self>(x, weight, compute),
+            _ => in_f32(x, |x| rows::forward(x, &Rows::floats(weight), compute)),
         }
     }
 
-    fn linear_backward_input(dy: FlexTensor, weight: FlexTensor) -> FlexTensor {
+    fn linear_backward_input(dy: FlexTensor, weight: FlexTensor, compute: Compute) -> FlexTensor {
         match dy.dtype() {
-            DType::F64 => by_tensors::backward_input::<Self>(dy, weight),
-            _ => in_f32(dy, |dy| rows::backward_input(dy, &Rows::floats(weight))),
+            DType::F64 => by_tensors::backward_input::<Self>(dy, weight, compute),
+            _ => in_f32(dy, |dy| rows::backward_input(dy, &Rows::floats(weight), compute)),
         }
     }
 
-    fn linear_backward_weight(x: FlexTensor, dy: FlexTensor) -> FlexTensor {
+    fn linear_backward_weight(x: FlexTensor, dy: FlexTensor, compute: Compute) -> FlexTensor {
         if x.dtype() == DType::F64 {
-            return by_tensors::backward_weight::<Self>(x, dy);
+            return by_tensors::backward_weight::<Self>(x, dy, compute);
         }
         let dy = float(dy);
-        in_f32(x, |x| dense::with_matrix(x, |x| dense::with_matrix(&dy, |dy| dense::product(dy.transposed(), x))))
+        in_f32(x, |x| {
+            dense::with_matrix(x, |x| dense::with_matrix(&dy, |dy| dense::product(dy.transposed(), x, compute)))
+        })
     }
 
     fn unpack(weight: &Packed<Self>) -> FlexTensor {
         Rows::packed(weight).unpack()
     }
 
-    fn packed_forward(x: FlexTensor, weight: &Packed<Self>) -> FlexTensor {
-        in_f32(x, |x| rows::forward(x, &Rows::packed(weight)))
+    fn packed_forward(x: FlexTensor, weight: &Packed<Self>, compute: Compute) -> FlexTensor {
+        in_f32(x, |x| rows::forward(x, &Rows::packed(weight), compute))
     }
 
-    fn packed_backward_input(dy: FlexTensor, weight: &Packed<Self>) -> FlexTensor {
-        in_f32(dy, |dy| rows::backward_input(dy, &Rows::packed(weight)))
+    fn packed_backward_input(dy: FlexTensor, weight: &Packed<Self>, compute: Compute) -> FlexTensor {
+        in_f32(dy, |dy| rows::backward_input(dy, &Rows::packed(weight), compute))
     }
 
     /// Flex's own assignment of a slice copies what it assigns to.

@@ -4,7 +4,8 @@
 use super::{dense, float, floats, tensor};
 use crate::{
     kernel::{
-        matrix::{self, Matrix, Output, Threads, product},
+        Compute,
+        matrix::{self, Matrix, Output, Threads, product_in},
         scratch::{unwritten, vectorized, with_scratch},
     },
     packed::{Codec, Packed, RowCodec, RowUser},
@@ -185,7 +186,7 @@ impl RowUser for Multiply<'_> {
 }
 
 /// `x·Wᵀ [tokens, out]`.
-pub(super) fn forward(x: &FlexTensor, rows: &Rows) -> FlexTensor {
+pub(super) fn forward(x: &FlexTensor, rows: &Rows, compute: Compute) -> FlexTensor {
     let [tokens, features] = x.layout().shape().dims();
     assert_eq!(features, rows.features, "{features} features meet a weight of {}", rows.features);
     let mut y = unwritten(tokens * rows.out);
@@ -194,12 +195,12 @@ pub(super) fn forward(x: &FlexTensor, rows: &Rows) -> FlexTensor {
         few(&mut y, x.storage::<f32>(), rows);
     } else if let Some(weight) = rows.matrix() {
         let to = Output { values: &mut y, stride: rows.out, add: false };
-        dense::with_matrix(x, |x| product(to, x, weight.transposed(), 1.0, Threads::All));
+        dense::with_matrix(x, |x| product_in(compute, to, x, weight.transposed(), 1.0, Threads::All));
     } else {
         dense::with_matrix(x, |x| {
             rows.tiles(|first, tile, _| {
                 let to = Output { values: &mut y[first..], stride: rows.out, add: false };
-                product(to, x, tile.transposed(), 1.0, Threads::All);
+                product_in(compute, to, x, tile.transposed(), 1.0, Threads::All);
             });
         });
     }
@@ -231,11 +232,11 @@ fn across(y: &mut [f32], x: &[f32], rows: &Rows) {
 }
 
 /// `dy·W [tokens, in]`.
-pub(super) fn backward_input(dy: &FlexTensor, rows: &Rows) -> FlexTensor {
+pub(super) fn backward_input(dy: &FlexTensor, rows: &Rows, compute: Compute) -> FlexTensor {
     let [tokens, out] = dy.layout().shape().dims();
     assert_eq!(out, rows.out, "the gradient of {out} outputs meets a weight of {}", rows.out);
     if let Some(weight) = rows.matrix() {
-        return dense::with_matrix(dy, |dy| dense::product(dy, weight));
+        return dense::with_matrix(dy, |dy| dense::product(dy, weight, compute));
     }
     let dy = dy.to_contiguous();
     let mut dx = unwritten(tokens * rows.features);
@@ -243,7 +244,7 @@ pub(super) fn backward_input(dy: &FlexTensor, rows: &Rows) -> FlexTensor {
         rows.tiles(|first, tile, count| {
             let to = Output { values: &mut dx, stride: rows.features, add: first > 0 };
             let part = Matrix::strided(&dy.storage::<f32>()[first..], [tokens, count], out);
-            product(to, part, tile, 1.0, Threads::All);
+            product_in(compute, to, part, tile, 1.0, Threads::All);
         });
     }
     tensor(dx, [tokens, rows.features])

@@ -11,7 +11,8 @@
 mod micro;
 mod pack;
 
-use super::{Compute, Matrix, Output, Threads, Values};
+use super::{Matrix, Output, Threads, Values};
+use crate::kernel::Compute;
 use rayon::prelude::*;
 use std::cell::Cell;
 
