@@ -16,6 +16,7 @@ mod export;
 mod fetch;
 mod launch;
 mod logits;
+pub mod memory;
 mod model;
 mod quickstart;
 pub mod recipe;

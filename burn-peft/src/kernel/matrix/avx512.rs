@@ -22,8 +22,8 @@ const WIDTH: usize = 32;
 const ROWS: usize = 12;
 /// Words of the inner dimension that are summed before the sum is stored.
 const DEPTH: usize = 768;
-/// Panels of the vector side that a thread packs at a time, at most: with [`DEPTH`] words they fill half its cache.
-const PANELS: usize = 6;
+/// Words of the vector side that a thread packs at a time: they fill half of its second-level cache.
+const PACKED: usize = 1 << 17;
 /// Rows of the broadcast side that are worth a task of their own.
 const TASK_ROWS: usize = 8 * ROWS;
 /// Multiplications that are worth waking other threads.
@@ -154,12 +154,24 @@ impl Work {
     fn split(&self, threads: usize) -> [usize; 2] {
         let panels = self.vectors.count.div_ceil(WIDTH);
         let columns = if panels < 2 * threads {
-            panels.div_ceil(PANELS)
+            1
         } else {
-            panels.div_ceil(PANELS).max(2 * threads).next_multiple_of(threads).min(panels)
+            let least = panels.div_ceil(self.panels()).max(2 * threads);
+            least.next_multiple_of(threads).min(panels)
         };
         let rows = (2 * threads).div_ceil(columns).min(self.broadcast.count.div_ceil(TASK_ROWS)).max(1);
         [rows, columns]
+    }
+
+    /// Words of the inner dimension that are summed at a time: parts of like size, whole registers.
+    fn depth(&self) -> usize {
+        let words = self.k.div_ceil(self.pair());
+        words.div_ceil(words.div_ceil(DEPTH)).next_multiple_of(16)
+    }
+
+    /// Panels of the vector side that are packed at a time.
+    fn panels(&self) -> usize {
+        (PACKED / (self.depth() * WIDTH)).max(1)
     }
 
     /// Inner values in a word.
@@ -169,14 +181,13 @@ impl Work {
 
     /// The product of some rows of the broadcast side with some panels of the vector side.
     fn part(&self, [rows, panels]: [std::ops::Range<usize>; 2]) {
-        let words = self.k.div_ceil(self.pair());
-        // Parts of like size, whole registers.
-        let depth = words.div_ceil(words.div_ceil(DEPTH)).next_multiple_of(16);
-        let room = PANELS.min(panels.len()) * depth * WIDTH;
+        let (words, depth) = (self.k.div_ceil(self.pair()), self.depth());
+        let step = self.panels().min(panels.len()).max(1);
+        let room = step * depth * WIDTH;
         with_words(room + micro::STAGE * depth, |scratch| {
             let stage = scratch.wrapping_add(room);
-            for from in panels.clone().step_by(PANELS) {
-                let panels = from..panels.end.min(from + PANELS);
+            for from in panels.clone().step_by(step) {
+                let panels = from..panels.end.min(from + step);
                 for start in (0..words).step_by(depth) {
                     let inner = [start * self.pair(), self.k.min((start + depth) * self.pair())];
                     // SAFETY: the scratch has room for these panels and a stage, and all indices exist.

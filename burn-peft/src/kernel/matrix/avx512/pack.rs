@@ -1,7 +1,7 @@
 //! Operands in the order in which a tile reads them.
 
 use super::{
-    Side, WIDTH, Work,
+    ROWS, Side, WIDTH, Work,
     micro::{Left, STAGE, pack_mask},
 };
 use std::{arch::x86_64::*, ops::Range};
@@ -35,17 +35,16 @@ pub(super) unsafe fn stage(work: &Work, rows: Range<usize>, inner: [usize; 2], s
     unsafe {
         let words = side.at(rows.start, inner[0]).cast();
         match (side.half, work.bf16) {
-            (false, false) => return Left { words, strides: side.strides },
+            (false, false) => Left { words, strides: side.strides },
             // Pairs that lie side by side.
             (true, true) if side.strides[1] == 1 && side.strides[0].is_multiple_of(2) && inner[1].is_multiple_of(2) => {
-                return Left { words, strides: [side.strides[0] / 2, 1] };
+                Left { words, strides: [side.strides[0] / 2, 1] }
             }
             (true, false) => stage_f32(side, rows, inner, stage),
             (false, true) => stage_bf16::<false>(side, rows, inner, stage),
             (true, true) => stage_bf16::<true>(side, rows, inner, stage),
         }
     }
-    Left { words: stage, strides: [1, STAGE] }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -61,15 +60,50 @@ unsafe fn panel_bf16<const HALF: bool>(side: &Side, vectors: Range<usize>, inner
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn stage_f32(side: &Side, rows: Range<usize>, inner: [usize; 2], to: *mut u32) {
+unsafe fn stage_f32(side: &Side, rows: Range<usize>, inner: [usize; 2], to: *mut u32) -> Left {
     // SAFETY: by the caller of [`stage`].
-    unsafe { lay::<true, false, STAGE>(side, rows, inner, to) }
+    unsafe { place::<true, false>(side, rows, inner, to) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn stage_bf16<const HALF: bool>(side: &Side, rows: Range<usize>, inner: [usize; 2], to: *mut u32) {
+unsafe fn stage_bf16<const HALF: bool>(side: &Side, rows: Range<usize>, inner: [usize; 2], to: *mut u32) -> Left {
     // SAFETY: by the caller of [`stage`].
-    unsafe { lay::<HALF, true, STAGE>(side, rows, inner, to) }
+    unsafe { place::<HALF, true>(side, rows, inner, to) }
+}
+
+/// Writes rows of a side as words: one after the other if their values lie side by side, else as [`lay`] does.
+#[inline(always)]
+unsafe fn place<const HALF: bool, const PAIRS: bool>(
+    side: &Side,
+    rows: Range<usize>,
+    [from, end]: [usize; 2],
+    to: *mut u32,
+) -> Left {
+    // SAFETY: by the caller of [`stage`].
+    unsafe {
+        if side.strides[1] != 1 {
+            lay::<HALF, PAIRS, STAGE>(side, rows, [from, end], to);
+            return Left { words: to, strides: [1, STAGE] };
+        }
+        let pair = if PAIRS { 2 } else { 1 };
+        let words = (end - from).div_ceil(pair);
+        let depth = words.next_multiple_of(16);
+        let tile = ROWS * side.strides[0] * if HALF { 2 } else { 4 };
+        for (index, row) in rows.enumerate() {
+            for word in (0..words).step_by(16) {
+                let inner = from + word * pair;
+                // The tile after this one comes into the cache while this one is multiplied.
+                let ahead = side.at(row, inner).wrapping_add(tile);
+                _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+                if PAIRS && !HALF {
+                    _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(64).cast());
+                }
+                let part = along::<HALF, PAIRS>(side.at(row, inner), end - inner);
+                _mm512_storeu_si512(to.add(index * depth + word).cast(), part);
+            }
+        }
+        Left { words: to, strides: [depth, 1] }
+    }
 }
 
 /// Writes `vectors` of a side as words (of bf16 if `PAIRS`), `LANES` words for every word of depth.
