@@ -117,16 +117,11 @@ pub(super) fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<
 pub(super) fn backward<B: Backend>(
     [q, k, v]: [F<B>; 3],
     visibility: &Visibility<B>,
-    [output, lse, dy]: [F<B>; 3],
+    [lse, dy]: [F<B>; 2],
 ) -> [F<B>; 3] {
     let (k, v, lse) = (by_head::<B>(k), by_head::<B>(v), tensor::<B, 4>(lse));
     let [_, kv_heads, keys, dim] = k.dims();
     let (q, dy) = (grouped(tensor::<B, 4>(q), kv_heads), grouped(tensor::<B, 4>(dy), kv_heads));
-    // burn-tch 0.21 takes a permuted tensor for the only one on its memory and would write the product there (its issue 5375):
-    // a second handle makes it a copy.
-    let output = grouped(tensor::<B, 4>(output), kv_heads);
-    let delta = (output.clone() * dy.clone()).sum_dim(4);
-    drop(output);
     let [rows, _, group, queries, _] = q.dims();
     let scale = (dim as f64).powf(-0.5);
     let (mut dq, mut dk, mut dv) = (Vec::new(), k.zeros_like(), v.zeros_like());
@@ -140,7 +135,9 @@ pub(super) fn backward<B: Backend>(
         let dy = stacked(dy);
         let dp = dy.clone().matmul(v.clone().slice(s![.., .., ..seen, ..]).swap_dims(2, 3));
         let dp = dp.reshape([rows, kv_heads, group, n, seen]);
-        let ds = flat(p.clone() * (dp - rows_of(&delta)) * scale);
+        // Σ output·dy, which needs no output.
+        let delta = (p.clone() * dp.clone()).sum_dim(4);
+        let ds = flat(p.clone() * (dp - delta) * scale);
         dv = add_to(dv, flat(p).swap_dims(2, 3).matmul(dy));
         dk = add_to(dk, ds.clone().swap_dims(2, 3).matmul(stacked(q)));
         let block = ds.matmul(k.clone().slice(s![.., .., ..seen, ..]));

@@ -67,17 +67,17 @@ impl<B: Kernels> Backward<B, 2> for SwiGlu {
     }
 }
 
-/// State: queries, keys, values; visibility; output and log-sum-exp.
+/// State: queries, keys, values; visibility; log-sum-exp.
 #[derive(Debug)]
 struct Attention;
 
 impl<B: Kernels> Backward<B, 3> for Attention {
-    type State = ([F<B>; 3], Visibility<B>, [F<B>; 2]);
+    type State = ([F<B>; 3], Visibility<B>, F<B>);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let (qkv, visibility, [output, lse]) = ops.state;
-        let gradients = B::flash_attention_backward(qkv, &visibility, [output, lse, dy]);
+        let (qkv, visibility, lse) = ops.state;
+        let gradients = B::flash_attention_backward(qkv, &visibility, [lse, dy]);
         for (node, gradient) in ops.parents.into_iter().zip(gradients) {
             register::<B>(grads, node.map(|n| n.id), gradient);
         }
@@ -146,7 +146,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let qkv = [q.primitive, k.primitive, v.primitive];
         let (output, lse) = B::flash_attention(qkv.clone(), &visibility);
         let tracked = match Attention.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((qkv, visibility, [output.clone(), lse.clone()]), output),
+            OpsKind::Tracked(prep) => prep.finish((qkv, visibility, lse.clone()), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         };
         (tracked, <Self as AutodiffBackend>::from_inner(lse))

@@ -68,13 +68,9 @@ pub trait Kernels: LinearKernels {
         attention::forward::<Self>(qkv, visibility)
     }
 
-    /// The gradients of `q`, `k` and `v`, from the output, its log-sum-exp and its gradient.
-    fn flash_attention_backward(
-        qkv: [F<Self>; 3],
-        visibility: &Visibility<Self>,
-        [output, lse, dy]: [F<Self>; 3],
-    ) -> [F<Self>; 3] {
-        attention::backward::<Self>(qkv, visibility, [output, lse, dy])
+    /// The gradients of `q`, `k` and `v`, from the log-sum-exp and the gradient of the output.
+    fn flash_attention_backward(qkv: [F<Self>; 3], visibility: &Visibility<Self>, saved: [F<Self>; 2]) -> [F<Self>; 3] {
+        attention::backward::<Self>(qkv, visibility, saved)
     }
 
     /// Per token, `weight · -log softmax(hidden · headᵀ)[target]`: `hidden [n, features]`, `head [vocabulary, features]`.

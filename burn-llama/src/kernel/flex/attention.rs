@@ -192,14 +192,14 @@ struct Share {
     sums: Vec<f32>,
 }
 
-pub(super) fn backward(qkv: [FlexTensor; 3], visibility: &Visibility<Flex>, saved: [FlexTensor; 3]) -> [FlexTensor; 3] {
-    let ([q, k, v], [output, lse, dy]) = (qkv.map(contiguous), saved.map(contiguous));
+pub(super) fn backward(qkv: [FlexTensor; 3], visibility: &Visibility<Flex>, saved: [FlexTensor; 2]) -> [FlexTensor; 3] {
+    let ([q, k, v], [lse, dy]) = (qkv.map(contiguous), saved.map(contiguous));
     let (sizes, rows) = (Sizes::of(&q, &k), q.layout().shape()[0]);
     let visible = Visible::rows(visibility);
     let mut dq = unwritten(values(&q).len());
     let gradient = Shared(dq.as_mut_ptr());
     let parts: Vec<_> = (0..sizes.queries).step_by(PART).map(|from| from..sizes.queries.min(from + PART)).collect();
-    let inputs = [&q, &k, &v, &output, &lse, &dy].map(values);
+    let inputs = [&q, &k, &v, &lse, &dy].map(values);
     let share = |task: usize| {
         let (index, part) = (task / parts.len(), parts[task % parts.len()].clone());
         let place = (index / sizes.kv_heads, index % sizes.kv_heads);
@@ -231,12 +231,12 @@ fn spread(sizes: Sizes, share: &Share, (from, to): (&[f32], &mut [f32])) {
     }
 }
 
-/// With `P` the weights and `δ = Σ output·dy`: `dV += Pᵀ·dy`, `dS = P·(dy·Vᵀ - δ)`, `dK += dSᵀ·q`, `dq = dS·K`.
+/// With `P` the weights and `δ = Σ P·(dy·Vᵀ)`, which is `Σ output·dy`: `dV += Pᵀ·dy`, `dS = P·(dy·Vᵀ - δ)`, `dK += dSᵀ·q`, `dq = dS·K`.
 fn backward_tile(
     sizes: Sizes,
     place: (usize, usize),
     (tile, visible, part): (&Range<usize>, &Visible, &Range<usize>),
-    [q, k, v, output, lse, dy]: [&[f32]; 6],
+    [q, k, v, lse, dy]: [&[f32]; 5],
     (dq, sums): (&Shared, &mut [f32]),
 ) {
     let (span, m) = (visible.span(tile.clone()), tile.len() * sizes.group);
@@ -262,12 +262,10 @@ fn backward_tile(
             || {
                 for row in 0..m {
                     let (query, member) = (tile.start + row / sizes.group, row % sizes.group);
-                    let at = sizes.group_at(place, query).start + member * dim;
-                    let delta = dot(&output[at..at + dim], &dy[at..at + dim]);
-                    let rule = (lse[sizes.lse_at(place, member) + query], delta);
+                    let lse = lse[sizes.lse_at(place, member) + query];
                     let cells = row * n..(row + 1) * n;
                     let pair = (&mut weights[cells.clone()], &mut d_scores[cells]);
-                    soften(pair, visible.of(query), span.start, rule);
+                    soften(pair, visible.of(query), span.start, lse);
                 }
             },
         );
@@ -289,18 +287,22 @@ fn backward_tile(
 
 /// Scores → weights, and gradients of weights → gradients of scores; hidden ones are 0 in both.
 #[inline(always)]
-fn soften((weights, d): (&mut [f32], &mut [f32]), ranges: &[Range<usize>], start: usize, (lse, delta): (f32, f32)) {
-    let mut end = 0;
+fn soften((weights, d): (&mut [f32], &mut [f32]), ranges: &[Range<usize>], start: usize, lse: f32) {
+    let (mut delta, mut end) = (0.0, 0);
     for range in ranges {
         let (from, to) = (range.start - start, range.end - start);
         weights[end..from].fill(0.0);
         d[end..from].fill(0.0);
-        for (weight, d) in weights[from..to].iter_mut().zip(&mut d[from..to]) {
-            *weight = exp(*weight - lse);
-            *d = *weight * (*d - delta);
-        }
+        weights[from..to].iter_mut().for_each(|weight| *weight = exp(*weight - lse));
+        delta += dot(&weights[from..to], &d[from..to]);
         end = to;
     }
     weights[end..].fill(0.0);
     d[end..].fill(0.0);
+    for range in ranges {
+        let (from, to) = (range.start - start, range.end - start);
+        for (&weight, d) in weights[from..to].iter().zip(&mut d[from..to]) {
+            *d = weight * (*d - delta);
+        }
+    }
 }

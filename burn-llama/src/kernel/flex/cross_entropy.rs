@@ -15,7 +15,7 @@ use burn_peft::kernel::{
 use rayon::prelude::*;
 
 /// The number of logits that exist at a time, unless that is fewer than two blocks of tokens.
-const LOGITS: usize = 1 << 23;
+const LOGITS: usize = 5 << 20;
 /// Tokens that products take together.
 const TOKENS: usize = 32;
 /// Rows of a head in half precision or packed that are widened at a time.

@@ -74,8 +74,8 @@ impl Kernels for Flex {
         super::attention::forward::<Self>(qkv, visibility)
     }
 
-    fn flash_attention_backward(qkv: [F<Self>; 3], visibility: &Visibility<Self>, saved: [F<Self>; 3]) -> [F<Self>; 3] {
-        if plain(&[&qkv[0], &qkv[1], &qkv[2], &saved[2]]) {
+    fn flash_attention_backward(qkv: [F<Self>; 3], visibility: &Visibility<Self>, saved: [F<Self>; 2]) -> [F<Self>; 3] {
+        if plain(&[&qkv[0], &qkv[1], &qkv[2], &saved[1]]) {
             return attention::backward(qkv, visibility, saved);
         }
         super::attention::backward::<Self>(qkv, visibility, saved)

@@ -34,25 +34,24 @@ impl Visible {
     }
 
     fn row(queries: [&[i32]; 2], keys: [&[i32]; 2], window: Option<usize>) -> Self {
-        let past = keys[0].len() - queries[0].len();
-        let (mut ranges, mut starts) = (Vec::new(), vec![0]);
+        let (past, runs) = (keys[0].len() - queries[0].len(), runs(keys));
+        let (mut ranges, mut starts) = (Vec::<Range<usize>>::new(), vec![0]);
         for (query, (&segment, &position)) in queries[0].iter().zip(queries[1]).enumerate() {
-            let mut open: Option<usize> = None;
-            let seen = past + query + 1;
-            for (key, (&of, &at)) in keys[0][..seen].iter().zip(keys[1]).enumerate() {
-                let distance = position - at;
-                let within = distance >= 0 && window.is_none_or(|window| (distance as usize) < window);
-                let sees = within && (of == segment || of == Visibility::<Flex>::ANY);
-                match open {
-                    None if sees => open = Some(key),
-                    Some(first) if !sees => {
-                        ranges.push(first..key);
-                        open = None;
-                    }
-                    _ => {}
+            let (seen, mine) = (past + query + 1, ranges.len());
+            for run in runs.iter().take_while(|run| run.keys.start < seen) {
+                if run.segment != segment && run.segment != Visibility::<Flex>::ANY {
+                    continue;
+                }
+                // Keys of the run up to the query's own position, and how many of them the window still holds.
+                let up_to = (i64::from(position) - i64::from(run.position) + 1).max(0) as usize;
+                let from = run.keys.start + window.map_or(0, |window| up_to.saturating_sub(window));
+                let to = run.keys.end.min(seen).min(run.keys.start + up_to);
+                match ranges[mine..].last_mut() {
+                    _ if from >= to => {}
+                    Some(last) if last.end == from => last.end = to,
+                    _ => ranges.push(from..to),
                 }
             }
-            ranges.extend(open.map(|first| first..seen));
             starts.push(ranges.len());
         }
         Self { ranges, starts }
@@ -69,4 +68,25 @@ impl Visible {
         let first = ranges.iter().map(|range| range.start).min().unwrap_or(0);
         first..ranges.iter().map(|range| range.end).max().unwrap_or(first)
     }
+}
+
+/// Keys of one segment whose positions follow each other.
+struct Run {
+    keys: Range<usize>,
+    segment: i32,
+    /// Of the first.
+    position: i32,
+}
+
+fn runs([segments, positions]: [&[i32]; 2]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for (key, (&segment, &position)) in segments.iter().zip(positions).enumerate() {
+        match runs.last_mut() {
+            Some(run) if run.segment == segment && position - run.position == (key - run.keys.start) as i32 => {
+                run.keys.end = key + 1;
+            }
+            _ => runs.push(Run { keys: key..key + 1, segment, position }),
+        }
+    }
+    runs
 }
