@@ -1,6 +1,10 @@
 //! Keys and values of what came before: the cache of generation and the prefix of P-tuning.
 
-use crate::{Layout, kernel::Visibility, model::indices};
+use crate::{
+    Layout,
+    kernel::{Kernels, Visibility, primitive, tensor},
+    model::indices,
+};
 use burn::tensor::{Tensor, backend::Backend, s};
 use std::{iter, ops::Range};
 
@@ -120,25 +124,6 @@ impl<B: Backend> Past<B> {
         self.slots += layout.length;
     }
 
-    /// Adds new keys and values `[rows, n, kv_heads, head_dim]` of one layer and returns all in use. Room is made in powers of
-    /// two, so that most steps write in place.
-    pub(crate) fn push(&mut self, layer: usize, keys: Tensor<B, 4>, values: Tensor<B, 4>) -> KeyValue<B> {
-        if !self.grows {
-            let Some(before) = &self.layers[layer] else { return KeyValue { keys, values } };
-            let join = |before: &Tensor<B, 4>, new| Tensor::cat(vec![before.clone(), new], 1);
-            return KeyValue { keys: join(&before.keys, keys), values: join(&before.values, values) };
-        }
-        let (from, to) = (self.slots, self.slots + keys.dims()[1]);
-        let cache = match self.layers[layer].take() {
-            None => KeyValue { keys, values },
-            Some(cache) => KeyValue { keys: write(cache.keys, keys, from), values: write(cache.values, values, from) },
-        };
-        let used = |x: &Tensor<B, 4>| x.clone().slice(s![.., ..to]);
-        let all = KeyValue { keys: used(&cache.keys), values: used(&cache.values) };
-        self.layers[layer] = Some(cache);
-        all
-    }
-
     /// Keeps the given rows, in the given order.
     pub fn select(&mut self, rows: &[usize]) {
         let pick = |ids: &[i32]| {
@@ -157,8 +142,29 @@ impl<B: Backend> Past<B> {
     }
 }
 
+impl<B: Kernels> Past<B> {
+    /// Adds new keys and values `[rows, n, kv_heads, head_dim]` of one layer and returns all in use. Room is made in powers of
+    /// two, so that most steps write in place.
+    pub(crate) fn push(&mut self, layer: usize, keys: Tensor<B, 4>, values: Tensor<B, 4>) -> KeyValue<B> {
+        if !self.grows {
+            let Some(before) = &self.layers[layer] else { return KeyValue { keys, values } };
+            let join = |before: &Tensor<B, 4>, new| Tensor::cat(vec![before.clone(), new], 1);
+            return KeyValue { keys: join(&before.keys, keys), values: join(&before.values, values) };
+        }
+        let (from, to) = (self.slots, self.slots + keys.dims()[1]);
+        let cache = match self.layers[layer].take() {
+            None => KeyValue { keys, values },
+            Some(cache) => KeyValue { keys: write(cache.keys, keys, from), values: write(cache.values, values, from) },
+        };
+        let used = |x: &Tensor<B, 4>| x.clone().slice(s![.., ..to]);
+        let all = KeyValue { keys: used(&cache.keys), values: used(&cache.values) };
+        self.layers[layer] = Some(cache);
+        all
+    }
+}
+
 /// Writes `new` at slot `from`, growing the buffer if it is full.
-fn write<B: Backend>(cache: Tensor<B, 4>, new: Tensor<B, 4>, from: usize) -> Tensor<B, 4> {
+fn write<B: Kernels>(cache: Tensor<B, 4>, new: Tensor<B, 4>, from: usize) -> Tensor<B, 4> {
     let ([rows, capacity, heads, dim], n) = (cache.dims(), new.dims()[1]);
     let cache = if capacity < from + n {
         let room = (from + n).next_power_of_two().max(64) - from;
@@ -167,5 +173,5 @@ fn write<B: Backend>(cache: Tensor<B, 4>, new: Tensor<B, 4>, from: usize) -> Ten
     } else {
         cache
     };
-    cache.slice_assign(s![.., from..from + n], new)
+    tensor(B::put(primitive(cache), primitive(new), from))
 }

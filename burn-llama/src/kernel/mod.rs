@@ -18,7 +18,7 @@ mod swiglu;
 pub use attention::Visibility;
 pub use cross_entropy::{Losses, Targets};
 
-use burn::tensor::{FloatDType, Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor};
+use burn::tensor::{FloatDType, Slice, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor};
 use burn_peft::kernel::{Compute, LinearKernels, Stored};
 
 /// A float tensor of the backend.
@@ -42,6 +42,14 @@ pub trait Kernels: LinearKernels {
     /// own inverse and backward. (Su et al., 2021, arXiv:2104.09864, in the rotate-half form of `transformers`.)
     fn rope(x: F<Self>, cos: F<Self>, sin: F<Self>) -> F<Self> {
         rope::forward::<Self>(x, cos, sin)
+    }
+
+    /// New keys or values `[rows, n, kv_heads, head_dim]` in the slots of `cache [rows, slots, kv_heads, head_dim]` from `slot` on,
+    /// in place where nobody else holds the cache.
+    fn put(cache: F<Self>, new: F<Self>, slot: usize) -> F<Self> {
+        let shape = new.shape();
+        let [rows, n, heads, dim] = shape.dims();
+        Self::float_slice_assign(cache, &[0..rows, slot..slot + n, 0..heads, 0..dim].map(Slice::from), new)
     }
 
     /// `silu(gate) · up`, element by element. (Shazeer, 2020, arXiv:2002.05202.) In bf16, which products of bf16 gave it, a

@@ -60,20 +60,42 @@ impl Sizes {
     }
 
     /// The keys (or values) `range` of one head of one row, `[range.len(), dim]`.
-    fn keys_of<'a>(&self, x: &'a [f32], (row, head): (usize, usize), range: &Range<usize>) -> Matrix<'a> {
+    fn keys_of<'a>(&self, x: Keys<'a>, (row, head): (usize, usize), range: &Range<usize>) -> Matrix<'a> {
         let stride = self.kv_heads * self.dim;
         let shape = [range.len(), self.dim];
         if range.is_empty() {
             return Matrix::new(&[], shape);
         }
-        let start = (row * self.keys + range.start) * stride + head * self.dim;
-        Matrix::strided(&x[start..], shape, stride)
+        let start = row * x.row + range.start * stride + head * self.dim;
+        Matrix::strided(&x.values[start..], shape, stride)
     }
 
     /// Where the log-sum-exp of one head of the group stands for query 0: `[rows, kv_heads, group, queries]`.
     fn lse_at(&self, (row, head): (usize, usize), member: usize) -> usize {
         ((row * self.kv_heads + head) * self.group + member) * self.queries
     }
+}
+
+/// Keys or values `[rows, keys, kv_heads, dim]` where they lie, possibly the filled part of a larger buffer.
+#[derive(Clone, Copy)]
+struct Keys<'a> {
+    values: &'a [f32],
+    /// From one row to the next.
+    row: usize,
+}
+
+impl<'a> Keys<'a> {
+    fn of(tensor: &'a FlexTensor) -> Self {
+        let layout = tensor.layout();
+        Self { values: &tensor.storage::<f32>()[layout.start_offset()..], row: layout.strides()[0] as usize }
+    }
+}
+
+/// The tensor with the keys of every row in order; a part of a buffer stays where it is.
+fn in_rows(tensor: FlexTensor) -> FlexTensor {
+    let [_, _, heads, dim]: [usize; 4] = tensor.layout().shape().dims();
+    let in_order = tensor.layout().strides()[1..] == [(heads * dim) as isize, dim as isize, 1];
+    if in_order && tensor.layout().strides()[0] >= 0 { tensor } else { contiguous(tensor) }
 }
 
 /// A buffer of which tasks write disjoint places.
@@ -91,7 +113,8 @@ impl Shared {
 }
 
 pub(super) fn forward(qkv: [FlexTensor; 3], visibility: &Visibility<Flex>) -> (FlexTensor, FlexTensor) {
-    let [q, k, v] = qkv.map(contiguous);
+    let [q, k, v] = qkv;
+    let (q, k, v) = (contiguous(q), in_rows(k), in_rows(v));
     let (sizes, rows) = (Sizes::of(&q, &k), q.layout().shape()[0]);
     let visible = Visible::rows(visibility);
     let (mut output, mut lse) =
@@ -101,8 +124,8 @@ pub(super) fn forward(qkv: [FlexTensor; 3], visibility: &Visibility<Flex>) -> (F
     (0..rows * sizes.kv_heads * tiles.len()).into_par_iter().for_each(|task| {
         let (index, tile) = (task / tiles.len(), &tiles[task % tiles.len()]);
         let place = (index / sizes.kv_heads, index % sizes.kv_heads);
-        let inputs = [values(&q), values(&k), values(&v)];
-        forward_tile(sizes, place, (tile, &visible[place.0]), inputs, [&out, &sums]);
+        let keys = [Keys::of(&k), Keys::of(&v)];
+        forward_tile(sizes, place, (tile, &visible[place.0]), (values(&q), keys), [&out, &sums]);
     });
     let shape = q.layout().shape().to_vec();
     (tensor(output, &shape), tensor(lse, &[rows, sizes.kv_heads, sizes.group, sizes.queries]))
@@ -112,7 +135,7 @@ fn forward_tile(
     sizes: Sizes,
     place: (usize, usize),
     (tile, visible): (&Range<usize>, &Visible),
-    [q, k, v]: [&[f32]; 3],
+    (q, [k, v]): (&[f32], [Keys<'_>; 2]),
     [out, lse]: [&Shared; 2],
 ) {
     let (span, m) = (visible.span(tile.clone()), tile.len() * sizes.group);
@@ -199,7 +222,7 @@ pub(super) fn backward(qkv: [FlexTensor; 3], visibility: &Visibility<Flex>, save
     let mut dq = unwritten(values(&q).len());
     let gradient = Shared(dq.as_mut_ptr());
     let parts: Vec<_> = (0..sizes.queries).step_by(PART).map(|from| from..sizes.queries.min(from + PART)).collect();
-    let inputs = [&q, &k, &v, &lse, &dy].map(values);
+    let inputs = ([Keys::of(&k), Keys::of(&v)], [&q, &lse, &dy].map(values));
     let share = |task: usize| {
         let (index, part) = (task / parts.len(), parts[task % parts.len()].clone());
         let place = (index / sizes.kv_heads, index % sizes.kv_heads);
@@ -236,7 +259,7 @@ fn backward_tile(
     sizes: Sizes,
     place: (usize, usize),
     (tile, visible, part): (&Range<usize>, &Visible, &Range<usize>),
-    [q, k, v, lse, dy]: [&[f32]; 5],
+    ([k, v], [q, lse, dy]): ([Keys<'_>; 2], [&[f32]; 3]),
     (dq, sums): (&Shared, &mut [f32]),
 ) {
     let (span, m) = (visible.span(tile.clone()), tile.len() * sizes.group);

@@ -31,6 +31,21 @@ pub(super) fn widened_part(tensor: &FlexTensor, from: usize, to: usize) -> Cow<'
     }
 }
 
+/// Copies the rows of `new` to the slots of `cache` from `slot` on, if the cache can be written; whether it could.
+pub(super) fn put(cache: &mut FlexTensor, new: &FlexTensor, slot: usize) -> bool {
+    let ([_, slots, heads, dim], [_, n, ..]): ([usize; 4], [usize; 4]) =
+        (cache.layout().shape().dims(), new.layout().shape().dims());
+    let (width, new) = (heads * dim, contiguous(new.clone()));
+    if !cache.is_contiguous() || cache.layout().start_offset() != 0 {
+        return false;
+    }
+    let Some(held) = cache.try_storage_mut::<f32>() else { return false };
+    for (row, new) in values(&new).chunks_exact(n * width).enumerate() {
+        held[(row * slots + slot) * width..][..n * width].copy_from_slice(new);
+    }
+    true
+}
+
 /// Integers in order.
 pub(super) fn integers(data: TensorData) -> Vec<i32> {
     data.iter::<i32>().collect()

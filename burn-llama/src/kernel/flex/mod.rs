@@ -13,7 +13,7 @@ mod visible;
 use super::{F, Kernels, Losses, Targets, Visibility};
 use burn::{
     backend::Flex,
-    tensor::{DType, FloatDType, ops::FloatTensorOps},
+    tensor::{DType, FloatDType, Slice, ops::FloatTensorOps},
 };
 use burn_flex::FlexTensor;
 use burn_peft::kernel::{Compute, Stored};
@@ -49,6 +49,14 @@ impl Kernels for Flex {
         } else {
             super::rope::forward::<Self>(x, cos, sin)
         }
+    }
+
+    fn put(mut cache: FlexTensor, new: FlexTensor, slot: usize) -> FlexTensor {
+        if plain(&[&cache, &new]) && buffer::put(&mut cache, &new, slot) {
+            return cache;
+        }
+        let [rows, n, heads, dim] = new.layout().shape().dims();
+        Self::float_slice_assign(cache, &[0..rows, slot..slot + n, 0..heads, 0..dim].map(Slice::from), new)
     }
 
     fn swiglu(gate: FlexTensor, up: FlexTensor, _: Compute) -> FlexTensor {

@@ -24,6 +24,8 @@ const ROWS: usize = 12;
 const DEPTH: usize = 768;
 /// Words of the vector side that a thread packs at a time: they fill half of its second-level cache.
 const PACKED: usize = 1 << 17;
+/// So many rows of the broadcast side are not worth a copy of what they meet.
+const FEW: usize = 2 * ROWS;
 /// Rows of the broadcast side that are worth a task of their own.
 const TASK_ROWS: usize = 8 * ROWS;
 /// Multiplications that are worth waking other threads.
@@ -75,7 +77,7 @@ impl Side {
     /// About how many cycles the product takes with this side as the vector side; `k` inner values, `others` vectors.
     fn cost(&self, others: usize, k: usize) -> usize {
         // Turning rows to columns takes twice the time of a copy.
-        let pack = self.count * k / if self.strides[0] == 1 { 16 } else { 8 };
+        let pack = self.count * k / if self.strides[0] == 1 { 2 } else { 1 };
         self.count.div_ceil(WIDTH) * others * k + pack
     }
 }
@@ -192,15 +194,20 @@ impl Work {
                     let inner = [start * self.pair(), self.k.min((start + depth) * self.pair())];
                     // SAFETY: the scratch has room for these panels and a stage, and all indices exist.
                     unsafe {
-                        for (index, panel) in panels.clone().enumerate() {
-                            pack::panel(self, panel, inner, scratch.add(index * depth * WIDTH));
+                        let room = |index| scratch.add(index * depth * WIDTH);
+                        let lies = |panel| rows.len() <= FEW && pack::lies(self, panel);
+                        for (index, panel) in panels.clone().enumerate().filter(|&(_, panel)| !lies(panel)) {
+                            pack::panel(self, panel, inner, room(index));
                         }
                         for row in rows.clone().step_by(ROWS) {
                             let tile = row..rows.end.min(row + ROWS);
                             let left = pack::stage(self, tile.clone(), inner, stage);
                             for (index, panel) in panels.clone().enumerate() {
-                                let packed = scratch.add(index * depth * WIDTH);
-                                micro::tile(self, left, packed, inner, (tile.clone(), panel));
+                                let right = match lies(panel) {
+                                    true => pack::where_it_lies(self, panel, inner),
+                                    false => micro::Right { words: room(index), stride: WIDTH },
+                                };
+                                micro::tile(self, (left, right), inner, (tile.clone(), panel));
                             }
                         }
                     }

@@ -13,31 +13,37 @@ pub(super) struct Left {
     pub(super) strides: [usize; 2],
 }
 
-/// Adds the product of a tile of rows with a packed panel, `inner` values deep, to the target.
+/// A panel: [`WIDTH`] words, and from one inner step to the next.
+#[derive(Clone, Copy)]
+pub(super) struct Right {
+    pub(super) words: *const u32,
+    pub(super) stride: usize,
+}
+
+/// Adds the product of a tile of rows with a panel, `inner` values deep, to the target.
 ///
 /// # Safety
-/// `left` and `panel` hold these words; the machine has the instructions.
+/// `left` and `right` hold these words; the machine has the instructions.
 #[inline]
 pub(super) unsafe fn tile(
     work: &Work,
-    left: Left,
-    panel: *const u32,
+    (left, right): (Left, Right),
     [from, to]: [usize; 2],
     (rows, column): (Range<usize>, usize),
 ) {
     let start = column * WIDTH;
     let columns = WIDTH.min(work.vectors.count - start);
-    let Target { values, strides: [down, right], add, factor } = work.target;
+    let Target { values, strides: [down, across], add, factor } = work.target;
     // SAFETY: the tile lies in the target, by the caller.
-    let out = unsafe { values.add(rows.start * down + start * right) };
-    let place = Place { out, down, right, columns, add: add || from > 0, factor };
+    let out = unsafe { values.add(rows.start * down + start * across) };
+    let place = Place { out, down, across, columns, add: add || from > 0, factor };
     let words = (to - from).div_ceil(work.pair());
     // SAFETY: by the caller.
     unsafe {
         if work.bf16 {
-            sum_bf16(rows.len(), words, left, panel, place)
+            sum_bf16(rows.len(), words, left, right, place)
         } else {
-            sum_f32(rows.len(), words, left, panel, place)
+            sum_f32(rows.len(), words, left, right, place)
         }
     }
 }
@@ -47,7 +53,7 @@ pub(super) unsafe fn tile(
 struct Place {
     out: *mut f32,
     down: usize,
-    right: usize,
+    across: usize,
     columns: usize,
     add: bool,
     factor: f32,
@@ -57,66 +63,66 @@ macro_rules! for_rows {
     ($sum:ident, $rows:ident, $arguments:tt) => {
         for_rows!(@ $sum, $rows, $arguments, 1 2 3 4 5 6 7 8 9 10 11 12)
     };
-    (@ $sum:ident, $rows:ident, ($words:ident, $left:ident, $panel:ident, $place:ident), $($n:literal)*) => {
+    (@ $sum:ident, $rows:ident, ($words:ident, $left:ident, $right:ident, $place:ident), $($n:literal)*) => {
         match $rows {
-            $($n => store::<$n>($sum::<$n>($words, $left, $panel), $place),)*
+            $($n => store::<$n>($sum::<$n>($words, $left, $right), $place),)*
             _ => unreachable!("a tile has 1 to {ROWS} rows"),
         }
     };
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn sum_f32(rows: usize, words: usize, left: Left, panel: *const u32, place: Place) {
+unsafe fn sum_f32(rows: usize, words: usize, left: Left, right: Right, place: Place) {
     // SAFETY: by the caller of [`tile`].
-    unsafe { for_rows!(multiply_f32, rows, (words, left, panel, place)) }
+    unsafe { for_rows!(multiply_f32, rows, (words, left, right, place)) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn sum_bf16(rows: usize, words: usize, left: Left, panel: *const u32, place: Place) {
+unsafe fn sum_bf16(rows: usize, words: usize, left: Left, right: Right, place: Place) {
     // SAFETY: by the caller of [`tile`].
-    unsafe { for_rows!(multiply_bf16, rows, (words, left, panel, place)) }
+    unsafe { for_rows!(multiply_bf16, rows, (words, left, right, place)) }
 }
 
 type Sums<const R: usize> = [[__m512; 2]; R];
 
 #[inline(always)]
-unsafe fn multiply_f32<const R: usize>(words: usize, left: Left, panel: *const u32) -> Sums<R> {
+unsafe fn multiply_f32<const R: usize>(words: usize, left: Left, right: Right) -> Sums<R> {
     // SAFETY: by the caller of [`tile`].
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
-        let (mut a, mut b): (*const f32, *const f32) = (left.words.cast(), panel.cast());
+        let (mut a, mut b): (*const f32, *const f32) = (left.words.cast(), right.words.cast());
         for _ in 0..words {
-            let b0 = _mm512_load_ps(b);
-            let b1 = _mm512_load_ps(b.add(16));
+            let b0 = _mm512_loadu_ps(b);
+            let b1 = _mm512_loadu_ps(b.add(16));
             for (r, [sum0, sum1]) in sums.iter_mut().enumerate() {
                 let value = _mm512_set1_ps(*a.add(r * left.strides[0]));
                 *sum0 = _mm512_fmadd_ps(value, b0, *sum0);
                 *sum1 = _mm512_fmadd_ps(value, b1, *sum1);
             }
             a = a.wrapping_add(left.strides[1]);
-            b = b.wrapping_add(WIDTH);
+            b = b.wrapping_add(right.stride);
         }
         sums
     }
 }
 
 #[inline(always)]
-unsafe fn multiply_bf16<const R: usize>(words: usize, left: Left, panel: *const u32) -> Sums<R> {
+unsafe fn multiply_bf16<const R: usize>(words: usize, left: Left, right: Right) -> Sums<R> {
     // SAFETY: by the caller of [`tile`]; the two register types have the same bits.
     unsafe {
         let pairs = |register: __m512i| -> __m512bh { std::mem::transmute(register) };
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
-        let (mut a, mut b): (*const i32, *const i32) = (left.words.cast(), panel.cast());
+        let (mut a, mut b): (*const i32, *const i32) = (left.words.cast(), right.words.cast());
         for _ in 0..words {
-            let b0 = pairs(_mm512_load_si512(b.cast()));
-            let b1 = pairs(_mm512_load_si512(b.add(16).cast()));
+            let b0 = pairs(_mm512_loadu_si512(b.cast()));
+            let b1 = pairs(_mm512_loadu_si512(b.add(16).cast()));
             for (r, [sum0, sum1]) in sums.iter_mut().enumerate() {
                 let value = pairs(_mm512_set1_epi32(a.add(r * left.strides[0]).read_unaligned()));
                 *sum0 = _mm512_dpbf16_ps(*sum0, value, b0);
                 *sum1 = _mm512_dpbf16_ps(*sum1, value, b1);
             }
             a = a.wrapping_add(left.strides[1]);
-            b = b.wrapping_add(WIDTH);
+            b = b.wrapping_add(right.stride);
         }
         sums
     }
@@ -137,7 +143,7 @@ unsafe fn store<const R: usize>(mut sums: Sums<R>, place: Place) {
             _mm512_mask_storeu_ps(to, mask, sum);
         };
         let halves = place.columns.div_ceil(16);
-        if place.right == 1 {
+        if place.across == 1 {
             for half in 0..halves {
                 let mask = pack_mask(place.columns - 16 * half);
                 for (r, sums) in sums.iter().enumerate() {
@@ -155,7 +161,7 @@ unsafe fn store<const R: usize>(mut sums: Sums<R>, place: Place) {
             let columns = transpose(registers);
             let count = (place.columns - 16 * half).min(16);
             for (index, column) in columns.into_iter().take(count).enumerate() {
-                let to = place.out.add((16 * half + index) * place.right);
+                let to = place.out.add((16 * half + index) * place.across);
                 put(_mm512_castsi512_ps(column), to, pack_mask(R));
             }
         }

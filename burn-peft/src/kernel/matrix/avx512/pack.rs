@@ -2,7 +2,7 @@
 
 use super::{
     ROWS, Side, WIDTH, Work,
-    micro::{Left, STAGE, pack_mask},
+    micro::{Left, Right, STAGE, pack_mask},
 };
 use std::{arch::x86_64::*, ops::Range};
 
@@ -23,6 +23,22 @@ pub(super) unsafe fn panel(work: &Work, panel: usize, inner: [usize; 2], to: *mu
             (true, true) => panel_bf16::<true>(side, vectors, inner, to),
         }
     }
+}
+
+/// Whether a panel can be read in its place: whole, of f32 and side by side.
+pub(super) fn lies(work: &Work, panel: usize) -> bool {
+    let side = &work.vectors;
+    !side.half && !work.bf16 && side.strides[0] == 1 && (panel + 1) * WIDTH <= side.count
+}
+
+/// A panel in its place.
+///
+/// # Safety
+/// It [`lies`] there.
+pub(super) unsafe fn where_it_lies(work: &Work, panel: usize, inner: [usize; 2]) -> Right {
+    let side = &work.vectors;
+    // SAFETY: by the caller.
+    Right { words: unsafe { side.at(panel * WIDTH, inner[0]) }.cast(), stride: side.strides[1] }
 }
 
 /// The rows of the broadcast side as words, `inner` values deep: where they lie if they can be read there, else in `stage`.
