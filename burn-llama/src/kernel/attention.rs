@@ -88,7 +88,8 @@ fn blocks(queries: usize, keys: usize) -> impl Iterator<Item = (usize, usize, us
     })
 }
 
-pub(super) fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<B>) -> (F<B>, F<B>) {
+/// [`flash_attention`](super::Kernels::flash_attention).
+pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<B>) -> (F<B>, F<B>) {
     let (k, v) = (by_head::<B>(k), by_head::<B>(v));
     let [_, kv_heads, keys, _] = k.dims();
     let q = grouped(tensor::<B, 4>(q), kv_heads);
@@ -114,11 +115,8 @@ pub(super) fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<
     (primitive(Tensor::cat(outputs, 1)), primitive(Tensor::cat(sums, 3)))
 }
 
-pub(super) fn backward<B: Backend>(
-    [q, k, v]: [F<B>; 3],
-    visibility: &Visibility<B>,
-    [lse, dy]: [F<B>; 2],
-) -> [F<B>; 3] {
+/// [`flash_attention_backward`](super::Kernels::flash_attention_backward).
+pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<B>, [lse, dy]: [F<B>; 2]) -> [F<B>; 3] {
     let (k, v, lse) = (by_head::<B>(k), by_head::<B>(v), tensor::<B, 4>(lse));
     let [_, kv_heads, keys, dim] = k.dims();
     let (q, dy) = (grouped(tensor::<B, 4>(q), kv_heads), grouped(tensor::<B, 4>(dy), kv_heads));

@@ -54,12 +54,8 @@ fn rows<B: LinearKernels>(head: &Stored<B>, (from, to): (usize, usize), dtype: D
     head.rows(from..to).cast(dtype)
 }
 
-pub(super) fn forward<B: LinearKernels>(
-    hidden: F<B>,
-    head: Stored<B>,
-    targets: &Targets<B>,
-    compute: Compute,
-) -> Losses<B> {
+/// [`linear_cross_entropy`](super::Kernels::linear_cross_entropy).
+pub fn forward<B: LinearKernels>(hidden: F<B>, head: Stored<B>, targets: &Targets<B>, compute: Compute) -> Losses<B> {
     let hidden = tensor::<B, 2>(hidden);
     let (mut losses, mut sums) = (Vec::new(), Vec::new());
     for (from, to) in blocks(hidden.dims()[0], TOKENS) {
@@ -94,7 +90,7 @@ fn log_sum_exp<B: LinearKernels>(hidden: &Tensor<B, 2>, head: &Stored<B>, comput
 }
 
 /// The gradient of the logits is `dy·weight·(softmax - one_hot(target))`.
-pub(super) fn backward<B: LinearKernels>(
+pub fn backward<B: LinearKernels>(
     (hidden, head): (F<B>, Stored<B>),
     targets: &Targets<B>,
     [lse, dy]: [F<B>; 2],

@@ -105,6 +105,18 @@ pub trait Kernels: LinearKernels {
     }
 }
 
+/// The default bodies, to be measured beside a backend's own.
+#[doc(hidden)]
+pub mod by_tensors {
+    pub use super::{
+        attention::{backward as attention_backward, forward as attention},
+        cross_entropy::{backward as cross_entropy_backward, forward as cross_entropy},
+        rms_norm::{backward as rms_norm_backward, forward as rms_norm},
+        rope::forward as rope,
+        swiglu::{backward as swiglu_backward, forward as swiglu},
+    };
+}
+
 /// The primitive of a tensor.
 pub(crate) fn primitive<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> F<B> {
     tensor.into_primitive().tensor()

@@ -8,19 +8,16 @@ fn inverse_rms<B: Backend>(x: &Tensor<B, 2>, epsilon: f64) -> Tensor<B, 2> {
     (x.clone().powi_scalar(2).mean_dim(1) + epsilon).sqrt().recip()
 }
 
-pub(super) fn forward<B: Backend>(x: F<B>, weight: F<B>, epsilon: f64) -> F<B> {
+/// [`rms_norm`](super::Kernels::rms_norm).
+pub fn forward<B: Backend>(x: F<B>, weight: F<B>, epsilon: f64) -> F<B> {
     let x = tensor::<B, 2>(x);
     let weight = tensor::<B, 1>(weight).cast(x.dtype());
     let r = inverse_rms(&x, epsilon);
     primitive(x * r * weight.unsqueeze())
 }
 
-pub(super) fn backward<B: Backend>(
-    x: F<B>,
-    weight: F<B>,
-    dy: F<B>,
-    (epsilon, trained): (f64, bool),
-) -> (F<B>, Option<F<B>>) {
+/// [`rms_norm_backward`](super::Kernels::rms_norm_backward).
+pub fn backward<B: Backend>(x: F<B>, weight: F<B>, dy: F<B>, (epsilon, trained): (f64, bool)) -> (F<B>, Option<F<B>>) {
     let (x, dy) = (tensor::<B, 2>(x), tensor::<B, 2>(dy));
     let weight = tensor::<B, 1>(weight).cast(x.dtype());
     let r = inverse_rms(&x, epsilon);

@@ -3,13 +3,14 @@
 use super::{F, primitive, tensor};
 use burn::tensor::{activation::sigmoid, backend::Backend};
 
-pub(super) fn forward<B: Backend>(gate: F<B>, up: F<B>) -> F<B> {
+/// [`swiglu`](super::Kernels::swiglu).
+pub fn forward<B: Backend>(gate: F<B>, up: F<B>) -> F<B> {
     let gate = tensor::<B, 2>(gate);
     primitive(sigmoid(gate.clone()) * gate * tensor::<B, 2>(up))
 }
 
 /// With `s = σ(gate)` and `a = gate·s`: `d up = dy·a`, `d gate = dy·up·(s + a·(1 - s))`.
-pub(super) fn backward<B: Backend>(gate: F<B>, up: F<B>, dy: F<B>) -> (F<B>, F<B>) {
+pub fn backward<B: Backend>(gate: F<B>, up: F<B>, dy: F<B>) -> (F<B>, F<B>) {
     let dy = tensor::<B, 2>(dy);
     let [gate, up] = [gate, up].map(|kept| tensor::<B, 2>(kept).cast(dy.dtype()));
     let s = sigmoid(gate.clone());
