@@ -1246,6 +1246,60 @@ fn runs_that_were_killed_go_on_bit_for_bit() {
     }
 }
 
+/// Micro-batches of as many rows as there is room for show the very rows, in fewer steps, and a pause changes nothing.
+#[test]
+fn filled_micro_batches_show_every_row_and_a_pause_changes_nothing() {
+    let work = Work::new();
+    let row = |i: usize| {
+        let answer = ["It is a number."; 4][..1 + i * i % 4 + i % 3 / 2].join(" ");
+        json!({"question": format!("What is {i}?"), "answer": answer}).to_string() + "\n"
+    };
+    work.write("train.jsonl", &(0..23).map(row).collect::<String>());
+    let run = |folder: &str, sets: &[&str]| {
+        let mut arguments = vec!["train", "run.toml", "--dir", folder, "--set", "data.max_length=100"];
+        for set in ["train.scheduler=constant", "train.save_every=3", "method.dropout=0.1"].iter().chain(sets) {
+            match *set {
+                "--resume" => arguments.push(set),
+                set => arguments.extend(["--set", set]),
+            }
+        }
+        work.run(&arguments)
+    };
+    // Steps are counted by epochs here.
+    work.write("run.toml", &RECIPE.replace("max_steps = 12\n", ""));
+    let taken = |folder: &str| -> Vec<Value> {
+        lasting(&work, folder).into_iter().filter(|line| line.get("loss").is_some()).collect()
+    };
+    let sum = |lines: &[Value], key: &str| lines.iter().map(|line| number(line, key)).sum::<f64>();
+    assert_eq!(run("plain", &[]).code, Some(0));
+    let plain = taken("plain");
+    for (name, grouped) in [("alike", "data.group_by_length=true"), ("mixed", "data.group_by_length=false")] {
+        let (whole, parts) = (format!("{name}-whole"), format!("{name}-parts"));
+        let sets = ["data.packing=fill", grouped];
+        let done = run(&whole, &[&sets[..], &["train.epochs=3"]].concat());
+        assert_eq!(done.code, Some(0), "{done:?}");
+        let all = taken(&whole);
+        assert_eq!(number(all.last().unwrap(), "epoch"), 3.0);
+        let epoch: Vec<Value> = all.iter().filter(|line| number(line, "epoch") <= 1.0).cloned().collect();
+        assert!(epoch.len() < plain.len(), "{} steps against {}", epoch.len(), plain.len());
+        for key in ["tokens", "target_tokens"] {
+            assert_eq!(sum(&epoch, key), sum(&plain, key));
+            assert_eq!(sum(&all, key), 3.0 * sum(&plain, key));
+        }
+        assert!(all.iter().all(|line| number(line, "tokens") <= 2.0 * 100.0), "{all:?}");
+        // Half-way into the second epoch, and on.
+        assert_eq!(run(&parts, &[&sets[..], &["train.epochs=1.5"]].concat()).code, Some(0));
+        fs::remove_file(work.at(&parts).join("summary.json")).unwrap();
+        let other = run(&parts, &[&sets[..], &["train.epochs=3", "train.batch_size=4", "--resume"]].concat());
+        assert!(other.code == Some(2) && other.stderr.contains("`train.batch_size`: the run has 2"), "{other:?}");
+        let done = run(&parts, &[&sets[..], &["train.epochs=3", "--resume"]].concat());
+        assert!(done.code == Some(0) && done.stderr.contains("going on after step"), "{done:?}");
+        assert_eq!(taken(&parts), all);
+        let bytes = |folder: &str| fs::read(work.at(&format!("{folder}/adapter/adapter_model.safetensors"))).unwrap();
+        assert_eq!(bytes(&parts), bytes(&whole), "{name}");
+    }
+}
+
 #[test]
 fn an_interrupted_run_leaves_a_checkpoint_and_can_be_longer_when_it_goes_on() {
     let work = Work::new();
@@ -1671,6 +1725,22 @@ mod mpi {
                     assert!(found.len() == expected.len() && apart < 1e-4, "{folder}: {apart}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn mpi_ranks_share_filled_micro_batches_and_one_without_learns_nothing() {
+        let work = Work::new();
+        work.write("train.jsonl", &rows(0..7));
+        // Four micro-batches per epoch: of three ranks, two have none in every second step.
+        let rows = ["data.packing=fill", "data.max_length=40", "train.batch_size=2"];
+        let shared = [&rows[..], &["train.max_steps=6", "method.dropout=0.1"]].concat();
+        for ranks in [2, 3] {
+            let accumulated = format!("train.gradient_accumulation={ranks}");
+            let alone = train(&work, 1, &format!("alone-{ranks}"), &[&shared[..], &[&accumulated]].concat());
+            let found =
+                train(&work, ranks, &format!("ranks-{ranks}"), &[&shared[..], &["parallel.zero_stage=2"]].concat());
+            assert_same(&found, &alone, &format!("{ranks} ranks"));
         }
     }
 

@@ -1,6 +1,7 @@
 //! The order of rows, as a function of seed and epoch.
 
 use burn_peft::random;
+use std::cmp::Reverse;
 
 /// The rows of one epoch over sources of the given sizes and weights, as (source, row). A weight of 2.5 shows every row twice and
 /// half of them, drawn anew in every epoch, a third time. Without shuffling, sources follow each other in their own order.
@@ -23,6 +24,19 @@ pub fn epoch_order(sources: &[(usize, f64)], seed: u64, epoch: u64, shuffle: boo
     order
 }
 
+/// Puts rows of like lengths together, as `transformers`' `LengthGroupedSampler` does: the order is cut into up to 50 parts of
+/// whole steps' rows, each is sorted from long to short, and the longest row of all changes places with the very first, so that
+/// too little memory shows at once.
+pub fn group_by_length(order: &mut [(usize, usize)], length: impl Fn(&(usize, usize)) -> usize, rows_per_step: usize) {
+    let steps = (order.len() / (rows_per_step * 4)).clamp(1, 50);
+    for part in order.chunks_mut(steps * rows_per_step) {
+        part.sort_by_key(|row| Reverse(length(row)));
+    }
+    if let Some(longest) = (0..order.len()).rev().max_by_key(|&row| length(&order[row])) {
+        order.swap(0, longest);
+    }
+}
+
 /// Fisher and Yates's shuffle.
 fn permute<T>(items: &mut [T], key: u64) {
     for i in (1..items.len()).rev() {
@@ -43,6 +57,31 @@ mod tests {
         let mut sorted = first;
         sorted.sort_unstable();
         assert_eq!(sorted, epoch_order(&[(100, 1.0)], 7, 0, false));
+    }
+
+    #[test]
+    fn grouped_rows_fall_in_length_within_each_part_and_the_longest_is_first() {
+        let length = |&(_, row): &(usize, usize)| row * 37 % 101;
+        for (rows, per_step, part) in [(100, 2, 24), (100, 40, 40), (1000, 2, 100), (3, 8, 8), (0, 1, 1)] {
+            let before = epoch_order(&[(rows, 1.0)], 7, 3, true);
+            let mut after = before.clone();
+            group_by_length(&mut after, length, per_step);
+            assert!(after.first().is_none_or(|first| Some(length(first)) == before.iter().map(length).max()));
+            // Once the two that changed places are back.
+            if let Some(longest) = after.first() {
+                let home = before.iter().position(|row| row == longest).unwrap() / part * part;
+                after.swap(0, home);
+            }
+            for (before, after) in before.chunks(part).zip(after.chunks(part)) {
+                assert!(after.is_sorted_by_key(|row| Reverse(length(row))), "{rows} rows, {per_step} per step");
+                let sorted = |part: &[(usize, usize)]| {
+                    let mut part = part.to_vec();
+                    part.sort_unstable();
+                    part
+                };
+                assert_eq!(sorted(before), sorted(after));
+            }
+        }
     }
 
     #[test]

@@ -46,6 +46,8 @@ fn data(data: &Data) -> Result<(), Problem> {
         within("data.valid_limit", limit > 0, "at least 1 row", limit)?;
         within("data.valid_limit", data.valid.is_some(), "`data.valid` to be given too", "no `data.valid`")?;
     }
+    let shuffled = data.shuffle || !data.group_by_length;
+    within("data.group_by_length", shuffled, "`data.shuffle` to be true too", "false")?;
     within("data.max_length", data.max_length >= 2, "at least 2 tokens: one to see, one to predict", data.max_length)
 }
 

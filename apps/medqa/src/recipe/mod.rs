@@ -29,7 +29,7 @@ pub use method::{Choice, Lora, Method, MethodKind, Scope, VirtualTokens};
 pub use parallel::{Division, Files, Offload, Parallel, Place};
 pub use tables::{Compute, Data, Dtype, Model, OnTooLong};
 pub use train::{Optimizer, OptimizerKind, ReportTo, Saving, Schedule, Scheduler, Steps, Train};
-pub use value::{Checkpointing, Layers, TargetModules};
+pub use value::{Checkpointing, Layers, Packing, TargetModules};
 
 /// One training run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -5,7 +5,7 @@ use burn_llama::Storage;
 use burn_peft::kernel;
 use serde::{Deserialize, Serialize};
 
-use super::value::{Source, sources};
+use super::value::{Packing, Source, sources};
 use crate::data::{Columns, Format, Schema};
 
 /// `[model]`
@@ -96,8 +96,11 @@ pub struct Data {
     pub on_too_long: OnTooLong,
     /// Whether each epoch sees the rows in an order of its own.
     pub shuffle: bool,
-    /// Whether the rows of a batch are joined into one without padding. It changes no result beyond rounding.
-    pub packing: bool,
+    /// Whether rows of like lengths are put into the same steps, so that they need less padding; only with `shuffle`.
+    pub group_by_length: bool,
+    /// Whether the rows of a batch are joined into one without padding, which changes no result beyond rounding; `"fill"`: and
+    /// as many rows make a micro-batch as have `train.batch_size` · `max_length` tokens together.
+    pub packing: Packing,
     /// The files' own names of the format's columns, such as `{ question = "prompt" }`.
     #[serde(skip_serializing_if = "Columns::is_empty")]
     pub columns: Columns,
@@ -115,7 +118,8 @@ impl Default for Data {
             max_length: 512,
             on_too_long: OnTooLong::Truncate,
             shuffle: true,
-            packing: true,
+            group_by_length: false,
+            packing: Packing::Joined,
             columns: Columns::default(),
             train: Vec::new(),
         }

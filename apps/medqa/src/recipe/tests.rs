@@ -21,6 +21,7 @@ fn the_least_recipe_has_every_default() {
     assert_eq!(recipe.train.optimizer.learning_rate, Some(2e-4));
     assert_eq!(recipe.train.steps.epochs, Some(1.0));
     assert_eq!(recipe.train.schedule.warmup, Warmup::Ratio(0.03));
+    assert_eq!((recipe.data.packing, recipe.data.group_by_length), (Packing::Joined, false));
     assert_eq!(recipe.data.train[0].path, "t.jsonl");
     assert_eq!(recipe.method.scope.target_modules, Some(TargetModules::default()));
     let full = parse(LEAST, &["method.kind=full", "train.max_steps=3"]).unwrap();
@@ -42,6 +43,8 @@ fn a_written_recipe_loads_as_itself() {
         (rich, &[]),
         (LEAST, &["train.activation_checkpointing=full", "train.warmup=0"]),
         (LEAST, &["method.kind=freeze"]),
+        (LEAST, &["data.packing=false"]),
+        (LEAST, &["data.packing=fill", "data.group_by_length=true"]),
         (LEAST, &named),
     ] {
         let recipe = parse(text, sets).unwrap();
@@ -112,6 +115,9 @@ fn wrong_types_name_key_expected_and_found() {
         ("train.activation_checkpointing=0", "found integer `0`"),
         ("train.scheduler=step", "unknown variant `step`, expected one of `constant`"),
         ("data.shuffle=1", "expected true or false, found integer `1`"),
+        ("data.group_by_length=1", "expected true or false, found integer `1`"),
+        ("data.packing=full", "`data.packing`: expected true, false or \"fill\", found string \"full\""),
+        ("data.packing=1", "`data.packing`: expected true, false or \"fill\", found integer `1`"),
         ("data.train=3", "`data.train`: expected a path, or a list"),
         ("data.train={path = 'x'}", "a path, or a list of { path, format, columns, weight }, found map"),
         ("data.train=[{path = 3}]", "item 1: "),
@@ -179,6 +185,8 @@ fn impossible_values_are_refused_by_key() {
     let both = refusal(LEAST, &["train.epochs=1", "train.max_steps=2"]);
     assert!(both.contains("either `train.epochs` or `train.max_steps`"), "{both}");
     assert!(refusal(LEAST, &["method.kind=full", "method.init=a"]).contains("`method.kind`"));
+    let order = refusal(LEAST, &["data.shuffle=false", "data.group_by_length=true"]);
+    assert!(order.contains("`data.group_by_length`: expected `data.shuffle` to be true too, found false"), "{order}");
     let none = refusal(LEAST, &["method.kind=freeze", "method.layers=0"]);
     assert!(none.starts_with("--set: `method.layers`: expected the last n blocks as n"), "{none}");
     assert!(refusal("", &[]).starts_with("r.toml: `model.path`"));

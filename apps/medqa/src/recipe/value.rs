@@ -244,6 +244,59 @@ impl<'de> Deserialize<'de> for Warmup {
     }
 }
 
+/// How the rows of a micro-batch lie in it, and how many they are.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Packing {
+    /// `train.batch_size` rows, each padded to the longest.
+    Padded,
+    /// As many, joined into one without padding.
+    #[default]
+    Joined,
+    /// Joined, and as many as `train.batch_size` · `data.max_length` tokens hold.
+    Fill,
+}
+
+impl Packing {
+    /// Whether rows are joined into one.
+    pub fn joins(self) -> bool {
+        self != Self::Padded
+    }
+}
+
+impl Serialize for Packing {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Fill => serializer.serialize_str("fill"),
+            joined => serializer.serialize_bool(joined.joins()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Packing {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Way;
+        impl Visitor<'_> for Way {
+            type Value = Packing;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("true, false or \"fill\"")
+            }
+
+            fn visit_bool<E: Error>(self, joined: bool) -> Result<Packing, E> {
+                Ok(if joined { Packing::Joined } else { Packing::Padded })
+            }
+
+            fn visit_str<E: Error>(self, word: &str) -> Result<Packing, E> {
+                match word {
+                    "fill" => Ok(Packing::Fill),
+                    _ => Err(E::invalid_value(Unexpected::Str(word), &self)),
+                }
+            }
+        }
+        deserializer.deserialize_any(Way)
+    }
+}
+
 /// Which segments' activations are dropped in the forward pass and computed again in the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Checkpointing {

@@ -10,9 +10,8 @@ use super::{
     record::{Summary, peak_rss_bytes},
     setup,
     state::{self, Progress},
-    world,
 };
-use crate::{adapter::Adapter, data::epoch_order, eval::loss, model::Loaded, recipe::Recipe, write};
+use crate::{adapter::Adapter, data::Plan, eval::loss, model::Loaded, recipe::Recipe, write};
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, module::AutodiffModule};
 use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
@@ -21,6 +20,7 @@ use burn_zero::{Engine, comm::Communicator};
 use serde_json::{Value, json};
 use std::{
     fs,
+    ops::Range,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -36,6 +36,7 @@ pub struct Run<B: Kernels> {
     adapter: Option<Adapter>,
     tokenizer: Tokenizer,
     sources: Vec<Vec<Example>>,
+    plan: Plan,
     valid: Vec<Example>,
     /// Where validation is computed, if not here.
     elsewhere: Option<Box<dyn Elsewhere>>,
@@ -55,10 +56,6 @@ pub enum Ended {
     Interrupted(usize),
 }
 
-fn rows_per_step(recipe: &Recipe, world: usize) -> usize {
-    recipe.train.steps.batch_size * recipe.train.steps.gradient_accumulation * world
-}
-
 impl<B: Kernels> Run<B> {
     /// A run that is about to begin, or to go on, and its model.
     pub fn new(
@@ -75,11 +72,11 @@ impl<B: Kernels> Run<B> {
         valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
         let (model, adapter) = setup::adapt(loaded.model, &loaded.tokenizer, &recipe)?;
         let elsewhere = elsewhere::open(&recipe)?;
-        let mut lengths: Vec<u64> = sources.iter().flatten().map(|row: &Example| row.ids.len() as u64).collect();
-        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        let lengths = |rows: &Vec<Example>| rows.iter().map(|row| row.ids.len()).collect();
+        let plan = Plan::new(&recipe, sources.iter().map(lengths).collect(), communicator.world())?;
         let load = Load {
             trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
-            tokens: lengths.iter().take(recipe.train.steps.batch_size).sum(),
+            tokens: plan.most_tokens() as u64,
             ..Load::least(model.config(), &recipe, communicator.world() as u64)
         };
         memory::check(&load, &recipe, &options.device)?;
@@ -90,7 +87,7 @@ impl<B: Kernels> Run<B> {
         let (mut model, mut progress) = (model, Progress::default());
         if let Some(checkpoint) = state::checkpoints(&directory)?.last() {
             progress = state::read(checkpoint)?;
-            let rows = rows_per_step(&recipe, engine.world());
+            let rows = plan.rows_per_step();
             if progress.rows_per_step != rows {
                 bail!(
                     "{}: `train.batch_size` · `train.gradient_accumulation` · ranks: the run has {} rows per step, now {rows}; \
@@ -118,6 +115,7 @@ impl<B: Kernels> Run<B> {
             adapter,
             tokenizer,
             sources,
+            plan,
             valid,
             elsewhere,
             journal,
@@ -130,7 +128,7 @@ impl<B: Kernels> Run<B> {
 
     /// Steps from one evaluation to the next, and in all.
     pub fn evaluated_every(&self) -> (usize, usize) {
-        let steps = self.steps();
+        let steps = self.plan.total();
         (self.recipe.train.saving.eval_every.unwrap_or(steps), steps)
     }
 
@@ -141,7 +139,7 @@ impl<B: Kernels> Run<B> {
 
     /// Takes the steps that are left and writes what has been learned.
     pub fn go(&mut self, model: &mut Llama<Autodiff<B>>, feed: &mut Feed<B>) -> Result<Ended> {
-        let steps = self.steps();
+        let steps = self.plan.total();
         for line in self.journal.lines()? {
             feed.line(&line);
         }
@@ -186,35 +184,14 @@ impl<B: Kernels> Run<B> {
         Ok(self.engine.sum_over_ranks(&[f64::from(said)])?[0] > 0.0)
     }
 
-    /// Rows per optimizer step, of all ranks.
-    fn rows_per_step(&self) -> usize {
-        rows_per_step(&self.recipe, self.engine.world())
-    }
-
-    fn order(&self, epoch: usize) -> Vec<(usize, usize)> {
-        let sources = self.sources.iter().zip(&self.recipe.data.train);
-        let sizes: Vec<_> = sources.map(|(rows, source)| (rows.len(), source.weight)).collect();
-        epoch_order(&sizes, self.recipe.train.steps.seed, epoch as u64, self.recipe.data.shuffle)
-    }
-
-    fn steps_per_epoch(&self) -> usize {
-        self.order(0).len().div_ceil(self.rows_per_step())
-    }
-
-    fn steps(&self) -> usize {
-        self.recipe.train.steps.total(self.steps_per_epoch())
-    }
-
     fn step(&mut self, model: &mut Llama<Autodiff<B>>, step: usize, feed: &mut Feed<B>) -> Result<()> {
-        let steps = self.steps();
-        let (begin, per_epoch, per_step) = (Instant::now(), self.steps_per_epoch(), self.rows_per_step());
-        let order = self.order(step / per_epoch);
-        let first = step % per_epoch * per_step;
-        let rows = order[first..order.len().min(first + per_step)].iter();
-        let rows: Vec<Example> = rows.map(|&(source, row)| self.sources[source][row].clone()).collect();
+        let (begin, steps, planned) = (Instant::now(), self.plan.total(), self.plan.step(step));
+        let rows = planned.rows.iter().map(|&(source, row)| self.sources[source][row].clone());
+        let rows: Vec<Example> = rows.collect();
         let targets: usize = rows.iter().map(Example::targets).sum();
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
-        let loss = self.accumulate(model, (&rows, targets), step)?;
+        let own = planned.of_rank(self.engine.rank(), self.engine.world());
+        let loss = self.accumulate(model, (&rows, targets), (step, own))?;
         let learning_rate = setup::learning_rate(&self.recipe, step, steps)?;
         let report = self.engine.step(model, learning_rate)?;
         let seconds = begin.elapsed().as_secs_f64();
@@ -222,7 +199,7 @@ impl<B: Kernels> Run<B> {
         self.progress.stepping += seconds;
         let speed = tokens as f64 / seconds;
         let line = json!({
-            "step": step + 1, "epoch": (step + 1) as f64 / per_epoch as f64, "loss": loss,
+            "step": step + 1, "epoch": planned.epoch, "loss": loss,
             "learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens": tokens,
             "target_tokens": targets, "tokens_per_second": speed,
             "elapsed_seconds": self.elapsed(), "peak_rss_bytes": peak_rss_bytes(),
@@ -232,20 +209,21 @@ impl<B: Kernels> Run<B> {
         Ok(())
     }
 
-    /// The gradients of a step's rows, each rank its share; the loss of all.
+    /// The gradients of a step's rows, each rank those of its `own` micro-batches; the loss of all.
     fn accumulate(
         &mut self,
         model: &mut Llama<Autodiff<B>>,
         (rows, targets): (&[Example], usize),
-        step: usize,
+        (step, own): (usize, impl Iterator<Item = Range<usize>>),
     ) -> Result<f64> {
         let steps = &self.recipe.train.steps;
         let mut loss = 0.0;
-        for (first, micro) in world::share(rows, (self.engine.rank(), self.engine.world()), steps.batch_size) {
+        for micro in own {
+            let (first, micro) = (micro.start, &rows[micro]);
             // A rank without a row of its own computes one that weighs nothing: all take part in every exchange.
             let (micro, weight) = if micro.is_empty() { (&rows[..1], 0.0) } else { (micro, 1.0 / targets as f32) };
             let lengths: Vec<usize> = micro.iter().map(|row| row.ids.len()).collect();
-            let layout = Layout::of(&lengths, self.recipe.data.packing);
+            let layout = Layout::of(&lengths, self.recipe.data.packing.joins());
             let noise = Noise { seed: steps.seed, step: step as u64, tokens: layout.tokens(first as u64) };
             let batch = model.batch(micro, &layout, weight, Pass::training(noise))?;
             loss += self.engine.accumulate(model, &batch)?;
@@ -264,7 +242,7 @@ impl<B: Kernels> Run<B> {
             return Ok(None);
         }
         let steps = &self.recipe.train.steps;
-        let batching = (steps.batch_size, self.recipe.data.packing);
+        let batching = (steps.batch_size, self.recipe.data.packing.joins());
         // Whole batches, in turn.
         let own = self.valid.chunks(steps.batch_size).skip(self.engine.rank()).step_by(self.engine.world());
         let own: Vec<Example> = own.flatten().cloned().collect();
@@ -299,7 +277,7 @@ impl<B: Kernels> Run<B> {
     /// Writes all that it takes to go on after `step`, and removes what is older than the recipe keeps.
     fn checkpoint(&mut self, model: &Llama<Autodiff<B>>, step: usize) -> Result<()> {
         let (seconds, metrics_bytes) = (self.elapsed(), self.journal.bytes());
-        let rows_per_step = self.rows_per_step();
+        let rows_per_step = self.plan.rows_per_step();
         let progress = Progress { step, rows_per_step, seconds, metrics_bytes, ..self.progress.clone() };
         let place = self.directory.join(format!("checkpoint-{step}"));
         let first = self.engine.rank() == 0;

@@ -1,6 +1,9 @@
 //! What a run has behind it, and where it can go on from.
 
-use crate::{recipe::Recipe, write};
+use crate::{
+    recipe::{Packing, Recipe},
+    write,
+};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use std::{
@@ -17,7 +20,7 @@ const FREE: [&str; 17] = [
     "train.save_every",
     "train.keep",
     "train.report_to",
-    // Their product with the number of ranks must stay, see Progress.
+    // Their product with the number of ranks must stay, see Progress, and filled micro-batches their size.
     "train.batch_size",
     "train.gradient_accumulation",
     "parallel.zero_stage",
@@ -125,7 +128,9 @@ pub fn same_recipe(directory: &Path, recipe: &Recipe) -> Result<()> {
     let (mut before, mut now) = (Vec::new(), Vec::new());
     flatten("", &old, &mut before);
     flatten("", &new, &mut now);
-    for key in before.iter().chain(&now).map(|(key, _)| key).filter(|key| !FREE.contains(&key.as_str())) {
+    let fixed = |key: &str| key == "train.batch_size" && recipe.data.packing == Packing::Fill;
+    let free = |key: &str| FREE.contains(&key) && !fixed(key);
+    for key in before.iter().chain(&now).map(|(key, _)| key).filter(|key| !free(key)) {
         let of = |all: &[(String, String)]| {
             all.iter().find(|(other, _)| other == key).map_or("nothing".to_owned(), |(_, value)| value.clone())
         };
