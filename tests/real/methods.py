@@ -109,10 +109,10 @@ class Bench:
             "train.max_steps": options.steps, "model.path": str(options.model),
         }
 
-    def first(self, name: str, method: Method) -> tuple[PeftModel, dict[str, object]]:
+    def first(self, name: str, method: Method, attention: str = "sdpa") -> tuple[PeftModel, dict[str, object]]:
         """PEFT's new adapter, and how medqa's recipe gets the same one."""
         torch.manual_seed(SEED)
-        model = get_peft_model(reference.base(self.directory), method.theirs())
+        model = get_peft_model(reference.base(self.directory, attention), method.theirs())
         if method.from_text:
             self.start_from_text(model)
             return model, {"method.init_text": TEXT}
@@ -141,8 +141,12 @@ class Bench:
         changes = self.changes | method.ours | {"train.learning_rate": method.learning_rate}
         if name not in ("lora", "dora"):
             changes |= {"method.num_virtual_tokens": TOKENS}
-        ours = self.medqa.train(self.recipe(name), changes | start, name)
         recipe = reference.recipe(RECIPE, {key: value for key, value in changes.items() if "method" not in key})
+        if self.options.control:
+            # The same sums in another order.
+            ours = self.their_run(self.first(name, method, "eager")[0], recipe)
+        else:
+            ours = self.medqa.train(self.recipe(name), changes | start, name)
         return Both(name, ours, self.their_run(model, recipe))
 
     def recipe(self, name: str) -> Path:
@@ -198,6 +202,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[*METHODS, *QLORA], choices=[*METHODS, *QLORA])
     parser.add_argument("--steps", type=int, default=64, help="optimizer steps, each of 4 rows")
     parser.add_argument("--valid-rows", type=int, default=40, help="at most so many rows of VALID")
+    parser.add_argument("--control", action="store_true", help="PEFT beside PEFT with the other attention: what rounding does")
     parser.add_argument("--out", type=Path, help="keep results here, and take what is there")
     return parser.parse_args()
 

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import export
+import numpy as np
 import rows
 from export import Medqa, below, check, difference, equal, llama_answers, llama_logits
 from transformers import AutoTokenizer
@@ -60,6 +61,18 @@ def agreement(ours: list[str], theirs: list[str]) -> str:
     return f"{same} of {sum(map(len, ours))}"
 
 
+def packed_is_floats(medqa: Medqa, model: Path) -> None:
+    """The packed weights predict what their values do, over a thousand tokens: Kullback-Leibler divergence in nats."""
+    text = " ".join(row["answer"] for row in rows.make(80, 2, [2, 3]))
+    ids, floats = medqa.logits(model, text)
+    _, packed = medqa.logits(model, text, weights="packed")
+    check("tokens of the text", len(ids), ">= 1000", len(ids) >= 1000)
+    expected, found = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), axis=1, keepdims=True) for x in (floats, packed))
+    below("packed weights beside floats: mean divergence", float((np.exp(expected) * (expected - found)).sum(axis=1).mean()), 1e-3)
+    same = float((floats.argmax(axis=1) == packed.argmax(axis=1)).mean())
+    check("packed weights beside floats: the same most likely token", f"{same:.4f}", ">= 0.98", same >= 0.98)
+
+
 def main() -> int:
     """Trains, converts, asks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,6 +82,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="medqa-qlora-") as folder:
         medqa, model = Medqa(options.medqa, Path(folder)), options.model
+        packed_is_floats(medqa, model)
         adapter = trained(medqa, model, options.steps)
         lora = medqa.folder / "adapter.gguf"
         medqa("adapters", "convert", adapter, lora, "--model", model)

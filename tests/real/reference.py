@@ -27,9 +27,9 @@ class Result:
     after: float
 
 
-def base(directory: Path) -> PreTrainedModel:
+def base(directory: Path, attention: str = "sdpa") -> PreTrainedModel:
     """A model in f32, ready to compute."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 def with_adapter(directory: Path, adapter: Path) -> PeftModel:

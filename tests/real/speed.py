@@ -24,7 +24,7 @@ from medqa import Medqa
 
 RECIPE = Path(__file__).resolve().parents[2] / "apps/medqa/recipes/medquad-lora.toml"
 READ, WRITTEN = 512, 64
-WORKS = ["lora", "lora-bf16", "full", "forward", "decode", "decode-q4"]
+WORKS = ["lora", "lora-bf16", "full", "full-bf16", "forward", "decode", "decode-q4"]
 
 
 def peak_gib() -> float:
@@ -121,7 +121,7 @@ def ours(options: argparse.Namespace, medqa: Medqa, turn: int) -> dict:
     rows = medqa.folder / "rows.jsonl"
     rows.write_text("".join(options.rows.read_text().splitlines(keepends=True)[: options.limit]))
     changes = {
-        "model.path": str(options.base), "model.dtype": "bf16" if options.work.endswith("bf16") else "f32",
+        "model.path": str(options.base), "model.compute": "bf16" if options.work.endswith("bf16") else "f32",
         "data.train": str(rows), "data.max_length": options.length, "train.max_steps": options.steps,
         "method.kind": "lora" if options.work.startswith("lora") else "full",
     }

@@ -3,6 +3,7 @@
 mod beside;
 pub(crate) mod build;
 pub mod gguf;
+mod pages;
 mod parameters;
 pub mod safetensors;
 mod save;

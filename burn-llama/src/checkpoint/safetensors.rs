@@ -1,5 +1,6 @@
 //! Hugging Face's `model.safetensors`, whole or in shards with `model.safetensors.index.json`.
 
+use super::pages;
 use crate::Error;
 use burn::tensor::{Bytes, DType, TensorData};
 use memmap2::Mmap;
@@ -97,8 +98,10 @@ impl Shards {
             Dtype::BF16 => DType::BF16,
             other => return Err(Error::format(&shard.path, name, "F32, F16 or BF16", format!("{other:?}"))),
         };
-        let bytes = &shard.map[shard.data + info.data_offsets.0..shard.data + info.data_offsets.1];
-        let data = TensorData::from_bytes(Bytes::from_bytes_vec(bytes.to_vec()), info.shape.clone(), stored);
+        let (start, end) = (shard.data + info.data_offsets.0, shard.data + info.data_offsets.1);
+        let bytes = shard.map[start..end].to_vec();
+        pages::forget(&shard.map, start, end - start);
+        let data = TensorData::from_bytes(Bytes::from_bytes_vec(bytes), info.shape.clone(), stored);
         Ok(if stored == dtype { data } else { data.convert_dtype(dtype) })
     }
 }

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use rayon::prelude::*;
 
+use super::pages;
 use crate::error::Error;
 
 mod adapter;
@@ -124,7 +125,7 @@ impl Gguf {
             let stored = rotated.map_or(index, |head_dim| interleaved(index, head_dim));
             entry.kind.dequantize(&bytes[stored * row_bytes..][..row_bytes], out);
         });
-        self.forget(entry);
+        pages::forget(&self.map, entry.offset, entry.bytes());
         Ok(values)
     }
 
@@ -144,22 +145,8 @@ impl Gguf {
                 stored.for_each(|from| rows.extend_from_slice(&bytes[from..from + row]));
             }
         }
-        self.forget(entry);
+        pages::forget(&self.map, entry.offset, entry.bytes());
         Ok(rows)
-    }
-
-    /// Gives the pages of a tensor that was copied back to the system: else the whole file counts as the process's memory beside
-    /// the copies. Whoever reads them again gets them from the file.
-    fn forget(&self, entry: &TensorEntry) {
-        #[cfg(unix)]
-        {
-            // SAFETY: the map is read-only and of a file, so that a page that is dropped comes back with the same content.
-            let result = unsafe {
-                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, entry.offset, entry.bytes())
-            };
-            // A system that keeps them costs memory, nothing else.
-            let _ = result;
-        }
     }
 
     /// The bytes of an entry, which may come from anywhere and is therefore checked again.
