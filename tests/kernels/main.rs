@@ -185,7 +185,7 @@ fn products_of_bf16<B: Kernels>(device: &B::Device, exact: f64) {
         let found = evaluate(&case, &inputs, &case.dy, &place);
         let outputs = |found: &Found| Found { gradients: Vec::new(), ..found.clone() };
         assert_same(&outputs(&found), &outputs(&expected), exact, &format!("{} in bf16", case.name));
-        let tolerance = if matches!(case.kernel, Kernel::Linear) { exact } else { 1.0 / 128.0 };
+        let tolerance = if matches!(case.kernel, Kernel::Linear) { exact } else { exact.max(1.0 / 128.0) };
         assert_same(&found, &expected, tolerance, &format!("{} in bf16, backward", case.name));
         if case.dy.len() < 6000 {
             nan_shows(&case, &place);
