@@ -4,7 +4,12 @@ use super::{F, Kernels, Losses, Targets, Visibility};
 use burn::{
     backend::autodiff::{
         Autodiff, NodeId,
-        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        checkpoint::{
+            base::Checkpointer,
+            retro_forward::RetroForward,
+            state::BackwardStates,
+            strategy::{BalancedCheckpointing, CheckpointStrategy},
+        },
         grads::Gradients,
         ops::{Backward, Ops, OpsKind},
     },
@@ -16,6 +21,55 @@ use burn_peft::kernel::{Compute, Stored};
 fn register<B: Backend>(grads: &mut Gradients, node: Option<NodeId>, gradient: F<B>) {
     if let Some(id) = node {
         grads.register::<B>(id, gradient);
+    }
+}
+
+/// What an operation whose output is made again, not kept, takes for it.
+#[derive(Debug)]
+enum Input<B: Backend> {
+    /// What the graph holds.
+    Node(NodeId),
+    /// What no gradient reaches.
+    Constant(F<B>),
+}
+
+impl<B: Backend> Input<B> {
+    fn of(x: &F<Autodiff<B>>) -> Self {
+        if x.is_tracked() { Self::Node(x.node.id) } else { Self::Constant(x.primitive.clone()) }
+    }
+
+    fn take(&self, states: &mut BackwardStates) -> F<B> {
+        match self {
+            Self::Node(id) => states.get_state::<F<B>>(id),
+            Self::Constant(x) => x.clone(),
+        }
+    }
+}
+
+/// The parents that the graph must hold for an output to be made again.
+fn held<B: Backend>(parents: [&F<Autodiff<B>>; 2]) -> impl Iterator<Item = &F<Autodiff<B>>> {
+    parents.into_iter().filter(|parent| parent.is_tracked())
+}
+
+/// The output of the normalisation is cheap to make, and a product with weights that learn needs it again.
+#[derive(Debug)]
+struct Renorm<B: Backend>([Input<B>; 2], f64);
+
+impl<B: Kernels> RetroForward for Renorm<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let [x, weight] = self.0.each_ref().map(|input| input.take(states));
+        states.save(out, B::rms_norm(x, weight, self.1));
+    }
+}
+
+/// So is that of the activation.
+#[derive(Debug)]
+struct Reactivate<B: Backend>([Input<B>; 2]);
+
+impl<B: Kernels> RetroForward for Reactivate<B> {
+    fn forward(&self, states: &mut BackwardStates, out: NodeId) {
+        let [gate, up] = self.0.each_ref().map(|input| input.take(states));
+        states.save(out, B::swiglu(gate, up, Compute::F32));
     }
 }
 
@@ -117,7 +171,9 @@ fn inner_visibility<B: Backend, C: CheckpointStrategy>(outer: &Visibility<Autodi
 impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn rms_norm(x: F<Self>, weight: F<Self>, epsilon: f64) -> F<Self> {
         let output = B::rms_norm(x.primitive.clone(), weight.primitive.clone(), epsilon);
-        match RmsNorm.prepare::<C>([x.node.clone(), weight.node.clone()]).compute_bound().stateful() {
+        let again = Renorm([Input::of(&x), Input::of(&weight)], epsilon);
+        let prep = RmsNorm.prepare::<BalancedCheckpointing>([x.node.clone(), weight.node.clone()]);
+        match prep.memory_bound().retro_forward(again).parents(held([&x, &weight])).stateful() {
             OpsKind::Tracked(prep) => prep.finish((x.primitive, weight.primitive, epsilon), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
@@ -134,7 +190,16 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn swiglu(gate: F<Self>, up: F<Self>, kept: Compute) -> F<Self> {
         let output = B::swiglu(gate.primitive.clone(), up.primitive.clone(), kept);
         let keep = |x| if kept == Compute::Bf16 { B::halved(x) } else { x };
-        match SwiGlu.prepare::<C>([gate.node.clone(), up.node.clone()]).compute_bound().stateful() {
+        let prep = SwiGlu.prepare::<BalancedCheckpointing>([gate.node.clone(), up.node.clone()]);
+        let prep = match kept {
+            Compute::F32 => {
+                let again = Reactivate([Input::of(&gate), Input::of(&up)]);
+                prep.memory_bound().retro_forward(again).parents(held([&gate, &up]))
+            }
+            // The graph would hold both in f32.
+            Compute::Bf16 => prep.compute_bound(),
+        };
+        match prep.stateful() {
             OpsKind::Tracked(prep) => prep.finish((keep(gate.primitive), keep(up.primitive)), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }

@@ -4,7 +4,7 @@ use super::{Compute, LinearKernels};
 use crate::packed::Packed;
 use burn::{
     backend::autodiff::{
-        Autodiff,
+        Autodiff, NodeId,
         checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
         grads::Gradients,
         ops::{Backward, Ops, OpsKind},
@@ -12,20 +12,34 @@ use burn::{
     tensor::{TensorMetadata, backend::AutodiffBackend, ops::FloatTensor},
 };
 
+/// What a backward pass needs of the activations.
+#[derive(Debug, Clone)]
+enum Kept<X> {
+    Nothing,
+    Value(X),
+    /// What the graph holds or makes again.
+    Node(NodeId),
+}
+
 /// State: `x` if the weight is trained, the weight if `x` carries gradient.
 #[derive(Debug)]
 struct LinearBackward;
 
 impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
-    type State = (Option<FloatTensor<B>>, Option<FloatTensor<B>>, Compute);
+    type State = (Kept<FloatTensor<B>>, Option<FloatTensor<B>>, Compute);
 
-    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let [x_node, weight_node] = ops.parents;
         let (x, weight, compute) = ops.state;
         if let (Some(node), Some(weight)) = (x_node, weight) {
             grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight, compute));
         }
+        let x = match x {
+            Kept::Nothing => None,
+            Kept::Value(x) => Some(x),
+            Kept::Node(id) => Some(checkpointer.retrieve_node_output(id)),
+        };
         if let (Some(node), Some(x)) = (weight_node, x) {
             grads.register::<B>(node.id, B::linear_backward_weight(x, dy, compute));
         }
@@ -59,9 +73,13 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
             x.primitive.dtype(),
         );
         match LinearBackward.prepare::<C>([x.node.clone(), weight.node.clone()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => {
-                let (kept_x, kept) =
-                    (weight_tracked.then(|| x.primitive.clone()), x_tracked.then(|| weight.primitive.clone()));
+            OpsKind::Tracked(mut prep) => {
+                let kept_x = match (weight_tracked, x_tracked) {
+                    (false, _) => Kept::Nothing,
+                    (true, false) => Kept::Value(x.primitive.clone()),
+                    (true, true) => Kept::Node(prep.checkpoint(&x)),
+                };
+                let kept = x_tracked.then(|| weight.primitive.clone());
                 prep.finish((kept_x, kept, compute), B::linear_forward(x.primitive, weight.primitive, compute))
             }
             OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive, compute)),
