@@ -5,11 +5,11 @@ use burn::{
     tensor::{DType, Tensor, TensorData},
 };
 use burn_llama::{Checkpoint, Example, Layout, Llama};
-use burn_peft::{LoraConfig, Noise, Pass, TargetModules, adapter, param};
+use burn_peft::{LoraConfig, Noise, Pass, TargetModules, adapter, kernel::Compute, param};
 use burn_zero::{
     Engine,
     optimizer::AdamW,
-    segment::{self, Checkpointing},
+    segment::{self, Checkpointing, Segments},
 };
 use laws::{fixture, floats, max_abs, max_diff, one_backward_at_a_time, reference::driven, tensors};
 use std::collections::BTreeMap;
@@ -67,6 +67,25 @@ fn recomputed_segments_give_the_retained_gradients_with_dropout() {
     let without = gradients(&model, false, Checkpointing::None);
     let difference = |path: &String| max_diff(&without[path], &retained[path]) / max_abs(&retained[path]);
     assert!(retained.keys().all(|path| difference(path) > 1e-3), "dropout must matter");
+}
+
+#[test]
+fn only_positions_with_a_target_leave_the_last_layer_s_attention() {
+    for (packed, compute) in [(true, Compute::F32), (false, Compute::F32), (true, Compute::Bf16)] {
+        let (model, rows) = (adapted(0.1, DType::F32).computing_in(compute), rows());
+        let (layout, targets) = (layout(&rows, packed), rows.iter().map(Example::targets).sum::<usize>());
+        let batch = model.batch(&rows, &layout, 1.0, pass(&layout, 0)).unwrap();
+        let (mut values, last) = (Vec::new(), model.segments() - 1);
+        for segment in 0..last {
+            values = model.forward_segment(segment, &batch, values);
+            let tokens = if segment + 2 < last { layout.rows * layout.length } else { targets };
+            assert_eq!(values[0].clone().tensor::<2>().dims(), [tokens, model.config().hidden_size], "{segment}");
+        }
+        let hidden = model.hidden(model.embed(batch.ids.clone()), &layout, None, &pass(&layout, 0)).unwrap();
+        let all = model.loss(hidden.select(0, batch.tail.slots.clone()), &batch.targets);
+        let (all, found) = (floats(&all.into_data()), floats(&model.batch_loss(&batch).into_data()));
+        assert!(max_diff(&found, &all) < 1e-5, "packed {packed}, {compute:?}: {:e}", max_diff(&found, &all));
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Rows of tokens as a batch on the device.
 
 use crate::{
-    Context, Error, Layout, Llama, Past,
+    Context, Error, Layout, Llama, Past, Tail,
     kernel::{Kernels, Targets},
     layout::ints,
     model::indices,
@@ -46,11 +46,11 @@ pub struct Batch<B: Backend> {
     pub sources: Option<Tensor<B, 1, Int>>,
     /// Rotations and visibility.
     pub context: Context<B>,
-    /// The slots (of the context's) whose hidden state predicts a target, `[n]`.
-    pub slots: Tensor<B, 1, Int>,
+    /// The slots whose hidden state predicts a target.
+    pub tail: Tail<B>,
     /// What they should predict, and the weight of each.
     pub targets: Targets<B>,
-    /// Dropout's randomness.
+    /// Dropout's randomness, of all slots.
     pub pass: Pass,
 }
 
@@ -91,15 +91,16 @@ impl<B: Kernels> Llama<B> {
         assert!(!slots.is_empty(), "a batch has at least one target");
         let n = slots.len();
         let before = Past::starting_with(Vec::new(), &arranged.past);
+        let pass = self.in_its_precision(&arranged.pass(pass, self.virtual_tokens()));
         Ok(Batch {
             context: self.context(&arranged.layout, Some(&before))?,
             ids: ints(ids, layout.rows, &device),
-            slots: indices(slots, &device),
+            tail: Tail::new(slots, &pass, &device),
             targets: Targets {
                 ids: indices(targets, &device),
                 weights: Tensor::full([n], weight, (&device, DType::F32)),
             },
-            pass: self.in_its_precision(&arranged.pass(pass, self.virtual_tokens())),
+            pass,
             sources: arranged.sources.map(|sources| indices(sources, &device)),
         })
     }
@@ -108,12 +109,13 @@ impl<B: Kernels> Llama<B> {
     pub fn batch_loss(&self, batch: &Batch<B>) -> Tensor<B, 1> {
         let (mut x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass, &self.active_rows(1));
         let mut before = before.into_iter();
-        for layer in &self.model.layers {
+        for (index, layer) in self.model.layers.iter().enumerate() {
             let mut past = Past::of_layer(before.next(), batch.context.rows);
-            x = layer.attend(x, &batch.context, Some((&mut past, 0)), &batch.pass);
-            x = layer.transform(x, &batch.pass);
+            let (tail, pass) = self.at_layer(index, Some(&batch.tail), &batch.pass);
+            x = layer.attend(x, &batch.context, Some((&mut past, 0)), (&batch.pass, tail));
+            x = layer.transform(x, pass);
         }
-        self.loss(self.model.norm.forward(x.select(0, batch.slots.clone())), &batch.targets)
+        self.loss(self.model.norm.forward(x), &batch.targets)
     }
 }
 

@@ -1,12 +1,6 @@
 //! Generation: one token after the other, with a cache.
 
-use crate::{
-    Error, Layout, Llama, Past,
-    batch::check_ids,
-    kernel::Kernels,
-    layout::ints,
-    model::{Rows, indices},
-};
+use crate::{Error, Layout, Llama, Past, batch::check_ids, kernel::Kernels, layout::ints, model::Rows};
 use burn::tensor::{DType, Tensor, s};
 use burn_peft::random;
 
@@ -185,13 +179,10 @@ impl<'a, B: Kernels> Generate<'a, B> {
         Ok(generate)
     }
 
-    /// Runs the model on new embeddings and keeps the logits of each row's last one.
+    /// Runs the model on new embeddings and keeps the logits of each row's last one, which `slots` names if there are several.
     fn forward(&mut self, embeddings: Tensor<B, 2>, layout: &Layout, slots: Option<Vec<i32>>) -> Result<(), Error> {
-        let (model, device) = (self.model, self.model.device());
-        let mut hidden = model.hidden(embeddings, layout, Some(&mut self.past), &self.rows.pass(layout.length))?;
-        if let Some(slots) = slots {
-            hidden = hidden.select(0, indices(slots, &device));
-        }
+        let (model, pass) = (self.model, self.rows.pass(layout.length));
+        let hidden = model.hidden_at(embeddings, layout, Some(&mut self.past), (&pass, slots))?;
         let logits = model.head(hidden, &self.rows.pass(1)).cast(DType::F32).into_data();
         self.logits = logits.into_vec().map_err(|e| Error::config("logits", "f32 values", format!("{e:?}")))?;
         Ok(())

@@ -2,7 +2,7 @@
 
 use crate::kernel::Visibility;
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
-use burn_peft::Token;
+use burn_peft::{Pass, Token};
 use std::{ops::Range, sync::Arc};
 
 /// The slots of a batch of `rows` × `length`: to which sequence each belongs and at which position.
@@ -136,6 +136,24 @@ pub struct Context<B: Backend> {
     pub sin: Tensor<B, 2>,
     /// Who sees whom, keys of the past included.
     pub visibility: Visibility<B>,
+}
+
+/// What is still wanted of the last layer once every token's keys have been seen: only these go through its output projection
+/// and its MLP.
+#[derive(Debug, Clone)]
+pub struct Tail<B: Backend> {
+    /// Their slots in the context, `[n]`.
+    pub slots: Tensor<B, 1, Int>,
+    /// The pass over them.
+    pub pass: Pass,
+}
+
+impl<B: Backend> Tail<B> {
+    /// The given slots of a pass.
+    pub fn new(slots: Vec<i32>, pass: &Pass, device: &B::Device) -> Self {
+        let (pass, n) = (pass.at(&slots), slots.len());
+        Self { slots: Tensor::from_data(TensorData::new(slots, [n]), (device, DType::I32)), pass }
+    }
 }
 
 /// Integers on the device, `[rows, values.len() / rows]`.

@@ -48,7 +48,7 @@ pub use checkpoint::{Checkpoint, Storage};
 pub use config::{Biases, LlamaConfig};
 pub use error::{Error, Mismatch};
 pub use generate::{Generate, Settings};
-pub use layout::{Context, Layout};
+pub use layout::{Context, Layout, Tail};
 pub use model::Llama;
 pub use past::{KeyValue, Past};
 pub use tokenizer::Tokenizer;

@@ -30,6 +30,15 @@ impl Pass {
         Self { route: Some(route), ..Self::default() }
     }
 
+    /// The pass over some of its tokens, by their places in it.
+    pub fn at(&self, places: &[i32]) -> Self {
+        let noise = self.noise.as_ref().map(|noise| {
+            let tokens = places.iter().map(|&place| noise.tokens[place as usize]).collect();
+            Noise { tokens, ..noise.clone() }
+        });
+        Self { noise, route: self.route.as_ref().map(|route| route.at(places)), compute: self.compute }
+    }
+
     /// Which of an activation's `tokens` the adapter of that name acts on, if any.
     pub(crate) fn reach(&self, name: &str, active: bool, tokens: usize) -> Option<Reach<'_>> {
         match &self.route {

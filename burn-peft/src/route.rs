@@ -25,6 +25,17 @@ impl Route {
         Self { tokens: names.len() * length, by_name: Arc::new(by_name) }
     }
 
+    /// The route of some of its tokens.
+    pub(crate) fn at(&self, places: &[i32]) -> Self {
+        let moved = |tokens: &Vec<i32>| {
+            let acts = |(_, place): &(usize, &i32)| tokens.binary_search(place).is_ok();
+            places.iter().enumerate().filter(acts).map(|(new, _)| new as i32).collect::<Vec<_>>()
+        };
+        let by_name = self.by_name.iter().map(|(name, tokens)| (name.clone(), moved(tokens)));
+        let by_name = by_name.filter(|(_, tokens)| !tokens.is_empty()).collect();
+        Self { tokens: places.len(), by_name: Arc::new(by_name) }
+    }
+
     /// The tokens of the named adapter among the `tokens` of an activation; `None` if there are none.
     ///
     /// # Panics
@@ -69,4 +80,19 @@ impl Reach<'_> {
 
 fn places<B: LinearKernels>(at: &[i32], device: &B::Device) -> Tensor<B, 1, Int> {
     Tensor::from_data(TensorData::new(at.to_vec(), [at.len()]), (device, DType::I32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_pass_has_its_part_of_the_route() {
+        let route = Route::rows(&["a", BASE, "b"], 3).at(&[7, 1, 4]);
+        let at = |name: &str| route.reach(name, 3).map(|reach| reach.0.map(<[i32]>::to_vec));
+        assert_eq!(at("a"), Some(Some(vec![1])));
+        assert_eq!(at("b"), Some(Some(vec![0])));
+        assert_eq!(at("c"), None);
+        assert!(Route::rows(&["a", "b"], 2).at(&[2, 3]).reach("b", 2) == Some(Reach::ALL));
+    }
 }

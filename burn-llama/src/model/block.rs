@@ -2,7 +2,7 @@
 
 use super::RmsNorm;
 use crate::{
-    Context, Past,
+    Context, Past, Tail,
     kernel::{Kernels, primitive, tensor},
 };
 use burn::{module::Module, tensor::Tensor};
@@ -52,14 +52,14 @@ pub struct Layer<B: Kernels> {
 }
 
 impl<B: Kernels> Attention<B> {
-    /// Normalised hidden states `[tokens, hidden]` → what attention adds, in the same shape. With a past, its keys come first and
-    /// the new ones are added to it.
+    /// Normalised hidden states `[tokens, hidden]` → what attention adds, `[tokens, hidden]`, or `[n, hidden]` for a tail of `n`.
+    /// With a past, its keys come first and the new ones are added to it.
     fn forward(
         &self,
         x: Tensor<B, 2>,
         context: &Context<B>,
         past: Option<(&mut Past<B>, usize)>,
-        pass: &Pass,
+        (pass, tail): (&Pass, Option<&Tail<B>>),
     ) -> Tensor<B, 2> {
         let q = self.rotated(self.q_proj.forward(x.clone(), pass), self.q_norm.as_ref(), context);
         let k = self.rotated(self.k_proj.forward(x.clone(), pass), self.k_norm.as_ref(), context);
@@ -76,7 +76,10 @@ impl<B: Kernels> Attention<B> {
         let width = q.dims()[2] * self.head_dim;
         let (output, _) = B::flash_attention([primitive(q), primitive(k), primitive(v)], &context.visibility);
         let output = tensor::<B, 4>(output).reshape([context.rows * context.length, width]);
-        self.o_proj.forward(output, pass)
+        match tail {
+            None => self.o_proj.forward(output, pass),
+            Some(tail) => self.o_proj.forward(output.select(0, tail.slots.clone()), &tail.pass),
+        }
     }
 
     /// `[tokens, heads · head_dim]` → `[rows, length, heads, head_dim]`, normalised per head if the model does that, and rotated.
@@ -94,19 +97,23 @@ impl<B: Kernels> Attention<B> {
 }
 
 impl<B: Kernels> Layer<B> {
-    /// The attention half of the block: `[tokens, hidden]` → `[tokens, hidden]`.
+    /// The attention half of the block: `[tokens, hidden]` → `[tokens, hidden]`, or `[n, hidden]` for a tail of `n`.
     pub fn attend(
         &self,
         x: Tensor<B, 2>,
         context: &Context<B>,
         past: Option<(&mut Past<B>, usize)>,
-        pass: &Pass,
+        (pass, tail): (&Pass, Option<&Tail<B>>),
     ) -> Tensor<B, 2> {
         let normed = self.input_layernorm.forward(x.clone());
-        x + self.self_attn.forward(normed, context, past, pass)
+        let added = self.self_attn.forward(normed, context, past, (pass, tail));
+        match tail {
+            None => x + added,
+            Some(tail) => x.select(0, tail.slots.clone()) + added,
+        }
     }
 
-    /// The MLP half of the block: `[tokens, hidden]` → `[tokens, hidden]`.
+    /// The MLP half of the block: `[n, hidden]` → `[n, hidden]`.
     pub fn transform(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
         let normed = self.post_attention_layernorm.forward(x.clone());
         let gate = self.mlp.gate_proj.forward(normed.clone(), pass);

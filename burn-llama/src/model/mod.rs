@@ -15,7 +15,7 @@ pub use norm::RmsNorm;
 pub(crate) use rows::Rows;
 
 use crate::{
-    Context, Error, Layout, LlamaConfig, Past,
+    Context, Error, Layout, LlamaConfig, Past, Tail,
     kernel::{Kernels, Targets, Visibility, primitive, tensor},
     layout::ints,
 };
@@ -132,16 +132,40 @@ impl<B: Kernels> Llama<B> {
         past: Option<&mut Past<B>>,
         pass: &Pass,
     ) -> Result<Tensor<B, 2>, Error> {
+        self.hidden_at(embeddings, layout, past, (pass, None))
+    }
+
+    /// [`Llama::hidden`] at the given slots alone, `[n, hidden_size]`: what else the last layer would compute is not.
+    pub(crate) fn hidden_at(
+        &self,
+        embeddings: Tensor<B, 2>,
+        layout: &Layout,
+        past: Option<&mut Past<B>>,
+        (pass, slots): (&Pass, Option<Vec<i32>>),
+    ) -> Result<Tensor<B, 2>, Error> {
         let context = self.context(layout, past.as_deref())?;
         let (mut x, mut past, pass) = (embeddings, past, &self.in_its_precision(pass));
+        let tail = slots.map(|slots| Tail::new(slots, pass, &self.device()));
         for (index, layer) in self.model.layers.iter().enumerate() {
-            x = layer.attend(x, &context, past.as_deref_mut().map(|past| (past, index)), pass);
-            x = layer.transform(x, pass);
+            let (tail, later) = self.at_layer(index, tail.as_ref(), pass);
+            x = layer.attend(x, &context, past.as_deref_mut().map(|past| (past, index)), (pass, tail));
+            x = layer.transform(x, later);
         }
         if let Some(past) = past {
             past.advance(layout);
         }
         Ok(self.model.norm.forward(x))
+    }
+
+    /// The tail as far as a layer knows of it, and the pass over what its MLP sees.
+    pub(crate) fn at_layer<'a>(
+        &self,
+        index: usize,
+        tail: Option<&'a Tail<B>>,
+        pass: &'a Pass,
+    ) -> (Option<&'a Tail<B>>, &'a Pass) {
+        let tail = tail.filter(|_| index + 1 == self.model.layers.len());
+        (tail, tail.map_or(pass, |tail| &tail.pass))
     }
 
     /// Normalised hidden states `[n, hidden_size]` → logits `[n, vocab_size]`.

@@ -4,7 +4,7 @@
 
 use super::Llama;
 use crate::{
-    Batch, Context, Past,
+    Batch, Context, Past, Tail,
     kernel::{Kernels, Targets, Visibility},
 };
 use burn::{
@@ -26,18 +26,15 @@ impl<B: Kernels> Segments<B> for Llama<B> {
             let (x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass, &self.active_rows(1));
             return std::iter::once(Value::new(x)).chain(before.into_iter().map(Value::new)).collect();
         };
-        let x = x.tensor::<2>();
-        let output = match self.model.layers.get((segment - 1) / 2) {
+        let (x, index) = (x.tensor::<2>(), (segment - 1) / 2);
+        let (tail, pass) = self.at_layer(index, Some(&batch.tail), &batch.pass);
+        let output = match self.model.layers.get(index) {
             Some(layer) if segment % 2 == 1 => {
                 let mut past = Past::of_layer(inputs.next().map(Value::tensor), batch.context.rows);
-                layer.attend(x, &batch.context, Some((&mut past, 0)), &batch.pass)
+                layer.attend(x, &batch.context, Some((&mut past, 0)), (&batch.pass, tail))
             }
-            Some(layer) => layer.transform(x, &batch.pass),
-            None => {
-                // Hidden states that predict nothing never meet the head.
-                let hidden = self.model.norm.forward(x.select(0, batch.slots.clone()));
-                return vec![Value::new(self.loss(hidden, &batch.targets))];
-            }
+            Some(layer) => layer.transform(x, pass),
+            None => return vec![Value::new(self.loss(self.model.norm.forward(x), &batch.targets))],
         };
         // What later layers see before the tokens travels on.
         std::iter::once(Value::new(output)).chain(inputs).collect()
@@ -66,7 +63,7 @@ where
                     window: visibility.window,
                 },
             },
-            slots: batch.slots.clone().inner(),
+            tail: Tail { slots: batch.tail.slots.clone().inner(), pass: batch.tail.pass.clone() },
             targets: Targets { ids: batch.targets.ids.clone().inner(), weights: batch.targets.weights.clone().inner() },
             pass: batch.pass.clone(),
         }
