@@ -1,15 +1,15 @@
 //! medqa: a medical question answering system, from data to chat.
 
 use clap::Parser;
-use medqa::{cli, doctor, memory};
+use medqa::{cli, doctor, process};
 use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     process::ExitCode,
 };
 
 fn main() -> ExitCode {
+    process::begin();
     let cli = cli::Cli::parse();
-    memory::keep();
     // Deep graphs are walked recursively when they are freed.
     let pool = rayon::ThreadPoolBuilder::new().stack_size(64 << 20).build_global();
     if let Err(error) = pool {

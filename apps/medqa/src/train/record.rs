@@ -60,6 +60,8 @@ pub struct Summary {
     pub steps: usize,
     /// From the end of loading to the end of saving.
     pub seconds: f64,
+    /// From the start of the process to the first step; none if there was none to take.
+    pub seconds_to_first_step: Option<f64>,
     /// Tokens trained on, those of prompts included.
     pub tokens: usize,
     /// Over the time spent in steps.

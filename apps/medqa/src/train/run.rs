@@ -11,7 +11,7 @@ use super::{
     setup,
     state::{self, Progress},
 };
-use crate::{adapter::Adapter, data::Plan, eval::loss, model::Loaded, recipe::Recipe, write};
+use crate::{adapter::Adapter, data::Plan, eval::loss, model::Loaded, process, recipe::Recipe, write};
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, module::AutodiffModule};
 use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
@@ -33,8 +33,7 @@ pub struct Run<B: Kernels> {
     recipe: Recipe,
     directory: PathBuf,
     engine: Engine<Autodiff<B>>,
-    adapter: Option<Adapter>,
-    tokenizer: Tokenizer,
+    trained: Trained,
     sources: Vec<Vec<Example>>,
     plan: Plan,
     valid: Vec<Example>,
@@ -45,7 +44,19 @@ pub struct Run<B: Kernels> {
     pub display: bool,
     /// Of this process; what came before is in `progress`.
     start: Instant,
+    /// From the start of the process to the first step of this run, in seconds.
+    until_first_step: Option<f64>,
+    /// Slots of the largest micro-batch so far.
+    largest: usize,
     progress: Progress,
+}
+
+/// What a run writes.
+enum Trained {
+    /// An adapter directory.
+    Adapter(Adapter),
+    /// A model directory, its tokenizer with it. Else the tokenizer has done its work when the rows are tokens.
+    Model(Box<Tokenizer>),
 }
 
 /// How a run came to its end.
@@ -106,21 +117,23 @@ impl<B: Kernels> Run<B> {
         }
         let place = (progress.step, progress.metrics_bytes);
         let journal = Journal::open(&directory, &recipe, place, (first, options.display))?;
-        let (tokenizer, start) = (loaded.tokenizer, Instant::now());
+        let tokenizer = loaded.tokenizer;
+        let trained = adapter.map_or_else(|| Trained::Model(Box::new(tokenizer)), Trained::Adapter);
         let display = options.display;
         let run = Self {
             recipe,
             directory,
             engine,
-            adapter,
-            tokenizer,
+            trained,
             sources,
             plan,
             valid,
             elsewhere,
             journal,
             display,
-            start,
+            start: Instant::now(),
+            until_first_step: None,
+            largest: 0,
             progress,
         };
         Ok((run, model))
@@ -185,6 +198,7 @@ impl<B: Kernels> Run<B> {
     }
 
     fn step(&mut self, model: &mut Llama<Autodiff<B>>, step: usize, feed: &mut Feed<B>) -> Result<()> {
+        self.until_first_step.get_or_insert_with(|| process::age().as_secs_f64());
         let (begin, steps, planned) = (Instant::now(), self.plan.total(), self.plan.step(step));
         let rows = planned.rows.iter().map(|&(source, row)| self.sources[source][row].clone());
         let rows: Vec<Example> = rows.collect();
@@ -224,6 +238,11 @@ impl<B: Kernels> Run<B> {
             let (micro, weight) = if micro.is_empty() { (&rows[..1], 0.0) } else { (micro, 1.0 / targets as f32) };
             let lengths: Vec<usize> = micro.iter().map(|row| row.ids.len()).collect();
             let layout = Layout::of(&lengths, self.recipe.data.packing.joins());
+            let slots = layout.rows * layout.length;
+            if slots > self.largest {
+                self.largest = slots;
+                process::give_back();
+            }
             let noise = Noise { seed: steps.seed, step: step as u64, tokens: layout.tokens(first as u64) };
             let batch = model.batch(micro, &layout, weight, Pass::training(noise))?;
             loss += self.engine.accumulate(model, &batch)?;
@@ -262,11 +281,11 @@ impl<B: Kernels> Run<B> {
 
     /// Writes what is trained into `directory`: `adapter/` or `model/`. Every rank calls this, the first one writes.
     fn save(&mut self, model: &Llama<Autodiff<B>>, directory: &Path) -> Result<()> {
-        let (first, adapter, tokenizer) = (self.engine.rank() == 0, &self.adapter, &self.tokenizer);
-        self.engine.with_whole(model, |model| match adapter {
+        let (first, trained) = (self.engine.rank() == 0, &self.trained);
+        self.engine.with_whole(model, |model| match trained {
             _ if !first => Ok(()),
-            Some(adapter) => adapter.save(model, &directory.join("adapter")),
-            None => {
+            Trained::Adapter(adapter) => adapter.save(model, &directory.join("adapter")),
+            Trained::Model(tokenizer) => {
                 let directory = directory.join("model");
                 checkpoint::save(model, &directory)?;
                 Ok(tokenizer.save(&directory)?)
@@ -323,6 +342,7 @@ impl<B: Kernels> Run<B> {
             valid_loss_after: after,
             steps,
             seconds: self.elapsed(),
+            seconds_to_first_step: self.until_first_step,
             tokens,
             tokens_per_second: tokens as f64 / stepping,
             peak_rss_bytes: peak_rss_bytes(),

@@ -2,7 +2,7 @@
 //! too, so that no product is computed twice.
 
 use super::{
-    buffer::{contiguous, integers, tensor, values, widened_part, with_scratch},
+    buffer::{contiguous, integers, tensor, unwritten, values, widened_part},
     lanes::{exp_sum, max, scale, vectorized},
 };
 use crate::kernel::{Losses, Targets, tensor as wrapped};
@@ -15,9 +15,9 @@ use burn_peft::kernel::{
 use rayon::prelude::*;
 
 /// The number of logits that exist at a time, unless that is fewer than two blocks of tokens.
-const LOGITS: usize = 5 << 20;
+const LOGITS: usize = 5 << 19;
 /// Tokens that products take together.
-const TOKENS: usize = 32;
+const TOKENS: usize = 24;
 /// Rows of a head in half precision or packed that are widened at a time.
 const ROWS: usize = 4096;
 
@@ -93,12 +93,15 @@ pub(super) fn forward(
     let room = |wanted: bool, size: usize| if wanted { vec![0.0; size] } else { Vec::new() };
     let (mut losses, mut lse) = (vec![0.0; n], vec![0.0; n]);
     let (mut d_hidden, mut d_head) = (room(wanted[0], n * width), room(wanted[1], vocabulary * width));
+    // Freed with the last block: nothing of this size is there while the backward pass runs.
+    let mut logits = unwritten(n.min(head.tokens()) * vocabulary);
     for from in (0..n).step_by(head.tokens()) {
         let to = n.min(from + head.tokens());
         let d_hidden = if wanted[0] { &mut d_hidden[from * width..to * width] } else { &mut [] };
         let sums = Sums { losses: &mut losses[from..to], lse: &mut lse[from..to], d_hidden, d_head: &mut d_head };
         let tokens = Matrix::new(&values(&hidden)[from * width..to * width], [to - from, width]);
-        block(&head, tokens, (&ids[from..to], &weights[from..to]), sums);
+        let logits = &mut logits[..(to - from) * vocabulary];
+        block(&head, tokens, (&ids[from..to], &weights[from..to]), (logits, sums));
     }
     let unit = |wanted: bool, values: Vec<f32>, shape: [usize; 2]| wanted.then(|| tensor(values, &shape));
     Losses {
@@ -108,31 +111,35 @@ pub(super) fn forward(
     }
 }
 
-fn block(head: &Head<'_>, tokens: Matrix<'_>, (ids, weights): (&[i32], &[f32]), sums: Sums<'_>) {
+/// The logits are overwritten.
+fn block(
+    head: &Head<'_>,
+    tokens: Matrix<'_>,
+    (ids, weights): (&[i32], &[f32]),
+    (logits, sums): (&mut [f32], Sums<'_>),
+) {
     let (n, vocabulary, width) = (ids.len(), head.vocabulary, head.width);
     let gradient = !sums.d_hidden.is_empty() || !sums.d_head.is_empty();
-    with_scratch(n * vocabulary, |logits| {
-        head.blocks(|from, rows, _| {
-            let to = Output { values: &mut logits[from..], stride: vocabulary, add: false };
-            product_in(head.compute, to, tokens, rows.transposed(), 1.0, Threads::All);
-        });
-        let rows = logits.par_chunks_exact_mut(vocabulary).zip(sums.losses).zip(sums.lse);
-        rows.zip(ids.par_iter().zip(weights)).for_each(|(((logits, loss), lse), (&id, &weight))| {
-            (*loss, *lse) = row(logits, id as usize, weight, gradient);
-        });
-        let logits = &*logits;
-        if !sums.d_hidden.is_empty() {
-            head.blocks(|from, rows, count| {
-                let part = Matrix::strided(&logits[from..], [n, count], vocabulary);
-                let to = Output { values: sums.d_hidden, stride: width, add: from > 0 };
-                product_in(head.compute, to, part, rows, 1.0, Threads::All);
-            });
-        }
-        if !sums.d_head.is_empty() {
-            let to = Output { values: sums.d_head, stride: width, add: true };
-            product_in(head.compute, to, Matrix::new(logits, [n, vocabulary]).transposed(), tokens, 1.0, Threads::All);
-        }
+    head.blocks(|from, rows, _| {
+        let to = Output { values: &mut logits[from..], stride: vocabulary, add: false };
+        product_in(head.compute, to, tokens, rows.transposed(), 1.0, Threads::All);
     });
+    let rows = logits.par_chunks_exact_mut(vocabulary).zip(sums.losses).zip(sums.lse);
+    rows.zip(ids.par_iter().zip(weights)).for_each(|(((logits, loss), lse), (&id, &weight))| {
+        (*loss, *lse) = row(logits, id as usize, weight, gradient);
+    });
+    let logits = &*logits;
+    if !sums.d_hidden.is_empty() {
+        head.blocks(|from, rows, count| {
+            let part = Matrix::strided(&logits[from..], [n, count], vocabulary);
+            let to = Output { values: sums.d_hidden, stride: width, add: from > 0 };
+            product_in(head.compute, to, part, rows, 1.0, Threads::All);
+        });
+    }
+    if !sums.d_head.is_empty() {
+        let to = Output { values: sums.d_head, stride: width, add: true };
+        product_in(head.compute, to, Matrix::new(logits, [n, vocabulary]).transposed(), tokens, 1.0, Threads::All);
+    }
 }
 
 /// The loss and log-sum-exp of a row of logits, which becomes `weight·(softmax - one_hot(id))` if `gradient`.

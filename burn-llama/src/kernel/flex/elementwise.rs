@@ -83,53 +83,49 @@ fn rounded(x: f32) -> u16 {
     if x.is_nan() { (bits >> 16) as u16 | 0x40 } else { nearest as u16 }
 }
 
-/// A value that is read as f32.
-trait Widen: Copy + Sync {
-    fn widen(self) -> f32;
+#[inline(always)]
+fn widened(x: bf16) -> f32 {
+    f32::from_bits(u32::from(x.to_bits()) << 16)
 }
 
-impl Widen for f32 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        self
-    }
-}
-
-impl Widen for bf16 {
-    #[inline(always)]
-    fn widen(self) -> f32 {
-        f32::from_bits(u32::from(self.to_bits()) << 16)
-    }
-}
-
-/// Of gate and up in f32 or both in bf16.
+/// Of gate and up in f32, in their place where nobody else holds them, or both in bf16.
 pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, dy: FlexTensor) -> (FlexTensor, FlexTensor) {
-    let (gate, up, dy) = (contiguous(gate), contiguous(up), contiguous(dy));
-    let (shape, dy) = (gate.layout().shape().clone(), values(&dy));
-    if gate.dtype() == DType::BF16 {
-        return gated_backward((gate.storage::<bf16>(), up.storage::<bf16>(), dy), &shape);
+    let (mut gate, mut up, dy) = (contiguous(gate), contiguous(up), contiguous(dy));
+    let shape = gate.layout().shape().clone();
+    let dy = values(&dy).par_chunks(BLOCK);
+    if gate.dtype() == DType::F32 {
+        let inputs = gate.storage_mut::<f32>().par_chunks_mut(BLOCK).zip(up.storage_mut::<f32>().par_chunks_mut(BLOCK));
+        inputs.zip(dy).for_each(|((gate, up), dy)| {
+            vectorized(
+                #[inline(always)]
+                || gate.iter_mut().zip(up).zip(dy).for_each(|((gate, up), &dy)| (*gate, *up) = gated(*gate, *up, dy)),
+            )
+        });
+        return (gate, up);
     }
-    gated_backward((values(&gate), values(&up), dy), &shape)
-}
-
-fn gated_backward<T: Widen>((gate, up, dy): (&[T], &[T], &[f32]), shape: &[usize]) -> (FlexTensor, FlexTensor) {
+    let (gate, up) = (gate.storage::<bf16>(), up.storage::<bf16>());
     let (mut d_gate, mut d_up) = (unwritten(gate.len()), unwritten(gate.len()));
     let outputs = d_gate.par_chunks_mut(BLOCK).zip(d_up.par_chunks_mut(BLOCK));
-    let inputs = gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK));
-    outputs.zip(inputs).for_each(|((d_gate, d_up), ((gate, up), dy))| {
-        vectorized(
-            #[inline(always)]
-            || {
-                let inputs = gate.iter().zip(up).zip(dy);
-                for ((d_gate, d_up), ((&gate, &up), &dy)) in d_gate.iter_mut().zip(d_up).zip(inputs) {
-                    let (gate, up) = (gate.widen(), up.widen());
-                    let s = 1.0 / (1.0 + exp(-gate));
-                    let a = gate * s;
-                    *d_up = dy * a;
-                    *d_gate = dy * up * (s + a * (1.0 - s));
-                }
-            },
-        )
-    });
-    (tensor(d_gate, shape), tensor(d_up, shape))
+    outputs.zip(gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)).zip(dy)).for_each(
+        |((d_gate, d_up), ((gate, up), dy))| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    let inputs = gate.iter().zip(up).zip(dy);
+                    for ((d_gate, d_up), ((&gate, &up), &dy)) in d_gate.iter_mut().zip(d_up).zip(inputs) {
+                        (*d_gate, *d_up) = gated(widened(gate), widened(up), dy);
+                    }
+                },
+            )
+        },
+    );
+    (tensor(d_gate, &shape), tensor(d_up, &shape))
+}
+
+/// The gradients of gate and up.
+#[inline(always)]
+fn gated(gate: f32, up: f32, dy: f32) -> (f32, f32) {
+    let s = 1.0 / (1.0 + exp(-gate));
+    let a = gate * s;
+    (dy * up * (s + a * (1.0 - s)), dy * a)
 }
