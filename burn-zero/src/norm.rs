@@ -4,10 +4,12 @@
 //! exactly, so that it does not matter who adds which. Torch adds in f32 in an order that depends on the division.
 
 use crate::{partition::ALIGN, segment::Value};
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::backend::Backend;
 
 /// The digits of an [`Exact`] sum: all of f32's range, and room for as many terms as fit a machine.
 const LIMBS: usize = 11;
+/// Squares that exist at a time.
+const SQUARES: usize = ALIGN << 14;
 /// The exponent of the smallest f32.
 const SMALLEST: i32 = -149;
 
@@ -93,20 +95,17 @@ impl Exact {
 /// Adds the sum of squares of f32 values that start at a multiple of [`ALIGN`] in their parameter.
 pub(crate) fn add_squares<B: Backend>(sum: &mut Exact, values: &Value<B>) {
     let (n, values) = (values.elements(), values.clone().flatten());
-    let whole = n - n % ALIGN;
-    let mut add = |rows: Tensor<B, 2>| {
+    let mut add = |from: usize, shape: [usize; 2]| {
+        let rows = values.clone().narrow(0, from, shape[0] * shape[1]).reshape(shape);
         let squares = rows.clone().mul(rows).sum_dim(1);
         squares.into_data().iter::<f32>().for_each(|square| sum.add(square));
     };
-    if whole == n && n > 0 {
-        add(values.reshape([n / ALIGN, ALIGN]));
-        return;
-    }
-    if whole > 0 {
-        add(values.clone().narrow(0, 0, whole).reshape([whole / ALIGN, ALIGN]));
+    let whole = n - n % ALIGN;
+    for from in (0..whole).step_by(SQUARES) {
+        add(from, [SQUARES.min(whole - from) / ALIGN, ALIGN]);
     }
     if whole < n {
-        add(values.narrow(0, whole, n - whole).reshape([1, n - whole]));
+        add(whole, [1, n - whole]);
     }
 }
 

@@ -17,7 +17,7 @@
 use crate::{
     Error, ds_config,
     optimizer::{
-        EightBit, LEAST_8BIT, Optimizer,
+        EightBit, LEAST_8BIT, Optimizer, Rates,
         cpu_adam::{Copy, Slices, Update},
     },
 };
@@ -80,14 +80,6 @@ enum Moments {
         start: u64,
         length: usize,
     },
-}
-
-/// The rates of one update.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Rates {
-    pub lr: f64,
-    pub weight_decay: f64,
-    pub scale: f64,
 }
 
 /// A state as it is saved: the number of updates, both moments, and the scales of 8-bit ones.

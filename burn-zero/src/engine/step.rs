@@ -7,14 +7,14 @@ use crate::{
     gather::{Pieces, Place, Updater, Weights, update_model},
     held::Held,
     norm::{Exact, add_squares, add_squares_of},
-    offload::{self, Task},
-    optimizer::{Lamb, Optimizer},
+    offload::Task,
+    optimizer::{self, Lamb, Optimizer, Rates},
     partition::{Layout, Piece},
     reduce::{Gradients, Reduced},
     segment::{TrainSegments, Value},
 };
 use burn::tensor::{
-    DType, Device, Tensor,
+    DType, Device,
     backend::{AutodiffBackend, Backend},
 };
 use std::collections::{HashMap, VecDeque};
@@ -24,13 +24,6 @@ struct Agreed {
     norm: f64,
     /// Whether any rank had a gradient, by parameter.
     present: Vec<bool>,
-}
-
-/// What an update needs besides the values.
-struct Rates {
-    learning_rate: f64,
-    /// What gradients are multiplied by: clipping, and the loss scale undone.
-    scale: f64,
 }
 
 impl<B: AutodiffBackend> Engine<B> {
@@ -81,7 +74,7 @@ impl<B: AutodiffBackend> Engine<B> {
             return Ok(StepReport { grad_norm: norm, clipped: false, skipped: true });
         }
         let clip = self.max_grad_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
-        let rates = Rates { learning_rate, scale: clip * unscale };
+        let rates = Rates { lr: learning_rate, weight_decay: self.optimizer.weight_decay(), scale: clip * unscale };
         let (queue, ahead) = (self.queue.clone(), usize::from(self.overlap));
         let Division { layout, device, weights, .. } = division;
         let mut updates = Updates { engine: self, place: (layout, device), reduced, present, rates };
@@ -128,7 +121,7 @@ impl<B: AutodiffBackend> Engine<B> {
         layout: &Layout,
         (pieces, gradients): (Pieces<B::InnerBackend>, Wanted<B::InnerBackend>),
         present: &[bool],
-        rates: &Rates,
+        rates: Rates,
     ) -> Result<Pieces<B::InnerBackend>, Error> {
         match self.optimizer {
             Optimizer::Lamb(lamb) => self.update_by_layer(lamb, layout, (pieces, gradients), (present, rates)),
@@ -142,14 +135,13 @@ impl<B: AutodiffBackend> Engine<B> {
         layout: &Layout,
         (pieces, gradients): (Pieces<B::InnerBackend>, Wanted<B::InnerBackend>),
         present: &[bool],
-        rates: &Rates,
+        rates: Rates,
     ) -> Pieces<B::InnerBackend> {
         let update = |((piece, value), (_, gradient)): ((Piece, Value<_>), (Piece, Option<Value<_>>))| {
             let Some(gradient) = gradient.filter(|_| present[piece.parameter]) else { return (piece, value) };
             let (id, rate) = (layout.parameters[piece.parameter].id, self.rates(layout, &piece, rates));
             let state = self.states.remove(&id);
-            let (parameter, gradient) = (value.tensor::<1>(), scaled(gradient, rates));
-            let (value, state) = self.optimizer.update(rate, parameter, gradient, state);
+            let (value, state) = self.optimizer.update(rate, value.tensor(), gradient.tensor(), state);
             self.states.insert(id, state);
             (piece, Value::new(value))
         };
@@ -157,10 +149,10 @@ impl<B: AutodiffBackend> Engine<B> {
     }
 
     /// The learning rate and the weight decay of a piece.
-    fn rates(&self, layout: &Layout, piece: &Piece, rates: &Rates) -> (f64, f64) {
+    fn rates(&self, layout: &Layout, piece: &Piece, rates: Rates) -> Rates {
         let parameter = &layout.parameters[piece.parameter];
-        let group = self.groups.of(&parameter.path, parameter.dims.len(), self.optimizer.weight_decay());
-        (rates.learning_rate * group.learning_rate_scale, group.weight_decay)
+        let group = self.groups.of(&parameter.path, parameter.dims.len(), rates.weight_decay);
+        Rates { lr: rates.lr * group.learning_rate_scale, weight_decay: group.weight_decay, ..rates }
     }
 
     /// LAMB: the norms of a bucket's tensors and of their directions are added up over ranks before anything moves.
@@ -169,7 +161,7 @@ impl<B: AutodiffBackend> Engine<B> {
         lamb: Lamb,
         layout: &Layout,
         (pieces, gradients): (Pieces<B::InnerBackend>, Wanted<B::InnerBackend>),
-        (present, rates): (&[bool], &Rates),
+        (present, rates): (&[bool], Rates),
     ) -> Result<Pieces<B::InnerBackend>, Error> {
         let (mut moving, mut norms) = (Vec::new(), HashMap::new());
         for ((piece, value), (_, gradient)) in pieces.into_iter().zip(gradients) {
@@ -177,10 +169,11 @@ impl<B: AutodiffBackend> Engine<B> {
                 moving.push((piece, value, None));
                 continue;
             };
-            let (id, (_, decay)) = (layout.parameters[piece.parameter].id, self.rates(layout, &piece, rates));
+            let (id, rate) = (layout.parameters[piece.parameter].id, self.rates(layout, &piece, rates));
             let state = self.states.remove(&id);
             let parameter = value.clone().tensor::<1>();
-            let (direction, state) = lamb.direction(decay, &parameter, scaled(gradient, rates), state);
+            let gradient = optimizer::scaled(gradient.tensor(), rates.scale);
+            let (direction, state) = lamb.direction(rate.weight_decay, &parameter, gradient, state);
             self.states.insert(id, state);
             let direction = Value::new(direction);
             let sums: &mut [Exact; 2] = norms.entry(piece.parameter).or_default();
@@ -193,7 +186,7 @@ impl<B: AutodiffBackend> Engine<B> {
             let Some(direction) = direction else { return (piece, value) };
             let [parameter, length] = &norms[&piece.parameter];
             let ratio = lamb.ratio(parameter.value().sqrt(), length.value().sqrt());
-            let (lr, _) = self.rates(layout, &piece, rates);
+            let Rates { lr, .. } = self.rates(layout, &piece, rates);
             let moved = value.tensor::<1>().sub(direction.tensor::<1>().mul_scalar(lr * ratio));
             (piece, Value::new(moved))
         };
@@ -290,8 +283,7 @@ impl<B: AutodiffBackend> Updates<'_, B> {
         let layout = self.place.0;
         let task = |((piece, value), (_, gradient)): ((Piece, Held<_>), (Piece, Option<Held<_>>))| {
             let parameter = &layout.parameters[piece.parameter];
-            let (lr, weight_decay) = self.engine.rates(layout, &piece, &self.rates);
-            let rates = offload::Rates { lr, weight_decay, scale: self.rates.scale };
+            let rates = self.engine.rates(layout, &piece, self.rates);
             let gradient = gradient.filter(|_| self.present[piece.parameter]);
             Task { place: (parameter.id, parameter.elements()), piece, rates, value, gradient }
         };
@@ -316,7 +308,7 @@ impl<B: AutodiffBackend> Updater<B::InnerBackend> for Updates<'_, B> {
         }
         let pieces = pieces.into_iter().map(|(piece, held)| (piece, held.on(device))).collect();
         let gradients = gradients.into_iter().map(|(piece, held)| (piece, held.map(|held| held.on(device)))).collect();
-        let new = self.engine.update_pieces(layout, (pieces, gradients), &self.present, &self.rates)?;
+        let new = self.engine.update_pieces(layout, (pieces, gradients), &self.present, self.rates)?;
         Ok(Coming { dtypes, pieces: Way::Done(new) })
     }
 
@@ -339,10 +331,4 @@ impl<B: AutodiffBackend> Updater<B::InnerBackend> for Updates<'_, B> {
         };
         Ok(pieces.into_iter().zip(dtypes).map(round).collect())
     }
-}
-
-/// A gradient as it is clipped.
-fn scaled<B: Backend>(gradient: Value<B>, rates: &Rates) -> Tensor<B, 1> {
-    let gradient = gradient.tensor::<1>();
-    if rates.scale == 1.0 { gradient } else { gradient.mul_scalar(rates.scale) }
 }

@@ -1,10 +1,11 @@
 //! The thread that updates weights on the host, beside those that compute and communicate.
 
-use super::{Offload, Rates};
+use super::Offload;
 use crate::{
     Error,
     comm::{Lane, Pending, Queue},
     held::Held,
+    optimizer::Rates,
     partition::Piece,
     worker::Worker,
 };

@@ -18,7 +18,7 @@ pub use lamb::Lamb;
 pub use lion::Lion;
 pub use sgd::Sgd;
 
-use crate::{Error, ds_config, segment::Value};
+use crate::{Error, bucket, ds_config, segment::Value};
 use burn::tensor::{Tensor, backend::Backend};
 
 /// A rule by which parameters are updated, with its settings.
@@ -65,6 +65,15 @@ impl From<ds_config::Optimizer> for Optimizer {
             }
         }
     }
+}
+
+/// The rates of one update.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rates {
+    pub lr: f64,
+    pub weight_decay: f64,
+    /// What gradients are multiplied by: clipping, and the loss scale undone.
+    pub scale: f64,
 }
 
 /// What an optimizer remembers of a piece, on the device.
@@ -129,22 +138,26 @@ impl Optimizer {
         }
     }
 
-    /// A flat piece after one update, in its own type, and its state; `rates` are the learning rate and the weight decay.
+    /// A flat f32 piece after one update, and its state.
     ///
     /// # Panics
     /// For LAMB, which needs the whole tensor's norms, and for 8-bit states, which are on the host.
     pub(crate) fn update<B: Backend>(
         &self,
-        rates: (f64, f64),
+        rates: Rates,
         parameter: Tensor<B, 1>,
         gradient: Tensor<B, 1>,
         state: Option<State<B>>,
     ) -> (Tensor<B, 1>, State<B>) {
+        if let (Some((settings, decoupled)), true) = (self.adam(), on_the_host::<B>()) {
+            return adam_in_place((settings, decoupled), rates, (parameter, gradient), state);
+        }
+        let (pair, gradient) = ((rates.lr, rates.weight_decay), scaled(gradient, rates.scale));
         match self {
-            Self::AdamW(settings) => adam(settings, true, rates, (parameter, gradient), state),
-            Self::Adam(settings) => adam(settings, false, rates, (parameter, gradient), state),
-            Self::Lion(lion) => lion.update(rates, parameter, gradient, state),
-            Self::Sgd(sgd) => sgd.update(rates, parameter, gradient, state),
+            Self::AdamW(settings) => adam(settings, true, pair, (parameter, gradient), state),
+            Self::Adam(settings) => adam(settings, false, pair, (parameter, gradient), state),
+            Self::Lion(lion) => lion.update(pair, parameter, gradient, state),
+            Self::Sgd(sgd) => sgd.update(pair, parameter, gradient, state),
             Self::Lamb(_) | Self::AdamW8bit(_) => panic!("{self:?} is not updated piece by piece on the device"),
         }
     }
@@ -165,6 +178,47 @@ fn adam<B: Backend>(
     let (parameter, moments) = settings.update_with(decoupled, rates, tensors, moments);
     let Moments { step, exp_avg, exp_avg_sq } = moments;
     (parameter, State { step, slots: vec![exp_avg, exp_avg_sq] })
+}
+
+/// Whether the device's memory is this process's own.
+fn on_the_host<B: Backend>() -> bool {
+    #[cfg(feature = "flex")]
+    return std::any::TypeId::of::<B>() == std::any::TypeId::of::<burn::backend::Flex>();
+    #[cfg(not(feature = "flex"))]
+    false
+}
+
+/// Adam on the tensors' own buffers, in one pass.
+fn adam_in_place<B: Backend>(
+    (settings, decoupled): (AdamW, bool),
+    Rates { lr, weight_decay, scale }: Rates,
+    (parameter, gradient): (Tensor<B, 1>, Tensor<B, 1>),
+    state: Option<State<B>>,
+) -> (Tensor<B, 1>, State<B>) {
+    let (device, n) = (parameter.device(), parameter.dims()[0]);
+    let (before, [mut exp_avg, mut exp_avg_sq]) = match state {
+        None => (0, [vec![-0.0; n], vec![0.0; n]]),
+        Some(state) => {
+            let (step, moments) = state.take();
+            (step, moments.map(bucket::to_host))
+        }
+    };
+    let step = before + 1;
+    let (mut parameter, gradient) = (bucket::to_host(Value::new(parameter)), bucket::to_host(Value::new(gradient)));
+    let slices = cpu_adam::Slices {
+        parameter: &mut parameter,
+        gradient: &gradient,
+        exp_avg: &mut exp_avg,
+        exp_avg_sq: &mut exp_avg_sq,
+    };
+    cpu_adam::Update { settings, decoupled, lr, weight_decay, scale, step }.apply(slices, cpu_adam::Copy::None);
+    let slots = [exp_avg, exp_avg_sq].map(|moment| bucket::from_vec(moment, &device)).into();
+    (bucket::from_vec(parameter, &device).tensor(), State { step, slots })
+}
+
+/// A gradient as it is clipped.
+pub(crate) fn scaled<B: Backend>(gradient: Tensor<B, 1>, scale: f64) -> Tensor<B, 1> {
+    if scale == 1.0 { gradient } else { gradient.mul_scalar(scale) }
 }
 
 #[cfg(test)]

@@ -60,7 +60,7 @@ fn ten_updates_are_torch_s_or_the_paper_s() {
                     let ratio = lamb.ratio(norm(&parameter), norm(&direction));
                     (parameter.sub(direction.mul_scalar(lr * ratio)), state)
                 }
-                _ => optimizer.update((lr, decay), parameter, gradient, state),
+                _ => optimizer.update(Rates { lr, weight_decay: decay, scale: 1.0 }, parameter, gradient, state),
             };
             assert_eq!(next.slots.len(), optimizer.slots().len());
             (parameter, state) = (new, Some(next));
@@ -118,15 +118,20 @@ fn adam_on_the_host_is_adam_on_the_device_bit_for_bit() {
                 let gradients: Vec<Vec<f32>> = (0..10).map(gradient).collect();
                 let update = Update { settings, decoupled, lr: 3e-3, weight_decay, scale, step: 0 };
                 let (found, ..) = on_the_host(update, &start, &gradients);
-                let (mut parameter, mut state) = (tensor(&start), None);
+                let rates = Rates { lr: 3e-3, weight_decay, scale };
+                let (mut by_tensors, mut moments, mut in_place, mut state) =
+                    (tensor(&start), None, tensor(&start), None);
                 for gradient in &gradients {
-                    let gradient = tensor(gradient);
-                    let gradient = if scale < 1.0 { gradient.mul_scalar(scale) } else { gradient };
-                    let (new, next) = optimizer.update((3e-3, weight_decay), parameter, gradient, state);
-                    (parameter, state) = (new, Some(next));
+                    let tensors = (by_tensors, scaled(tensor(gradient), scale));
+                    let (new, next) = settings.update_with(decoupled, (3e-3, weight_decay), tensors, moments);
+                    (by_tensors, moments) = (new, Some(next));
+                    let (new, next) = optimizer.update(rates, in_place, tensor(gradient), state);
+                    (in_place, state) = (new, Some(next));
                 }
-                let same = found.iter().zip(host(parameter)).all(|(a, b)| a.to_bits() == b.to_bits());
-                assert!(same, "{n} values, {optimizer:?}, decay {weight_decay}, scale {scale}");
+                for tensor in [by_tensors, in_place] {
+                    let same = found.iter().zip(host(tensor)).all(|(a, b)| a.to_bits() == b.to_bits());
+                    assert!(same, "{n} values, {optimizer:?}, decay {weight_decay}, scale {scale}");
+                }
             }
         }
     }
