@@ -27,7 +27,7 @@ use std::path::{Path, PathBuf};
 type Train = Autodiff<Flex>;
 
 /// Fixture, base model.
-const CASES: [(&str, &str); 11] = [
+const CASES: [(&str, &str); 13] = [
     ("dora", "gqa_llama3"),
     ("dora_qwen2", "qwen2"),
     ("patterns", "gqa_llama3"),
@@ -36,7 +36,9 @@ const CASES: [(&str, &str); 11] = [
     ("bias_all", "qwen2"),
     ("bias_lora_only", "qwen2"),
     ("saved_modules", "gqa_llama3"),
+    ("head", "gqa_llama3"),
     ("ia3", "gqa_llama3"),
+    ("ia3_head", "gqa_llama3"),
     ("ia3_qwen2", "qwen2"),
     ("pissa", "gqa_llama3"),
 ];
@@ -51,6 +53,11 @@ fn directory(name: &str) -> PathBuf {
 
 fn reference(name: &str) -> Reference {
     tensors(&format!("family/{name}/reference.safetensors"))
+}
+
+/// The weights of an adapter's layers after merging it, and their gradients then.
+fn merged(name: &str) -> Reference {
+    tensors(&format!("family/{name}/merged.safetensors"))
 }
 
 /// What a directory holds.
@@ -211,7 +218,7 @@ fn merged_is_unmerged_and_peft_s() {
         adapter::merge(&mut model, "default").unwrap();
         assert!(row_logits_differ(&model, &reference) < 1e-4, "{name}: merged");
         if directory(name).join("merged.safetensors").exists() {
-            let merged = tensors(&format!("family/{name}/merged.safetensors"));
+            let merged = merged(name);
             model.linears(&mut |path, linear| {
                 let bias = linear.bias.as_ref().map(|bias| bias.val().into_data());
                 for (part, value) in [("weight", Some(linear.weight.val().into_data())), ("bias", bias)] {
@@ -232,6 +239,23 @@ fn merged_is_unmerged_and_peft_s() {
         let difference = max_diff(&weights(&model), &before);
         assert!(difference < 1e-5, "{name}: unmerged weights differ by {difference:e}");
         assert!(row_logits_differ(&model, &reference) < 1e-4, "{name}: unmerged");
+    }
+}
+
+#[test]
+fn a_merged_model_s_gradients_are_peft_s() {
+    let _lock = one_backward_at_a_time();
+    for (name, base_name) in CASES.into_iter().filter(|(name, _)| directory(name).join("merged.safetensors").exists()) {
+        let (merged, mut model) = (merged(name), base::<Train>(base_name));
+        Config::load(&mut model, name);
+        adapter::merge(&mut model, "default").unwrap();
+        let expected = |path: &str| merged.get(&format!("grad.{path}"));
+        let model = param::train_only(model, |path| expected(path).is_some());
+        let (_, found) = gradients(&model, &reference(name));
+        assert_eq!(found.len(), merged.keys().filter(|key| key.starts_with("grad.")).count(), "{name}");
+        for (path, gradient) in found {
+            compare(&gradient, &floats(expected(&path).unwrap()), &format!("{name}, merged: {path}"));
+        }
     }
 }
 
@@ -347,7 +371,7 @@ fn what_llama_cpp_s_adapter_file_cannot_hold_is_refused() {
     let temporary = tempfile::tempdir().unwrap();
     let out = temporary.path().join("adapter.gguf");
     for (name, base_name) in CASES {
-        let plain = matches!(name, "layers" | "exclude");
+        let plain = matches!(name, "layers" | "exclude" | "head");
         let (config, from) = (base::<Flex>(base_name).config().clone(), directory(name));
         let written = write::save_adapter(&config, &from, BlockType::F32, &out);
         assert_eq!(written.is_ok(), plain, "{name}: {:?}", written.err());

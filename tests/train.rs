@@ -82,7 +82,7 @@ fn only_positions_with_a_target_leave_the_last_layer_s_attention() {
             assert_eq!(values[0].clone().tensor::<2>().dims(), [tokens, model.config().hidden_size], "{segment}");
         }
         let hidden = model.hidden(model.embed(batch.ids.clone()), &layout, None, &pass(&layout, 0)).unwrap();
-        let all = model.loss(hidden.select(0, batch.tail.slots.clone()), &batch.targets);
+        let all = model.loss(hidden.select(0, batch.tail.slots.clone()), &batch.targets, &batch.tail.pass);
         let (all, found) = (floats(&all.into_data()), floats(&model.batch_loss(&batch).into_data()));
         assert!(max_diff(&found, &all) < 1e-5, "packed {packed}, {compute:?}: {:e}", max_diff(&found, &all));
     }

@@ -120,6 +120,12 @@ impl<B: LinearKernels> Linear<B> {
         }
     }
 
+    /// Whether an adapter acts beside the weight in a pass that names none.
+    pub fn is_adapted(&self) -> bool {
+        self.adapters.iter().any(|adapter| adapter.active && !adapter.merged)
+            || self.ia3.iter().any(|ia3| ia3.active && !ia3.merged)
+    }
+
     /// The low-rank adapter of that name.
     pub fn adapter(&self, name: &str) -> Option<&Lora<B>> {
         self.adapters.iter().find(|adapter| adapter.name == name)
