@@ -7,7 +7,7 @@ mod merge;
 mod several;
 mod swap;
 
-pub use base::{is_adapter, learning_rate_scale, train_active, train_only};
+pub use base::{is_adapter, train_active, train_only};
 pub use combine::{Combination, combine, combine_directories};
 pub use convert::{convert_to_lora, save_as_lora};
 pub use merge::{merge, safe_merge, unmerge};

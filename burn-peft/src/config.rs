@@ -2,7 +2,7 @@
 
 mod json;
 
-use crate::{Error, TargetModules};
+use crate::{Error, TargetModules, target::Selection};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -187,6 +187,20 @@ impl LoraConfig {
 
     fn scale(&self, r: usize, alpha: f64) -> f64 {
         alpha / if self.use_rslora { (r as f64).sqrt() } else { r as f64 }
+    }
+
+    /// The number of values that the adapter trains on linear layers of these paths and shapes `[out, in]`, those apart that learn
+    /// beside it (`bias`, `modules_to_save`).
+    ///
+    /// # Errors
+    /// If the configuration is not possible.
+    pub fn count_trainable<'a>(&self, layers: impl IntoIterator<Item = (&'a str, [usize; 2])>) -> Result<usize, Error> {
+        self.check()?;
+        let selection = Selection::new(self)?;
+        let count = |(path, [out, features]): (&str, [usize; 2])| {
+            self.rank_at(path) * (out + features) + if self.use_dora { out } else { 0 }
+        };
+        Ok(layers.into_iter().filter(|(path, _)| selection.selects(path)).map(count).sum())
     }
 
     /// Whether the adapter is no more than one rank and one scaling of `B·A` on an unchanged base model.

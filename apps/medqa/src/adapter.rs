@@ -158,7 +158,8 @@ fn targets(targets: &Targets) -> TargetModules {
     }
 }
 
-fn lora_config(recipe: &Recipe) -> LoraConfig {
+/// LoRA's configuration, as the recipe says.
+pub fn lora_config(recipe: &Recipe) -> LoraConfig {
     let (lora, scope, choice) = (&recipe.method.lora, &recipe.method.scope, &recipe.method.choice);
     LoraConfig {
         r: lora.r,

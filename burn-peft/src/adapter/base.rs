@@ -14,12 +14,6 @@ pub fn is_adapter(path: &str) -> bool {
     path.split('.').any(|part| matches!(part, "adapters" | "ia3" | "prompt" | "prompts"))
 }
 
-/// What LoRA+ multiplies the learning rate of the parameter at `path` by: `loraplus_lr_ratio` for `B` and for vectors
-/// (Hayou et al., 2024, arXiv:2402.12354).
-pub fn learning_rate_scale(path: &str, rank: usize, loraplus_lr_ratio: f64) -> f64 {
-    if path.ends_with(".lora_b") || rank == 1 { loraplus_lr_ratio } else { 1.0 }
-}
-
 /// Lets only the adapters learn and what `config` lets learn beside them. Every parameter becomes a leaf.
 ///
 /// # Errors

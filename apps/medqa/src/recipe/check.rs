@@ -139,6 +139,11 @@ fn optimizer(optimizer: &Optimizer) -> Result<(), Problem> {
     if let Some(ratio) = optimizer.loraplus_lr_ratio {
         above("train.loraplus_lr_ratio", ratio)?;
     }
+    if let Some(rate) = optimizer.loraplus_lr_embedding {
+        above("train.loraplus_lr_embedding", rate)?;
+        let plus = optimizer.loraplus_lr_ratio.is_some();
+        within("train.loraplus_lr_embedding", plus, "`train.loraplus_lr_ratio` to be given too", "none")?;
+    }
     above("train.epsilon", optimizer.epsilon)?;
     not_below("train.max_grad_norm", optimizer.max_grad_norm)
 }
