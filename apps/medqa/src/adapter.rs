@@ -169,6 +169,7 @@ pub fn lora_config(recipe: &Recipe) -> LoraConfig {
         target_modules: scope.target_modules.as_ref().map(targets).unwrap_or_default(),
         exclude_modules: scope.exclude_modules.as_ref().map(targets),
         layers_to_transform: scope.layers_to_transform.clone(),
+        layers_pattern: scope.layers_pattern.clone(),
         rank_pattern: lora.rank_pattern.clone(),
         alpha_pattern: lora.alpha_pattern.clone(),
         use_dora: choice.kind == MethodKind::Dora,
@@ -190,12 +191,21 @@ fn ia3_config(recipe: &Recipe) -> Ia3Config {
     if let Some(chosen) = &scope.target_modules {
         config.target_modules = targets(chosen);
     }
+    if let Some(chosen) = &scope.feedforward_modules {
+        config.feedforward_modules = targets(chosen);
+    }
     config
 }
 
 fn prompt_config(recipe: &Recipe, tokenizer: &Tokenizer) -> PromptConfig {
-    let VirtualTokens { num_virtual_tokens, prefix_projection, encoder_hidden_size, init_text, init_from_vocabulary } =
-        recipe.method.tokens.clone();
+    let VirtualTokens {
+        num_virtual_tokens,
+        prefix_projection,
+        encoder_hidden_size,
+        init_weights,
+        init_text,
+        init_from_vocabulary,
+    } = recipe.method.tokens.clone();
     let method = match recipe.method.choice.kind {
         MethodKind::Prompt => prompt::Method::Prompt {
             prompt_tuning_init: match (&init_text, init_from_vocabulary) {
@@ -210,7 +220,7 @@ fn prompt_config(recipe: &Recipe, tokenizer: &Tokenizer) -> PromptConfig {
         _ => prompt::Method::Prefix {
             prefix_projection,
             encoder_hidden_size,
-            init_weights: None,
+            init_weights,
             dropout: recipe.method.choice.dropout,
         },
     };
