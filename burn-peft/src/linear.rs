@@ -93,19 +93,19 @@ impl<B: LinearKernels> Linear<B> {
     /// # Errors
     /// If the start takes something off a weight that is packed.
     pub fn attach(&mut self, path: &str, name: &str, config: &LoraConfig, seed: u64) -> Result<(), Error> {
-        self.fits(config)?;
+        self.fits(path, config)?;
         let device = self.weight.device();
         let mut adapter = match config.init_lora_weights {
-            InitLora::Pissa { niter } => {
-                let adapter = Lora::principal(path, name, config, self.weight.val(), (niter, seed));
-                let delta = adapter.delta().neg();
-                self.map_weight(|weight| weight + delta);
-                adapter
-            }
+            InitLora::Pissa { niter } => Lora::principal(path, name, config, self.weight.val(), (niter, seed)),
+            InitLora::Olora => Lora::leading(path, name, config, self.weight.val()),
             _ => Lora::new(path, name, config, self.shape(), (seed, &device)),
         };
+        if config.init_lora_weights.splits_weight() {
+            let delta = adapter.delta().neg();
+            self.map_weight(|weight| weight + delta);
+        }
         if config.use_dora {
-            let magnitude = crate::lora::norm(&adapter, self.weight.val());
+            let magnitude = crate::lora::norm(&adapter, &self.weight.stored());
             adapter.dora = Some(Dora::new(path, name, magnitude));
         }
         self.adapters.push(adapter);

@@ -10,7 +10,7 @@ pub(crate) use svd::halves;
 
 use crate::{
     LoraConfig, Pass, Weight, kernel,
-    kernel::{Compute, LinearKernels},
+    kernel::{Compute, LinearKernels, Stored},
     param, random,
 };
 use burn::{
@@ -117,7 +117,7 @@ impl<B: LinearKernels> Lora<B> {
             }
             _ => base,
         };
-        let factor = dora.factor(self, weight.val()).unsqueeze::<2>();
+        let factor = dora.factor(self, &weight.stored()).unsqueeze::<2>();
         let dtype = base.dtype();
         let added = self.forward(x, pass).cast(DType::F32) * factor.clone();
         (base.cast(DType::F32) * (factor - 1.0) + added).cast(dtype)
@@ -145,7 +145,8 @@ impl<B: LinearKernels> Lora<B> {
             None => weight + delta,
             Some(mut dora) => {
                 let kept = dora.merged.take();
-                let factor = kept.unwrap_or_else(|| dora.factor(self, weight.clone()).detach());
+                let stored = Stored::Dense(weight.clone().into_primitive().tensor());
+                let factor = kept.unwrap_or_else(|| dora.factor(self, &stored).detach());
                 dora.merged = merge.then(|| factor.clone());
                 self.dora = Some(dora);
                 let factor = factor.unsqueeze_dim::<2>(1);
