@@ -21,6 +21,9 @@ pub struct Linear<B: LinearKernels> {
     pub adapters: Vec<Lora<B>>,
     /// Learned factors of the layer's own features.
     pub ia3: Vec<Ia3<B>>,
+    /// The names of those in the weight, in the order of merging.
+    #[module(skip)]
+    merged: Vec<String>,
 }
 
 impl<B: LinearKernels> Linear<B> {
@@ -41,6 +44,7 @@ impl<B: LinearKernels> Linear<B> {
             bias: bias.map(|bias| Param::initialized(param::id(&format!("{path}.bias")), bias.require_grad())),
             adapters: Vec::new(),
             ia3: Vec::new(),
+            merged: Vec::new(),
         }
     }
 
@@ -138,7 +142,10 @@ impl<B: LinearKernels> Linear<B> {
     /// If the weight is packed.
     pub fn merge(&mut self, name: &str) -> Result<(), Error> {
         self.mergeable(name)?;
-        self.shift(name, true);
+        if self.carries(name) && !self.merged.iter().any(|merged| merged == name) {
+            self.shift(name, true);
+            self.merged.push(name.to_owned());
+        }
         Ok(())
     }
 
@@ -163,9 +170,16 @@ impl<B: LinearKernels> Linear<B> {
         low_rank && self.ia3.iter().filter(|ia3| ia3.name == name).all(|ia3| whole(ia3.ia3_l.val()))
     }
 
-    /// Takes a merged adapter out of the weight again.
+    /// Takes a merged adapter out of the weight again. Those that were merged after it scale or were scaled by what it left: they
+    /// are taken out first and merged again.
     pub fn unmerge(&mut self, name: &str) {
-        self.shift(name, false);
+        let Some(index) = self.merged.iter().position(|merged| merged == name) else { return };
+        let later = self.merged.split_off(index);
+        later.iter().rev().for_each(|name| self.shift(name, false));
+        for name in later.into_iter().skip(1) {
+            self.shift(&name, true);
+            self.merged.push(name);
+        }
     }
 
     fn shift(&mut self, name: &str, merge: bool) {
