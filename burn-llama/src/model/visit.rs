@@ -33,8 +33,17 @@ impl<B: Kernels> Linears<B> for Llama<B> {
         Some(&mut self.prompts)
     }
 
-    fn shared(&self) -> Option<&str> {
-        self.lm_head.is_none().then_some("model.embed_tokens.weight")
+    fn tied(&self) -> Option<[&str; 2]> {
+        self.lm_head.is_none().then_some(["model.embed_tokens", "lm_head"])
+    }
+
+    fn untie(&mut self) {
+        if self.lm_head.is_none() {
+            let weight = self.model.embed_tokens.weight.at("lm_head.weight");
+            self.lm_head = Some(Linear::with("lm_head", weight, None));
+            self.config.tie_word_embeddings = false;
+            self.config.source.insert("tie_word_embeddings".to_owned(), false.into());
+        }
     }
 
     fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>)) {
