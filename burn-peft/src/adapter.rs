@@ -140,7 +140,7 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
         }
     });
     format::fits(directory, &expected, &tensors)?;
-    all(model, |path, linear| if base.adapted(path) { linear.fits(&config) } else { Ok(()) })?;
+    all(model, |path, linear| if base.adapted(path) { linear.fits(path, &config) } else { Ok(()) })?;
     let mut result = Ok(());
     let mut take = |path: &str, part: &str| tensors.remove(&format::key(path, part));
     model.linears_mut(&mut |path, linear| {

@@ -117,11 +117,20 @@ impl<B: LinearKernels> Linear<B> {
     }
 
     /// An error if an adapter of that configuration cannot start here.
-    pub(crate) fn fits(&self, config: &LoraConfig) -> Result<(), Error> {
+    pub(crate) fn fits(&self, path: &str, config: &LoraConfig) -> Result<(), Error> {
         match config.init_lora_weights {
-            InitLora::Pissa { .. } => self.weight.writable("init_lora_weights = \"pissa\""),
-            _ => Ok(()),
+            InitLora::Pissa { .. } => self.weight.writable("init_lora_weights = \"pissa\"")?,
+            InitLora::Olora => self.weight.writable("init_lora_weights = \"olora\"")?,
+            _ => return Ok(()),
         }
+        let (r, [out, features]) = (config.rank_at(path), self.shape());
+        if r > out.min(features) {
+            let (start, size) = (serde_json::json!(config.init_lora_weights), out.min(features));
+            let message =
+                format!("`r` with `init_lora_weights` = {start}: expected at most {size} at {path}, found {r}");
+            return Err(Error::config(message));
+        }
+        Ok(())
     }
 
     /// Whether an adapter acts beside the weight in a pass that names none.
@@ -207,7 +216,7 @@ impl<B: LinearKernels> Linear<B> {
     }
 
     /// Changes the weight, given and returned in f32.
-    fn map_weight(&mut self, change: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>) {
+    pub(crate) fn map_weight(&mut self, change: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>) {
         self.weight.map_dense(|weight| {
             let (dtype, trained) = (weight.dtype(), weight.is_require_grad());
             change(weight.detach().cast(DType::F32)).cast(dtype).detach().set_require_grad(trained)

@@ -6,6 +6,7 @@ mod svd;
 
 pub use dora::Dora;
 pub(crate) use dora::norm;
+use start::leading;
 pub(crate) use svd::halves;
 
 use crate::{
@@ -92,6 +93,12 @@ impl<B: LinearKernels> Lora<B> {
         let (a, b) = svd::halves(weight, config.rank_at(path), niter, key);
         let share = config.scaling_at(path).sqrt();
         Self::from_tensors(path, name, config, a / share, b / share)
+    }
+
+    /// The adapter that holds the first directions of the QR decomposition of `weight`, `s·B·A` to be taken off it.
+    pub(crate) fn leading(path: &str, name: &str, config: &LoraConfig, weight: Tensor<B, 2>) -> Self {
+        let (a, b) = leading(weight, config.rank_at(path));
+        Self::from_tensors(path, name, config, a, b)
     }
 
     /// What the adapter adds to the layer's output: `x [tokens, in]` → `[tokens, out]`. Without the magnitude.

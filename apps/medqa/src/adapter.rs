@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use burn_llama::{Llama, Tokenizer, kernel::Kernels};
-use burn_peft::{Ia3Config, LoraConfig, PromptConfig, TargetModules, adapter, config::InitLora, format, ia3, prompt};
+use burn_peft::{Ia3Config, LoraConfig, PromptConfig, TargetModules, adapter, format, ia3, prompt};
 use std::{
     convert::Infallible,
     path::{Path, PathBuf},
@@ -125,7 +125,7 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
             let config = lora_config(recipe);
             adapter::attach(model, NAME, &config, seed)?;
             let mut start = None;
-            if matches!(config.init_lora_weights, InitLora::Pissa { .. }) {
+            if config.init_lora_weights.splits_weight() {
                 let folder = tempfile::tempdir().context("a folder for the adapter's start cannot be made")?;
                 adapter::save(model, NAME, &config, folder.path())?;
                 start = Some(folder);

@@ -34,7 +34,7 @@ const IGNORED: [&str; 10] = [
 ];
 
 /// Starts that change the weights of the base model, so that the adapter is none of the original ones.
-const CHANGE_THE_BASE: [&str; 4] = ["olora", "corda", "lora_ga", "loftq"];
+const CHANGE_THE_BASE: [&str; 3] = ["corda", "lora_ga", "loftq"];
 
 impl LoraConfig {
     /// Reads `adapter_config.json`'s content; the second value names fields that are not known here (a newer PEFT's), which

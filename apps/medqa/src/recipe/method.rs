@@ -100,7 +100,7 @@ pub struct Lora {
     pub alpha: f64,
     /// Rank-stabilised scale.
     pub use_rslora: bool,
-    /// What they start from: true, false, `"gaussian"`, `"orthogonal"`, `"pissa"` or `"pissa_niter_N"`.
+    /// What they start from: true, false, `"gaussian"`, `"orthogonal"`, `"olora"`, `"pissa"` or `"pissa_niter_N"`.
     pub init_lora_weights: InitLora,
     /// Other ranks, by the end of a path or a regular expression.
     pub rank_pattern: Map<String, Value>,
