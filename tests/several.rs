@@ -12,7 +12,7 @@ use burn_peft::{
     ia3,
     route::BASE,
 };
-use laws::{fixture, floats, integers, max_abs, max_diff, tensors};
+use laws::{files::same_files, fixture, floats, integers, max_abs, max_diff, tensors};
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// A fixture, the adapters that it is made of with their weights, and how.
@@ -284,13 +284,7 @@ fn combinations_are_peft_s() {
         }
         // The same tensors too, where they are unique.
         if !name.starts_with("svd") {
-            let read = |path: PathBuf| burn_peft::format::read_tensors(&path).unwrap();
-            let (ours, theirs) = (read(out), read(directory(name)));
-            assert!(ours.keys().eq(theirs.keys()), "{name}");
-            for (key, theirs) in theirs {
-                assert_eq!(ours[&key].shape, theirs.shape, "{name}: {key}");
-                assert!(max_diff(&floats(&ours[&key]), &floats(&theirs)) < 1e-6, "{name}: {key}");
-            }
+            same_files(&out, &directory(name), 1e-6, name);
         }
     }
 }
