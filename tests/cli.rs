@@ -543,6 +543,19 @@ fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
     work.write("wide/config.json", &work.text("model/config.json").replace("\"hidden_size\":16", "\"hidden_size\":64"));
     work.weights("wide/model.safetensors", &shapes(376, 64));
     work.succeed(&["export", "--model", "wide", "--out", "wide.gguf", "--dtype", "q8_0"]);
+    // What nf4 holds, as floats.
+    work.succeed(&["export", "--model", "wide", "--out", "floats", "--nf4"]);
+    let logits = |model: &[&str]| {
+        work.succeed(&[&["logits", "--text", "What is 7?", "--out", "l"], model].concat());
+        let bytes = tensors(&work.at("l"))["logits"].2.clone();
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
+    };
+    let differ = |a: &[f32], b: &[f32]| a.iter().zip(b).fold(0f32, |max, (a, b)| max.max((a - b).abs()));
+    let (plain, floats) = (logits(&["--model", "wide"]), logits(&["--model", "floats"]));
+    assert!(
+        differ(&floats, &logits(&["--model", "wide", "--weights", "nf4"])) < 1e-4 * differ(&floats, &plain).max(1.0)
+    );
+    assert!(differ(&floats, &plain) > 1e-3, "nf4 rounds");
     let table: [(&str, &[&str], &str); 15] = [
         ("qlora", &["model.path=wide.gguf"], "LORA"),
         ("qlora", &["model.path=wide", "model.dtype=nf4"], "LORA"),

@@ -106,6 +106,14 @@ impl<B: LinearKernels> Weight<B> {
         }
     }
 
+    /// The values as a float parameter at the same path: f32 where the rows were packed.
+    pub fn unpacked(self) -> Self {
+        match self {
+            Self::Packed { id, rows } => Self::Dense(Param::initialized(id, rows.values())),
+            dense => dense,
+        }
+    }
+
     /// `x [tokens, in]` → `x·Wᵀ [tokens, out]`, in the type of `x`.
     ///
     /// # Panics

@@ -2,7 +2,18 @@
 
 use super::Llama;
 use crate::kernel::Kernels;
-use burn_peft::{Linear, Linears, Prompt};
+use burn_peft::{Linear, Linears, Prompt, Weight};
+
+impl<B: Kernels> Llama<B> {
+    /// The model with frozen floats in f32 in the place of packed weights: what they stand for, and what adapters can be merged
+    /// into.
+    pub fn unpacked(mut self) -> Self {
+        let unpack = |weight: &mut Weight<B>| *weight = weight.clone().unpacked();
+        self.linears_mut(&mut |_, linear| unpack(&mut linear.weight));
+        unpack(&mut self.model.embed_tokens.weight);
+        self
+    }
+}
 
 impl<B: Kernels> Linears<B> for Llama<B> {
     fn linears(&self, visit: &mut dyn FnMut(&str, &Linear<B>)) {

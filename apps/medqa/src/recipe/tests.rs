@@ -151,7 +151,10 @@ fn impossible_values_are_refused_by_key() {
         ("method.dropout=1", "[0, 1), found 1"),
         ("method.dropout=nan", "found NaN"),
         ("method.target_modules=[]", "at least one"),
-        ("method.feedforward_modules=['up_proj']", "`method.feedforward_modules`: expected `method.kind` to be \"ia3\""),
+        (
+            "method.feedforward_modules=['up_proj']",
+            "`method.feedforward_modules`: expected `method.kind` to be \"ia3\"",
+        ),
         ("method.layers_pattern='layers'", "`method.layers_to_transform` to be given too"),
         ("method.init_weights='zero'", "`method.kind` to be \"p-tuning-v2\", found lora"),
         ("train.loraplus_lr_embedding=1e-6", "`train.loraplus_lr_ratio` to be given too"),
