@@ -11,7 +11,7 @@ use burn_llama::{
     generate,
 };
 use burn_peft::{
-    Error, Ia3Config, Linear, Linears, LoraConfig, Noise, Pass, TargetModules, Weight, adapter,
+    Error, Ia3Config, Linear, Linears, LoraConfig, Noise, Pass, TargetModules, adapter,
     config::InitLora,
     ia3,
     kernel::Compute,

@@ -177,7 +177,6 @@ pub fn lora_config(recipe: &Recipe) -> LoraConfig {
         bias: scope.bias,
         modules_to_save: scope.modules_to_save.clone(),
         base_model_name_or_path: Some(recipe.model.path.clone()),
-        ..LoraConfig::default()
     }
 }
 

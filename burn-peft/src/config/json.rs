@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
         for (field, value) in
-            [("lora_bias", json!(true)), ("layer_replication", json!([[0, 1]])), ("init_lora_weights", json!("olora"))]
+            [("lora_bias", json!(true)), ("layer_replication", json!([[0, 1]])), ("init_lora_weights", json!("corda"))]
         {
             let mut json = LoraConfig::default().to_json();
             json[field] = value;
