@@ -467,6 +467,32 @@ fn adapters_are_listed_combined_merged_and_converted() {
         &logits(&["--model", "model", "--adapter", "runs/one/adapter"]),
     );
 
+    // PiSSA's adapter and what it started from, as plain LoRA.
+    let pissa = ["pissa", "pissa_initial", "pissa_converted"].map(|name| fixture(&format!("family/{name}")));
+    let [trained, initial, converted] = pissa.each_ref().map(|path| path.to_str().unwrap());
+    work.succeed(&["adapters", "convert", trained, "plain", "--initial", initial]);
+    assert_eq!(work.json("plain/adapter_config.json")["init_lora_weights"], true);
+    let theirs = tensors(&Path::new(converted).join("adapter_model.safetensors"));
+    let floats =
+        |bytes: &[u8]| bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>();
+    for (key, (kind, shape, bytes)) in weights("plain") {
+        let (their_kind, their_shape, their_bytes) = &theirs[&key];
+        assert_eq!((kind, &shape), (*their_kind, their_shape), "{key}");
+        close(&floats(&bytes), &floats(their_bytes));
+    }
+    assert_eq!(weights("plain").len(), theirs.len());
+
+    // What a newer PEFT says is named.
+    for name in ["runs/one/adapter", "runs/three/adapter", "runs/four/adapter"] {
+        let file = format!("{name}/adapter_config.json");
+        let mut config = work.json(&file);
+        config["from_the_future"] = json!(1);
+        work.write(&file, &config.to_string());
+        let done = work.succeed(&["logits", "--model", "model", "--text", "a", "--out", "l", "--adapter", name]);
+        let warning = format!("warning: {name}: fields not known here are passed over: from_the_future");
+        assert!(done.stderr.lines().any(|line| line == warning), "{done:?}");
+    }
+
     let table: &[(&[&str], &[&str])] = &[
         (&["adapters", "list", "model"], &["model", "expected adapters", "found none"]),
         (&["adapters", "list", "nowhere"], &["nowhere", "cannot be read"]),
@@ -512,12 +538,56 @@ fn adapters_are_listed_combined_merged_and_converted() {
 #[test]
 fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
     let work = Work::new();
-    let table: [(&str, &[&str], &str); 9] = [
+    // Rows that blocks can hold.
+    work.copy_of_model("wide");
+    work.write("wide/config.json", &work.text("model/config.json").replace("\"hidden_size\":16", "\"hidden_size\":64"));
+    work.weights("wide/model.safetensors", &shapes(376, 64));
+    work.succeed(&["export", "--model", "wide", "--out", "wide.gguf", "--dtype", "q8_0"]);
+    // What nf4 holds, as floats.
+    work.succeed(&["export", "--model", "wide", "--out", "floats", "--nf4"]);
+    let logits = |model: &[&str]| {
+        work.succeed(&[&["logits", "--text", "What is 7?", "--out", "l"], model].concat());
+        let bytes = tensors(&work.at("l"))["logits"].2.clone();
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect::<Vec<_>>()
+    };
+    let differ = |a: &[f32], b: &[f32]| a.iter().zip(b).fold(0f32, |max, (a, b)| max.max((a - b).abs()));
+    let (plain, floats) = (logits(&["--model", "wide"]), logits(&["--model", "floats"]));
+    assert!(
+        differ(&floats, &logits(&["--model", "wide", "--weights", "nf4"])) < 1e-4 * differ(&floats, &plain).max(1.0)
+    );
+    assert!(differ(&floats, &plain) > 1e-3, "nf4 rounds");
+    let table: [(&str, &[&str], &str); 15] = [
+        ("qlora", &["model.path=wide.gguf"], "LORA"),
+        ("qlora", &["model.path=wide", "model.dtype=nf4"], "LORA"),
         ("dora", &["method.r=2"], "LORA"),
+        (
+            "lora",
+            &["method.init_lora_weights=olora", "method.layers_to_transform=[0]", "method.layers_pattern=layers"],
+            "LORA",
+        ),
+        ("lora", &["method.target_modules=['lm_head']", "train.loraplus_lr_ratio=2"], "LORA"),
+        (
+            "lora",
+            &[
+                "method.modules_to_save=['embed_tokens']",
+                "train.loraplus_lr_ratio=2",
+                "train.loraplus_lr_embedding=1e-2",
+            ],
+            "LORA",
+        ),
         ("lora", &["method.init_lora_weights=pissa", "method.rank_pattern={q_proj = 3}"], "LORA"),
         ("lora", &["method.bias=all", "method.modules_to_save=['lm_head']", "method.layers_to_transform=[1]"], "LORA"),
-        ("ia3", &["train.learning_rate=1e-1"], "IA3"),
+        (
+            "ia3",
+            &[
+                "train.learning_rate=1e-1",
+                "method.target_modules=['v_proj', 'up_proj']",
+                "method.feedforward_modules=['up_proj']",
+            ],
+            "IA3",
+        ),
         ("p-tuning-v2", &["train.learning_rate=1e-1", "method.dropout=0.1"], "PREFIX_TUNING"),
+        ("p-tuning-v2", &["train.learning_rate=1e-1", "method.init_weights=zero"], "PREFIX_TUNING"),
         ("p-tuning-v2", &["method.prefix_projection=true", "method.num_virtual_tokens=5"], "PREFIX_TUNING"),
         ("p-tuning-v2", &["method.init_text='It is a number.'", "train.learning_rate=1e-1"], "PREFIX_TUNING"),
         ("prompt", &["method.init_text='It is a number.'", "train.learning_rate=1e-1"], "PROMPT_TUNING"),
@@ -549,7 +619,12 @@ fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
         assert_eq!(config["peft_type"], peft_type);
         let summary = run_folder(&work, &whole, 12, &["adapter/adapter_model.safetensors"]);
         let adapter = format!("{whole}/adapter");
-        usable(&work, &["--model", "model", "--adapter", &adapter], number(&summary, "valid_loss_after"));
+        let base: &[&str] = match index {
+            0 => &["--model", "wide.gguf", "--weights", "packed"],
+            1 => &["--model", "wide", "--weights", "nf4"],
+            _ => &["--model", "model"],
+        };
+        usable(&work, &[base, &["--adapter", &adapter]].concat(), number(&summary, "valid_loss_after"));
         // A run can start from what another has left.
         if peft_type != "LORA" {
             let (init, again) = (format!("method.init={adapter}"), format!("again-{index}"));
@@ -935,7 +1010,7 @@ fn spoiled() -> Work {
     fs::copy(fixture("gguf/vocab-spm.gguf"), work.at("vocabulary.gguf")).unwrap();
     fs::copy(fixture("gguf/model.gguf"), work.at("nowords.gguf")).unwrap();
 
-    for name in ["other", "adapter-json", "adapter-kind", "adapter-cut", "adapter-weights"] {
+    for name in ["other", "adapter-json", "adapter-kind", "adapter-cut", "adapter-weights", "adapter-old"] {
         fs::create_dir(work.at(name)).unwrap();
         for file in ["adapter_config.json", "adapter_model.safetensors"] {
             fs::copy(fixture("peft/lora_qv").join(file), work.at(name).join(file)).unwrap();
@@ -945,6 +1020,8 @@ fn spoiled() -> Work {
     work.write("adapter-kind/adapter_config.json", "{\"peft_type\": \"VERA\"}");
     fs::write(work.at("adapter-cut/adapter_model.safetensors"), [7; 20]).unwrap();
     fs::remove_file(work.at("adapter-weights/adapter_model.safetensors")).unwrap();
+    let old = work.at("adapter-old");
+    fs::rename(old.join("adapter_model.safetensors"), old.join("adapter_model.bin")).unwrap();
 
     work.write("empty.jsonl", "\n\n");
     work.write("broken.jsonl", &(rows(0..1) + "{\"question\": \"a\", \"answer\"\n"));
@@ -1048,6 +1125,10 @@ fn adapters_and_arguments_that_do_not_fit_are_refused() {
         (
             chat(&["--model", "model", "--adapter", "adapter-weights"]),
             &["adapter-weights/adapter_model.safetensors", "No such file"],
+        ),
+        (
+            chat(&["--model", "model", "--adapter", "adapter-old"]),
+            &["adapter-old/adapter_model.bin", "expected adapter_model.safetensors", "save_pretrained"],
         ),
         (chat(&["--model", "model", "--tokenizer", "nowhere"]), &["nowhere", "No such file"]),
         (chat(&["--model", "base"]), &["base", "no chat template"]),
@@ -1366,6 +1447,8 @@ fn schedules_and_estimates_are_printed_before_anything_is_computed() {
     let config = ["--config", "model/config.json", "--method", "full", "--world", "4"];
     let done = work.succeed(&[&["estimate"], &config[..]].concat());
     assert_eq!(done.stdout.lines().filter(|line| line.contains(" + ")).count(), 9, "{done:?}");
+    let few = ["--method", "lora", "--target-modules", "q_proj,v_proj"];
+    work.succeed(&[&["estimate", "--config", "model/config.json"], &few[..]].concat());
     for arguments in [
         &["schedule", "--stages", "0", "--micro-batches", "8"][..],
         &["schedule", "--stages", "4", "--micro-batches", "8", "--kind", "zigzag"],

@@ -17,17 +17,18 @@ use burn_peft::{
 };
 use burn_zero::segment::Checkpointing;
 use laws::{
+    files::{fields, same_files, saved_adapters},
     fixture, floats, max_abs, max_diff, one_backward_at_a_time,
     reference::{Reference, compare, driven_rows, examples, gradients, row_logits_differ},
     tensors,
 };
-use serde_json::Value;
+use serde_json::json;
 use std::path::{Path, PathBuf};
 
 type Train = Autodiff<Flex>;
 
 /// Fixture, base model.
-const CASES: [(&str, &str); 11] = [
+const CASES: [(&str, &str); 17] = [
     ("dora", "gqa_llama3"),
     ("dora_qwen2", "qwen2"),
     ("patterns", "gqa_llama3"),
@@ -36,9 +37,15 @@ const CASES: [(&str, &str); 11] = [
     ("bias_all", "qwen2"),
     ("bias_lora_only", "qwen2"),
     ("saved_modules", "gqa_llama3"),
+    ("saved_tied", "tied_bias"),
+    ("saved_tied_head", "tied_bias"),
+    ("head", "gqa_llama3"),
+    ("head_tied", "tied_bias"),
     ("ia3", "gqa_llama3"),
+    ("ia3_head", "gqa_llama3"),
     ("ia3_qwen2", "qwen2"),
     ("pissa", "gqa_llama3"),
+    ("olora", "gqa_llama3"),
 ];
 
 fn base<B: Kernels>(name: &str) -> Llama<B> {
@@ -51,6 +58,11 @@ fn directory(name: &str) -> PathBuf {
 
 fn reference(name: &str) -> Reference {
     tensors(&format!("family/{name}/reference.safetensors"))
+}
+
+/// The weights of an adapter's layers after merging it, and their gradients then.
+fn merged(name: &str) -> Reference {
+    tensors(&format!("family/{name}/merged.safetensors"))
 }
 
 /// What a directory holds.
@@ -146,44 +158,10 @@ fn segments_give_the_same_gradients_however_rows_lie_with_dropout() {
     }
 }
 
-fn fields(directory: &Path) -> Value {
-    let text = std::fs::read(directory.join("adapter_config.json")).unwrap();
-    let mut fields: Value = serde_json::from_slice(&text).unwrap();
-    let all = fields.as_object_mut().unwrap();
-    all.remove("peft_version");
-    // PEFT keeps one number as it was written: 6 is 6.0.
-    all.values_mut().filter(|value| value.is_f64()).for_each(|value| *value = value.as_f64().into());
-    fields
-}
-
-/// Whether two adapter directories hold the same, tensors to `tolerance`.
-fn same_files(ours: &Path, theirs: &Path, tolerance: f32, name: &str) {
-    assert_eq!(fields(ours), fields(theirs), "{name}");
-    let read = |path: &Path| std::fs::read(path.join("adapter_model.safetensors")).unwrap();
-    let (ours, theirs) = (read(ours), read(theirs));
-    let ours = safetensors::SafeTensors::deserialize(&ours).unwrap();
-    let theirs = safetensors::SafeTensors::deserialize(&theirs).unwrap();
-    let keys = |file: &safetensors::SafeTensors<'_>| {
-        let mut keys: Vec<String> = file.names().into_iter().map(String::from).collect();
-        keys.sort();
-        keys
-    };
-    assert_eq!(keys(&ours), keys(&theirs), "{name}");
-    let values = |bytes: &[u8]| -> Vec<f32> {
-        bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
-    };
-    for key in keys(&ours) {
-        let (ours, theirs) = (ours.tensor(&key).unwrap(), theirs.tensor(&key).unwrap());
-        assert_eq!((ours.shape(), ours.dtype()), (theirs.shape(), theirs.dtype()), "{name}: {key}");
-        assert!(max_diff(&values(ours.data()), &values(theirs.data())) <= tolerance, "{name}: {key}");
-    }
-}
-
 #[test]
 fn saved_files_are_peft_s() {
     let temporary = tempfile::tempdir().unwrap();
-    // tests/fixtures/check_peft.py lets PEFT load what is kept here.
-    let kept = std::env::var_os("SAVED_ADAPTERS").map_or(temporary.path().to_owned(), PathBuf::from);
+    let kept = saved_adapters(temporary.path());
     for (name, model) in CASES {
         let mut model = base::<Flex>(model);
         let config = Config::load(&mut model, name);
@@ -211,7 +189,7 @@ fn merged_is_unmerged_and_peft_s() {
         adapter::merge(&mut model, "default").unwrap();
         assert!(row_logits_differ(&model, &reference) < 1e-4, "{name}: merged");
         if directory(name).join("merged.safetensors").exists() {
-            let merged = tensors(&format!("family/{name}/merged.safetensors"));
+            let merged = merged(name);
             model.linears(&mut |path, linear| {
                 let bias = linear.bias.as_ref().map(|bias| bias.val().into_data());
                 for (part, value) in [("weight", Some(linear.weight.val().into_data())), ("bias", bias)] {
@@ -232,6 +210,23 @@ fn merged_is_unmerged_and_peft_s() {
         let difference = max_diff(&weights(&model), &before);
         assert!(difference < 1e-5, "{name}: unmerged weights differ by {difference:e}");
         assert!(row_logits_differ(&model, &reference) < 1e-4, "{name}: unmerged");
+    }
+}
+
+#[test]
+fn a_merged_model_s_gradients_are_peft_s() {
+    let _lock = one_backward_at_a_time();
+    for (name, base_name) in CASES.into_iter().filter(|(name, _)| directory(name).join("merged.safetensors").exists()) {
+        let (merged, mut model) = (merged(name), base::<Train>(base_name));
+        Config::load(&mut model, name);
+        adapter::merge(&mut model, "default").unwrap();
+        let expected = |path: &str| merged.get(&format!("grad.{path}"));
+        let model = param::train_only(model, |path| expected(path).is_some());
+        let (_, found) = gradients(&model, &reference(name));
+        assert_eq!(found.len(), merged.keys().filter(|key| key.starts_with("grad.")).count(), "{name}");
+        for (path, gradient) in found {
+            compare(&gradient, &floats(expected(&path).unwrap()), &format!("{name}, merged: {path}"));
+        }
     }
 }
 
@@ -267,30 +262,89 @@ fn starts_change_nothing_but_false() {
 }
 
 #[test]
-fn pissa_splits_the_weights_as_peft_and_becomes_plain_lora() {
-    let residual = tensors("family/pissa/residual.safetensors");
-    let config = qv(InitLora::Pissa { niter: None });
-    for seed in [0, 11] {
-        let (mut model, mut seen) = (base::<Flex>("gqa_llama3"), 0);
-        adapter::attach(&mut model, "default", &config, seed).unwrap();
-        model.linears(&mut |path, linear| {
-            if let Some(expected) = residual.get(&format!("{path}.weight")) {
-                let difference = max_diff(&floats(&linear.weight.val().into_data()), &floats(expected));
-                assert!(difference < 1e-5, "{path} from seed {seed}: {difference:e}");
-                seen += 1;
-            }
-        });
-        assert_eq!(seen, residual.len());
+fn starts_split_the_weights_as_peft_s_and_become_plain_lora() {
+    for (name, init) in [("pissa", InitLora::Pissa { niter: None }), ("olora", InitLora::Olora)] {
+        let residual = tensors(&format!("family/{name}/residual.safetensors"));
+        let config = qv(init);
+        for seed in [0, 11] {
+            let (mut model, mut seen) = (base::<Flex>("gqa_llama3"), 0);
+            adapter::attach(&mut model, "default", &config, seed).unwrap();
+            model.linears(&mut |path, linear| {
+                if let Some(expected) = residual.get(&format!("{path}.weight")) {
+                    let difference = max_diff(&floats(&linear.weight.val().into_data()), &floats(expected));
+                    assert!(difference < 1e-5, "{name}: {path} from seed {seed}: {difference:e}");
+                    seen += 1;
+                }
+            });
+            assert_eq!(seen, residual.len());
+        }
+        let (temporary, mut model) = (tempfile::tempdir().unwrap(), base::<Flex>("gqa_llama3"));
+        let Config::Lora(config) = Config::load(&mut model, name) else { unreachable!() };
+        let (initial, converted) = (format!("{name}_initial"), format!("{name}_converted"));
+        let places =
+            (directory(&initial), temporary.path().join("from the model"), temporary.path().join("from files"));
+        adapter::save_as_lora(&model, "default", &config, (&places.0, &places.1)).unwrap();
+        let trained = directory(name);
+        adapter::convert_to_lora::<Flex>((&trained, &places.0), &places.2, &Default::default()).unwrap();
+        for out in [&places.1, &places.2] {
+            same_files(out, &directory(&converted), 1e-6, &converted);
+            let mut plain = base::<Flex>("gqa_llama3");
+            adapter::load(&mut plain, "default", out).unwrap();
+            assert!(row_logits_differ(&plain, &reference(name)) < 1e-4, "{name}: converted");
+        }
     }
+    let mut model = base::<Flex>("gqa_llama3");
+    for init in [InitLora::Pissa { niter: None }, InitLora::Olora] {
+        let config = LoraConfig { r: 33, ..qv(init) };
+        let error = adapter::attach(&mut model, "default", &config, 0).unwrap_err().to_string();
+        assert!(error.contains("`r`") && error.contains("found 33") && error.contains("q_proj"), "{error}");
+    }
+}
 
-    let (temporary, mut model) = (tempfile::tempdir().unwrap(), base::<Flex>("gqa_llama3"));
-    let Config::Lora(config) = Config::load(&mut model, "pissa") else { unreachable!() };
-    let initial = directory("pissa_initial");
-    adapter::save_as_lora(&model, "default", &config, (&initial, temporary.path())).unwrap();
-    same_files(temporary.path(), &directory("pissa_converted"), 1e-6, "pissa_converted");
-    let mut plain = base::<Flex>("gqa_llama3");
-    adapter::load(&mut plain, "default", temporary.path()).unwrap();
-    assert!(row_logits_differ(&plain, &reference("pissa")) < 1e-4, "converted");
+#[test]
+fn a_head_s_adapter_brings_the_head_s_own_weight() {
+    // PEFT writes it too where nothing else is asked for.
+    let (temporary, from) = (tempfile::tempdir().unwrap(), directory("head"));
+    let mut tensors = burn_peft::format::read_tensors(&from).unwrap();
+    let mut expected = base::<Flex>("gqa_llama3");
+    Config::load(&mut expected, "head");
+    let head = expected.lm_head.as_mut().unwrap();
+    let shape = head.shape();
+    let own = head.weight.val().mul_scalar(2.0).into_data();
+    head.weight = burn_peft::Weight::dense("lm_head.weight", head.weight.val().mul_scalar(2.0));
+    assert_eq!(own.shape.as_slice(), shape);
+    tensors.insert("base_model.model.lm_head.base_layer.weight".to_owned(), own);
+    burn_peft::format::write(temporary.path(), &fields(&from), tensors.into_iter().collect()).unwrap();
+    let mut model = base::<Flex>("gqa_llama3");
+    adapter::load(&mut model, "default", temporary.path()).unwrap();
+    let logits = |model: &Llama<Flex>| floats(&burn_llama::generate::logits(model, &[3, 5, 8]).unwrap().into_data());
+    assert_eq!(logits(&model), logits(&expected));
+}
+
+#[test]
+fn fields_from_the_future_are_told_and_old_files_named() {
+    let temporary = tempfile::tempdir().unwrap();
+    for name in ["dora", "ia3"] {
+        let out = temporary.path().join(name);
+        std::fs::create_dir(&out).unwrap();
+        let weights = "adapter_model.safetensors";
+        std::fs::copy(directory(name).join(weights), out.join(weights)).unwrap();
+        let mut config = fields(&directory(name));
+        config["from_the_future"] = json!([1]);
+        std::fs::write(out.join("adapter_config.json"), config.to_string()).unwrap();
+        let load = || {
+            let mut model = base::<Flex>("gqa_llama3");
+            if name == "ia3" {
+                ia3::load(&mut model, "default", &out).map(|(_, unknown)| unknown)
+            } else {
+                adapter::load(&mut model, "default", &out).map(|(_, unknown)| unknown)
+            }
+        };
+        assert_eq!(load().unwrap(), ["from_the_future"], "{name}");
+        std::fs::rename(out.join(weights), out.join("adapter_model.bin")).unwrap();
+        let error = load().unwrap_err().to_string();
+        assert!(["adapter_model.bin", weights, "save_pretrained"].iter().all(|part| error.contains(part)), "{error}");
+    }
 }
 
 #[test]
@@ -322,9 +376,11 @@ fn what_learns_beside_an_adapter_is_what_the_configuration_names() {
     let mut model = base::<Train>("gqa_llama3");
     let error = adapter::attach(&mut model, "default", &only(&["lm_heat"]), 0).unwrap_err().to_string();
     assert!(error.contains("lm_heat") && error.contains("lm_head"), "{error}");
-    let mut tied = base::<Train>("tied_bias");
-    let error = adapter::attach(&mut tied, "default", &only(&["embed_tokens"]), 0).unwrap_err().to_string();
-    assert!(error.contains("model.embed_tokens.weight") && error.contains("head"), "{error}");
+    // A tied head gets a weight of its own.
+    let both = ["model.embed_tokens.weight", "lm_head.weight"];
+    assert_eq!(learned("tied_bias", &only(&["embed_tokens"])), both[..1]);
+    assert_eq!(learned("tied_bias", &only(&["lm_head"])), both[1..]);
+    assert_eq!(learned("tied_bias", &only(&["lm_head", "embed_tokens"])), both);
 }
 
 #[test]
@@ -347,7 +403,7 @@ fn what_llama_cpp_s_adapter_file_cannot_hold_is_refused() {
     let temporary = tempfile::tempdir().unwrap();
     let out = temporary.path().join("adapter.gguf");
     for (name, base_name) in CASES {
-        let plain = matches!(name, "layers" | "exclude");
+        let plain = matches!(name, "layers" | "exclude" | "head");
         let (config, from) = (base::<Flex>(base_name).config().clone(), directory(name));
         let written = write::save_adapter(&config, &from, BlockType::F32, &out);
         assert_eq!(written.is_ok(), plain, "{name}: {:?}", written.err());
@@ -369,10 +425,4 @@ fn adapters_of_another_kind_or_base_are_refused() {
     ia3::attach(&mut model, "a", &Ia3Config::default()).unwrap();
     let error = adapter::attach(&mut model, "a", &LoraConfig::default(), 0).unwrap_err().to_string();
     assert!(error.contains("exists already"), "{error}");
-    for path in ["model.layers.0.self_attn.q_proj.adapters.0.lora_b", "model.layers.0.self_attn.q_proj.bias"] {
-        let rank = if path.ends_with("bias") { 1 } else { 2 };
-        assert_eq!(adapter::learning_rate_scale(path, rank, 16.0), 16.0);
-    }
-    let a = "model.layers.0.self_attn.q_proj.adapters.0.lora_a";
-    assert_eq!(adapter::learning_rate_scale(a, 2, 16.0), 1.0);
 }

@@ -1,5 +1,6 @@
 //! What the laws share: fixtures, and a lock for backward passes.
 
+pub mod files;
 pub mod reference;
 
 use burn::tensor::TensorData;

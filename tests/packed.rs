@@ -11,7 +11,7 @@ use burn_llama::{
     generate,
 };
 use burn_peft::{
-    Error, Ia3Config, Linear, Linears, LoraConfig, Noise, Pass, TargetModules, Weight, adapter,
+    Error, Ia3Config, Linear, Linears, LoraConfig, Noise, Pass, TargetModules, adapter,
     config::InitLora,
     ia3,
     kernel::Compute,
@@ -187,21 +187,11 @@ fn load<B: burn_llama::kernel::Kernels>(index: usize) -> Llama<B> {
     Checkpoint::open(path).unwrap().load(*storage, &Default::default()).unwrap()
 }
 
-/// The model with what its packed weights decode to as float parameters.
-fn dense<B: burn_llama::kernel::Kernels>(mut model: Llama<B>) -> Llama<B> {
-    model.linears_mut(&mut |path, linear| {
-        linear.weight = Weight::dense(&format!("{path}.weight"), linear.weight.val());
-    });
-    let embedding = &mut model.model.embed_tokens.weight;
-    *embedding = Weight::dense("model.embed_tokens.weight", embedding.val());
-    model
-}
-
 #[test]
 fn greedy_text_is_that_of_the_decoded_weights() {
     for (index, (name, ..)) in models().into_iter().enumerate() {
         let packed = load::<Flex>(index);
-        let dense = dense(packed.clone());
+        let dense = packed.clone().unpacked();
         let prompts = [vec![1u32, 5, 3], vec![2u32, 7, 9, 4, 4, 8, 6, 3, 1, 2, 5]];
         let settings = Settings { max_new_tokens: 24, ..Settings::default() };
         let text = |model| Generate::new(model, &prompts, &settings).unwrap().finish().unwrap();
@@ -257,7 +247,7 @@ fn packed_weights_are_no_float_parameters_and_keep_their_paths() {
             model.visit(&mut paths);
             paths
         };
-        let (found, all) = (paths(&packed), paths(&dense(packed.clone())));
+        let (found, all) = (paths(&packed), paths(&packed.clone().unpacked()));
         assert!(found.integers.len() >= 5 && all.integers.is_empty(), "{name}: {:?}", found.integers);
         assert!(found.floats.iter().all(|path| !found.integers.contains(path)));
         let mut together = [found.floats, found.integers].concat();
@@ -266,7 +256,7 @@ fn packed_weights_are_no_float_parameters_and_keep_their_paths() {
         expected.sort();
         assert_eq!(together, expected, "{name}");
         let values = |model: &Llama<Train>| model.num_params();
-        let (few, many) = (values(&packed), values(&dense(packed.clone())));
+        let (few, many) = (values(&packed), values(&packed.clone().unpacked()));
         assert!(few < many, "{name}: {few} of {many} values are floats");
         // There and back, to another device and through a mapper, the rows are the same.
         let again = param::train_only(packed.clone().fork(&Default::default()), |_| false);
@@ -335,7 +325,7 @@ fn adapters_on_packed_weights_learn_as_on_the_decoded_ones() {
                 gradients(&param::train_only(model, adapter::is_adapter))
             };
             let packed = load::<Train>(index);
-            let (expected_loss, expected) = found(dense(packed.clone()));
+            let (expected_loss, expected) = found(packed.clone().unpacked());
             let (loss, found) = found(packed);
             assert!((loss - expected_loss).abs() <= 1e-5 * expected_loss.abs(), "{base} {method}: {loss}");
             assert!(!found.is_empty() && found.keys().eq(expected.keys()), "{base} {method}");

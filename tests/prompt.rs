@@ -12,6 +12,7 @@ use burn_peft::{
 };
 use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
 use laws::{
+    files::{fields, same_files, saved_adapters},
     fixture, floats, integers, max_abs, max_diff, one_backward_at_a_time,
     reference::{Reference, compare, driven_rows, examples, gradients, row_logits_differ},
     tensors,
@@ -247,36 +248,16 @@ fn scores_are_those_of_the_logits() {
 }
 
 /// The values of a JSON object without those that no program shares.
-fn fields(file: PathBuf) -> Value {
-    let mut fields: Value = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
-    fields.as_object_mut().unwrap().remove("peft_version");
-    fields
-}
-
 #[test]
 fn saved_files_are_peft_s() {
     let _lock = one_backward_at_a_time();
     let temporary = tempfile::tempdir().unwrap();
-    // tests/fixtures/check_peft.py lets PEFT load what is kept here.
-    let kept = std::env::var_os("SAVED_ADAPTERS").map_or(temporary.path().to_owned(), PathBuf::from);
+    let kept = saved_adapters(temporary.path());
     for (name, base) in CASES {
         let out = kept.join(name);
         for prompts in [collapsed::<Train>(name, base).prompts, whole(name, base, 0.0).prompts] {
             prompts[0].save(&out).unwrap();
-            let ours = fields(out.join("adapter_config.json"));
-            assert_eq!(ours, fields(directory(name).join("adapter_config.json")), "{name}");
-            let read = |path: PathBuf| std::fs::read(path.join("adapter_model.safetensors")).unwrap();
-            let (ours, theirs) = (read(out.clone()), read(directory(name)));
-            let ours = safetensors::SafeTensors::deserialize(&ours).unwrap();
-            let theirs = safetensors::SafeTensors::deserialize(&theirs).unwrap();
-            assert_eq!(ours.names(), theirs.names(), "{name}");
-            let (ours, theirs) =
-                (ours.tensor("prompt_embeddings").unwrap(), theirs.tensor("prompt_embeddings").unwrap());
-            assert_eq!((ours.shape(), ours.dtype()), (theirs.shape(), theirs.dtype()), "{name}");
-            let values = |bytes: &[u8]| -> Vec<f32> {
-                bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
-            };
-            assert!(max_diff(&values(ours.data()), &values(theirs.data())) < 1e-5, "{name}");
+            same_files(&out, &directory(name), 1e-5, name);
         }
         let again = Prompt::<Flex>::load(&out, self::base::<Flex>(base).config().base_shape(), &Default::default());
         let mut model = self::base::<Flex>(base);
@@ -377,7 +358,7 @@ fn a_prompt_of_another_base_and_fields_from_the_future() {
     let (temporary, from) = (tempfile::tempdir().unwrap(), directory("prefix"));
     let name = "adapter_model.safetensors";
     std::fs::copy(from.join(name), temporary.path().join(name)).unwrap();
-    let mut config = fields(from.join("adapter_config.json"));
+    let mut config = fields(&from);
     config["from_the_future"] = json!([1]);
     std::fs::write(temporary.path().join("adapter_config.json"), config.to_string()).unwrap();
     let shape = base::<Flex>("gqa_llama3").config().base_shape();

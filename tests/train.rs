@@ -8,7 +8,7 @@ use burn_llama::{Checkpoint, Example, Layout, Llama};
 use burn_peft::{LoraConfig, Noise, Pass, TargetModules, adapter, kernel::Compute, param};
 use burn_zero::{
     Engine,
-    optimizer::AdamW,
+    optimizer::{AdamW, Groups},
     segment::{self, Checkpointing, Segments},
 };
 use laws::{fixture, floats, max_abs, max_diff, one_backward_at_a_time, reference::driven, tensors};
@@ -82,7 +82,7 @@ fn only_positions_with_a_target_leave_the_last_layer_s_attention() {
             assert_eq!(values[0].clone().tensor::<2>().dims(), [tokens, model.config().hidden_size], "{segment}");
         }
         let hidden = model.hidden(model.embed(batch.ids.clone()), &layout, None, &pass(&layout, 0)).unwrap();
-        let all = model.loss(hidden.select(0, batch.tail.slots.clone()), &batch.targets);
+        let all = model.loss(hidden.select(0, batch.tail.slots.clone()), &batch.targets, &batch.tail.pass);
         let (all, found) = (floats(&all.into_data()), floats(&model.batch_loss(&batch).into_data()));
         assert!(max_diff(&found, &all) < 1e-5, "packed {packed}, {compute:?}: {:e}", max_diff(&found, &all));
     }
@@ -181,25 +181,57 @@ fn adamw_is_torch_s() {
 fn trainable_counts_are_peft_s() {
     let text = std::fs::read(fixture("peft/trainable_counts.json")).unwrap();
     let cases: Vec<serde_json::Value> = serde_json::from_slice(&text).unwrap();
-    assert!(cases.len() >= 8);
+    assert!(cases.len() >= 9);
     for case in cases {
         let size = |key: &str| case[key].as_u64().unwrap() as usize;
         let (hidden, mlp) = (size("hidden_size"), size("intermediate_size"));
-        let kv = hidden / size("num_attention_heads") * size("num_key_value_heads");
-        let target: TargetModules = serde_json::from_value(case["target_modules"].clone()).unwrap();
-        let matcher = target.matcher().unwrap();
-        let layers = [
-            ("self_attn.q_proj", hidden + hidden),
-            ("self_attn.k_proj", hidden + kv),
-            ("self_attn.v_proj", hidden + kv),
-            ("self_attn.o_proj", hidden + hidden),
-            ("mlp.gate_proj", hidden + mlp),
-            ("mlp.up_proj", hidden + mlp),
-            ("mlp.down_proj", hidden + mlp),
+        let kv = size("head_dim") * size("num_key_value_heads");
+        let wide = size("head_dim") * size("num_attention_heads");
+        let block = [
+            ("self_attn.q_proj", [wide, hidden]),
+            ("self_attn.k_proj", [kv, hidden]),
+            ("self_attn.v_proj", [kv, hidden]),
+            ("self_attn.o_proj", [hidden, wide]),
+            ("mlp.gate_proj", [mlp, hidden]),
+            ("mlp.up_proj", [mlp, hidden]),
+            ("mlp.down_proj", [hidden, mlp]),
         ];
-        let chosen = layers.iter().filter(|(name, _)| matcher.selects(&format!("model.layers.0.{name}")));
-        let count = chosen.map(|(_, width)| width).sum::<usize>() * size("num_hidden_layers") * size("r");
-        assert_eq!(count, size("trainable"), "{} {target}", case["model"]);
-        assert!(!matcher.selects("lm_head"));
+        let blocks = (0..size("num_hidden_layers"))
+            .flat_map(|layer| block.map(|(name, shape)| (format!("model.layers.{layer}.{name}"), shape)));
+        let layers: Vec<_> = blocks.chain([("lm_head".to_owned(), [size("vocab_size"), hidden])]).collect();
+        let target_modules: TargetModules = serde_json::from_value(case["target_modules"].clone()).unwrap();
+        let config = LoraConfig { r: size("r"), target_modules, ..LoraConfig::default() };
+        let count = config.count_trainable(layers.iter().map(|(path, shape)| (path.as_str(), *shape))).unwrap();
+        assert_eq!(count, size("trainable"), "{} {}", case["model"], config.target_modules);
     }
+}
+
+/// The first step of Adam moves every value by its learning rate.
+#[test]
+fn lora_plus_moves_b_ratio_times_as_fast() {
+    let _lock = one_backward_at_a_time();
+    let moved = |groups: Groups| {
+        let (mut model, rows) = (adapted(0.0, DType::F32), rows());
+        let values = |model: &Llama<Train>| {
+            let mut all = [Vec::new(), Vec::new()];
+            burn_peft::Linears::linears(model, &mut |_, linear| {
+                let Some(adapter) = linear.adapters.first() else { return };
+                for (all, matrix) in all.iter_mut().zip([&adapter.lora_a, &adapter.lora_b]) {
+                    all.extend(floats(&matrix.val().into_data()));
+                }
+            });
+            all
+        };
+        let before = values(&model);
+        let mut engine =
+            Engine::<Train>::new(AdamW { weight_decay: 0.0, ..AdamW::default() }, None, Checkpointing::None)
+                .with_groups(groups);
+        let batch = model.batch(&rows, &layout(&rows, true), 0.1, Pass::default()).unwrap();
+        engine.accumulate(&mut model, &batch).unwrap();
+        engine.step(&mut model, 1e-4).unwrap();
+        let after = values(&model);
+        [0, 1].map(|i| before[i].iter().zip(&after[i]).map(|(a, b)| (a - b).abs() as f64).sum::<f64>())
+    };
+    let ([a, b], [same, faster]) = (moved(Groups::default()), moved(Groups::lora_plus(16.0)));
+    assert!((same / a - 1.0).abs() < 1e-3 && (faster / b - 16.0).abs() < 0.02, "A {a} {same}, B {b} {faster}");
 }

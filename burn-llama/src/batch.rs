@@ -115,7 +115,7 @@ impl<B: Kernels> Llama<B> {
             x = layer.attend(x, &batch.context, Some((&mut past, 0)), (&batch.pass, tail));
             x = layer.transform(x, pass);
         }
-        self.loss(self.model.norm.forward(x), &batch.targets)
+        self.loss(self.model.norm.forward(x), &batch.targets, &batch.tail.pass)
     }
 }
 

@@ -7,7 +7,7 @@ mod merge;
 mod several;
 mod swap;
 
-pub use base::{is_adapter, learning_rate_scale, train_active, train_only};
+pub use base::{is_adapter, train_active, train_only};
 pub use combine::{Combination, combine, combine_directories};
 pub use convert::{convert_to_lora, save_as_lora};
 pub use merge::{merge, safe_merge, unmerge};
@@ -45,10 +45,13 @@ pub trait Linears<B: LinearKernels> {
         None
     }
 
-    /// The path of a parameter that the model uses in two places, such as a tied embedding.
-    fn shared(&self) -> Option<&str> {
+    /// The paths of the embedding and of the head if they are one weight.
+    fn tied(&self) -> Option<[&str; 2]> {
         None
     }
+
+    /// Gives a tied head a weight of its own, with the same values, so that one of the two can change: PEFT, too, trains a copy.
+    fn untie(&mut self) {}
 }
 
 /// The paths that `config` selects.
@@ -84,12 +87,13 @@ pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
     seed: u64,
 ) -> Result<(), Error> {
     if let InitLora::Other(other) = &config.init_lora_weights {
-        let expected = "true, false, gaussian, orthogonal, pissa or pissa_niter_<n>";
+        let expected = "true, false, gaussian, orthogonal, olora, pissa or pissa_niter_<n>";
         return Err(Error::config(format!("`init_lora_weights`: expected {expected}, found {other:?}")));
     }
-    let base = Base::new(model, config)?;
     admit(model, name, config.changes_base())?;
-    all(model, |path, linear| if base.adapted(path) { linear.fits(config) } else { Ok(()) })?;
+    base::untie(model, config)?;
+    let base = Base::new(model, config)?;
+    all(model, |path, linear| if base.adapted(path) { linear.fits(path, config) } else { Ok(()) })?;
     let mut result = Ok(());
     model.linears_mut(&mut |path, linear| {
         if base.adapted(path) && result.is_ok() {
@@ -123,16 +127,20 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
 ) -> Result<(LoraConfig, Vec<String>), Error> {
     let (config, mut tensors, unknown) = format::read(directory)?;
     admit(model, name, config.changes_base())?;
+    base::untie(model, &config)?;
     let base = Base::new(model, &config)?;
     let mut expected = base.expected();
     model.linears(&mut |path, linear| {
         if base.adapted(path) {
             let parts = parts(&config, path, linear.shape()).into_iter();
             expected.extend(parts.map(|(part, shape)| (format::key(path, part), shape)));
+            // PEFT writes the weight of a head beside its adapter.
+            let own = format::key(path, "base_layer");
+            expected.extend(tensors.contains_key(&own).then(|| (own, linear.shape().to_vec())));
         }
     });
     format::fits(directory, &expected, &tensors)?;
-    all(model, |path, linear| if base.adapted(path) { linear.fits(&config) } else { Ok(()) })?;
+    all(model, |path, linear| if base.adapted(path) { linear.fits(path, &config) } else { Ok(()) })?;
     let mut result = Ok(());
     let mut take = |path: &str, part: &str| tensors.remove(&format::key(path, part));
     model.linears_mut(&mut |path, linear| {
@@ -140,7 +148,10 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
             && let (Some(a), Some(b)) = (take(path, "lora_A"), take(path, "lora_B"))
         {
             let device = linear.weight.device();
-            if matches!(config.init_lora_weights, InitLora::Pissa { .. }) {
+            if let Some(own) = take(path, "base_layer") {
+                linear.map_weight(|_| Tensor::from_data(own, (&device, DType::F32)));
+            }
+            if config.init_lora_weights.splits_weight() {
                 // The adapter is one of what the start left of the weight.
                 result = linear.attach(path, name, &config, 0);
                 linear.adapters.pop();

@@ -2,7 +2,7 @@
 
 mod json;
 
-use crate::{Error, TargetModules};
+use crate::{Error, TargetModules, target::Selection};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -98,8 +98,17 @@ pub enum InitLora {
         /// `pissa_niter_<n>`.
         niter: Option<usize>,
     },
+    /// The first directions of the weight's QR decomposition, which keeps the rest (OLoRA: Büyükakyüz, 2024, arXiv:2406.01775).
+    Olora,
     /// Another of PEFT's, which a trained adapter may have had.
     Other(String),
+}
+
+impl InitLora {
+    /// Whether the adapter starts as a part of the weight, which keeps the rest.
+    pub fn splits_weight(&self) -> bool {
+        matches!(self, Self::Pissa { .. } | Self::Olora)
+    }
 }
 
 impl TryFrom<Value> for InitLora {
@@ -112,6 +121,7 @@ impl TryFrom<Value> for InitLora {
             Value::String(name) => match name.to_lowercase().as_str() {
                 "gaussian" => Self::Gaussian,
                 "orthogonal" => Self::Orthogonal,
+                "olora" => Self::Olora,
                 "pissa" => Self::Pissa { niter: None },
                 other => match other.strip_prefix("pissa_niter_").map(str::parse) {
                     Some(Ok(niter)) => Self::Pissa { niter: Some(niter) },
@@ -130,6 +140,7 @@ impl From<InitLora> for Value {
             InitLora::False => false.into(),
             InitLora::Gaussian => "gaussian".into(),
             InitLora::Orthogonal => "orthogonal".into(),
+            InitLora::Olora => "olora".into(),
             InitLora::Pissa { niter: None } => "pissa".into(),
             InitLora::Pissa { niter: Some(n) } => format!("pissa_niter_{n}").into(),
             InitLora::Other(name) => name.into(),
@@ -189,6 +200,20 @@ impl LoraConfig {
         alpha / if self.use_rslora { (r as f64).sqrt() } else { r as f64 }
     }
 
+    /// The number of values that the adapter trains on linear layers of these paths and shapes `[out, in]`, those apart that learn
+    /// beside it (`bias`, `modules_to_save`).
+    ///
+    /// # Errors
+    /// If the configuration is not possible.
+    pub fn count_trainable<'a>(&self, layers: impl IntoIterator<Item = (&'a str, [usize; 2])>) -> Result<usize, Error> {
+        self.check()?;
+        let selection = Selection::new(self)?;
+        let count = |(path, [out, features]): (&str, [usize; 2])| {
+            self.rank_at(path) * (out + features) + if self.use_dora { out } else { 0 }
+        };
+        Ok(layers.into_iter().filter(|(path, _)| selection.selects(path)).map(count).sum())
+    }
+
     /// Whether the adapter is no more than one rank and one scaling of `B·A` on an unchanged base model.
     pub fn is_plain(&self) -> bool {
         let patterns = self.rank_pattern.is_empty() && self.alpha_pattern.is_empty();
@@ -198,7 +223,7 @@ impl LoraConfig {
     /// Whether the adapter changes more of the model than what it adds: by its start, biases or whole modules.
     pub fn changes_base(&self) -> bool {
         let saved = self.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty());
-        saved || self.bias != Bias::None || matches!(self.init_lora_weights, InitLora::Pissa { .. })
+        saved || self.bias != Bias::None || self.init_lora_weights.splits_weight()
     }
 
     /// Refuses values that no adapter can have.

@@ -12,6 +12,8 @@ use std::{
 
 pub(crate) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
+/// What PEFT wrote before.
+const OLD_WEIGHTS: &str = "adapter_model.bin";
 
 /// PEFT's key for a part (`lora_A`, `lora_B`, `lora_magnitude_vector`) of the adapter of the layer at `path`.
 pub fn key(path: &str, part: &str) -> String {
@@ -69,7 +71,13 @@ pub fn read_config(directory: &Path) -> Result<Value, Error> {
 /// # Errors
 /// If the file is missing or malformed.
 pub fn read_tensors(directory: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
-    read_file(&directory.join(WEIGHTS))
+    let (path, old) = (directory.join(WEIGHTS), directory.join(OLD_WEIGHTS));
+    if !path.exists() && old.exists() {
+        let expected = "adapter_model.safetensors, which PEFT writes for it: \
+            PeftModel.from_pretrained(model, directory).save_pretrained(directory)";
+        return Err(Error::format(&old, "content", expected, "a pickle of torch"));
+    }
+    read_file(&path)
 }
 
 /// The tensors of a safetensors file, as [`read_tensors`].

@@ -140,14 +140,19 @@ impl Ia3Config {
         all
     }
 
-    /// The selected layers' paths and the shapes of their factors.
-    fn selected<B: LinearKernels, M: Linears<B>>(&self, model: &M) -> Result<Vec<(String, [usize; 2])>, Error> {
+    /// The selected layers' paths and the shapes of their factors. A tied head that is selected gets a weight of its own.
+    fn selected<B: LinearKernels, M: Linears<B>>(&self, model: &mut M) -> Result<Vec<(String, [usize; 2])>, Error> {
         let (target, feedforward) = (self.target_modules.matcher()?, self.feedforward_modules.matcher()?);
         let exclude = self.exclude_modules.as_ref().map(TargetModules::matcher).transpose()?;
+        let selects =
+            |path: &str| target.selects(path) && !exclude.as_ref().is_some_and(|exclude| exclude.selects(path));
+        if model.tied().is_some_and(|[_, head]| selects(head)) {
+            model.untie();
+        }
         let (mut selected, mut names) = (Vec::new(), std::collections::BTreeSet::new());
         model.linears(&mut |path, linear| {
             names.insert(path.rsplit('.').next().unwrap_or(path).to_owned());
-            if target.selects(path) && !exclude.as_ref().is_some_and(|exclude| exclude.selects(path)) {
+            if selects(path) {
                 let [out, features] = linear.shape();
                 let shape = if feedforward.selects(path) { [1, features] } else { [out, 1] };
                 selected.push((path.to_owned(), shape));
@@ -190,8 +195,8 @@ pub fn attach<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str, config
     if !config.init_ia3_weights {
         return Err(Error::config("`init_ia3_weights` should be true: other factors than 1 break the model"));
     }
-    let selected = config.selected(model)?;
     admit(model, name, false)?;
+    let selected = config.selected(model)?;
     place(model, name, selected, |_, shape, device| Tensor::ones(shape, (device, DType::F32)));
     Ok(())
 }
@@ -209,8 +214,8 @@ pub fn load<B: LinearKernels, M: Linears<B>>(
     let path = directory.join(format::CONFIG);
     let (config, unknown) = Ia3Config::from_json(&path, format::read_config(directory)?)?;
     let mut tensors = format::read_tensors(directory)?;
-    let selected = config.selected(model)?;
     admit(model, name, false)?;
+    let selected = config.selected(model)?;
     let expected: Vec<_> = selected.iter().map(|(path, shape)| (key(path), shape.to_vec())).collect();
     format::fits(directory, &expected, &tensors)?;
     place(model, name, selected, |path, shape, device| match tensors.remove(&key(path)) {

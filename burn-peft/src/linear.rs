@@ -21,6 +21,9 @@ pub struct Linear<B: LinearKernels> {
     pub adapters: Vec<Lora<B>>,
     /// Learned factors of the layer's own features.
     pub ia3: Vec<Ia3<B>>,
+    /// The names of those in the weight, in the order of merging.
+    #[module(skip)]
+    merged: Vec<String>,
 }
 
 impl<B: LinearKernels> Linear<B> {
@@ -41,6 +44,7 @@ impl<B: LinearKernels> Linear<B> {
             bias: bias.map(|bias| Param::initialized(param::id(&format!("{path}.bias")), bias.require_grad())),
             adapters: Vec::new(),
             ia3: Vec::new(),
+            merged: Vec::new(),
         }
     }
 
@@ -93,19 +97,19 @@ impl<B: LinearKernels> Linear<B> {
     /// # Errors
     /// If the start takes something off a weight that is packed.
     pub fn attach(&mut self, path: &str, name: &str, config: &LoraConfig, seed: u64) -> Result<(), Error> {
-        self.fits(config)?;
+        self.fits(path, config)?;
         let device = self.weight.device();
         let mut adapter = match config.init_lora_weights {
-            InitLora::Pissa { niter } => {
-                let adapter = Lora::principal(path, name, config, self.weight.val(), (niter, seed));
-                let delta = adapter.delta().neg();
-                self.map_weight(|weight| weight + delta);
-                adapter
-            }
+            InitLora::Pissa { niter } => Lora::principal(path, name, config, self.weight.val(), (niter, seed)),
+            InitLora::Olora => Lora::leading(path, name, config, self.weight.val()),
             _ => Lora::new(path, name, config, self.shape(), (seed, &device)),
         };
+        if config.init_lora_weights.splits_weight() {
+            let delta = adapter.delta().neg();
+            self.map_weight(|weight| weight + delta);
+        }
         if config.use_dora {
-            let magnitude = crate::lora::norm(&adapter, self.weight.val());
+            let magnitude = crate::lora::norm(&adapter, &self.weight.stored());
             adapter.dora = Some(Dora::new(path, name, magnitude));
         }
         self.adapters.push(adapter);
@@ -113,11 +117,26 @@ impl<B: LinearKernels> Linear<B> {
     }
 
     /// An error if an adapter of that configuration cannot start here.
-    pub(crate) fn fits(&self, config: &LoraConfig) -> Result<(), Error> {
+    pub(crate) fn fits(&self, path: &str, config: &LoraConfig) -> Result<(), Error> {
         match config.init_lora_weights {
-            InitLora::Pissa { .. } => self.weight.writable("init_lora_weights = \"pissa\""),
-            _ => Ok(()),
+            InitLora::Pissa { .. } => self.weight.writable("init_lora_weights = \"pissa\"")?,
+            InitLora::Olora => self.weight.writable("init_lora_weights = \"olora\"")?,
+            _ => return Ok(()),
         }
+        let (r, [out, features]) = (config.rank_at(path), self.shape());
+        if r > out.min(features) {
+            let (start, size) = (serde_json::json!(config.init_lora_weights), out.min(features));
+            let message =
+                format!("`r` with `init_lora_weights` = {start}: expected at most {size} at {path}, found {r}");
+            return Err(Error::config(message));
+        }
+        Ok(())
+    }
+
+    /// Whether an adapter acts beside the weight in a pass that names none.
+    pub fn is_adapted(&self) -> bool {
+        self.adapters.iter().any(|adapter| adapter.active && !adapter.merged)
+            || self.ia3.iter().any(|ia3| ia3.active && !ia3.merged)
     }
 
     /// The low-rank adapter of that name.
@@ -132,7 +151,10 @@ impl<B: LinearKernels> Linear<B> {
     /// If the weight is packed.
     pub fn merge(&mut self, name: &str) -> Result<(), Error> {
         self.mergeable(name)?;
-        self.shift(name, true);
+        if self.carries(name) && !self.merged.iter().any(|merged| merged == name) {
+            self.shift(name, true);
+            self.merged.push(name.to_owned());
+        }
         Ok(())
     }
 
@@ -157,9 +179,16 @@ impl<B: LinearKernels> Linear<B> {
         low_rank && self.ia3.iter().filter(|ia3| ia3.name == name).all(|ia3| whole(ia3.ia3_l.val()))
     }
 
-    /// Takes a merged adapter out of the weight again.
+    /// Takes a merged adapter out of the weight again. Those that were merged after it scale or were scaled by what it left: they
+    /// are taken out first and merged again.
     pub fn unmerge(&mut self, name: &str) {
-        self.shift(name, false);
+        let Some(index) = self.merged.iter().position(|merged| merged == name) else { return };
+        let later = self.merged.split_off(index);
+        later.iter().rev().for_each(|name| self.shift(name, false));
+        for name in later.into_iter().skip(1) {
+            self.shift(&name, true);
+            self.merged.push(name);
+        }
     }
 
     fn shift(&mut self, name: &str, merge: bool) {
@@ -187,7 +216,7 @@ impl<B: LinearKernels> Linear<B> {
     }
 
     /// Changes the weight, given and returned in f32.
-    fn map_weight(&mut self, change: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>) {
+    pub(crate) fn map_weight(&mut self, change: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>) {
         self.weight.map_dense(|weight| {
             let (dtype, trained) = (weight.dtype(), weight.is_require_grad());
             change(weight.detach().cast(DType::F32)).cast(dtype).detach().set_require_grad(trained)

@@ -6,11 +6,12 @@ mod svd;
 
 pub use dora::Dora;
 pub(crate) use dora::norm;
+use start::leading;
 pub(crate) use svd::halves;
 
 use crate::{
     LoraConfig, Pass, Weight, kernel,
-    kernel::{Compute, LinearKernels},
+    kernel::{Compute, LinearKernels, Stored},
     param, random,
 };
 use burn::{
@@ -94,6 +95,12 @@ impl<B: LinearKernels> Lora<B> {
         Self::from_tensors(path, name, config, a / share, b / share)
     }
 
+    /// The adapter that holds the first directions of the QR decomposition of `weight`, `s·B·A` to be taken off it.
+    pub(crate) fn leading(path: &str, name: &str, config: &LoraConfig, weight: Tensor<B, 2>) -> Self {
+        let (a, b) = leading(weight, config.rank_at(path));
+        Self::from_tensors(path, name, config, a, b)
+    }
+
     /// What the adapter adds to the layer's output: `x [tokens, in]` → `[tokens, out]`. Without the magnitude.
     pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
         let dtype = x.dtype();
@@ -117,7 +124,7 @@ impl<B: LinearKernels> Lora<B> {
             }
             _ => base,
         };
-        let factor = dora.factor(self, weight.val()).unsqueeze::<2>();
+        let factor = dora.factor(self, &weight.stored()).unsqueeze::<2>();
         let dtype = base.dtype();
         let added = self.forward(x, pass).cast(DType::F32) * factor.clone();
         (base.cast(DType::F32) * (factor - 1.0) + added).cast(dtype)
@@ -145,7 +152,8 @@ impl<B: LinearKernels> Lora<B> {
             None => weight + delta,
             Some(mut dora) => {
                 let kept = dora.merged.take();
-                let factor = kept.unwrap_or_else(|| dora.factor(self, weight.clone()).detach());
+                let stored = Stored::Dense(weight.clone().into_primitive().tensor());
+                let factor = kept.unwrap_or_else(|| dora.factor(self, &stored).detach());
                 dora.merged = merge.then(|| factor.clone());
                 self.dora = Some(dora);
                 let factor = factor.unsqueeze_dim::<2>(1);

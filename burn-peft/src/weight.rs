@@ -45,6 +45,18 @@ impl<B: Backend> Weight<B> {
         Self::Packed { id: param::id(path), rows }
     }
 
+    /// The same values at another path.
+    pub fn at(&self, path: &str) -> Self {
+        let id = param::id(path);
+        match self {
+            Self::Dense(weight) => {
+                let (values, trained) = (weight.val(), weight.is_require_grad());
+                Self::Dense(Param::initialized(id, values.detach().set_require_grad(trained)))
+            }
+            Self::Packed { rows, .. } => Self::Packed { id, rows: rows.clone() },
+        }
+    }
+
     /// `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
         match self {
@@ -91,6 +103,14 @@ impl<B: LinearKernels> Weight<B> {
         match self {
             Self::Dense(weight) => weight.val(),
             Self::Packed { rows, .. } => rows.values(),
+        }
+    }
+
+    /// The values as a float parameter at the same path: f32 where the rows were packed.
+    pub fn unpacked(self) -> Self {
+        match self {
+            Self::Packed { id, rows } => Self::Dense(Param::initialized(id, rows.values())),
+            dense => dense,
         }
     }
 

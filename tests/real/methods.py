@@ -73,10 +73,12 @@ METHODS = {
         1e-4,
     ),
 }
-# Ours against ours: the packed weights, and LoRA on what they hold. Limits relative to the loss.
+# Ours against ours: the packed weights, and LoRA on the file's as floats or on what the nf4 ones hold. Limits, the second kind
+# relative to the loss.
 QLORA = {
     "qlora": ({"method.kind": "qlora", "model.dtype": "packed"}, 3e-3, None),
     "qlora-nf4": ({"method.kind": "qlora", "model.dtype": "nf4"}, None, 2e-2),
+    "qlora-nf4-floats": ({"method.kind": "qlora", "model.dtype": "nf4"}, 3e-3, None),
 }
 
 
@@ -170,7 +172,12 @@ class Bench:
         """QLoRA, and LoRA on the weights as floats, both ours."""
         _, start = self.first("lora", METHODS["lora"])
         changes = self.changes | start | {"train.learning_rate": METHODS["lora"].learning_rate}
-        floats = floats or self.medqa.train(RECIPE, changes | {"method.kind": "lora"}, f"{name}-floats")
+        lora = changes | {"method.kind": "lora"}
+        if name == "qlora-nf4-floats":
+            lora["model.path"] = str(self.folder / "nf4")
+            self.medqa("export", "--model", self.options.model, "--nf4", "--out", lora["model.path"])
+            floats = None
+        floats = floats or self.medqa.train(RECIPE, lora, f"{name}-lora")
         return Both(name, self.medqa.train(RECIPE, changes | QLORA[name][0], name), floats)
 
 

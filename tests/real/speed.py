@@ -1,4 +1,4 @@
-"""Measures medqa beside PEFT, transformers and llama.cpp on the same work, one after the other in turns.
+"""Measures medqa beside PEFT, transformers and llama.cpp on the same work, one after the other in turns; QLoRA beside LoRA.
 
 `speed` beside this file builds medqa and starts this. Every measurement is a process of its own. Nothing is judged: the
 ratios are printed, and how far they spread is for the reader.
@@ -24,7 +24,9 @@ from medqa import Medqa
 
 RECIPE = Path(__file__).resolve().parents[2] / "apps/medqa/recipes/medquad-lora.toml"
 READ, WRITTEN = 512, 64
-WORKS = ["lora", "lora-bf16", "full", "full-bf16", "forward", "decode", "decode-q4"]
+WORKS = ["lora", "lora-bf16", "full", "full-bf16", "forward", "decode", "decode-q4", "qlora", "qlora-nf4"]
+# Beside our own LoRA in f32, all with recomputed activations.
+QLORA = {"qlora": "packed", "qlora-nf4": "nf4"}
 
 
 def peak_gib() -> float:
@@ -118,15 +120,30 @@ def ours(options: argparse.Namespace, medqa: Medqa, turn: int) -> dict:
         report = json.loads(medqa("bench", "--model", options.model, *settings))
         part = "forward" if options.work == "forward" else "decode"
         return {"speed": report[part]["tokens_per_second"], "peak_gib": report["peak_rss_bytes"] / 2**30}
-    rows = medqa.folder / "rows.jsonl"
-    rows.write_text("".join(options.rows.read_text().splitlines(keepends=True)[: options.limit]))
     changes = {
         "model.path": str(options.base), "model.compute": "bf16" if options.work.endswith("bf16") else "f32",
-        "data.train": str(rows), "data.max_length": options.length, "train.max_steps": options.steps,
         "method.kind": "lora" if options.work.startswith("lora") else "full",
     }
+    return training(options, medqa, changes, f"{options.work}-{turn}")
+
+
+def packed(options: argparse.Namespace, medqa: Medqa, turn: int) -> tuple[dict, dict]:
+    """QLoRA, and LoRA on floats."""
+    both = {"train.activation_checkpointing": "full", "method.target_modules": "all-linear"}
+    lora = both | {"method.kind": "lora", "model.path": str(options.base), "model.dtype": "f32"}
+    qlora = both | {"method.kind": "qlora", "model.path": str(options.model), "model.dtype": QLORA[options.work]}
+    name = f"{options.work}-{turn}"
+    beside = training(options, medqa, lora, f"{name}-lora")
+    return training(options, medqa, qlora, name), beside
+
+
+def training(options: argparse.Namespace, medqa: Medqa, changes: dict, name: str) -> dict:
+    """A run of the recipe after `changes`."""
+    rows = medqa.folder / "rows.jsonl"
+    rows.write_text("".join(options.rows.read_text().splitlines(keepends=True)[: options.limit]))
+    changes |= {"data.train": str(rows), "data.max_length": options.length, "train.max_steps": options.steps}
     sets = [f"--set={key}={json.dumps(value)}" for key, value in changes.items()]
-    folder = medqa.folder / f"{options.work}-{turn}"
+    folder = medqa.folder / name
     sets += ["--set=data.valid=" + json.dumps(str(rows)), "--set=data.valid_limit=1"]
     medqa("train", RECIPE, *sets, "--dir", folder)
     summary = json.loads((folder / "summary.json").read_text())
@@ -166,6 +183,11 @@ def main() -> None:
         for work in options.only:
             options.work, found = work, {"medqa": [], "them": []}
             for turn in range(options.turns):
+                if work in QLORA:
+                    mine, other = packed(options, medqa, turn)
+                    found["medqa"].append(mine)
+                    found["them"].append(other)
+                    continue
                 command = [sys.executable, *sys.argv, "--base", str(options.base), "--work", work]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 found["them"].append(json.loads(done.stdout.splitlines()[-1]))

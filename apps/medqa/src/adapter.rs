@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use burn_llama::{Llama, Tokenizer, kernel::Kernels};
-use burn_peft::{Ia3Config, LoraConfig, PromptConfig, TargetModules, adapter, config::InitLora, format, ia3, prompt};
+use burn_peft::{Ia3Config, LoraConfig, PromptConfig, TargetModules, adapter, format, ia3, prompt};
 use std::{
     convert::Infallible,
     path::{Path, PathBuf},
@@ -125,7 +125,7 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
             let config = lora_config(recipe);
             adapter::attach(model, NAME, &config, seed)?;
             let mut start = None;
-            if matches!(config.init_lora_weights, InitLora::Pissa { .. }) {
+            if config.init_lora_weights.splits_weight() {
                 let folder = tempfile::tempdir().context("a folder for the adapter's start cannot be made")?;
                 adapter::save(model, NAME, &config, folder.path())?;
                 start = Some(folder);
@@ -158,7 +158,8 @@ fn targets(targets: &Targets) -> TargetModules {
     }
 }
 
-fn lora_config(recipe: &Recipe) -> LoraConfig {
+/// LoRA's configuration, as the recipe says.
+pub fn lora_config(recipe: &Recipe) -> LoraConfig {
     let (lora, scope, choice) = (&recipe.method.lora, &recipe.method.scope, &recipe.method.choice);
     LoraConfig {
         r: lora.r,
@@ -168,6 +169,7 @@ fn lora_config(recipe: &Recipe) -> LoraConfig {
         target_modules: scope.target_modules.as_ref().map(targets).unwrap_or_default(),
         exclude_modules: scope.exclude_modules.as_ref().map(targets),
         layers_to_transform: scope.layers_to_transform.clone(),
+        layers_pattern: scope.layers_pattern.clone(),
         rank_pattern: lora.rank_pattern.clone(),
         alpha_pattern: lora.alpha_pattern.clone(),
         use_dora: choice.kind == MethodKind::Dora,
@@ -175,7 +177,6 @@ fn lora_config(recipe: &Recipe) -> LoraConfig {
         bias: scope.bias,
         modules_to_save: scope.modules_to_save.clone(),
         base_model_name_or_path: Some(recipe.model.path.clone()),
-        ..LoraConfig::default()
     }
 }
 
@@ -189,12 +190,21 @@ fn ia3_config(recipe: &Recipe) -> Ia3Config {
     if let Some(chosen) = &scope.target_modules {
         config.target_modules = targets(chosen);
     }
+    if let Some(chosen) = &scope.feedforward_modules {
+        config.feedforward_modules = targets(chosen);
+    }
     config
 }
 
 fn prompt_config(recipe: &Recipe, tokenizer: &Tokenizer) -> PromptConfig {
-    let VirtualTokens { num_virtual_tokens, prefix_projection, encoder_hidden_size, init_text, init_from_vocabulary } =
-        recipe.method.tokens.clone();
+    let VirtualTokens {
+        num_virtual_tokens,
+        prefix_projection,
+        encoder_hidden_size,
+        init_weights,
+        init_text,
+        init_from_vocabulary,
+    } = recipe.method.tokens.clone();
     let method = match recipe.method.choice.kind {
         MethodKind::Prompt => prompt::Method::Prompt {
             prompt_tuning_init: match (&init_text, init_from_vocabulary) {
@@ -209,7 +219,7 @@ fn prompt_config(recipe: &Recipe, tokenizer: &Tokenizer) -> PromptConfig {
         _ => prompt::Method::Prefix {
             prefix_projection,
             encoder_hidden_size,
-            init_weights: None,
+            init_weights,
             dropout: recipe.method.choice.dropout,
         },
     };

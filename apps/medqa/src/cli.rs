@@ -323,6 +323,9 @@ pub struct ExportArgs {
     /// How matrices are stored; norms and biases are f32 in GGUF
     #[arg(long, default_value = "f32")]
     pub dtype: Precision,
+    /// Round the projections to nf4 first: the weights that training with model.dtype = "nf4" has, as floats
+    #[arg(long, conflicts_with = "adapter_only")]
+    pub nf4: bool,
     /// Write the adapter alone, as a GGUF file that llama.cpp applies with --lora to the model exported as GGUF
     #[arg(long)]
     pub adapter_only: bool,

@@ -3,6 +3,7 @@
 use crate::{cli::EstimateArgs, fetch, recipe::MethodKind};
 use anyhow::Result;
 use burn_llama::{Checkpoint, LlamaConfig};
+use burn_peft::{LoraConfig, TargetModules};
 use burn_zero::{
     ds_config::Stage,
     estimate::{Numbers, Placement, Recompute, Shape, Weights, states},
@@ -21,7 +22,7 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
     };
     let shape = shape(&config);
     let all = shape.parameters(config.tie_word_embeddings);
-    let trained = if args.method == MethodKind::Full { all } else { adapters(&shape, args.r) };
+    let trained = if args.method == MethodKind::Full { all } else { adapters(&shape, &lora(args))? };
     println!(
         "{:.1} M weights, {:.1} M learn; {} rank{}, {} tokens in a micro-batch; GiB of each rank, device + host",
         all as f64 / 1e6,
@@ -50,15 +51,47 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
     Ok(())
 }
 
+/// The adapters that the arguments name.
+fn lora(args: &EstimateArgs) -> LoraConfig {
+    let names = args.target_modules.clone();
+    let target_modules = match names.as_slice() {
+        [all] if all == "all-linear" => TargetModules::Pattern(all.clone()),
+        _ => TargetModules::Suffixes(names),
+    };
+    LoraConfig { r: args.r as usize, target_modules, ..LoraConfig::default() }
+}
+
 pub fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
-/// Adapters of rank `r` on the seven linear layers of every block: `A [r, in]` and `B [out, r]`.
-pub fn adapters(shape: &Shape, r: u64) -> u64 {
-    let (hidden, wide, narrow) = (shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-    let attention = 2 * (hidden + wide) + 2 * (hidden + narrow);
-    shape.layers * r * (attention + 3 * (hidden + shape.intermediate))
+/// What adapters of this configuration train on a model of this shape.
+///
+/// # Errors
+/// If the configuration is not possible.
+pub fn adapters(shape: &Shape, lora: &LoraConfig) -> Result<u64> {
+    let layers = linears(shape);
+    Ok(lora.count_trainable(layers.iter().map(|(path, shape)| (path.as_str(), *shape)))? as u64)
+}
+
+/// Paths and shapes `[out, in]` of the linear layers.
+fn linears(shape: &Shape) -> Vec<(String, [usize; 2])> {
+    let (wide, narrow) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+    let (hidden, mlp) = (shape.hidden, shape.intermediate);
+    let block = [
+        ("self_attn.q_proj", [wide, hidden]),
+        ("self_attn.k_proj", [narrow, hidden]),
+        ("self_attn.v_proj", [narrow, hidden]),
+        ("self_attn.o_proj", [hidden, wide]),
+        ("mlp.gate_proj", [mlp, hidden]),
+        ("mlp.up_proj", [mlp, hidden]),
+        ("mlp.down_proj", [hidden, mlp]),
+    ];
+    let blocks = (0..shape.layers).flat_map(|index| {
+        block.map(|(name, sizes)| (format!("model.layers.{index}.{name}"), sizes.map(|size| size as usize)))
+    });
+    let head = ("lm_head".to_owned(), [shape.vocabulary as usize, hidden as usize]);
+    blocks.chain([head]).collect()
 }
 
 /// What an estimate has to know of a model.
@@ -84,6 +117,10 @@ mod tests {
         let (layers, hidden, intermediate, vocabulary) = (30, 576, 1536, 49152);
         let shape = Shape { layers, hidden, intermediate, heads: 9, kv_heads: 3, head_dim: 64, vocabulary };
         assert_eq!(shape.parameters(true), 134_515_008);
-        assert_eq!(adapters(&shape, 8), 2_442_240);
+        let count = |target_modules| adapters(&shape, &LoraConfig { target_modules, ..LoraConfig::default() }).unwrap();
+        assert_eq!(count(TargetModules::Pattern("all-linear".to_owned())), 2_442_240);
+        assert_eq!(count(TargetModules::default()), 460_800);
+        let head = TargetModules::Suffixes(vec!["lm_head".to_owned()]);
+        assert_eq!(count(head), 8 * (49152 + 576));
     }
 }

@@ -10,7 +10,7 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
-    Checkpoint,
+    Checkpoint, Storage,
     checkpoint::{
         gguf::{BlockType, write},
         save_as,
@@ -39,7 +39,9 @@ pub fn export(args: &ExportArgs) -> Result<()> {
 }
 
 fn merged<B: Kernels>(model: &ModelArgs, device: &B::Device, (args, gguf): (&ExportArgs, bool)) -> Result<()> {
-    let mut loaded = model::without_adapters::<B>(model, DType::F32, device)?;
+    let storage = if args.nf4 { Storage::Nf4 } else { DType::F32.into() };
+    let Loaded { model: llama, tokenizer } = model::without_adapters::<B>(model, storage, device)?;
+    let mut loaded = Loaded { model: llama.unpacked(), tokenizer };
     model::add_adapters(&mut loaded.model, model)?;
     if !loaded.model.prompts.is_empty() {
         bail!(

@@ -5,8 +5,7 @@ use crate::{Error, Layout, LlamaConfig, Past, kernel::Kernels};
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use burn_peft::{
     Pass, Prompt, PromptConfig,
-    prompt::{BaseShape, Place, PromptTuningInit as Init},
-    random,
+    prompt::{BaseShape, Place},
 };
 use std::ops::Range;
 
@@ -126,21 +125,8 @@ impl<B: Kernels> Llama<B> {
     /// If the configuration is impossible, asks for a text that is not given, or its method cannot start from one.
     pub fn new_prompt(&self, config: &PromptConfig, text: Option<&[u32]>, seed: u64) -> Result<Prompt<B>, Error> {
         let prompt = Prompt::new(config, self.config.base_shape(), (seed, &self.device()))?;
-        let (n, vocabulary) = (config.num_virtual_tokens, self.config.vocab_size);
-        let tokens: Vec<u32> = match (config.init(), text) {
-            (Init::Text, None | Some([])) => {
-                return Err(Error::config("prompt_tuning_init", "the tokens of a text for TEXT", "none"));
-            }
-            (_, Some(text)) => text.iter().copied().cycle().take(n).collect(),
-            (Init::SampleVocab, None) => {
-                let key = random::key(&[seed, random::text("prompt.vocabulary")]);
-                (0..n as u64).map(|i| (random::uniform(key, i) * vocabulary as f64) as u32).collect()
-            }
-            (Init::Random, None) => return Ok(prompt),
-        };
-        if tokens.is_empty() {
-            return Err(Error::config("init_text", "at least one token", "none"));
-        }
+        let vocabulary = self.config.vocab_size;
+        let Some(tokens) = config.start_tokens(text, (vocabulary, seed))? else { return Ok(prompt) };
         crate::batch::check_ids(tokens.iter(), vocabulary)?;
         let start = match prompt.place() {
             Place::Embeddings => self.embed(self.row(&tokens)).detach(),

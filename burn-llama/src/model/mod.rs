@@ -3,6 +3,7 @@
 mod begin;
 mod block;
 mod init;
+mod loss;
 mod norm;
 mod rows;
 #[cfg(feature = "zero")]
@@ -16,7 +17,7 @@ pub(crate) use rows::Rows;
 
 use crate::{
     Context, Error, Layout, LlamaConfig, Past, Tail,
-    kernel::{Kernels, Targets, Visibility, primitive, tensor},
+    kernel::{Kernels, Visibility},
     layout::ints,
 };
 use burn::{
@@ -174,13 +175,5 @@ impl<B: Kernels> Llama<B> {
             Some(head) => head.forward(hidden, &self.in_its_precision(pass)),
             None => self.model.embed_tokens.weight.linear(hidden, self.compute),
         }
-    }
-
-    /// Normalised hidden states `[n, hidden_size]` → the weighted negative log-likelihood of each target, `[n]`. The logits never
-    /// exist whole. An adapter on the head is not seen here.
-    pub fn loss(&self, hidden: Tensor<B, 2>, targets: &Targets<B>) -> Tensor<B, 1> {
-        let head = self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight);
-        let rule = ([true, true], self.compute);
-        tensor(B::linear_cross_entropy(primitive(hidden), head.stored(), targets, rule).losses)
     }
 }

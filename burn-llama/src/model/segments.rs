@@ -34,7 +34,7 @@ impl<B: Kernels> Segments<B> for Llama<B> {
                 layer.attend(x, &batch.context, Some((&mut past, 0)), (&batch.pass, tail))
             }
             Some(layer) => layer.transform(x, pass),
-            None => return vec![Value::new(self.loss(self.model.norm.forward(x), &batch.targets))],
+            None => return vec![Value::new(self.loss(self.model.norm.forward(x), &batch.targets, &batch.tail.pass))],
         };
         // What later layers see before the tokens travels on.
         std::iter::once(Value::new(output)).chain(inputs).collect()

@@ -2,7 +2,18 @@
 
 use super::Llama;
 use crate::kernel::Kernels;
-use burn_peft::{Linear, Linears, Prompt};
+use burn_peft::{Linear, Linears, Prompt, Weight};
+
+impl<B: Kernels> Llama<B> {
+    /// The model with frozen floats in f32 in the place of packed weights: what they stand for, and what adapters can be merged
+    /// into.
+    pub fn unpacked(mut self) -> Self {
+        let unpack = |weight: &mut Weight<B>| *weight = weight.clone().unpacked();
+        self.linears_mut(&mut |_, linear| unpack(&mut linear.weight));
+        unpack(&mut self.model.embed_tokens.weight);
+        self
+    }
+}
 
 impl<B: Kernels> Linears<B> for Llama<B> {
     fn linears(&self, visit: &mut dyn FnMut(&str, &Linear<B>)) {
@@ -33,8 +44,17 @@ impl<B: Kernels> Linears<B> for Llama<B> {
         Some(&mut self.prompts)
     }
 
-    fn shared(&self) -> Option<&str> {
-        self.lm_head.is_none().then_some("model.embed_tokens.weight")
+    fn tied(&self) -> Option<[&str; 2]> {
+        self.lm_head.is_none().then_some(["model.embed_tokens", "lm_head"])
+    }
+
+    fn untie(&mut self) {
+        if self.lm_head.is_none() {
+            let weight = self.model.embed_tokens.weight.at("lm_head.weight");
+            self.lm_head = Some(Linear::with("lm_head", weight, None));
+            self.config.tie_word_embeddings = false;
+            self.config.source.insert("tie_word_embeddings".to_owned(), false.into());
+        }
     }
 
     fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>)) {

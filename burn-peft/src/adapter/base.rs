@@ -14,12 +14,6 @@ pub fn is_adapter(path: &str) -> bool {
     path.split('.').any(|part| matches!(part, "adapters" | "ia3" | "prompt" | "prompts"))
 }
 
-/// What LoRA+ multiplies the learning rate of the parameter at `path` by: `loraplus_lr_ratio` for `B` and for vectors
-/// (Hayou et al., 2024, arXiv:2402.12354).
-pub fn learning_rate_scale(path: &str, rank: usize, loraplus_lr_ratio: f64) -> f64 {
-    if path.ends_with(".lora_b") || rank == 1 { loraplus_lr_ratio } else { 1.0 }
-}
-
 /// Lets only the adapters learn and what `config` lets learn beside them. Every parameter becomes a leaf.
 ///
 /// # Errors
@@ -60,6 +54,17 @@ impl Idle {
     }
 }
 
+/// Parts a head from the embedding that is its weight where `config` changes one of the two.
+pub(super) fn untie<B: LinearKernels, M: Linears<B>>(model: &mut M, config: &LoraConfig) -> Result<(), Error> {
+    let selection = Selection::new(config)?;
+    let apart =
+        |[embedding, head]: [&str; 2]| selection.saves(embedding) || selection.saves(head) || selection.selects(head);
+    if model.tied().is_some_and(apart) {
+        model.untie();
+    }
+    Ok(())
+}
+
 /// The layers of an adapter and the base model's parameters that learn with it.
 pub(super) struct Base {
     adapted: BTreeSet<String>,
@@ -93,13 +98,6 @@ impl Base {
                 let inner = if layer { ".base_layer" } else { "" };
                 learned.insert(path.clone(), (format!("base_model.model.{module}{inner}.{name}"), shape));
             }
-        }
-        if let Some(shared) = model.shared().filter(|shared| learned.contains_key(*shared)) {
-            let message = format!(
-                "`modules_to_save`: expected modules that the model uses once, found {shared}, which is its head too: PEFT \
-                 would train a copy of one of the two"
-            );
-            return Err(Error::config(message));
         }
         let missing = config.modules_to_save.iter().flatten().find(|name| !saved.contains(*name));
         if let Some(missing) = missing {

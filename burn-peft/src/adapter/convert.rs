@@ -34,9 +34,14 @@ pub fn convert_to_lora<B: LinearKernels>(
     device: &B::Device,
 ) -> Result<(), Error> {
     let (config, tensors, _) = format::read(trained)?;
-    if !matches!(config.init_lora_weights, InitLora::Pissa { .. }) {
+    if !config.init_lora_weights.splits_weight() {
         let found = json!(config.init_lora_weights);
-        return Err(Error::format(trained, "init_lora_weights", "pissa, which takes a part off the weights", found));
+        return Err(Error::format(
+            trained,
+            "init_lora_weights",
+            "pissa or olora, which take a part off the weights",
+            found,
+        ));
     }
     write::<B>((tensors.into_iter().collect(), config), initial, directory, device)
 }

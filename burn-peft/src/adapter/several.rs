@@ -68,7 +68,7 @@ pub fn admit<B: LinearKernels, M: Linears<B>>(model: &M, name: &str, changes_bas
     }
     if !select(model, |state| state.changes_base).is_empty() || (changes_base && !names.is_empty()) {
         return refuse(
-            "cannot share the model: an adapter with bias, modules_to_save or a start from the weights (PiSSA) changes the base \
+            "cannot share the model: an adapter with bias, modules_to_save or a start from the weights (PiSSA, OLoRA) changes the base \
              model itself; give it a model of its own, or convert it to plain LoRA",
         );
     }

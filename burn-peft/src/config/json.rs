@@ -34,7 +34,7 @@ const IGNORED: [&str; 10] = [
 ];
 
 /// Starts that change the weights of the base model, so that the adapter is none of the original ones.
-const CHANGE_THE_BASE: [&str; 4] = ["olora", "corda", "lora_ga", "loftq"];
+const CHANGE_THE_BASE: [&str; 3] = ["corda", "lora_ga", "loftq"];
 
 impl LoraConfig {
     /// Reads `adapter_config.json`'s content; the second value names fields that are not known here (a newer PEFT's), which
@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_refused_by_name() {
         for (field, value) in
-            [("lora_bias", json!(true)), ("layer_replication", json!([[0, 1]])), ("init_lora_weights", json!("olora"))]
+            [("lora_bias", json!(true)), ("layer_replication", json!([[0, 1]])), ("init_lora_weights", json!("corda"))]
         {
             let mut json = LoraConfig::default().to_json();
             json[field] = value;

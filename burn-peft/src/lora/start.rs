@@ -1,6 +1,7 @@
 //! What `A` and `B` start from.
 
 use crate::{config::InitLora, random};
+use burn::tensor::{DType, Tensor, TensorData, backend::Backend, s};
 
 /// `A [r, in]` and `B [out, r]`, functions of `key`.
 pub(super) fn values(init: &InitLora, [out, features]: [usize; 2], r: usize, key: u64) -> [Vec<f32>; 2] {
@@ -45,6 +46,20 @@ fn orthogonal([out, features]: [usize; 2], r: usize, key: u64) -> [Vec<f32>; 2] 
     let (a, b) = (mix(2, features), mix(3, out));
     let transposed = (0..r).flat_map(|column| a.iter().map(move |row| row[column] as f32));
     [transposed.collect(), b.into_iter().flatten().map(|x| x as f32).collect()]
+}
+
+/// `A [r, in]` and `B [out, r]`: the first rows of `R` and columns of `Q` of `weight = Q·R [out, in]`.
+pub(super) fn leading<B: Backend>(weight: Tensor<B, 2>, r: usize) -> (Tensor<B, 2>, Tensor<B, 2>) {
+    // A detached leaf still asks for a gradient.
+    let weight = weight.detach().set_require_grad(false).cast(DType::F32);
+    let ([out, _], device) = (weight.dims(), weight.device());
+    let columns = weight.clone().slice(s![.., 0..r]).transpose().into_data();
+    let columns: Vec<f64> = columns.iter::<f64>().collect();
+    let mut q: Vec<Vec<f64>> = columns.chunks_exact(out).map(<[f64]>::to_vec).collect();
+    orthonormalise(&mut q);
+    let q = q.into_iter().flatten().map(|x| x as f32).collect::<Vec<_>>();
+    let q = Tensor::<B, 2>::from_data(TensorData::new(q, [r, out]), (&device, DType::F32));
+    (q.clone().matmul(weight), q.transpose())
 }
 
 /// Makes rows orthogonal and of length 1 (Gram and Schmidt, twice for what rounding leaves).

@@ -1,6 +1,6 @@
 //! PEFT's `adapter_config.json` for prompt methods.
 
-use crate::Error;
+use crate::{Error, random};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -177,6 +177,31 @@ impl PromptConfig {
         match self.method {
             Method::Prompt { prompt_tuning_init, .. } => prompt_tuning_init,
             Method::Prefix { .. } | Method::PTuning { .. } => PromptTuningInit::Random,
+        }
+    }
+
+    /// The tokens of the model that the virtual ones start as, one for each: those of a text if any are given, repeated or cut, else
+    /// what the configuration says, drawn from a vocabulary of that size by the seed; `None` for a start from random numbers.
+    ///
+    /// # Errors
+    /// If the configuration asks for a text that is not given, or the text is empty.
+    pub fn start_tokens(
+        &self,
+        text: Option<&[u32]>,
+        (vocabulary, seed): (usize, u64),
+    ) -> Result<Option<Vec<u32>>, Error> {
+        let n = self.num_virtual_tokens;
+        match (self.init(), text) {
+            (PromptTuningInit::Text, None | Some([])) => {
+                Err(Error::config("`prompt_tuning_init`: expected the tokens of a text for TEXT, found none"))
+            }
+            (_, Some([])) => Err(Error::config("a text to start from: expected at least one token, found none")),
+            (_, Some(text)) => Ok(Some(text.iter().copied().cycle().take(n).collect())),
+            (PromptTuningInit::SampleVocab, None) => {
+                let key = random::key(&[seed, random::text("prompt.vocabulary")]);
+                Ok(Some((0..n as u64).map(|i| (random::uniform(key, i) * vocabulary as f64) as u32).collect()))
+            }
+            (PromptTuningInit::Random, None) => Ok(None),
         }
     }
 

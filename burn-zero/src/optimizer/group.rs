@@ -17,19 +17,23 @@ pub struct Groups {
     /// Learning rates of parameters with a part of this name in their path, as multiples of the schedule's. The first that
     /// fits holds. Default: none.
     pub scales: Vec<(String, f64)>,
+    /// That of vectors which no part names. Default: 1.
+    pub vector_scale: Option<f64>,
 }
 
 impl Groups {
-    /// LoRA+ (Hayou et al., 2024): the matrices `B` of adapters learn `ratio` times as fast as the matrices `A`; the paper
-    /// advises 16.
+    /// LoRA+ (Hayou et al., 2024, arXiv:2402.12354): the matrices `B` of adapters learn `ratio` times as fast as the matrices `A`,
+    /// and so do vectors, as in PEFT; the paper advises 16.
     pub fn lora_plus(ratio: f64) -> Self {
-        Self { scales: vec![("lora_B".to_owned(), ratio)], ..Self::default() }
+        Self { scales: vec![("lora_B".to_owned(), ratio)], vector_scale: Some(ratio), ..Self::default() }
     }
 
     /// The group of a parameter by its path and rank; `weight_decay` is that of matrices.
     pub fn of(&self, path: &str, rank: usize, weight_decay: f64) -> Group {
         let named = |(name, _): &&(String, f64)| path.split('.').any(|part| part.eq_ignore_ascii_case(name));
-        let learning_rate_scale = self.scales.iter().find(named).map_or(1.0, |&(_, scale)| scale);
+        let learning_rate_scale = self.scales.iter().find(named).map(|&(_, scale)| scale);
+        let vector_scale = self.vector_scale.filter(|_| rank <= 1);
+        let learning_rate_scale = learning_rate_scale.or(vector_scale).unwrap_or(1.0);
         let decays = self.decay_all || !no_decay(path, rank);
         Group { learning_rate_scale, weight_decay: if decays { weight_decay } else { 0.0 } }
     }
@@ -70,10 +74,13 @@ mod tests {
         for (path, scale) in [
             ("model.layers.0.self_attn.q_proj.adapters.0.lora_b", 16.0),
             ("base_model.model.q_proj.lora_B.weight", 16.0),
+            ("model.layers.0.self_attn.q_proj.bias", 16.0),
+            ("model.layers.0.self_attn.q_proj.adapters.0.dora.magnitude", 16.0),
             ("model.layers.0.self_attn.q_proj.adapters.0.lora_a", 1.0),
             ("model.layers.0.self_attn.q_proj.weight", 1.0),
         ] {
-            assert_eq!(groups.of(path, 2, 0.0).learning_rate_scale, scale, "{path}");
+            let rank = if path.ends_with("bias") || path.ends_with("magnitude") { 1 } else { 2 };
+            assert_eq!(groups.of(path, rank, 0.0).learning_rate_scale, scale, "{path}");
         }
     }
 }

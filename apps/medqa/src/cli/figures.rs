@@ -17,12 +17,15 @@ pub struct EstimateArgs {
     /// A config.json instead
     #[arg(long, conflicts_with = "model")]
     pub config: Option<PathBuf>,
-    /// full, or lora on every linear layer
+    /// full or lora
     #[arg(long, default_value = "lora", value_parser = method)]
     pub method: MethodKind,
     /// The rank of lora
     #[arg(long, default_value_t = 8)]
     pub r: u64,
+    /// The layers that it goes on: names, separated by commas
+    #[arg(long, default_value = "all-linear", value_delimiter = ',', value_name = "NAMES")]
+    pub target_modules: Vec<String>,
     /// Ranks that share the work
     #[arg(long, default_value = "1")]
     pub world: NonZeroU64,

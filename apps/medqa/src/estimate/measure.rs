@@ -78,7 +78,11 @@ fn recipe(args: &EstimateArgs) -> Result<Recipe> {
         format!("parallel.offload_optimizer={}", args.offload_optimizer),
     ];
     if args.method != MethodKind::Full {
-        sets.push("method.target_modules=all-linear".to_owned());
+        let names = match args.target_modules.as_slice() {
+            [one] => toml::Value::String(one.clone()),
+            names => names.to_vec().into(),
+        };
+        sets.push(format!("method.target_modules={names}"));
     }
     if args.recompute {
         sets.push("train.activation_checkpointing=full".to_owned());

@@ -1,6 +1,7 @@
 //! How much memory the run will need, before it starts.
 
 use crate::{
+    adapter::lora_config,
     data::{encode, read},
     estimate::{adapters, shape},
     model,
@@ -44,7 +45,7 @@ impl Estimate {
         let bytes = if recipe.model.dtype == Some(Dtype::F32) { 4 } else { 2 };
         Ok(Self {
             parameters,
-            trained: adapters(&shape, recipe.method.lora.r as u64),
+            trained: adapters(&shape, &lora_config(recipe))?,
             frozen: parameters * bytes,
             tokens,
             activations: shape.activations(tokens, 4, Recompute::None).total(),

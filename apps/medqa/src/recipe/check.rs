@@ -60,9 +60,11 @@ fn method(method: &Method, dtype: Option<Dtype>) -> Result<(), Problem> {
     }
     within("method.alpha", lora.alpha > 0.0 && lora.alpha.is_finite(), "a number above 0", lora.alpha)?;
     within("method.dropout", (0.0..1.0).contains(&choice.dropout), "a probability in [0, 1)", choice.dropout)?;
-    for (key, modules) in
-        [("method.target_modules", &scope.target_modules), ("method.exclude_modules", &scope.exclude_modules)]
-    {
+    for (key, modules) in [
+        ("method.target_modules", &scope.target_modules),
+        ("method.exclude_modules", &scope.exclude_modules),
+        ("method.feedforward_modules", &scope.feedforward_modules),
+    ] {
         let names = match modules {
             Some(TargetModules::Names(names)) => names.as_slice(),
             Some(TargetModules::Pattern(pattern)) => std::slice::from_ref(pattern),
@@ -73,6 +75,16 @@ fn method(method: &Method, dtype: Option<Dtype>) -> Result<(), Problem> {
     }
     let found = serde_json::to_string(&choice.kind).unwrap_or_default();
     let found = found.trim_matches('"');
+    let factors = scope.feedforward_modules.is_none() || choice.kind == MethodKind::Ia3;
+    within("method.feedforward_modules", factors, "`method.kind` to be \"ia3\"", found)?;
+    if let (Some(TargetModules::Names(all)), Some(TargetModules::Names(some))) =
+        (&scope.target_modules, &scope.feedforward_modules)
+    {
+        let within_all = some.iter().all(|name| all.contains(name));
+        within("method.feedforward_modules", within_all, "some of `method.target_modules`", format!("{some:?}"))?;
+    }
+    let blocks = scope.layers_pattern.is_none() || scope.layers_to_transform.is_some();
+    within("method.layers_pattern", blocks, "`method.layers_to_transform` to be given too", "none")?;
     if let Some(init) = &choice.init {
         given("method.init", init, "an adapter's directory")?;
         let adapter = !matches!(choice.kind, MethodKind::Full | MethodKind::Freeze);
@@ -104,6 +116,11 @@ fn virtual_tokens(tokens: &VirtualTokens, kind: MethodKind, found: &str) -> Resu
     let words = "\"p-tuning-v2\" or \"prompt\"";
     of("method.init_text", tokens.init_text.is_some(), &[prefix, prompt], words)?;
     of("method.init_from_vocabulary", tokens.init_from_vocabulary, &[prompt], "\"prompt\"")?;
+    of("method.init_weights", tokens.init_weights.is_some(), &[prefix], "\"p-tuning-v2\"")?;
+    if let Some(weights) = &tokens.init_weights {
+        within("method.init_weights", weights == "zero", "\"zero\", or nothing for random numbers", weights)?;
+        within("method.init_weights", tokens.init_text.is_none(), "no `method.init_text` beside it", "it")?;
+    }
     if let Some(text) = &tokens.init_text {
         given("method.init_text", text, "a text")?;
         let expected = "no `method.prefix_projection`, whose MLP has no inverse";
@@ -138,6 +155,11 @@ fn optimizer(optimizer: &Optimizer) -> Result<(), Problem> {
     within("train.betas", decays, "two numbers in [0, 1)", format!("{:?}", optimizer.betas))?;
     if let Some(ratio) = optimizer.loraplus_lr_ratio {
         above("train.loraplus_lr_ratio", ratio)?;
+    }
+    if let Some(rate) = optimizer.loraplus_lr_embedding {
+        above("train.loraplus_lr_embedding", rate)?;
+        let plus = optimizer.loraplus_lr_ratio.is_some();
+        within("train.loraplus_lr_embedding", plus, "`train.loraplus_lr_ratio` to be given too", "none")?;
     }
     above("train.epsilon", optimizer.epsilon)?;
     not_below("train.max_grad_norm", optimizer.max_grad_norm)

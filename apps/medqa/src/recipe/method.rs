@@ -100,7 +100,7 @@ pub struct Lora {
     pub alpha: f64,
     /// Rank-stabilised scale.
     pub use_rslora: bool,
-    /// What they start from: true, false, `"gaussian"`, `"orthogonal"`, `"pissa"` or `"pissa_niter_N"`.
+    /// What they start from: true, false, `"gaussian"`, `"orthogonal"`, `"olora"`, `"pissa"` or `"pissa_niter_N"`.
     pub init_lora_weights: InitLora,
     /// Other ranks, by the end of a path or a regular expression.
     pub rank_pattern: Map<String, Value>,
@@ -135,6 +135,12 @@ pub struct Scope {
     /// Only in the blocks of these numbers.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_to_transform: Option<OneOrMany<usize>>,
+    /// What the lists of blocks are called, where `layers_to_transform` cannot tell: a name or several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_pattern: Option<OneOrMany<String>>,
+    /// For `ia3`: those of `target_modules` whose inputs are scaled instead of their outputs; by default `down_proj`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub feedforward_modules: Option<TargetModules>,
     /// Which biases of the model learn: `"none"`, `"all"` or `"lora_only"`.
     pub bias: Bias,
     /// Modules of the model that learn whole, such as `"lm_head"`.
@@ -153,6 +159,9 @@ pub struct VirtualTokens {
     /// Its width, and that of `p-tuning`'s; by default PEFT's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub encoder_hidden_size: Option<usize>,
+    /// For `p-tuning-v2`: `"zero"` starts from keys and values of zero, not random ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_weights: Option<String>,
     /// A text that they start as (not with an MLP).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_text: Option<String>,
@@ -166,6 +175,7 @@ impl Default for VirtualTokens {
             num_virtual_tokens: 20,
             prefix_projection: false,
             encoder_hidden_size: None,
+            init_weights: None,
             init_text: None,
             init_from_vocabulary: false,
         }

@@ -151,6 +151,13 @@ fn impossible_values_are_refused_by_key() {
         ("method.dropout=1", "[0, 1), found 1"),
         ("method.dropout=nan", "found NaN"),
         ("method.target_modules=[]", "at least one"),
+        (
+            "method.feedforward_modules=['up_proj']",
+            "`method.feedforward_modules`: expected `method.kind` to be \"ia3\"",
+        ),
+        ("method.layers_pattern='layers'", "`method.layers_to_transform` to be given too"),
+        ("method.init_weights='zero'", "`method.kind` to be \"p-tuning-v2\", found lora"),
+        ("train.loraplus_lr_embedding=1e-6", "`train.loraplus_lr_ratio` to be given too"),
         ("data.max_length=1", "at least 2 tokens"),
         ("data.train=[]", "`data.train`: expected a file"),
         ("data.train=[{path = 'x', weight = 0}]", "a weight above 0 and at most 1000 for x, found 0"),
@@ -190,6 +197,11 @@ fn impossible_values_are_refused_by_key() {
     let none = refusal(LEAST, &["method.kind=freeze", "method.layers=0"]);
     assert!(none.starts_with("--set: `method.layers`: expected the last n blocks as n"), "{none}");
     assert!(refusal("", &[]).starts_with("r.toml: `model.path`"));
+    let ia3 = ["method.kind=ia3", "method.target_modules=['v_proj']", "method.feedforward_modules=['up_proj']"];
+    assert!(refusal(LEAST, &ia3).contains("some of `method.target_modules`"));
+    let prefix = |sets: &[&str]| refusal(LEAST, &[&["method.kind=p-tuning-v2"], sets].concat());
+    assert!(prefix(&["method.init_weights=ones"]).contains("\"zero\", or nothing"));
+    assert!(prefix(&["method.init_weights=zero", "method.init_text=a"]).contains("no `method.init_text` beside it"));
 }
 
 #[test]

@@ -88,9 +88,13 @@ pub enum OptimizerKind {
 pub struct Optimizer {
     /// The rule.
     pub optimizer: OptimizerKind,
-    /// LoRA+: the matrices `B` learn so many times as fast as the matrices `A`.
+    /// LoRA+: the matrices `B` and vectors learn so many times as fast as the matrices `A`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loraplus_lr_ratio: Option<f64>,
+    /// LoRA+: the highest learning rate of the token table, where `method.modules_to_save` lets it learn; by default that of the
+    /// matrices `A`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loraplus_lr_embedding: Option<f64>,
     /// The highest of the run; always there once a recipe is loaded: by default 2e-4 for lora, else 2e-5.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
@@ -109,6 +113,7 @@ impl Default for Optimizer {
         Self {
             optimizer: OptimizerKind::AdamW,
             loraplus_lr_ratio: None,
+            loraplus_lr_embedding: None,
             learning_rate: None,
             weight_decay: 0.0,
             betas: [0.9, 0.999],

@@ -1,6 +1,7 @@
 //! Whether a run fits this machine's memory, and what would.
 
 use crate::{
+    adapter::lora_config,
     backend::Device,
     estimate,
     recipe::{Checkpointing, Dtype, MethodKind, Place, Recipe},
@@ -182,7 +183,8 @@ fn alternatives(load: &Load, recipe: &Recipe) -> Vec<(String, u64)> {
     if recipe.method.choice.kind == MethodKind::Full {
         offer("method.kind = \"lora\"", &|recipe, load| {
             recipe.method.choice.kind = MethodKind::Lora;
-            load.trained = estimate::adapters(&load.shape, recipe.method.lora.r as u64);
+            // A recipe that is impossible as LoRA is refused when it is tried.
+            load.trained = estimate::adapters(&load.shape, &lora_config(recipe)).unwrap_or(0);
         });
     }
     let bytes = together.1.total(&together.0);

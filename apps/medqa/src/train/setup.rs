@@ -83,7 +83,12 @@ pub fn engine<B: Kernels>(recipe: &Recipe, communicator: Box<dyn Communicator>) 
 
 /// Which parameters learn how fast and decay.
 fn groups(recipe: &Recipe) -> Groups {
-    recipe.train.optimizer.loraplus_lr_ratio.map(Groups::lora_plus).unwrap_or_default()
+    let optimizer = &recipe.train.optimizer;
+    let mut groups = optimizer.loraplus_lr_ratio.map(Groups::lora_plus).unwrap_or_default();
+    if let (Some(table), Some(all)) = (optimizer.loraplus_lr_embedding, optimizer.learning_rate) {
+        groups.scales.push(("embed_tokens".to_owned(), table / all));
+    }
+    groups
 }
 
 /// What is divided among ranks.
