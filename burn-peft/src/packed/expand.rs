@@ -225,8 +225,9 @@ mod tests {
             };
             assert_eq!(bits(unpack(&weight)), bits(Flex::unpack(&weight)), "{}", weight.codec());
             let numbers = |n: usize| -> Vec<f32> { (0..n as u64).map(|i| random::normal(5, i) as f32).collect() };
+            // Too many rows to be rounded to integers.
             let tensor = |columns: usize| {
-                let data = TensorData::new(numbers(7 * columns), [7, columns]);
+                let data = TensorData::new(numbers(9 * columns), [9, columns]);
                 Tensor::<Flex, 2>::from_data(data, &Default::default()).into_primitive().tensor()
             };
             let pairs = [

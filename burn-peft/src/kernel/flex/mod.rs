@@ -3,6 +3,8 @@
 
 mod dense;
 mod floats;
+#[cfg(target_arch = "x86_64")]
+mod integers;
 mod rows;
 
 use super::{Compute, LinearKernels, by_tensors, float_dtype};

@@ -1,6 +1,8 @@
 //! Products with rows of any storage: many rows of activations by tiles of decoded rows, few by a product of every stored row
 //! with each of them. Rows of f32, and of bf16 where products read them, are multiplied where they lie.
 
+#[cfg(target_arch = "x86_64")]
+use super::integers::Integers;
 use super::{dense, float, floats, tensor};
 use crate::{
     kernel::{
@@ -122,7 +124,7 @@ impl Rows {
 
 /// Bytes of some rows one after the other.
 #[derive(Clone, Copy)]
-struct Bytes<'a> {
+pub(super) struct Bytes<'a> {
     bytes: &'a [u8],
     /// From one row to the next.
     stride: usize,
@@ -133,7 +135,7 @@ struct Bytes<'a> {
 
 impl<'a> Bytes<'a> {
     #[inline(always)]
-    fn row(&self, index: usize) -> &'a [u8] {
+    pub(super) fn row(&self, index: usize) -> &'a [u8] {
         &self.bytes[index * self.stride..][..self.length]
     }
 }
@@ -222,12 +224,24 @@ fn few(y: &mut [f32], x: &[f32], rows: &Rows) {
 
 /// `W·xᵀ [out, tokens]`.
 fn across(y: &mut [f32], x: &[f32], rows: &Rows) {
-    let (tokens, step) = (x.len() / rows.features, (CHUNK / rows.features).max(1));
-    let work = |(chunk, y)| rows.kind.rows(Multiply { rows: rows.from(chunk * step), x, y });
-    if rows.out * x.len() < SERIAL {
-        y.chunks_mut((step * tokens).max(1)).enumerate().for_each(work);
+    #[cfg(target_arch = "x86_64")]
+    if let Kind::Packed(Codec::Blocks(kind)) = rows.kind
+        && let Some(x) = Integers::new(kind, x, rows.features)
+    {
+        return parts(y, rows, |rows, y| x.multiply(rows, y));
+    }
+    parts(y, rows, |bytes, y| rows.kind.rows(Multiply { rows: bytes, x, y }));
+}
+
+/// Calls `work` with some rows and their part of `y [out, tokens]`, part after part.
+fn parts(y: &mut [f32], rows: &Rows, work: impl Fn(Bytes<'_>, &mut [f32]) + Sync) {
+    let step = (CHUNK / rows.features).max(1);
+    let length = (step * y.len() / rows.out.max(1)).max(1);
+    let work = |(part, y)| work(rows.from(part * step), y);
+    if y.len() * rows.features < SERIAL {
+        y.chunks_mut(length).enumerate().for_each(work);
     } else {
-        y.par_chunks_mut(step * tokens).enumerate().for_each(work);
+        y.par_chunks_mut(length).enumerate().for_each(work);
     }
 }
 

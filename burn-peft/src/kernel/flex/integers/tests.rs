@@ -1,0 +1,179 @@
+//! Products by integers are those of the decoded weights, as close as 16-bit fixed point is.
+
+use super::available;
+use crate::{
+    kernel::Compute,
+    packed::{BlockType, Packed},
+    random,
+};
+use burn::{
+    backend::Flex,
+    tensor::{DType, Tensor, TensorData},
+};
+use half::f16;
+
+/// Formats, where their halves stand in a block, and the largest weight that halves of 1 make, less a minimum.
+const FORMATS: [(BlockType, &[usize], f32); 7] = [
+    (BlockType::Q8_0, &[0], 128.0),
+    (BlockType::Q4_0, &[0], 8.0),
+    (BlockType::Q4_1, &[0, 2], 15.0),
+    (BlockType::Q5_0, &[0], 16.0),
+    (BlockType::Q5_1, &[0, 2], 31.0),
+    (BlockType::Q4_K, &[0, 2], 63.0 * 15.0),
+    (BlockType::Q6_K, &[208], 128.0 * 32.0),
+];
+
+/// A weight `[out, features]` and the values that it decodes to.
+struct Weight {
+    packed: Packed<Flex>,
+    values: Vec<f32>,
+    /// What the parts of a value, before they are summed, are below.
+    reach: f32,
+}
+
+impl Weight {
+    /// Of bytes by `quant`, with halves by `half`.
+    fn new(
+        (kind, places, most): (BlockType, &[usize], f32),
+        [out, features]: [usize; 2],
+        quant: impl Fn(u64) -> u8,
+        half: impl Fn(u64) -> f32,
+    ) -> Self {
+        let size = kind.block_bytes();
+        let mut bytes: Vec<u8> = (0..(out * features / kind.block_len() * size) as u64).map(quant).collect();
+        let mut largest = 0f32;
+        for (index, block) in bytes.chunks_exact_mut(size).enumerate() {
+            for &at in places {
+                let half = f16::from_f32(half((index * 8 + at) as u64));
+                largest = largest.max(half.to_f32().abs());
+                block[at..at + 2].copy_from_slice(&half.to_le_bytes());
+            }
+        }
+        let mut values = vec![0.0; out * features];
+        kind.dequantize(&bytes, &mut values);
+        let rows = bytes.chunks_exact(bytes.len() / out);
+        let reach = largest * (most + if kind == BlockType::Q4_K { 63.0 } else { 1.0 });
+        Self { packed: Packed::new(kind.into(), features, rows, &Default::default()), values, reach }
+    }
+
+    fn random(format: (BlockType, &[usize], f32), shape: [usize; 2]) -> Self {
+        let key = random::text(&format!("{format:?} {shape:?}"));
+        let half = |i| 0.01 * (random::uniform(key, i) as f32 - 0.3);
+        Self::new(format, shape, |i| random::bits(key, i) as u8, half)
+    }
+
+    /// `x·Wᵀ [tokens, out]`.
+    fn times(&self, x: &[f32]) -> Vec<f32> {
+        let features = self.packed.shape()[1];
+        let x = TensorData::new(x.to_vec(), [x.len() / features, features]);
+        let x = Tensor::from_data(x, (&Default::default(), DType::F32));
+        self.packed.linear(x, Compute::F32).into_data().to_vec().unwrap()
+    }
+
+    /// Every product is that in f64 but for half an integer of each activation, times the weight, and the roundings of a sum of
+    /// f32.
+    fn law(&self, x: &[f32], name: &str) {
+        let [out, features] = self.packed.shape();
+        for (index, found) in self.times(x).into_iter().enumerate() {
+            let (row, token) = (index % out, index / out);
+            let (weights, x) = (&self.values[row * features..], &x[token * features..]);
+            let (mut sum, mut bound) = (0.0, 0.0);
+            for (weights, x) in weights[..features].chunks(32).zip(x[..features].chunks(32)) {
+                let largest = x.iter().fold(2f32.powi(-100), |largest, x| largest.max(x.abs()));
+                let weight: f64 = weights.iter().map(|&w| f64::from(w.abs())).sum();
+                let size: f64 = x.iter().map(|&x| f64::from(x.abs())).sum();
+                let roundings = (features / 64 + 8) as f64 * 2f64.powi(-24);
+                sum += weights.iter().zip(x).map(|(&w, &x)| f64::from(w) * f64::from(x)).sum::<f64>();
+                bound += weight * f64::from(largest) / 65270.0 + roundings * size * f64::from(self.reach);
+            }
+            let error = (f64::from(found) - sum).abs();
+            assert!(error <= bound, "{name}, row {row} of token {token}: {found} for {sum}, {error:e} over {bound:e}");
+        }
+    }
+}
+
+fn numbers(name: &str, n: usize) -> Vec<f32> {
+    let key = random::text(name);
+    (0..n as u64).map(|i| (2.0 * random::uniform(key, i) - 1.0) as f32).collect()
+}
+
+/// Whether there is something to test; the floats that serve elsewhere are tested by the other laws of packed weights.
+fn here() -> bool {
+    let here = available();
+    if !here {
+        eprintln!("skipped: this machine has no AVX-512 with VNNI");
+    }
+    here
+}
+
+#[test]
+fn products_of_random_rows_of_any_length_and_number() {
+    for format in FORMATS.into_iter().filter(|_| here()) {
+        for blocks in [1, 2, 3, 4, 5, 6, 7, 8, 18, 48] {
+            let features = blocks * format.0.block_len();
+            for tokens in 1..=8 {
+                let name = format!("{:?}, {blocks} blocks, {tokens} tokens", format.0);
+                Weight::random(format, [19, features]).law(&numbers(&name, tokens * features), &name);
+            }
+        }
+    }
+}
+
+#[test]
+fn results_do_not_depend_on_what_else_is_computed() {
+    for format in FORMATS.into_iter().filter(|_| here()) {
+        // More rows than one task has, and more values than one thread computes.
+        let (weight, x) = (Weight::random(format, [777, 768]), numbers("x", 3 * 768));
+        let (all, last) = (weight.times(&x), weight.packed.slice(760..777));
+        let last = Weight { packed: last, values: Vec::new(), reach: 0.0 }.times(&x[768..2 * 768]);
+        assert_eq!(all[777 + 760..2 * 777], last, "{:?}", format.0);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        assert_eq!(pool.install(|| weight.times(&x)), all, "{:?}", format.0);
+    }
+}
+
+#[test]
+fn extreme_blocks() {
+    for format in FORMATS.into_iter().filter(|_| here()) {
+        let shape @ [_, features] = [3, 768];
+        let mut outlier = numbers("outlier", features);
+        (outlier[5], outlier[300]) = (3e4, -1e-3);
+        let alternating = |i: usize| if i.is_multiple_of(2) { 1e30 } else { -1e30 };
+        let inputs: [(&str, Vec<f32>); 8] = [
+            ("zero", vec![0.0; features]),
+            ("largest", vec![1e30; features]),
+            ("least", vec![-1e30; features]),
+            ("both", (0..features).map(alternating).collect()),
+            ("subnormal", vec![1e-40; features]),
+            ("tiny", numbers("tiny", features).iter().map(|x| x * 1e-31).collect()),
+            ("a zero block", (0..features).map(|i| if i / 32 == 3 { 0.0 } else { 0.5 }).collect()),
+            ("outlier", outlier),
+        ];
+        for (name, x) in inputs {
+            for quant in [0, 0x7f, 0x80, 0xff] {
+                let name = format!("{:?} of {quant:#x} × {name}", format.0);
+                Weight::new(format, shape, |_| quant, |_| 0.5).law(&x, &name);
+            }
+            Weight::random(format, shape).law(&x, &format!("{:?} × {name}", format.0));
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_is_seen_in_every_output_it_meets() {
+    for format in FORMATS.into_iter().filter(|_| here()) {
+        // One weight is zero throughout.
+        for (weight, bad) in [(0.5, f32::NAN), (0.5, f32::INFINITY), (0.0, f32::NEG_INFINITY)] {
+            let weight = Weight::new(format, [21, 256 * 3], |i| i as u8, |_| weight);
+            for at in [0, 33, 127, 767] {
+                let mut x = numbers("x", 3 * 768);
+                x[768 + at] = bad;
+                let y = weight.times(&x);
+                assert!(y[21..42].iter().all(|y| !y.is_finite()), "{:?}: {bad} at {at}: {y:?}", format.0);
+                assert!(y[..21].iter().chain(&y[42..]).all(|y| y.is_finite()), "{:?}: {bad} at {at}", format.0);
+            }
+        }
+        let weight = Weight::new(format, [1, 256], |_| 0x11, |_| f32::INFINITY);
+        assert!(!weight.times(&[1.0; 256])[0].is_finite(), "{:?}", format.0);
+    }
+}
