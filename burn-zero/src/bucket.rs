@@ -9,6 +9,12 @@ use half::{bf16, f16};
 
 /// The flat f32 buffer of a bucket from whole parameters; what has none stays zero.
 pub(crate) fn flatten<B: Backend>(bucket: &Bucket, mut values: impl FnMut(usize) -> Option<Value<B>>) -> Vec<f32> {
+    if let &[(parameter, _)] = bucket.slots.as_slice() {
+        // Its own buffer where that can be had: a bucket of one may be the largest tensor of the model.
+        let mut flat = values(parameter).map_or_else(Vec::new, to_host);
+        flat.resize(bucket.length, 0.0);
+        return flat;
+    }
     let mut flat = vec![0.0; bucket.length];
     for &(parameter, start) in &bucket.slots {
         let Some(value) = values(parameter) else { continue };
@@ -34,10 +40,17 @@ pub(crate) fn part_bytes<B: Backend>(layout: &Layout, bucket: &Bucket, pieces: &
 pub(crate) fn parameters<B: Backend>(
     layout: &Layout,
     bucket: &Bucket,
-    bytes: &[u8],
+    mut bytes: Vec<u8>,
     device: &B::Device,
 ) -> Vec<(usize, Value<B>)> {
     let size = bucket.dtype.size();
+    if let &[(parameter, _)] = bucket.slots.as_slice() {
+        // In the buffer that has come: a bucket of one may be the largest tensor of the model.
+        let known = &layout.parameters[parameter];
+        bytes.truncate(known.elements() * size);
+        let data = TensorData::from_bytes_vec(bytes, known.dims.clone(), bucket.dtype);
+        return vec![(parameter, Value::from_primitive(B::float_from_data(data, device)))];
+    }
     let whole = |&(parameter, start): &(usize, usize)| {
         let known = &layout.parameters[parameter];
         let bytes = &bytes[start * size..][..known.elements() * size];

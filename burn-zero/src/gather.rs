@@ -99,7 +99,7 @@ impl<B: Backend> Gathering<B> {
                 };
                 Ok(pieces.into_iter().map(whole).collect())
             }
-            Self::Coming(pending) => Ok(bucket::parameters(layout, bucket, &pending.wait()?, device)),
+            Self::Coming(pending) => Ok(bucket::parameters(layout, bucket, pending.wait()?, device)),
         }
     }
 }

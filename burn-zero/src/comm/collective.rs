@@ -22,11 +22,13 @@ pub trait Collectives: Communicator {
         let mut sum = vec![0.0; mine.len()];
         scatter_sum(self, operation, (buffer, &mut sum, false), part)?;
         buffer[mine.clone()].iter_mut().zip(sum).for_each(|(value, sum)| *value = T::from_f32(sum));
-        let parts = share_parts(self, operation, (&message(&buffer[mine]), T::SIZE))?;
-        for (peer, message) in parts {
-            let values = &mut buffer[part(peer)];
-            same_length(operation, values.len() * T::SIZE, message.len(), T::SIZE)?;
-            T::read(&message, values);
+        for portion in portions(n.div_ceil(world), T::SIZE) {
+            let own = message(&buffer[within(&mine, &portion)]);
+            for (peer, message) in share_parts(self, operation, (&own, T::SIZE))? {
+                let values = &mut buffer[within(&part(peer), &portion)];
+                same_length(operation, values.len() * T::SIZE, message.len(), T::SIZE)?;
+                T::read(&message, values);
+            }
         }
         Ok(())
     }
@@ -61,9 +63,11 @@ pub trait Collectives: Communicator {
         let (operation, n, rank) = (Operation::AllGather, shard.len(), self.rank());
         let mut all = vec![0; n * self.world()];
         all[rank * n..(rank + 1) * n].copy_from_slice(shard);
-        for (peer, message) in share_parts(self, operation, (shard, size))? {
-            same_length(operation, n, message.len(), size)?;
-            all[peer * n..(peer + 1) * n].copy_from_slice(&message);
+        for portion in portions(n, 1) {
+            for (peer, message) in share_parts(self, operation, (&shard[portion.clone()], size))? {
+                same_length(operation, portion.len(), message.len(), size)?;
+                all[peer * n..][portion.clone()].copy_from_slice(&message);
+            }
         }
         Ok(all)
     }
@@ -153,6 +157,21 @@ fn peer<C: Communicator + ?Sized>(group: &C, rank: usize) -> Result<(), Error> {
     exists(group, Operation::Send, rank)
 }
 
+/// Bytes of a message at most: what collectives hold besides their buffers is one for each peer, out and in.
+const MESSAGE: usize = 1 << 20;
+
+/// `n` values of a size, a message at a time; one that is empty if there are none.
+fn portions(n: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
+    let most = MESSAGE / size;
+    (0..n.div_ceil(most).max(1)).map(move |i| i * most..n.min((i + 1) * most))
+}
+
+/// A portion of a part, counted from the part's start.
+fn within(part: &Range<usize>, portion: &Range<usize>) -> Range<usize> {
+    let place = |at: usize| part.end.min(part.start + at);
+    place(portion.start)..place(portion.end)
+}
+
 /// Sends everyone its part of `buffer` and sums the parts that are this rank's, in the order of ranks: onto what `sum` holds
 /// if `onto`, else from rank 0's values on.
 fn scatter_sum<C: Communicator + ?Sized, T: Element>(
@@ -161,23 +180,27 @@ fn scatter_sum<C: Communicator + ?Sized, T: Element>(
     (buffer, sum, onto): (&[T], &mut [f32], bool),
     part: impl Fn(usize) -> Range<usize>,
 ) -> Result<(), Error> {
-    let (rank, peers) = (group.rank(), peers(group));
-    let outgoing: Vec<_> = peers.iter().map(|&to| (to, message(&buffer[part(to)]))).collect();
-    let sent = count(&outgoing, T::SIZE);
-    let messages = group.exchange(operation, outgoing, &peers)?;
-    group.count(operation, sent);
+    let (rank, world, peers) = (group.rank(), group.world(), peers(group));
     if !onto {
         // Adding to -0 keeps the sign of a zero: the sum starts as rank 0's values.
         sum.fill(-0.0);
     }
-    let mut messages = messages.into_iter();
-    for from in 0..group.world() {
-        if from == rank {
-            add_values(sum, &buffer[part(rank)]);
-        } else {
-            let message = messages.next().unwrap_or_default();
-            same_length(operation, sum.len() * T::SIZE, message.len(), T::SIZE)?;
-            add_message::<T>(sum, &message);
+    for portion in portions(buffer.len().div_ceil(world), T::SIZE) {
+        let values = |rank: usize| &buffer[within(&part(rank), &portion)];
+        let outgoing: Vec<_> = peers.iter().map(|&to| (to, message(values(to)))).collect();
+        let sent = count(&outgoing, T::SIZE);
+        let mut messages = group.exchange(operation, outgoing, &peers)?.into_iter();
+        group.count(operation, sent);
+        let place = within(&(0..sum.len()), &portion);
+        let sum = &mut sum[place];
+        for from in 0..world {
+            if from == rank {
+                add_values(sum, values(rank));
+            } else {
+                let message = messages.next().unwrap_or_default();
+                same_length(operation, sum.len() * T::SIZE, message.len(), T::SIZE)?;
+                add_message::<T>(sum, &message);
+            }
         }
     }
     Ok(())

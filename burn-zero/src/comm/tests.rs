@@ -66,6 +66,23 @@ fn every_collective_keeps_its_promise<T: Element + PartialEq + Debug>() {
     });
 }
 
+/// Buffers of several messages, whose parts are unequal.
+#[test]
+fn what_is_larger_than_a_message_is_the_same() {
+    in_every_world(|group| {
+        let (rank, world, n) = (group.rank(), group.world(), 600_001);
+        let mut all = values::<f32>(rank, n);
+        group.all_reduce(&mut all).unwrap();
+        assert!(all == sums::<f32>(world, n), "all_reduce, rank {rank} of {world}");
+        let (whole, mut shard) = (values::<f32>(rank, n * world), vec![0.0; n]);
+        group.reduce_scatter(&whole, &mut shard).unwrap();
+        assert!(shard == sums::<f32>(world, n * world)[rank * n..][..n], "reduce_scatter, rank {rank} of {world}");
+        let mut gathered = vec![0.0; n * world];
+        group.all_gather(&shard, &mut gathered).unwrap();
+        assert!(gathered == sums::<f32>(world, n * world), "all_gather, rank {rank} of {world}");
+    });
+}
+
 #[test]
 fn every_collective_keeps_its_promise_in_f32() {
     every_collective_keeps_its_promise::<f32>();
