@@ -1534,6 +1534,43 @@ fn a_ds_config_is_part_of_the_recipe_and_says_what_it_says_in_vain() {
 }
 
 #[test]
+fn steps_that_overflow_in_f16_are_skipped_and_the_loss_is_scaled_down() {
+    let work = Work::new();
+    work.write("run.toml", RECIPE);
+    work.succeed(&["train", "run.toml", "--dir", "f32"]);
+    for (power, folder) in [(8, "fine"), (26, "overflow")] {
+        let file = json!({"train_batch_size": "auto",
+            "fp16": {"enabled": true, "initial_scale_power": power, "hysteresis": 1}});
+        work.write("ds.json", &file.to_string());
+        work.succeed(&["train", "run.toml", "--dir", folder, "--deepspeed", "ds.json"]);
+        let recipe = resolved(&work, folder);
+        assert_eq!(
+            (recipe["model"]["compute"].as_str(), recipe["model"]["dtype"].as_str()),
+            (Some("f16"), Some("f16"))
+        );
+    }
+    let numbers = |folder: &str, key: &str| -> Vec<f64> {
+        lasting(&work, folder).iter().filter(|line| line["tokens"].is_number()).map(|line| number(line, key)).collect()
+    };
+    let (expected, found) = (numbers("f32", "loss"), numbers("fine", "loss"));
+    for (expected, found) in expected.iter().zip(&found) {
+        assert!((expected - found).abs() < 5e-3 * expected, "{expected} in f32, {found} in f16");
+    }
+    assert_eq!(numbers("fine", "loss_scale"), [256.0; 12]);
+    let lines = lasting(&work, "overflow");
+    let skipped: Vec<bool> = lines.iter().filter_map(|line| line["skipped"].as_bool()).collect();
+    let first = skipped.iter().position(|&skipped| !skipped).expect("the scale comes down in twelve steps");
+    assert!(first > 0 && skipped[first..].iter().all(|&skipped| !skipped), "{skipped:?}");
+    let scales: Vec<f64> = (0..12).map(|step| 2f64.powi(26 - step.min(first) as i32)).collect();
+    assert_eq!(numbers("overflow", "loss_scale"), scales);
+    refused_in(
+        &work,
+        &["train", "run.toml", "--dir", "no", "--set", "model.compute=f16", "--set", "train.fp16={hysteresis = 0}"],
+        &["train.fp16", "hysteresis", "1 or above"],
+    );
+}
+
+#[test]
 fn a_foreign_file_that_does_not_fit_is_refused() {
     let work = Work::new();
     let table: [(&str, &[&str], &[&str]); 10] = [

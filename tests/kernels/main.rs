@@ -10,7 +10,7 @@ mod host;
 
 use burn::{
     backend::{Autodiff, Flex},
-    tensor::{DType, Tensor, backend::Backend, bf16},
+    tensor::{DType, Tensor, backend::Backend, bf16, f16},
 };
 use burn_llama::kernel::Kernels;
 use burn_peft::kernel::Compute;
@@ -170,23 +170,27 @@ fn laws<B: Kernels>(device: &B::Device, tolerance: f64, extent: Extent) {
     packed_is_separate(lengths, &place, tolerance);
 }
 
-/// Products of bf16 are those of factors rounded to it: `exact` relative to the largest value where only sums are rounded after
-/// that, 2⁻⁷ where gradients of bf16 meet.
-fn products_of_bf16<B: Kernels>(device: &B::Device, exact: f64) {
+/// Products of halves are those of factors rounded to them: `exact` relative to the largest value where only sums are rounded
+/// after that, half a digit of them where gradients meet that are rounded again.
+fn products_of_halves<B: Kernels>(device: &B::Device, compute: Compute, exact: f64) {
     let _lock = one_backward_at_a_time();
-    let place = Place::<B> { device, dtype: DType::F32, views: false, compute: Compute::Bf16 };
+    let place = Place::<B> { device, dtype: DType::F32, views: false, compute };
+    let (rounded, digit): (fn(f64) -> f64, f64) = match compute {
+        Compute::F16 => (|x| f16::from_f64(x).to_f64(), 1.0 / 1024.0),
+        _ => (|x| bf16::from_f64(x).to_f64(), 1.0 / 128.0),
+    };
     let double = Place::<Flex> { device: &Default::default(), dtype: DType::F64, views: false, compute: Compute::F32 };
     let multiplies = |case: &Case| matches!(case.kernel, Kernel::Linear | Kernel::CrossEntropy { .. } | Kernel::SwiGlu);
     for (mut case, _) in truth().iter().filter(|(case, _)| multiplies(case)).cloned() {
-        let round = |x: &mut f64| *x = bf16::from_f64(*x).to_f64();
+        let round = |x: &mut f64| *x = rounded(*x);
         case.inputs.iter_mut().flat_map(|input| &mut input.values).chain(&mut case.dy).for_each(round);
         let inputs = case.values();
         let expected = evaluate(&case, &inputs, &case.dy, &double);
         let found = evaluate(&case, &inputs, &case.dy, &place);
         let outputs = |found: &Found| Found { gradients: Vec::new(), ..found.clone() };
-        assert_same(&outputs(&found), &outputs(&expected), exact, &format!("{} in bf16", case.name));
-        let tolerance = if matches!(case.kernel, Kernel::Linear) { exact } else { exact.max(1.0 / 128.0) };
-        assert_same(&found, &expected, tolerance, &format!("{} in bf16, backward", case.name));
+        assert_same(&outputs(&found), &outputs(&expected), exact, &format!("{} in {compute:?}", case.name));
+        let tolerance = if matches!(case.kernel, Kernel::Linear) { exact } else { exact.max(digit) };
+        assert_same(&found, &expected, tolerance, &format!("{} in {compute:?}, backward", case.name));
         if case.dy.len() < 6000 {
             nan_shows(&case, &place);
         }
@@ -245,15 +249,17 @@ fn packed_is_separate<B: Kernels>(lengths: &[i32], place: &Place<'_, B>, toleran
 #[test]
 fn flex() {
     laws::<Flex>(&Default::default(), 3e-6, Extent::All);
-    products_of_bf16::<Flex>(&Default::default(), 3e-6);
+    products_of_halves::<Flex>(&Default::default(), Compute::Bf16, 3e-6);
+    products_of_halves::<Flex>(&Default::default(), Compute::F16, 3e-6);
 }
 
 #[cfg(feature = "tch")]
 #[test]
 fn tch() {
     laws::<burn::backend::LibTorch>(&Default::default(), 1e-5, Extent::All);
-    // What comes out of its products is rounded to bf16 too.
-    products_of_bf16::<burn::backend::LibTorch>(&Default::default(), 1.0 / 64.0);
+    // What comes out of its products is rounded too.
+    products_of_halves::<burn::backend::LibTorch>(&Default::default(), Compute::Bf16, 1.0 / 64.0);
+    products_of_halves::<burn::backend::LibTorch>(&Default::default(), Compute::F16, 1.0 / 512.0);
 }
 
 #[cfg(feature = "vulkan")]

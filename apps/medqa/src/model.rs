@@ -58,8 +58,13 @@ pub fn base<B: Kernels>(name: &str, storage: impl Into<Storage>, device: &B::Dev
 
 /// The model with its products computed so.
 pub fn computing<B: Kernels>(model: Llama<B>, compute: Compute) -> Result<Llama<B>> {
-    if compute == Compute::Bf16 && !B::supports_dtype(&model.device(), DType::BF16) {
-        bail!("products of bf16: this device has no bf16; take f32, or the devices cpu, tch or cuda");
+    let (name, dtype) = match compute {
+        Compute::F32 => ("f32", DType::F32),
+        Compute::Bf16 => ("bf16", DType::BF16),
+        Compute::F16 => ("f16", DType::F16),
+    };
+    if !B::supports_dtype(&model.device(), dtype) {
+        bail!("products of {name}: this device has no {name}; take f32, or the devices cpu, tch or cuda");
     }
     Ok(model.computing_in(compute.into()))
 }

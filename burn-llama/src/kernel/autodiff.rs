@@ -192,7 +192,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let keep = |x| if kept == Compute::Bf16 { B::halved(x) } else { x };
         let prep = SwiGlu.prepare::<BalancedCheckpointing>([gate.node.clone(), up.node.clone()]);
         let prep = match kept {
-            Compute::F32 => {
+            Compute::F32 | Compute::F16 => {
                 let again = Reactivate([Input::of(&gate), Input::of(&up)]);
                 prep.memory_bound().retro_forward(again).parents(held([&gate, &up]))
             }

@@ -23,13 +23,12 @@ pub(super) fn backward_weight<B: Backend>(x: FloatTensor<B>, dy: FloatTensor<B>,
 /// `a·b` by tensor operations, in the type of `a`.
 pub fn product<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, compute: Compute) -> FloatTensor<B> {
     let dtype = a.dtype();
-    match compute {
-        Compute::F32 => B::float_matmul(a, as_type::<B>(b, dtype)),
-        Compute::Bf16 => {
-            let half = |x| as_type::<B>(x, DType::BF16);
-            as_type::<B>(B::float_matmul(half(a), half(b)), dtype)
-        }
-    }
+    let half = match compute {
+        Compute::F32 => return B::float_matmul(a, as_type::<B>(b, dtype)),
+        Compute::Bf16 => DType::BF16,
+        Compute::F16 => DType::F16,
+    };
+    as_type::<B>(B::float_matmul(as_type::<B>(a, half), as_type::<B>(b, half)), dtype)
 }
 
 /// `x` in a type; the same tensor if it has it already.

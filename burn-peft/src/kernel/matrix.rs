@@ -5,7 +5,7 @@
 mod avx512;
 
 use super::{Compute, scratch::with_scratch};
-use burn::tensor::bf16;
+use burn::tensor::{bf16, f16};
 use gemm::Parallelism;
 use half::slice::HalfFloatSliceExt;
 
@@ -136,25 +136,33 @@ pub fn product_in(compute: Compute, out: Output<'_>, a: Matrix<'_>, b: Matrix<'_
         // SAFETY: it is available; the constructors and the assertions above hold every index within its slice.
         return unsafe { avx512::product(out, a, b, factor, (threads, compute)) };
     }
-    let rounded = compute == Compute::Bf16;
-    plain(a, rounded, |a| plain(b, rounded, |b| by_gemm(out, a, b, factor, threads)));
-}
-
-/// Runs `work` on the matrix in f32: itself, or a copy that is widened or rounded to bf16.
-fn plain(matrix: Matrix<'_>, rounded: bool, work: impl FnOnce(Plain<'_>)) {
-    let Matrix { values, shape, strides } = matrix;
-    let spanned = (shape[0] - 1) * strides[0] + (shape[1] - 1) * strides[1] + 1;
-    match values {
-        Values::F32(values) if !rounded => work(Plain { values, shape, strides }),
-        Values::F32(values) => with_scratch(spanned, |copy| {
-            copy.iter_mut().zip(values).for_each(|(copy, &value)| *copy = bf16::from_f32(value).to_f32());
-            work(Plain { values: copy, shape, strides });
-        }),
-        Values::Bf16(values) => with_scratch(spanned, |copy| {
-            values[..spanned].convert_to_f32_slice(copy);
-            work(Plain { values: copy, shape, strides });
+    match compute {
+        Compute::F32 => plain(a, None, |a| plain(b, None, |b| by_gemm(out, a, b, factor, threads))),
+        _ => plain(a, Some(compute), |a| {
+            plain(b, Some(compute), |b| product(out, a.matrix(), b.matrix(), factor, threads));
         }),
     }
+}
+
+/// Runs `work` on the matrix in f32: itself, or a copy that is widened, or rounded to what products are computed in.
+fn plain(matrix: Matrix<'_>, rounded: Option<Compute>, work: impl FnOnce(Plain<'_>)) {
+    let Matrix { values, shape, strides } = matrix;
+    let spanned = (shape[0] - 1) * strides[0] + (shape[1] - 1) * strides[1] + 1;
+    if let (Values::F32(values), None) = (values, rounded) {
+        return work(Plain { values, shape, strides });
+    }
+    with_scratch(spanned, |copy| {
+        match values {
+            Values::F32(values) => copy.copy_from_slice(&values[..spanned]),
+            Values::Bf16(values) => values[..spanned].convert_to_f32_slice(copy),
+        }
+        match rounded {
+            Some(Compute::F16) => copy.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+            Some(Compute::Bf16) => copy.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
+            Some(Compute::F32) | None => {}
+        }
+        work(Plain { values: copy, shape, strides });
+    });
 }
 
 /// A [`Matrix`] of f32.
@@ -162,6 +170,12 @@ struct Plain<'a> {
     values: &'a [f32],
     shape: [usize; 2],
     strides: [usize; 2],
+}
+
+impl<'a> Plain<'a> {
+    fn matrix(self) -> Matrix<'a> {
+        Matrix { values: Values::F32(self.values), shape: self.shape, strides: self.strides }
+    }
 }
 
 fn by_gemm(out: Output<'_>, a: Plain<'_>, b: Plain<'_>, factor: f32, threads: Threads) {

@@ -31,6 +31,9 @@ pub enum Compute {
     F32,
     /// Products of bf16, to which both factors are rounded first.
     Bf16,
+    /// Products of f16, to which both factors are rounded first: what lies beyond its range becomes infinite, so losses are
+    /// scaled.
+    F16,
 }
 
 /// Products with a weight `[out, in]` that may be stored in another type than the activations.

@@ -4,7 +4,7 @@ use std::fmt::Display;
 
 use super::{
     Data, Dtype, Method, MethodKind, Optimizer, Parallel, Place, Recipe, Saving, Schedule, Steps, TargetModules,
-    VirtualTokens, deepspeed_schedule,
+    VirtualTokens, deepspeed_schedule, loss_scaler,
 };
 use crate::data::Schema;
 use burn_zero::ds_config::Stage;
@@ -182,6 +182,9 @@ fn saving(saving: &Saving, validates: bool) -> Result<(), Problem> {
 }
 
 fn schedule(schedule: &Schedule) -> Result<(), Problem> {
+    if let Some(block) = &schedule.fp16 {
+        loss_scaler(Some(block)).map_err(|error| ("train.fp16", error.to_string()))?;
+    }
     let Some(block) = &schedule.deepspeed_scheduler else { return Ok(()) };
     deepspeed_schedule(block, 1.0, (1, 1)).map(drop).map_err(|error| ("train.deepspeed_scheduler", error.to_string()))
 }

@@ -5,8 +5,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
 use burn_llama::Checkpoint;
-use burn_zero::ds_config::{
-    Accelerate, Adam, AutoPrecision, AutoValues, Device, Document, DsConfig, Optimizer, Precision, Source, Stage,
+use burn_zero::{
+    ds_config::{
+        Accelerate, Adam, AutoPrecision, AutoValues, Device, Document, DsConfig, Optimizer, Precision, Source, Stage,
+    },
+    precision::LossScaler,
 };
 use serde_json::json;
 use toml::Value;
@@ -59,7 +62,7 @@ pub fn read(recipe: &Recipe, world: u64) -> Result<Option<Foreign>> {
     foreign.notes.extend(config.unhonoured.iter().map(ToString::to_string));
     foreign.batch(&document, &config);
     foreign.zero(&document, &config)?;
-    foreign.numbers(&config, recipe.model.dtype);
+    foreign.numbers(&document, &config)?;
     foreign.optimizer(&document, &config);
     foreign.scheduler(&document)?;
     Ok(Some(foreign))
@@ -71,7 +74,7 @@ fn auto(recipe: &Recipe, document: &Document) -> Result<AutoValues> {
     let (optimizer, steps) = (&train.optimizer, &train.steps);
     let precision = match (recipe.model.compute, recipe.model.dtype) {
         (Compute::Bf16, _) | (_, Some(Dtype::Bf16)) => AutoPrecision::Bf16,
-        (_, Some(Dtype::F16)) => AutoPrecision::F16,
+        (Compute::F16, _) | (_, Some(Dtype::F16)) => AutoPrecision::F16,
         _ => AutoPrecision::F32,
     };
     // Bucket sizes follow from the model's width; only then is the model looked for.
@@ -216,19 +219,19 @@ impl Foreign {
     }
 
     /// `fp16` and `bf16`. Sums and weights that learn are f32 in any case.
-    fn numbers(&mut self, config: &DsConfig, dtype: Option<Dtype>) {
+    fn numbers(&mut self, document: &Document, config: &DsConfig) -> Result<()> {
         match config.precision {
             Precision::F32 => {}
             Precision::Bf16 => self.say("model.compute", "bf16.enabled", "bf16"),
-            Precision::F16 { .. } if dtype.is_some_and(Dtype::is_packed) => {
-                self.note("fp16.enabled", "`model.dtype` says that weights are packed");
-            }
             Precision::F16 { .. } => {
-                let instead = "weights are stored in f16 and gradients computed in f32, which need no scale";
-                self.note("fp16.loss_scale", instead);
-                self.say("model.dtype", "fp16.enabled", "f16");
+                self.say("model.compute", "fp16.enabled", "f16");
+                if let Some(block) = document.says("fp16") {
+                    let value = Value::try_from(block).with_context(|| format!("{}: `fp16`", self.file))?;
+                    self.say("train.fp16", "fp16", value);
+                }
             }
         }
+        Ok(())
     }
 
     fn optimizer(&mut self, document: &Document, config: &DsConfig) {
@@ -272,6 +275,14 @@ impl Foreign {
         self.say("train.deepspeed_scheduler", "scheduler", value);
         Ok(())
     }
+}
+
+/// What scales the loss of products in f16, by DeepSpeed's `fp16` block or as it does without one.
+pub fn loss_scaler(block: Option<&toml::Table>) -> Result<LossScaler, burn_zero::Error> {
+    let mut block = block.cloned().unwrap_or_default();
+    block.insert("enabled".to_owned(), true.into());
+    let text = json!({ "train_micro_batch_size_per_gpu": 1, "fp16": block }).to_string();
+    Document::from_json(&text)?.resolve(1, &AutoValues::default())?.precision.loss_scaler()
 }
 
 /// DeepSpeed's schedule by its block, in a run of `total` steps that warms up in `warmup`.

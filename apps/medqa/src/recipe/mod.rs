@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::fetch;
 
-pub use foreign::schedule as deepspeed_schedule;
+pub use foreign::{loss_scaler, schedule as deepspeed_schedule};
 pub use method::{Choice, Lora, Method, MethodKind, Scope, VirtualTokens};
 pub use parallel::{Division, Files, Offload, Parallel, Place};
 pub use tables::{Compute, Data, Dtype, Model, OnTooLong};
@@ -94,6 +94,7 @@ impl Recipe {
             (MethodKind::QLora, true) => Dtype::Packed,
             (MethodKind::QLora, false) => Dtype::Nf4,
             _ if self.model.compute == Compute::Bf16 && !learns => Dtype::Bf16,
+            _ if self.model.compute == Compute::F16 && !learns => Dtype::F16,
             _ => Dtype::F32,
         });
         self.train.optimizer.learning_rate.get_or_insert(kind.learning_rate());

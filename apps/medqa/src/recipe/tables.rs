@@ -18,7 +18,8 @@ pub struct Model {
     /// file's own blocks, or nf4.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dtype: Option<Dtype>,
-    /// In what products with the model's weights are computed; with bf16, weights that do not learn are stored so by default.
+    /// In what products with the model's weights are computed; with bf16 or f16, weights that do not learn are stored so by
+    /// default.
     pub compute: Compute,
 }
 
@@ -31,6 +32,8 @@ pub enum Compute {
     F32,
     /// Products of bf16, to which both factors are rounded: faster where the machine multiplies them itself
     Bf16,
+    /// Products of f16, to which both factors are rounded: what f16 would give elsewhere, at no gain here; the loss is scaled
+    F16,
 }
 
 impl From<Compute> for kernel::Compute {
@@ -38,6 +41,7 @@ impl From<Compute> for kernel::Compute {
         match compute {
             Compute::F32 => Self::F32,
             Compute::Bf16 => Self::Bf16,
+            Compute::F16 => Self::F16,
         }
     }
 }

@@ -135,6 +135,10 @@ pub struct Schedule {
     /// steps of the run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deepspeed_scheduler: Option<toml::Table>,
+    /// DeepSpeed's `fp16` block, which says how the loss is scaled with `model.compute = "f16"`; by default as there: dynamically,
+    /// from 2¹⁶ on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fp16: Option<toml::Table>,
 }
 
 /// Shapes of the learning rate's course after the warmup.

@@ -11,7 +11,15 @@ use super::{
     setup,
     state::{self, Progress},
 };
-use crate::{adapter::Adapter, data::Plan, eval::loss, model::Loaded, process, recipe::Recipe, write};
+use crate::{
+    adapter::Adapter,
+    data::Plan,
+    eval::loss,
+    model::Loaded,
+    process,
+    recipe::{Compute, Recipe},
+    write,
+};
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, module::AutodiffModule};
 use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
@@ -206,18 +214,24 @@ impl<B: Kernels> Run<B> {
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
         let own = planned.of_rank(self.engine.rank(), self.engine.world());
         let loss = self.accumulate(model, (&rows, targets), (step, own))?;
-        let learning_rate = setup::learning_rate(&self.recipe, step, steps)?;
+        let learning_rate = setup::learning_rate(&self.recipe, step - self.progress.skipped, steps)?;
+        let loss_scale = self.engine.loss_scale();
         let report = self.engine.step(model, learning_rate)?;
+        self.progress.skipped += usize::from(report.skipped);
         let seconds = begin.elapsed().as_secs_f64();
         self.progress.tokens += tokens;
         self.progress.stepping += seconds;
         let speed = tokens as f64 / seconds;
-        let line = json!({
+        let mut line = json!({
             "step": step + 1, "epoch": planned.epoch, "loss": loss,
             "learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens": tokens,
             "target_tokens": targets, "tokens_per_second": speed,
             "elapsed_seconds": self.elapsed(), "peak_rss_bytes": peak_rss_bytes(),
         });
+        if self.recipe.model.compute == Compute::F16 {
+            line["loss_scale"] = json!(loss_scale);
+            line["skipped"] = json!(report.skipped);
+        }
         self.note(&line, feed)?;
         self.journal.show(step + 1, steps, format!("loss {loss:.4}, {speed:.0} tokens/s"));
         Ok(())
@@ -244,6 +258,7 @@ impl<B: Kernels> Run<B> {
                 process::give_back();
             }
             let noise = Noise { seed: steps.seed, step: step as u64, tokens: layout.tokens(first as u64) };
+            let weight = weight * self.engine.loss_scale() as f32;
             let batch = model.batch(micro, &layout, weight, Pass::training(noise))?;
             loss += self.engine.accumulate(model, &batch)?;
         }

@@ -5,7 +5,7 @@ use crate::{
     adapter::{self, Adapter},
     data::{Encoded, Schema, encode, read},
     model::Loaded,
-    recipe::{self, Checkpointing as Recompute, Data, MethodKind, OptimizerKind, Place, Recipe, Scheduler},
+    recipe::{self, Checkpointing as Recompute, Compute, Data, MethodKind, OptimizerKind, Place, Recipe, Scheduler},
 };
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
@@ -77,6 +77,10 @@ pub fn engine<B: Kernels>(recipe: &Recipe, communicator: Box<dyn Communicator>) 
     let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
     let engine = Engine::new(optimizer(recipe), clip, checkpointing(recipe)).with_groups(groups(recipe));
     let engine = engine.in_world(communicator, sharding(recipe)).with_overlap(recipe.parallel.division.overlap);
+    let engine = match recipe.model.compute {
+        Compute::F16 => engine.with_loss_scaler(recipe::loss_scaler(recipe.train.schedule.fp16.as_ref())?),
+        Compute::F32 | Compute::Bf16 => engine,
+    };
     let offload = &recipe.parallel.offload;
     Ok(engine.with_weights_in(place(recipe, offload.offload_param)).with_states_in(&tier(recipe))?)
 }

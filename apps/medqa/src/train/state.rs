@@ -38,6 +38,9 @@ const FREE: [&str; 17] = [
 pub struct Progress {
     /// Steps taken.
     pub step: usize,
+    /// Of these, those that changed nothing because gradients overflowed: the learning rate waits for them.
+    #[serde(default)]
+    pub skipped: usize,
     /// Rows per step, of all ranks.
     pub rows_per_step: usize,
     /// Input tokens seen.

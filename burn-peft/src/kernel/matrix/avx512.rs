@@ -36,7 +36,12 @@ pub(super) fn available(compute: Compute) -> bool {
     let vectors = is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl");
-    vectors && (compute == Compute::F32 || is_x86_feature_detected!("avx512bf16"))
+    let multiplies = match compute {
+        Compute::F32 => true,
+        Compute::Bf16 => is_x86_feature_detected!("avx512bf16"),
+        Compute::F16 => false,
+    };
+    vectors && multiplies
 }
 
 /// One operand, as vectors along the inner dimension.

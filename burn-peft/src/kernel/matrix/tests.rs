@@ -42,9 +42,14 @@ impl Given {
     }
 
     /// The value that a product computes with.
-    fn value(&self, row: usize, column: usize, rounded: bool) -> f64 {
+    fn value(&self, row: usize, column: usize, (compute, half): (Compute, bool)) -> f64 {
         let value = self.plain[row * self.shape[1] + column];
-        if rounded { bf16::from_f32(value).to_f64() } else { value.into() }
+        let value = if half { bf16::from_f32(value).to_f32() } else { value };
+        match compute {
+            Compute::F32 => value.into(),
+            Compute::Bf16 => bf16::from_f32(value).to_f64(),
+            Compute::F16 => f16::from_f32(value).to_f64(),
+        }
     }
 }
 
@@ -57,7 +62,6 @@ fn check([m, n, k]: [usize; 3], (compute, threads): (Compute, Threads), (add, fa
         let mut values = before.clone();
         let to = Output { values: &mut values, stride, add };
         product_in(compute, to, a.matrix(half_a, turned_a), b.matrix(half_b, turned_b), factor, threads);
-        let rounds = compute == Compute::Bf16;
         for row in 0..m {
             for column in 0..stride {
                 let (at, place) = (row * stride + column, format!("{m}x{n}x{k} {compute:?} {case:04b} {row},{column}"));
@@ -65,7 +69,7 @@ fn check([m, n, k]: [usize; 3], (compute, threads): (Compute, Threads), (add, fa
                     assert_eq!(values[at], before[at], "{place} is beyond the product");
                     continue;
                 }
-                let term = |p| a.value(row, p, rounds || half_a) * b.value(p, column, rounds || half_b);
+                let term = |p| a.value(row, p, (compute, half_a)) * b.value(p, column, (compute, half_b));
                 let sum: f64 = (0..k).map(term).sum();
                 let expected = f64::from(factor) * sum + if add { before[at].into() } else { 0.0 };
                 let error = (f64::from(values[at]) - expected).abs();
@@ -80,7 +84,7 @@ fn products_of_any_shape_equal_plain_ones() {
     for (i, &m) in LENGTHS.iter().enumerate() {
         for (j, &n) in LENGTHS.iter().enumerate() {
             let k = LENGTHS[(i * 3 + j) % LENGTHS.len()];
-            for compute in [Compute::F32, Compute::Bf16] {
+            for compute in [Compute::F32, Compute::Bf16, Compute::F16] {
                 check([m, n, k], (compute, Threads::One), ((i + j) % 2 == 1, [1.0, 0.375][i % 2]));
             }
         }
@@ -91,7 +95,7 @@ fn products_of_any_shape_equal_plain_ones() {
 fn products_that_are_divided_equal_plain_ones() {
     // Deeper than one part, and in both roles.
     for shape in [[150, 200, 100], [13, 3, 1700], [7, 420, 1601], [300, 8, 1000], [40, 2100, 48]] {
-        for compute in [Compute::F32, Compute::Bf16] {
+        for compute in [Compute::F32, Compute::Bf16, Compute::F16] {
             check(shape, (compute, Threads::All), (true, 0.5));
         }
     }
@@ -100,7 +104,7 @@ fn products_that_are_divided_equal_plain_ones() {
 #[test]
 fn a_result_does_not_depend_on_what_is_computed_beside_it() {
     let (a, b) = (Given::new([97, 833], 1), Given::new([833, 130], 2));
-    for compute in [Compute::F32, Compute::Bf16] {
+    for compute in [Compute::F32, Compute::Bf16, Compute::F16] {
         let mut whole = vec![0.0; 97 * 130];
         let to = Output { values: &mut whole, stride: 130, add: false };
         product_in(compute, to, a.matrix(false, false), b.matrix(false, true), 1.0, Threads::All);
@@ -119,7 +123,7 @@ fn a_result_does_not_depend_on_what_is_computed_beside_it() {
 
 #[test]
 fn a_value_that_is_no_number_shows() {
-    for compute in [Compute::F32, Compute::Bf16] {
+    for compute in [Compute::F32, Compute::Bf16, Compute::F16] {
         for bad in [f32::NAN, f32::INFINITY] {
             let (mut a, b) = (Given::new([20, 40], 1), Given::new([40, 20], 2));
             a.plain[5 * 40 + 7] = bad;
