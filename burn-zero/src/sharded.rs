@@ -46,6 +46,19 @@ impl<B: Backend> ElementWise<B> for Sgd<B> {}
 /// Burn's trait knows no errors: a lost rank is a panic that names it.
 ///
 /// A record holds this rank's pieces as flat tensors: it is loaded by the same rank of a world of the same size.
+///
+/// An optimizer that is not element-wise does not compile:
+///
+/// ```
+/// # use burn::{backend::{Autodiff, Flex}, optim::AdamW};
+/// # use burn_zero::Sharded;
+/// fn divided(_: Sharded<AdamW, Autodiff<Flex>>) {}
+/// ```
+/// ```compile_fail
+/// # use burn::{backend::{Autodiff, Flex}, optim::Muon};
+/// # use burn_zero::Sharded;
+/// fn divided(_: Sharded<Muon<Flex>, Autodiff<Flex>>) {}
+/// ```
 pub struct Sharded<O, B>
 where
     O: ElementWise<B::InnerBackend>,

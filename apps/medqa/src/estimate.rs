@@ -6,7 +6,7 @@ use burn_llama::{Checkpoint, LlamaConfig};
 use burn_peft::{LoraConfig, TargetModules};
 use burn_zero::{
     ds_config::Stage,
-    estimate::{Numbers, Placement, Recompute, Shape, Weights, states},
+    estimate::{Estimate, Memory, Nodes, Numbers, Offload, Placement, Recompute, Shape, Weights, states, zero2, zero3},
 };
 
 mod measure;
@@ -31,22 +31,34 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
         if args.world.get() == 1 { "" } else { "s" },
         args.tokens
     );
-    println!("\n{:<10}{:<10}{:>24}{:>24}", "stage", "optimizer", "f32", "bf16, f32 masters");
+    println!("\n{:<10}{:<20}{:>24}{:>24}", "stage", "optimizer", "f32", "bf16, f32 masters");
     for stage in [Stage::Replicated, Stage::States, Stage::Gradients, Stage::Weights] {
-        for offload_optimizer in [false, true] {
+        for (place, offload) in PLACES {
+            if offload == Off::All && stage != Stage::Weights {
+                continue;
+            }
             let cell = |numbers: Numbers| {
                 let frozen_bytes = if trained == all { 0 } else { all * numbers.bytes() };
                 let largest_segment_bytes = shape.largest_segment() * numbers.bytes();
                 let weights = Weights { trained, frozen_bytes, largest_segment_bytes, bucket: 4 << 20 };
-                let placement = Placement { stage, world: args.world.get(), offload_optimizer, offload_param: false };
+                let (offload_optimizer, offload_param) = (offload != Off::None, offload == Off::All);
+                let placement = Placement { stage, world: args.world.get(), offload_optimizer, offload_param };
                 let recompute = if args.recompute { Recompute::Full } else { Recompute::None };
-                let kept = shape.activations(args.tokens, numbers.bytes(), recompute).total();
-                let memory = states(weights, numbers, placement);
-                format!("{:.2} + {:.2}", gib(memory.device() + kept), gib(memory.host))
+                let mut memory = kept(weights, numbers, placement);
+                memory.activations = shape.activations(args.tokens, numbers.bytes(), recompute).total();
+                if trained == all {
+                    memory.activations = memory.activations.max(of_the_embedding(&shape, placement));
+                }
+                if offload == Off::File {
+                    memory.host -= moments(trained, placement);
+                }
+                format!("{:.2} + {:.2}", gib(memory.device()), gib(memory.host))
             };
-            let place = if offload_optimizer { "host" } else { "device" };
-            println!("{:<10}{place:<10}{:>24}{:>24}", u8::from(stage), cell(Numbers::F32), cell(Numbers::Mixed));
+            println!("{:<10}{place:<20}{:>24}{:>24}", u8::from(stage), cell(Numbers::F32), cell(Numbers::Mixed));
         }
+    }
+    if trained == all {
+        deepspeed(all, shape.vocabulary * shape.hidden, args.world.get());
     }
     Ok(())
 }
@@ -59,6 +71,56 @@ fn lora(args: &EstimateArgs) -> LoraConfig {
         _ => TargetModules::Suffixes(names),
     };
     LoraConfig { r: args.r as usize, target_modules, ..LoraConfig::default() }
+}
+
+/// What is not on the device.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Off {
+    None,
+    Optimizer,
+    /// Moments in a file.
+    File,
+    /// The optimizer and this rank's weights, on the host.
+    All,
+}
+
+const PLACES: [(&str, Off); 4] =
+    [("device", Off::None), ("host", Off::Optimizer), ("file", Off::File), ("host, weights too", Off::All)];
+
+/// What DeepSpeed's own estimators say of full fine-tuning on one machine.
+fn deepspeed(all: u64, largest_layer: u64, devices: u64) {
+    let nodes = Nodes { nodes: 1, devices };
+    println!(
+        "\nDeepSpeed's formulas (16-bit weights, f32 masters, its buffers, no activations; stage 3 with zero.Init)"
+    );
+    let row = |stage: u8, place: &str, Estimate { device, host }: Estimate| {
+        println!("{stage:<10}{place:<20}{:>48}", format!("{:.2} + {:.2}", gib(device), gib(host / devices)));
+    };
+    row(2, "device", zero2(all, nodes, false));
+    row(2, "host", zero2(all, nodes, true));
+    for (place, offload) in [("device", Offload::None), ("host", Offload::Optimizer), (PLACES[3].0, Offload::All)] {
+        row(3, place, zero3(all, largest_layer, nodes, offload, true));
+    }
+}
+
+/// [`states`] of this engine, which sums gradients in f32 whatever the model computes in.
+pub fn kept(weights: Weights, numbers: Numbers, placement: Placement) -> Memory {
+    let memory = states(weights, numbers, placement);
+    Memory { gradients: memory.gradients * 4 / numbers.bytes(), ..memory }
+}
+
+/// Bytes of this rank's two moments.
+pub fn moments(trained: u64, placement: Placement) -> u64 {
+    8 * if placement.stage >= Stage::States { trained.div_ceil(placement.world) } else { trained }
+}
+
+/// What passes when the backward pass reaches an embedding that learns: its gradient is summed with that of the output it is
+/// tied to and is made in a buffer of its own, and where gradients are divided it is whole until then. It is the largest tensor;
+/// what layers keep for the backward pass is gone by then.
+pub fn of_the_embedding(shape: &Shape, placement: Placement) -> u64 {
+    let bytes = 4 * shape.vocabulary * shape.hidden;
+    let whole = if placement.stage >= Stage::Gradients { bytes - bytes / placement.world } else { 0 };
+    2 * bytes + whole
 }
 
 pub fn gib(bytes: u64) -> f64 {

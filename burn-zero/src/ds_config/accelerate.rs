@@ -105,9 +105,7 @@ fn strategy(root: &Map<String, Value>) -> Result<Strategy, Error> {
         "DEEPSPEED" => Ok(Strategy::DeepSpeed),
         "FSDP" => Ok(Strategy::Fsdp),
         "NO" | "MULTI_CPU" | "MULTI_GPU" | "MULTI_XPU" => Ok(Strategy::Plain),
-        found @ ("MEGATRON_LM" | "TP") => {
-            refused(found, "the recipe says how layers are divided among ranks; write MULTI_GPU or DEEPSPEED")
-        }
+        found @ ("MEGATRON_LM" | "TP") => refused(found, "every rank runs all layers; write MULTI_GPU or DEEPSPEED"),
         found @ ("XLA" | "TPU" | "MULTI_NPU" | "MULTI_MLU" | "MULTI_MUSA" | "MULTI_SDAA" | "MULTI_HPU") => {
             refused(found, "there is no backend for that device; write MULTI_GPU, MULTI_CPU or NO")
         }

@@ -75,13 +75,13 @@ impl Shape {
 
     /// The bytes that a micro-batch of `tokens` needs on top of the states, with numbers of `bytes` bytes.
     ///
-    /// An attention block keeps its input, the normed input, queries, keys, values, output and log-sum-exp (four bytes); an
-    /// MLP block its input, the normed input, gate, up and their product. What only some methods keep besides, LoRA's narrow
+    /// An attention block keeps its input, queries, keys, values, output and log-sum-exp (four bytes); an MLP block its input,
+    /// gate and up: what is normed and what is activated is made again. What only some methods keep besides, LoRA's narrow
     /// products or a P-tuning prefix, is not counted.
     pub fn activations(&self, tokens: u64, bytes: u64, recompute: Recompute) -> Activations {
         let (wide, narrow) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
-        let attention = tokens * (bytes * (self.hidden + 2 * wide + 2 * narrow) + 4 * self.heads);
-        let mlp = tokens * bytes * (self.hidden + 3 * self.intermediate);
+        let attention = tokens * (bytes * 2 * (wide + narrow) + 4 * self.heads);
+        let mlp = tokens * bytes * 2 * self.intermediate;
         let kept = match recompute {
             Recompute::None => self.layers * (attention + mlp),
             Recompute::Full if self.layers == 0 => 0,
@@ -130,8 +130,8 @@ mod tests {
         let shape = shape([3, 64, 176, 4, 2, 16, 512]);
         let tokens = 10;
         let found = shape.activations(tokens, 4, Recompute::None);
-        let attention = [64, 64, 32, 32, 64, 4]; // normed, q, k, v, output, log-sum-exp
-        let mlp = [64, 176, 176, 176]; // normed, gate, up, product
+        let attention = [64, 32, 32, 64, 4]; // q, k, v, output, log-sum-exp
+        let mlp = [176, 176]; // gate, up
         let layer: u64 = attention.iter().chain(&mlp).sum();
         assert_eq!(found.inputs, 4 * tokens * 64 * 7);
         assert_eq!(found.kept, 3 * 4 * tokens * layer);
@@ -144,7 +144,7 @@ mod tests {
     fn recomputing_keeps_the_inputs_and_one_block() {
         let shape = shape([3, 64, 176, 4, 2, 16, 512]);
         let (all, none) = (shape.activations(10, 4, Recompute::None), shape.activations(10, 4, Recompute::Full));
-        assert_eq!(none.kept, 4 * 10 * (64 + 3 * 176));
+        assert_eq!(none.kept, 4 * 10 * 2 * 176);
         assert_eq!(Activations { kept: all.kept, ..none }, all);
     }
 

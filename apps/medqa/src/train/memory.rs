@@ -10,7 +10,7 @@ use anyhow::{Result, bail};
 use burn_llama::LlamaConfig;
 use burn_zero::{
     ds_config::Stage,
-    estimate::{Memory, Numbers, Placement, Recompute, Shape, Weights, states},
+    estimate::{Memory, Numbers, Placement, Recompute, Shape, Weights},
 };
 use std::fs;
 
@@ -49,7 +49,10 @@ impl Load {
         } else {
             bytes(dtype, self.parameters.saturating_sub(self.trained * u64::from(self.freezes(recipe))))
         };
-        let largest_segment_bytes = bytes(dtype, self.shape.largest_segment());
+        // Blocks are no float parameters: every rank keeps all of them in every stage, on the device.
+        let packed = matches!(dtype, Dtype::Packed | Dtype::Nf4);
+        let (frozen, blocks) = if packed { (0, frozen) } else { (frozen, 0) };
+        let largest_segment_bytes = if packed { 0 } else { bytes(dtype, self.shape.largest_segment()) };
         let bucket = recipe.parallel.division.bucket_size as u64;
         let weights = Weights { trained: self.trained, frozen_bytes: frozen, largest_segment_bytes, bucket };
         let (division, offload) = (&recipe.parallel.division, &recipe.parallel.offload);
@@ -59,10 +62,10 @@ impl Load {
             offload_optimizer: offload.offload_optimizer != Place::None,
             offload_param: offload.offload_param != Place::None,
         };
-        let mut memory = states(weights, numbers, placement);
-        let part = |from: Stage| if division.zero_stage >= from { self.world } else { 1 };
+        let mut memory = estimate::kept(weights, numbers, placement);
+        memory.frozen += blocks;
         if offload.offload_optimizer == Place::Nvme {
-            memory.host -= 8 * self.trained.div_ceil(part(Stage::States)).min(memory.host / 8);
+            memory.host -= estimate::moments(self.trained, placement).min(memory.host);
         }
         if offload.offload_param == Place::Nvme {
             let own = (bytes(dtype, self.trained) + frozen) / self.world;
@@ -74,6 +77,9 @@ impl Load {
         };
         memory.activations =
             if self.tokens == 0 { 0 } else { self.kept(recipe).activations(self.tokens, 4, recompute).total() };
+        if full {
+            memory.activations = memory.activations.max(estimate::of_the_embedding(&self.shape, placement));
+        }
         memory
     }
 
@@ -214,6 +220,11 @@ pub fn held() -> u64 {
     kibibytes("/proc/self/status", "RssAnon:").unwrap_or(0) * 1024
 }
 
+/// The most bytes of memory that this process has held, pages of files included; 0 where the system does not say.
+pub fn most_held() -> u64 {
+    kibibytes("/proc/self/status", "VmHWM:").unwrap_or(0) * 1024
+}
+
 fn kibibytes(path: &str, name: &str) -> Option<u64> {
     let text = fs::read_to_string(path).ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix(name))?;
@@ -264,6 +275,16 @@ mod tests {
             check(&full, &recipe(sets), &Device::default()).unwrap();
         }
         check(&load(1 << 20, 1), &recipe(&["train.memory_gib=16"]), &Device::default()).unwrap();
+    }
+
+    #[test]
+    fn stage_3_divides_no_blocks() {
+        let load = load(1 << 20, 4);
+        let frozen = |dtype: &str, stage: u8| {
+            load.memory(&recipe(&[&format!("model.dtype={dtype}"), &format!("parallel.zero_stage={stage}")])).frozen
+        };
+        assert_eq!(frozen("f32", 3), frozen("f32", 2).div_ceil(4));
+        assert_eq!(frozen("packed", 3), frozen("packed", 2));
     }
 
     #[test]

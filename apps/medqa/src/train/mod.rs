@@ -24,7 +24,7 @@ mod world;
 
 pub use consolidate::consolidate;
 pub use launch::{Options, run, train};
-pub use memory::{Load, held};
+pub use memory::{Load, held, most_held};
 pub use record::{Summary, peak_rss_bytes};
 pub use setup::{adapt, engine};
 pub use world::World;

@@ -23,7 +23,7 @@ const DEEPSPEED: &[Key] = &[
     read("gradient_accumulation_steps", POSITIVE),
     read("gradient_clipping", Kind::Number),
     read("zero3_save_16bit_model", Kind::Flag),
-    instead("zero3_init_flag", Kind::Flag, "every rank reads its own part of a checkpoint"),
+    instead("zero3_init_flag", Kind::Flag, "every rank loads the whole model at the start and keeps its part"),
     instead("deepspeed_moe_layer_cls_names", Kind::Any, "the models have no experts"),
     instead("deepspeed_multinode_launcher", Kind::Text, LAUNCHER),
     instead("deepspeed_hostfile", Kind::Text, LAUNCHER),
@@ -46,7 +46,7 @@ const FSDP: &[Key] = &[
     instead("fsdp_forward_prefetch", Kind::Flag, SEGMENTS),
     instead("fsdp_limit_all_gathers", Kind::Flag, SEGMENTS),
     instead("fsdp_state_dict_type", Kind::Text, "checkpoints are kept per parameter and load at any number of ranks"),
-    instead("fsdp_cpu_ram_efficient_loading", Kind::Flag, "every rank reads its own part of a checkpoint"),
+    instead("fsdp_cpu_ram_efficient_loading", Kind::Flag, "every rank loads the whole model at the start"),
     instead("fsdp_sync_module_states", Kind::Flag, "every rank reads the same checkpoint"),
     instead("fsdp_use_orig_params", Kind::Flag, "parameters keep their names and shapes"),
 ];
@@ -84,7 +84,7 @@ pub(crate) const ACCELERATE: &[Key] = &[
     instead("dynamo_config", Kind::Any, PYTHON),
     instead("dynamo_backend", Kind::Any, PYTHON),
     instead("ipex_config", Kind::Any, PYTHON),
-    instead("tp_config", Kind::Any, "the recipe says how layers are divided among ranks"),
-    instead("megatron_lm_config", Kind::Any, "the recipe says how layers are divided among ranks"),
-    instead("parallelism_config", Kind::Any, "the recipe says how layers are divided among ranks"),
+    instead("tp_config", Kind::Any, "every rank computes whole layers, all of them"),
+    instead("megatron_lm_config", Kind::Any, "every rank computes whole layers, all of them"),
+    instead("parallelism_config", Kind::Any, "every rank computes whole layers, all of them"),
 ];

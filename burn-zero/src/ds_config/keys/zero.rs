@@ -3,7 +3,7 @@
 use super::{COUNT, Key, Kind, POSITIVE, flag, instead, number, read};
 
 const DEVICE: Kind = Kind::Choice(&["none", "cpu", "nvme"]);
-const MAPPED: &str = "files are mapped into memory; the system reads and writes them";
+const FILES: &str = "files are read ahead and written behind through a few buffers of fixed size";
 const PINNED: &str = "host buffers are ordinary memory";
 const GATHER: &str = "a segment's weights are gathered by one all_gather per bucket";
 const PLAIN: &str = "what is sent has the type it is kept in";
@@ -13,10 +13,10 @@ const OFFLOAD_OPTIMIZER: &[Key] = &[
     read("device", DEVICE),
     read("nvme_path", Kind::Text),
     flag("pin_memory", false, PINNED),
-    instead("buffer_count", COUNT, MAPPED),
-    instead("pipeline_read", Kind::Flag, MAPPED),
-    instead("pipeline_write", Kind::Flag, MAPPED),
-    instead("fast_init", Kind::Flag, MAPPED),
+    instead("buffer_count", COUNT, FILES),
+    instead("pipeline_read", Kind::Flag, FILES),
+    instead("pipeline_write", Kind::Flag, FILES),
+    instead("fast_init", Kind::Flag, FILES),
     number("ratio", 1.0, "all optimizer states are offloaded"),
     flag("super_offload", false, "the optimizer's step runs on the host's cores"),
     instead("cpuadam_cores_perc", Kind::Number, "the step takes the threads that the process has"),
@@ -28,9 +28,9 @@ const OFFLOAD_PARAM: &[Key] = &[
     read("device", DEVICE),
     read("nvme_path", Kind::Text),
     flag("pin_memory", false, PINNED),
-    instead("buffer_count", COUNT, MAPPED),
-    instead("buffer_size", COUNT, MAPPED),
-    instead("max_in_cpu", COUNT, MAPPED),
+    instead("buffer_count", COUNT, FILES),
+    instead("buffer_size", COUNT, FILES),
+    instead("max_in_cpu", COUNT, FILES),
 ];
 
 /// The block.
@@ -69,7 +69,7 @@ pub(super) const ZERO: &[Key] = &[
     instead("mics_shard_size", Kind::Any, "weights are divided among all ranks once"),
     flag("mics_hierarchical_params_gather", false, "weights are divided among all ranks once"),
     flag("memory_efficient_linear", true, "a linear layer keeps its input and no copy of its weight"),
-    flag("pipeline_loading_checkpoint", false, "every rank reads its own part of a checkpoint"),
+    flag("pipeline_loading_checkpoint", false, "every rank loads the whole model at the start and keeps its part"),
     flag("override_module_apply", true, "there is no module to override"),
     flag("log_trace_cache_warnings", false, "the order of segments is fixed; there is no trace"),
     flag("enable_sanity_checks", false, "shapes and types are always checked"),
@@ -78,5 +78,9 @@ pub(super) const ZERO: &[Key] = &[
     number("stage3_module_granularity_threshold", 0.0, "weights are gathered segment by segment"),
     flag("stage3_use_all_reduce_for_fetch_params", false, GATHER),
     flag("stage3_allgather_sequential", false, GATHER),
-    number("stage3_partition_stream_chunk_size", 0.0, "every rank reads its own part of a checkpoint"),
+    number(
+        "stage3_partition_stream_chunk_size",
+        0.0,
+        "every rank loads the whole model at the start and keeps its part",
+    ),
 ];
