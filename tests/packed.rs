@@ -88,9 +88,9 @@ fn product(a: &[f32], m: usize, [k, n]: [usize; 2], at: impl Fn(usize, usize) ->
     (0..m * n).map(|index| sum(index / n, index % n) as f32).collect()
 }
 
-fn close(found: &[f32], expected: &[f32], name: &str) {
+fn close(found: &[f32], expected: &[f32], limit: f32, name: &str) {
     let (difference, size) = (max_diff(found, expected), max_abs(expected));
-    assert!(size > 0.1 && difference <= 1e-5 * size, "{name}: {difference:e} of {size:e}");
+    assert!(size > 0.1 && difference <= limit * size, "{name}: {difference:e} of {size:e}");
 }
 
 #[test]
@@ -104,14 +104,16 @@ fn products_and_their_gradients_are_those_of_the_decoded_weight() {
             let (x, dy) = (numbers(&name, tokens * features), numbers("dy", tokens * out));
             let input = matrix::<Train>(&x, tokens).require_grad();
             let y = Linear::packed("layer", packed.clone(), None).forward(input.clone(), &Pass::default());
+            // Up to 8 rows may be rounded to 16-bit fixed point.
             close(
                 &floats(&y.clone().into_data()),
                 &product(&x, tokens, [features, out], |l, j| values[j * features + l]),
+                if tokens <= 8 { 4e-5 } else { 1e-5 },
                 &name,
             );
             let mut grads = (y * matrix(&dy, tokens)).sum().backward();
             let dx = floats(&input.grad_remove(&mut grads).unwrap().into_data());
-            close(&dx, &product(&dy, tokens, [out, features], |l, j| values[l * features + j]), &name);
+            close(&dx, &product(&dy, tokens, [out, features], |l, j| values[l * features + j]), 1e-5, &name);
         }
     }
 }
@@ -198,7 +200,7 @@ fn greedy_text_is_that_of_the_decoded_weights() {
         assert_eq!(text(&packed), text(&dense), "{name}");
         let logits = |model| floats(&generate::logits(model, &prompts[1]).unwrap().into_data());
         let (found, expected) = (logits(&packed), logits(&dense));
-        close(&found, &expected, name);
+        close(&found, &expected, 1e-5, name);
     }
     let file = Checkpoint::open(&fixture("gguf/model.gguf")).unwrap();
     let floats_of = file.load::<Flex>(DType::F32, &Default::default()).unwrap();

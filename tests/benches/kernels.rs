@@ -12,6 +12,7 @@ use burn_flex::FlexTensor;
 use burn_llama::kernel::{Kernels, Targets, Visibility, by_tensors};
 use burn_peft::{
     kernel::{Compute, LinearKernels, Stored, product},
+    packed::{BlockType, Codec, Packed},
     random,
 };
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -87,6 +88,28 @@ fn linear(c: &mut Criterion) {
                 }),
             ],
         );
+    }
+}
+
+/// One row of activations, as in writing, with weights of random blocks.
+fn packed(c: &mut Criterion) {
+    for (features, out) in [(HIDDEN, HIDDEN), (HIDDEN, INTERMEDIATE), (INTERMEDIATE, HIDDEN), (HIDDEN, VOCABULARY)] {
+        let x = tensor(1, [1, features]);
+        for kind in [BlockType::Q4_1, BlockType::Q8_0] {
+            let (codec, key) = (Codec::from(kind), random::key(&[2]));
+            // Bytes below 64 make no half that is not finite.
+            let bytes: Vec<u8> =
+                (0..(out * codec.row_bytes(features)) as u64).map(|at| random::bits(key, at) as u8 & 63).collect();
+            let rows = bytes.chunks_exact(codec.row_bytes(features));
+            let weight = Packed::<Flex>::new(codec, features, rows, &Default::default());
+            compare(
+                c,
+                &format!("packed {features} to {out}, one row"),
+                &mut [(&codec.to_string(), &mut || {
+                    drop(black_box(Flex::packed_forward(x.clone(), &weight, Compute::F32)));
+                })],
+            );
+        }
     }
 }
 
@@ -224,5 +247,5 @@ fn cross_entropy(c: &mut Criterion) {
     );
 }
 
-criterion_group!(kernels, linear, rms_norm, elementwise, attention, cross_entropy);
+criterion_group!(kernels, linear, packed, rms_norm, elementwise, attention, cross_entropy);
 criterion_main!(kernels);

@@ -1,8 +1,8 @@
 //! Products of packed rows with few rows of activations by integers, where the machine multiplies bytes (AVX-512 with VNNI).
 //!
-//! The weights stay the small integers that their blocks hold; each 32 activations become 16-bit integers times a scale:
-//! an activation is off by at most `1/65278` of the largest among its 32, and nothing else is rounded before the sums of
-//! 8 products are, exact up to there, floats again. Every row is summed by itself, so results do not depend on who shares the work.
+//! The weights stay the small integers that their blocks hold; each 32 activations become 16-bit integers times a scale, off
+//! by at most `1/65278` of the largest among them. Sums of 4 or 8 products are exact; they are scaled and added up in f32. Every
+//! row is summed by itself, so results do not depend on who shares the work.
 //!
 //! In loops over blocks there are no closures and no iterators: the compiler leaves them calls, for want of their own features.
 #![allow(clippy::needless_range_loop)]

@@ -1,5 +1,6 @@
 //! Products with rows of any storage: many rows of activations by tiles of decoded rows, few by a product of every stored row
-//! with each of them. Rows of f32, and of bf16 where products read them, are multiplied where they lie.
+//! with each of them, by integers where the machine can. Rows of f32, and of bf16 where products read them, are multiplied where
+//! they lie.
 
 #[cfg(target_arch = "x86_64")]
 use super::integers::Integers;

@@ -85,8 +85,8 @@ fn finish(group: &mut Group) {
 }
 
 impl Group {
-    /// The products of one half with unsigned bytes, summed in each lane: less than `4 · 255 · 32768`, a quarter of what an
-    /// integer holds.
+    /// The products of one half with unsigned bytes, summed in each lane. They stay below `4 · 255 · 2^15 < 2^25`, so that
+    /// neither they nor what is taken off them overflow.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     pub(super) fn dot(&self, half: usize, weights: __m512i) -> __m512i {
