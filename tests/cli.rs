@@ -1800,6 +1800,19 @@ mod mpi {
         lasting(work, folder)
     }
 
+    #[test]
+    fn mpi_launch_finds_mpirun_and_says_what_to_install_without_it() {
+        let work = Work::new();
+        let arguments =
+            ["launch", "-n", "2", "--", "train", "run.toml", "--dir", "out", "--set", "parallel.zero_stage=2"];
+        let done = work.succeed(&arguments);
+        assert_eq!(done.stdout.lines().count(), 1, "one rank speaks: {done:?}");
+        assert!(!lasting(&work, "out").is_empty(), "{done:?}");
+        let output = work.command(&arguments).env("PATH", "").output().unwrap();
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && words.contains("openmpi-bin"), "{words}");
+    }
+
     /// Asserts that two runs have the same losses.
     fn assert_same(found: &[Value], expected: &[Value], what: &str) {
         assert_eq!(found.len(), expected.len(), "{what}");

@@ -11,7 +11,7 @@ fn main() -> ExitCode {
     process::begin();
     let cli = cli::Cli::parse();
     // Deep graphs are walked recursively when they are freed.
-    let pool = rayon::ThreadPoolBuilder::new().stack_size(64 << 20).build_global();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(process::threads()).stack_size(64 << 20).build_global();
     if let Err(error) = pool {
         eprintln!("error: threads cannot be started: {error}");
         return ExitCode::from(2);

@@ -20,6 +20,20 @@ pub fn begin() {
     }
 }
 
+/// How many ranks `mpirun` has started on this machine; 1 without it.
+pub fn ranks_here() -> usize {
+    let ranks = std::env::var("OMPI_COMM_WORLD_LOCAL_SIZE").ok();
+    ranks.and_then(|text| text.parse().ok()).unwrap_or(1).max(1)
+}
+
+/// The threads that this process computes with: RAYON_NUM_THREADS where it is set, else its share of the machine's cores.
+pub fn threads() -> usize {
+    let said =
+        std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|&threads| threads > 0);
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    said.unwrap_or_else(|| (cores() / ranks_here()).max(1))
+}
+
 /// How long ago [`begin`] was called; nothing if it was not.
 pub fn age() -> Duration {
     BEGAN.get().map_or(Duration::ZERO, Instant::elapsed)
@@ -32,4 +46,13 @@ pub fn give_back() {
     unsafe {
         libc::malloc_trim(0)
     };
+}
+
+/// From now on blocks of a MiB go back as soon as they are freed: what a process holds is what it uses, and slower.
+pub fn keep_nothing() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    for (parameter, value) in [(libc::M_MMAP_MAX, 1 << 16), (libc::M_MMAP_THRESHOLD, 1 << 20)] {
+        // SAFETY: it sets a number of the allocator's; a refusal changes nothing.
+        unsafe { libc::mallopt(parameter, value) };
+    }
 }

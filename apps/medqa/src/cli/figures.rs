@@ -35,16 +35,13 @@ pub struct EstimateArgs {
     /// With activation_checkpointing = "full"
     #[arg(long)]
     pub recompute: bool,
-    /// Take two steps on tokens of no meaning and print what the estimate says beside what was counted and measured;
+    /// Take two steps on tokens of no meaning, in f32, and print what the estimate says beside what was counted and measured;
     /// under mpirun by all its ranks
     #[arg(long, conflicts_with = "config")]
     pub measure: bool,
     /// What --measure divides among ranks: 0 to 3
     #[arg(long, default_value_t = 0, requires = "measure")]
     pub zero_stage: u8,
-    /// What --measure keeps weights in: f32 or bf16
-    #[arg(long, default_value = "f32", requires = "measure", value_parser = ["f32", "bf16"])]
-    pub dtype: String,
     /// Where --measure has optimizer states: none, cpu or nvme (in a file beside)
     #[arg(long, default_value = "none", requires = "measure")]
     pub offload_optimizer: String,

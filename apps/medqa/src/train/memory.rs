@@ -3,7 +3,7 @@
 use crate::{
     adapter::lora_config,
     backend::Device,
-    estimate,
+    estimate, process,
     recipe::{Checkpointing, Dtype, MethodKind, Place, Recipe},
 };
 use anyhow::{Result, bail};
@@ -200,10 +200,8 @@ fn alternatives(load: &Load, recipe: &Recipe) -> Vec<(String, u64)> {
     all
 }
 
-/// How many ranks share this machine.
 fn ranks_here() -> u64 {
-    let ranks = std::env::var("OMPI_COMM_WORLD_LOCAL_SIZE").ok();
-    ranks.and_then(|text| text.parse().ok()).unwrap_or(1).max(1)
+    process::ranks_here() as u64
 }
 
 /// What a rank may still take and what it holds: the machine's or the container's memory, shared alike by its ranks.
