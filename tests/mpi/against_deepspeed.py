@@ -196,5 +196,7 @@ def main() -> None:
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "real"))
+# DeepSpeed compiles by a ninja on PATH; pip has put it beside Python.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 if __name__ == "__main__":
     main()
