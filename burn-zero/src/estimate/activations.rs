@@ -1,7 +1,7 @@
 //! What a LLaMA keeps of a micro-batch for the backward pass.
 
 /// The most logits that exist at a time: the head's loss goes over blocks of tokens and vocabulary.
-pub const LOGITS: u64 = 5 << 19;
+pub const LOGITS: u64 = 5 << 20;
 
 /// The sizes of a LLaMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,7 +161,7 @@ mod tests {
     fn logits_never_take_more_than_a_block() {
         let shape = shape([1, 8, 8, 1, 1, 8, 128_256]);
         let rest = |tokens| tokens * (4 * 2 * 8 + 4);
-        for (tokens, logits) in [(1, 128_256), (20, 20 * 128_256), (21, LOGITS), (100_000, LOGITS)] {
+        for (tokens, logits) in [(1, 128_256), (40, 40 * 128_256), (41, LOGITS), (100_000, LOGITS)] {
             let found = shape.activations(tokens, 4, Recompute::None).head;
             assert_eq!(found, rest(tokens) + 4 * logits, "{tokens} tokens");
         }
