@@ -157,7 +157,14 @@ fn plain(matrix: Matrix<'_>, rounded: Option<Compute>, work: impl FnOnce(Plain<'
             Values::Bf16(values) => values[..spanned].convert_to_f32_slice(copy),
         }
         match rounded {
-            Some(Compute::F16) => copy.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
+            Some(Compute::F16) => {
+                let mut halves = [f16::ZERO; 256];
+                for part in copy.chunks_mut(halves.len()) {
+                    let halves = &mut halves[..part.len()];
+                    halves.convert_from_f32_slice(part);
+                    halves.convert_to_f32_slice(part);
+                }
+            }
             Some(Compute::Bf16) => copy.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
             Some(Compute::F32) | None => {}
         }
