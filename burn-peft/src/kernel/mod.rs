@@ -10,6 +10,8 @@ mod by_tensors;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "flex")]
+pub mod instructions;
+#[cfg(feature = "flex")]
 pub mod matrix;
 #[cfg(feature = "flex")]
 pub mod scratch;

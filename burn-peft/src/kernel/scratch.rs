@@ -1,12 +1,13 @@
 //! Memory that stays with a thread, and loops compiled for the machine's own vector instructions.
 
+use super::instructions;
 use std::cell::Cell;
 
-/// Runs `work` compiled for the widest vector instructions that this machine has. Everything it calls must be
+/// Runs `work` compiled for the widest vector instructions that it may use on this machine. Everything it calls must be
 /// `#[inline(always)]` to take part.
 #[inline(always)]
 pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(work)
+    instructions::vectors().dispatch(work)
 }
 
 thread_local! {

@@ -11,7 +11,10 @@ mod fixed;
 mod formats;
 
 use super::rows::Bytes;
-use crate::packed::BlockType;
+use crate::{
+    kernel::instructions::{Instructions, allowed},
+    packed::BlockType,
+};
 use fixed::Group;
 use formats::{Format, Nibbles, Q4K, Q6K, Q8};
 use std::arch::x86_64::*;
@@ -56,7 +59,8 @@ impl Integers {
 
 /// Whether this machine can.
 pub(super) fn available() -> bool {
-    is_x86_feature_detected!("avx512f")
+    allowed() >= Instructions::Avx512
+        && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512vnni")

@@ -1,4 +1,5 @@
-//! Products by 512-bit vectors, of f32 or of pairs of bf16 whose products are summed in f32.
+//! Products by 512-bit vectors, of f32 or of pairs of bf16 whose products are summed in f32; the latter by tiles where the
+//! machine has them.
 //!
 //! One side is the *vector* side: [`WIDTH`] of its vectors lie side by side in registers. The other is the *broadcast* side:
 //! [`ROWS`] of its values are multiplied with all of them. Either side of the product can be either; the one that costs
@@ -10,9 +11,13 @@
 
 mod micro;
 mod pack;
+mod tiles;
 
 use super::{Matrix, Output, Threads, Values};
-use crate::kernel::Compute;
+use crate::kernel::{
+    Compute,
+    instructions::{Instructions, allowed},
+};
 use rayon::prelude::*;
 use std::cell::Cell;
 
@@ -33,7 +38,8 @@ const PARALLEL: usize = 1 << 21;
 
 /// Whether this machine can compute so.
 pub(super) fn available(compute: Compute) -> bool {
-    let vectors = is_x86_feature_detected!("avx512f")
+    let vectors = allowed() >= Instructions::Avx512
+        && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl");
     let multiplies = match compute {
@@ -42,6 +48,42 @@ pub(super) fn available(compute: Compute) -> bool {
         Compute::F16 => false,
     };
     vectors && multiplies
+}
+
+/// What words are and what multiplies them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Arithmetic {
+    /// An f32 each, by vectors.
+    F32,
+    /// A pair of bf16, by vectors.
+    Pairs,
+    /// A pair of bf16, by tiles.
+    Tiles,
+}
+
+impl Arithmetic {
+    fn of(compute: Compute) -> Self {
+        match compute {
+            Compute::Bf16 if allowed() >= Instructions::Amx && tiles::available() => Self::Tiles,
+            Compute::Bf16 => Self::Pairs,
+            _ => Self::F32,
+        }
+    }
+
+    /// Inner values in a word.
+    fn pair(self) -> usize {
+        if self == Self::F32 { 1 } else { 2 }
+    }
+
+    /// Rows of the broadcast side that meet a panel at a time.
+    fn rows(self) -> usize {
+        if self == Self::Tiles { tiles::ROWS } else { ROWS }
+    }
+
+    /// Rows for which a stage has room.
+    fn staged(self) -> usize {
+        if self == Self::Tiles { tiles::ROWS } else { micro::STAGE }
+    }
 }
 
 /// One operand, as vectors along the inner dimension.
@@ -115,7 +157,8 @@ pub(super) unsafe fn product(
     let target = Target { values: out.values.as_mut_ptr(), strides: [out.stride, 1], add: out.add, factor };
     let turned = a.cost(b.count, k) < b.cost(a.count, k);
     let (broadcast, vectors, strides) = if turned { (b, a, [1, out.stride]) } else { (a, b, target.strides) };
-    let work = Work { broadcast, vectors, target: Target { strides, ..target }, k, bf16: compute == Compute::Bf16 };
+    let arithmetic = Arithmetic::of(compute);
+    let work = Work { broadcast, vectors, target: Target { strides, ..target }, k, arithmetic };
     if threads == Threads::One || broadcast.count * vectors.count * k < PARALLEL {
         return work.part([0..broadcast.count, 0..vectors.count.div_ceil(WIDTH)]);
     }
@@ -124,8 +167,9 @@ pub(super) unsafe fn product(
         let part = |index: usize, parts: usize, whole: usize| index * whole / parts..(index + 1) * whole / parts;
         let (row, column) = (task % rows, task / rows);
         let panels = work.vectors.count.div_ceil(WIDTH);
-        let tiles = part(row, rows, work.broadcast.count.div_ceil(ROWS));
-        work.part([tiles.start * ROWS..(tiles.end * ROWS).min(work.broadcast.count), part(column, columns, panels)]);
+        let high = work.arithmetic.rows();
+        let tiles = part(row, rows, work.broadcast.count.div_ceil(high));
+        work.part([tiles.start * high..(tiles.end * high).min(work.broadcast.count), part(column, columns, panels)]);
     });
 }
 
@@ -136,7 +180,7 @@ struct Work {
     target: Target,
     /// Inner values.
     k: usize,
-    bf16: bool,
+    arithmetic: Arithmetic,
 }
 
 thread_local! {
@@ -172,7 +216,7 @@ impl Work {
 
     /// Words of the inner dimension that are summed at a time: parts of like size, whole registers.
     fn depth(&self) -> usize {
-        let words = self.k.div_ceil(self.pair());
+        let words = self.k.div_ceil(self.arithmetic.pair());
         words.div_ceil(words.div_ceil(DEPTH)).next_multiple_of(16)
     }
 
@@ -181,22 +225,20 @@ impl Work {
         (PACKED / (self.depth() * WIDTH)).max(1)
     }
 
-    /// Inner values in a word.
-    fn pair(&self) -> usize {
-        if self.bf16 { 2 } else { 1 }
-    }
-
     /// The product of some rows of the broadcast side with some panels of the vector side.
     fn part(&self, [rows, panels]: [std::ops::Range<usize>; 2]) {
-        let (words, depth) = (self.k.div_ceil(self.pair()), self.depth());
+        let (pair, high) = (self.arithmetic.pair(), self.arithmetic.rows());
+        let (words, depth) = (self.k.div_ceil(pair), self.depth());
         let step = self.panels().min(panels.len()).max(1);
         let room = step * depth * WIDTH;
-        with_words(room + micro::STAGE * depth, |scratch| {
+        // SAFETY: they are available where this arithmetic is chosen, and this thread comes here once at a time.
+        let _tiles = (self.arithmetic == Arithmetic::Tiles).then(|| unsafe { tiles::Tiles::take() });
+        with_words(room + self.arithmetic.staged() * depth, |scratch| {
             let stage = scratch.wrapping_add(room);
             for from in panels.clone().step_by(step) {
                 let panels = from..panels.end.min(from + step);
                 for start in (0..words).step_by(depth) {
-                    let inner = [start * self.pair(), self.k.min((start + depth) * self.pair())];
+                    let inner = [start * pair, self.k.min((start + depth) * pair)];
                     // SAFETY: the scratch has room for these panels and a stage, and all indices exist.
                     unsafe {
                         let room = |index| scratch.add(index * depth * WIDTH);
@@ -204,8 +246,8 @@ impl Work {
                         for (index, panel) in panels.clone().enumerate().filter(|&(_, panel)| !lies(panel)) {
                             pack::panel(self, panel, inner, room(index));
                         }
-                        for row in rows.clone().step_by(ROWS) {
-                            let tile = row..rows.end.min(row + ROWS);
+                        for row in rows.clone().step_by(high) {
+                            let tile = row..rows.end.min(row + high);
                             let left = pack::stage(self, tile.clone(), inner, stage);
                             for (index, panel) in panels.clone().enumerate() {
                                 let right = match lies(panel) {

@@ -1,6 +1,6 @@
 //! The sums of one tile in registers.
 
-use super::{ROWS, Target, WIDTH, Work, pack::transpose};
+use super::{Arithmetic, ROWS, Target, WIDTH, Work, pack::transpose, tiles};
 use std::{arch::x86_64::*, ops::Range};
 
 /// Words from one inner step to the next of rows that were staged side by side.
@@ -37,13 +37,19 @@ pub(super) unsafe fn tile(
     // SAFETY: the tile lies in the target, by the caller.
     let out = unsafe { values.add(rows.start * down + start * across) };
     let place = Place { out, down, across, columns, add: add || from > 0, factor };
-    let words = (to - from).div_ceil(work.pair());
+    let words = (to - from).div_ceil(work.arithmetic.pair());
     // SAFETY: by the caller.
     unsafe {
-        if work.bf16 {
-            sum_bf16(rows.len(), words, left, right, place)
-        } else {
-            sum_f32(rows.len(), words, left, right, place)
+        match work.arithmetic {
+            Arithmetic::F32 => sum_f32(rows.len(), words, left, right, place),
+            Arithmetic::Pairs => sum_bf16(rows.len(), words, left, right, place),
+            Arithmetic::Tiles => {
+                let sums = tiles::Sums::new(words, left, right);
+                for row in (0..rows.len()).step_by(ROWS) {
+                    let place = Place { out: place.out.add(row * down), ..place };
+                    put_sums(ROWS.min(rows.len() - row), words, sums.from(row), right, place);
+                }
+            }
         }
     }
 }
@@ -83,7 +89,27 @@ unsafe fn sum_bf16(rows: usize, words: usize, left: Left, right: Right, place: P
     unsafe { for_rows!(multiply_bf16, rows, (words, left, right, place)) }
 }
 
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn put_sums(rows: usize, words: usize, left: Left, right: Right, place: Place) {
+    // SAFETY: by the caller of [`tile`].
+    unsafe { for_rows!(summed, rows, (words, left, right, place)) }
+}
+
 type Sums<const R: usize> = [[__m512; 2]; R];
+
+/// Sums that tiles have made: `left` holds them.
+#[inline(always)]
+unsafe fn summed<const R: usize>(_: usize, left: Left, _: Right) -> Sums<R> {
+    // SAFETY: by the caller of [`tile`].
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); 2]; R];
+        for (row, [sum0, sum1]) in sums.iter_mut().enumerate() {
+            let from: *const f32 = left.words.add(row * left.strides[0]).cast();
+            (*sum0, *sum1) = (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16)));
+        }
+        sums
+    }
+}
 
 #[inline(always)]
 unsafe fn multiply_f32<const R: usize>(words: usize, left: Left, right: Right) -> Sums<R> {

@@ -1,13 +1,14 @@
 //! Operands in the order in which a tile reads them.
 
 use super::{
-    ROWS, Side, WIDTH, Work,
+    Arithmetic, ROWS, Side, WIDTH, Work,
     micro::{Left, Right, STAGE, pack_mask},
+    tiles,
 };
 use std::{arch::x86_64::*, ops::Range};
 
 /// Writes panel `panel` of the vector side, `inner` values deep: for every word of depth the words of all its vectors, zeros
-/// for those that are not there.
+/// for those that are not there. Pairs are followed by zeros to a multiple of 16 words of depth.
 ///
 /// # Safety
 /// `to` has room for as many words, a multiple of 16 deep; the machine has the instructions.
@@ -16,11 +17,11 @@ pub(super) unsafe fn panel(work: &Work, panel: usize, inner: [usize; 2], to: *mu
     let vectors = start..side.count.min(start + WIDTH);
     // SAFETY: by the caller.
     unsafe {
-        match (side.half, work.bf16) {
-            (false, false) => panel_f32::<false>(side, vectors, inner, to),
-            (true, false) => panel_f32::<true>(side, vectors, inner, to),
-            (false, true) => panel_bf16::<false>(side, vectors, inner, to),
-            (true, true) => panel_bf16::<true>(side, vectors, inner, to),
+        match (side.half, work.arithmetic) {
+            (false, Arithmetic::F32) => panel_f32::<false>(side, vectors, inner, to),
+            (true, Arithmetic::F32) => panel_f32::<true>(side, vectors, inner, to),
+            (false, _) => panel_bf16::<false>(side, vectors, inner, to),
+            (true, _) => panel_bf16::<true>(side, vectors, inner, to),
         }
     }
 }
@@ -28,7 +29,7 @@ pub(super) unsafe fn panel(work: &Work, panel: usize, inner: [usize; 2], to: *mu
 /// Whether a panel can be read in its place: whole, of f32 and side by side.
 pub(super) fn lies(work: &Work, panel: usize) -> bool {
     let side = &work.vectors;
-    !side.half && !work.bf16 && side.strides[0] == 1 && (panel + 1) * WIDTH <= side.count
+    !side.half && work.arithmetic == Arithmetic::F32 && side.strides[0] == 1 && (panel + 1) * WIDTH <= side.count
 }
 
 /// A panel in its place.
@@ -41,26 +42,36 @@ pub(super) unsafe fn where_it_lies(work: &Work, panel: usize, inner: [usize; 2])
     Right { words: unsafe { side.at(panel * WIDTH, inner[0]) }.cast(), stride: side.strides[1] }
 }
 
-/// The rows of the broadcast side as words, `inner` values deep: where they lie if they can be read there, else in `stage`.
+/// The rows of the broadcast side as words, `inner` values deep: where they lie if they can be read there, else in `stage`. For
+/// tiles the words of a row lie side by side and are followed by zeros to a multiple of 16.
 ///
 /// # Safety
-/// As for [`panel`]; `stage` has room for [`STAGE`] times that many words.
+/// As for [`panel`]; `stage` has room for [`Arithmetic::staged`] times that many words.
 pub(super) unsafe fn stage(work: &Work, rows: Range<usize>, inner: [usize; 2], stage: *mut u32) -> Left {
     let side = &work.broadcast;
     // SAFETY: by the caller.
     unsafe {
         let words = side.at(rows.start, inner[0]).cast();
-        match (side.half, work.bf16) {
-            (false, false) => Left { words, strides: side.strides },
-            // Pairs that lie side by side.
-            (true, true) if side.strides[1] == 1 && side.strides[0].is_multiple_of(2) && inner[1].is_multiple_of(2) => {
-                Left { words, strides: [side.strides[0] / 2, 1] }
-            }
-            (true, false) => stage_f32(side, rows, inner, stage),
-            (false, true) => stage_bf16::<false>(side, rows, inner, stage),
-            (true, true) => stage_bf16::<true>(side, rows, inner, stage),
+        match (side.half, work.arithmetic) {
+            (false, Arithmetic::F32) => Left { words, strides: side.strides },
+            (true, Arithmetic::F32) => stage_f32(side, rows, inner, stage),
+            (true, _) if lie_in_pairs(work, rows.len(), inner) => Left { words, strides: [side.strides[0] / 2, 1] },
+            (false, Arithmetic::Pairs) => stage_bf16::<false>(side, rows, inner, stage),
+            (true, Arithmetic::Pairs) => stage_bf16::<true>(side, rows, inner, stage),
+            (false, Arithmetic::Tiles) => stage_tiles::<false>(side, rows, inner, stage),
+            (true, Arithmetic::Tiles) => stage_tiles::<true>(side, rows, inner, stage),
         }
     }
+}
+
+/// Whether rows of bf16 are words as they lie; for tiles they must also fill them.
+fn lie_in_pairs(work: &Work, rows: usize, [from, end]: [usize; 2]) -> bool {
+    let side = &work.broadcast;
+    let fill = rows == tiles::ROWS && (end - from).is_multiple_of(2 * tiles::WORDS);
+    side.strides[1] == 1
+        && side.strides[0].is_multiple_of(2)
+        && end.is_multiple_of(2)
+        && (work.arithmetic != Arithmetic::Tiles || fill)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -85,6 +96,32 @@ unsafe fn stage_f32(side: &Side, rows: Range<usize>, inner: [usize; 2], to: *mut
 unsafe fn stage_bf16<const HALF: bool>(side: &Side, rows: Range<usize>, inner: [usize; 2], to: *mut u32) -> Left {
     // SAFETY: by the caller of [`stage`].
     unsafe { place::<HALF, true>(side, rows, inner, to) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn stage_tiles<const HALF: bool>(side: &Side, rows: Range<usize>, inner: [usize; 2], to: *mut u32) -> Left {
+    // SAFETY: by the caller of [`stage`].
+    unsafe {
+        if side.strides[1] == 1 {
+            return place::<HALF, true>(side, rows, inner, to);
+        }
+        let [from, end] = inner;
+        let words = (end - from).div_ceil(2);
+        let depth = words.next_multiple_of(16);
+        for (row, first) in rows.clone().step_by(16).enumerate() {
+            let count = (rows.end - first).min(16);
+            for word in (0..words).step_by(16) {
+                let mut columns = [_mm512_setzero_si512(); 16];
+                for (index, column) in columns.iter_mut().enumerate() {
+                    *column = word_of::<HALF, true>(side, [first, count], [from + 2 * (word + index), end]);
+                }
+                for (index, words) in transpose(columns).into_iter().take(count).enumerate() {
+                    _mm512_storeu_si512(to.add((16 * row + index) * depth + word).cast(), words);
+                }
+            }
+        }
+        Left { words: to, strides: [depth, 1] }
+    }
 }
 
 /// Writes rows of a side as words: one after the other if their values lie side by side, else as [`lay`] does.
@@ -132,6 +169,7 @@ unsafe fn lay<const HALF: bool, const PAIRS: bool, const LANES: usize>(
 ) {
     let pair = if PAIRS { 2 } else { 1 };
     let words = (end - from).div_ceil(pair);
+    let depth = if PAIRS { words.next_multiple_of(16) } else { words };
     // SAFETY: by the callers; masks keep to the values that exist.
     unsafe {
         for lane in (0..LANES).step_by(16) {
@@ -139,7 +177,7 @@ unsafe fn lay<const HALF: bool, const PAIRS: bool, const LANES: usize>(
             let count = (vectors.end - first).min(16);
             let to = to.add(lane);
             if count == 0 {
-                for word in 0..words {
+                for word in 0..depth {
                     _mm512_storeu_si512(to.add(word * LANES).cast(), _mm512_setzero_si512());
                 }
             } else if side.strides[1] == 1 {
@@ -153,32 +191,54 @@ unsafe fn lay<const HALF: bool, const PAIRS: bool, const LANES: usize>(
                         _mm512_storeu_si512(to.add((word + index) * LANES).cast(), column);
                     }
                 }
-            } else if side.strides[0] == 1 {
-                let mask = pack_mask(count);
-                for word in 0..words {
-                    let inner = from + word * pair;
-                    let low = across::<HALF, PAIRS>(side.at(first, inner), mask);
-                    let high = if PAIRS && inner + 1 < end {
-                        _mm512_slli_epi32::<16>(across::<HALF, PAIRS>(side.at(first, inner + 1), mask))
-                    } else {
-                        _mm512_setzero_si512()
-                    };
-                    _mm512_storeu_si512(to.add(word * LANES).cast(), _mm512_or_si512(low, high));
-                }
             } else {
-                for word in 0..words {
-                    for index in 0..16 {
-                        let inner = from + word * pair;
-                        let value = |inner| match index < count && inner < end {
-                            true => one::<HALF, PAIRS>(side.at(first + index, inner)),
-                            false => 0,
-                        };
-                        let high = if PAIRS { value(inner + 1) << 16 } else { 0 };
-                        to.add(word * LANES + index).write(value(inner) | high);
-                    }
+                for word in 0..depth {
+                    let column = word_of::<HALF, PAIRS>(side, [first, count], [from + word * pair, end]);
+                    _mm512_storeu_si512(to.add(word * LANES).cast(), column);
                 }
             }
         }
+    }
+}
+
+/// A word of depth of 16 vectors from `first` on, of which `count` exist; zeros beyond the end.
+#[inline(always)]
+unsafe fn word_of<const HALF: bool, const PAIRS: bool>(
+    side: &Side,
+    [first, count]: [usize; 2],
+    [inner, end]: [usize; 2],
+) -> __m512i {
+    // SAFETY: masks keep to the values that exist.
+    unsafe {
+        let low = values_of::<HALF, PAIRS>(side, [first, count], [inner, end]);
+        if !PAIRS {
+            return low;
+        }
+        let high = values_of::<HALF, PAIRS>(side, [first, count], [inner + 1, end]);
+        _mm512_or_si512(low, _mm512_slli_epi32::<16>(high))
+    }
+}
+
+/// One value of each of 16 vectors, as [`word_of`].
+#[inline(always)]
+unsafe fn values_of<const HALF: bool, const PAIRS: bool>(
+    side: &Side,
+    [first, count]: [usize; 2],
+    [inner, end]: [usize; 2],
+) -> __m512i {
+    // SAFETY: masks keep to the values that exist.
+    unsafe {
+        if inner >= end {
+            return _mm512_setzero_si512();
+        }
+        if side.strides[0] == 1 {
+            return across::<HALF, PAIRS>(side.at(first, inner), pack_mask(count));
+        }
+        let mut words = [0; 16];
+        for (index, word) in words.iter_mut().enumerate().take(count) {
+            *word = one::<HALF, PAIRS>(side.at(first + index, inner));
+        }
+        _mm512_loadu_si512(words.as_ptr().cast())
     }
 }
 
