@@ -1,7 +1,8 @@
 //! The laws of the collectives and of ZeRO between real processes: `mpirun -n 3 ranks`, from `tests/mpi/run`.
 //!
-//! Every rank trains its micro-batches in every stage, with states and weights on the device, on the host and in a file, and
-//! compares the parameters with one process that takes all of them, and what it has sent with the formulas of the paper.
+//! Every rank trains its micro-batches in every stage, with states and weights on the device, on the host and in a file, with
+//! clipping and without (then the last micro-batch of a step is updated with on its way), and compares the parameters with one
+//! process that takes all of them, and what it has sent with the formulas of the paper.
 //! `ranks lose` lets rank 1 kill itself between two steps, `ranks hang` lets it fall silent. With a folder in TRACE each rank
 //! leaves a timeline there.
 
@@ -151,23 +152,31 @@ fn values(model: &Stack<Train>) -> Vec<f32> {
     values.0
 }
 
-fn engine() -> Engine<Train> {
-    Engine::new(AdamW::default(), Some(0.5), Checkpointing::All)
+fn engine(max_grad_norm: Option<f64>) -> Engine<Train> {
+    Engine::new(AdamW::default(), max_grad_norm, Checkpointing::All)
 }
 
-/// The parameters after ten steps, and how many elements of gradients and of weights were sent until then.
+/// The parameters after ten steps, and how many elements of gradients and of weights were sent until then. The last micro-batch
+/// of a step is updated with on its way, where it is `early` and nothing is clipped.
 fn train(
     shape: Shape,
     mut engine: Engine<Train>,
-    micros: &[usize],
+    (micros, early): (&[usize], bool),
     world: usize,
 ) -> Result<(Vec<f32>, [u64; 2]), Error> {
     let mut model = shape.stack();
+    let (last, others) = micros.split_last().expect("a step has a micro-batch");
     for step in 0..STEPS {
-        for micro in micros {
-            engine.accumulate(&mut model, &rows(step * world + micro))?;
+        let rows = |micro| rows(step * world + micro);
+        for &micro in others {
+            engine.accumulate(&mut model, &rows(micro))?;
         }
-        engine.step(&mut model, 1e-3)?;
+        if early {
+            engine.accumulate_and_step(&mut model, &rows(*last), 1e-3)?;
+        } else {
+            engine.accumulate(&mut model, &rows(*last))?;
+            engine.step(&mut model, 1e-3)?;
+        }
     }
     let traffic = engine.traffic();
     let found = engine.with_whole(&model, values)?;
@@ -196,15 +205,16 @@ fn stages(group: &mut Group) -> Result<(), Error> {
     let everyone: Vec<usize> = (0..world).collect();
     // The same for all ranks, whose parent is mpirun, and no other run's.
     let folder = std::env::temp_dir().join(format!("ranks-of-{}", std::os::unix::process::parent_id()));
-    for (tied, frozen) in [(false, false), (true, false), (false, true), (true, true)] {
+    let shapes = [(false, false), (true, false), (false, true), (true, true)];
+    for ((tied, frozen), clip) in shapes.into_iter().flat_map(|shape| [(shape, Some(0.5)), (shape, None)]) {
         let shape = Shape { tied, frozen };
-        let (expected, _) = train(shape, engine(), &everyone, world)?;
+        let (expected, _) = train(shape, engine(clip), (&everyone, false), world)?;
         for tier in [Tier::Device, Tier::Host, Tier::File(folder.clone())] {
             for stage in [Stage::Replicated, Stage::States, Stage::Gradients, Stage::Weights] {
-                let what = format!("{shape:?}, {tier:?}, {stage:?}, rank {rank} of {world}");
-                let engine = engine().in_world(group.split(0, rank)?, Sharding { stage, bucket_size: BUCKET });
+                let what = format!("{shape:?}, clipped to {clip:?}, {tier:?}, {stage:?}, rank {rank} of {world}");
+                let engine = engine(clip).in_world(group.split(0, rank)?, Sharding { stage, bucket_size: BUCKET });
                 let engine = engine.with_weights_in(tier.clone()).with_states_in(&tier)?;
-                let (found, sent) = train(shape, engine, &[rank], world)?;
+                let (found, sent) = train(shape, engine, (&[rank], true), world)?;
                 let apart = found.iter().zip(&expected).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
                 assert_eq!((found.len(), apart), (expected.len(), 0), "values that differ: {what}");
                 let steps = STEPS as u64;
@@ -249,7 +259,7 @@ fn collectives(group: &mut Group) -> Result<(), Error> {
 fn until_lost(group: Group, kill: bool) -> Result<(), Error> {
     let rank = group.rank();
     let sharding = Sharding { stage: Stage::Gradients, bucket_size: BUCKET };
-    let mut engine = engine().in_world(Box::new(group.with_deadline(Duration::from_secs(5))), sharding);
+    let mut engine = engine(Some(0.5)).in_world(Box::new(group.with_deadline(Duration::from_secs(5))), sharding);
     let mut model = Shape { tied: true, frozen: false }.stack();
     for step in 0..1_000_000 {
         if rank == 1 && step == 20 {

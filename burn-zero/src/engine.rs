@@ -2,17 +2,17 @@
 
 use crate::{
     Error,
-    comm::{self, Collectives, Communicator, Lane, Queue, Solo, Trace, Traffic},
+    comm::{self, Collectives, Communicator, Queue, Solo, Trace, Traffic},
     ds_config::Stage,
     estimate::Memory,
-    gather::{Gathered, Place, Put, Weights},
+    gather::{Put, Weights},
     held::Held,
     offload::{Desk, Offload, Tier},
     optimizer::{Groups, Optimizer, State},
     partition::{Layout, Sharding},
     precision::LossScaler,
     reduce::{Gradients, Peak},
-    segment::{self, Checkpointing, Resident, Segments, TrainSegments, Value},
+    segment::{Checkpointing, TrainSegments, Value},
 };
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
@@ -24,7 +24,9 @@ use burn::{
 use std::{collections::HashMap, path::Path, sync::Arc};
 
 mod checkpoint;
+mod pass;
 mod step;
+mod update;
 
 pub use checkpoint::{consolidate, restore_weights};
 
@@ -40,7 +42,7 @@ pub struct StepReport {
 }
 
 /// One rank that trains a model. An optimizer step is any number of micro-batches: [`Engine::accumulate`] for each, then
-/// [`Engine::step`].
+/// [`Engine::step`], or [`Engine::accumulate_and_step`] for the last one, which needs less memory where nothing is clipped.
 ///
 /// Ranks hold the same model and take the same number of micro-batches, each its own. What they hold of gradients, optimizer
 /// states and weights is what [`Sharding`] says; what they compute does not depend on it: with one micro-batch per rank and
@@ -75,6 +77,15 @@ struct Division<B: AutodiffBackend> {
     gradients: Gradients<B::InnerBackend>,
     /// Stage 3's.
     weights: Option<Weights<B::InnerBackend>>,
+}
+
+impl<B: AutodiffBackend> Division<B> {
+    /// The gradients so far; from here on the next step's are gathered.
+    fn take_gradients(&mut self) -> Gradients<B::InnerBackend> {
+        let mut fresh = Gradients::new(&self.layout);
+        fresh.peak = self.gradients.peak;
+        std::mem::replace(&mut self.gradients, fresh)
+    }
 }
 
 impl<B: AutodiffBackend> Engine<B> {
@@ -144,54 +155,6 @@ impl<B: AutodiffBackend> Engine<B> {
     /// What the loss is multiplied by in the next micro-batch; 1 without a scaler.
     pub fn loss_scale(&self) -> f64 {
         self.scaler.map_or(1.0, |scaler| scaler.scale())
-    }
-
-    /// Adds the gradients of one micro-batch; returns the sum of this rank's loss.
-    ///
-    /// The loss weights in `batch` must already be divided by the number of target tokens of the whole step, of all ranks and
-    /// micro-batches, so that the sum over them is the step's gradient whatever their sizes. Sums are kept in f32.
-    ///
-    /// In stage 3 the first call takes this rank's part of the weights and leaves shells in the model, see
-    /// [`Engine::with_whole`]. What is trained must not change from then on.
-    ///
-    /// # Errors
-    /// [`Error::Lost`] and the like if a rank is lost; gradients are incomplete then.
-    pub fn accumulate<M: TrainSegments<B>>(
-        &mut self,
-        model: &mut M,
-        batch: &<M as Segments<B>>::Batch,
-    ) -> Result<f64, Error> {
-        self.divide(model)?;
-        let (queue, checkpointing, overlap) = (&self.queue, self.checkpointing, self.overlap);
-        // A reduction of one rank is the identity: it may wait, unless it takes gradients off the device.
-        let divided = self.sharding.stage >= Stage::Gradients;
-        let early = if queue.world() > 1 { divided } else { self.desk.is_some() };
-        let division = self.division.as_mut().expect("the model was divided above");
-        let (layout, gradients) = (&division.layout, &mut division.gradients);
-        let (mut peak, how) = (Peak::default(), (checkpointing, queue.trace()));
-        let mut sink = |segment, found| {
-            gradients.add(layout, found);
-            if early {
-                gradients.reduce_after(layout, segment, queue)?;
-                if !overlap {
-                    gradients.settle_all(layout)?;
-                }
-            }
-            Ok(())
-        };
-        let run = || match &division.weights {
-            None => segment::drive::<B, M, _>(&mut Resident::new(model), batch, how, &mut sink),
-            Some(weights) => {
-                let place = Place { layout, queue, device: &division.device };
-                let ahead = usize::from(overlap);
-                let mut source = Gathered::new(model.clone(), weights, place, (checkpointing, ahead), &mut peak);
-                segment::drive::<B, M, _>(&mut source, batch, how, &mut sink)
-            }
-        };
-        let loss = queue.trace().span("micro-batch", Lane::Compute, run)?;
-        gradients.peak.gathered = gradients.peak.gathered.max(peak.gathered);
-        let sum: f64 = loss.flatten().into_data().iter::<f64>().sum();
-        Ok(sum / self.loss_scale())
     }
 
     /// Looks at the model for the first time: divides it, and in stage 3 takes this rank's part of the weights.

@@ -13,7 +13,6 @@ use crate::{
     Error, bucket,
     comm::{Collectives, Pending, Queue},
     partition::{Bucket, Layout, Piece},
-    reduce::Peak,
     segment::{Checkpointing, Source, Sweep, Value},
 };
 use burn::{
@@ -23,11 +22,13 @@ use burn::{
         backend::{AutodiffBackend, Backend},
     },
 };
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 
 mod weights;
+mod whole;
 
 pub(crate) use weights::Weights;
+pub(crate) use whole::Whole;
 
 /// A segment's turn in a sweep, and the buckets that come before it and go after it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,77 +108,14 @@ impl<B: Backend> Gathering<B> {
 /// Pieces of weights.
 pub(crate) type Pieces<B> = Vec<(Piece, Value<B>)>;
 
-/// What makes new pieces of a bucket, by its number, from the old ones; the work may go on between the two calls.
-pub(crate) trait Updater<B: Backend> {
-    /// Pieces under way.
-    type Coming;
+/// Where the weights are while a step updates them, bucket by bucket.
+pub(crate) trait Store<B: Backend> {
+    /// This rank's pieces of a bucket, flat. The store lets go of the bucket: a tensor is updated in place only if no one else
+    /// holds it.
+    fn take(&mut self, index: usize) -> Result<Pieces<B>, Error>;
 
-    /// Starts the update.
-    fn begin(&mut self, index: usize, pieces: Pieces<B>) -> Result<Self::Coming, Error>;
-
-    /// Waits for it.
-    fn end(&mut self, coming: Self::Coming) -> Result<Pieces<B>, Error>;
-}
-
-/// Buckets of new weights that may be under way at a time.
-const WINDOW: usize = 2;
-
-/// Updates a model that has its weights: this rank's part of every bucket is updated, the others' parts are gathered. While
-/// one bucket is updated the one before it is gathered, if one may be `ahead`. On an error the model is incomplete.
-pub(crate) fn update_model<B: AutodiffBackend, M: Module<B>, U: Updater<B::InnerBackend>>(
-    model: &mut M,
-    place: Place<B::InnerBackend>,
-    (updater, ahead): (&mut U, usize),
-) -> Result<(), Error> {
-    let Place { layout, queue, device } = place;
-    // A tensor is updated in place only if no one else holds it: the weights are taken out of the model.
-    let which = |id: ParamId| layout.parameters[layout.index[&id]].trainable;
-    let mut take = Take { layout, which, values: HashMap::new() };
-    let shell = model.clone().map(&mut take);
-    *model = shell;
-    let mut old = take.values;
-    let (mut updating, mut coming, mut values) = (VecDeque::new(), VecDeque::new(), HashMap::new());
-    let mut receive = |coming: &mut VecDeque<(usize, Gathering<_>)>, left: usize| -> Result<(), Error> {
-        while coming.len() > left {
-            let Some((index, gathering)) = coming.pop_front() else { return Ok(()) };
-            let whole = gathering.wait(layout, &layout.buckets[index], device)?;
-            values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
-        }
-        Ok(())
-    };
-    for (index, bucket) in layout.trained() {
-        let pieces = layout.pieces(bucket).into_iter().map(|piece| {
-            let value = old.remove(&piece.parameter).expect("the model has every parameter of the layout");
-            let value = bucket::cut(value, &piece, false, device);
-            (piece, value)
-        });
-        let pieces = pieces.collect();
-        bucket.slots.iter().for_each(|(parameter, _)| drop(old.remove(parameter)));
-        updating.push_back((index, updater.begin(index, pieces)?));
-        while updating.len() > ahead {
-            send(&mut updating, &mut coming, (updater, layout, queue))?;
-            receive(&mut coming, WINDOW)?;
-        }
-    }
-    while !updating.is_empty() {
-        send(&mut updating, &mut coming, (updater, layout, queue))?;
-        receive(&mut coming, WINDOW)?;
-    }
-    receive(&mut coming, 0)?;
-    *model = model.clone().map(&mut Put { values });
-    Ok(())
-}
-
-/// Waits for the oldest update and sends its pieces to everyone.
-fn send<B: Backend, U: Updater<B>>(
-    updating: &mut VecDeque<(usize, U::Coming)>,
-    coming: &mut VecDeque<(usize, Gathering<B>)>,
-    (updater, layout, queue): (&mut U, &Layout, &Queue),
-) -> Result<(), Error> {
-    let Some((index, update)) = updating.pop_front() else { return Ok(()) };
-    let pieces = updater.end(update)?;
-    coming.push_back((index, start(layout, &layout.buckets[index], pieces, queue)));
-    Ok(())
+    /// Takes the updated pieces over.
+    fn put(&mut self, index: usize, pieces: Pieces<B>) -> Result<(), Error>;
 }
 
 /// What gathering needs to know.
@@ -187,11 +125,19 @@ pub(crate) struct Place<'a, B: Backend> {
     pub device: &'a B::Device,
 }
 
+impl<B: Backend> Clone for Place<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B: Backend> Copy for Place<'_, B> {}
+
 /// A model whose weights come and go with their segments.
 pub(crate) struct Gathered<'a, B: AutodiffBackend, M> {
     /// None only while it is mapped.
     model: Option<M>,
-    weights: &'a Weights<B::InnerBackend>,
+    weights: &'a mut Weights<B::InnerBackend>,
     place: Place<'a, B::InnerBackend>,
     visits: Vec<Visit>,
     /// The visit that is under way or next.
@@ -200,20 +146,20 @@ pub(crate) struct Gathered<'a, B: AutodiffBackend, M> {
     ahead: usize,
     coming: HashMap<usize, Gathering<B::InnerBackend>>,
     live: usize,
-    peak: &'a mut Peak,
+    /// The most bytes of gathered weights.
+    pub peak: usize,
 }
 
 impl<'a, B: AutodiffBackend, M: Module<B>> Gathered<'a, B, M> {
     /// The model is a shell, as [`Weights::cut`] leaves it.
     pub fn new(
         model: M,
-        weights: &'a Weights<B::InnerBackend>,
+        weights: &'a mut Weights<B::InnerBackend>,
         place: Place<'a, B::InnerBackend>,
         (checkpointing, ahead): (Checkpointing, usize),
-        peak: &'a mut Peak,
     ) -> Self {
         let visits = visits(place.layout, checkpointing);
-        Self { model: Some(model), weights, place, visits, now: 0, ahead, coming: HashMap::new(), live: 0, peak }
+        Self { model: Some(model), weights, place, visits, now: 0, ahead, coming: HashMap::new(), live: 0, peak: 0 }
     }
 
     fn map(&mut self, mapper: &mut impl ModuleMapper<B>) {
@@ -229,7 +175,7 @@ impl<'a, B: AutodiffBackend, M: Module<B>> Gathered<'a, B, M> {
                 self.live += bytes(&self.place.layout.buckets[index]);
             }
         }
-        self.peak.gathered = self.peak.gathered.max(self.live);
+        self.peak = self.peak.max(self.live);
     }
 }
 
@@ -275,6 +221,16 @@ impl<B: AutodiffBackend, M: Module<B>> Source<M> for Gathered<'_, B, M> {
         if !ids.is_empty() {
             self.map(&mut Take { layout, which: |id| ids.contains(&id), values: HashMap::new() });
         }
+    }
+}
+
+impl<B: AutodiffBackend, M> Store<B::InnerBackend> for Gathered<'_, B, M> {
+    fn take(&mut self, index: usize) -> Result<Pieces<B::InnerBackend>, Error> {
+        self.weights.stored(self.place).take(index)
+    }
+
+    fn put(&mut self, index: usize, pieces: Pieces<B::InnerBackend>) -> Result<(), Error> {
+        self.weights.stored(self.place).put(index, pieces)
     }
 }
 

@@ -11,6 +11,7 @@
 //!  weights ◄─ all_gather ◄─ pieces ◄──────────────────────────────────────────────────────────────────────┘ pieces
 //!  after the step (stages 1, 2) or around each segment (3)
 //! ```
+//! Without clipping nothing has to wait for the norm: a bucket is updated while the segments before it walk backward.
 //!
 //! The key decision: the driver, not the autodiff engine, walks the layers. So a layer's gradients exist, are handed over and
 //! are freed before the next layer's are made; a segment's graph is kept or made again as asked (activation checkpointing);

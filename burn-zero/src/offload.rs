@@ -12,7 +12,14 @@
 //! ```
 //!
 //! Gradients leave while the backward pass goes on. Clipping by the global norm, and the promise that a step whose gradients
-//! are not finite changes nothing, need all of them before the first update: there the pass and the updates meet.
+//! are not finite changes nothing, need all of them before the first update: there the pass and the updates meet. Without
+//! either ([`Engine::accumulate_and_step`](crate::Engine::accumulate_and_step)) an update begins when its gradients arrive:
+//!
+//! ```text
+//!  communication   ─ gradients of bucket 3 ─ … of 2 ──── … of 1 ──── … of 0 │
+//!  compute         ─ backward 3 ─ 2 ────────── 1 ─────────── 0 ─────────────┤ norm
+//!  optimizer                         │ update 3  │ update 2    │ update 1   │ update 0
+//! ```
 
 use crate::{
     Error, ds_config,

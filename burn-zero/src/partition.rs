@@ -146,6 +146,12 @@ impl Layout {
         self.buckets.iter().enumerate().filter(|(_, bucket)| bucket.trainable)
     }
 
+    /// The buckets of what is trained that have all their gradients once the backward pass has left a segment. From there on
+    /// it uses none of their weights either.
+    pub fn due_after(&self, segment: usize) -> impl Iterator<Item = usize> {
+        self.trained().filter(move |(_, bucket)| bucket.segments[0] == segment).map(|(index, _)| index)
+    }
+
     /// The first segment with a parameter that is trained; the number of segments if there is none.
     pub fn first_trained(&self) -> usize {
         self.trained().map(|(_, bucket)| bucket.segments[0]).min().unwrap_or(self.segments)

@@ -1,7 +1,8 @@
 //! Gradients on their way from the backward pass to the optimizer.
 //!
 //! Whole gradients are added up as they come. A bucket is reduced when the last of them has come: after every micro-batch
-//! where gradients are divided (stages 2 and 3), else before the optimizer's step. What is reduced is kept as this rank's part.
+//! where gradients are divided (stages 2 and 3), else before the optimizer's step, and in any case with the last micro-batch of
+//! a step that updates while it walks backward. What is reduced is kept as this rank's part.
 
 use crate::{
     Error, bucket,
@@ -29,13 +30,15 @@ pub(crate) struct Gradients<B: Backend> {
     present: Vec<bool>,
     /// Bytes of the buckets under way.
     under_way: usize,
+    /// Bytes that have been [taken](Self::take) and still wait for their update.
+    pub updating: usize,
     pub peak: Peak,
 }
 
 /// The most bytes that were alive at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Peak {
-    /// Gradients: whole ones that wait for their bucket, and this rank's parts.
+    /// Gradients: whole ones that wait for their bucket, and this rank's parts, until they are updated with.
     pub gradients: usize,
     /// Gradient buckets under way.
     pub buckets: usize,
@@ -54,6 +57,7 @@ impl<B: Backend> Gradients<B> {
             pending: VecDeque::new(),
             present: vec![false; layout.parameters.len()],
             under_way: 0,
+            updating: 0,
             peak: Peak::default(),
         }
     }
@@ -70,7 +74,7 @@ impl<B: Backend> Gradients<B> {
             self.whole.insert(index, value);
             self.present[index] = true;
         }
-        self.peak.gradients = self.peak.gradients.max(self.bytes());
+        self.peak.gradients = self.peak.gradients.max(self.bytes() + self.updating);
     }
 
     /// Bytes of the gradients that are alive, buckets under way apart.
@@ -99,13 +103,12 @@ impl<B: Backend> Gradients<B> {
 
     /// Sends the buckets on their way whose last gradient comes with this segment.
     pub fn reduce_after(&mut self, layout: &Layout, segment: usize, queue: &Queue) -> Result<(), Error> {
-        let due = |(_, bucket): &(usize, &Bucket)| bucket.segments[0] == segment;
-        layout.trained().filter(due).try_for_each(|(index, _)| self.reduce(layout, index, queue))
+        layout.due_after(segment).try_for_each(|index| self.reduce(layout, index, queue))
     }
 
     /// Sends a bucket on its way: this rank's part, which goes on from what it holds, or all of it where nothing is divided.
     /// The gradients leave the device beside the thread that computes.
-    fn reduce(&mut self, layout: &Layout, index: usize, queue: &Queue) -> Result<(), Error> {
+    pub fn reduce(&mut self, layout: &Layout, index: usize, queue: &Queue) -> Result<(), Error> {
         while self.pending.len() >= WINDOW || self.pending.iter().any(|(other, ..)| *other == index) {
             self.settle(layout)?;
         }
@@ -167,23 +170,28 @@ impl<B: Backend> Gradients<B> {
             layout.trained().try_for_each(|(index, _)| self.reduce(layout, index, queue))?;
         }
         self.settle_all(layout)?;
-        let mut reduced = HashMap::new();
-        for (index, bucket) in layout.trained() {
-            let part = self.parts.remove(&index);
-            let gradient = |piece: Piece| {
-                let own = |part: &Vec<f32>| part[piece.at..piece.at + piece.range.len()].to_vec();
-                let value = match (&part, device) {
-                    (Some(part), Some(device)) => Some(Held::Device(bucket::from_vec(own(part), device))),
-                    (Some(part), None) => Some(Held::Host(own(part))),
-                    (None, _) => {
-                        let whole = self.whole.remove(&piece.parameter);
-                        whole.map(|whole| Held::Device(Value::new(whole.flatten())))
-                    }
-                };
-                (piece, value)
-            };
-            reduced.insert(index, layout.pieces(bucket).into_iter().map(gradient).collect());
+        layout.trained().map(|(index, _)| Ok((index, self.take(layout, index, device)?))).collect()
+    }
+
+    /// This rank's gradients of a bucket that has been [sent on its way](Self::reduce) or need not be; on the device, if one is
+    /// given.
+    pub fn take(&mut self, layout: &Layout, index: usize, device: Option<&B::Device>) -> Result<Reduced<B>, Error> {
+        while self.pending.iter().any(|(under_way, ..)| *under_way == index) {
+            self.settle(layout)?;
         }
-        Ok(reduced)
+        let part = self.parts.remove(&index);
+        let gradient = |piece: Piece| {
+            let own = |part: &Vec<f32>| part[piece.at..piece.at + piece.range.len()].to_vec();
+            let value = match (&part, device) {
+                (Some(part), Some(device)) => Some(Held::Device(bucket::from_vec(own(part), device))),
+                (Some(part), None) => Some(Held::Host(own(part))),
+                (None, _) => {
+                    let whole = self.whole.remove(&piece.parameter);
+                    whole.map(|whole| Held::Device(Value::new(whole.flatten())))
+                }
+            };
+            (piece, value)
+        };
+        Ok(layout.pieces(&layout.buckets[index]).into_iter().map(gradient).collect())
     }
 }

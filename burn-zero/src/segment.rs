@@ -22,7 +22,8 @@ mod plan;
 mod source;
 
 use plan::Plan;
-pub(crate) use source::{Resident, Source, Sweep};
+use source::Resident;
+pub(crate) use source::{Source, Sweep, fresh};
 
 /// A float tensor of any rank: what passes between segments.
 #[derive(Clone, Debug)]
@@ -187,7 +188,7 @@ pub fn run<B: AutodiffBackend, M: TrainSegments<B>>(
     checkpointing: Checkpointing,
     sink: &mut dyn FnMut(Vec<Gradient<B::InnerBackend>>),
 ) -> Value<B::InnerBackend> {
-    let mut each = |_, found: Vec<_>| {
+    let mut each = |_: &mut Resident<M>, _, found: Vec<_>| {
         if !found.is_empty() {
             sink(found);
         }
@@ -200,16 +201,16 @@ pub fn run<B: AutodiffBackend, M: TrainSegments<B>>(
     }
 }
 
-/// What takes the gradients of a segment, by its number.
-pub(crate) type Sink<'a, B> =
-    dyn FnMut(usize, Vec<Gradient<<B as AutodiffBackend>::InnerBackend>>) -> Result<(), Error> + 'a;
+/// What takes the gradients of a segment, by its number, when the source has left it.
+pub(crate) type Sink<'a, B, S> =
+    dyn FnMut(&mut S, usize, Vec<Gradient<<B as AutodiffBackend>::InnerBackend>>) -> Result<(), Error> + 'a;
 
 /// [`run`] with weights from a source. The sink is called for every segment of the backward pass, with or without gradients.
 pub(crate) fn drive<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
     source: &mut S,
     batch: &<M as Segments<B>>::Batch,
     (checkpointing, trace): (Checkpointing, &Trace),
-    sink: &mut Sink<B>,
+    sink: &mut Sink<B, S>,
 ) -> Result<Value<B::InnerBackend>, Error> {
     let (plan, segments) = (Plan::new(source.model()), source.model().segments());
     let (loss, mut saved) = forward(source, batch, (checkpointing, trace), &plan)?;
@@ -225,7 +226,7 @@ pub(crate) fn drive<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
         let Collect { found, grads, .. } = collect;
         drop(grads);
         source.leave(Sweep::Backward, segment);
-        sink(segment, found)?;
+        sink(source, segment, found)?;
         upstream = Some(inputs);
     }
     Ok(loss)

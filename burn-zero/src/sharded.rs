@@ -5,7 +5,7 @@ use crate::{
     comm::{Collectives, Communicator, Queue},
     ds_config::Stage,
     engine::FindDevice,
-    gather::{Pieces, Place, Updater, update_model},
+    gather::{Pieces, Place, Store, Whole},
     held::Held,
     partition::{Layout, Piece},
     reduce::Gradients,
@@ -117,7 +117,7 @@ where
         let all = queue.submit("share", move |group| group.share(&flags)).wait()?;
         let present = |parameter: usize| all.iter().any(|flags| flags.get(parameter).is_some_and(|&flag| flag != 0));
         let share = 1.0 / queue.world() as f64;
-        let update = |index, pieces: Pieces<B::InnerBackend>| {
+        let mut update = |index, pieces: Pieces<B::InnerBackend>| -> Pieces<_> {
             let gradients = reduced.remove(&index).unwrap_or_default();
             let one = |((piece, value), (_, gradient)): ((Piece, Value<_>), (Piece, Option<Held<_>>))| {
                 let Some(gradient) = gradient.filter(|_| present(piece.parameter)) else { return (piece, value) };
@@ -130,7 +130,12 @@ where
             };
             pieces.into_iter().zip(gradients).map(one).collect()
         };
-        update_model(&mut module, Place { layout: &layout, queue: &queue, device }, (&mut AtOnce(update), 0))?;
+        let mut whole = Whole::out_of(&mut module, Place { layout: &layout, queue: &queue, device });
+        let done = layout.trained().try_for_each(|(index, _)| {
+            let new = update(index, whole.take(index)?);
+            whole.put(index, new)
+        });
+        whole.back_into(&mut module, done)?;
         self.layout = Some(layout);
         Ok(module)
     }
@@ -164,21 +169,6 @@ where
     fn load_record(mut self, record: Self::Record) -> Self {
         self.records = record.into_iter().collect();
         self
-    }
-}
-
-/// An update that is complete when it has begun.
-struct AtOnce<F>(F);
-
-impl<B: Backend, F: FnMut(usize, Pieces<B>) -> Pieces<B>> Updater<B> for AtOnce<F> {
-    type Coming = Pieces<B>;
-
-    fn begin(&mut self, index: usize, pieces: Pieces<B>) -> Result<Pieces<B>, Error> {
-        Ok((self.0)(index, pieces))
-    }
-
-    fn end(&mut self, coming: Pieces<B>) -> Result<Pieces<B>, Error> {
-        Ok(coming)
     }
 }
 

@@ -42,12 +42,13 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
                 let largest_segment_bytes = shape.largest_segment() * numbers.bytes();
                 let weights = Weights { trained, frozen_bytes, largest_segment_bytes, bucket: 4 << 20 };
                 let (offload_optimizer, offload_param) = (offload != Off::None, offload == Off::All);
-                let placement = Placement { stage, world: args.world.get(), offload_optimizer, offload_param };
+                let (world, early_updates) = (args.world.get(), args.max_grad_norm == 0.0);
+                let placement = Placement { stage, world, offload_optimizer, offload_param, early_updates };
                 let recompute = if args.recompute { Recompute::Full } else { Recompute::None };
                 let mut memory = kept(weights, numbers, placement);
                 memory.activations = shape.activations(args.tokens, numbers.bytes(), recompute).total();
                 if trained == all {
-                    memory.activations = memory.activations.max(of_the_embedding(&shape, placement));
+                    memory.activations = passing(memory.activations, &shape, placement);
                 }
                 if offload == Off::File {
                     memory.host -= moments(trained, placement);
@@ -114,13 +115,15 @@ pub fn moments(trained: u64, placement: Placement) -> u64 {
     8 * if placement.stage >= Stage::States { trained.div_ceil(placement.world) } else { trained }
 }
 
-/// What passes when the backward pass reaches an embedding that learns: its gradient is summed with that of the output it is
-/// tied to and is made in a buffer of its own, and where gradients are divided it is whole until then. It is the largest tensor;
-/// what layers keep for the backward pass is gone by then.
-pub fn of_the_embedding(shape: &Shape, placement: Placement) -> u64 {
+/// What passes at the highest, of so many bytes of activations and of an embedding that learns, the largest tensor. When the
+/// backward pass reaches it, what layers keep is gone; its gradient is summed with that of the output it is tied to and is made
+/// in a buffer of its own, and where gradients are divided it is whole until then. Where gradients are updated with on the way,
+/// the output's is the one that waits all along.
+pub fn passing(activations: u64, shape: &Shape, placement: Placement) -> u64 {
     let bytes = 4 * shape.vocabulary * shape.hidden;
     let whole = if placement.stage >= Stage::Gradients { bytes - bytes / placement.world } else { 0 };
-    2 * bytes + whole
+    let waits = if placement.early_updates { bytes } else { 0 };
+    activations.max(2 * bytes + whole) + waits
 }
 
 pub fn gib(bytes: u64) -> f64 {

@@ -4,6 +4,7 @@ use crate::segment::tests::{AB, Toy, ToyBatch, alone, frozen, toy};
 use burn::module::AutodiffModule;
 
 mod beside;
+mod early;
 mod optimizers;
 mod world;
 

@@ -1,6 +1,6 @@
 //! This rank's part of the weights: on the device, in the host's memory or in a file.
 
-use super::{Gathering, Pieces, Take, start};
+use super::{Gathering, Pieces, Place, Store, Take, start};
 use crate::{
     Error, bucket,
     comm::{Collectives, Lane, Queue},
@@ -20,6 +20,19 @@ pub(crate) struct Weights<B: Backend> {
     /// Where parts are that are in a file.
     shelf: Option<Shelf>,
     tier: Tier,
+}
+
+/// The parts as they are updated.
+pub(crate) struct Stored<'a, B: Backend>(&'a mut Weights<B>, Place<'a, B>);
+
+impl<B: Backend> Store<B> for Stored<'_, B> {
+    fn take(&mut self, index: usize) -> Result<Pieces<B>, Error> {
+        self.0.take(self.1.layout, index, self.1.device)
+    }
+
+    fn put(&mut self, index: usize, pieces: Pieces<B>) -> Result<(), Error> {
+        self.0.put(self.1.layout, index, pieces)
+    }
 }
 
 /// A rank's part of a bucket.
@@ -61,8 +74,13 @@ impl<B: Backend> Weights<B> {
         Ok((model, weights))
     }
 
+    /// The parts at their place.
+    pub fn stored<'a>(&'a mut self, place: Place<'a, B>) -> Stored<'a, B> {
+        Stored(self, place)
+    }
+
     /// Takes over this rank's pieces of a bucket.
-    pub fn put(&mut self, layout: &Layout, index: usize, pieces: Pieces<B>) -> Result<(), Error> {
+    fn put(&mut self, layout: &Layout, index: usize, pieces: Pieces<B>) -> Result<(), Error> {
         let bytes = || bucket::part_bytes(layout, &layout.buckets[index], &pieces);
         let part = match (&self.tier, &mut self.shelf) {
             (Tier::Device, _) => Part::Device(pieces),
@@ -82,7 +100,7 @@ impl<B: Backend> Weights<B> {
     }
 
     /// This rank's pieces of a bucket, on the device, to be updated in place and [put](Self::put) back.
-    pub fn take(&mut self, layout: &Layout, index: usize, device: &B::Device) -> Result<Pieces<B>, Error> {
+    fn take(&mut self, layout: &Layout, index: usize, device: &B::Device) -> Result<Pieces<B>, Error> {
         match self.parts.get_mut(&index) {
             Some(Part::Device(pieces)) => Ok(std::mem::take(pieces)),
             _ => self.look(layout, index, device),

@@ -34,13 +34,12 @@ pub(crate) trait Source<M> {
 pub(crate) struct Resident<M>(M);
 
 impl<M> Resident<M> {
-    /// The same weights as leaves that no graph has used: Burn 0.21 loses gradients of a leaf that several graphs share (a
-    /// tied embedding) once an earlier backward pass has used it.
+    /// The same weights, see [`fresh`].
     pub fn new<B: AutodiffBackend>(model: &M) -> Self
     where
         M: Module<B>,
     {
-        Self(model.clone().map(&mut Fresh))
+        Self(fresh(model.clone()))
     }
 }
 
@@ -56,6 +55,12 @@ impl<M> Source<M> for Resident<M> {
     }
 
     fn leave(&mut self, _: Sweep, _: usize) {}
+}
+
+/// The same weights as leaves that no graph has used: Burn 0.21 loses gradients of a leaf that several graphs share (a tied
+/// embedding) once an earlier backward pass has used it.
+pub(crate) fn fresh<B: AutodiffBackend, M: Module<B>>(model: M) -> M {
+    model.map(&mut Fresh)
 }
 
 struct Fresh;

@@ -35,6 +35,9 @@ pub struct EstimateArgs {
     /// With activation_checkpointing = "full"
     #[arg(long)]
     pub recompute: bool,
+    /// With 0, as in a recipe, gradients are not clipped; those of the whole model never exist then
+    #[arg(long, default_value_t = 1.0)]
+    pub max_grad_norm: f64,
     /// Take two steps on tokens of no meaning, in f32, and print what the estimate says beside what was counted and measured;
     /// under mpirun by all its ranks
     #[arg(long, conflicts_with = "config")]

@@ -78,6 +78,7 @@ fn recipe(args: &EstimateArgs) -> Result<Recipe> {
         format!("method.r={}", args.r),
         format!("parallel.zero_stage={}", args.zero_stage),
         format!("parallel.offload_optimizer={}", args.offload_optimizer),
+        format!("train.max_grad_norm={}", args.max_grad_norm),
     ];
     if args.method != MethodKind::Full {
         let names = match args.target_modules.as_slice() {
@@ -121,10 +122,15 @@ fn measured<B: Kernels>(args: &EstimateArgs, device: &B::Device, group: Box<dyn 
         watch.replace(Watch::begin()?).map(Watch::peak);
         let noise = Noise { seed: 0, step, tokens: layout.tokens(0) };
         let batch = model.batch(&rows, &layout, 1.0 / args.tokens as f32, Pass::training(noise))?;
-        engine.accumulate(&mut model, &batch)?;
-        // Gradients are gone after the step, moments come with the first.
-        counted = engine.memory(&model);
-        engine.step(&mut model, 1e-5)?;
+        // Gradients that wait for a step are gone after it, moments come with the first.
+        if args.max_grad_norm == 0.0 {
+            engine.accumulate_and_step(&mut model, &batch, 1e-5)?;
+            counted = engine.memory(&model);
+        } else {
+            engine.accumulate(&mut model, &batch)?;
+            counted = engine.memory(&model);
+            engine.step(&mut model, 1e-5)?;
+        }
     }
     let (peak, estimated) = (engine.peak(), load.memory(&recipe));
     engine.barrier()?;

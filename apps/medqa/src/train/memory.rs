@@ -4,7 +4,7 @@ use crate::{
     adapter::lora_config,
     backend::Device,
     estimate, process,
-    recipe::{Checkpointing, Dtype, MethodKind, Place, Recipe},
+    recipe::{Checkpointing, Compute, Dtype, MethodKind, Place, Recipe},
 };
 use anyhow::{Result, bail};
 use burn_llama::LlamaConfig;
@@ -61,6 +61,8 @@ impl Load {
             world: self.world,
             offload_optimizer: offload.offload_optimizer != Place::None,
             offload_param: offload.offload_param != Place::None,
+            // A step of several micro-batches keeps their sums.
+            early_updates: updates_early(recipe) && recipe.train.steps.gradient_accumulation == 1,
         };
         let mut memory = estimate::kept(weights, numbers, placement);
         memory.frozen += blocks;
@@ -78,7 +80,7 @@ impl Load {
         memory.activations =
             if self.tokens == 0 { 0 } else { self.kept(recipe).activations(self.tokens, 4, recompute).total() };
         if full {
-            memory.activations = memory.activations.max(estimate::of_the_embedding(&self.shape, placement));
+            memory.activations = estimate::passing(memory.activations, &self.shape, placement);
         }
         memory
     }
@@ -101,6 +103,11 @@ impl Load {
     fn total(&self, recipe: &Recipe) -> u64 {
         self.memory(recipe).total().max(bytes(recipe.model.dtype.unwrap_or_default(), self.parameters))
     }
+}
+
+/// Whether the engine updates during the backward pass: nothing is clipped, and no overflow may undo the step.
+fn updates_early(recipe: &Recipe) -> bool {
+    recipe.train.optimizer.max_grad_norm == 0.0 && recipe.model.compute != Compute::F16
 }
 
 /// Bytes of so many weights, about for those in blocks.
@@ -294,5 +301,11 @@ mod tests {
         let files = ["parallel.offload_optimizer=nvme", "parallel.nvme_path=f"];
         assert!(total(&files) + 8 * load.trained - (1 << 20) < total(&[]), "moments are in a file");
         assert!(total(&["train.activation_checkpointing=full"]) < total(&[]));
+        let unclipped = |more: &[&str]| total(&[&["train.max_grad_norm=0"], more].concat());
+        let head = 4 * load.shape.vocabulary * load.shape.hidden;
+        assert_eq!(unclipped(&[]) + 4 * load.trained - head, total(&[]), "gradients pass, the head's last");
+        assert_eq!(unclipped(&["model.compute=f16"]), total(&[]), "a step may be skipped");
+        let micros = ["train.gradient_accumulation=2"];
+        assert_eq!(unclipped(&micros), total(&micros), "sums wait for the last micro-batch");
     }
 }

@@ -22,9 +22,9 @@ use crate::{
 };
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, module::AutodiffModule};
-use burn_llama::{Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
+use burn_llama::{Batch, Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
 use burn_peft::{Noise, Pass, param};
-use burn_zero::{Engine, comm::Communicator};
+use burn_zero::{Engine, StepReport, comm::Communicator};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -213,10 +213,9 @@ impl<B: Kernels> Run<B> {
         let targets: usize = rows.iter().map(Example::targets).sum();
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
         let own = planned.of_rank(self.engine.rank(), self.engine.world());
-        let loss = self.accumulate(model, (&rows, targets), (step, own))?;
         let learning_rate = setup::learning_rate(&self.recipe, step - self.progress.skipped, steps)?;
         let loss_scale = self.engine.loss_scale();
-        let report = self.engine.step(model, learning_rate)?;
+        let (loss, report) = self.learn(model, (&rows, targets), (step, own), learning_rate)?;
         self.progress.skipped += usize::from(report.skipped);
         let seconds = begin.elapsed().as_secs_f64();
         self.progress.tokens += tokens;
@@ -237,32 +236,47 @@ impl<B: Kernels> Run<B> {
         Ok(())
     }
 
-    /// The gradients of a step's rows, each rank those of its `own` micro-batches; the loss of all.
-    fn accumulate(
+    /// Learns a step's rows, each rank those of its `own` micro-batches; the loss of all, and what the step found.
+    fn learn(
         &mut self,
         model: &mut Llama<Autodiff<B>>,
         (rows, targets): (&[Example], usize),
         (step, own): (usize, impl Iterator<Item = Range<usize>>),
-    ) -> Result<f64> {
-        let steps = &self.recipe.train.steps;
-        let mut loss = 0.0;
-        for micro in own {
-            let (first, micro) = (micro.start, &rows[micro]);
-            // A rank without a row of its own computes one that weighs nothing: all take part in every exchange.
-            let (micro, weight) = if micro.is_empty() { (&rows[..1], 0.0) } else { (micro, 1.0 / targets as f32) };
-            let lengths: Vec<usize> = micro.iter().map(|row| row.ids.len()).collect();
-            let layout = Layout::of(&lengths, self.recipe.data.packing.joins());
-            let slots = layout.rows * layout.length;
-            if slots > self.largest {
-                self.largest = slots;
-                process::give_back();
+        learning_rate: f64,
+    ) -> Result<(f64, StepReport)> {
+        let (mut loss, mut own) = (0.0, own.peekable());
+        while let Some(micro) = own.next() {
+            let batch = self.batch(model, (rows, targets), (step, micro))?;
+            if own.peek().is_none() {
+                let (last, report) = self.engine.accumulate_and_step(model, &batch, learning_rate)?;
+                return Ok((self.engine.sum_over_ranks(&[loss + last])?[0], report));
             }
-            let noise = Noise { seed: steps.seed, step: step as u64, tokens: layout.tokens(first as u64) };
-            let weight = weight * self.engine.loss_scale() as f32;
-            let batch = model.batch(micro, &layout, weight, Pass::training(noise))?;
             loss += self.engine.accumulate(model, &batch)?;
         }
-        Ok(self.engine.sum_over_ranks(&[loss])?[0])
+        bail!("step {step} has no micro-batch")
+    }
+
+    /// One micro-batch of a step.
+    fn batch(
+        &mut self,
+        model: &Llama<Autodiff<B>>,
+        (rows, targets): (&[Example], usize),
+        (step, micro): (usize, Range<usize>),
+    ) -> Result<Batch<Autodiff<B>>> {
+        let (first, micro) = (micro.start, &rows[micro]);
+        // A rank without a row of its own computes one that weighs nothing: all take part in every exchange.
+        let (micro, weight) = if micro.is_empty() { (&rows[..1], 0.0) } else { (micro, 1.0 / targets as f32) };
+        let lengths: Vec<usize> = micro.iter().map(|row| row.ids.len()).collect();
+        let layout = Layout::of(&lengths, self.recipe.data.packing.joins());
+        let slots = layout.rows * layout.length;
+        if slots > self.largest {
+            self.largest = slots;
+            process::give_back();
+        }
+        let noise =
+            Noise { seed: self.recipe.train.steps.seed, step: step as u64, tokens: layout.tokens(first as u64) };
+        let weight = weight * self.engine.loss_scale() as f32;
+        Ok(model.batch(micro, &layout, weight, Pass::training(noise))?)
     }
 
     /// Writes a line wherever lines go; whether early stopping has had enough.

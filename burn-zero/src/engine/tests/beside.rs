@@ -22,14 +22,18 @@ fn tiers(folder: &std::path::Path) -> [(Tier, Tier); 6] {
     ]
 }
 
-/// Full and adapter-like, tied and not, unequal and tiny tensors, frozen ones: every stage, world and place gives bit for bit
-/// what one process gives that accumulates the same micro-batches with everything on the device.
+/// Full and adapter-like, tied and not, unequal and tiny tensors, frozen ones, kept graphs and remade ones, updated in the end
+/// or on the way: every stage, world and place gives bit for bit what one process gives that accumulates the same micro-batches
+/// with everything on the device and updates in the end.
 #[test]
 fn wherever_things_are_a_world_is_one_process_bit_for_bit() {
     let _alone = alone();
     let folder = tempfile::tempdir().unwrap();
-    for case in [CASES[0], CASES[1], CASES[4], CASES[5], CASES[6]] {
-        let [one, two, three, four] = [1, 2, 3, 4].map(|micros| run(case, case.engine(), micros).0.parameters);
+    let cases = [CASES[0], CASES[1], CASES[4], CASES[5], CASES[6]];
+    let early = [0, 1, 2, 4, 5, 6].map(|case: usize| CASES[case].updated_early());
+    for case in cases.into_iter().chain(early) {
+        let whole = Case { early: false, ..case };
+        let [one, two, three, four] = [1, 2, 3, 4].map(|micros| run(whole, whole.engine(), micros).0);
         for (world, expected) in [(1, one), (2, two), (3, three), (4, four)] {
             for stage in STAGES {
                 for (states, weights) in tiers(folder.path()) {
@@ -44,7 +48,9 @@ fn wherever_things_are_a_world_is_one_process_bit_for_bit() {
                         let (found, engine, model) = run(case, engine, 1);
                         (found, engine.memory(&model))
                     }) {
-                        assert_same(&found.parameters, &expected, &what);
+                        assert_same(&found.parameters, &expected.parameters, &what);
+                        assert_eq!(found.norms, expected.norms, "{what}");
+                        assert_eq!(memory.gradients, 0, "{what}");
                         assert_eq!(memory.moments > 0, states == Tier::Device && memory.moments > 0, "{what}");
                         // What stays of a model whose weights are elsewhere are shells of one value.
                         let shells = 4 * 6;
@@ -62,7 +68,12 @@ fn wherever_things_are_a_world_is_one_process_bit_for_bit() {
 #[test]
 fn overlap_changes_no_number() {
     let _alone = alone();
-    for (case, tier) in [(CASES[0], Tier::Device), (CASES[1], Tier::Host)] {
+    for (case, tier) in [
+        (CASES[0], Tier::Device),
+        (CASES[1], Tier::Host),
+        (CASES[0].updated_early(), Tier::Device),
+        (CASES[1].updated_early(), Tier::Host),
+    ] {
         for stage in STAGES {
             let outcome = |overlap| {
                 threads::run(2, |group| {
@@ -77,7 +88,7 @@ fn overlap_changes_no_number() {
 }
 
 /// A model whose segments compute for a while.
-const LARGE: Case =
+pub(super) const LARGE: Case =
     Case { vocab: 2000, hidden: 320, tied: false, checkpointing: Checkpointing::All, bucket_size: 1, ..CASES[0] };
 
 /// The timeline of the second step of two ranks.

@@ -1,7 +1,7 @@
 //! Every optimizer, and every place for its states, in every world.
 
 use super::{
-    world::{CASES, Case, STAGES, assert_same, batch, run, values},
+    world::{CASES, Case, STAGES, assert_same, batch, run, take_step, values},
     *,
 };
 use crate::{
@@ -26,23 +26,28 @@ fn optimizers() -> [Optimizer; 6] {
 const CASE: Case = Case { vocab: 150, hidden: 32, ..CASES[0] };
 
 fn engine(optimizer: Optimizer) -> Engine<AB> {
-    Engine::new(optimizer, Some(0.02), CASE.checkpointing)
+    engine_of(CASE, optimizer)
+}
+
+fn engine_of(case: Case, optimizer: Optimizer) -> Engine<AB> {
+    Engine::new(optimizer, case.max_grad_norm, case.checkpointing)
         .with_groups(Groups { scales: vec![("up".into(), 2.0)], ..Groups::default() })
 }
 
 #[test]
 fn every_optimizer_is_one_process_s_bit_for_bit_in_every_stage() {
     let _alone = alone();
-    for optimizer in optimizers() {
-        let alone = || engine(optimizer).with_states_in(&Tier::Device).unwrap();
-        let (expected, ..) = run(CASE, alone(), 3);
+    for (optimizer, case) in optimizers().into_iter().flat_map(|one| [(one, CASE), (one, CASE.updated_early())]) {
+        let new = || engine_of(case, optimizer);
+        let (expected, ..) = run(Case { early: false, ..case }, new().with_states_in(&Tier::Device).unwrap(), 3);
         for stage in STAGES {
             for found in threads::run(3, |group| {
-                let sharding = Sharding { stage, bucket_size: 6000 };
-                let engine = engine(optimizer).in_world(Box::new(group), sharding);
-                run(CASE, engine.with_states_in(&Tier::Device).unwrap(), 1).0
+                let engine = new().in_world(Box::new(group), Sharding { stage, bucket_size: 6000 });
+                run(case, engine.with_states_in(&Tier::Device).unwrap(), 1).0
             }) {
-                assert_same(&found.parameters, &expected.parameters, &format!("{optimizer:?}, {stage:?}"));
+                let what = format!("{optimizer:?}, {stage:?}, early {}", case.early);
+                assert_same(&found.parameters, &expected.parameters, &what);
+                assert_eq!(found.norms, expected.norms, "{what}");
             }
         }
     }
@@ -127,17 +132,15 @@ pub(super) fn half() -> Toy<AB> {
 
 /// Five steps of a model with a matrix in bf16, too small for bf16 to see one by one.
 fn train_half(
+    early: bool,
     mut engine: Engine<AB>,
     mut model: Toy<AB>,
-    micros: usize,
-    from: usize,
+    (micros, from): (usize, usize),
 ) -> (Vec<f32>, Engine<AB>, Toy<AB>) {
     let (rank, world) = (engine.rank(), engine.world());
     for step in from..from + 5 {
-        for micro in 0..micros {
-            engine.accumulate(&mut model, &batch(step, micro * world + rank)).unwrap();
-        }
-        engine.step(&mut model, 1e-4).unwrap();
+        let batches: Vec<_> = (0..micros).map(|micro| batch(step, micro * world + rank)).collect();
+        take_step((early, 1e-4), &mut engine, &mut model, &batches);
     }
     let down = engine.with_whole(&model, |model| model.down.val().into_data().iter::<f32>().collect()).unwrap();
     (down, engine, model)
@@ -146,9 +149,15 @@ fn train_half(
 #[test]
 fn masters_keep_what_half_precision_rounds_away() {
     let _alone = alone();
+    for case in [CASE, CASE.updated_early()] {
+        masters_of(case);
+    }
+}
+
+fn masters_of(case: Case) {
     let (folder, adam) = (tempfile::tempdir().unwrap(), optimizers()[0]);
-    let (expected, one, model) = train_half(engine(adam), half(), 2, 0);
-    let (later, ..) = train_half(one, model, 2, 5);
+    let (expected, one, model) = train_half(false, engine_of(case, adam), half(), (2, 0));
+    let (later, ..) = train_half(false, one, model, (2, 5));
     let start: Vec<f32> = half().down.val().into_data().iter::<f32>().collect();
     // Without masters a step of 1e-4 rounds away: above 0.1 the numbers of bf16 are 5e-4 and more apart.
     let large = |start: &f32| start.abs() > 0.1;
@@ -159,19 +168,19 @@ fn masters_keep_what_half_precision_rounds_away() {
         for (found, resumed) in threads::run(2, |group| {
             let new = |communicator| {
                 let sharding = Sharding { stage, bucket_size: 6000 };
-                engine(adam).in_world(communicator, sharding).with_states_in(tier).unwrap()
+                engine_of(case, adam).in_world(communicator, sharding).with_states_in(tier).unwrap()
             };
             let mut group = group;
             let again = crate::comm::Communicator::split(&mut group, 0, 0).unwrap();
-            let (found, first, model) = train_half(new(Box::new(group)), half(), 1, 0);
+            let (found, first, model) = train_half(case.early, new(Box::new(group)), half(), (1, 0));
             first.save(&model, &path).unwrap();
             first.barrier().unwrap();
             let mut second = new(again);
             let model = second.restore(half(), &path).unwrap();
-            (found, train_half(second, model, 1, 5).0)
+            (found, train_half(case.early, second, model, (1, 5)).0)
         }) {
-            assert_eq!(found, expected, "{tier:?}, {stage:?}");
-            assert_eq!(resumed, later, "{tier:?}, {stage:?} resumed");
+            assert_eq!(found, expected, "{case:?}, {tier:?}, {stage:?}");
+            assert_eq!(resumed, later, "{case:?}, {tier:?}, {stage:?} resumed");
         }
     }
 }

@@ -12,7 +12,7 @@ const STEPS: usize = 10;
 /// A norm that clips in most steps.
 const CLIP: f64 = 0.02;
 
-/// A model: its shape, what is frozen, how graphs are kept.
+/// A model: its shape, what is frozen, how graphs are kept, and how it steps.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Case {
     pub vocab: usize,
@@ -21,11 +21,22 @@ pub(super) struct Case {
     pub frozen: &'static [&'static str],
     pub checkpointing: Checkpointing,
     pub bucket_size: usize,
+    pub max_grad_norm: Option<f64>,
+    /// Whether the last micro-batch of a step is updated with on its way.
+    pub early: bool,
 }
 
 pub(super) const CASES: [Case; 7] = {
-    let full =
-        Case { vocab: 41, hidden: 24, tied: true, frozen: &[], checkpointing: Checkpointing::Full, bucket_size: 1500 };
+    let full = Case {
+        vocab: 41,
+        hidden: 24,
+        tied: true,
+        frozen: &[],
+        checkpointing: Checkpointing::Full,
+        bucket_size: 1500,
+        max_grad_norm: Some(CLIP),
+        early: false,
+    };
     [
         full,
         Case { tied: false, checkpointing: Checkpointing::All, ..full },
@@ -50,7 +61,12 @@ impl Case {
     }
 
     pub fn engine(&self) -> Engine<AB> {
-        Engine::new(AdamW::default(), Some(CLIP), self.checkpointing)
+        Engine::new(AdamW::default(), self.max_grad_norm, self.checkpointing)
+    }
+
+    /// Without clipping, and updated on the way.
+    pub fn updated_early(self) -> Self {
+        Self { max_grad_norm: None, early: true, ..self }
     }
 }
 
@@ -94,17 +110,32 @@ pub(super) struct Outcome {
     pub losses: Vec<f64>,
 }
 
+/// One rank's step of at least one micro-batch; the loss, and what the step found.
+pub(super) fn take_step(
+    (early, learning_rate): (bool, f64),
+    engine: &mut Engine<AB>,
+    model: &mut Toy<AB>,
+    batches: &[ToyBatch<AB>],
+) -> (f64, StepReport) {
+    let (last, others) = batches.split_last().unwrap();
+    let loss: f64 = others.iter().map(|batch| engine.accumulate(model, batch).unwrap()).sum();
+    let (more, report) = if early {
+        engine.accumulate_and_step(model, last, learning_rate).unwrap()
+    } else {
+        (engine.accumulate(model, last).unwrap(), engine.step(model, learning_rate).unwrap())
+    };
+    (loss + more, report)
+}
+
 /// One rank's run of [`STEPS`] steps, `micros` micro-batches each.
 pub(super) fn run(case: Case, mut engine: Engine<AB>, micros: usize) -> (Outcome, Engine<AB>, Toy<AB>) {
     let (mut model, rank, world) = (case.model(), engine.rank(), engine.world());
     let (mut norms, mut losses) = (vec![], vec![]);
     for step in 0..STEPS {
-        let mut loss = 0.0;
-        for micro in 0..micros {
-            loss += engine.accumulate(&mut model, &batch(step, micro * world + rank)).unwrap();
-        }
+        let batches = (0..micros).map(|micro| batch(step, micro * world + rank));
+        let (loss, report) = take_step((case.early, 1e-3), &mut engine, &mut model, &batches.collect::<Vec<_>>());
         losses.extend(engine.sum_over_ranks(&[loss]).unwrap());
-        norms.push(engine.step(&mut model, 1e-3).unwrap().grad_norm);
+        norms.push(report.grad_norm);
     }
     let parameters = engine.with_whole(&model, values).unwrap();
     (Outcome { parameters, norms, losses }, engine, model)
@@ -168,9 +199,10 @@ fn every_stage_in_every_world_is_one_process_bit_for_bit() {
 #[test]
 fn several_micro_batches_per_rank_are_one_process_too() {
     let _alone = alone();
-    for case in [CASES[0], CASES[4]] {
+    for case in [CASES[0], CASES[4], CASES[0].updated_early(), CASES[4].updated_early()] {
         let (world, micros) = (3, 2);
-        let (one, ..) = run(case, case.engine(), world * micros);
+        let whole = Case { early: false, ..case };
+        let (one, ..) = run(whole, whole.engine(), world * micros);
         let stages = STAGES.map(|stage| in_world(case, (stage, world), micros, |found, _, _| found));
         for found in stages[2].iter().chain(&stages[3]) {
             assert_same(&found.parameters, &one.parameters, "divided");
