@@ -1,0 +1,56 @@
+//! `doctor` on what is right and on what is not.
+
+use crate::{
+    run::conversations,
+    work::{TURNS, Work},
+};
+use std::fs;
+
+#[test]
+fn doctor_approves_what_is_right_and_finds_what_is_not() {
+    let work = Work::new();
+    work.write("messages.jsonl", &conversations(0..3));
+    fn doctor<'a>(rest: &[&'a str]) -> Vec<&'a str> {
+        [&["doctor"], rest].concat()
+    }
+    for arguments in [
+        &["--model", "turns"][..],
+        &["--model", "turns", "--data", "train.jsonl"],
+        &["--model", "turns", "--data", "messages.jsonl", "--format", "messages"],
+    ] {
+        let done = work.succeed(&doctor(arguments));
+        assert!(
+            done.stdout.lines().count() >= 10 && done.stdout.lines().all(|line| line.starts_with("ok ")),
+            "{done:?}"
+        );
+        assert_eq!(done.stderr, "");
+    }
+    // Each broken set-up fails by the law that it breaks.
+    work.copy_of_model("ending");
+    let other = TURNS.replace("{{ eos_token }}", "<|eot_id|>");
+    work.template("ending", Some(&other));
+    work.write("ending/generation_config.json", "{\"eos_token_id\": [1, 3]}");
+    work.copy_of_model("endless");
+    work.template("endless", Some(&TURNS.replace("{{ eos_token }}", "")));
+    work.copy_of_model("infinite");
+    let mut weights = fs::read(work.at("model/model.safetensors")).unwrap();
+    let end = weights.len();
+    weights[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    fs::write(work.at("infinite/model.safetensors"), weights).unwrap();
+    work.template("infinite", Some(TURNS));
+    work.copy_of_model("base");
+    work.template("base", None);
+    for (model, law, words) in [
+        ("model", "chat template renders turn by turn", "cannot be rendered turn by turn"),
+        ("ending", "training ends an answer as chat does", "<|end_of_text|> = 1, found <|eot_id|> = 3"),
+        ("endless", "chat template renders turn by turn", "ends an answer without an end token"),
+        ("infinite", "logits are finite", "expected a finite number, found NaN"),
+        ("base", "training reads what chat sends", "no chat template"),
+    ] {
+        let done = work.run(&doctor(&["--model", model]));
+        assert_eq!(done.code, Some(1), "{model}: {done:?}");
+        let line = done.stdout.lines().find(|line| line.contains(law)).unwrap();
+        assert!(line.starts_with("FAIL") && line.contains(words), "{model}: {done:?}");
+        assert!(done.stderr.starts_with("error: ") && done.stderr.ends_with(" of 11 checks failed\n"), "{done:?}");
+    }
+}

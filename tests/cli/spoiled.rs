@@ -1,0 +1,101 @@
+//! What a user may bring that is wrong, and the law of how it is refused.
+
+use crate::{
+    data::pubmedqa,
+    model::shapes,
+    run::{conversations, rows},
+    work::{Work, fixture},
+};
+use std::fs;
+
+/// Everything that can be wrong with what a user brings, beside a model and data that are right.
+pub fn spoiled() -> Work {
+    let work = Work::new();
+    for name in [
+        "cut", "shape", "lacking", "arch", "noconfig", "notjson", "field", "template", "jinja", "base", "nowords",
+        "words",
+    ] {
+        work.copy_of_model(name);
+    }
+    let weights = fs::read(work.at("model/model.safetensors")).unwrap();
+    fs::write(work.at("cut/model.safetensors"), &weights[..weights.len() / 2]).unwrap();
+    work.weights("shape/model.safetensors", &shapes(376, 20));
+    work.weights("lacking/model.safetensors", &shapes(376, 16)[1..]);
+    work.write("arch/config.json", &work.text("model/config.json").replace("llama", "gpt2"));
+    fs::remove_file(work.at("noconfig/config.json")).unwrap();
+    work.write("notjson/config.json", "{\"model_type\": ");
+    work.write(
+        "field/config.json",
+        &work.text("model/config.json").replace("\"num_attention_heads\":2", "\"num_attention_heads\":\"two\""),
+    );
+    work.template("template", Some("{% for m in messages %}\n{{ m.role }"));
+    work.write("jinja/chat_template.jinja", "{% endfor %}");
+    work.template("base", None);
+    fs::remove_file(work.at("nowords/tokenizer.json")).unwrap();
+    work.write("words/tokenizer.json", "{\"version\": \"1.0\"}");
+    // A model with fewer tokens than its tokenizer.
+    work.copy_of_model("few");
+    work.write("few/config.json", &work.text("model/config.json").replace("376", "96"));
+    work.weights("few/model.safetensors", &shapes(96, 16));
+
+    let gguf = fs::read(fixture("gguf/model.gguf")).unwrap();
+    fs::write(work.at("magic.gguf"), [b"GGUX", &gguf[4..]].concat()).unwrap();
+    fs::write(work.at("cut.gguf"), &gguf[..gguf.len() / 2]).unwrap();
+    fs::write(work.at("lengths.gguf"), [&gguf[..24], &[0xff; 8], &gguf[32..]].concat()).unwrap();
+    fs::copy(fixture("gguf/vocab-spm.gguf"), work.at("vocabulary.gguf")).unwrap();
+    fs::copy(fixture("gguf/model.gguf"), work.at("nowords.gguf")).unwrap();
+
+    for name in ["other", "adapter-json", "adapter-kind", "adapter-cut", "adapter-weights", "adapter-old"] {
+        fs::create_dir(work.at(name)).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(fixture("peft/lora_qv").join(file), work.at(name).join(file)).unwrap();
+        }
+    }
+    work.write("adapter-json/adapter_config.json", "r = 8");
+    work.write("adapter-kind/adapter_config.json", "{\"peft_type\": \"VERA\"}");
+    fs::write(work.at("adapter-cut/adapter_model.safetensors"), [7; 20]).unwrap();
+    fs::remove_file(work.at("adapter-weights/adapter_model.safetensors")).unwrap();
+    let old = work.at("adapter-old");
+    fs::rename(old.join("adapter_model.safetensors"), old.join("adapter_model.bin")).unwrap();
+
+    work.write("empty.jsonl", "\n\n");
+    work.write("broken.jsonl", &(rows(0..1) + "{\"question\": \"a\", \"answer\"\n"));
+    work.write("keys.jsonl", "{\"question\": \"a\", \"reply\": \"b\"}\n");
+    work.write("kinds.jsonl", &(rows(0..2) + "{\"question\": \"a\", \"answer\": 3}\n"));
+    work.write("messages.jsonl", &conversations(0..2));
+    work.write("roles.jsonl", "{\"messages\": [{\"role\": \"bot\", \"content\": \"x\"}]}\n");
+    work.write("asked.json", "[{\"messages\": [{\"role\": \"user\", \"content\": \"x\"}]}]");
+    work.write("pubmedqa.json", &pubmedqa());
+    work.write("decision.json", &pubmedqa().replace("maybe", "perhaps"));
+    work.write("undecided.json", &pubmedqa().replace("\"maybe\"", "null"));
+    work.write("file", "a regular file");
+    work.write("full/notes.txt", "of an earlier run");
+    work.write("toml.toml", "[model]\npath = model\n");
+    work
+}
+
+/// Runs a table of commands that must fail: each with the code 2 and one line that has all the words, and leaving the
+/// folder as it was.
+pub fn refused(table: &[(&[&str], &[&str])]) {
+    let work = spoiled();
+    let before = work.listing();
+    let mut wrong = String::new();
+    for (arguments, words) in table {
+        let done = work.run(arguments);
+        // The argument parser's own errors go on with how to ask for help.
+        let stderr = done.stderr.split("\n\nFor more information, try '--help'.").next().unwrap_or_default();
+        let errors: Vec<&str> = stderr.lines().filter(|line| line.contains("error")).collect();
+        let last = stderr.lines().last().unwrap_or_default();
+        let clear = done.code == Some(2) && done.stdout.is_empty() && !done.stderr.contains("panicked");
+        let one = errors.len() == 1 && last.starts_with("error: ") && words.iter().all(|word| last.contains(word));
+        if !(clear && one) {
+            wrong += &format!("{}\n  expected {words:?}\n  {done:?}\n", arguments.join(" "));
+        }
+        if work.listing() != before {
+            let new: Vec<_> = work.listing().into_keys().filter(|path| !before.contains_key(path)).collect();
+            wrong += &format!("{}\n  left {new:?}\n", arguments.join(" "));
+            new.iter().rev().for_each(|path| drop(fs::remove_dir(path).or_else(|_| fs::remove_file(path))));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+}

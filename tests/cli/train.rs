@@ -1,0 +1,166 @@
+//! LoRA, full fine-tuning and frozen layers from a recipe to chat.
+
+use crate::{
+    model::{gguf, shapes, tensors},
+    run::{lasting, number, refused_in, resolved, run_folder, train, train_by, usable},
+    work::{TEMPLATE, Work},
+};
+use serde_json::json;
+use std::fs;
+
+/// The number of the model's parameters with such names.
+fn parameters(chosen: impl Fn(&str) -> bool) -> usize {
+    let all = shapes(376, 16).into_iter().filter(|(name, _)| chosen(name));
+    all.map(|(_, shape)| shape.iter().product::<usize>()).sum()
+}
+
+#[test]
+fn lora_from_a_recipe_to_chat() {
+    let work = Work::new();
+    let sets = ["train.save_every=3", "train.max_steps=10", "method.dropout=0.05", "train.eval_every=4"];
+    let done = work.succeed(&train("out", &sets));
+    let trained = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"];
+    let summary = run_folder(&work, "out", 10, &trained);
+    assert_eq!(done.json(), summary);
+    assert!(!work.at("out/model").exists());
+    // Two checkpoints are kept, and the end is no checkpoint.
+    assert!(!work.at("out/checkpoint-3").exists() && work.at("out/checkpoint-9/adapter/adapter_config.json").is_file());
+    assert!(work.at("out/checkpoint-6").is_dir() && !work.at("out/checkpoint-10").exists());
+    assert_eq!(work.text("out/metrics.jsonl").matches("valid_loss").count(), 4);
+    let resolved = work.text("out/recipe.toml");
+    for line in ["max_steps = 10", "dropout = 0.05", "seed = 42", "epsilon = "] {
+        assert!(resolved.contains(line), "{resolved}");
+    }
+    usable(&work, &["--model", "model", "--adapter", "out/adapter"], number(&summary, "valid_loss_after"));
+
+    // What was written is a recipe: it makes the same adapter again, bit for bit.
+    work.succeed(&train_by("out/recipe.toml", "again", &[]));
+    let weights = |folder: &str| tensors(&work.at(folder).join("adapter/adapter_model.safetensors"));
+    assert_eq!(weights("again"), weights("out"));
+    // And goes on from where an adapter is.
+    let sets = ["method.init=out/adapter", "train.max_steps=2", "train.learning_rate=1e-4"];
+    let further = work.succeed(&train("further", &sets)).json();
+    let gap = number(&further, "valid_loss_before") - number(&summary, "valid_loss_after");
+    assert!(gap.abs() < 1e-4, "{gap}");
+}
+
+#[test]
+fn full_fine_tuning_from_a_recipe_to_chat() {
+    let work = Work::new();
+    work.succeed(&train("runs/full", &["method.kind=full", "train.gradient_accumulation=2"]));
+    let trained = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
+    let summary =
+        run_folder(&work, "runs/full", 12, &trained.map(|name| format!("model/{name}")).each_ref().map(String::as_str));
+    assert_eq!(summary["trainable_parameters"], parameters(|_| true));
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        assert_eq!(work.text(&format!("runs/full/model/{name}")), work.text(&format!("model/{name}")));
+    }
+    usable(&work, &["--model", "runs/full/model"], number(&summary, "valid_loss_after"));
+}
+
+#[test]
+fn full_fine_tuning_of_a_gguf_file_gives_a_directory_with_its_tokenizer() {
+    let work = Work::new();
+    fs::write(work.at("small.gguf"), gguf()).unwrap();
+    work.succeed(&train("out", &["method.kind=full", "model.path=small.gguf"]));
+    let trained =
+        ["model/config.json", "model/model.safetensors", "model/tokenizer.json", "model/generation_config.json"];
+    let summary = run_folder(&work, "out", 12, &trained);
+    assert_eq!(work.json("out/model/tokenizer_config.json")["chat_template"], TEMPLATE);
+    let after = number(&summary, "valid_loss_after");
+    usable(&work, &["--model", "out/model"], after);
+    // Another tokenizer serves a directory that has none.
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        fs::remove_file(work.at("out/model").join(name)).unwrap();
+    }
+    usable(&work, &["--model", "out/model", "--tokenizer", "small.gguf"], after);
+}
+
+#[test]
+fn without_dir_a_run_goes_to_the_recipe_s_name() {
+    let work = Work::new();
+    let arguments = ["train", "run.toml", "--set", "train.max_steps=1", "--set", "data.valid_limit=1"];
+    let summary = work.succeed(&arguments).json();
+    assert_eq!(work.json("runs/run/summary.json"), summary);
+    assert!(work.at("runs/run/adapter/adapter_model.safetensors").is_file());
+}
+
+#[test]
+fn freeze_trains_the_last_blocks_and_leaves_the_rest_as_it_was() {
+    let work = Work::new();
+    let freeze = |folder: &str, layers: &str| {
+        let layers = format!("method.layers={layers}");
+        work.succeed(&train(folder, &["method.kind=freeze", &layers]));
+        let trained = ["model/config.json", "model/model.safetensors", "model/tokenizer.json"];
+        (run_folder(&work, folder, 12, &trained), tensors(&work.at(folder).join("model/model.safetensors")))
+    };
+    let before = tensors(&work.at("model/model.safetensors"));
+    for (folder, layers, learned) in [
+        ("last", "1", &["model.layers.1."][..]),
+        ("first", "-1", &["model.layers.0."]),
+        ("more", "{ count = 1, extra_modules = ['norm', 'lm_head'] }", &["model.layers.1.", "model.norm.", "lm_head."]),
+    ] {
+        let (summary, after) = freeze(folder, layers);
+        assert!(before.keys().eq(after.keys()));
+        let learns = |name: &str| learned.iter().any(|start| name.starts_with(start));
+        for (name, tensor) in &after {
+            assert_eq!(before[name] != *tensor, learns(name), "{folder}: {name}");
+        }
+        assert_eq!(summary["trainable_parameters"], parameters(learns), "{folder}");
+        let path = format!("{folder}/model");
+        usable(&work, &["--model", &path], number(&summary, "valid_loss_after"));
+    }
+    let resolved = work.text("last/recipe.toml");
+    assert!(resolved.contains("kind = \"freeze\"") && resolved.contains("layers = 1"), "{resolved}");
+}
+
+#[test]
+fn a_run_that_no_longer_improves_ends_early() {
+    let work = Work::new();
+    let sets = ["train.eval_every=2", "train.early_stopping=2", "train.learning_rate=50", "train.max_steps=40"];
+    work.succeed(&train("run", &sets));
+    let losses = work.lines("run/metrics.jsonl");
+    let losses: Vec<f64> = losses.iter().skip(1).filter_map(|line| line["valid_loss"].as_f64()).collect();
+    let steps = work.json("run/summary.json")["steps"].as_u64().unwrap() as usize;
+    // The rule, on the losses that were measured: the first evaluation with two before it that it does not beat.
+    let best = |end: usize| (0..end).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap();
+    let expected = (1..=losses.len()).find(|&n| n - 1 - best(n) >= 2).unwrap();
+    assert_eq!(steps, 2 * expected, "{losses:?}");
+    assert!(steps < 40);
+}
+
+#[test]
+fn steps_that_overflow_in_f16_are_skipped_and_the_loss_is_scaled_down() {
+    let work = Work::new();
+    work.succeed(&train("f32", &[]));
+    for (power, folder) in [(8, "fine"), (26, "overflow")] {
+        let file = json!({"train_batch_size": "auto",
+            "fp16": {"enabled": true, "initial_scale_power": power, "hysteresis": 1}});
+        work.write("ds.json", &file.to_string());
+        work.succeed(&train(folder, &["--deepspeed", "ds.json"]));
+        let recipe = resolved(&work, folder);
+        assert_eq!(
+            (recipe["model"]["compute"].as_str(), recipe["model"]["dtype"].as_str()),
+            (Some("f16"), Some("f16"))
+        );
+    }
+    let numbers = |folder: &str, key: &str| -> Vec<f64> {
+        lasting(&work, folder).iter().filter(|line| line["tokens"].is_number()).map(|line| number(line, key)).collect()
+    };
+    let (expected, found) = (numbers("f32", "loss"), numbers("fine", "loss"));
+    for (expected, found) in expected.iter().zip(&found) {
+        assert!((expected - found).abs() < 5e-3 * expected, "{expected} in f32, {found} in f16");
+    }
+    assert_eq!(numbers("fine", "loss_scale"), [256.0; 12]);
+    let lines = lasting(&work, "overflow");
+    let skipped: Vec<bool> = lines.iter().filter_map(|line| line["skipped"].as_bool()).collect();
+    let first = skipped.iter().position(|&skipped| !skipped).expect("the scale comes down in twelve steps");
+    assert!(first > 0 && skipped[first..].iter().all(|&skipped| !skipped), "{skipped:?}");
+    let scales: Vec<f64> = (0..12).map(|step| 2f64.powi(26 - step.min(first) as i32)).collect();
+    assert_eq!(numbers("overflow", "loss_scale"), scales);
+    refused_in(
+        &work,
+        &train("no", &["model.compute=f16", "train.fp16={hysteresis = 0}"]),
+        &["train.fp16", "hysteresis", "1 or above"],
+    );
+}
