@@ -3,6 +3,7 @@
 mod base;
 mod combine;
 mod convert;
+mod loftq;
 mod merge;
 mod several;
 mod swap;
@@ -10,6 +11,7 @@ mod swap;
 pub use base::{is_adapter, train_active, train_only};
 pub use combine::{Combination, combine, combine_directories};
 pub use convert::{convert_to_lora, save_as_lora};
+pub use loftq::{Rounding, replace_lora_weights_loftq};
 pub use merge::{merge, safe_merge, unmerge};
 pub use several::{activate, active, admit, check_rows, delete, names};
 pub use swap::swap;
@@ -75,8 +77,8 @@ pub fn targets<B: LinearKernels, M: Linears<B>>(model: &M, config: &LoraConfig) 
 }
 
 /// Adds a new adapter to every layer that `config` selects. It changes nothing yet (unless `init_lora_weights` is `false`), and its
-/// start depends on `seed`, the layers' paths and, for a start from the weight, the weights only. Nothing is frozen here: see
-/// [`train_only`].
+/// start depends on `seed`, the layers' paths and, for a start from the weight, the weights only. `loftq` starts as `true` does,
+/// until [`replace_lora_weights_loftq`]. Nothing is frozen here: see [`train_only`].
 ///
 /// # Errors
 /// If nothing is selected, the name is taken, the start is none of ours, or `modules_to_save` names no module of the model.
@@ -87,7 +89,7 @@ pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
     seed: u64,
 ) -> Result<(), Error> {
     if let InitLora::Other(other) = &config.init_lora_weights {
-        let expected = "true, false, gaussian, orthogonal, olora, pissa or pissa_niter_<n>";
+        let expected = "true, false, gaussian, orthogonal, olora, loftq, pissa or pissa_niter_<n>";
         return Err(Error::config(format!("`init_lora_weights`: expected {expected}, found {other:?}")));
     }
     admit(model, name, config.changes_base())?;

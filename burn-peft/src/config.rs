@@ -100,6 +100,10 @@ pub enum InitLora {
     },
     /// The first directions of the weight's QR decomposition, which keeps the rest (OLoRA: Büyükakyüz, 2024, arXiv:2406.01775).
     Olora,
+    /// The principal singular directions of what rounding to NF4 took from the weight (LoftQ with one iteration: Li et al., 2023,
+    /// arXiv:2310.08659): see [`replace_lora_weights_loftq`](crate::adapter::replace_lora_weights_loftq), which knows the weight as
+    /// it was. Until then as `True`, and so in files: the base is nothing but NF4, and nobody is to start again who loads the adapter.
+    Loftq,
     /// Another of PEFT's, which a trained adapter may have had.
     Other(String),
 }
@@ -122,6 +126,7 @@ impl TryFrom<Value> for InitLora {
                 "gaussian" => Self::Gaussian,
                 "orthogonal" => Self::Orthogonal,
                 "olora" => Self::Olora,
+                "loftq" => Self::Loftq,
                 "pissa" => Self::Pissa { niter: None },
                 other => match other.strip_prefix("pissa_niter_").map(str::parse) {
                     Some(Ok(niter)) => Self::Pissa { niter: Some(niter) },
@@ -141,6 +146,7 @@ impl From<InitLora> for Value {
             InitLora::Gaussian => "gaussian".into(),
             InitLora::Orthogonal => "orthogonal".into(),
             InitLora::Olora => "olora".into(),
+            InitLora::Loftq => "loftq".into(),
             InitLora::Pissa { niter: None } => "pissa".into(),
             InitLora::Pissa { niter: Some(n) } => format!("pissa_niter_{n}").into(),
             InitLora::Other(name) => name.into(),

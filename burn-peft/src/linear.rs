@@ -121,6 +121,7 @@ impl<B: LinearKernels> Linear<B> {
         match config.init_lora_weights {
             InitLora::Pissa { .. } => self.weight.writable("init_lora_weights = \"pissa\"")?,
             InitLora::Olora => self.weight.writable("init_lora_weights = \"olora\"")?,
+            InitLora::Loftq => {}
             _ => return Ok(()),
         }
         let (r, [out, features]) = (config.rank_at(path), self.shape());

@@ -101,6 +101,14 @@ impl<B: LinearKernels> Lora<B> {
         Self::from_tensors(path, name, config, a, b)
     }
 
+    /// Takes `A [r, in]` and `B [out, r]` for its own, which stay trainable or frozen as they were.
+    pub(crate) fn replace(&mut self, a: Tensor<B, 2>, b: Tensor<B, 2>) {
+        for (leaf, values) in [(&mut self.lora_a, a), (&mut self.lora_b, b)] {
+            let trained = leaf.is_require_grad();
+            *leaf = leaf.clone().map(|_| values.detach().set_require_grad(trained));
+        }
+    }
+
     /// What the adapter adds to the layer's output: `x [tokens, in]` → `[tokens, out]`. Without the magnitude.
     pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
         let dtype = x.dtype();

@@ -22,9 +22,10 @@ fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
     let (plain, floats) = (logits(&["--model", "wide"]), logits(&["--model", "floats"]));
     assert!(apart(&floats, &logits(&["--model", "wide", "--weights", "nf4"])) < 1e-4 * apart(&floats, &plain).max(1.0));
     assert!(apart(&floats, &plain) > 1e-3, "nf4 rounds");
-    let table: [(&str, &[&str], &str); 15] = [
+    let table: [(&str, &[&str], &str); 16] = [
         ("qlora", &["model.path=wide.gguf"], "LORA"),
         ("qlora", &["model.path=wide", "model.dtype=nf4"], "LORA"),
+        ("qlora", &["model.path=wide", "method.init_lora_weights=loftq", "method.loftq_iter=1"], "LORA"),
         ("dora", &["method.r=2"], "LORA"),
         (
             "lora",
@@ -80,7 +81,7 @@ fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
         let adapter = format!("{whole}/adapter");
         let base: &[&str] = match index {
             0 => &["--model", "wide.gguf", "--weights", "packed"],
-            1 => &["--model", "wide", "--weights", "nf4"],
+            1 | 2 => &["--model", "wide", "--weights", "nf4"],
             _ => &["--model", "model"],
         };
         usable(&work, &[base, &["--adapter", &adapter]].concat(), number(&summary, "valid_loss_after"));

@@ -98,6 +98,15 @@ impl Checkpoint {
         }
     }
 
+    /// The weight `[out, in]` of the linear layer at `path`, such as `model.layers.0.mlp.up_proj`, in f32: what a model that is
+    /// stored as NF4 was before.
+    ///
+    /// # Errors
+    /// If there is none, or it cannot be read.
+    pub fn weight(&self, path: &str) -> Result<TensorData, Error> {
+        self.read(&format!("{path}.weight"), DType::F32)
+    }
+
     /// The model on `device`, with matrices stored as asked (a float type will do) and norms and biases in f32.
     ///
     /// # Errors

@@ -9,7 +9,7 @@ use std::path::Path;
 fn neutral_fields() -> Map<String, Value> {
     let fields = json!({
         "alora_invocation_tokens": null, "arrow_config": null, "corda_config": null, "eva_config": null,
-        "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null, "loftq_config": {}, "lora_bias": false,
+        "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null, "lora_bias": false,
         "lora_ga_config": null, "monteclora_config": null, "target_parameters": null, "trainable_token_indices": null,
         "use_bdlora": null, "use_qalora": false, "velora_config": null,
     });
@@ -20,9 +20,11 @@ fn neutral_fields() -> Map<String, Value> {
 }
 
 /// Fields that change nothing for a trained adapter.
-const IGNORED: [&str; 10] = [
+const IGNORED: [&str; 11] = [
     "auto_mapping",
     "inference_mode",
+    // Says how an adapter started; whether its base is another for that is `init_lora_weights`' to say.
+    "loftq_config",
     "megatron_config",
     "megatron_core",
     "peft_type",
@@ -34,7 +36,7 @@ const IGNORED: [&str; 10] = [
 ];
 
 /// Starts that change the weights of the base model, so that the adapter is none of the original ones.
-const CHANGE_THE_BASE: [&str; 3] = ["corda", "lora_ga", "loftq"];
+const CHANGE_THE_BASE: [&str; 2] = ["corda", "lora_ga"];
 
 impl LoraConfig {
     /// Reads `adapter_config.json`'s content; the second value names fields that are not known here (a newer PEFT's), which
@@ -72,6 +74,11 @@ impl LoraConfig {
                                 path_initial_model_for_weight_conversion, which makes it plain LoRA)";
                 Err(Error::format(path, "init_lora_weights", expected, name))
             }
+            InitLora::Loftq => {
+                let expected = "true, as in an adapter that was saved to be loaded (\"loftq\" asks who loads it to start again; where \
+                                the base was saved beside the adapter, put true here and load it on that base)";
+                Err(Error::format(path, "init_lora_weights", expected, "loftq"))
+            }
             _ => Ok((config, unknown)),
         }
     }
@@ -84,10 +91,13 @@ impl LoraConfig {
             other => json!(other),
         };
         let integral = self.lora_alpha.fract() == 0.0;
+        // As PEFT's own script for LoftQ: with its name PEFT would start again when it loads the file.
+        let init = if self.init_lora_weights == InitLora::Loftq { &InitLora::True } else { &self.init_lora_weights };
         let alpha = if integral { json!(self.lora_alpha as i64) } else { json!(self.lora_alpha) };
         let fixed = json!({
-            "auto_mapping": null, "inference_mode": true, "lora_alpha": alpha, "megatron_config": null,
-            "megatron_core": "megatron.core", "peft_type": "LORA", "qalora_group_size": 16, "revision": null,
+            "auto_mapping": null, "inference_mode": true, "init_lora_weights": init, "loftq_config": {},
+            "lora_alpha": alpha, "megatron_config": null, "megatron_core": "megatron.core",
+            "peft_type": "LORA", "qalora_group_size": 16, "revision": null,
             "target_modules": target, "task_type": "CAUSAL_LM", "ensure_weight_tying": false,
         });
         for fields in [json!(self), fixed] {
@@ -132,10 +142,23 @@ mod tests {
     }
 
     #[test]
+    fn how_loftq_started_is_no_part_of_what_it_has_become() {
+        let config = LoraConfig { init_lora_weights: InitLora::Loftq, ..Default::default() };
+        let mut json = config.to_json();
+        assert_eq!((&json["init_lora_weights"], &json["loftq_config"]), (&json!(true), &json!({})));
+        // PEFT's script puts true there, and leaves this.
+        json["loftq_config"] = json!({ "loftq_bits": 4, "loftq_iter": 5 });
+        assert_eq!(LoraConfig::from_json(Path::new("x"), json).unwrap(), (LoraConfig::default(), vec![]));
+    }
+
+    #[test]
     fn what_is_not_supported_is_refused_by_name() {
-        for (field, value) in
-            [("lora_bias", json!(true)), ("layer_replication", json!([[0, 1]])), ("init_lora_weights", json!("corda"))]
-        {
+        for (field, value) in [
+            ("lora_bias", json!(true)),
+            ("layer_replication", json!([[0, 1]])),
+            ("init_lora_weights", json!("corda")),
+            ("init_lora_weights", json!("loftq")),
+        ] {
             let mut json = LoraConfig::default().to_json();
             json[field] = value;
             let error = LoraConfig::from_json(Path::new("x"), json).unwrap_err().to_string();

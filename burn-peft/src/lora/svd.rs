@@ -1,6 +1,6 @@
 //! The principal part of a weight, by subspace iteration (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061).
 
-use super::start::orthonormalise;
+use super::start::{dot, orthonormalise};
 use crate::random;
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 
@@ -33,16 +33,22 @@ pub(crate) fn halves<B: Backend>(
         left = rows(tensor(&right).matmul(weight.clone().transpose()));
         orthonormalise(&mut left);
         small = rows(tensor(&left).matmul(weight.clone()));
-        (values, vectors) = eigen(&small);
-        let now: f64 = values[..r].iter().sum();
         iteration += 1;
-        if niter.is_none() && (now - before).abs() <= 1e-9 * now {
-            // The sum is exact long before the directions are: their error is its square root, and falls as fast again.
-            end = end.min(2 * iteration);
+        if niter.is_none() || iteration == end {
+            (values, vectors) = eigen(&small);
         }
-        before = now;
-        right.clone_from(&small);
-        orthonormalise(&mut right);
+        if niter.is_none() {
+            let now: f64 = values[..r].iter().sum();
+            if (now - before).abs() <= 1e-9 * now {
+                // The sum is exact long before the directions are: their error is its square root, and falls as fast again.
+                end = end.min(2 * iteration);
+            }
+            before = now;
+        }
+        if iteration < end {
+            right.clone_from(&small);
+            orthonormalise(&mut right);
+        }
     }
     let (mut a, mut b) = (Vec::new(), vec![vec![0.0; r]; out]);
     for index in 0..r {
@@ -68,8 +74,7 @@ fn rows<B: Backend>(x: Tensor<B, 2>) -> Vec<Vec<f64>> {
 /// Eigenvalues of `M·Mᵀ`, largest first, and its eigenvectors as columns (Jacobi's rotations).
 fn eigen(m: &[Vec<f64>]) -> (Vec<f64>, Vec<Vec<f64>>) {
     let k = m.len();
-    let dot = |i: usize, j: usize| m[i].iter().zip(&m[j]).map(|(x, y)| x * y).sum::<f64>();
-    let mut s: Vec<Vec<f64>> = (0..k).map(|i| (0..k).map(|j| dot(i, j)).collect()).collect();
+    let mut s: Vec<Vec<f64>> = m.iter().map(|row| m.iter().map(|other| dot(row, other)).collect()).collect();
     let mut v: Vec<Vec<f64>> = (0..k).map(|i| (0..k).map(|j| f64::from(u8::from(i == j))).collect()).collect();
     let total: f64 = s.iter().flatten().map(|x| x * x).sum();
     for _ in 0..60 {

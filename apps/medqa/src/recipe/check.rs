@@ -7,6 +7,7 @@ use super::{
     VirtualTokens, deepspeed_schedule, loss_scaler,
 };
 use crate::data::Schema;
+use burn_peft::config::InitLora;
 use burn_zero::ds_config::Stage;
 
 /// The key and what is wrong with its value.
@@ -17,6 +18,7 @@ pub fn check(recipe: &Recipe) -> Result<(), Problem> {
     given("model.path", &recipe.model.path, "a model: a directory, a .gguf file, a hub id or `smollm2-135m-instruct`")?;
     data(&recipe.data)?;
     method(&recipe.method, recipe.model.dtype)?;
+    loftq(recipe)?;
     steps(&recipe.train.steps)?;
     optimizer(&recipe.train.optimizer)?;
     schedule(&recipe.train.schedule)?;
@@ -101,6 +103,28 @@ fn method(method: &Method, dtype: Option<Dtype>) -> Result<(), Problem> {
     let floats = !dtype.is_some_and(Dtype::is_packed) || learns;
     within("model.dtype", floats, "f32, f16 or bf16 where weights learn: blocks cannot", "blocks")?;
     virtual_tokens(tokens, choice.kind, found)
+}
+
+/// LoftQ starts from what rounding took, so something has to be rounded here.
+fn loftq(recipe: &Recipe) -> Result<(), Problem> {
+    let Method { choice, lora, .. } = &recipe.method;
+    if lora.init_lora_weights != InitLora::Loftq {
+        let found = serde_json::to_string(&lora.init_lora_weights).unwrap_or_default();
+        let expected = "`method.init_lora_weights` to be \"loftq\"";
+        return within("method.loftq_iter", lora.loftq_iter.is_none(), expected, found);
+    }
+    let rounds = choice.kind == MethodKind::QLora;
+    let expected =
+        "`method.kind = \"qlora\"` with `model.dtype = \"nf4\"` beside \"loftq\", which starts from what rounding took";
+    within("method.init_lora_weights", rounds, expected, "weights that are not rounded")?;
+    let nf4 = recipe.model.dtype.map_or(!recipe.is_gguf(), |dtype| dtype == Dtype::Nf4);
+    let expected = "\"nf4\" with `method.init_lora_weights = \"loftq\"`";
+    let found = "\"packed\": of a file's own blocks nobody here knows what they were rounded from";
+    within("model.dtype", nf4, expected, found)?;
+    let expected = "1: with more, the base would no longer be nf4 of the model's weights, and the adapter one of no other copy of \
+                    it (take `method.kind = \"lora\"` on the base and the adapter that PEFT's quantize_save_load.py writes)";
+    let iterations = lora.loftq_iter.unwrap_or(1);
+    within("method.loftq_iter", iterations == 1, expected, iterations)
 }
 
 fn virtual_tokens(tokens: &VirtualTokens, kind: MethodKind, found: &str) -> Result<(), Problem> {

@@ -100,8 +100,12 @@ pub struct Lora {
     pub alpha: f64,
     /// Rank-stabilised scale.
     pub use_rslora: bool,
-    /// What they start from: true, false, `"gaussian"`, `"orthogonal"`, `"olora"`, `"pissa"` or `"pissa_niter_N"`.
+    /// What they start from: true, false, `"gaussian"`, `"orthogonal"`, `"olora"`, `"pissa"`, `"pissa_niter_N"`, or, on nf4,
+    /// `"loftq"`: the most of what rounding took.
     pub init_lora_weights: InitLora,
+    /// For `"loftq"`: how often the base is rounded; 1, the default, is all that leaves it nf4 of the model's weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loftq_iter: Option<usize>,
     /// Other ranks, by the end of a path or a regular expression.
     pub rank_pattern: Map<String, Value>,
     /// Other values of `alpha`, likewise.
@@ -115,6 +119,7 @@ impl Default for Lora {
             alpha: 16.0,
             use_rslora: false,
             init_lora_weights: InitLora::True,
+            loftq_iter: None,
             rank_pattern: Map::new(),
             alpha_pattern: Map::new(),
         }

@@ -79,6 +79,11 @@ impl Recipe {
         toml::to_string_pretty(self).context("the recipe cannot be written as TOML")
     }
 
+    /// Whether the model is a GGUF file, as far as its name tells.
+    fn is_gguf(&self) -> bool {
+        self.model.path.to_ascii_lowercase().ends_with(".gguf") || self.model.path == fetch::SMOLLM2
+    }
+
     /// Defaults that depend on other keys.
     fn fill(&mut self) {
         let kind = self.method.choice.kind;
@@ -88,7 +93,7 @@ impl Recipe {
         if kind.is_lora() {
             self.method.scope.target_modules.get_or_insert_default();
         }
-        let gguf = self.model.path.to_ascii_lowercase().ends_with(".gguf") || self.model.path == fetch::SMOLLM2;
+        let gguf = self.is_gguf();
         let learns = matches!(kind, MethodKind::Full | MethodKind::Freeze);
         self.model.dtype.get_or_insert(match (kind, gguf) {
             (MethodKind::QLora, true) => Dtype::Packed,

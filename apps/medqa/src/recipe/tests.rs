@@ -199,6 +199,22 @@ fn impossible_values_are_refused_by_key() {
     assert!(refusal("", &[]).starts_with("r.toml: `model.path`"));
     let ia3 = ["method.kind=ia3", "method.target_modules=['v_proj']", "method.feedforward_modules=['up_proj']"];
     assert!(refusal(LEAST, &ia3).contains("some of `method.target_modules`"));
+    let loftq = |sets: &[&str]| refusal(LEAST, &[&["method.init_lora_weights=loftq"], sets].concat());
+    assert!(
+        loftq(&[])
+            .contains("`method.init_lora_weights`: expected `method.kind = \"qlora\"` with `model.dtype = \"nf4\"`")
+    );
+    let blocks = loftq(&["method.kind=qlora"]);
+    assert!(blocks.contains("`model.dtype`: expected \"nf4\"") && blocks.contains("found \"packed\""), "{blocks}");
+    let nf4 = ["method.kind=qlora", "model.dtype=nf4"];
+    let often = loftq(&[&nf4[..], &["method.loftq_iter=5"]].concat());
+    assert!(often.contains("`method.loftq_iter`: expected 1: with more") && often.ends_with("found 5"), "{often}");
+    assert!(
+        refusal(LEAST, &["method.loftq_iter=1"]).contains("`method.init_lora_weights` to be \"loftq\", found true")
+    );
+    for sets in [&nf4[..], &["method.kind=qlora", "model.path=folder"]] {
+        parse(LEAST, &[&["method.init_lora_weights=loftq"], sets].concat()).unwrap();
+    }
     let prefix = |sets: &[&str]| refusal(LEAST, &[&["method.kind=p-tuning-v2"], sets].concat());
     assert!(prefix(&["method.init_weights=ones"]).contains("\"zero\", or nothing"));
     assert!(prefix(&["method.init_weights=zero", "method.init_text=a"]).contains("no `method.init_text` beside it"));

@@ -1,13 +1,18 @@
 //! Validation on another device than training's (`train.eval_device`), on whatever backend that is.
 
 use super::setup;
-use crate::{backend::on, eval::loss, model, recipe::Recipe};
+use crate::{
+    backend::on,
+    eval::loss,
+    model,
+    recipe::{Dtype, Recipe},
+};
 use anyhow::Result;
 use burn::{
     module::{Module, ModuleMapper, ModuleVisitor, Param},
     tensor::{DType, Tensor, TensorData, backend::Backend},
 };
-use burn_llama::{Example, Llama, kernel::Kernels};
+use burn_llama::{Example, Llama, Storage, kernel::Kernels};
 use std::collections::HashMap;
 
 /// The values of parameters, by path, on their way through host memory.
@@ -25,10 +30,11 @@ pub fn open(recipe: &Recipe) -> Result<Option<Box<dyn Elsewhere>>> {
     on!(device.ready()?, |B, place| Ok(Some(Box::new(There(Some(load::<B>(recipe, place)?))))))
 }
 
-/// Matrices are f32 there, whatever they are in training: not every backend has shorter types.
+/// Matrices are f32 there, whatever they are in training: not every backend has shorter types. With nf4 they are what that holds.
 fn load<B: Kernels>(recipe: &Recipe, device: &B::Device) -> Result<Llama<B>> {
-    let loaded = model::base::<B>(&recipe.model.path, DType::F32, device)?;
-    Ok(setup::adapt(loaded.model, &loaded.tokenizer, recipe)?.0)
+    let storage = if recipe.model.dtype == Some(Dtype::Nf4) { Storage::Nf4 } else { DType::F32.into() };
+    let loaded = model::base::<B>(&recipe.model.path, storage, device)?;
+    Ok(setup::adapt(loaded.model, &loaded.tokenizer, recipe)?.0.unpacked())
 }
 
 /// There is a model between two calls.

@@ -23,7 +23,7 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, module::AutodiffModule};
 use burn_llama::{Batch, Example, Layout, Llama, Tokenizer, checkpoint, kernel::Kernels};
-use burn_peft::{Noise, Pass, param};
+use burn_peft::{Noise, Pass, adapter::Rounding, param};
 use burn_zero::{Engine, StepReport, comm::Communicator};
 use serde_json::{Value, json};
 use std::{
@@ -119,6 +119,9 @@ impl<B: Kernels> Run<B> {
             if first {
                 eprintln!("going on after step {} ({})", progress.step, checkpoint.display());
             }
+        } else if let Some(Rounding { layers, taken, left }) = setup::start(&mut model, &recipe)?.filter(|_| first) {
+            let share = 100.0 * (1.0 - left / taken);
+            eprintln!("loftq: the adapters of {layers} layers give back {share:.1} % of the squares that nf4 took");
         }
         if first {
             write::whole(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;

@@ -4,13 +4,14 @@ use super::freeze::freeze;
 use crate::{
     adapter::{self, Adapter},
     data::{Encoded, Schema, encode, read},
+    fetch,
     model::Loaded,
     recipe::{self, Checkpointing as Recompute, Compute, Data, MethodKind, OptimizerKind, Place, Recipe, Scheduler},
 };
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
-use burn_llama::{Example, Llama, Tokenizer, kernel::Kernels};
-use burn_peft::param;
+use burn_llama::{Checkpoint, Example, Llama, Tokenizer, kernel::Kernels};
+use burn_peft::{adapter::Rounding, config::InitLora, param};
 use burn_zero::{
     Engine, Sharding, Tier,
     comm::Communicator,
@@ -56,6 +57,18 @@ pub fn adapt<B: Kernels>(
         _ => param::train_only(model, burn_peft::adapter::is_adapter),
     };
     Ok((model, Some(adapter)))
+}
+
+/// The start of a new adapter that takes more than the model: the weights before they were rounded, of which a few at a time are
+/// read from the model's files. A run that goes on has its adapter.
+pub fn start<B: Kernels>(model: &mut Llama<B>, recipe: &Recipe) -> Result<Option<Rounding>> {
+    let (choice, lora) = (&recipe.method.choice, &recipe.method.lora);
+    if lora.init_lora_weights != InitLora::Loftq || choice.init.is_some() {
+        return Ok(None);
+    }
+    let checkpoint = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?;
+    let original = |path: &str| checkpoint.weight(path);
+    Ok(Some(burn_peft::adapter::replace_lora_weights_loftq(model, adapter::NAME, &original)?))
 }
 
 fn optimizer(recipe: &Recipe) -> Optimizer {
