@@ -343,6 +343,30 @@ fn prompts_start_as_their_configuration_says() {
     assert!(error(&PromptConfig { method, ..PromptConfig::prefix(4) }, Some(&[7])).contains("prefix_projection"));
 }
 
+/// Nothing is frozen yet, and products of weights in half precision that learn do not exist.
+#[test]
+fn a_model_in_half_precision_gives_a_start_before_it_is_frozen() {
+    let _lock = one_backward_at_a_time();
+    let checkpoint = Checkpoint::open(&fixture("models/gqa_llama3")).unwrap();
+    let text = [7, 9, 11, 3, 5];
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        let plain: Llama<Flex> = checkpoint.load(dtype, &Default::default()).unwrap();
+        let model: Llama<Train> = checkpoint.load(dtype, &Default::default()).unwrap();
+        assert!(param::count_trainable::<Train, _>(&model) > 0, "{dtype:?}: nothing is frozen");
+        for config in [PromptConfig::prefix(5), prompt(PromptTuningInit::Text), prompt(PromptTuningInit::SampleVocab)] {
+            let sampled = config == prompt(PromptTuningInit::SampleVocab);
+            let text = (!sampled).then_some(&text[..]);
+            let expected = plain.new_prompt(&config, text, 3).unwrap().encoder.forward().into_data();
+            let start = model.new_prompt(&config, text, 3).unwrap().encoder;
+            assert!(start.embedding.val().is_require_grad(), "the virtual tokens learn");
+            assert_eq!(start.forward().into_data(), expected, "{dtype:?}: {config:?}");
+        }
+        let expected = plain.keys_and_values(&text).unwrap().into_data();
+        assert_eq!(model.keys_and_values(&text).unwrap().into_data(), expected, "{dtype:?}");
+        assert!(param::count_trainable::<Train, _>(&model) > 0, "{dtype:?}: the model is as it was");
+    }
+}
+
 #[test]
 fn a_prompt_of_another_base_and_fields_from_the_future() {
     for (name, other, expected) in [

@@ -91,7 +91,7 @@ impl<B: Kernels> Llama<B> {
         assert!(!slots.is_empty(), "a batch has at least one target");
         let n = slots.len();
         let before = Past::starting_with(Vec::new(), &arranged.past);
-        let pass = self.in_its_precision(&arranged.pass(pass, self.virtual_tokens()));
+        let pass = Pass { compute: self.compute, ..arranged.pass(pass, self.virtual_tokens()) };
         Ok(Batch {
             context: self.context(&arranged.layout, Some(&before))?,
             ids: ints(ids, layout.rows, &device),

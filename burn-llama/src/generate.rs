@@ -4,6 +4,9 @@ use crate::{Error, Layout, Llama, Past, batch::check_ids, kernel::Kernels, layou
 use burn::tensor::{DType, Tensor, s};
 use burn_peft::random;
 
+/// New tokens that the cache has room for from the start. A larger limit is mostly never reached; room for more is made when it is.
+const RESERVED: usize = 4096;
+
 /// How the next token is chosen. The default is greedy.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
@@ -123,7 +126,7 @@ pub struct Generate<'a, B: Kernels> {
     model: &'a Llama<B>,
     settings: &'a Settings,
     rows: Rows,
-    past: Past<B>,
+    pub(crate) past: Past<B>,
     /// Per row: prompt and new tokens.
     tokens: Vec<Vec<u32>>,
     done: Vec<bool>,
@@ -164,7 +167,9 @@ impl<'a, B: Kernels> Generate<'a, B> {
         let places = arranged.places(ids.len());
         let last = |(row, prompt): (usize, &Vec<u32>)| places[row * layout.length + prompt.len() - 1];
         let slots: Vec<i32> = prompts.iter().enumerate().map(last).collect();
-        let (x, past) = model.first(ids, &arranged, &rows);
+        let (x, mut past) = model.first(ids, &arranged, &rows);
+        // The last token is not fed back.
+        past.reserve(past.slots() + arranged.layout.length + settings.max_new_tokens.clamp(1, RESERVED) - 1);
         let mut generate = Self {
             model,
             settings,

@@ -28,6 +28,8 @@ pub struct Past<B: Backend> {
     slots: usize,
     segments: Vec<i32>,
     positions: Vec<i32>,
+    /// Slots that layers have room for from their first keys on.
+    reserved: usize,
     /// Whether new keys stay; else they are seen once, after what is there.
     grows: bool,
 }
@@ -35,7 +37,7 @@ pub struct Past<B: Backend> {
 impl<B: Backend> Past<B> {
     /// An empty past of `layers` layers.
     pub fn new(layers: usize, rows: usize) -> Self {
-        Self { layers: vec![None; layers], rows, slots: 0, segments: Vec::new(), positions: Vec::new(), grows: true }
+        Self { layers: vec![None; layers], rows, ..Self::starting_with(Vec::new(), &[]) }
     }
 
     /// A past that starts with keys and values of virtual tokens, `[n, 2, kv_heads, head_dim]` per layer: a row with those of its
@@ -68,8 +70,15 @@ impl<B: Backend> Past<B> {
             slots,
             segments: ranges.iter().flat_map(|range| (0..slots).map(move |slot| segment(range, slot))).collect(),
             positions: (0..rows).flat_map(|_| 0..slots as i32).collect(),
+            reserved: 0,
             grows: true,
         }
+    }
+
+    /// Room for so many slots in all, for a caller that knows how many will come: until they are full, every token is written in
+    /// place. The memory is taken when a layer gets its next keys.
+    pub fn reserve(&mut self, slots: usize) {
+        self.reserved = slots;
     }
 
     /// What a single layer sees before the new tokens of a pass that keeps nothing, such as one of training.
@@ -143,8 +152,8 @@ impl<B: Backend> Past<B> {
 }
 
 impl<B: Kernels> Past<B> {
-    /// Adds new keys and values `[rows, n, kv_heads, head_dim]` of one layer and returns all in use. Room is made in powers of
-    /// two, so that most steps write in place.
+    /// Adds new keys and values `[rows, n, kv_heads, head_dim]` of one layer and returns all in use. Room is made as
+    /// [reserved](Self::reserve), then in powers of two, so that most steps write in place.
     pub(crate) fn push(&mut self, layer: usize, keys: Tensor<B, 4>, values: Tensor<B, 4>) -> KeyValue<B> {
         if !self.grows {
             let Some(before) = &self.layers[layer] else { return KeyValue { keys, values } };
@@ -152,9 +161,15 @@ impl<B: Kernels> Past<B> {
             return KeyValue { keys: join(&before.keys, keys), values: join(&before.values, values) };
         }
         let (from, to) = (self.slots, self.slots + keys.dims()[1]);
+        let room = if to <= self.reserved { self.reserved } else { to.next_power_of_two().max(64) };
         let cache = match self.layers[layer].take() {
-            None => KeyValue { keys, values },
-            Some(cache) => KeyValue { keys: write(cache.keys, keys, from), values: write(cache.values, values, from) },
+            // Those of a past that may end here need no room yet.
+            None if to > self.reserved => KeyValue { keys, values },
+            None => KeyValue { keys: widened(keys, room), values: widened(values, room) },
+            Some(cache) => {
+                let write = |cache, new| write(cache, new, (from, room));
+                KeyValue { keys: write(cache.keys, keys), values: write(cache.values, values) }
+            }
         };
         let used = |x: &Tensor<B, 4>| x.clone().slice(s![.., ..to]);
         let all = KeyValue { keys: used(&cache.keys), values: used(&cache.values) };
@@ -163,15 +178,92 @@ impl<B: Kernels> Past<B> {
     }
 }
 
-/// Writes `new` at slot `from`, growing the buffer if it is full.
-fn write<B: Kernels>(cache: Tensor<B, 4>, new: Tensor<B, 4>, from: usize) -> Tensor<B, 4> {
-    let ([rows, capacity, heads, dim], n) = (cache.dims(), new.dims()[1]);
-    let cache = if capacity < from + n {
-        let room = (from + n).next_power_of_two().max(64) - from;
-        let (device, dtype) = (cache.device(), cache.dtype());
-        Tensor::cat(vec![cache.slice(s![.., ..from]), Tensor::zeros([rows, room, heads, dim], (&device, dtype))], 1)
-    } else {
-        cache
-    };
+/// Writes `new` at slot `from`, in a buffer of `room` slots if this one is full.
+fn write<B: Kernels>(cache: Tensor<B, 4>, new: Tensor<B, 4>, (from, room): (usize, usize)) -> Tensor<B, 4> {
+    let full = cache.dims()[1] < from + new.dims()[1];
+    let cache = if full { widened(cache.slice(s![.., ..from]), room) } else { cache };
     tensor(B::put(primitive(cache), primitive(new), from))
+}
+
+/// The same slots in a buffer of `room`. What is free is cleared memory that nobody has touched, so that a large reservation costs
+/// little before it is used.
+fn widened<B: Kernels>(used: Tensor<B, 4>, room: usize) -> Tensor<B, 4> {
+    let [rows, slots, heads, dim] = used.dims();
+    if slots == room {
+        return used;
+    }
+    let empty = Tensor::<B, 4>::zeros([rows, room, heads, dim], (&used.device(), used.dtype()));
+    tensor(B::put(primitive(empty), primitive(used), 0))
+}
+
+#[cfg(all(test, feature = "flex"))]
+mod tests {
+    use super::*;
+    use crate::{Generate, LlamaConfig, Settings};
+    use burn::{
+        backend::Flex,
+        tensor::{TensorData, TensorPrimitive},
+    };
+    use burn_peft::PromptConfig;
+
+    /// Where every layer's keys and values lie, and the slots there.
+    fn buffers(past: &Past<Flex>) -> Vec<(*const f32, usize)> {
+        let buffer = |x: &Tensor<Flex, 4>| match x.clone().into_primitive() {
+            TensorPrimitive::Float(held) => (held.storage::<f32>().as_ptr(), x.dims()[1]),
+            TensorPrimitive::QFloat(_) => panic!("keys are floats"),
+        };
+        past.layers.iter().flatten().flat_map(|layer| [buffer(&layer.keys), buffer(&layer.values)]).collect()
+    }
+
+    #[test]
+    fn a_generation_writes_every_token_where_the_prompt_lies() {
+        let fields = serde_json::json!({
+            "model_type": "llama", "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        });
+        let mut model = LlamaConfig::from_json(fields).unwrap().init::<Flex>(3, &Default::default());
+        for virtual_tokens in [0, 3] {
+            if virtual_tokens > 0 {
+                model.prompts = vec![model.new_prompt(&PromptConfig::prefix(virtual_tokens), None, 5).unwrap()];
+            }
+            // One row, and several of which the longest has 65 tokens: more than a power of two.
+            for prompts in [vec![vec![7; 9]], vec![vec![4; 65], vec![9; 2]]] {
+                let settings = Settings { max_new_tokens: 80, ..Settings::default() };
+                let mut generate = Generate::new(&model, &prompts, &settings).unwrap();
+                let first = buffers(&generate.past);
+                while generate.advance().unwrap().is_some() {
+                    assert_eq!(buffers(&generate.past), first, "after {} slots", generate.past.slots());
+                }
+                let needed = virtual_tokens + prompts[0].len() + 79;
+                assert_eq!(generate.past.slots(), needed);
+                assert!(first.len() == 4 && first.iter().all(|(_, slots)| *slots == needed), "{first:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_pushed_is_kept_whatever_was_reserved() {
+        let (lengths, [heads, dim]) = ([7, 1, 1, 70, 1, 60], [2, 3]);
+        for reserved in [0, 7, 8, 79, 500] {
+            let mut past = Past::<Flex>::new(1, 2);
+            past.reserve(reserved);
+            let mut all: Option<[Tensor<Flex, 4>; 2]> = None;
+            for n in lengths {
+                let numbers = |start: usize| {
+                    let values: Vec<f32> = (start..start + 2 * n * heads * dim).map(|x| x as f32).collect();
+                    Tensor::from_data(TensorData::new(values, [2, n, heads, dim]), &Default::default())
+                };
+                let (keys, values) = (numbers(past.slots()), numbers(10_000 + past.slots()));
+                let found = past.push(0, keys.clone(), values.clone());
+                let joined = match all.take() {
+                    None => [keys, values],
+                    Some([k, v]) => [Tensor::cat(vec![k, keys], 1), Tensor::cat(vec![v, values], 1)],
+                };
+                assert_eq!(found.keys.into_data(), joined[0].to_data(), "{reserved} reserved, {n} pushed");
+                assert_eq!(found.values.into_data(), joined[1].to_data(), "{reserved} reserved, {n} pushed");
+                all = Some(joined);
+                past.advance(&Layout::padded(&[n, n]));
+            }
+        }
+    }
 }

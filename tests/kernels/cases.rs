@@ -1,6 +1,9 @@
 //! The table: kernels, their inputs, and both ways to compute them.
 
-use crate::host::{self, Sight};
+use crate::{
+    blocks::{self, Rows},
+    host::{self, Sight},
+};
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend, bf16, f16, ops::FloatTensor};
 use burn_llama::kernel::{Kernels, Targets, Visibility};
 use burn_peft::{
@@ -22,12 +25,22 @@ pub struct Input {
 /// A kernel and its inputs that never carry gradient.
 #[derive(Clone)]
 pub enum Kernel {
-    RmsNorm { epsilon: f64 },
-    Rope { cos: Vec<f64>, sin: Vec<f64> },
+    RmsNorm {
+        epsilon: f64,
+    },
+    Rope {
+        cos: Vec<f64>,
+        sin: Vec<f64>,
+    },
     SwiGlu,
     Linear,
+    /// A product with packed rows, and what they hold.
+    Packed(Rows),
     Attention(Sight),
-    CrossEntropy { ids: Vec<i32>, weights: Vec<f64> },
+    CrossEntropy {
+        ids: Vec<i32>,
+        weights: Vec<f64>,
+    },
 }
 
 /// One row of the table.
@@ -98,6 +111,7 @@ impl Case {
             }
             Kernel::SwiGlu => vec![host::swiglu(x, last)],
             Kernel::Linear => vec![host::linear(x, last, features)],
+            Kernel::Packed(rows) => vec![host::linear(x, &rows.values, features), rows.values.clone()],
             Kernel::Attention(sight) => {
                 let heads = [self.inputs[0].shape[2], self.inputs[1].shape[2], features];
                 host::attention([x, &inputs[1], last], sight, heads).into()
@@ -119,6 +133,10 @@ impl Case {
             }
             Kernel::SwiGlu => vec![B::swiglu(input(0), input(1), place.compute)],
             Kernel::Linear => vec![B::linear_forward(input(0), input(1), place.compute)],
+            Kernel::Packed(rows) => {
+                let rows = rows.on(device);
+                vec![B::packed_forward(input(0), &rows, place.compute), B::unpack(&rows)]
+            }
             Kernel::Attention(sight) => {
                 let (output, lse) = B::flash_attention([input(0), input(1), input(2)], &visibility(sight, device));
                 vec![output, lse]
@@ -153,17 +171,17 @@ fn visibility<B: Backend>(sight: &Sight, device: &B::Device) -> Visibility<B> {
 }
 
 /// A row of the table under construction.
-struct Row {
-    name: String,
+pub struct Row {
+    pub name: String,
     inputs: Vec<Input>,
 }
 
 impl Row {
-    fn new(name: impl Into<String>) -> Self {
+    pub fn new(name: impl Into<String>) -> Self {
         Self { name: name.into(), inputs: Vec::new() }
     }
 
-    fn input(self, shape: &[usize], scale: f64) -> Self {
+    pub fn input(self, shape: &[usize], scale: f64) -> Self {
         self.stored(shape, scale, DType::F32, true)
     }
 
@@ -183,7 +201,7 @@ impl Row {
         self
     }
 
-    fn case(self, kernel: Kernel) -> Case {
+    pub fn case(self, kernel: Kernel) -> Case {
         let mut case = Case { name: self.name, kernel, inputs: self.inputs, dy: Vec::new() };
         case.dy = numbers(&format!("{}.dy", case.name), case.host(&case.values())[0].len(), 1.0);
         case
@@ -347,6 +365,7 @@ pub fn table() -> Vec<Case> {
     rms_norms(&mut table);
     elementwise(&mut table);
     linears(&mut table);
+    blocks::products(&mut table);
     attentions(&mut table);
     cross_entropies(&mut table);
     table

@@ -4,7 +4,7 @@ use super::{Llama, Rows};
 use crate::{Error, Layout, LlamaConfig, Past, kernel::Kernels};
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use burn_peft::{
-    Pass, Prompt, PromptConfig,
+    Pass, Prompt, PromptConfig, param,
     prompt::{BaseShape, Place},
 };
 use std::ops::Range;
@@ -129,7 +129,7 @@ impl<B: Kernels> Llama<B> {
         let Some(tokens) = config.start_tokens(text, (vocabulary, seed))? else { return Ok(prompt) };
         crate::batch::check_ids(tokens.iter(), vocabulary)?;
         let start = match prompt.place() {
-            Place::Embeddings => self.embed(self.row(&tokens)).detach(),
+            Place::Embeddings => self.frozen().embed(self.row(&tokens)),
             Place::Past => self.keys_and_values(&tokens)?,
         };
         Ok(prompt.starting_from(start)?)
@@ -141,10 +141,16 @@ impl<B: Kernels> Llama<B> {
     /// # Errors
     /// If there are more tokens than the model's rotary frequencies cover.
     pub fn keys_and_values(&self, tokens: &[u32]) -> Result<Tensor<B, 2>, Error> {
-        let mut past = Past::new(self.config.num_hidden_layers, 1);
-        let embeddings = self.embed(self.row(tokens));
-        self.hidden(embeddings, &Layout::padded(&[tokens.len()]), Some(&mut past), &Pass::default())?;
-        Ok(past.flat().detach())
+        let (model, mut past) = (self.frozen(), Past::new(self.config.num_hidden_layers, 1));
+        let embeddings = model.embed(self.row(tokens));
+        model.hidden(embeddings, &Layout::padded(&[tokens.len()]), Some(&mut past), &Pass::default())?;
+        Ok(past.flat())
+    }
+
+    /// The same weights, none of which carries a gradient: what a prompt starts from needs none, and weights in half precision, as
+    /// they are before a method has chosen what learns, cannot have any.
+    fn frozen(&self) -> Self {
+        param::train_only(self.clone(), |_| false)
     }
 
     fn row(&self, tokens: &[u32]) -> Tensor<B, 2, Int> {

@@ -25,6 +25,7 @@ use burn::{
     tensor::{DType, Int, Tensor, TensorData, backend::Backend},
 };
 use burn_peft::{Linear, Pass, Prompt, Weight, kernel::Compute};
+use std::borrow::Cow;
 
 /// The token table; its path is `model.embed_tokens.weight`.
 #[derive(Module, Debug)]
@@ -71,9 +72,12 @@ impl<B: Kernels> Llama<B> {
         self
     }
 
-    /// The pass with the model's own precision.
-    pub(crate) fn in_its_precision(&self, pass: &Pass) -> Pass {
-        Pass { compute: self.compute, ..pass.clone() }
+    /// The pass with the model's own precision: the same pass where that is what it says.
+    pub(crate) fn in_its_precision<'a>(&self, pass: &'a Pass) -> Cow<'a, Pass> {
+        match pass.compute == self.compute {
+            true => Cow::Borrowed(pass),
+            false => Cow::Owned(Pass { compute: self.compute, ..pass.clone() }),
+        }
     }
 
     /// The device that holds the model.

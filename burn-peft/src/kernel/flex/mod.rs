@@ -8,7 +8,7 @@ mod integers;
 mod rows;
 
 use super::{Compute, LinearKernels, by_tensors, float_dtype};
-use crate::packed::Packed;
+use crate::packed::{self, Packed};
 use burn::{
     backend::Flex,
     tensor::{DType, FloatDType, Shape, TensorData, TensorMetadata, ops::FloatTensorOps},
@@ -46,11 +46,17 @@ impl LinearKernels for Flex {
     }
 
     fn packed_forward(x: FlexTensor, weight: &Packed<Self>, compute: Compute) -> FlexTensor {
-        in_f32(x, |x| rows::forward(x, &Rows::packed(weight), compute))
+        match x.dtype() {
+            DType::F64 => packed::forward(x, weight, compute),
+            _ => in_f32(x, |x| rows::forward(x, &Rows::packed(weight), compute)),
+        }
     }
 
     fn packed_backward_input(dy: FlexTensor, weight: &Packed<Self>, compute: Compute) -> FlexTensor {
-        in_f32(dy, |dy| rows::backward_input(dy, &Rows::packed(weight), compute))
+        match dy.dtype() {
+            DType::F64 => packed::backward_input(dy, weight, compute),
+            _ => in_f32(dy, |dy| rows::backward_input(dy, &Rows::packed(weight), compute)),
+        }
     }
 
     /// Flex's own assignment of a slice copies what it assigns to.
