@@ -25,6 +25,9 @@ pub struct Input {
 /// A kernel and its inputs that never carry gradient.
 #[derive(Clone)]
 pub enum Kernel {
+    Embed {
+        ids: Vec<i32>,
+    },
     RmsNorm {
         epsilon: f64,
     },
@@ -104,6 +107,7 @@ impl Case {
         let (x, last) = (&inputs[0], &inputs[inputs.len() - 1]);
         let features = *self.inputs[0].shape.last().unwrap();
         match &self.kernel {
+            Kernel::Embed { ids } => vec![host::embed(x, features, ids)],
             Kernel::RmsNorm { epsilon } => vec![host::rms_norm(x, last, *epsilon)],
             Kernel::Rope { cos, sin } => {
                 let shape = self.inputs[0].shape.as_slice().try_into().unwrap();
@@ -125,6 +129,10 @@ impl Case {
         let input = |index: usize| shaped(&inputs[index], &self.inputs[index].shape, place.views);
         let (device, tokens) = (place.device, self.inputs[0].shape[0]);
         let outputs = match &self.kernel {
+            Kernel::Embed { ids } => {
+                let ids = ints::<B>(ids, 1, device).squeeze_dim::<1>(0);
+                vec![B::embed(input(0), ids.into_primitive())]
+            }
             Kernel::RmsNorm { epsilon } => vec![B::rms_norm(input(0), input(1), *epsilon)],
             Kernel::Rope { cos, sin } => {
                 let shape = [tokens, cos.len() / tokens];
@@ -241,6 +249,15 @@ pub fn sight(rows: &[(Runs<'_>, Runs<'_>)], window: Option<usize>) -> Sight {
 pub fn packed(lengths: &[i32]) -> Sight {
     let runs: Vec<_> = lengths.iter().enumerate().map(|(index, &n)| (index as i32 + 1, 0, n)).collect();
     sight(&[(&[], &runs)], None)
+}
+
+/// Rows that are taken once, several times and never.
+fn embeddings(table: &mut Vec<Case>) {
+    for (rows, width, n) in [(1, 1, 1), (5, 7, 4), (300, 33, 65)] {
+        let ids = (0..n).map(|i| (i * i + 3 * i) % rows).collect();
+        let row = Row::new(format!("embedding {n} of {rows} × {width}")).input(&[rows as usize, width], 1.0);
+        table.push(row.case(Kernel::Embed { ids }));
+    }
 }
 
 fn rms_norms(table: &mut Vec<Case>) {
@@ -362,6 +379,7 @@ fn cross_entropies(table: &mut Vec<Case>) {
 /// Every row of the table.
 pub fn table() -> Vec<Case> {
     let mut table = Vec::new();
+    embeddings(&mut table);
     rms_norms(&mut table);
     elementwise(&mut table);
     linears(&mut table);

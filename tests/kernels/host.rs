@@ -33,6 +33,11 @@ impl Sight {
     }
 }
 
+/// Rows of `table [rows, width]`.
+pub fn embed(table: &[f64], width: usize, ids: &[i32]) -> Vec<f64> {
+    ids.iter().flat_map(|&id| &table[id as usize * width..][..width]).copied().collect()
+}
+
 /// `x [n, width]`, `weight [width]`.
 pub fn rms_norm(x: &[f64], weight: &[f64], epsilon: f64) -> Vec<f64> {
     let row = |x: &[f64]| {

@@ -116,14 +116,14 @@ pub fn moments(trained: u64, placement: Placement) -> u64 {
 }
 
 /// What passes at the highest, of so many bytes of activations and of an embedding that learns, the largest tensor. When the
-/// backward pass reaches it, what layers keep is gone; its gradient is summed with that of the output it is tied to and is made
-/// in a buffer of its own, and where gradients are divided it is whole until then. Where gradients are updated with on the way,
+/// backward pass reaches it, what layers keep is gone; its gradient is made in a buffer of its own and summed with that of the
+/// output it is tied to, and where gradients are divided it is whole until then. Where gradients are updated with on the way,
 /// the output's is the one that waits all along.
 pub fn passing(activations: u64, shape: &Shape, placement: Placement) -> u64 {
     let bytes = 4 * shape.vocabulary * shape.hidden;
     let whole = if placement.stage >= Stage::Gradients { bytes - bytes / placement.world } else { 0 };
     let waits = if placement.early_updates { bytes } else { 0 };
-    activations.max(2 * bytes + whole) + waits
+    activations.max(bytes + whole) + waits
 }
 
 pub fn gib(bytes: u64) -> f64 {

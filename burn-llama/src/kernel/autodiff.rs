@@ -13,7 +13,11 @@ use burn::{
         grads::Gradients,
         ops::{Backward, Ops, OpsKind},
     },
-    tensor::backend::{AutodiffBackend, Backend},
+    tensor::{
+        TensorMetadata,
+        backend::{AutodiffBackend, Backend},
+        ops::IntTensor,
+    },
 };
 use burn_peft::kernel::{Compute, Stored};
 
@@ -87,6 +91,20 @@ impl<B: Kernels> Backward<B, 2> for RmsNorm {
         if let Some(dw) = dw {
             register::<B>(grads, w_node.map(|n| n.id), dw);
         }
+    }
+}
+
+/// State: the number of the table's rows, and which were taken.
+#[derive(Debug)]
+struct Embed;
+
+impl<B: Kernels> Backward<B, 1> for Embed {
+    type State = (usize, IntTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let ([node], (rows, ids)) = (ops.parents, ops.state);
+        register::<B>(grads, node.map(|n| n.id), B::embed_backward(rows, ids, dy));
     }
 }
 
@@ -175,6 +193,15 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let prep = RmsNorm.prepare::<BalancedCheckpointing>([x.node.clone(), weight.node.clone()]);
         match prep.memory_bound().retro_forward(again).parents(held([&x, &weight])).stateful() {
             OpsKind::Tracked(prep) => prep.finish((x.primitive, weight.primitive, epsilon), output),
+            OpsKind::UnTracked(prep) => prep.finish(output),
+        }
+    }
+
+    fn embed(table: F<Self>, ids: IntTensor<Self>) -> F<Self> {
+        let [rows, _] = table.primitive.shape().dims();
+        let output = B::embed(table.primitive, ids.clone());
+        match Embed.prepare::<C>([table.node.clone()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((rows, ids), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }

@@ -18,15 +18,35 @@ mod swiglu;
 pub use attention::Visibility;
 pub use cross_entropy::{Losses, Targets};
 
-use burn::tensor::{FloatDType, Slice, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor};
+use burn::tensor::{
+    FloatDType, Shape, Slice, Tensor, TensorMetadata, TensorPrimitive,
+    backend::Backend,
+    ops::{FloatTensor, IntTensor},
+};
 use burn_peft::kernel::{Compute, LinearKernels, Stored};
 
 /// A float tensor of the backend.
 type F<B> = FloatTensor<B>;
 
+fn embed_backward<B: Backend>(rows: usize, ids: IntTensor<B>, dy: F<B>) -> F<B> {
+    let [_, features] = dy.shape().dims();
+    let zeros = B::float_zeros(Shape::new([rows, features]), &B::float_device(&dy), dy.dtype().into());
+    B::float_select_add(zeros, 0, ids, dy)
+}
+
 /// The operations that the model is made of, beside [`LinearKernels`]. Forward and backward; the backward methods are given
 /// the gradient of the output and return the gradients of the float inputs.
 pub trait Kernels: LinearKernels {
+    /// The rows `ids [n]` of `table [rows, features]`.
+    fn embed(table: F<Self>, ids: IntTensor<Self>) -> F<Self> {
+        Self::float_select(table, 0, ids)
+    }
+
+    /// The gradient of a table of so many rows. It is the largest tensor of many a model: the fewer copies the better.
+    fn embed_backward(rows: usize, ids: IntTensor<Self>, dy: F<Self>) -> F<Self> {
+        embed_backward::<Self>(rows, ids, dy)
+    }
+
     /// `x / √(mean(x²) + eps) · weight` over the last dimension: `x [n, features]`, `weight [features]`.
     /// (Zhang and Sennrich, 2019, arXiv:1910.07467.)
     fn rms_norm(x: F<Self>, weight: F<Self>, epsilon: f64) -> F<Self> {

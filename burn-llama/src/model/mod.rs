@@ -17,14 +17,17 @@ pub(crate) use rows::Rows;
 
 use crate::{
     Context, Error, Layout, LlamaConfig, Past, Tail,
-    kernel::{Kernels, Visibility},
+    kernel::{self, Kernels, Visibility},
     layout::ints,
 };
 use burn::{
     module::Module,
     tensor::{DType, Int, Tensor, TensorData, backend::Backend},
 };
-use burn_peft::{Linear, Pass, Prompt, Weight, kernel::Compute};
+use burn_peft::{
+    Linear, Pass, Prompt, Weight,
+    kernel::{Compute, Stored},
+};
 use std::borrow::Cow;
 
 /// The token table; its path is `model.embed_tokens.weight`.
@@ -88,7 +91,12 @@ impl<B: Kernels> Llama<B> {
     /// Token ids `[rows, length]` → embeddings `[rows · length, hidden_size]` in f32.
     pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 2> {
         let [rows, length] = ids.dims();
-        self.model.embed_tokens.weight.stored().select(ids.reshape([rows * length])).cast(DType::F32)
+        let ids = ids.reshape([rows * length]);
+        let chosen = match self.model.embed_tokens.weight.stored() {
+            Stored::Dense(table) => kernel::tensor(B::embed(table, ids.into_primitive())),
+            packed => packed.select(ids),
+        };
+        chosen.cast(DType::F32)
     }
 
     /// Rotations and visibility for the tokens of `layout` after `past`.

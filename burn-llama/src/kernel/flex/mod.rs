@@ -6,6 +6,7 @@ mod attention;
 mod buffer;
 mod cross_entropy;
 mod elementwise;
+mod embedding;
 mod lanes;
 mod rms_norm;
 mod visible;
@@ -24,6 +25,13 @@ fn plain(tensors: &[&FlexTensor]) -> bool {
 }
 
 impl Kernels for Flex {
+    fn embed_backward(rows: usize, ids: FlexTensor, dy: FlexTensor) -> FlexTensor {
+        if plain(&[&dy]) {
+            return embedding::backward(rows, ids, dy);
+        }
+        super::embed_backward::<Self>(rows, ids, dy)
+    }
+
     fn rms_norm(x: FlexTensor, weight: FlexTensor, epsilon: f64) -> FlexTensor {
         if plain(&[&x]) {
             return rms_norm::forward(x, weight, epsilon);
