@@ -116,7 +116,7 @@ fn loftq(recipe: &Recipe) -> Result<(), Problem> {
     let rounds = choice.kind == MethodKind::QLora;
     let expected =
         "`method.kind = \"qlora\"` with `model.dtype = \"nf4\"` beside \"loftq\", which starts from what rounding took";
-    within("method.init_lora_weights", rounds, expected, "weights that are not rounded")?;
+    within("method.init_lora_weights", rounds, expected, serde_json::to_string(&choice.kind).unwrap_or_default())?;
     let nf4 = recipe.model.dtype.map_or(!recipe.is_gguf(), |dtype| dtype == Dtype::Nf4);
     let expected = "\"nf4\" with `method.init_lora_weights = \"loftq\"`";
     let found = "\"packed\": of a file's own blocks nobody here knows what they were rounded from";
