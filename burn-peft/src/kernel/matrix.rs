@@ -51,6 +51,20 @@ impl<'a> Matrix<'a> {
         Self { values: Values::Bf16(values), shape, strides: [shape[1], 1] }
     }
 
+    /// Some of the rows.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn rows(self, rows: std::ops::Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.shape[0], "{rows:?} of {} rows", self.shape[0]);
+        let from = rows.start * self.strides[0];
+        let values = match self.values {
+            Values::F32(values) => Values::F32(values.get(from..).unwrap_or_default()),
+            Values::Bf16(values) => Values::Bf16(values.get(from..).unwrap_or_default()),
+        };
+        Self { values, shape: [rows.len(), self.shape[1]], ..self }
+    }
+
     /// `[rows, columns]`.
     pub fn shape(&self) -> [usize; 2] {
         self.shape

@@ -14,11 +14,16 @@ use burn_peft::kernel::{
 };
 use rayon::prelude::*;
 
-/// The number of logits that exist at a time, unless that is fewer than a block of tokens: with a head that learns more, because
-/// every block passes over its gradient.
-const LOGITS: [usize; 2] = [3 << 19, 5 << 20];
+/// The number of logits that exist at a time, unless that is fewer than a block of tokens.
+const LOGITS: usize = 3 << 19;
+/// The same with a head that learns, because every block passes over its gradient, and with products in half precision, which
+/// would wait for the head to come from memory.
+const MORE_LOGITS: usize = 5 << 20;
 /// Tokens that products take together.
 const TOKENS: usize = 32;
+/// Parts of a block of the head whose gradients of hidden states are made side by side, each from a stretch of memory, and added
+/// up in their order.
+const PARTS: usize = 8;
 /// Rows of a head in half precision or packed that are widened at a time.
 const ROWS: usize = 4096;
 
@@ -61,7 +66,8 @@ impl Head<'_> {
     }
 
     fn tokens(&self, learns: bool) -> usize {
-        (LOGITS[usize::from(learns)] / self.vocabulary / TOKENS).max(1) * TOKENS
+        let logits = if learns || self.compute != Compute::F32 { MORE_LOGITS } else { LOGITS };
+        (logits / self.vocabulary / TOKENS).max(1) * TOKENS
     }
 }
 
@@ -69,7 +75,7 @@ impl Head<'_> {
 struct Sums<'a> {
     losses: &'a mut [f32],
     lse: &'a mut [f32],
-    /// `[block, width]`, overwritten; empty if nobody asks.
+    /// `[block, width]`, added to; empty if nobody asks.
     d_hidden: &'a mut [f32],
     /// `[vocabulary, width]`, added to; empty if nobody asks.
     d_head: &'a mut [f32],
@@ -132,10 +138,19 @@ fn block(
     });
     let logits = &*logits;
     if !sums.d_hidden.is_empty() {
+        // Cleared by the caller.
         head.blocks(|from, rows, count| {
-            let part = Matrix::strided(&logits[from..], [n, count], vocabulary);
-            let to = Output { values: sums.d_hidden, stride: width, add: from > 0 };
-            product_in(head.compute, to, part, rows, 1.0, Threads::All);
+            let step = count.div_ceil(PARTS);
+            let mut parts = unwritten(count.div_ceil(step) * n * width);
+            parts.par_chunks_exact_mut(n * width).enumerate().for_each(|(part, values)| {
+                let own = part * step..count.min((part + 1) * step);
+                let logits = Matrix::strided(&logits[from + own.start..], [n, own.len()], vocabulary);
+                let to = Output { values, stride: width, add: false };
+                product_in(head.compute, to, logits, rows.rows(own), 1.0, Threads::One);
+            });
+            for part in parts.chunks_exact(n * width) {
+                sums.d_hidden.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            }
         });
     }
     if !sums.d_head.is_empty() {

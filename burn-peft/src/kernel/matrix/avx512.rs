@@ -27,6 +27,9 @@ const WIDTH: usize = 32;
 const ROWS: usize = 12;
 /// Words of the inner dimension that are summed before the sum is stored.
 const DEPTH: usize = 768;
+/// The same where there are more words than the first: so few that a whole weight, these words deep, is packed at a time, which
+/// reads it in the order of memory.
+const SHORT: [usize; 2] = [1 << 12, 192];
 /// Words of the vector side that a thread packs at a time: they fill half of its second-level cache.
 const PACKED: usize = 1 << 17;
 /// So many rows of the broadcast side are not worth a copy of what they meet.
@@ -121,11 +124,13 @@ impl Side {
         unsafe { self.values.add((vector * self.strides[0] + inner * self.strides[1]) * size) }
     }
 
-    /// About how many cycles the product takes with this side as the vector side; `k` inner values, `others` vectors.
-    fn cost(&self, others: usize, k: usize) -> usize {
+    /// About how many cycles the product takes with this side as the vector side and `other` as the broadcast side, `k` deep.
+    fn cost(&self, other: &Self, k: usize) -> usize {
         // Turning rows to columns takes twice the time of a copy.
         let pack = self.count * k / if self.strides[0] == 1 { 2 } else { 1 };
-        self.count.div_ceil(WIDTH) * others * k + pack
+        // Reading across rows waits for memory.
+        let read = if other.strides[1] == 1 { 0 } else { other.count * k };
+        self.count.div_ceil(WIDTH) * other.count * k + pack + read
     }
 }
 
@@ -155,7 +160,7 @@ pub(super) unsafe fn product(
     let k = a.shape[1];
     let (a, b) = (Side::new(a), Side::new(b.transposed()));
     let target = Target { values: out.values.as_mut_ptr(), strides: [out.stride, 1], add: out.add, factor };
-    let turned = a.cost(b.count, k) < b.cost(a.count, k);
+    let turned = a.cost(&b, k) < b.cost(&a, k);
     let (broadcast, vectors, strides) = if turned { (b, a, [1, out.stride]) } else { (a, b, target.strides) };
     let arithmetic = Arithmetic::of(compute);
     let work = Work { broadcast, vectors, target: Target { strides, ..target }, k, arithmetic };
@@ -217,7 +222,8 @@ impl Work {
     /// Words of the inner dimension that are summed at a time: parts of like size, whole registers.
     fn depth(&self) -> usize {
         let words = self.k.div_ceil(self.arithmetic.pair());
-        words.div_ceil(words.div_ceil(DEPTH)).next_multiple_of(16)
+        let most = if words > SHORT[0] { SHORT[1] } else { DEPTH };
+        words.div_ceil(words.div_ceil(most)).next_multiple_of(16)
     }
 
     /// Panels of the vector side that are packed at a time.
@@ -243,14 +249,14 @@ impl Work {
                     unsafe {
                         let room = |index| scratch.add(index * depth * WIDTH);
                         let lies = |panel| rows.len() <= FEW && pack::lies(self, panel);
-                        for (index, panel) in panels.clone().enumerate().filter(|&(_, panel)| !lies(panel)) {
-                            pack::panel(self, panel, inner, room(index));
-                        }
+                        // Only the last may not lie in its place where others do.
+                        let lying = panels.clone().take_while(|&panel| lies(panel)).count();
+                        pack::panels(self, panels.start + lying..panels.end, inner, (room(lying), depth * WIDTH));
                         for row in rows.clone().step_by(high) {
                             let tile = row..rows.end.min(row + high);
                             let left = pack::stage(self, tile.clone(), inner, stage);
                             for (index, panel) in panels.clone().enumerate() {
-                                let right = match lies(panel) {
+                                let right = match index < lying {
                                     true => pack::where_it_lies(self, panel, inner),
                                     false => micro::Right { words: room(index), stride: WIDTH },
                                 };

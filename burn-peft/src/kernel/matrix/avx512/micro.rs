@@ -11,6 +11,15 @@ pub(super) const STAGE: usize = 16;
 pub(super) struct Left {
     pub(super) words: *const u32,
     pub(super) strides: [usize; 2],
+    /// As much memory as these rows take, which will be read next: it comes into the cache meanwhile.
+    pub(super) ahead: *const u32,
+}
+
+impl Left {
+    /// Rows after which nothing is known to be read.
+    pub(super) fn new(words: *const u32, strides: [usize; 2]) -> Self {
+        Self { words, strides, ahead: words }
+    }
 }
 
 /// A panel: [`WIDTH`] words, and from one inner step to the next.
@@ -117,7 +126,10 @@ unsafe fn multiply_f32<const R: usize>(words: usize, left: Left, right: Right) -
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
         let (mut a, mut b): (*const f32, *const f32) = (left.words.cast(), right.words.cast());
+        let mut ahead = left.ahead;
         for _ in 0..words {
+            _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+            ahead = ahead.wrapping_add(R);
             let b0 = _mm512_loadu_ps(b);
             let b1 = _mm512_loadu_ps(b.add(16));
             for (r, [sum0, sum1]) in sums.iter_mut().enumerate() {

@@ -7,21 +7,20 @@ use super::{
 };
 use std::{arch::x86_64::*, ops::Range};
 
-/// Writes panel `panel` of the vector side, `inner` values deep: for every word of depth the words of all its vectors, zeros
-/// for those that are not there. Pairs are followed by zeros to a multiple of 16 words of depth.
+/// Writes panels of the vector side, `inner` values deep and `room` words apart: for every word of depth the words of all its
+/// vectors, zeros for those that are not there. Pairs are followed by zeros to a multiple of 16 words of depth.
 ///
 /// # Safety
 /// `to` has room for as many words, a multiple of 16 deep; the machine has the instructions.
-pub(super) unsafe fn panel(work: &Work, panel: usize, inner: [usize; 2], to: *mut u32) {
-    let (side, start) = (&work.vectors, panel * WIDTH);
-    let vectors = start..side.count.min(start + WIDTH);
+pub(super) unsafe fn panels(work: &Work, panels: Range<usize>, inner: [usize; 2], (to, room): (*mut u32, usize)) {
+    let side = &work.vectors;
     // SAFETY: by the caller.
     unsafe {
         match (side.half, work.arithmetic) {
-            (false, Arithmetic::F32) => panel_f32::<false>(side, vectors, inner, to),
-            (true, Arithmetic::F32) => panel_f32::<true>(side, vectors, inner, to),
-            (false, _) => panel_bf16::<false>(side, vectors, inner, to),
-            (true, _) => panel_bf16::<true>(side, vectors, inner, to),
+            (false, Arithmetic::F32) => panels_f32::<false>(side, panels, inner, (to, room)),
+            (true, Arithmetic::F32) => panels_f32::<true>(side, panels, inner, (to, room)),
+            (false, _) => panels_bf16::<false>(side, panels, inner, (to, room)),
+            (true, _) => panels_bf16::<true>(side, panels, inner, (to, room)),
         }
     }
 }
@@ -46,22 +45,29 @@ pub(super) unsafe fn where_it_lies(work: &Work, panel: usize, inner: [usize; 2])
 /// tiles the words of a row lie side by side and are followed by zeros to a multiple of 16.
 ///
 /// # Safety
-/// As for [`panel`]; `stage` has room for [`Arithmetic::staged`] times that many words.
+/// As for [`panels`]; `stage` has room for [`Arithmetic::staged`] times that many words.
 pub(super) unsafe fn stage(work: &Work, rows: Range<usize>, inner: [usize; 2], stage: *mut u32) -> Left {
     let side = &work.broadcast;
     // SAFETY: by the caller.
     unsafe {
         let words = side.at(rows.start, inner[0]).cast();
         match (side.half, work.arithmetic) {
-            (false, Arithmetic::F32) => Left { words, strides: side.strides },
+            (false, Arithmetic::F32) => Left { words, strides: side.strides, ahead: after(side, rows, inner) },
             (true, Arithmetic::F32) => stage_f32(side, rows, inner, stage),
-            (true, _) if lie_in_pairs(work, rows.len(), inner) => Left { words, strides: [side.strides[0] / 2, 1] },
+            (true, _) if lie_in_pairs(work, rows.len(), inner) => Left::new(words, [side.strides[0] / 2, 1]),
             (false, Arithmetic::Pairs) => stage_bf16::<false>(side, rows, inner, stage),
             (true, Arithmetic::Pairs) => stage_bf16::<true>(side, rows, inner, stage),
             (false, Arithmetic::Tiles) => stage_tiles::<false>(side, rows, inner, stage),
             (true, Arithmetic::Tiles) => stage_tiles::<true>(side, rows, inner, stage),
         }
     }
+}
+
+/// Where the f32 lie that are read after some rows, if the next rows lie there.
+fn after(side: &Side, rows: Range<usize>, [from, end]: [usize; 2]) -> *const u32 {
+    let [across, along] = side.strides;
+    let next = if along == 1 && across == end - from { rows.end } else { rows.start };
+    side.values.cast::<u32>().wrapping_add(next * across + from * along)
 }
 
 /// Whether rows of bf16 are words as they lie; for tiles they must also fill them.
@@ -75,15 +81,46 @@ fn lie_in_pairs(work: &Work, rows: usize, [from, end]: [usize; 2]) -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn panel_f32<const HALF: bool>(side: &Side, vectors: Range<usize>, inner: [usize; 2], to: *mut u32) {
-    // SAFETY: by the caller of [`panel`].
-    unsafe { lay::<HALF, false, WIDTH>(side, vectors, inner, to) }
+unsafe fn panels_f32<const HALF: bool>(side: &Side, panels: Range<usize>, inner: [usize; 2], to: (*mut u32, usize)) {
+    // SAFETY: by the caller of [`panels`].
+    unsafe { lay_panels::<HALF, false>(side, panels, inner, to) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn panel_bf16<const HALF: bool>(side: &Side, vectors: Range<usize>, inner: [usize; 2], to: *mut u32) {
-    // SAFETY: by the caller of [`panel`].
-    unsafe { lay::<HALF, true, WIDTH>(side, vectors, inner, to) }
+unsafe fn panels_bf16<const HALF: bool>(side: &Side, panels: Range<usize>, inner: [usize; 2], to: (*mut u32, usize)) {
+    // SAFETY: by the caller of [`panels`].
+    unsafe { lay_panels::<HALF, true>(side, panels, inner, to) }
+}
+
+/// Memory is read in its order: vectors one after the other, or a word of depth of all panels before the next.
+#[inline(always)]
+unsafe fn lay_panels<const HALF: bool, const PAIRS: bool>(
+    side: &Side,
+    panels: Range<usize>,
+    [from, end]: [usize; 2],
+    (to, room): (*mut u32, usize),
+) {
+    let [pair, deep] = if PAIRS { [2, 16] } else { [1, 1] };
+    let count = panels.len();
+    // SAFETY: by the caller of [`panels`].
+    unsafe {
+        if side.strides[0] != 1 {
+            for panel in 0..count {
+                let start = (panels.start + panel) * WIDTH;
+                let vectors = start..side.count.min(start + WIDTH);
+                lay::<HALF, PAIRS, WIDTH>(side, vectors, [from, end], to.add(panel * room));
+            }
+            return;
+        }
+        for word in 0..(end - from).div_ceil(pair).next_multiple_of(deep) {
+            for lane in (0..count * WIDTH).step_by(16) {
+                let first = (panels.start * WIDTH + lane).min(side.count);
+                let place = [first, (side.count - first).min(16)];
+                let words = word_of::<HALF, PAIRS>(side, place, [from + word * pair, end]);
+                _mm512_storeu_si512(to.add(lane / WIDTH * room + word * WIDTH + lane % WIDTH).cast(), words);
+            }
+        }
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -120,7 +157,7 @@ unsafe fn stage_tiles<const HALF: bool>(side: &Side, rows: Range<usize>, inner: 
                 }
             }
         }
-        Left { words: to, strides: [depth, 1] }
+        Left::new(to, [depth, 1])
     }
 }
 
@@ -136,7 +173,7 @@ unsafe fn place<const HALF: bool, const PAIRS: bool>(
     unsafe {
         if side.strides[1] != 1 {
             lay::<HALF, PAIRS, STAGE>(side, rows, [from, end], to);
-            return Left { words: to, strides: [1, STAGE] };
+            return Left::new(to, [1, STAGE]);
         }
         let pair = if PAIRS { 2 } else { 1 };
         let words = (end - from).div_ceil(pair);
@@ -155,7 +192,7 @@ unsafe fn place<const HALF: bool, const PAIRS: bool>(
                 _mm512_storeu_si512(to.add(index * depth + word).cast(), part);
             }
         }
-        Left { words: to, strides: [depth, 1] }
+        Left::new(to, [depth, 1])
     }
 }
 

@@ -135,6 +135,6 @@ impl Sums {
 
     /// The sums from a row on, as words with strides.
     pub(super) fn from(&self, row: usize) -> Left {
-        Left { words: self.0.as_ptr().cast::<u32>().wrapping_add(row * WIDTH), strides: [WIDTH, 1] }
+        Left::new(self.0.as_ptr().cast::<u32>().wrapping_add(row * WIDTH), [WIDTH, 1])
     }
 }
