@@ -1,5 +1,7 @@
 //! The process: when it began, and how it holds memory that it has freed.
 
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+use std::{os::unix::process::CommandExt, process::Command};
 use std::{
     sync::OnceLock,
     time::{Duration, Instant},
@@ -14,10 +16,23 @@ static BEGAN: OnceLock<Instant> = OnceLock::new();
 pub fn begin() {
     BEGAN.get_or_init(Instant::now);
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    take_huge_pages();
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
     for (parameter, value) in [(libc::M_MMAP_MAX, 0), (libc::M_TRIM_THRESHOLD, i32::MAX), (libc::M_ARENA_MAX, 1)] {
         // SAFETY: it sets a number of the allocator's, before other threads run; a refusal changes nothing.
         unsafe { libc::mallopt(parameter, value) };
     }
+}
+
+/// Begins the process anew with malloc's memory in huge pages, unless GLIBC_TUNABLES is set: a pass over weights and activations
+/// waits for one translation of addresses where it waited for 512. glibc reads the variable before anything of ours runs.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+fn take_huge_pages() {
+    const TUNABLES: &str = "GLIBC_TUNABLES";
+    let (mut arguments, program) = (std::env::args_os(), std::env::current_exe());
+    let (Some(name), Ok(program), None) = (arguments.next(), program, std::env::var_os(TUNABLES)) else { return };
+    // It returns only if that cannot be done; then pages stay small.
+    let _ = Command::new(program).arg0(name).args(arguments).env(TUNABLES, "glibc.malloc.hugetlb=1").exec();
 }
 
 /// How many ranks `mpirun` has started on this machine; 1 without it.

@@ -79,7 +79,7 @@ where
         return Err(Error::Name { name: name.to_owned(), state }.into());
     }
     let start = |layer: &Layer<B>| Ok::<_, E>(layer.start(original(&layer.path)?)?);
-    let mut starts = side_by_side(&layers, &start)?;
+    let mut starts = side_by_side(&layers, start)?;
     let mut sum = Rounding { layers: layers.len(), ..Rounding::default() };
     model.linears_mut(&mut |path, linear| {
         let Some(Start { a, b, taken, left }) = starts.remove(path) else { return };
@@ -139,7 +139,7 @@ fn squares<B: LinearKernels>(x: &Tensor<B, 2>) -> f64 {
 /// What `work` finds, by path; the first error ends it.
 fn side_by_side<T: Sync, R: Send, E: Send>(
     items: &[T],
-    work: &(dyn Fn(&T) -> Result<Option<(String, R)>, E> + Sync),
+    work: impl Fn(&T) -> Result<Option<(String, R)>, E> + Sync,
 ) -> Result<BTreeMap<String, R>, E> {
     let (next, found) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
     let worker = || {
