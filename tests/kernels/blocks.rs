@@ -18,9 +18,6 @@ const BLOCKS: [(BlockType, &[usize]); 7] = [
     (BlockType::Q6_K, &[208]),
 ];
 
-/// How many codecs there are.
-pub const CODECS: usize = BLOCKS.len() + 1;
-
 /// A weight `[out, features]`.
 #[derive(Clone)]
 pub struct Rows {
