@@ -90,6 +90,17 @@ class Medqa:
         return tensors["ids"].tolist(), tensors["logits"].numpy()
 
 
+def without_tiles():
+    """Default parameters that keep llama.cpp from AMX: its threads use tiles that they have not configured, and die."""
+    parameters = default_parameters()
+    parameters.use_extra_bufts = False
+    return parameters
+
+
+default_parameters = llama_cpp.llama_cpp.llama_model_default_params
+llama_cpp.llama_cpp.llama_model_default_params = without_tiles
+
+
 def llama(path, lora=None):
     """The file in llama.cpp, everything in f32."""
     trained = next(v for k, v in gguf_fields(path).items() if k.endswith(".context_length"))
