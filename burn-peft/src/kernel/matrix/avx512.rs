@@ -12,6 +12,7 @@
 mod micro;
 mod pack;
 mod tiles;
+mod vectors;
 
 use super::{Matrix, Output, Threads, Values};
 use crate::kernel::{
@@ -113,15 +114,11 @@ impl Side {
         Self { values, half, count: matrix.shape[0], strides: matrix.strides }
     }
 
-    /// Where a value lies.
-    ///
-    /// # Safety
-    /// The value exists.
+    /// Where a value lies, if it exists.
     #[inline(always)]
-    unsafe fn at(&self, vector: usize, inner: usize) -> *const u8 {
+    fn at(&self, vector: usize, inner: usize) -> *const u8 {
         let size = if self.half { 2 } else { 4 };
-        // SAFETY: by the caller.
-        unsafe { self.values.add((vector * self.strides[0] + inner * self.strides[1]) * size) }
+        self.values.wrapping_add((vector * self.strides[0] + inner * self.strides[1]) * size)
     }
 
     /// About how many cycles the product takes with this side as the vector side and `other` as the broadcast side, `k` deep.
@@ -254,7 +251,8 @@ impl Work {
                         pack::panels(self, panels.start + lying..panels.end, inner, (room(lying), depth * WIDTH));
                         for row in rows.clone().step_by(high) {
                             let tile = row..rows.end.min(row + high);
-                            let left = pack::stage(self, tile.clone(), inner, stage);
+                            let next = if tile.end < rows.end { tile.end } else { rows.start };
+                            let left = pack::stage(self, (tile.clone(), next), inner, stage);
                             for (index, panel) in panels.clone().enumerate() {
                                 let right = match index < lying {
                                     true => pack::where_it_lies(self, panel, inner),

@@ -1,6 +1,6 @@
 //! The sums of one tile in registers.
 
-use super::{Arithmetic, ROWS, Target, WIDTH, Work, pack::transpose, tiles};
+use super::{Arithmetic, ROWS, Target, WIDTH, Work, pack::transpose, tiles, vectors};
 use std::{arch::x86_64::*, ops::Range};
 
 /// Words from one inner step to the next of rows that were staged side by side.
@@ -11,7 +11,7 @@ pub(super) const STAGE: usize = 16;
 pub(super) struct Left {
     pub(super) words: *const u32,
     pub(super) strides: [usize; 2],
-    /// As much memory as these rows take, which will be read next: it comes into the cache meanwhile.
+    /// The first of the rows that are read next, with the same strides: they come into the cache meanwhile.
     pub(super) ahead: *const u32,
 }
 
@@ -47,6 +47,7 @@ pub(super) unsafe fn tile(
     let out = unsafe { values.add(rows.start * down + start * across) };
     let place = Place { out, down, across, columns, add: add || from > 0, factor };
     let words = (to - from).div_ceil(work.arithmetic.pair());
+    place.fetch(rows.len());
     // SAFETY: by the caller.
     unsafe {
         match work.arithmetic {
@@ -74,6 +75,22 @@ struct Place {
     factor: f32,
 }
 
+impl Place {
+    /// Asks for the memory that [`store`] writes, while it is being summed what goes there.
+    fn fetch(&self, rows: usize) {
+        let (lines, apart, line_parts) = match self.across {
+            1 => (rows, self.down, self.columns.div_ceil(16)),
+            _ => (self.columns, self.across, 1),
+        };
+        for line in 0..lines {
+            for part in 0..line_parts {
+                // SAFETY: nothing is read or written.
+                unsafe { _mm_prefetch::<_MM_HINT_ET0>(self.out.wrapping_add(line * apart + 16 * part).cast()) };
+            }
+        }
+    }
+}
+
 macro_rules! for_rows {
     ($sum:ident, $rows:ident, $arguments:tt) => {
         for_rows!(@ $sum, $rows, $arguments, 1 2 3 4 5 6 7 8 9 10 11 12)
@@ -89,7 +106,12 @@ macro_rules! for_rows {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn sum_f32(rows: usize, words: usize, left: Left, right: Right, place: Place) {
     // SAFETY: by the caller of [`tile`].
-    unsafe { for_rows!(multiply_f32, rows, (words, left, right, place)) }
+    unsafe {
+        if rows == ROWS && left.strides[1] == 1 && right.stride == WIDTH {
+            return store::<ROWS>(vectors::multiply(words, left, right), place);
+        }
+        for_rows!(multiply_f32, rows, (words, left, right, place));
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
@@ -104,7 +126,7 @@ unsafe fn put_sums(rows: usize, words: usize, left: Left, right: Right, place: P
     unsafe { for_rows!(summed, rows, (words, left, right, place)) }
 }
 
-type Sums<const R: usize> = [[__m512; 2]; R];
+pub(super) type Sums<const R: usize> = [[__m512; 2]; R];
 
 /// Sums that tiles have made: `left` holds them.
 #[inline(always)]
@@ -126,10 +148,7 @@ unsafe fn multiply_f32<const R: usize>(words: usize, left: Left, right: Right) -
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; R];
         let (mut a, mut b): (*const f32, *const f32) = (left.words.cast(), right.words.cast());
-        let mut ahead = left.ahead;
         for _ in 0..words {
-            _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
-            ahead = ahead.wrapping_add(R);
             let b0 = _mm512_loadu_ps(b);
             let b1 = _mm512_loadu_ps(b.add(16));
             for (r, [sum0, sum1]) in sums.iter_mut().enumerate() {

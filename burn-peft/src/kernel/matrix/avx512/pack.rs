@@ -7,6 +7,9 @@ use super::{
 };
 use std::{arch::x86_64::*, ops::Range};
 
+/// A line of memory is asked for so many steps before it is read.
+const AHEAD: usize = 4;
+
 /// Writes panels of the vector side, `inner` values deep and `room` words apart: for every word of depth the words of all its
 /// vectors, zeros for those that are not there. Pairs are followed by zeros to a multiple of 16 words of depth.
 ///
@@ -31,28 +34,30 @@ pub(super) fn lies(work: &Work, panel: usize) -> bool {
     !side.half && work.arithmetic == Arithmetic::F32 && side.strides[0] == 1 && (panel + 1) * WIDTH <= side.count
 }
 
-/// A panel in its place.
-///
-/// # Safety
-/// It [`lies`] there.
-pub(super) unsafe fn where_it_lies(work: &Work, panel: usize, inner: [usize; 2]) -> Right {
+/// A panel in its place, if it [`lies`] there.
+pub(super) fn where_it_lies(work: &Work, panel: usize, inner: [usize; 2]) -> Right {
     let side = &work.vectors;
-    // SAFETY: by the caller.
-    Right { words: unsafe { side.at(panel * WIDTH, inner[0]) }.cast(), stride: side.strides[1] }
+    Right { words: side.at(panel * WIDTH, inner[0]).cast(), stride: side.strides[1] }
 }
 
 /// The rows of the broadcast side as words, `inner` values deep: where they lie if they can be read there, else in `stage`. For
-/// tiles the words of a row lie side by side and are followed by zeros to a multiple of 16.
+/// tiles the words of a row lie side by side and are followed by zeros to a multiple of 16. `next` is the first of the rows that
+/// are staged after these.
 ///
 /// # Safety
 /// As for [`panels`]; `stage` has room for [`Arithmetic::staged`] times that many words.
-pub(super) unsafe fn stage(work: &Work, rows: Range<usize>, inner: [usize; 2], stage: *mut u32) -> Left {
+pub(super) unsafe fn stage(
+    work: &Work,
+    (rows, next): (Range<usize>, usize),
+    inner: [usize; 2],
+    stage: *mut u32,
+) -> Left {
     let side = &work.broadcast;
     // SAFETY: by the caller.
     unsafe {
         let words = side.at(rows.start, inner[0]).cast();
         match (side.half, work.arithmetic) {
-            (false, Arithmetic::F32) => Left { words, strides: side.strides, ahead: after(side, rows, inner) },
+            (false, Arithmetic::F32) => Left { words, strides: side.strides, ahead: side.at(next, inner[0]).cast() },
             (true, Arithmetic::F32) => stage_f32(side, rows, inner, stage),
             (true, _) if lie_in_pairs(work, rows.len(), inner) => Left::new(words, [side.strides[0] / 2, 1]),
             (false, Arithmetic::Pairs) => stage_bf16::<false>(side, rows, inner, stage),
@@ -61,13 +66,6 @@ pub(super) unsafe fn stage(work: &Work, rows: Range<usize>, inner: [usize; 2], s
             (true, Arithmetic::Tiles) => stage_tiles::<true>(side, rows, inner, stage),
         }
     }
-}
-
-/// Where the f32 lie that are read after some rows, if the next rows lie there.
-fn after(side: &Side, rows: Range<usize>, [from, end]: [usize; 2]) -> *const u32 {
-    let [across, along] = side.strides;
-    let next = if along == 1 && across == end - from { rows.end } else { rows.start };
-    side.values.cast::<u32>().wrapping_add(next * across + from * along)
 }
 
 /// Whether rows of bf16 are words as they lie; for tiles they must also fill them.
@@ -116,6 +114,7 @@ unsafe fn lay_panels<const HALF: bool, const PAIRS: bool>(
             for lane in (0..count * WIDTH).step_by(16) {
                 let first = (panels.start * WIDTH + lane).min(side.count);
                 let place = [first, (side.count - first).min(16)];
+                _mm_prefetch::<_MM_HINT_T0>(side.at(first, from + (word + AHEAD) * pair).cast());
                 let words = word_of::<HALF, PAIRS>(side, place, [from + word * pair, end]);
                 _mm512_storeu_si512(to.add(lane / WIDTH * room + word * WIDTH + lane % WIDTH).cast(), words);
             }
@@ -222,7 +221,9 @@ unsafe fn lay<const HALF: bool, const PAIRS: bool, const LANES: usize>(
                     let inner = from + word * pair;
                     let mut rows = [_mm512_setzero_si512(); 16];
                     for (index, row) in rows.iter_mut().enumerate().take(count) {
-                        *row = along::<HALF, PAIRS>(side.at(first + index, inner), end - inner);
+                        let values = side.at(first + index, inner);
+                        _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(64 * AHEAD).cast());
+                        *row = along::<HALF, PAIRS>(values, end - inner);
                     }
                     for (index, column) in transpose(rows).into_iter().enumerate() {
                         _mm512_storeu_si512(to.add((word + index) * LANES).cast(), column);
