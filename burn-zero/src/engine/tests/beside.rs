@@ -87,6 +87,9 @@ fn overlap_changes_no_number() {
     }
 }
 
+/// So often may a machine that does other things too hide nothing.
+const RUNS: usize = 5;
+
 /// A model whose segments compute for a while.
 pub(super) const LARGE: Case =
     Case { vocab: 2000, hidden: 320, tied: false, checkpointing: Checkpointing::All, bucket_size: 1, ..CASES[0] };
@@ -106,7 +109,8 @@ fn timeline(sharding: Sharding, states: &Tier, overlap: bool) -> Vec<crate::comm
 }
 
 /// Threads of one process take turns at computing, so that their share says little about how much is hidden (processes under
-/// `mpirun` hide most of it); that something is, and nothing without overlap, does not depend on timing.
+/// `mpirun` hide most of it), and on a busy machine one may be through before the other begins: that something is hidden in one of
+/// some runs, and nothing without overlap in any, does not depend on timing.
 #[test]
 fn collectives_lie_inside_segments_only_with_overlap() {
     let _alone = alone();
@@ -116,8 +120,9 @@ fn collectives_lie_inside_segments_only_with_overlap() {
             let share = |trace: &crate::comm::Trace| trace.share_within(Lane::Communication, sweep);
             traces.iter().map(|trace| share(trace).expect("two ranks communicate")).collect()
         };
-        let (with, without) = (shares(true), shares(false));
-        assert!(with.iter().all(|&share| share > 0.0), "{stage:?}, {sweep}: {with:?}");
+        let hidden = (0..RUNS).any(|_| shares(true).iter().any(|&share| share > 0.0));
+        assert!(hidden, "{stage:?}, {sweep}: nothing is hidden in {RUNS} runs");
+        let without = shares(false);
         assert!(without.iter().all(|&share| share == 0.0), "{stage:?}, {sweep}: {without:?} without overlap");
     }
 }
@@ -130,14 +135,18 @@ fn offload_overlaps_the_backward_pass() {
         LARGE.engine().in_world(Box::new(crate::comm::Solo), Sharding { stage: Stage::Gradients, bucket_size: 1 });
     engine = engine.with_states_in(&Tier::Host).unwrap();
     let mut model = LARGE.model();
-    for step in 0..2 {
-        engine.accumulate(&mut model, &batch(step, 0)).unwrap();
+    let mut step = |number| {
+        engine.accumulate(&mut model, &batch(number, 0)).unwrap();
         engine.step(&mut model, 1e-3).unwrap();
+        let share = |lane, within| engine.trace().share_within(lane, within).expect("both happen");
+        [share(Lane::Transfer, "backward"), share(Lane::Optimizer, "step")].map(|share| share > 0.0)
+    };
+    step(0);
+    let steps: Vec<[bool; 2]> = (1..=RUNS).map(&mut step).collect();
+    for (index, what) in ["gradients leave beside the backward pass", "updates go on beside uploads"].iter().enumerate()
+    {
+        assert!(steps.iter().any(|hidden| hidden[index]), "{what}: not in {RUNS} steps");
     }
-    let trace = engine.trace();
-    let leaving = trace.share_within(Lane::Transfer, "backward").expect("gradients leave the device");
-    assert!(leaving > 0.0, "{leaving}");
-    assert!(trace.share_within(Lane::Optimizer, "step").is_some_and(|share| share > 0.0), "updates beside uploads");
     let whole: usize = values(&model).iter().map(Vec::len).sum::<usize>() * 4;
     // Parts on the host are gradients too; whole ones on the device were at most one segment's.
     assert!(engine.peak().gradients <= whole + 4 * 2000 * 320 + 4096, "{:?} of {whole}", engine.peak());

@@ -107,10 +107,13 @@ macro_rules! for_rows {
 unsafe fn sum_f32(rows: usize, words: usize, left: Left, right: Right, place: Place) {
     // SAFETY: by the caller of [`tile`].
     unsafe {
-        if rows == ROWS && left.strides[1] == 1 && right.stride == WIDTH {
-            return store::<ROWS>(vectors::multiply(words, left, right), place);
+        match left.strides {
+            [_, 1] if rows == ROWS && right.stride == WIDTH => store(vectors::multiply(words, left, right), place),
+            [1, ROWS] if rows == ROWS && right.stride == WIDTH => {
+                store(vectors::multiply_across(words, left, right), place);
+            }
+            _ => for_rows!(multiply_f32, rows, (words, left, right, place)),
         }
-        for_rows!(multiply_f32, rows, (words, left, right, place));
     }
 }
 

@@ -57,6 +57,9 @@ pub(super) unsafe fn stage(
     unsafe {
         let words = side.at(rows.start, inner[0]).cast();
         match (side.half, work.arithmetic) {
+            (false, Arithmetic::F32) if side.strides[0] == 1 && rows.len() == ROWS => {
+                stage_across(side, rows, inner, stage)
+            }
             (false, Arithmetic::F32) => Left { words, strides: side.strides, ahead: side.at(next, inner[0]).cast() },
             (true, Arithmetic::F32) => stage_f32(side, rows, inner, stage),
             (true, _) if lie_in_pairs(work, rows.len(), inner) => Left::new(words, [side.strides[0] / 2, 1]),
@@ -120,6 +123,20 @@ unsafe fn lay_panels<const HALF: bool, const PAIRS: bool>(
             }
         }
     }
+}
+
+/// [`ROWS`] rows of f32 that lie side by side, as they do, step after step: there they are some lines for each.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn stage_across(side: &Side, rows: Range<usize>, [from, end]: [usize; 2], to: *mut u32) -> Left {
+    // SAFETY: by the caller of [`stage`]; masks keep to the rows.
+    unsafe {
+        for inner in from..end {
+            _mm_prefetch::<_MM_HINT_T0>(side.at(rows.start, inner + 2 * AHEAD).cast());
+            let words = _mm512_maskz_loadu_epi32(pack_mask(ROWS), side.at(rows.start, inner).cast());
+            _mm512_mask_storeu_epi32(to.add((inner - from) * ROWS).cast(), pack_mask(ROWS), words);
+        }
+    }
+    Left::new(to, [1, ROWS])
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
