@@ -26,22 +26,27 @@ macro_rules! step {
 /// A step with rows along memory, reached by multiples of what lies between two.
 macro_rules! along {
     ($step:literal) => {
-        step!($step, "4", "0" "0" "1" "{one}" "2" "3" "2*{one}" "4" "5" "{three}" "6" "7" "4*{one}" "8" "9" "{five}" "10" "11" "2*{three}" "12" "13" "{seven}" "14" "15" "8*{one}" "16" "17" "{nine}" "18" "19" "2*{five}" "20" "21" "{eleven}" "22" "23")
+        step!($step, "4", "0" "0" "1" "{one}" "2" "3" "2*{one}" "4" "5" "{three}" "6" "7" "4*{one}" "8" "9" "{five}" "10" "11"
+            "2*{three}" "12" "13" "{seven}" "14" "15" "8*{one}" "16" "17" "{nine}" "18" "19" "2*{five}" "20" "21"
+            "{eleven}" "22" "23")
     };
 }
 
 /// A step with the words of all rows side by side.
 macro_rules! across {
     ($step:literal) => {
-        step!($step, "48", "4*0" "0" "1" "4*1" "2" "3" "4*2" "4" "5" "4*3" "6" "7" "4*4" "8" "9" "4*5" "10" "11" "4*6" "12" "13" "4*7" "14" "15" "4*8" "16" "17" "4*9" "18" "19" "4*10" "20" "21" "4*11" "22" "23")
+        step!($step, "48", "0" "0" "1" "4" "2" "3" "8" "4" "5" "12" "6" "7" "16" "8" "9" "20" "10" "11" "24" "12" "13"
+            "28" "14" "15" "32" "16" "17" "36" "18" "19" "40" "20" "21" "44" "22" "23")
     };
 }
 
 /// The sums of steps by `$step!`, four at a time: what `$fetch` and `$move` say happens between and after them.
 macro_rules! sums {
-    ($words:expr, $left:expr, $right:expr, $step:ident, $next:literal, [$($fetch:literal),*], [$($move:literal),*], $($operand:tt)*) => {{
+    (
+        $words:expr, $left:expr, $right:expr, $step:ident, $next:literal,
+        [$($fetch:literal),*], [$($move:literal),*], $($operand:tt)*
+    ) => {{
         let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
-        let [[s0, s1], [s2, s3], [s4, s5], [s6, s7], [s8, s9], [s10, s11], [s12, s13], [s14, s15], [s16, s17], [s18, s19], [s20, s21], [s22, s23]] = &mut sums;
         // SAFETY: it reads what the caller says is there, and what it brings into the cache need not be.
         unsafe {
             asm!(
@@ -72,7 +77,12 @@ macro_rules! sums {
                 right = inout(reg) $right.words => _,
                 count = inout(reg) $words => _,
                 $($operand)*
-                inout("zmm0") *s0, inout("zmm1") *s1, inout("zmm2") *s2, inout("zmm3") *s3, inout("zmm4") *s4, inout("zmm5") *s5, inout("zmm6") *s6, inout("zmm7") *s7, inout("zmm8") *s8, inout("zmm9") *s9, inout("zmm10") *s10, inout("zmm11") *s11, inout("zmm12") *s12, inout("zmm13") *s13, inout("zmm14") *s14, inout("zmm15") *s15, inout("zmm16") *s16, inout("zmm17") *s17, inout("zmm18") *s18, inout("zmm19") *s19, inout("zmm20") *s20, inout("zmm21") *s21, inout("zmm22") *s22, inout("zmm23") *s23,
+                inout("zmm0") sums[0][0], inout("zmm1") sums[0][1], inout("zmm2") sums[1][0], inout("zmm3") sums[1][1],
+                inout("zmm4") sums[2][0], inout("zmm5") sums[2][1], inout("zmm6") sums[3][0], inout("zmm7") sums[3][1],
+                inout("zmm8") sums[4][0], inout("zmm9") sums[4][1], inout("zmm10") sums[5][0], inout("zmm11") sums[5][1],
+                inout("zmm12") sums[6][0], inout("zmm13") sums[6][1], inout("zmm14") sums[7][0], inout("zmm15") sums[7][1],
+                inout("zmm16") sums[8][0], inout("zmm17") sums[8][1], inout("zmm18") sums[9][0], inout("zmm19") sums[9][1],
+                inout("zmm20") sums[10][0], inout("zmm21") sums[10][1], inout("zmm22") sums[11][0], inout("zmm23") sums[11][1],
                 out("zmm24") _, out("zmm25") _, out("zmm26") _,
                 options(nostack, readonly),
             );
