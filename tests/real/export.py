@@ -16,10 +16,10 @@ from functools import cache
 from pathlib import Path
 
 import gguf
-import llama_cpp
 import numpy as np
 import torch
 import transformers
+from llama import llama_cpp
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -88,17 +88,6 @@ class Medqa:
         self("logits", "--model", model, *more, "--text", text, "--out", out)
         tensors = load_file(out)
         return tensors["ids"].tolist(), tensors["logits"].numpy()
-
-
-def without_tiles():
-    """Default parameters that keep llama.cpp from AMX: its threads use tiles that they have not configured, and die."""
-    parameters = default_parameters()
-    parameters.use_extra_bufts = False
-    return parameters
-
-
-default_parameters = llama_cpp.llama_cpp.llama_model_default_params
-llama_cpp.llama_cpp.llama_model_default_params = without_tiles
 
 
 def llama(path, lora=None):

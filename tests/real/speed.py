@@ -91,8 +91,7 @@ def transformers(options: argparse.Namespace) -> float:
 
 def llama_cpp(options: argparse.Namespace) -> float:
     """Tokens per second of greedy writing behind 32 tokens."""
-    import llama_cpp as llama
-    import export  # keeps llama.cpp from AMX, where its threads die
+    from llama import llama_cpp as llama
 
     model = llama.Llama(str(options.model), n_ctx=256, n_threads=2, n_threads_batch=2, verbose=False)
 
