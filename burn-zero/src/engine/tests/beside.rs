@@ -109,8 +109,8 @@ fn timeline(sharding: Sharding, states: &Tier, overlap: bool) -> Vec<crate::comm
 }
 
 /// Threads of one process take turns at computing, so that their share says little about how much is hidden (processes under
-/// `mpirun` hide most of it), and on a busy machine one may be through before the other begins: that something is hidden in one of
-/// some runs, and nothing without overlap in any, does not depend on timing.
+/// `mpirun` hide most of it), and on a busy machine one may be through before the other begins. Hence: in one of some runs every
+/// rank hides something, and without overlap none does.
 #[test]
 fn collectives_lie_inside_segments_only_with_overlap() {
     let _alone = alone();
@@ -120,8 +120,8 @@ fn collectives_lie_inside_segments_only_with_overlap() {
             let share = |trace: &crate::comm::Trace| trace.share_within(Lane::Communication, sweep);
             traces.iter().map(|trace| share(trace).expect("two ranks communicate")).collect()
         };
-        let hidden = (0..RUNS).any(|_| shares(true).iter().any(|&share| share > 0.0));
-        assert!(hidden, "{stage:?}, {sweep}: nothing is hidden in {RUNS} runs");
+        let hidden = (0..RUNS).any(|_| shares(true).iter().all(|&share| share > 0.0));
+        assert!(hidden, "{stage:?}, {sweep}: some rank hides nothing in each of {RUNS} runs");
         let without = shares(false);
         assert!(without.iter().all(|&share| share == 0.0), "{stage:?}, {sweep}: {without:?} without overlap");
     }
