@@ -11,6 +11,7 @@
 
 mod micro;
 mod pack;
+mod parts;
 mod tiles;
 mod vectors;
 
@@ -33,6 +34,11 @@ const DEPTH: usize = 768;
 const SHORT: [usize; 2] = [1 << 12, 192];
 /// Words of the vector side that a thread packs at a time: they fill half of its second-level cache.
 const PACKED: usize = 1 << 17;
+/// The same two where a word is in parts.
+const PARTS_DEPTH: usize = 288;
+const PARTS_PACKED: usize = 1 << 18;
+/// So many vectors of each side are worth making parts of the other.
+const PARTS_LEAST: usize = 96;
 /// So many rows of the broadcast side are not worth a copy of what they meet.
 const FEW: usize = 2 * ROWS;
 /// Rows of the broadcast side that are worth a task of their own.
@@ -54,6 +60,15 @@ pub(super) fn available(compute: Compute) -> bool {
     vectors && multiplies
 }
 
+fn has_tiles() -> bool {
+    allowed() >= Instructions::Amx && tiles::available()
+}
+
+/// Whether a product `[m, k]·[k, n]` of f32 is made by tiles of their parts.
+pub(super) fn in_parts([m, n, k]: [usize; 3]) -> bool {
+    has_tiles() && m.min(n) >= PARTS_LEAST && k >= 2 * tiles::WORDS
+}
+
 /// What words are and what multiplies them.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Arithmetic {
@@ -66,9 +81,11 @@ enum Arithmetic {
 }
 
 impl Arithmetic {
-    fn of(compute: Compute) -> Self {
+    /// What suits a product `[m, k]·[k, n]`.
+    fn of(compute: Compute, shape: [usize; 3]) -> Self {
         match compute {
-            Compute::Bf16 if allowed() >= Instructions::Amx && tiles::available() => Self::Tiles,
+            Compute::F32 if in_parts(shape) => Self::Tiles,
+            Compute::Bf16 if has_tiles() => Self::Tiles,
             Compute::Bf16 => Self::Pairs,
             _ => Self::F32,
         }
@@ -100,18 +117,21 @@ struct Side {
     count: usize,
     /// In values: from one vector to the next, and along a vector.
     strides: [usize; 2],
+    /// The words that a pair of values becomes.
+    parts: usize,
 }
 
 // SAFETY: it stands for a shared slice, which every thread may read.
 unsafe impl Sync for Side {}
 
 impl Side {
-    fn new(matrix: Matrix<'_>) -> Self {
+    fn new(matrix: Matrix<'_>, arithmetic: Arithmetic, compute: Compute) -> Self {
         let (values, half) = match matrix.values {
             Values::F32(values) => (values.as_ptr().cast(), false),
             Values::Bf16(values) => (values.as_ptr().cast(), true),
         };
-        Self { values, half, count: matrix.shape[0], strides: matrix.strides }
+        let parts = if arithmetic == Arithmetic::Tiles && compute == Compute::F32 && !half { parts::PARTS } else { 1 };
+        Self { values, half, count: matrix.shape[0], strides: matrix.strides, parts }
     }
 
     /// Where a value lies, if it exists.
@@ -155,11 +175,11 @@ pub(super) unsafe fn product(
     (threads, compute): (Threads, Compute),
 ) {
     let k = a.shape[1];
-    let (a, b) = (Side::new(a), Side::new(b.transposed()));
+    let arithmetic = Arithmetic::of(compute, [a.shape[0], b.shape[1], k]);
+    let [a, b] = [a, b.transposed()].map(|matrix| Side::new(matrix, arithmetic, compute));
     let target = Target { values: out.values.as_mut_ptr(), strides: [out.stride, 1], add: out.add, factor };
-    let turned = a.cost(&b, k) < b.cost(&a, k);
+    let turned = arithmetic != Arithmetic::Tiles && a.cost(&b, k) < b.cost(&a, k);
     let (broadcast, vectors, strides) = if turned { (b, a, [1, out.stride]) } else { (a, b, target.strides) };
-    let arithmetic = Arithmetic::of(compute);
     let work = Work { broadcast, vectors, target: Target { strides, ..target }, k, arithmetic };
     if threads == Threads::One || broadcast.count * vectors.count * k < PARALLEL {
         return work.part([0..broadcast.count, 0..vectors.count.div_ceil(WIDTH)]);
@@ -216,16 +236,26 @@ impl Work {
         [rows, columns]
     }
 
+    /// The words that a pair of values becomes, on the broadcast and on the vector side.
+    fn parts(&self) -> [usize; 2] {
+        [self.broadcast.parts, self.vectors.parts]
+    }
+
     /// Words of the inner dimension that are summed at a time: parts of like size, whole registers.
     fn depth(&self) -> usize {
         let words = self.k.div_ceil(self.arithmetic.pair());
-        let most = if words > SHORT[0] { SHORT[1] } else { DEPTH };
+        let most = match self.vectors.parts {
+            _ if words > SHORT[0] => SHORT[1],
+            1 => DEPTH,
+            _ => PARTS_DEPTH,
+        };
         words.div_ceil(words.div_ceil(most)).next_multiple_of(16)
     }
 
     /// Panels of the vector side that are packed at a time.
     fn panels(&self) -> usize {
-        (PACKED / (self.depth() * WIDTH)).max(1)
+        let packed = if self.vectors.parts == 1 { PACKED } else { PARTS_PACKED };
+        (packed / (self.depth() * WIDTH * self.vectors.parts)).max(1)
     }
 
     /// The product of some rows of the broadcast side with some panels of the vector side.
@@ -233,10 +263,11 @@ impl Work {
         let (pair, high) = (self.arithmetic.pair(), self.arithmetic.rows());
         let (words, depth) = (self.k.div_ceil(pair), self.depth());
         let step = self.panels().min(panels.len()).max(1);
-        let room = step * depth * WIDTH;
+        let panel = depth * WIDTH * self.vectors.parts;
+        let room = step * panel;
         // SAFETY: they are available where this arithmetic is chosen, and this thread comes here once at a time.
         let _tiles = (self.arithmetic == Arithmetic::Tiles).then(|| unsafe { tiles::Tiles::take() });
-        with_words(room + self.arithmetic.staged() * depth, |scratch| {
+        with_words(room + self.arithmetic.staged() * depth * self.broadcast.parts, |scratch| {
             let stage = scratch.wrapping_add(room);
             for from in panels.clone().step_by(step) {
                 let panels = from..panels.end.min(from + step);
@@ -244,21 +275,21 @@ impl Work {
                     let inner = [start * pair, self.k.min((start + depth) * pair)];
                     // SAFETY: the scratch has room for these panels and a stage, and all indices exist.
                     unsafe {
-                        let room = |index| scratch.add(index * depth * WIDTH);
+                        let room = |index| scratch.add(index * panel);
                         let lies = |panel| rows.len() <= FEW && pack::lies(self, panel);
                         // Only the last may not lie in its place where others do.
                         let lying = panels.clone().take_while(|&panel| lies(panel)).count();
-                        pack::panels(self, panels.start + lying..panels.end, inner, (room(lying), depth * WIDTH));
+                        pack::panels(self, panels.start + lying..panels.end, inner, (room(lying), panel));
                         for row in rows.clone().step_by(high) {
                             let tile = row..rows.end.min(row + high);
                             let next = if tile.end < rows.end { tile.end } else { rows.start };
                             let left = pack::stage(self, (tile.clone(), next), inner, stage);
-                            for (index, panel) in panels.clone().enumerate() {
+                            for (index, column) in panels.clone().enumerate() {
                                 let right = match index < lying {
-                                    true => pack::where_it_lies(self, panel, inner),
+                                    true => pack::where_it_lies(self, column, inner),
                                     false => micro::Right { words: room(index), stride: WIDTH },
                                 };
-                                micro::tile(self, (left, right), inner, (tile.clone(), panel));
+                                micro::tile(self, (left, right), inner, (tile.clone(), column));
                             }
                         }
                     }

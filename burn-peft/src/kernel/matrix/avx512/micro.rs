@@ -1,7 +1,7 @@
 //! The sums of one tile in registers.
 
 use super::{Arithmetic, ROWS, Target, WIDTH, Work, pack::transpose, tiles, vectors};
-use std::{arch::x86_64::*, ops::Range};
+use std::{arch::x86_64::*, mem::MaybeUninit, ops::Range};
 
 /// Words from one inner step to the next of rows that were staged side by side.
 pub(super) const STAGE: usize = 16;
@@ -11,6 +11,8 @@ pub(super) const STAGE: usize = 16;
 pub(super) struct Left {
     pub(super) words: *const u32,
     pub(super) strides: [usize; 2],
+    /// From the first 16 rows to the rest, for tiles.
+    pub(super) upper: usize,
     /// The first of the rows that are read next, with the same strides: they come into the cache meanwhile.
     pub(super) ahead: *const u32,
 }
@@ -18,7 +20,7 @@ pub(super) struct Left {
 impl Left {
     /// Rows after which nothing is known to be read.
     pub(super) fn new(words: *const u32, strides: [usize; 2]) -> Self {
-        Self { words, strides, ahead: words }
+        Self { words, strides, upper: 16 * strides[0], ahead: words }
     }
 }
 
@@ -53,13 +55,7 @@ pub(super) unsafe fn tile(
         match work.arithmetic {
             Arithmetic::F32 => sum_f32(rows.len(), words, left, right, place),
             Arithmetic::Pairs => sum_bf16(rows.len(), words, left, right, place),
-            Arithmetic::Tiles => {
-                let sums = tiles::Sums::new(words, left, right);
-                for row in (0..rows.len()).step_by(ROWS) {
-                    let place = Place { out: place.out.add(row * down), ..place };
-                    put_sums(ROWS.min(rows.len() - row), words, sums.from(row), right, place);
-                }
-            }
+            Arithmetic::Tiles => by_tiles(rows.len(), words, (left, right), work.parts(), place),
         }
     }
 }
@@ -123,27 +119,59 @@ unsafe fn sum_bf16(rows: usize, words: usize, left: Left, right: Right, place: P
     unsafe { for_rows!(multiply_bf16, rows, (words, left, right, place)) }
 }
 
+/// Sums go on from what is there: a whole tile's in its place, as exactly as those of a part of one, which are moved for that.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn put_sums(rows: usize, words: usize, left: Left, right: Right, place: Place) {
-    // SAFETY: by the caller of [`tile`].
-    unsafe { for_rows!(summed, rows, (words, left, right, place)) }
+unsafe fn by_tiles(rows: usize, words: usize, sides: (Left, Right), parts: [usize; 2], place: Place) {
+    let Place { out, down, across, columns, add, factor } = place;
+    debug_assert!(across == 1);
+    let mut room = Room(MaybeUninit::uninit());
+    let sums = room.0.as_mut_ptr().cast::<f32>();
+    // SAFETY: by the caller of [`tile`]; the room is a whole tile.
+    unsafe {
+        if factor != 1.0 {
+            tiles::multiply(words, sides, parts, (sums, WIDTH, false));
+            move_rows([rows, columns], (sums, WIDTH), (out, down), |sum, before| {
+                let sum = _mm512_mul_ps(sum, _mm512_set1_ps(factor));
+                if add { _mm512_add_ps(sum, before) } else { sum }
+            });
+        } else if [rows, columns] == [tiles::ROWS, WIDTH] {
+            tiles::multiply(words, sides, parts, (out, down, add));
+        } else {
+            if add {
+                move_rows([rows, columns], (out, down), (sums, WIDTH), |value, _| value);
+            }
+            tiles::multiply(words, sides, parts, (sums, WIDTH, add));
+            move_rows([rows, columns], (sums, WIDTH), (out, down), |value, _| value);
+        }
+    }
+}
+
+/// Room for the sums of a whole tile.
+#[repr(C, align(64))]
+struct Room(MaybeUninit<[f32; tiles::ROWS * WIDTH]>);
+
+/// Writes what `of` makes of rows of at most [`WIDTH`] values and of what is there, from one stride to the other.
+#[inline(always)]
+unsafe fn move_rows(
+    [rows, columns]: [usize; 2],
+    (from, from_stride): (*const f32, usize),
+    (to, to_stride): (*mut f32, usize),
+    of: impl Fn(__m512, __m512) -> __m512,
+) {
+    for row in 0..rows {
+        for start in (0..columns).step_by(16) {
+            let mask = pack_mask(columns - start);
+            // SAFETY: masks keep to the rows.
+            unsafe {
+                let to = to.add(row * to_stride + start);
+                let value = _mm512_maskz_loadu_ps(mask, from.add(row * from_stride + start));
+                _mm512_mask_storeu_ps(to, mask, of(value, _mm512_maskz_loadu_ps(mask, to)));
+            }
+        }
+    }
 }
 
 pub(super) type Sums<const R: usize> = [[__m512; 2]; R];
-
-/// Sums that tiles have made: `left` holds them.
-#[inline(always)]
-unsafe fn summed<const R: usize>(_: usize, left: Left, _: Right) -> Sums<R> {
-    // SAFETY: by the caller of [`tile`].
-    unsafe {
-        let mut sums = [[_mm512_setzero_ps(); 2]; R];
-        for (row, [sum0, sum1]) in sums.iter_mut().enumerate() {
-            let from: *const f32 = left.words.add(row * left.strides[0]).cast();
-            (*sum0, *sum1) = (_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16)));
-        }
-        sums
-    }
-}
 
 #[inline(always)]
 unsafe fn multiply_f32<const R: usize>(words: usize, left: Left, right: Right) -> Sums<R> {

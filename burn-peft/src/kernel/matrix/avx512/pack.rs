@@ -3,12 +3,12 @@
 use super::{
     Arithmetic, ROWS, Side, WIDTH, Work,
     micro::{Left, Right, STAGE, pack_mask},
-    tiles,
+    parts, tiles,
 };
 use std::{arch::x86_64::*, ops::Range};
 
 /// A line of memory is asked for so many steps before it is read.
-const AHEAD: usize = 4;
+pub(super) const AHEAD: usize = 4;
 
 /// Writes panels of the vector side, `inner` values deep and `room` words apart: for every word of depth the words of all its
 /// vectors, zeros for those that are not there. Pairs are followed by zeros to a multiple of 16 words of depth.
@@ -22,6 +22,7 @@ pub(super) unsafe fn panels(work: &Work, panels: Range<usize>, inner: [usize; 2]
         match (side.half, work.arithmetic) {
             (false, Arithmetic::F32) => panels_f32::<false>(side, panels, inner, (to, room)),
             (true, Arithmetic::F32) => panels_f32::<true>(side, panels, inner, (to, room)),
+            (false, _) if side.parts > 1 => parts::panels(side, panels, inner, (to, room)),
             (false, _) => panels_bf16::<false>(side, panels, inner, (to, room)),
             (true, _) => panels_bf16::<true>(side, panels, inner, (to, room)),
         }
@@ -60,8 +61,9 @@ pub(super) unsafe fn stage(
             (false, Arithmetic::F32) if side.strides[0] == 1 && rows.len() == ROWS => {
                 stage_across(side, rows, inner, stage)
             }
-            (false, Arithmetic::F32) => Left { words, strides: side.strides, ahead: side.at(next, inner[0]).cast() },
+            (false, Arithmetic::F32) => Left { ahead: side.at(next, inner[0]).cast(), ..Left::new(words, side.strides) },
             (true, Arithmetic::F32) => stage_f32(side, rows, inner, stage),
+            (false, Arithmetic::Tiles) if side.parts > 1 => parts::stage(side, rows, inner, stage),
             (true, _) if lie_in_pairs(work, rows.len(), inner) => Left::new(words, [side.strides[0] / 2, 1]),
             (false, Arithmetic::Pairs) => stage_bf16::<false>(side, rows, inner, stage),
             (true, Arithmetic::Pairs) => stage_bf16::<true>(side, rows, inner, stage),

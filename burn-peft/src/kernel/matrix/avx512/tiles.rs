@@ -7,7 +7,7 @@ use super::{
     WIDTH,
     micro::{Left, Right},
 };
-use std::{arch::asm, marker::PhantomData, mem::MaybeUninit, sync::OnceLock};
+use std::{arch::asm, marker::PhantomData, sync::OnceLock};
 
 /// Rows of the broadcast side that meet a panel: two tiles.
 pub(super) const ROWS: usize = 32;
@@ -79,62 +79,132 @@ impl Drop for Tiles {
     }
 }
 
-/// Sums of [`ROWS`] rows with the columns of a panel.
-#[repr(C, align(64))]
-pub(super) struct Sums(MaybeUninit<[f32; ROWS * WIDTH]>);
+/// Loads the two tiles of a part of the left side.
+macro_rules! left {
+    ($part:literal) => {
+        concat!(
+            "tileloadd tmm4, [{lower} + {down} + 2048*", $part, "]\n",
+            "tileloadd tmm5, [{upper} + {down} + 2048*", $part, "]\n",
+        )
+    };
+}
 
-impl Sums {
-    /// The products of staged rows with a packed panel, so many words deep.
-    ///
-    /// # Safety
-    /// This thread holds [`Tiles`]; `left` is [`ROWS`] rows whose words lie side by side, those that are not there of any
-    /// value, and `right` a packed panel, both zero from `words` on to the next multiple of [`WORDS`].
-    #[inline]
-    pub(super) unsafe fn new(words: usize, left: Left, right: Right) -> Self {
-        let mut sums = Self(MaybeUninit::uninit());
-        let upper = left.words.wrapping_add(16 * left.strides[0]);
-        // SAFETY: by the caller; the sums have room for four tiles.
+/// Loads the two tiles of a part of the right side, which lie so many bytes apart.
+macro_rules! right {
+    ($part:literal, $apart:literal) => {
+        concat!(
+            "tileloadd tmm6, [{right} + {line} + 2048*", $part, "]\n",
+            "tileloadd tmm7, [{right} + {line} + 2048*", $part, " + ", $apart, "]\n",
+        )
+    };
+}
+
+/// Asks for four lines of the right side.
+macro_rules! fetch {
+    ($at:literal, $line:literal) => {
+        concat!(
+            "prefetcht0 [{right} + ", $at, " + 64*", $line, "]\n",
+            "prefetcht0 [{right} + ", $at, " + 64*", $line, " + 64]\n",
+            "prefetcht0 [{right} + ", $at, " + 64*", $line, " + 128]\n",
+            "prefetcht0 [{right} + ", $at, " + 64*", $line, " + 192]\n",
+        )
+    };
+}
+
+/// Adds the products of the loaded tiles, and asks for 16 lines of the right side from so many bytes on.
+macro_rules! multiply {
+    ($at:literal) => {
+        concat!(
+            "tdpbf16ps tmm0, tmm4, tmm6\n", fetch!($at, "0"), "tdpbf16ps tmm1, tmm4, tmm7\n", fetch!($at, "4"),
+            "tdpbf16ps tmm2, tmm5, tmm6\n", fetch!($at, "8"), "tdpbf16ps tmm3, tmm5, tmm7\n", fetch!($at, "12"),
+        )
+    };
+}
+
+/// The sums of blocks of [`WORDS`] words of depth, whose sides go on by `$next` bytes and have rows `$line` bytes apart.
+macro_rules! sums {
+    (($words:expr, $left:expr, $right:expr), ($out:expr, $stride:expr, $add:expr), $next:expr, $line:expr, $($block:expr),*) => {{
+        let upper = $left.words.wrapping_add($left.upper);
+        let next: [usize; 2] = $next;
+        // SAFETY: by the caller.
         unsafe {
             asm!(
+                "test {line:e}, {line:e}",
+                "jz 3f",
+                "tileloadd tmm0, [{out} + {stride}]",
+                "tileloadd tmm1, [{out} + {stride} + 64]",
+                "tileloadd tmm2, [{out_upper} + {stride}]",
+                "tileloadd tmm3, [{out_upper} + {stride} + 64]",
+                "jmp 4f",
+                "3:",
                 "tilezero tmm0",
                 "tilezero tmm1",
                 "tilezero tmm2",
                 "tilezero tmm3",
+                "4:",
+                "mov {line:e}, {lines}",
                 "2:",
-                "tileloadd tmm6, [{right} + {line}]",
-                "tileloadd tmm4, [{lower} + {down}]",
-                "tileloadd tmm7, [{right} + {line} + 64]",
-                "tileloadd tmm5, [{upper} + {down}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
-                "add {lower}, 64",
-                "add {upper}, 64",
-                "add {right}, {step}",
+                $($block,)*
+                "add {lower}, {left_next}",
+                "add {upper}, {left_next}",
+                "add {right}, {right_next}",
                 "dec {count}",
                 "jnz 2b",
-                "tilestored [{sums} + {line}], tmm0",
-                "tilestored [{sums} + {line} + 64], tmm1",
-                "tilestored [{sums} + {line} + {half}], tmm2",
-                "tilestored [{sums} + {line} + {half} + 64], tmm3",
-                lower = inout(reg) left.words => _,
+                "tilestored [{out} + {stride}], tmm0",
+                "tilestored [{out} + {stride} + 64], tmm1",
+                "tilestored [{out_upper} + {stride}], tmm2",
+                "tilestored [{out_upper} + {stride} + 64], tmm3",
+                lower = inout(reg) $left.words => _,
                 upper = inout(reg) upper => _,
-                right = inout(reg) right.words => _,
-                count = inout(reg) words.div_ceil(WORDS) => _,
-                down = in(reg) left.strides[0] * 4,
-                line = in(reg) LINE,
-                sums = in(reg) sums.0.as_mut_ptr(),
-                step = const WORDS * LINE,
-                half = const 16 * LINE,
+                right = inout(reg) $right.words => _,
+                count = inout(reg) $words.div_ceil(WORDS) => _,
+                down = in(reg) $left.strides[0] * 4,
+                line = inout(reg) usize::from($add) => _,
+                lines = const $line,
+                out = in(reg) $out,
+                out_upper = in(reg) $out.wrapping_add(16 * $stride),
+                stride = in(reg) $stride * 4,
+                left_next = in(reg) next[0],
+                right_next = in(reg) next[1],
                 options(nostack),
             );
         }
-        sums
-    }
+    }};
+}
 
-    /// The sums from a row on, as words with strides.
-    pub(super) fn from(&self, row: usize) -> Left {
-        Left::new(self.0.as_ptr().cast::<u32>().wrapping_add(row * WIDTH), [WIDTH, 1])
+/// Writes the products of staged rows with a packed panel, so many words deep, or adds them to what is there: [`ROWS`] rows of
+/// [`WIDTH`] sums, `stride` apart. The sides have so many parts: of one, the words of a row on the left lie side by side; of more,
+/// the tiles of a part follow each other.
+///
+/// # Safety
+/// This thread holds [`Tiles`]; both sides are there, zero from `words` on to the next multiple of [`WORDS`], and so is `out`.
+#[inline]
+pub(super) unsafe fn multiply(
+    words: usize,
+    (left, right): (Left, Right),
+    parts: [usize; 2],
+    (out, stride, add): (*mut f32, usize, bool),
+) {
+    const ONE: usize = WORDS * 4;
+    const BLOCK: usize = WORDS * LINE;
+    // The least products come first. Those of a second with a third part are less than what rounding leaves.
+    match parts {
+        [1, 1] => sums!(
+            (words, left, right), (out, stride, add), [ONE, BLOCK], LINE,
+            right!("0", "64"), left!("0"), multiply!("2048")
+        ),
+        [1, _] => sums!(
+            (words, left, right), (out, stride, add), [ONE, 3 * BLOCK], 64,
+            left!("0"), right!("2", "1024"), multiply!("6144"), right!("1", "1024"), multiply!("8192"), right!("0", "1024"), multiply!("10240")
+        ),
+        [_, 1] => sums!(
+            (words, left, right), (out, stride, add), [3 * BLOCK, BLOCK], LINE,
+            right!("0", "64"), left!("2"), multiply!("2048"), left!("1"), multiply!("3072"), left!("0"), multiply!("4096")
+        ),
+        _ => sums!(
+            (words, left, right), (out, stride, add), [3 * BLOCK, 3 * BLOCK], 64,
+            right!("0", "1024"), left!("2"), multiply!("6144"), left!("1"), multiply!("7168"), right!("1", "1024"), multiply!("8192"),
+            left!("0"), multiply!("9216"), right!("2", "1024"), multiply!("10240"), right!("0", "1024"), multiply!("11264")
+        ),
     }
 }
