@@ -1,5 +1,5 @@
-//! Products by 512-bit vectors, of f32 or of pairs of bf16 whose products are summed in f32; the latter by tiles where the
-//! machine has them.
+//! Products by 512-bit vectors, of f32 or of pairs of bf16 whose products are summed in f32; by tiles of such pairs where the
+//! machine has them, f32 as three bf16 each.
 //!
 //! One side is the *vector* side: [`WIDTH`] of its vectors lie side by side in registers. The other is the *broadcast* side:
 //! [`ROWS`] of its values are multiplied with all of them. Either side of the product can be either; the one that costs
@@ -34,10 +34,12 @@ const DEPTH: usize = 768;
 const SHORT: [usize; 2] = [1 << 12, 192];
 /// Words of the vector side that a thread packs at a time: they fill half of its second-level cache.
 const PACKED: usize = 1 << 17;
-/// The same two where a word is in parts.
+/// Where there are more words than this, tiles sum apart what is summed at a time: sums as long would round too often.
+const CARRIED: usize = 1 << 10;
+/// The depth and the panels of words in parts.
 const PARTS_DEPTH: usize = 288;
 const PARTS_PACKED: usize = 1 << 18;
-/// So many vectors of each side are worth making parts of the other.
+/// Products with fewer vectors on a side do not pay for making parts of the other.
 const PARTS_LEAST: usize = 96;
 /// So many rows of the broadcast side are not worth a copy of what they meet.
 const FEW: usize = 2 * ROWS;
@@ -226,6 +228,9 @@ impl Work {
     /// The number of parts of the broadcast and of the vector side that make tasks of like size for so many threads.
     fn split(&self, threads: usize) -> [usize; 2] {
         let panels = self.vectors.count.div_ceil(WIDTH);
+        if self.vectors.parts > 1 {
+            return self.split_in_parts(panels, 2 * threads);
+        }
         let columns = if panels < 2 * threads {
             1
         } else {
@@ -236,14 +241,28 @@ impl Work {
         [rows, columns]
     }
 
-    /// The words that a pair of values becomes, on the broadcast and on the vector side.
-    fn parts(&self) -> [usize; 2] {
-        [self.broadcast.parts, self.vectors.parts]
+    /// The same where making parts costs most: as many tasks as there may be, of such a shape that as few as possible are made.
+    fn split_in_parts(&self, panels: usize, tasks: usize) -> [usize; 2] {
+        let turned = |along: bool| if along { 3 } else { 2 };
+        let stage = self.broadcast.count * turned(self.broadcast.strides[1] != 1);
+        let pack = self.vectors.count * turned(self.vectors.strides[0] != 1);
+        let most = self.broadcast.count.div_ceil(self.arithmetic.rows());
+        let shapes = (1..=tasks.min(panels)).map(|columns| [tasks.div_ceil(columns).min(most), columns]);
+        let cost = |&[rows, columns]: &[usize; 2]| {
+            let groups = panels.div_ceil(columns).div_ceil(self.panels());
+            (usize::MAX - tasks.min(rows * columns), stage * columns * groups + pack * rows)
+        };
+        shapes.min_by_key(cost).unwrap_or([1, 1])
+    }
+
+    /// Words of the inner dimension.
+    fn words(&self) -> usize {
+        self.k.div_ceil(self.arithmetic.pair())
     }
 
     /// Words of the inner dimension that are summed at a time: parts of like size, whole registers.
     fn depth(&self) -> usize {
-        let words = self.k.div_ceil(self.arithmetic.pair());
+        let words = self.words();
         let most = match self.vectors.parts {
             _ if words > SHORT[0] => SHORT[1],
             1 => DEPTH,
@@ -261,7 +280,7 @@ impl Work {
     /// The product of some rows of the broadcast side with some panels of the vector side.
     fn part(&self, [rows, panels]: [std::ops::Range<usize>; 2]) {
         let (pair, high) = (self.arithmetic.pair(), self.arithmetic.rows());
-        let (words, depth) = (self.k.div_ceil(pair), self.depth());
+        let (words, depth) = (self.words(), self.depth());
         let step = self.panels().min(panels.len()).max(1);
         let panel = depth * WIDTH * self.vectors.parts;
         let room = step * panel;

@@ -121,6 +121,27 @@ fn a_result_does_not_depend_on_what_is_computed_beside_it() {
     }
 }
 
+#[test]
+fn products_of_f32_are_as_exact_as_sums_of_f32() {
+    // A value without its lowest eight bits errs by 8e-6.
+    for k in [64, 600, 1500, 5000] {
+        let [m, n] = [100, 97];
+        let (a, b) = (Given::new([m, k], 1), Given::new([k, n], 2));
+        let mut values = vec![0.0; m * n];
+        let to = Output { values: &mut values, stride: n, add: false };
+        product(to, a.matrix(false, false), b.matrix(false, true), 1.0, Threads::All);
+        let (mut errors, mut squares) = (0.0, 0.0);
+        for (at, &found) in values.iter().enumerate() {
+            let plain = (Compute::F32, false);
+            let sum: f64 = (0..k).map(|p| a.value(at / n, p, plain) * b.value(p, at % n, plain)).sum();
+            errors += (f64::from(found) - sum).powi(2);
+            squares += sum * sum;
+        }
+        let error = (errors / squares).sqrt();
+        assert!(error < 8e-7, "{k} deep: {error:e}");
+    }
+}
+
 /// Whether products of these shapes sum in the same order: the gemm crate's do not, and few rows are not made parts.
 fn sums_alike(compute: Compute, one: [usize; 3], other: [usize; 3]) -> bool {
     #[cfg(target_arch = "x86_64")]

@@ -1,6 +1,6 @@
 //! The sums of one tile in registers.
 
-use super::{Arithmetic, ROWS, Target, WIDTH, Work, pack::transpose, tiles, vectors};
+use super::{Arithmetic, CARRIED, ROWS, Target, WIDTH, Work, pack::transpose, tiles, vectors};
 use std::{arch::x86_64::*, mem::MaybeUninit, ops::Range};
 
 /// Words from one inner step to the next of rows that were staged side by side.
@@ -55,7 +55,7 @@ pub(super) unsafe fn tile(
         match work.arithmetic {
             Arithmetic::F32 => sum_f32(rows.len(), words, left, right, place),
             Arithmetic::Pairs => sum_bf16(rows.len(), words, left, right, place),
-            Arithmetic::Tiles => by_tiles(rows.len(), words, (left, right), work.parts(), place),
+            Arithmetic::Tiles => by_tiles(work, (rows.len(), words), (left, right), place),
         }
     }
 }
@@ -119,16 +119,18 @@ unsafe fn sum_bf16(rows: usize, words: usize, left: Left, right: Right, place: P
     unsafe { for_rows!(multiply_bf16, rows, (words, left, right, place)) }
 }
 
-/// Sums go on from what is there: a whole tile's in its place, as exactly as those of a part of one, which are moved for that.
+/// Sums of few words go on from those before: those of a whole tile in its place, others are moved for that, so that both round
+/// alike. Sums of many, or with a factor, are made apart and added.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn by_tiles(rows: usize, words: usize, sides: (Left, Right), parts: [usize; 2], place: Place) {
+unsafe fn by_tiles(work: &Work, (rows, words): (usize, usize), sides: (Left, Right), place: Place) {
     let Place { out, down, across, columns, add, factor } = place;
     debug_assert!(across == 1);
     let mut room = Room(MaybeUninit::uninit());
     let sums = room.0.as_mut_ptr().cast::<f32>();
+    let parts = [work.broadcast.parts, work.vectors.parts];
     // SAFETY: by the caller of [`tile`]; the room is a whole tile.
     unsafe {
-        if factor != 1.0 {
+        if factor != 1.0 || work.words() > CARRIED {
             tiles::multiply(words, sides, parts, (sums, WIDTH, false));
             move_rows([rows, columns], (sums, WIDTH), (out, down), |sum, before| {
                 let sum = _mm512_mul_ps(sum, _mm512_set1_ps(factor));
