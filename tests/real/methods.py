@@ -73,12 +73,13 @@ METHODS = {
         1e-4,
     ),
 }
-# Ours against ours: the packed weights, and LoRA on the file's as floats or on what the nf4 ones hold. Limits, the second kind
-# relative to the loss.
+# Ours: the packed weights. Beside them ours again, LoRA on the file's as floats or on what the nf4 ones hold, or PEFT's LoRA on
+# what bitsandbytes rounds to nf4. Limits, the second kind relative to the loss.
 QLORA = {
     "qlora": ({"method.kind": "qlora", "model.dtype": "packed"}, 3e-3, None),
     "qlora-nf4": ({"method.kind": "qlora", "model.dtype": "nf4"}, None, 2e-2),
     "qlora-nf4-floats": ({"method.kind": "qlora", "model.dtype": "nf4"}, 3e-3, None),
+    "qlora-nf4-peft": ({"method.kind": "qlora", "model.dtype": "nf4"}, None, 5e-3),
 }
 
 
@@ -169,16 +170,31 @@ class Bench:
         return reference.train(model, settings, training[: settings["batch_size"] * settings["max_steps"]], validation)
 
     def beside_lora(self, name: str, floats: reference.Result | Run | None) -> Both:
-        """QLoRA, and LoRA on the weights as floats, both ours."""
-        _, start = self.first("lora", METHODS["lora"])
+        """QLoRA, and LoRA on the weights as floats."""
+        model, start = self.first("lora", METHODS["lora"])
         changes = self.changes | start | {"train.learning_rate": METHODS["lora"].learning_rate}
         lora = changes | {"method.kind": "lora"}
+        if name == "qlora-nf4-peft":
+            round_to_nf4(model)
+            recipe = reference.recipe(RECIPE, {key: value for key, value in changes.items() if "method" not in key})
+            ours = self.medqa.train(RECIPE, changes | QLORA[name][0], name)
+            return Both(name, ours, self.their_run(model, recipe))
         if name == "qlora-nf4-floats":
             lora["model.path"] = str(self.folder / "nf4")
             self.medqa("export", "--model", self.options.model, "--nf4", "--out", lora["model.path"])
             floats = None
         floats = floats or self.medqa.train(RECIPE, lora, f"{name}-lora")
         return Both(name, self.medqa.train(RECIPE, changes | QLORA[name][0], name), floats)
+
+
+@torch.no_grad()
+def round_to_nf4(model: PeftModel) -> None:
+    """The projections become what bitsandbytes makes of them with QLoRA's settings."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for name, weight in model.named_parameters():
+        if name.endswith(("proj.weight", "proj.base_layer.weight")):
+            weight.copy_(dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)))
 
 
 def check(report: Report, both: Both, limit: float) -> None:

@@ -14,7 +14,7 @@ pub enum Instructions {
     Avx2,
     /// Vectors of 512 bits, with products of bf16 and of bytes where the machine has them.
     Avx512,
-    /// Tiles of bf16.
+    /// Tiles of bf16, which multiply f32 too, as three bf16 each.
     Amx,
 }
 

@@ -94,7 +94,9 @@ fn products_of_any_shape_equal_plain_ones() {
 #[test]
 fn products_that_are_divided_equal_plain_ones() {
     // Deeper than one part, and in both roles.
-    for shape in [[150, 200, 100], [13, 3, 1700], [7, 420, 1601], [300, 8, 1000], [40, 2100, 48], [110, 130, 703], [197, 96, 32]] {
+    for shape in
+        [[150, 200, 100], [13, 3, 1700], [7, 420, 1601], [300, 8, 1000], [40, 2100, 48], [110, 130, 703], [197, 96, 32]]
+    {
         for compute in [Compute::F32, Compute::Bf16, Compute::F16] {
             check(shape, (compute, Threads::All), (true, 0.5));
         }

@@ -61,7 +61,9 @@ pub(super) unsafe fn stage(
             (false, Arithmetic::F32) if side.strides[0] == 1 && rows.len() == ROWS => {
                 stage_across(side, rows, inner, stage)
             }
-            (false, Arithmetic::F32) => Left { ahead: side.at(next, inner[0]).cast(), ..Left::new(words, side.strides) },
+            (false, Arithmetic::F32) => {
+                Left { ahead: side.at(next, inner[0]).cast(), ..Left::new(words, side.strides) }
+            }
             (true, Arithmetic::F32) => stage_f32(side, rows, inner, stage),
             (false, Arithmetic::Tiles) if side.parts > 1 => parts::stage(side, rows, inner, stage),
             (true, _) if lie_in_pairs(work, rows.len(), inner) => Left::new(words, [side.strides[0] / 2, 1]),

@@ -83,8 +83,12 @@ impl Drop for Tiles {
 macro_rules! left {
     ($part:literal) => {
         concat!(
-            "tileloadd tmm4, [{lower} + {down} + 2048*", $part, "]\n",
-            "tileloadd tmm5, [{upper} + {down} + 2048*", $part, "]\n",
+            "tileloadd tmm4, [{lower} + {down} + 2048*",
+            $part,
+            "]\n",
+            "tileloadd tmm5, [{upper} + {down} + 2048*",
+            $part,
+            "]\n",
         )
     };
 }
@@ -93,8 +97,14 @@ macro_rules! left {
 macro_rules! right {
     ($part:literal, $apart:literal) => {
         concat!(
-            "tileloadd tmm6, [{right} + {line} + 2048*", $part, "]\n",
-            "tileloadd tmm7, [{right} + {line} + 2048*", $part, " + ", $apart, "]\n",
+            "tileloadd tmm6, [{right} + {line} + 2048*",
+            $part,
+            "]\n",
+            "tileloadd tmm7, [{right} + {line} + 2048*",
+            $part,
+            " + ",
+            $apart,
+            "]\n",
         )
     };
 }
@@ -103,10 +113,26 @@ macro_rules! right {
 macro_rules! fetch {
     ($at:literal, $line:literal) => {
         concat!(
-            "prefetcht0 [{right} + ", $at, " + 64*", $line, "]\n",
-            "prefetcht0 [{right} + ", $at, " + 64*", $line, " + 64]\n",
-            "prefetcht0 [{right} + ", $at, " + 64*", $line, " + 128]\n",
-            "prefetcht0 [{right} + ", $at, " + 64*", $line, " + 192]\n",
+            "prefetcht0 [{right} + ",
+            $at,
+            " + 64*",
+            $line,
+            "]\n",
+            "prefetcht0 [{right} + ",
+            $at,
+            " + 64*",
+            $line,
+            " + 64]\n",
+            "prefetcht0 [{right} + ",
+            $at,
+            " + 64*",
+            $line,
+            " + 128]\n",
+            "prefetcht0 [{right} + ",
+            $at,
+            " + 64*",
+            $line,
+            " + 192]\n",
         )
     };
 }
@@ -115,8 +141,14 @@ macro_rules! fetch {
 macro_rules! multiply {
     ($at:literal) => {
         concat!(
-            "tdpbf16ps tmm0, tmm4, tmm6\n", fetch!($at, "0"), "tdpbf16ps tmm1, tmm4, tmm7\n", fetch!($at, "4"),
-            "tdpbf16ps tmm2, tmm5, tmm6\n", fetch!($at, "8"), "tdpbf16ps tmm3, tmm5, tmm7\n", fetch!($at, "12"),
+            "tdpbf16ps tmm0, tmm4, tmm6\n",
+            fetch!($at, "0"),
+            "tdpbf16ps tmm1, tmm4, tmm7\n",
+            fetch!($at, "4"),
+            "tdpbf16ps tmm2, tmm5, tmm6\n",
+            fetch!($at, "8"),
+            "tdpbf16ps tmm3, tmm5, tmm7\n",
+            fetch!($at, "12"),
         )
     };
 }
@@ -190,21 +222,58 @@ pub(super) unsafe fn multiply(
     // The least products come first. Those of a second with a third part are less than what rounding leaves.
     match parts {
         [1, 1] => sums!(
-            (words, left, right), (out, stride, add), [ONE, BLOCK], LINE,
-            right!("0", "64"), left!("0"), multiply!("2048")
+            (words, left, right),
+            (out, stride, add),
+            [ONE, BLOCK],
+            LINE,
+            right!("0", "64"),
+            left!("0"),
+            multiply!("2048")
         ),
         [1, _] => sums!(
-            (words, left, right), (out, stride, add), [ONE, 3 * BLOCK], 64,
-            left!("0"), right!("2", "1024"), multiply!("6144"), right!("1", "1024"), multiply!("8192"), right!("0", "1024"), multiply!("10240")
+            (words, left, right),
+            (out, stride, add),
+            [ONE, 3 * BLOCK],
+            64,
+            left!("0"),
+            right!("2", "1024"),
+            multiply!("6144"),
+            right!("1", "1024"),
+            multiply!("8192"),
+            right!("0", "1024"),
+            multiply!("10240")
         ),
         [_, 1] => sums!(
-            (words, left, right), (out, stride, add), [3 * BLOCK, BLOCK], LINE,
-            right!("0", "64"), left!("2"), multiply!("2048"), left!("1"), multiply!("3072"), left!("0"), multiply!("4096")
+            (words, left, right),
+            (out, stride, add),
+            [3 * BLOCK, BLOCK],
+            LINE,
+            right!("0", "64"),
+            left!("2"),
+            multiply!("2048"),
+            left!("1"),
+            multiply!("3072"),
+            left!("0"),
+            multiply!("4096")
         ),
         _ => sums!(
-            (words, left, right), (out, stride, add), [3 * BLOCK, 3 * BLOCK], 64,
-            right!("0", "1024"), left!("2"), multiply!("6144"), left!("1"), multiply!("7168"), right!("1", "1024"), multiply!("8192"),
-            left!("0"), multiply!("9216"), right!("2", "1024"), multiply!("10240"), right!("0", "1024"), multiply!("11264")
+            (words, left, right),
+            (out, stride, add),
+            [3 * BLOCK, 3 * BLOCK],
+            64,
+            right!("0", "1024"),
+            left!("2"),
+            multiply!("6144"),
+            left!("1"),
+            multiply!("7168"),
+            right!("1", "1024"),
+            multiply!("8192"),
+            left!("0"),
+            multiply!("9216"),
+            right!("2", "1024"),
+            multiply!("10240"),
+            right!("0", "1024"),
+            multiply!("11264")
         ),
     }
 }
