@@ -89,20 +89,22 @@ unsafe fn columns(side: &Side, [first, count]: [usize; 2], [inner, end]: [usize;
 /// `to` has room for as many words, a multiple of [`WORDS`] deep; the machine has the instructions.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) unsafe fn panels(side: &Side, panels: Range<usize>, [from, end]: [usize; 2], (to, room): (*mut u32, usize)) {
-    // SAFETY: by the caller.
-    unsafe {
-        for (index, panel) in panels.enumerate() {
-            for (block, inner) in (from..end).step_by(2 * WORDS).enumerate() {
-                let to = to.add(index * room + block * PARTS * PART);
-                for group in 0..2 {
-                    let first = (panel * WIDTH + 16 * group).min(side.count);
-                    let vectors = [first, (side.count - first).min(16)];
-                    for half in 0..2 {
-                        let values = columns(side, vectors, [inner + 16 * half, end]);
-                        for pair in 0..8 {
-                            let words = split(values[2 * pair], values[2 * pair + 1]);
-                            put(words, to.add(group * TILE + (8 * half + pair) * 16));
-                        }
+    let (count, blocks) = (panels.len(), (end - from).div_ceil(2 * WORDS));
+    for step in 0..count * blocks {
+        // Memory is read in its order: vectors one after the other, or a block of all panels before the next.
+        let (index, block) =
+            if side.strides[0] == 1 { (step % count, step / count) } else { (step / blocks, step % blocks) };
+        let inner = from + block * 2 * WORDS;
+        for group in 0..2 {
+            let first = ((panels.start + index) * WIDTH + 16 * group).min(side.count);
+            let vectors = [first, (side.count - first).min(16)];
+            for half in 0..2 {
+                // SAFETY: by the caller.
+                unsafe {
+                    let to = to.add(index * room + block * PARTS * PART + group * TILE + 8 * half * 16);
+                    let values = columns(side, vectors, [inner + 16 * half, end]);
+                    for pair in 0..8 {
+                        put(split(values[2 * pair], values[2 * pair + 1]), to.add(pair * 16));
                     }
                 }
             }
