@@ -7,7 +7,8 @@
 //! broadcast side is read where it lies unless its type must change. A *word* is what a lane holds: an f32, or two bf16 that
 //! follow each other along the inner dimension.
 //!
-//! Every element is summed in the order of the inner dimension, whatever the shape of the product and the number of threads.
+//! Every element is summed in the order of the inner dimension, whatever the number of threads, and whatever the shape of the
+//! product but for one thing: products of f32 with few rows or columns are made by vectors where others are made by tiles.
 
 mod micro;
 mod pack;
