@@ -205,8 +205,10 @@ impl<'a, B: Kernels> Generate<'a, B> {
             let before = self.rows.virtual_tokens(self.model);
             let positions: Vec<usize> = self.tokens.iter().zip(before).map(|(row, n)| n + row.len() - 1).collect();
             let ids = self.tokens.iter().map(|row| row.last().map_or(0, |&id| id as i32)).collect();
-            let x = self.model.embed(ints(ids, positions.len(), &self.model.device()));
-            self.forward(x, &Layout::next(&positions), None)?;
+            B::at_work(|| {
+                let x = self.model.embed(ints(ids, positions.len(), &self.model.device()));
+                self.forward(x, &Layout::next(&positions), None)
+            })?;
         }
         let vocabulary = self.logits.len() / self.tokens.len();
         let mut new = Vec::with_capacity(self.tokens.len());

@@ -1,6 +1,6 @@
 //! Which adapters act on which tokens of a pass: rows of one batch may each have their own.
 
-use crate::kernel::LinearKernels;
+use crate::kernel::{self, LinearKernels};
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -69,7 +69,7 @@ impl Reach<'_> {
     /// `y [tokens, features]` with `added` at the tokens that are meant.
     pub fn add<B: LinearKernels>(&self, y: Tensor<B, 2>, added: Tensor<B, 2>) -> Tensor<B, 2> {
         match self.0 {
-            None => y + added,
+            None => kernel::add(y, added),
             Some(at) => {
                 let indices = places(at, &y.device());
                 y.select_assign(0, indices, added, IndexingUpdateOp::Add)

@@ -65,7 +65,7 @@ fn linear(c: &mut Criterion) {
             c,
             &format!("linear {features} to {out}"),
             &mut [
-                ("fused", &mut || drop(black_box(Flex::linear_forward(x.clone(), w.clone(), Compute::F32)))),
+                ("fused", &mut || drop(black_box(Flex::linear_forward(x.clone(), w.clone(), None, Compute::F32)))),
                 ("fused, bf16", &mut || {
                     drop(black_box(Flex::linear_forward(x.clone(), half.clone(), Compute::Bf16)));
                 }),
@@ -79,9 +79,11 @@ fn linear(c: &mut Criterion) {
             c,
             &format!("linear {features} to {out}, gradient of the input"),
             &mut [
-                ("fused", &mut || drop(black_box(Flex::linear_backward_input(dy.clone(), w.clone(), Compute::F32)))),
+                ("fused", &mut || {
+                    drop(black_box(Flex::linear_backward_input(dy.clone(), w.clone(), None, Compute::F32)))
+                }),
                 ("fused, bf16", &mut || {
-                    drop(black_box(Flex::linear_backward_input(dy.clone(), half.clone(), Compute::Bf16)));
+                    drop(black_box(Flex::linear_backward_input(dy.clone(), half.clone(), None, Compute::Bf16)));
                 }),
                 ("tensor operations", &mut || {
                     drop(black_box(product::<Flex>(dy.clone(), w.clone(), Compute::F32)));
@@ -130,9 +132,9 @@ fn rms_norm(c: &mut Criterion) {
         c,
         "rms_norm, backward",
         &mut [
-            ("fused", &mut || drop(black_box(Flex::rms_norm_backward(x.clone(), w.clone(), dy.clone(), rule)))),
+            ("fused", &mut || drop(black_box(Flex::rms_norm_backward(x.clone(), w.clone(), (dy.clone(), None), rule)))),
             ("tensor operations", &mut || {
-                drop(black_box(by_tensors::rms_norm_backward::<Flex>(x.clone(), w.clone(), dy.clone(), rule)));
+                drop(black_box(by_tensors::rms_norm_backward::<Flex>(x.clone(), w.clone(), (dy.clone(), None), rule)));
             }),
         ],
     );

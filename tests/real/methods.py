@@ -70,7 +70,7 @@ METHODS = {
     "p-tuning": Method(
         {"method.kind": "p-tuning", "method.encoder_hidden_size": 256},
         lambda: PromptEncoderConfig(**COMMON, encoder_hidden_size=256),
-        1e-4,
+        3e-5,
     ),
 }
 # Ours: the packed weights. Beside them ours again, LoRA on the file's as floats or on what the nf4 ones hold, or PEFT's LoRA on

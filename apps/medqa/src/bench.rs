@@ -109,8 +109,10 @@ fn train<B: Kernels>(mut model: Llama<Autodiff<B>>, args: &BenchArgs) -> Result<
     let batch = model.batch(&rows, &layout, weight, Pass::default())?;
     let seconds = fastest(args.rounds.get(), || {
         clocked(|| {
-            engine.accumulate(&mut model, &batch)?;
-            Ok(engine.step(&mut model, 1e-5)?)
+            B::at_work(|| {
+                engine.accumulate(&mut model, &batch)?;
+                Ok(engine.step(&mut model, 1e-5)?)
+            })
         })
     })?;
     let tokens = args.batch_size.get() * args.length;

@@ -19,7 +19,7 @@ use burn::{
         ops::IntTensor,
     },
 };
-use burn_peft::kernel::{Compute, Stored};
+use burn_peft::kernel::{Compute, Stored, found_before};
 
 /// Registers the gradient of a parent that carries one.
 fn register<B: Backend>(grads: &mut Gradients, node: Option<NodeId>, gradient: F<B>) {
@@ -86,7 +86,8 @@ impl<B: Kernels> Backward<B, 2> for RmsNorm {
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let ([x_node, w_node], (x, weight, epsilon)) = (ops.parents, ops.state);
-        let (dx, dw) = B::rms_norm_backward(x, weight, dy, (epsilon, w_node.is_some()));
+        let found = x_node.as_ref().and_then(|x| found_before::<B>(grads, &dy, |place| place.node = x.clone()));
+        let (dx, dw) = B::rms_norm_backward(x, weight, (dy, found), (epsilon, w_node.is_some()));
         register::<B>(grads, x_node.map(|n| n.id), dx);
         if let Some(dw) = dw {
             register::<B>(grads, w_node.map(|n| n.id), dw);

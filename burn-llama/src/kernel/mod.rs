@@ -53,9 +53,15 @@ pub trait Kernels: LinearKernels {
         rms_norm::forward::<Self>(x, weight, epsilon)
     }
 
-    /// The gradients of `x`, and of `weight` if `trained`.
-    fn rms_norm_backward(x: F<Self>, weight: F<Self>, dy: F<Self>, rule: (f64, bool)) -> (F<Self>, Option<F<Self>>) {
-        rms_norm::backward::<Self>(x, weight, dy, rule)
+    /// The gradients of `x`, added to what others found of it as in [`LinearKernels::linear_backward_input`], and of `weight` if
+    /// `trained`.
+    fn rms_norm_backward(
+        x: F<Self>,
+        weight: F<Self>,
+        (dy, found): (F<Self>, Option<F<Self>>),
+        rule: (f64, bool),
+    ) -> (F<Self>, Option<F<Self>>) {
+        rms_norm::backward::<Self>(x, weight, (dy, found), rule)
     }
 
     /// Rotates the halves of every head: `x [n, heads, head_dim]`, `cos`, `sin [n, head_dim / 2]`. With `sin` negated it is its

@@ -17,7 +17,12 @@ pub fn forward<B: Backend>(x: F<B>, weight: F<B>, epsilon: f64) -> F<B> {
 }
 
 /// [`rms_norm_backward`](super::Kernels::rms_norm_backward).
-pub fn backward<B: Backend>(x: F<B>, weight: F<B>, dy: F<B>, (epsilon, trained): (f64, bool)) -> (F<B>, Option<F<B>>) {
+pub fn backward<B: Backend>(
+    x: F<B>,
+    weight: F<B>,
+    (dy, found): (F<B>, Option<F<B>>),
+    (epsilon, trained): (f64, bool),
+) -> (F<B>, Option<F<B>>) {
     let (x, dy) = (tensor::<B, 2>(x), tensor::<B, 2>(dy));
     let weight = tensor::<B, 1>(weight).cast(x.dtype());
     let r = inverse_rms(&x, epsilon);
@@ -25,5 +30,10 @@ pub fn backward<B: Backend>(x: F<B>, weight: F<B>, dy: F<B>, (epsilon, trained):
     let dw = trained.then(|| primitive((dy.clone() * normed.clone()).sum_dim(0).squeeze_dim::<1>(0)));
     let dn = dy * weight.unsqueeze();
     let dot = (dn.clone() * normed.clone()).mean_dim(1);
-    (primitive((dn - normed * dot) * r), dw)
+    let dx = (dn - normed * dot) * r;
+    let dx = match found {
+        Some(found) => dx + tensor(found),
+        None => dx,
+    };
+    (primitive(dx), dw)
 }

@@ -6,7 +6,7 @@ use crate::{
     kernel::{Kernels, primitive, tensor},
 };
 use burn::{module::Module, tensor::Tensor};
-use burn_peft::{Linear, Pass};
+use burn_peft::{Linear, Pass, kernel::add};
 
 /// Grouped-query attention with rotary positions.
 #[derive(Module, Debug)]
@@ -108,8 +108,8 @@ impl<B: Kernels> Layer<B> {
         let normed = self.input_layernorm.forward(x.clone());
         let added = self.self_attn.forward(normed, context, past, (pass, tail));
         match tail {
-            None => x + added,
-            Some(tail) => x.select(0, tail.slots.clone()) + added,
+            None => add(added, x),
+            Some(tail) => add(added, x.select(0, tail.slots.clone())),
         }
     }
 
@@ -118,6 +118,7 @@ impl<B: Kernels> Layer<B> {
         let normed = self.post_attention_layernorm.forward(x.clone());
         let gate = self.mlp.gate_proj.forward(normed.clone(), pass);
         let up = self.mlp.up_proj.forward(normed, pass);
-        x + self.mlp.down_proj.forward(tensor(B::swiglu(primitive(gate), primitive(up), pass.compute)), pass)
+        let gated = tensor(B::swiglu(primitive(gate), primitive(up), pass.compute));
+        add(self.mlp.down_proj.forward(gated, pass), x)
     }
 }

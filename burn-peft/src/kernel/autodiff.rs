@@ -9,7 +9,11 @@ use burn::{
         grads::Gradients,
         ops::{Backward, Ops, OpsKind},
     },
-    tensor::{TensorMetadata, backend::AutodiffBackend, ops::FloatTensor},
+    tensor::{
+        TensorMetadata,
+        backend::{AutodiffBackend, Backend},
+        ops::FloatTensor,
+    },
 };
 
 /// What a backward pass needs of the activations.
@@ -19,6 +23,19 @@ enum Kept<X> {
     Value(X),
     /// What the graph holds or makes again.
     Node(NodeId),
+}
+
+/// What operations that were walked before found of the gradient of a node, taken out of the others: whoever adds to it registers
+/// the sum. `any` is any tensor; `aim` gives it the node, whose type has no name.
+#[doc(hidden)]
+pub fn found_before<B: Backend>(
+    grads: &mut Gradients,
+    any: &FloatTensor<B>,
+    aim: impl FnOnce(&mut FloatTensor<Autodiff<B>>),
+) -> Option<FloatTensor<B>> {
+    let mut place = <Autodiff<B> as AutodiffBackend>::from_inner(any.clone());
+    aim(&mut place);
+    grads.remove(&place)
 }
 
 /// State: `x` if the weight is trained, the weight if `x` carries gradient.
@@ -33,7 +50,8 @@ impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
         let [x_node, weight_node] = ops.parents;
         let (x, weight, compute) = ops.state;
         if let (Some(node), Some(weight)) = (x_node, weight) {
-            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight, compute));
+            let found = found_before::<B>(grads, &dy, |place| place.node = node.clone());
+            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight, found, compute));
         }
         let x = match x {
             Kept::Nothing => None,
@@ -58,7 +76,23 @@ impl<B: LinearKernels> Backward<B, 1> for PackedBackward {
         let [node] = ops.parents;
         if let Some(node) = node {
             let (weight, compute) = ops.state;
-            grads.register::<B>(node.id, B::packed_backward_input(dy, &weight, compute));
+            let found = found_before::<B>(grads, &dy, |place| place.node = node.clone());
+            grads.register::<B>(node.id, B::packed_backward_input(dy, &weight, found, compute));
+        }
+    }
+}
+
+/// Both have the gradient of the sum.
+#[derive(Debug)]
+struct AddBackward;
+
+impl<B: Backend> Backward<B, 2> for AddBackward {
+    type State = ();
+
+    fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        for node in ops.parents.into_iter().flatten() {
+            grads.register::<B>(node.id, dy.clone());
         }
     }
 }
@@ -84,6 +118,19 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
             }
             OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive, compute)),
         }
+    }
+
+    fn add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
+        let prep = AddBackward.prepare::<C>([x.node, y.node]).compute_bound();
+        let sum = B::add(x.primitive, y.primitive);
+        match prep.stateful() {
+            OpsKind::Tracked(prep) => prep.finish((), sum),
+            OpsKind::UnTracked(prep) => prep.finish(sum),
+        }
+    }
+
+    fn at_work<R>(work: impl FnOnce() -> R) -> R {
+        B::at_work(work)
     }
 
     fn overwrite(target: FloatTensor<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {

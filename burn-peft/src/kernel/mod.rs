@@ -5,6 +5,8 @@
 //! activation, and a weight stored in half precision or packed is widened for the moment of a product only.
 
 mod autodiff;
+#[cfg(feature = "flex")]
+mod awake;
 mod backends;
 mod by_tensors;
 #[cfg(feature = "flex")]
@@ -17,6 +19,7 @@ pub mod matrix;
 pub mod scratch;
 mod stored;
 
+pub use autodiff::found_before;
 pub use by_tensors::product;
 pub use stored::Stored;
 
@@ -45,9 +48,15 @@ pub trait LinearKernels: Backend {
         by_tensors::forward::<Self>(x, weight, compute)
     }
 
-    /// The gradient of `x`: `dx = dy·W`, with `dy [tokens, out]` and `weight [out, in]`.
-    fn linear_backward_input(dy: FloatTensor<Self>, weight: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
-        by_tensors::backward_input::<Self>(dy, weight, compute)
+    /// The gradient of `x`: `dx = dy·W`, with `dy [tokens, out]` and `weight [out, in]`; added to what others found of it, where
+    /// nobody else holds that in its place.
+    fn linear_backward_input(
+        dy: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        found: Option<FloatTensor<Self>>,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        added::<Self>(by_tensors::backward_input::<Self>(dy, weight, compute), found)
     }
 
     /// The gradient of the weight: `dW = dyᵀ·x`, `[out, in]`, in the type of `x`.
@@ -66,8 +75,23 @@ pub trait LinearKernels: Backend {
     }
 
     /// [`LinearKernels::linear_backward_input`] with a packed weight, decoded tile by tile.
-    fn packed_backward_input(dy: FloatTensor<Self>, weight: &Packed<Self>, compute: Compute) -> FloatTensor<Self> {
-        packed::backward_input(dy, weight, compute)
+    fn packed_backward_input(
+        dy: FloatTensor<Self>,
+        weight: &Packed<Self>,
+        found: Option<FloatTensor<Self>>,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        added::<Self>(packed::backward_input(dy, weight, compute), found)
+    }
+
+    /// `x + y`, of the same shape and type, in the memory of `x` where nobody else holds it.
+    fn add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_add(x, y)
+    }
+
+    /// Runs `work`, operation after operation of which follow without a pause, as the backend does best.
+    fn at_work<R>(work: impl FnOnce() -> R) -> R {
+        work()
     }
 
     /// `values` in the memory of `target`, of the same shape and type, where nobody else holds it.
@@ -97,6 +121,23 @@ pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>, compute: 
     assert_eq!(features, inner, "activations have {features} features, the weight [{out}, {inner}] takes {inner}");
     let y = B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor(), compute);
     tensor(y)
+}
+
+/// `x + y` on tensors: see [`LinearKernels::add`].
+///
+/// # Panics
+/// If the shapes differ.
+pub fn add<B: LinearKernels, const D: usize>(x: Tensor<B, D>, y: Tensor<B, D>) -> Tensor<B, D> {
+    assert_eq!(x.dims(), y.dims(), "what is added has the same shape");
+    tensor(B::add(x.into_primitive().tensor(), y.into_primitive().tensor()))
+}
+
+/// A gradient with what others found of it.
+fn added<B: LinearKernels>(gradient: FloatTensor<B>, found: Option<FloatTensor<B>>) -> FloatTensor<B> {
+    match found {
+        Some(found) => B::add(gradient, found),
+        None => gradient,
+    }
 }
 
 /// The tensor of a primitive.

@@ -237,7 +237,7 @@ mod tests {
                 ),
                 (
                     backward_input(tensor(out), &weight, Compute::F32),
-                    Flex::packed_backward_input(tensor(out), &weight, Compute::F32),
+                    Flex::packed_backward_input(tensor(out), &weight, None, Compute::F32),
                 ),
             ];
             for (found, expected) in pairs {

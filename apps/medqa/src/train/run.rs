@@ -218,7 +218,7 @@ impl<B: Kernels> Run<B> {
         let own = planned.of_rank(self.engine.rank(), self.engine.world());
         let learning_rate = setup::learning_rate(&self.recipe, step - self.progress.skipped, steps)?;
         let loss_scale = self.engine.loss_scale();
-        let (loss, report) = self.learn(model, (&rows, targets), (step, own), learning_rate)?;
+        let (loss, report) = B::at_work(|| self.learn(model, (&rows, targets), (step, own), learning_rate))?;
         self.progress.skipped += usize::from(report.skipped);
         let seconds = begin.elapsed().as_secs_f64();
         self.progress.tokens += tokens;

@@ -42,13 +42,13 @@ impl Kernels for Flex {
     fn rms_norm_backward(
         x: FlexTensor,
         weight: FlexTensor,
-        dy: FlexTensor,
+        (dy, found): (FlexTensor, Option<FlexTensor>),
         rule: (f64, bool),
     ) -> (FlexTensor, Option<FlexTensor>) {
-        if plain(&[&x, &dy]) {
-            return rms_norm::backward([x, weight, dy], rule);
+        if plain(&[&x, &dy]) && found.iter().all(|found| plain(&[found])) {
+            return rms_norm::backward([x, weight, dy], found, rule);
         }
-        super::rms_norm::backward::<Self>(x, weight, dy, rule)
+        super::rms_norm::backward::<Self>(x, weight, (dy, found), rule)
     }
 
     fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {

@@ -37,15 +37,19 @@ fn inverse(x: &[f32], epsilon: f64) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + epsilon as f32).sqrt()
 }
 
+/// In the place of what was found before, to which it adds, if nobody else holds that.
 pub(super) fn backward(
     [x, weight, dy]: [FlexTensor; 3],
+    found: Option<FlexTensor>,
     (epsilon, trained): (f64, bool),
 ) -> (FlexTensor, Option<FlexTensor>) {
     let (x, weight, dy) = (contiguous(x), contiguous(weight), contiguous(dy));
     let shape = x.layout().shape().clone();
     let (x, weight, dy) = (values(&x), widened(&weight), values(&dy));
-    let (width, mut dx) = (weight.len(), unwritten(x.len()));
+    let (width, adds) = (weight.len(), found.is_some());
+    let mut dx = found.map_or_else(|| tensor(unwritten(x.len()), &shape), contiguous);
     let parts: Vec<Vec<f32>> = dx
+        .storage_mut::<f32>()
         .par_chunks_mut(ROWS * width)
         .zip(x.par_chunks(ROWS * width))
         .zip(dy.par_chunks(ROWS * width))
@@ -53,7 +57,7 @@ pub(super) fn backward(
             let mut dw = if trained { vec![0.0; width] } else { Vec::new() };
             vectorized(
                 #[inline(always)]
-                || rows(dx, [x, dy, &weight], epsilon, &mut dw),
+                || rows((dx, adds), [x, dy, &weight], epsilon, &mut dw),
             );
             dw
         })
@@ -63,18 +67,19 @@ pub(super) fn backward(
         parts.iter().for_each(|part| add(&mut sum, part));
         tensor(sum, &[width])
     });
-    (tensor(dx, &shape), dw)
+    (dx, dw)
 }
 
 /// The gradients of a block of rows; `dw` is empty when nobody asks for it.
 #[inline(always)]
-fn rows(dx: &mut [f32], [x, dy, weight]: [&[f32]; 3], epsilon: f64, dw: &mut [f32]) {
+fn rows((dx, adds): (&mut [f32], bool), [x, dy, weight]: [&[f32]; 3], epsilon: f64, dw: &mut [f32]) {
     let width = weight.len();
     for ((dx, x), dy) in dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(dy.chunks_exact(width)) {
         let r = inverse(x, epsilon);
         let back = dot3(dy, weight, x) * r * r / width as f32;
         for (((dx, &x), &dy), &w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
-            *dx = r * (dy * w - x * back);
+            let value = r * (dy * w - x * back);
+            *dx = if adds { *dx + value } else { value };
         }
         for ((dw, &x), &dy) in dw.iter_mut().zip(x).zip(dy) {
             *dw += dy * x * r;

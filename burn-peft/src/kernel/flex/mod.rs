@@ -2,18 +2,20 @@
 //! whatever it is stored in.
 
 mod dense;
+mod dots;
 mod floats;
 #[cfg(target_arch = "x86_64")]
 mod integers;
 mod rows;
 
-use super::{Compute, LinearKernels, by_tensors, float_dtype};
+use super::{Compute, LinearKernels, awake::awake, by_tensors, float_dtype, scratch::vectorized};
 use crate::packed::{self, Packed};
 use burn::{
     backend::Flex,
     tensor::{DType, FloatDType, Shape, TensorData, TensorMetadata, ops::FloatTensorOps},
 };
 use burn_flex::FlexTensor;
+use rayon::prelude::*;
 use rows::Rows;
 
 impl LinearKernels for Flex {
@@ -24,10 +26,19 @@ impl LinearKernels for Flex {
         }
     }
 
-    fn linear_backward_input(dy: FlexTensor, weight: FlexTensor, compute: Compute) -> FlexTensor {
+    fn linear_backward_input(
+        dy: FlexTensor,
+        weight: FlexTensor,
+        found: Option<FlexTensor>,
+        compute: Compute,
+    ) -> FlexTensor {
         match dy.dtype() {
-            DType::F64 => by_tensors::backward_input::<Self>(dy, weight, compute),
-            _ => in_f32(dy, |dy| rows::backward_input(dy, &Rows::floats(weight), compute)),
+            DType::F32 => rows::backward_input(&dy, &Rows::floats(weight), found, compute),
+            DType::F64 => super::added::<Self>(by_tensors::backward_input::<Self>(dy, weight, compute), found),
+            _ => super::added::<Self>(
+                in_f32(dy, |dy| rows::backward_input(dy, &Rows::floats(weight), None, compute)),
+                found,
+            ),
         }
     }
 
@@ -52,23 +63,60 @@ impl LinearKernels for Flex {
         }
     }
 
-    fn packed_backward_input(dy: FlexTensor, weight: &Packed<Self>, compute: Compute) -> FlexTensor {
+    fn packed_backward_input(
+        dy: FlexTensor,
+        weight: &Packed<Self>,
+        found: Option<FlexTensor>,
+        compute: Compute,
+    ) -> FlexTensor {
         match dy.dtype() {
-            DType::F64 => packed::backward_input(dy, weight, compute),
-            _ => in_f32(dy, |dy| rows::backward_input(dy, &Rows::packed(weight), compute)),
+            DType::F32 => rows::backward_input(&dy, &Rows::packed(weight), found, compute),
+            DType::F64 => super::added::<Self>(packed::backward_input(dy, weight, compute), found),
+            _ => super::added::<Self>(
+                in_f32(dy, |dy| rows::backward_input(dy, &Rows::packed(weight), None, compute)),
+                found,
+            ),
         }
+    }
+
+    fn add(mut x: FlexTensor, y: FlexTensor) -> FlexTensor {
+        let y = y.to_contiguous();
+        match own_values(&mut x).filter(|_| y.dtype() == DType::F32) {
+            Some(x) => x.par_chunks_mut(PART).zip(y.storage::<f32>().par_chunks(PART)).for_each(|(x, y)| {
+                vectorized(
+                    #[inline(always)]
+                    || x.iter_mut().zip(y).for_each(|(x, y)| *x += y),
+                );
+            }),
+            None => return Self::float_add(x, y),
+        }
+        x
+    }
+
+    fn at_work<R>(work: impl FnOnce() -> R) -> R {
+        awake(work)
     }
 
     /// Flex's own assignment of a slice copies what it assigns to.
     fn overwrite(mut target: FlexTensor, values: FlexTensor) -> FlexTensor {
         assert_eq!((target.dtype(), target.shape()), (DType::F32, values.shape()), "what is overwritten and by what");
-        let (whole, values) = (target.is_contiguous(), values.to_contiguous());
-        match target.try_storage_mut::<f32>().filter(|held| whole && held.len() == values.storage::<f32>().len()) {
+        let values = values.to_contiguous();
+        match own_values(&mut target) {
             Some(held) => held.copy_from_slice(values.storage()),
             None => return values,
         }
         target
     }
+}
+
+/// Values that a thread takes at a time.
+const PART: usize = 1 << 14;
+
+/// The values of a tensor of f32 that nobody else holds, in order and nothing beside them.
+fn own_values(x: &mut FlexTensor) -> Option<&mut [f32]> {
+    let whole = x.dtype() == DType::F32 && x.is_contiguous();
+    let n = x.layout().num_elements();
+    if whole { x.try_storage_mut::<f32>().filter(|held| held.len() == n) } else { None }
 }
 
 /// A tensor of the given values.

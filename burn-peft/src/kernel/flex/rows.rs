@@ -4,10 +4,10 @@
 
 #[cfg(target_arch = "x86_64")]
 use super::integers::Integers;
-use super::{dense, float, floats, tensor};
+use super::{dense, dots::Dots, float, floats, own_values, tensor};
 use crate::{
     kernel::{
-        Compute,
+        Compute, added,
         matrix::{self, Matrix, Output, Threads, product_in},
         scratch::{unwritten, vectorized, with_scratch},
     },
@@ -133,21 +133,33 @@ pub(super) struct Bytes<'a> {
     stride: usize,
     /// Of a row.
     length: usize,
-    features: usize,
+    pub(super) features: usize,
 }
 
 impl<'a> Bytes<'a> {
     /// One row, read after those before it.
     #[inline(always)]
     pub(super) fn row(&self, index: usize) -> &'a [u8] {
-        let row = &self.bytes[index * self.stride..][..self.length];
-        #[cfg(target_arch = "x86_64")]
-        for line in (0..self.length).step_by(64) {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: nothing is read, and every x86-64 has the instruction.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(row.as_ptr().wrapping_add(AHEAD + line).cast()) };
-        }
+        let row = self.row_alone(index);
+        (0..self.length).step_by(64).for_each(|line| ask(row.as_ptr().wrapping_add(AHEAD + line)));
         row
+    }
+
+    /// One row, of which the reader asks for what comes.
+    #[inline(always)]
+    pub(super) fn row_alone(&self, index: usize) -> &'a [u8] {
+        &self.bytes[index * self.stride..][..self.length]
+    }
+}
+
+/// Asks for the line of memory there.
+#[inline(always)]
+pub(super) fn ask(_line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: nothing is read, and every x86-64 has the instruction.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(_line.cast());
     }
 }
 
@@ -241,6 +253,11 @@ fn across(y: &mut [f32], x: &[f32], rows: &Rows) {
     {
         return parts(y, rows, |rows, y| x.multiply(rows, y));
     }
+    if let Kind::Floats(dtype) = rows.kind
+        && let Some(x) = Dots::new(dtype, x, &rows.from(0))
+    {
+        return parts(y, rows, |rows, y| x.multiply(rows, y));
+    }
     parts(y, rows, |bytes, y| rows.kind.rows(Multiply { rows: bytes, x, y }));
 }
 
@@ -256,21 +273,32 @@ fn parts(y: &mut [f32], rows: &Rows, work: impl Fn(Bytes<'_>, &mut [f32]) + Sync
     }
 }
 
-/// `dy·W [tokens, in]`.
-pub(super) fn backward_input(dy: &FlexTensor, rows: &Rows, compute: Compute) -> FlexTensor {
-    let [tokens, out] = dy.layout().shape().dims();
+/// `dy·W [tokens, in]`, added to what was `found`.
+pub(super) fn backward_input(dy: &FlexTensor, rows: &Rows, found: Option<FlexTensor>, compute: Compute) -> FlexTensor {
+    let ([tokens, out], features) = (dy.layout().shape().dims(), rows.features);
     assert_eq!(out, rows.out, "the gradient of {out} outputs meets a weight of {}", rows.out);
-    if let Some(weight) = rows.matrix() {
-        return dense::with_matrix(dy, |dy| dense::product(dy, weight, compute));
+    let product = |values: &mut [f32], add: bool| {
+        if let Some(weight) = rows.matrix() {
+            let to = Output { values, stride: features, add };
+            return dense::with_matrix(dy, |dy| product_in(compute, to, dy, weight, 1.0, Threads::All));
+        }
+        let dy = dy.to_contiguous();
+        if tokens > 0 {
+            rows.tiles(|first, tile, count| {
+                let to = Output { values: &mut *values, stride: features, add: add || first > 0 };
+                let part = Matrix::strided(&dy.storage::<f32>()[first..], [tokens, count], out);
+                product_in(compute, to, part, tile, 1.0, Threads::All);
+            });
+        }
+    };
+    let mut found = found;
+    if let Some(values) = found.as_mut().and_then(own_values) {
+        product(values, true);
+    } else {
+        let mut values = unwritten(tokens * features);
+        product(&mut values, false);
+        let dx = tensor(values, [tokens, features]);
+        found = Some(added::<Flex>(dx, found));
     }
-    let dy = dy.to_contiguous();
-    let mut dx = unwritten(tokens * rows.features);
-    if tokens > 0 {
-        rows.tiles(|first, tile, count| {
-            let to = Output { values: &mut dx, stride: rows.features, add: first > 0 };
-            let part = Matrix::strided(&dy.storage::<f32>()[first..], [tokens, count], out);
-            product_in(compute, to, part, tile, 1.0, Threads::All);
-        });
-    }
-    tensor(dx, [tokens, rows.features])
+    found.expect("it was found or made")
 }
