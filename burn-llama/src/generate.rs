@@ -1,6 +1,12 @@
 //! Generation: one token after the other, with a cache.
 
-use crate::{Error, Layout, Llama, Past, batch::check_ids, kernel::Kernels, layout::ints, model::Rows};
+use crate::{
+    Error, Layout, Llama, Past,
+    batch::check_ids,
+    kernel::{Kernels, Steps},
+    layout::ints,
+    model::Rows,
+};
 use burn::tensor::{DType, Tensor, s};
 use burn_peft::random;
 
@@ -132,6 +138,7 @@ pub struct Generate<'a, B: Kernels> {
     done: Vec<bool>,
     logits: Vec<f32>,
     step: usize,
+    steps: Option<Box<dyn Steps<B>>>,
 }
 
 impl<'a, B: Kernels> Generate<'a, B> {
@@ -179,8 +186,12 @@ impl<'a, B: Kernels> Generate<'a, B> {
             done: vec![false; prompts.len()],
             logits: Vec::new(),
             step: 0,
+            steps: None,
         };
         generate.forward(x, &arranged.layout, Some(slots))?;
+        if settings.max_new_tokens > 1 && !generate.rows.are_named() {
+            generate.steps = B::steps(model, prompts.len());
+        }
         Ok(generate)
     }
 
@@ -204,8 +215,15 @@ impl<'a, B: Kernels> Generate<'a, B> {
         if self.step > 0 {
             let before = self.rows.virtual_tokens(self.model);
             let positions: Vec<usize> = self.tokens.iter().zip(before).map(|(row, n)| n + row.len() - 1).collect();
-            let ids = self.tokens.iter().map(|row| row.last().map_or(0, |&id| id as i32)).collect();
+            let ids: Vec<u32> = self.tokens.iter().map(|row| row.last().map_or(0, |&id| id)).collect();
+            let longest = positions.iter().max().map_or(0, |&position| position + 1);
+            self.model.config().rope_scaling.check_length(longest)?;
             B::at_work(|| {
+                let (past, logits) = (&mut self.past, &mut self.logits);
+                if self.steps.as_mut().is_some_and(|steps| steps.step(&ids, &positions, past, logits)) {
+                    return Ok(());
+                }
+                let ids = ids.iter().map(|&id| id as i32).collect();
                 let x = self.model.embed(ints(ids, positions.len(), &self.model.device()));
                 self.forward(x, &Layout::next(&positions), None)
             })?;

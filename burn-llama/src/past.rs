@@ -5,7 +5,11 @@ use crate::{
     kernel::{Kernels, Visibility, primitive, tensor},
     model::indices,
 };
+#[cfg(feature = "flex")]
+use burn::backend::Flex;
 use burn::tensor::{Tensor, backend::Backend, s};
+#[cfg(feature = "flex")]
+use burn_flex::FlexTensor;
 use std::{iter, ops::Range};
 
 /// Keys and values of one layer, `[rows, capacity, kv_heads, head_dim]`, of which the first slots are in use.
@@ -26,8 +30,9 @@ pub struct Past<B: Backend> {
     layers: Vec<Option<KeyValue<B>>>,
     rows: usize,
     slots: usize,
-    segments: Vec<i32>,
-    positions: Vec<i32>,
+    /// Of every row, those of its slots.
+    segments: Vec<Vec<i32>>,
+    positions: Vec<Vec<i32>>,
     /// Slots that layers have room for from their first keys on.
     reserved: usize,
     /// Whether new keys stay; else they are seen once, after what is there.
@@ -37,7 +42,7 @@ pub struct Past<B: Backend> {
 impl<B: Backend> Past<B> {
     /// An empty past of `layers` layers.
     pub fn new(layers: usize, rows: usize) -> Self {
-        Self { layers: vec![None; layers], rows, ..Self::starting_with(Vec::new(), &[]) }
+        Self { layers: vec![None; layers], ..Self::starting_with(Vec::new(), &vec![0..0; rows]) }
     }
 
     /// A past that starts with keys and values of virtual tokens, `[n, 2, kv_heads, head_dim]` per layer: a row with those of its
@@ -68,8 +73,8 @@ impl<B: Backend> Past<B> {
             layers: layers.into_iter().map(layer).collect(),
             rows,
             slots,
-            segments: ranges.iter().flat_map(|range| (0..slots).map(move |slot| segment(range, slot))).collect(),
-            positions: (0..rows).flat_map(|_| 0..slots as i32).collect(),
+            segments: ranges.iter().map(|range| (0..slots).map(|slot| segment(range, slot)).collect()).collect(),
+            positions: vec![(0..slots as i32).collect(); rows],
             reserved: 0,
             grows: true,
         }
@@ -79,6 +84,9 @@ impl<B: Backend> Past<B> {
     /// place. The memory is taken when a layer gets its next keys.
     pub fn reserve(&mut self, slots: usize) {
         self.reserved = slots;
+        for ids in self.segments.iter_mut().chain(&mut self.positions) {
+            ids.reserve(slots.saturating_sub(ids.len()));
+        }
     }
 
     /// What a single layer sees before the new tokens of a pass that keeps nothing, such as one of training.
@@ -114,32 +122,27 @@ impl<B: Backend> Past<B> {
     /// Segments and positions of all keys, those of `layout` after those of the past: `[rows, slots + layout.length]` each.
     pub(crate) fn with(&self, layout: &Layout) -> (Vec<i32>, Vec<i32>) {
         assert_eq!(self.rows, layout.rows, "a past of {} rows meets a batch of {}", self.rows, layout.rows);
-        let join = |past: &[i32], new: &[i32]| {
-            let rows = 0..self.rows;
-            rows.flat_map(|row| {
-                let past = &past[row * self.slots..(row + 1) * self.slots];
-                past.iter().chain(&new[row * layout.length..(row + 1) * layout.length]).copied()
-            })
-            .collect()
+        let join = |past: &[Vec<i32>], new: &[i32]| {
+            let rows = past.iter().zip(new.chunks_exact(layout.length.max(1)));
+            rows.flat_map(|(past, new)| past.iter().chain(new).copied()).collect()
         };
         (join(&self.segments, &layout.segments), join(&self.positions, &layout.positions))
     }
 
     /// Takes over the slots of `layout`, after every layer has [pushed](Self::push) its keys. Padding becomes holes.
     pub(crate) fn advance(&mut self, layout: &Layout) {
-        let (segments, positions) = self.with(layout);
-        self.segments = segments.into_iter().map(|s| if s == 0 { Visibility::<B>::HOLE } else { s }).collect();
-        self.positions = positions;
+        let visible = |&segment: &i32| if segment == 0 { Visibility::<B>::HOLE } else { segment };
+        for row in 0..self.rows {
+            let new = row * layout.length..(row + 1) * layout.length;
+            self.segments[row].extend(layout.segments[new.clone()].iter().map(visible));
+            self.positions[row].extend(&layout.positions[new]);
+        }
         self.slots += layout.length;
     }
 
     /// Keeps the given rows, in the given order.
     pub fn select(&mut self, rows: &[usize]) {
-        let pick = |ids: &[i32]| {
-            rows.iter()
-                .flat_map(|&row| ids[row * self.slots..(row + 1) * self.slots].iter().copied())
-                .collect::<Vec<_>>()
-        };
+        let pick = |ids: &[Vec<i32>]| rows.iter().map(|&row| ids[row].clone()).collect::<Vec<_>>();
         (self.segments, self.positions) = (pick(&self.segments), pick(&self.positions));
         self.rows = rows.len();
         for cache in self.layers.iter_mut().flatten() {
@@ -178,6 +181,57 @@ impl<B: Kernels> Past<B> {
     }
 }
 
+#[cfg(feature = "flex")]
+impl Past<Flex> {
+    /// The segments and the positions of a row's slots.
+    pub(crate) fn row(&self, row: usize) -> [&[i32]; 2] {
+        [&self.segments[row], &self.positions[row]]
+    }
+
+    /// The number of slots that every layer has room for, among them one more than are in use. `None` if a layer has nothing yet.
+    pub(crate) fn room_for_one(&mut self) -> Option<usize> {
+        let (from, reserved) = (self.slots, self.reserved);
+        let mut capacity = None;
+        for layer in &mut self.layers {
+            let KeyValue { keys, values } = layer.take()?;
+            let enough = |x: &Tensor<Flex, 4>| x.dims()[1] > from && capacity.is_none_or(|n| n == x.dims()[1]);
+            let kept = if enough(&keys) && enough(&values) {
+                KeyValue { keys, values }
+            } else {
+                let room = if from < reserved { reserved } else { (from + 1).next_power_of_two().max(64) };
+                let wider = |x: Tensor<Flex, 4>| widened(x.slice(s![.., ..from]), capacity.unwrap_or(room));
+                KeyValue { keys: wider(keys), values: wider(values) }
+            };
+            capacity = Some(kept.keys.dims()[1]);
+            *layer = Some(kept);
+        }
+        capacity
+    }
+
+    /// Lends the keys and the values of a layer, `[rows, capacity, kv_heads, head_dim]` each.
+    pub(crate) fn lend(&mut self, layer: usize, work: impl FnOnce([&mut [f32]; 2])) {
+        let Some(KeyValue { keys, values }) = self.layers[layer].take() else { return };
+        let in_order = |x: FlexTensor| match x.is_contiguous() && x.layout().start_offset() == 0 {
+            true => x,
+            false => x.to_contiguous(),
+        };
+        let mut both = [primitive(keys), primitive(values)].map(in_order);
+        let [keys, values] = &mut both;
+        work([keys.storage_mut(), values.storage_mut()]);
+        let [keys, values] = both.map(tensor);
+        self.layers[layer] = Some(KeyValue { keys, values });
+    }
+
+    /// Takes over a slot of every row, in segment 1, once [lent](Self::lend) layers have its keys and values.
+    pub(crate) fn take_over(&mut self, positions: &[usize]) {
+        for (row, &position) in positions.iter().enumerate() {
+            self.segments[row].push(1);
+            self.positions[row].push(position as i32);
+        }
+        self.slots += 1;
+    }
+}
+
 /// Writes `new` at slot `from`, in a buffer of `room` slots if this one is full.
 fn write<B: Kernels>(cache: Tensor<B, 4>, new: Tensor<B, 4>, (from, room): (usize, usize)) -> Tensor<B, 4> {
     let full = cache.dims()[1] < from + new.dims()[1];
@@ -200,10 +254,7 @@ fn widened<B: Kernels>(used: Tensor<B, 4>, room: usize) -> Tensor<B, 4> {
 mod tests {
     use super::*;
     use crate::{Generate, LlamaConfig, Settings};
-    use burn::{
-        backend::Flex,
-        tensor::{TensorData, TensorPrimitive},
-    };
+    use burn::tensor::{TensorData, TensorPrimitive};
     use burn_peft::PromptConfig;
 
     /// Where every layer's keys and values lie, and the slots there.

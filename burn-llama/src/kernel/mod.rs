@@ -18,6 +18,7 @@ mod swiglu;
 pub use attention::Visibility;
 pub use cross_entropy::{Losses, Targets};
 
+use crate::{Llama, Past};
 use burn::tensor::{
     FloatDType, Shape, Slice, Tensor, TensorMetadata, TensorPrimitive,
     backend::Backend,
@@ -107,6 +108,12 @@ pub trait Kernels: LinearKernels {
         attention::backward::<Self>(qkv, visibility, saved)
     }
 
+    /// A way of its own to generate, one token after the other of so many rows, if the backend has one that serves this model with
+    /// what is active on it.
+    fn steps(_model: &Llama<Self>, _rows: usize) -> Option<Box<dyn Steps<Self>>> {
+        None
+    }
+
     /// Per token, `weight · -log softmax(hidden · headᵀ)[target]`: `hidden [n, features]`, `head [vocabulary, features]`.
     /// A packed head is never trained. `wanted` says for which of the two a backward pass will follow, so that a backend may make
     /// gradients on the way; the products with the head are computed as told.
@@ -129,6 +136,13 @@ pub trait Kernels: LinearKernels {
     ) -> [Option<F<Self>>; 2] {
         cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], rule)
     }
+}
+
+/// Generation of one token after the other by a backend that has a way of its own for it.
+pub trait Steps<B: Backend>: std::fmt::Debug {
+    /// The logits `[rows, vocab_size]` of one more token of every row, at the given positions after what `past` has; its keys and
+    /// values are added to `past`. `false` if this past is not for it: then nothing has happened.
+    fn step(&mut self, ids: &[u32], positions: &[usize], past: &mut Past<B>, logits: &mut Vec<f32>) -> bool;
 }
 
 /// The default bodies, to be measured beside a backend's own.

@@ -36,6 +36,11 @@ impl Rows {
         self.names.as_ref().map_or_else(Pass::default, |names| Pass::routed(Route::rows(names, length)))
     }
 
+    /// Whether each names an adapter of its own.
+    pub fn are_named(&self) -> bool {
+        self.names.is_some()
+    }
+
     /// The prompts that occur, in the model's order.
     fn used(&self) -> BTreeSet<usize> {
         self.prompts.iter().flatten().copied().collect()

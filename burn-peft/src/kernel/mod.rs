@@ -21,6 +21,8 @@ mod stored;
 
 pub use autodiff::found_before;
 pub use by_tensors::product;
+#[cfg(feature = "flex")]
+pub use flex::few;
 pub use stored::Stored;
 
 use crate::packed::{self, Packed};

@@ -29,7 +29,7 @@ pub(super) fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTenso
 }
 
 #[inline(always)]
-fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
+pub(super) fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (first, second) = head.split_at_mut(cos.len());
     for (((a, b), &cos), &sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
         (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);

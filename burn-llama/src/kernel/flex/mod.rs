@@ -9,9 +9,11 @@ mod elementwise;
 mod embedding;
 mod lanes;
 mod rms_norm;
+mod steps;
 mod visible;
 
-use super::{F, Kernels, Losses, Targets, Visibility};
+use super::{F, Kernels, Losses, Steps, Targets, Visibility};
+use crate::Llama;
 use burn::{
     backend::Flex,
     tensor::{DType, FloatDType, Slice, ops::FloatTensorOps},
@@ -25,6 +27,10 @@ fn plain(tensors: &[&FlexTensor]) -> bool {
 }
 
 impl Kernels for Flex {
+    fn steps(model: &Llama<Self>, rows: usize) -> Option<Box<dyn Steps<Self>>> {
+        Some(Box::new(steps::Plan::of(model, rows)?))
+    }
+
     fn embed_backward(rows: usize, ids: FlexTensor, dy: FlexTensor) -> FlexTensor {
         if plain(&[&dy]) {
             return embedding::backward(rows, ids, dy);

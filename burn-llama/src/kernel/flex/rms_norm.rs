@@ -33,7 +33,7 @@ pub(super) fn forward(x: FlexTensor, weight: FlexTensor, epsilon: f64) -> FlexTe
 
 /// `1 / √(mean(x²) + eps)` of a row.
 #[inline(always)]
-fn inverse(x: &[f32], epsilon: f64) -> f32 {
+pub(super) fn inverse(x: &[f32], epsilon: f64) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + epsilon as f32).sqrt()
 }
 

@@ -2,10 +2,10 @@
 //! way ahead. In four independent sums of vectors, each row by itself, so results do not depend on who shares the work.
 
 use super::rows::{Bytes, ask};
-use crate::kernel::instructions;
+use crate::kernel::scratch::{Lent, simd};
 use burn::tensor::DType;
 use pulp::{Simd, WithSimd};
-use std::{borrow::Cow, mem::size_of_val};
+use std::mem::size_of_val;
 
 /// Bytes that lie between what is read and what is asked for.
 const AHEAD: usize = 1 << 11;
@@ -13,24 +13,24 @@ const AHEAD: usize = 1 << 11;
 const SUMS: usize = 4;
 
 /// Rows of activations for weights of a type.
-pub(super) struct Dots<'a> {
+pub(super) enum Dots<'a> {
+    /// For f32, as they are.
+    Floats(&'a [f32]),
     /// For bf16, of each row those of even index and then the others: a word holds one of each.
-    x: Cow<'a, [f32]>,
-    halves: bool,
+    Halves(Lent),
 }
 
 impl<'a> Dots<'a> {
     /// Rows of activations for rows of that type; `None` if they are to be decoded.
     pub(super) fn new(dtype: DType, x: &'a [f32], rows: &Bytes<'_>) -> Option<Self> {
-        let (features, aligned) = (rows.features, rows.row_alone(0).as_ptr().cast::<u32>().is_aligned());
+        let features = rows.features;
         match dtype {
-            DType::F32 if aligned => Some(Self { x: Cow::Borrowed(x), halves: false }),
-            DType::BF16 if aligned && features % 2 == 0 => {
-                let parted = |row: &[f32]| {
-                    let every_other = |from| row[from..].iter().step_by(2).copied();
-                    every_other(0).chain(every_other(1)).collect::<Vec<_>>()
-                };
-                Some(Self { x: x.chunks_exact(features.max(1)).flat_map(parted).collect(), halves: true })
+            _ if !rows.row_alone(0).as_ptr().cast::<u32>().is_aligned() => None,
+            DType::F32 => Some(Self::Floats(x)),
+            DType::BF16 if features.is_multiple_of(2) => {
+                let every_other = |row: &'a [f32], from| row[from..].iter().step_by(2).copied();
+                let parted = move |row| every_other(row, 0).chain(every_other(row, 1));
+                Some(Self::Halves(Lent::of(x.chunks_exact(features).flat_map(parted))))
             }
             _ => None,
         }
@@ -38,7 +38,7 @@ impl<'a> Dots<'a> {
 
     /// The products of rows with every row of activations, until `y` is full.
     pub(super) fn multiply(&self, rows: Bytes<'_>, y: &mut [f32]) {
-        instructions::vectors().dispatch(Multiply { x: self, rows, y });
+        simd(Multiply { x: self, rows, y });
     }
 }
 
@@ -53,12 +53,16 @@ impl WithSimd for Multiply<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let (features, x) = (self.rows.features, &self.x.x);
+        let features = self.rows.features;
+        let (x, halved) = match self.x {
+            Dots::Floats(x) => (*x, false),
+            Dots::Halves(x) => (&**x, true),
+        };
         let tokens = x.len() / features;
         for (index, y) in self.y.iter_mut().enumerate() {
             let (row, token) = (index / tokens, index % tokens);
             let (row, x) = (words(self.rows.row_alone(row)), &x[token * features..][..features]);
-            *y = if self.x.halves {
+            *y = if halved {
                 let (even, odd) = x.split_at(features / 2);
                 halves(simd, row, even, odd)
             } else {

@@ -17,10 +17,22 @@ use crate::{
 };
 use fixed::Group;
 use formats::{Format, Nibbles, Q4K, Q6K, Q8};
-use std::arch::x86_64::*;
+use std::{arch::x86_64::*, cell::RefCell};
 
 /// Products of some packed rows with rows of activations.
 type Product = unsafe fn(&Integers, Bytes<'_>, &mut [f32]);
+
+thread_local! {
+    /// Memory that the thread had groups in.
+    static GROUPS: RefCell<Vec<Vec<Group>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Drop for Integers {
+    fn drop(&mut self) {
+        let groups = std::mem::take(&mut self.groups);
+        GROUPS.with_borrow_mut(|all| all.push(groups));
+    }
+}
 
 /// Rows of activations, and what multiplies them with packed rows.
 pub(super) struct Integers {
@@ -44,8 +56,9 @@ impl Integers {
             BlockType::F32 | BlockType::F16 | BlockType::BF16 => return None,
         };
         available().then(|| {
+            let mut groups = GROUPS.with_borrow_mut(Vec::pop).unwrap_or_default();
             // SAFETY: it is available.
-            let groups = unsafe { fixed::groups(x, features) };
+            unsafe { fixed::fill(&mut groups, x, features) };
             Self { groups, per_row: features.div_ceil(fixed::LENGTH), product }
         })
     }

@@ -3,6 +3,7 @@
 
 mod dense;
 mod dots;
+pub mod few;
 mod floats;
 #[cfg(target_arch = "x86_64")]
 mod integers;

@@ -1,13 +1,14 @@
-//! Products with rows of any storage: many rows of activations by tiles of decoded rows, few by a product of every stored row
-//! with each of them, by integers where the machine can. Rows of f32, and of bf16 where products read them, are multiplied where
-//! they lie.
+//! Products with rows of any storage: many rows of activations by tiles of decoded rows, [few] by a product of every stored row
+//! with each of them. Rows of f32, and of bf16 where products read them, are multiplied where they lie.
 
-#[cfg(target_arch = "x86_64")]
-use super::integers::Integers;
-use super::{dense, dots::Dots, float, floats, own_values, tensor};
+use super::{
+    dense,
+    few::{self, Product},
+    float, floats, own_values, tensor,
+};
 use crate::{
     kernel::{
-        Compute, added,
+        Compute, Stored, added,
         matrix::{self, Matrix, Output, Threads, product_in},
         scratch::{unwritten, vectorized, with_scratch},
     },
@@ -24,15 +25,12 @@ const FEW: usize = 8;
 /// Values of a tile: it stays in the second-level cache while it is multiplied.
 const TILE: usize = 1 << 18;
 /// Values that a thread decodes at a time.
-const CHUNK: usize = 1 << 15;
+pub(super) const CHUNK: usize = 1 << 15;
 /// Bytes that lie between what is read and what is asked of memory: what it takes to answer.
 const AHEAD: usize = 1 << 12;
-/// Products with fewer values are not worth waking other threads.
-const SERIAL: usize = 1 << 17;
-
 /// What a row is made of.
-#[derive(Clone, Copy)]
-enum Kind {
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Kind {
     Floats(DType),
     Packed(Codec),
 }
@@ -45,7 +43,7 @@ impl Kind {
         }
     }
 
-    fn rows<U: RowUser>(self, user: U) -> U::Output {
+    pub(super) fn rows<U: RowUser>(self, user: U) -> U::Output {
         match self {
             Self::Floats(dtype) => floats::rows(dtype, user),
             Self::Packed(codec) => codec.rows(user),
@@ -53,17 +51,42 @@ impl Kind {
     }
 }
 
-/// The rows of a weight as bytes.
-pub(super) struct Rows {
+/// The rows of a weight as they are stored.
+#[derive(Debug)]
+pub struct Rows {
     stored: FlexTensor,
-    kind: Kind,
-    out: usize,
-    features: usize,
+    pub(super) kind: Kind,
+    pub(super) out: usize,
+    pub(super) features: usize,
     /// From one row to the next.
     stride: usize,
 }
 
 impl Rows {
+    /// Those of a weight.
+    pub fn of(weight: Stored<Flex>) -> Self {
+        match weight {
+            Stored::Dense(weight) => Self::floats(weight),
+            Stored::Packed(weight) => Self::packed(&weight),
+        }
+    }
+
+    /// Their number, and the features of each.
+    pub fn shape(&self) -> [usize; 2] {
+        [self.out, self.features]
+    }
+
+    /// The values of rows from `first` on, until `out` is full.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub fn decode(&self, first: usize, out: &mut [f32]) {
+        let step = (CHUNK / self.features).max(1);
+        out.par_chunks_mut(step * self.features).enumerate().for_each(|(chunk, out)| {
+            self.kind.rows(Decode { rows: self.from(first + chunk * step), out });
+        });
+    }
+
     /// Those of a weight of floats; f64 is narrowed.
     pub(super) fn floats(weight: FlexTensor) -> Self {
         let weight = if weight.dtype() == DType::F64 { float(weight) } else { weight };
@@ -98,17 +121,9 @@ impl Rows {
     }
 
     /// The bytes from row `first` on.
-    fn from(&self, first: usize) -> Bytes<'_> {
+    pub(super) fn from(&self, first: usize) -> Bytes<'_> {
         let bytes = &self.stored.bytes()[first * self.stride..];
         Bytes { bytes, stride: self.stride, length: self.kind.row_bytes(self.features), features: self.features }
-    }
-
-    /// Decodes rows from `first` until `out` is full.
-    fn decode(&self, first: usize, out: &mut [f32]) {
-        let step = (CHUNK / self.features).max(1);
-        out.par_chunks_mut(step * self.features).enumerate().for_each(|(chunk, out)| {
-            self.kind.rows(Decode { rows: self.from(first + chunk * step), out });
-        });
     }
 
     /// Calls `work` with the first row and the values of one tile after the other.
@@ -185,31 +200,6 @@ impl RowUser for Decode<'_> {
     }
 }
 
-/// The products of rows with every row of `x`, until `y` is full.
-struct Multiply<'a> {
-    rows: Bytes<'a>,
-    x: &'a [f32],
-    y: &'a mut [f32],
-}
-
-impl RowUser for Multiply<'_> {
-    type Output = ();
-
-    fn with<R: RowCodec>(self) {
-        let Self { rows, x, y } = self;
-        let tokens = x.len() / rows.features;
-        vectorized(
-            #[inline(always)]
-            || {
-                for (index, y) in y.iter_mut().enumerate() {
-                    let (row, token) = (index / tokens, index % tokens);
-                    *y = R::dot(rows.row(row), &x[token * rows.features..][..rows.features]);
-                }
-            },
-        )
-    }
-}
-
 /// `x·Wᵀ [tokens, out]`.
 pub(super) fn forward(x: &FlexTensor, rows: &Rows, compute: Compute) -> FlexTensor {
     let [tokens, features] = x.layout().shape().dims();
@@ -217,7 +207,7 @@ pub(super) fn forward(x: &FlexTensor, rows: &Rows, compute: Compute) -> FlexTens
     let mut y = unwritten(tokens * rows.out);
     if tokens <= FEW {
         let x = x.to_contiguous();
-        few(&mut y, x.storage::<f32>(), rows);
+        few::products([Product { weight: rows, x: x.storage(), y: &mut y }]);
     } else if let Some(weight) = rows.matrix() {
         let to = Output { values: &mut y, stride: rows.out, add: false };
         dense::with_matrix(x, |x| product_in(compute, to, x, weight.transposed(), 1.0, Threads::All));
@@ -230,47 +220,6 @@ pub(super) fn forward(x: &FlexTensor, rows: &Rows, compute: Compute) -> FlexTens
         });
     }
     tensor(y, [tokens, rows.out])
-}
-
-/// `x·Wᵀ [tokens, out]`, straight from the stored rows.
-fn few(y: &mut [f32], x: &[f32], rows: &Rows) {
-    let tokens = x.len() / rows.features;
-    if tokens == 1 {
-        return across(y, x, rows);
-    }
-    let mut columns = unwritten(y.len());
-    across(&mut columns, x, rows);
-    for (row, columns) in columns.chunks_exact(tokens.max(1)).enumerate() {
-        columns.iter().enumerate().for_each(|(token, &value)| y[token * rows.out + row] = value);
-    }
-}
-
-/// `W·xᵀ [out, tokens]`.
-fn across(y: &mut [f32], x: &[f32], rows: &Rows) {
-    #[cfg(target_arch = "x86_64")]
-    if let Kind::Packed(Codec::Blocks(kind)) = rows.kind
-        && let Some(x) = Integers::new(kind, x, rows.features)
-    {
-        return parts(y, rows, |rows, y| x.multiply(rows, y));
-    }
-    if let Kind::Floats(dtype) = rows.kind
-        && let Some(x) = Dots::new(dtype, x, &rows.from(0))
-    {
-        return parts(y, rows, |rows, y| x.multiply(rows, y));
-    }
-    parts(y, rows, |bytes, y| rows.kind.rows(Multiply { rows: bytes, x, y }));
-}
-
-/// Calls `work` with some rows and their part of `y [out, tokens]`, part after part.
-fn parts(y: &mut [f32], rows: &Rows, work: impl Fn(Bytes<'_>, &mut [f32]) + Sync) {
-    let step = (CHUNK / rows.features).max(1);
-    let length = (step * y.len() / rows.out.max(1)).max(1);
-    let work = |(part, y)| work(rows.from(part * step), y);
-    if y.len() * rows.features < SERIAL {
-        y.chunks_mut(length).enumerate().for_each(work);
-    } else {
-        y.par_chunks_mut(length).enumerate().for_each(work);
-    }
 }
 
 /// `dy·W [tokens, in]`, added to what was `found`.

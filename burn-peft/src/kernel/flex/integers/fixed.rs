@@ -29,13 +29,14 @@ pub(super) struct Group {
 
 const EMPTY: Group = Group { upper: [[0; 64]; 2], lower: [[0; 64]; 2], sums: [[0; 16]; 2], scales: [0.0; 16] };
 
-/// The groups of every row of `features` activations.
+/// The groups of every row of `features` activations, in place of what `groups` held.
 ///
 /// # Safety
 /// It is [`available`](super::available).
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) unsafe fn groups(x: &[f32], features: usize) -> Vec<Group> {
-    let mut groups = vec![EMPTY; x.len() / features * features.div_ceil(LENGTH)];
+pub(super) unsafe fn fill(groups: &mut Vec<Group>, x: &[f32], features: usize) {
+    groups.clear();
+    groups.resize(x.len() / features * features.div_ceil(LENGTH), EMPTY);
     let parts = x.chunks_exact(features).flat_map(|row| row.chunks(LENGTH));
     for (group, x) in groups.iter_mut().zip(parts) {
         for (index, x) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
@@ -43,7 +44,6 @@ pub(super) unsafe fn groups(x: &[f32], features: usize) -> Vec<Group> {
         }
         finish(group);
     }
-    groups
 }
 
 /// Writes one of the four blocks.
