@@ -65,7 +65,7 @@ fn linear(c: &mut Criterion) {
             c,
             &format!("linear {features} to {out}"),
             &mut [
-                ("fused", &mut || drop(black_box(Flex::linear_forward(x.clone(), w.clone(), None, Compute::F32)))),
+                ("fused", &mut || drop(black_box(Flex::linear_forward(x.clone(), w.clone(), Compute::F32)))),
                 ("fused, bf16", &mut || {
                     drop(black_box(Flex::linear_forward(x.clone(), half.clone(), Compute::Bf16)));
                 }),
