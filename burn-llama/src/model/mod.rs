@@ -159,15 +159,17 @@ impl<B: Kernels> Llama<B> {
         let context = self.context(layout, past.as_deref())?;
         let (mut x, mut past, pass) = (embeddings, past, &self.in_its_precision(pass));
         let tail = slots.map(|slots| Tail::new(slots, pass, &self.device()));
-        for (index, layer) in self.model.layers.iter().enumerate() {
-            let (tail, later) = self.at_layer(index, tail.as_ref(), pass);
-            x = layer.attend(x, &context, past.as_deref_mut().map(|past| (past, index)), (pass, tail));
-            x = layer.transform(x, later);
-        }
-        if let Some(past) = past {
-            past.advance(layout);
-        }
-        Ok(self.model.norm.forward(x))
+        B::at_work(|| {
+            for (index, layer) in self.model.layers.iter().enumerate() {
+                let (tail, later) = self.at_layer(index, tail.as_ref(), pass);
+                x = layer.attend(x, &context, past.as_deref_mut().map(|past| (past, index)), (pass, tail));
+                x = layer.transform(x, later);
+            }
+            if let Some(past) = past {
+                past.advance(layout);
+            }
+            Ok(self.model.norm.forward(x))
+        })
     }
 
     /// The tail as far as a layer knows of it, and the pass over what its MLP sees.

@@ -91,7 +91,8 @@ pub trait LinearKernels: Backend {
         Self::float_add(x, y)
     }
 
-    /// Runs `work`, operation after operation of which follow without a pause, as the backend does best.
+    /// Runs `work`, whose operations follow each other without a pause, as the backend does best: a step of training, say. On
+    /// Flex other threads wait for their parts awake meanwhile. Within another such work it changes nothing.
     fn at_work<R>(work: impl FnOnce() -> R) -> R {
         work()
     }

@@ -54,8 +54,6 @@ pub struct Run<B: Kernels> {
     start: Instant,
     /// From the start of the process to the first step of this run, in seconds.
     until_first_step: Option<f64>,
-    /// Slots of the largest micro-batch so far.
-    largest: usize,
     progress: Progress,
 }
 
@@ -144,7 +142,6 @@ impl<B: Kernels> Run<B> {
             display,
             start: Instant::now(),
             until_first_step: None,
-            largest: 0,
             progress,
         };
         Ok((run, model))
@@ -271,11 +268,6 @@ impl<B: Kernels> Run<B> {
         let (micro, weight) = if micro.is_empty() { (&rows[..1], 0.0) } else { (micro, 1.0 / targets as f32) };
         let lengths: Vec<usize> = micro.iter().map(|row| row.ids.len()).collect();
         let layout = Layout::of(&lengths, self.recipe.data.packing.joins());
-        let slots = layout.rows * layout.length;
-        if slots > self.largest {
-            self.largest = slots;
-            process::give_back();
-        }
         let noise =
             Noise { seed: self.recipe.train.steps.seed, step: step as u64, tokens: layout.tokens(first as u64) };
         let weight = weight * self.engine.loss_scale() as f32;
