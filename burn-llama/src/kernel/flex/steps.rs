@@ -237,14 +237,30 @@ impl Plan {
 impl Steps<Flex> for Plan {
     fn step(&mut self, ids: &[u32], positions: &[usize], past: &mut Past<Flex>, logits: &mut Vec<f32>) -> bool {
         let Some(capacity) = past.room_for_one() else { return false };
-        let slot = past.slots();
-        let Self { table, layers, norm, head, sizes, window, frequencies, scale, buffers: to } = self;
-        let rows = ids.len();
+        self.begin(ids, positions, past);
+        let Self { layers, norm, head, sizes, buffers: to, .. } = self;
+        to.scores.resize(ids.len() * sizes.kv_heads * sizes.group * capacity, 0.0);
+        for (index, layer) in layers.iter().enumerate() {
+            layer.attend(to, *sizes, (past, index, capacity));
+            layer.transform(to);
+        }
+        past.take_over(positions);
+        norm.apply(&to.x, &mut to.normed);
+        logits.resize(ids.len() * head.weight.shape()[0], 0.0);
+        project([(&*head, logits)], &to.normed, &mut to.adapted);
+        true
+    }
+}
+
+impl Plan {
+    /// The embeddings, the rotations, and what is seen.
+    fn begin(&mut self, ids: &[u32], positions: &[usize], past: &Past<Flex>) {
+        let Self { table, window, frequencies, scale, buffers: to, .. } = self;
         for (&id, x) in ids.iter().zip(to.x.chunks_exact_mut(table.shape()[1])) {
             table.decode(id as usize, x);
         }
         for (row, &position) in positions.iter().enumerate() {
-            see(past.row(row), (slot, position), *window, &mut to.seen[row]);
+            see(past.row(row), (past.slots(), position), *window, &mut to.seen[row]);
             let at = row * frequencies.len();
             for (index, frequency) in frequencies.iter().enumerate() {
                 // The angle is rounded to f32 before its cosine, as in the model.
@@ -253,43 +269,44 @@ impl Steps<Flex> for Plan {
                 to.sin[at + index] = (angle.sin() * *scale) as f32;
             }
         }
-        to.scores.resize(rows * sizes.kv_heads * sizes.group * capacity, 0.0);
-        for (index, layer) in layers.iter().enumerate() {
-            layer.before.apply(&to.x, &mut to.normed);
-            let ([q, k, v], [to_q, to_k, to_v]) = (&mut to.qkv, &layer.qkv);
-            project([(to_q, q), (to_k, k), (to_v, v)], &to.normed, &mut to.adapted);
-            for (x, norm) in [&mut *q, &mut *k].into_iter().zip(&layer.head_norms) {
-                if let Some(norm) = norm {
-                    norm.apply_in_place(x);
-                }
-                rotate(x, rows, sizes.dim, [&to.cos, &to.sin]);
+    }
+}
+
+impl Layer {
+    fn attend(&self, to: &mut Buffers, sizes: Sizes, (past, index, capacity): (&mut Past<Flex>, usize, usize)) {
+        self.before.apply(&to.x, &mut to.normed);
+        let ([q, k, v], [to_q, to_k, to_v], rows) = (&mut to.qkv, &self.qkv, to.seen.len());
+        project([(to_q, q), (to_k, k), (to_v, v)], &to.normed, &mut to.adapted);
+        for (x, norm) in [&mut *q, &mut *k].into_iter().zip(&self.head_norms) {
+            if let Some(norm) = norm {
+                norm.apply_in_place(x);
             }
-            past.lend(index, |[keys, values]| {
-                let width = sizes.kv_heads * sizes.dim;
-                for row in 0..rows {
-                    let (new, at) = (row * width..(row + 1) * width, (row * capacity + slot) * width);
-                    keys[at..at + width].copy_from_slice(&k[new.clone()]);
-                    values[at..at + width].copy_from_slice(&v[new]);
-                }
-                attend(*sizes, (q, [keys, values], capacity), &to.seen, (&mut to.scores, &mut to.mixed));
-            });
-            project([(&layer.output, &mut to.added)], &to.mixed, &mut to.adapted);
-            add(&mut to.x, &to.added);
-            layer.between.apply(&to.x, &mut to.normed);
-            let ([gate, up], [to_gate, to_up]) = (&mut to.gate_up, &layer.gate_up);
-            project([(to_gate, gate), (to_up, up)], &to.normed, &mut to.adapted);
-            vectorized(
-                #[inline(always)]
-                || gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = *gate / (1.0 + exp(-*gate)) * *up),
-            );
-            project([(&layer.down, &mut to.added)], gate, &mut to.adapted);
-            add(&mut to.x, &to.added);
+            rotate(x, rows, sizes.dim, [&to.cos, &to.sin]);
         }
-        past.take_over(positions);
-        norm.apply(&to.x, &mut to.normed);
-        logits.resize(rows * head.weight.shape()[0], 0.0);
-        project([(&*head, logits)], &to.normed, &mut to.adapted);
-        true
+        let slot = past.slots();
+        past.lend(index, |[keys, values]| {
+            let width = sizes.kv_heads * sizes.dim;
+            for row in 0..rows {
+                let (new, at) = (row * width..(row + 1) * width, (row * capacity + slot) * width);
+                keys[at..at + width].copy_from_slice(&k[new.clone()]);
+                values[at..at + width].copy_from_slice(&v[new]);
+            }
+            attend(sizes, (q, [keys, values], capacity), &to.seen, (&mut to.scores, &mut to.mixed));
+        });
+        project([(&self.output, &mut to.added)], &to.mixed, &mut to.adapted);
+        add(&mut to.x, &to.added);
+    }
+
+    fn transform(&self, to: &mut Buffers) {
+        self.between.apply(&to.x, &mut to.normed);
+        let ([gate, up], [to_gate, to_up]) = (&mut to.gate_up, &self.gate_up);
+        project([(to_gate, gate), (to_up, up)], &to.normed, &mut to.adapted);
+        vectorized(
+            #[inline(always)]
+            || gate.iter_mut().zip(up).for_each(|(gate, up)| *gate = *gate / (1.0 + exp(-*gate)) * *up),
+        );
+        project([(&self.down, &mut to.added)], gate, &mut to.adapted);
+        add(&mut to.x, &to.added);
     }
 }
 
