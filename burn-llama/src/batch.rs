@@ -107,15 +107,18 @@ impl<B: Kernels> Llama<B> {
 
     /// The weighted loss of every target of a batch, `[n]`, in one forward pass.
     pub fn batch_loss(&self, batch: &Batch<B>) -> Tensor<B, 1> {
-        let (mut x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass, &self.active_rows(1));
-        let mut before = before.into_iter();
-        for (index, layer) in self.model.layers.iter().enumerate() {
-            let mut past = Past::of_layer(before.next(), batch.context.rows);
-            let (tail, pass) = self.at_layer(index, Some(&batch.tail), &batch.pass);
-            x = layer.attend(x, &batch.context, Some((&mut past, 0)), (&batch.pass, tail));
-            x = layer.transform(x, pass);
-        }
-        self.loss(self.model.norm.forward(x), &batch.targets, &batch.tail.pass)
+        B::at_work(|| {
+            let (mut x, before) =
+                self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass, &self.active_rows(1));
+            let mut before = before.into_iter();
+            for (index, layer) in self.model.layers.iter().enumerate() {
+                let mut past = Past::of_layer(before.next(), batch.context.rows);
+                let (tail, pass) = self.at_layer(index, Some(&batch.tail), &batch.pass);
+                x = layer.attend(x, &batch.context, Some((&mut past, 0)), (&batch.pass, tail));
+                x = layer.transform(x, pass);
+            }
+            self.loss(self.model.norm.forward(x), &batch.targets, &batch.tail.pass)
+        })
     }
 }
 
