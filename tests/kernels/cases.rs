@@ -37,6 +37,10 @@ pub enum Kernel {
     },
     SwiGlu,
     Linear,
+    /// `x + n·Vᵀ + n·Wᵀ`, `n` the normalised `x`: gradients of `x` and `n` come from several sides.
+    Joined {
+        epsilon: f64,
+    },
     /// A product with packed rows, and what they hold.
     Packed(Rows),
     Attention(Sight),
@@ -115,6 +119,11 @@ impl Case {
             }
             Kernel::SwiGlu => vec![host::swiglu(x, last)],
             Kernel::Linear => vec![host::linear(x, last, features)],
+            Kernel::Joined { epsilon } => {
+                let n = host::rms_norm(x, &inputs[1], *epsilon);
+                let (v, w) = (host::linear(&n, &inputs[2], features), host::linear(&n, last, features));
+                vec![x.iter().zip(v).zip(w).map(|((x, v), w)| x + v + w).collect()]
+            }
             Kernel::Packed(rows) => vec![host::linear(x, &rows.values, features), rows.values.clone()],
             Kernel::Attention(sight) => {
                 let heads = [self.inputs[0].shape[2], self.inputs[1].shape[2], features];
@@ -141,6 +150,11 @@ impl Case {
             }
             Kernel::SwiGlu => vec![B::swiglu(input(0), input(1), place.compute)],
             Kernel::Linear => vec![B::linear_forward(input(0), input(1), place.compute)],
+            Kernel::Joined { epsilon } => {
+                let n = B::rms_norm(input(0), input(1), *epsilon);
+                let [v, w] = [2, 3].map(|index| B::linear_forward(n.clone(), input(index), place.compute));
+                vec![B::add(B::add(v, input(0)), w)]
+            }
             Kernel::Packed(rows) => {
                 let rows = rows.on(device);
                 vec![B::packed_forward(input(0), &rows, place.compute), B::unpack(&rows)]
@@ -300,9 +314,20 @@ fn linears(table: &mut Vec<Case>) {
         let row = Row::new(format!("linear {n} × {features} → {out}"));
         table.push(row.input(&[n, features], 1.0).input(&[out, features], 1.0).case(Kernel::Linear));
     }
+    for n in [1, 3, 8] {
+        let row = Row::new(format!("linear, few rows: {n}")).input(&[n, 197], 1.0);
+        table.push(row.input(&[33, 197], 1.0).case(Kernel::Linear));
+    }
     for dtype in [DType::BF16, DType::F16] {
-        let row = Row::new(format!("linear, weight {dtype:?}")).input(&[65, 20], 1.0);
-        table.push(row.stored(&[33, 20], 1.0, dtype, false).case(Kernel::Linear));
+        for [n, features] in [[65, 20], [1, 198], [3, 131], [8, 64]] {
+            let row = Row::new(format!("linear {n} × {features}, weight {dtype:?}")).input(&[n, features], 1.0);
+            table.push(row.stored(&[33, features], 1.0, dtype, false).case(Kernel::Linear));
+        }
+    }
+    for [n, features] in [[1, 3], [65, 20], [130, 97]] {
+        let row = Row::new(format!("joined {n} × {features}")).input(&[n, features], 1.0).input(&[features], 1.0);
+        let row = row.input(&[features, features], 1.0).input(&[features, features], 1.0);
+        table.push(row.case(Kernel::Joined { epsilon: 1e-5 }));
     }
 }
 
