@@ -43,7 +43,12 @@ impl Product<'_> {
 pub fn products<const N: usize>(products: [Product<'_>; N]) {
     for Product { weight, x, y } in &products {
         let tokens = x.len() / weight.features.max(1);
-        assert_eq!([x.len(), y.len()], [tokens * weight.features, tokens * weight.out], "products with {weight:?}");
+        assert_eq!(
+            [x.len(), y.len()],
+            [tokens * weight.features, tokens * weight.out],
+            "a product with {:?}",
+            weight.shape()
+        );
     }
     if products.iter().all(|product| product.tokens() <= 1) {
         return across(products);
