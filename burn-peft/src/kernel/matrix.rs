@@ -1,8 +1,8 @@
-//! Products of matrices in host memory, for kernels that work on Flex's buffers: our own where the machine has 512-bit
-//! vectors, else those of the `gemm` crate.
+//! Products of matrices in host memory, for kernels that work on Flex's buffers: our own where the machine has vectors of 512 or
+//! 256 bits that we know, else those of the `gemm` crate.
 
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+mod x86;
 
 use super::{Compute, scratch::with_scratch};
 use burn::tensor::{bf16, f16};
@@ -108,18 +108,15 @@ pub enum Threads {
 
 /// Whether this machine reads bf16 where they lie.
 pub fn widens() -> bool {
-    by_vectors(Compute::F32)
+    by_vectors()
 }
 
 /// Whether our own products serve.
-fn by_vectors(compute: Compute) -> bool {
+fn by_vectors() -> bool {
     #[cfg(target_arch = "x86_64")]
-    return avx512::available(compute);
+    return x86::available();
     #[cfg(not(target_arch = "x86_64"))]
-    {
-        let _ = compute;
-        false
-    }
+    false
 }
 
 /// `factor · a·b`, `[m, k]·[k, n]`, into `out`.
@@ -146,9 +143,9 @@ pub fn product_in(compute: Compute, out: Output<'_>, a: Matrix<'_>, b: Matrix<'_
         return rows.for_each(|row| row[..n].fill(0.0));
     }
     #[cfg(target_arch = "x86_64")]
-    if by_vectors(compute) {
+    if by_vectors() {
         // SAFETY: it is available; the constructors and the assertions above hold every index within its slice.
-        return unsafe { avx512::product(out, a, b, factor, (threads, compute)) };
+        return unsafe { x86::product(out, a, b, factor, (threads, compute)) };
     }
     match compute {
         Compute::F32 => plain(a, None, |a| plain(b, None, |b| by_gemm(out, a, b, factor, threads))),

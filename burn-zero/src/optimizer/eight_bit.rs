@@ -25,12 +25,66 @@ struct Codes {
     scales: Vec<f32>,
 }
 
-static SIGNED: LazyLock<Vec<f32>> = LazyLock::new(|| dynamic_map(true));
-static UNSIGNED: LazyLock<Vec<f32>> = LazyLock::new(|| dynamic_map(false));
+static SIGNED: LazyLock<Map> = LazyLock::new(|| Map::new(true));
+static UNSIGNED: LazyLock<Map> = LazyLock::new(|| Map::new(false));
+
+/// The numbers that 8 bits stand for, and which of them is nearest to a value in `[-1, 1]`: found by the value's sign, exponent
+/// and first 7 bits, a *cell*, in which at most one number gives way to the next.
+struct Map {
+    /// Ascending.
+    numbers: [f32; 256],
+    /// The code of the lowest value in each cell, the negative cells after the others.
+    cells: [u8; 2 * CELLS],
+    /// The lowest value of each code; no value reaches the last.
+    bounds: [f32; 257],
+}
+
+/// Values nearer to zero share a cell; the last one begins with 1.
+const FIRST: u32 = f32::EPSILON.to_bits();
+const SHIFT: u32 = 16;
+const CELLS: usize = ((1f32.to_bits() - FIRST) >> SHIFT) as usize + 1;
+
+impl Map {
+    fn new(signed: bool) -> Self {
+        let numbers = dynamic_map(signed);
+        let bounds = std::array::from_fn(|code| match code {
+            0 => f32::NEG_INFINITY,
+            256 => f32::INFINITY,
+            _ => {
+                let mut bound = (numbers[code - 1] + numbers[code]) / 2.0;
+                while usize::from(nearest(&numbers, bound)) >= code {
+                    bound = bound.next_down();
+                }
+                while usize::from(nearest(&numbers, bound)) < code {
+                    bound = bound.next_up();
+                }
+                bound
+            }
+        });
+        let start = |cell: usize| if cell == 0 { 0.0 } else { f32::from_bits(FIRST + ((cell as u32) << SHIFT)) };
+        let end = |cell: usize| if cell + 1 == CELLS { 1.0 } else { start(cell + 1).next_down() };
+        let cells = std::array::from_fn(|cell| {
+            let ends = if cell < CELLS { [start(cell), end(cell)] } else { [-end(cell - CELLS), -start(cell - CELLS)] };
+            let [low, high] = ends.map(|value| nearest(&numbers, value));
+            assert!(high - low <= 1, "a cell has two codes at most");
+            low
+        });
+        Self { numbers, cells, bounds }
+    }
+
+    /// The code of the number nearest to a value between -1 and 1.
+    #[inline(always)]
+    fn code(&self, value: f32) -> u8 {
+        let bits = value.to_bits();
+        let cell = (((bits & !(1 << 31)).max(FIRST) - FIRST) >> SHIFT) as usize;
+        let low = self.cells[cell.min(CELLS - 1) + (bits >> 31) as usize * CELLS];
+        low + u8::from(value >= self.bounds[usize::from(low) + 1])
+    }
+}
 
 /// The numbers that 8 bits stand for, ascending: for every power of ten down to 1e-7 the means of equal intervals from 0.1
 /// to 1, twice as many for each larger power, with 0 and 1.
-fn dynamic_map(signed: bool) -> Vec<f32> {
+fn dynamic_map(signed: bool) -> [f32; 256] {
     let mut map = vec![0.0, 1.0];
     for i in 0..7 {
         let items = if signed { (1usize << i) + 1 } else { (1usize << (i + 1)) + 1 };
@@ -44,8 +98,7 @@ fn dynamic_map(signed: bool) -> Vec<f32> {
         }
     }
     map.sort_by(f32::total_cmp);
-    assert!(map.len() <= 256, "the codes fit a byte");
-    map
+    map.try_into().expect("the numbers are as many as a byte's values")
 }
 
 /// The index of the number nearest to `value`.
@@ -56,11 +109,11 @@ fn nearest(map: &[f32], value: f32) -> u8 {
 }
 
 impl Codes {
-    fn new(n: usize, map: &[f32]) -> Self {
-        Self { codes: vec![nearest(map, 0.0); n], scales: vec![0.0; n.div_ceil(ALIGN)] }
+    fn new(n: usize, map: &Map) -> Self {
+        Self { codes: vec![map.code(0.0); n], scales: vec![0.0; n.div_ceil(ALIGN)] }
     }
 
-    fn read(&self, map: &[f32]) -> Vec<f32> {
+    fn read(&self, map: &Map) -> Vec<f32> {
         let mut values = vec![0.0; self.codes.len()];
         let blocks = values.chunks_mut(ALIGN).zip(self.codes.chunks(ALIGN)).zip(&self.scales);
         blocks.for_each(|((values, codes), &scale)| decode(map, codes, scale, values));
@@ -68,7 +121,7 @@ impl Codes {
     }
 
     /// Codes values by these scales, or by the values' own.
-    fn write(&mut self, map: &[f32], values: &[f32], scales: Option<&[f32]>) {
+    fn write(&mut self, map: &Map, values: &[f32], scales: Option<&[f32]>) {
         let blocks = values.chunks(ALIGN).zip(self.codes.chunks_mut(ALIGN)).zip(&mut self.scales);
         blocks.enumerate().for_each(|(i, ((values, codes), scale))| {
             *scale = scales.map_or_else(|| largest(values), |scales| scales[i]);
@@ -77,17 +130,17 @@ impl Codes {
     }
 }
 
-fn decode(map: &[f32], codes: &[u8], scale: f32, values: &mut [f32]) {
-    values.iter_mut().zip(codes).for_each(|(value, &code)| *value = map[usize::from(code)] * scale);
+fn decode(map: &Map, codes: &[u8], scale: f32, values: &mut [f32]) {
+    values.iter_mut().zip(codes).for_each(|(value, &code)| *value = map.numbers[usize::from(code)] * scale);
 }
 
 fn largest(values: &[f32]) -> f32 {
     values.iter().fold(0f32, |largest, value| largest.max(value.abs()))
 }
 
-fn encode(map: &[f32], values: &[f32], scale: f32, codes: &mut [u8]) {
+fn encode(map: &Map, values: &[f32], scale: f32, codes: &mut [u8]) {
     let unit = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    codes.iter_mut().zip(values).for_each(|(code, &value)| *code = nearest(map, value * unit));
+    codes.iter_mut().zip(values).for_each(|(code, &value)| *code = map.code(value * unit));
 }
 
 impl EightBit {
@@ -145,15 +198,23 @@ mod tests {
     #[test]
     fn the_tables_are_those_of_bitsandbytes() {
         // create_dynamic_map(signed, max_exponent_bits=7, total_bits=8) has 255 and 256 different values.
-        assert_eq!((SIGNED.len(), UNSIGNED.len()), (256, 256));
+        for Map { numbers, .. } in [&*SIGNED, &*UNSIGNED] {
+            assert!(numbers.is_sorted() && numbers.contains(&0.0) && numbers.contains(&1.0));
+        }
+        let (signed, unsigned) = (&SIGNED.numbers, &UNSIGNED.numbers);
+        assert!((unsigned[1] - 3.25e-7).abs() < 1e-12, "{}", unsigned[1]);
+        assert!(signed.iter().filter(|&&number| number < 0.0).all(|number| signed.contains(&-number)));
+    }
+
+    #[test]
+    fn a_code_is_that_of_the_nearest_number() {
         for map in [&*SIGNED, &*UNSIGNED] {
-            assert!(map.is_sorted() && map.contains(&0.0) && map.contains(&1.0));
-            for (code, &number) in map.iter().enumerate() {
-                assert_eq!(map[usize::from(nearest(map, number))], number, "{code}");
+            let between = (0..=1f32.to_bits()).step_by(9973).chain([1f32.to_bits()]).map(f32::from_bits);
+            let bounds = map.bounds[1..256].iter().flat_map(|bound| [bound.next_down(), *bound, bound.next_up()]);
+            for value in between.chain(bounds).chain(map.numbers).flat_map(|value| [value, -value]) {
+                assert_eq!(map.code(value), nearest(&map.numbers, value), "{value:e}");
             }
         }
-        assert!((UNSIGNED[1] - 3.25e-7).abs() < 1e-12, "{}", UNSIGNED[1]);
-        assert!(SIGNED.iter().filter(|&&number| number < 0.0).all(|number| SIGNED.contains(&-number)));
     }
 
     #[test]

@@ -15,12 +15,12 @@ use burn_peft::kernel::{
 use rayon::prelude::*;
 
 /// The number of logits that exist at a time, unless that is fewer than a block of tokens.
-const LOGITS: usize = 3 << 19;
+const LOGITS: usize = 9 << 18;
 /// The same with a head that learns, because every block passes over its gradient, and with products in half precision, which
 /// would wait for the head to come from memory.
 const MORE_LOGITS: usize = 5 << 20;
 /// Tokens that products take together.
-const TOKENS: usize = 32;
+const TOKENS: usize = 48;
 /// Parts of a block of the head whose gradients of hidden states are made side by side, each from a stretch of memory, and added
 /// up in their order.
 const PARTS: usize = 8;

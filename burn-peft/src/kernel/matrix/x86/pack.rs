@@ -3,8 +3,9 @@
 use super::{
     Arithmetic, ROWS, Side, WIDTH, Work,
     micro::{Left, Right, STAGE, pack_mask},
-    parts, tiles,
+    narrow, parts, tiles,
 };
+use crate::kernel::Compute;
 use std::{arch::x86_64::*, ops::Range};
 
 /// A line of memory is asked for so many steps before it is read.
@@ -20,6 +21,7 @@ pub(super) unsafe fn panels(work: &Work, panels: Range<usize>, inner: [usize; 2]
     // SAFETY: by the caller.
     unsafe {
         match (side.half, work.arithmetic) {
+            (_, Arithmetic::Narrow(compute)) => narrow::panels(work, compute, panels, inner, (to.cast(), room)),
             (false, Arithmetic::F32) => panels_f32::<false>(side, panels, inner, (to, room)),
             (true, Arithmetic::F32) => panels_f32::<true>(side, panels, inner, (to, room)),
             (false, _) if side.parts > 1 => parts::panels(side, panels, inner, (to, room)),
@@ -32,13 +34,14 @@ pub(super) unsafe fn panels(work: &Work, panels: Range<usize>, inner: [usize; 2]
 /// Whether a panel can be read in its place: whole, of f32 and side by side.
 pub(super) fn lies(work: &Work, panel: usize) -> bool {
     let side = &work.vectors;
-    !side.half && work.arithmetic == Arithmetic::F32 && side.strides[0] == 1 && (panel + 1) * WIDTH <= side.count
+    let plain = matches!(work.arithmetic, Arithmetic::F32 | Arithmetic::Narrow(Compute::F32));
+    !side.half && plain && side.strides[0] == 1 && (panel + 1) * work.arithmetic.width() <= side.count
 }
 
 /// A panel in its place, if it [`lies`] there.
 pub(super) fn where_it_lies(work: &Work, panel: usize, inner: [usize; 2]) -> Right {
     let side = &work.vectors;
-    Right { words: side.at(panel * WIDTH, inner[0]).cast(), stride: side.strides[1] }
+    Right { words: side.at(panel * work.arithmetic.width(), inner[0]).cast(), stride: side.strides[1] }
 }
 
 /// The rows of the broadcast side as words, `inner` values deep: where they lie if they can be read there, else in `stage`. For
@@ -58,6 +61,7 @@ pub(super) unsafe fn stage(
     unsafe {
         let words = side.at(rows.start, inner[0]).cast();
         match (side.half, work.arithmetic) {
+            (_, Arithmetic::Narrow(compute)) => narrow::stage(work, compute, rows, inner, stage.cast()),
             (false, Arithmetic::F32) if side.strides[0] == 1 && rows.len() == ROWS => {
                 stage_across(side, rows, inner, stage)
             }

@@ -1,8 +1,8 @@
-//! Products by 512-bit vectors, of f32 or of pairs of bf16 whose products are summed in f32; by tiles of such pairs where the
-//! machine has them, f32 as three bf16 each.
+//! Products by vectors of 512 bits, of f32 or of pairs of bf16 whose products are summed in f32; by tiles of such pairs where the
+//! machine has them, f32 as three bf16 each; by vectors of 256 bits where it has no others for what is to be computed.
 //!
-//! One side is the *vector* side: [`WIDTH`] of its vectors lie side by side in registers. The other is the *broadcast* side:
-//! [`ROWS`] of its values are multiplied with all of them. Either side of the product can be either; the one that costs
+//! One side is the *vector* side: as many of its vectors as fill two registers lie side by side. The other is the *broadcast*
+//! side: some of its values are multiplied with all of them. Either side of the product can be either; the one that costs
 //! less is taken. Panels of the vector side are packed by the thread that uses them and stay in its second-level cache; the
 //! broadcast side is read where it lies unless its type must change. A *word* is what a lane holds: an f32, or two bf16 that
 //! follow each other along the inner dimension.
@@ -11,6 +11,7 @@
 //! product but for one thing: products of f32 with few rows or columns are made by vectors where others are made by tiles.
 
 mod micro;
+mod narrow;
 mod pack;
 mod parts;
 mod tiles;
@@ -24,7 +25,7 @@ use crate::kernel::{
 use rayon::prelude::*;
 use std::cell::Cell;
 
-/// Vectors of the vector side that are multiplied at a time: two registers.
+/// Vectors of the vector side that are multiplied at a time: two registers of 512 bits.
 const WIDTH: usize = 32;
 /// Values of the broadcast side that meet them.
 const ROWS: usize = 12;
@@ -35,6 +36,8 @@ const DEPTH: usize = 768;
 const SHORT: [usize; 2] = [1 << 12, 192];
 /// Words of the vector side that a thread packs at a time: they fill half of its second-level cache.
 const PACKED: usize = 1 << 17;
+/// The same where vectors have 256 bits: such machines have smaller ones.
+const NARROW_PACKED: usize = 1 << 16;
 /// Where there are more words than this, tiles sum apart what is summed at a time: sums as long would round too often.
 const CARRIED: usize = 1 << 10;
 /// The depth and the panels of words in parts.
@@ -49,18 +52,16 @@ const TASK_ROWS: usize = 8 * ROWS;
 /// Multiplications that are worth waking other threads.
 const PARALLEL: usize = 1 << 21;
 
-/// Whether this machine can compute so.
-pub(super) fn available(compute: Compute) -> bool {
-    let vectors = allowed() >= Instructions::Avx512
+/// Whether this machine has the instructions.
+pub(super) fn available() -> bool {
+    allowed() >= Instructions::Avx2 && narrow::available()
+}
+
+fn is_wide() -> bool {
+    allowed() >= Instructions::Avx512
         && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512vl");
-    let multiplies = match compute {
-        Compute::F32 => true,
-        Compute::Bf16 => is_x86_feature_detected!("avx512bf16"),
-        Compute::F16 => false,
-    };
-    vectors && multiplies
+        && is_x86_feature_detected!("avx512vl")
 }
 
 fn has_tiles() -> bool {
@@ -75,6 +76,8 @@ pub(super) fn in_parts([m, n, k]: [usize; 3]) -> bool {
 /// What words are and what multiplies them.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Arithmetic {
+    /// An f32 each, by vectors of 256 bits, rounded to what is told.
+    Narrow(Compute),
     /// An f32 each, by vectors.
     F32,
     /// A pair of bf16, by vectors.
@@ -89,24 +92,47 @@ impl Arithmetic {
         match compute {
             Compute::F32 if in_parts(shape) => Self::Tiles,
             Compute::Bf16 if has_tiles() => Self::Tiles,
-            Compute::Bf16 => Self::Pairs,
-            _ => Self::F32,
+            Compute::Bf16 if is_wide() && is_x86_feature_detected!("avx512bf16") => Self::Pairs,
+            Compute::F32 if is_wide() => Self::F32,
+            _ => Self::Narrow(compute),
         }
     }
 
     /// Inner values in a word.
     fn pair(self) -> usize {
-        if self == Self::F32 { 1 } else { 2 }
+        if matches!(self, Self::Pairs | Self::Tiles) { 2 } else { 1 }
     }
 
     /// Rows of the broadcast side that meet a panel at a time.
     fn rows(self) -> usize {
-        if self == Self::Tiles { tiles::ROWS } else { ROWS }
+        match self {
+            Self::Tiles => tiles::ROWS,
+            Self::Narrow(_) => narrow::ROWS,
+            _ => ROWS,
+        }
     }
 
     /// Rows for which a stage has room.
     fn staged(self) -> usize {
-        if self == Self::Tiles { tiles::ROWS } else { micro::STAGE }
+        match self {
+            Self::Tiles => tiles::ROWS,
+            Self::Narrow(_) => narrow::STAGE,
+            _ => micro::STAGE,
+        }
+    }
+
+    /// Vectors of a panel.
+    fn width(self) -> usize {
+        if matches!(self, Self::Narrow(_)) { narrow::WIDTH } else { WIDTH }
+    }
+
+    /// Words that a thread packs at a time, in so many parts.
+    fn packed(self, parts: usize) -> usize {
+        match (self, parts) {
+            (Self::Narrow(_), _) => NARROW_PACKED,
+            (_, 1) => PACKED,
+            _ => PARTS_PACKED,
+        }
     }
 }
 
@@ -144,13 +170,14 @@ impl Side {
         self.values.wrapping_add((vector * self.strides[0] + inner * self.strides[1]) * size)
     }
 
-    /// About how many cycles the product takes with this side as the vector side and `other` as the broadcast side, `k` deep.
-    fn cost(&self, other: &Self, k: usize) -> usize {
+    /// About how many cycles the product takes with this side as the vector side and `other` as the broadcast side, `k` deep, in
+    /// panels of `width` vectors.
+    fn cost(&self, other: &Self, k: usize, width: usize) -> usize {
         // Turning rows to columns takes twice the time of a copy.
         let pack = self.count * k / if self.strides[0] == 1 { 2 } else { 1 };
         // Reading across rows waits for memory.
         let read = if other.strides[1] == 1 { 0 } else { other.count * k };
-        self.count.div_ceil(WIDTH) * other.count * k + pack + read
+        self.count.div_ceil(width) * other.count * k + pack + read
     }
 }
 
@@ -181,17 +208,18 @@ pub(super) unsafe fn product(
     let arithmetic = Arithmetic::of(compute, [a.shape[0], b.shape[1], k]);
     let [a, b] = [a, b.transposed()].map(|matrix| Side::new(matrix, arithmetic, compute));
     let target = Target { values: out.values.as_mut_ptr(), strides: [out.stride, 1], add: out.add, factor };
-    let turned = arithmetic != Arithmetic::Tiles && a.cost(&b, k) < b.cost(&a, k);
+    let width = arithmetic.width();
+    let turned = arithmetic != Arithmetic::Tiles && a.cost(&b, k, width) < b.cost(&a, k, width);
     let (broadcast, vectors, strides) = if turned { (b, a, [1, out.stride]) } else { (a, b, target.strides) };
     let work = Work { broadcast, vectors, target: Target { strides, ..target }, k, arithmetic };
     if threads == Threads::One || broadcast.count * vectors.count * k < PARALLEL {
-        return work.part([0..broadcast.count, 0..vectors.count.div_ceil(WIDTH)]);
+        return work.part([0..broadcast.count, 0..work.all_panels()]);
     }
     let [rows, columns] = work.split(rayon::current_num_threads());
     (0..rows * columns).into_par_iter().with_max_len(1).for_each(|task| {
         let part = |index: usize, parts: usize, whole: usize| index * whole / parts..(index + 1) * whole / parts;
         let (row, column) = (task % rows, task / rows);
-        let panels = work.vectors.count.div_ceil(WIDTH);
+        let panels = work.all_panels();
         let high = work.arithmetic.rows();
         let tiles = part(row, rows, work.broadcast.count.div_ceil(high));
         work.part([tiles.start * high..(tiles.end * high).min(work.broadcast.count), part(column, columns, panels)]);
@@ -228,7 +256,7 @@ fn with_words<R>(n: usize, work: impl FnOnce(*mut u32) -> R) -> R {
 impl Work {
     /// The number of parts of the broadcast and of the vector side that make tasks of like size for so many threads.
     fn split(&self, threads: usize) -> [usize; 2] {
-        let panels = self.vectors.count.div_ceil(WIDTH);
+        let panels = self.all_panels();
         if self.vectors.parts > 1 {
             return self.split_in_parts(panels, 2 * threads);
         }
@@ -256,6 +284,11 @@ impl Work {
         shapes.min_by_key(cost).unwrap_or([1, 1])
     }
 
+    /// Panels of the vector side.
+    fn all_panels(&self) -> usize {
+        self.vectors.count.div_ceil(self.arithmetic.width())
+    }
+
     /// Words of the inner dimension.
     fn words(&self) -> usize {
         self.k.div_ceil(self.arithmetic.pair())
@@ -274,8 +307,8 @@ impl Work {
 
     /// Panels of the vector side that are packed at a time.
     fn panels(&self) -> usize {
-        let packed = if self.vectors.parts == 1 { PACKED } else { PARTS_PACKED };
-        (packed / (self.depth() * WIDTH * self.vectors.parts)).max(1)
+        let parts = self.vectors.parts;
+        (self.arithmetic.packed(parts) / (self.depth() * self.arithmetic.width() * parts)).max(1)
     }
 
     /// The product of some rows of the broadcast side with some panels of the vector side.
@@ -283,7 +316,8 @@ impl Work {
         let (pair, high) = (self.arithmetic.pair(), self.arithmetic.rows());
         let (words, depth) = (self.words(), self.depth());
         let step = self.panels().min(panels.len()).max(1);
-        let panel = depth * WIDTH * self.vectors.parts;
+        let width = self.arithmetic.width();
+        let panel = depth * width * self.vectors.parts;
         let room = step * panel;
         // SAFETY: they are available where this arithmetic is chosen, and this thread comes here once at a time.
         let _tiles = (self.arithmetic == Arithmetic::Tiles).then(|| unsafe { tiles::Tiles::take() });
@@ -307,7 +341,7 @@ impl Work {
                             for (index, column) in panels.clone().enumerate() {
                                 let right = match index < lying {
                                     true => pack::where_it_lies(self, column, inner),
-                                    false => micro::Right { words: room(index), stride: WIDTH },
+                                    false => micro::Right { words: room(index), stride: width },
                                 };
                                 micro::tile(self, (left, right), inner, (tile.clone(), column));
                             }

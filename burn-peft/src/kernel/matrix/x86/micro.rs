@@ -1,6 +1,6 @@
 //! The sums of one tile in registers.
 
-use super::{Arithmetic, CARRIED, ROWS, Target, WIDTH, Work, pack::transpose, tiles, vectors};
+use super::{Arithmetic, CARRIED, ROWS, Target, WIDTH, Work, narrow, pack::transpose, tiles, vectors};
 use std::{arch::x86_64::*, mem::MaybeUninit, ops::Range};
 
 /// Words from one inner step to the next of rows that were staged side by side.
@@ -24,7 +24,7 @@ impl Left {
     }
 }
 
-/// A panel: [`WIDTH`] words, and from one inner step to the next.
+/// A panel: [`Arithmetic::width`] words, and from one inner step to the next.
 #[derive(Clone, Copy)]
 pub(super) struct Right {
     pub(super) words: *const u32,
@@ -42,8 +42,9 @@ pub(super) unsafe fn tile(
     [from, to]: [usize; 2],
     (rows, column): (Range<usize>, usize),
 ) {
-    let start = column * WIDTH;
-    let columns = WIDTH.min(work.vectors.count - start);
+    let width = work.arithmetic.width();
+    let start = column * width;
+    let columns = width.min(work.vectors.count - start);
     let Target { values, strides: [down, across], add, factor } = work.target;
     // SAFETY: the tile lies in the target, by the caller.
     let out = unsafe { values.add(rows.start * down + start * across) };
@@ -53,6 +54,7 @@ pub(super) unsafe fn tile(
     // SAFETY: by the caller.
     unsafe {
         match work.arithmetic {
+            Arithmetic::Narrow(_) => narrow::sum(rows.len(), words, (left, right), place),
             Arithmetic::F32 => sum_f32(rows.len(), words, left, right, place),
             Arithmetic::Pairs => sum_bf16(rows.len(), words, left, right, place),
             Arithmetic::Tiles => by_tiles(work, (rows.len(), words), (left, right), place),
@@ -62,17 +64,17 @@ pub(super) unsafe fn tile(
 
 /// A tile of the target.
 #[derive(Clone, Copy)]
-struct Place {
-    out: *mut f32,
-    down: usize,
-    across: usize,
-    columns: usize,
-    add: bool,
-    factor: f32,
+pub(super) struct Place {
+    pub(super) out: *mut f32,
+    pub(super) down: usize,
+    pub(super) across: usize,
+    pub(super) columns: usize,
+    pub(super) add: bool,
+    pub(super) factor: f32,
 }
 
 impl Place {
-    /// Asks for the memory that [`store`] writes, while it is being summed what goes there.
+    /// Asks for the memory that will be written, while it is being summed what goes there.
     fn fetch(&self, rows: usize) {
         let (lines, apart, line_parts) = match self.across {
             1 => (rows, self.down, self.columns.div_ceil(16)),
