@@ -2,7 +2,7 @@
 //! integers or vectors where the machine has them for that storage. Nothing is allocated once a thread has done it before.
 
 #[cfg(target_arch = "x86_64")]
-use super::integers::Integers;
+use super::integers::{Integers, Narrow};
 pub use super::rows::Rows;
 use super::{
     dots::Dots,
@@ -123,6 +123,8 @@ impl Work<'_> {
         match &self.inputs {
             #[cfg(target_arch = "x86_64")]
             Inputs::Integers(x) => x.multiply(rows, y),
+            #[cfg(target_arch = "x86_64")]
+            Inputs::Words(x) => x.multiply(rows, y),
             Inputs::Floats(x) => x.multiply(rows, y),
             Inputs::Plain(x) => self.weight.kind.rows(Multiply { rows, x, y }),
         }
@@ -133,6 +135,8 @@ impl Work<'_> {
 enum Inputs<'a> {
     #[cfg(target_arch = "x86_64")]
     Integers(Integers),
+    #[cfg(target_arch = "x86_64")]
+    Words(Narrow),
     Floats(Dots<'a>),
     Plain(&'a [f32]),
 }
@@ -143,7 +147,9 @@ impl<'a> Inputs<'a> {
             _ if x.is_empty() || weight.out == 0 => Self::Plain(x),
             #[cfg(target_arch = "x86_64")]
             Kind::Packed(Codec::Blocks(kind)) => {
-                Integers::new(kind, x, weight.features).map_or(Self::Plain(x), Self::Integers)
+                let bytes = Integers::new(kind, x, weight.features).map(Self::Integers);
+                let words = || Narrow::new(kind, x, weight.features).map(Self::Words);
+                bytes.or_else(words).unwrap_or(Self::Plain(x))
             }
             Kind::Packed(_) => Self::Plain(x),
             Kind::Floats(dtype) => Dots::new(dtype, x, &weight.from(0)).map_or(Self::Plain(x), Self::Floats),

@@ -1,4 +1,5 @@
-//! Products of packed rows with few rows of activations by integers, where the machine multiplies bytes (AVX-512 with VNNI).
+//! Products of packed rows with few rows of activations by integers: of bytes where the machine multiplies those (AVX-512 with
+//! VNNI), of words in 256-bit vectors elsewhere ([`Narrow`]).
 //!
 //! The weights stay the small integers that their blocks hold; each 32 activations become 16-bit integers times a scale, off
 //! by at most `1/65278` of the largest among them. Sums of 4 or 8 products are exact; they are scaled and added up in f32. Every
@@ -9,6 +10,9 @@
 
 mod fixed;
 mod formats;
+mod narrow;
+
+pub(super) use narrow::Narrow;
 
 use super::rows::Bytes;
 use crate::{

@@ -7,10 +7,10 @@ pub(super) const LENGTH: usize = 128;
 /// Activations that share a scale: the smallest blocks of weights have as many.
 const BLOCK: usize = 32;
 /// The largest integer: its bytes, the lower one signed, are both 127.
-const LARGEST: f32 = 32639.0;
+pub(super) const LARGEST: f32 = 32639.0;
 /// Scales are those of at least this largest value, so that their inverses are finite: below it, activations are off by up
 /// to 2^-116.
-const FLOOR: f32 = f32::from_bits((127 - 100) << 23);
+pub(super) const FLOOR: f32 = f32::from_bits((127 - 100) << 23);
 
 /// Four blocks of activations, their first and their second halves apart: 64 bytes of either are a register, and lanes `4·b`
 /// to `4·b + 3` of four bytes are block `b`. Where fewer than four exist, the rest is zero.

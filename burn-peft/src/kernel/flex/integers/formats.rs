@@ -197,7 +197,7 @@ fn word(bytes: &[u8], at: usize) -> u32 {
 /// Eight numbers of six bits: the upper four have their lower four bits in the other word, and two more above the bits of
 /// the lower four.
 #[inline(always)]
-fn six(word: u32, last: u32) -> [u32; 2] {
+pub(super) fn six(word: u32, last: u32) -> [u32; 2] {
     [word & 0x3f3f_3f3f, last & 0x0f0f_0f0f | (word >> 6 & 0x0303_0303) << 4]
 }
 
