@@ -8,9 +8,10 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, Sender, channel},
+        mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 /// Says whether it went well.
@@ -41,8 +42,27 @@ impl<R> Pending<R> {
     /// # Errors
     /// What the job says; [`Error::Abandoned`] if an earlier one failed.
     pub fn wait(self) -> Result<R, Error> {
-        let wait = || self.turn.outside(|| self.result.recv());
+        let wait = || self.turn.outside(|| receive(&self.result));
         self.trace.span("wait", Lane::Wait, wait).unwrap_or(Err(Error::Abandoned))
+    }
+}
+
+/// What comes. A thread of rayon's pool helps the others meanwhile: what it waits for may be divided among all of them.
+fn receive<R>(result: &Receiver<R>) -> Result<R, RecvError> {
+    const LOOK: Duration = Duration::from_micros(50);
+    if rayon::current_thread_index().is_none() {
+        return result.recv();
+    }
+    let mut patience = Duration::ZERO;
+    loop {
+        match result.recv_timeout(patience) {
+            Ok(result) => return Ok(result),
+            Err(RecvTimeoutError::Disconnected) => return Err(RecvError),
+            Err(RecvTimeoutError::Timeout) => {
+                let helped = rayon::yield_now() == Some(rayon::Yield::Executed);
+                patience = if helped { Duration::ZERO } else { LOOK };
+            }
+        }
     }
 }
 

@@ -70,7 +70,7 @@ unsafe fn multiply<const R: usize>(words: usize, left: Left, right: Right) -> Su
 }
 
 /// The products of one step of the inner dimension, `$step` steps from where the pointers are and `$next` bytes a step on the
-/// left.
+/// left. A step of the panel is a line of memory; one that comes 16 steps later is asked for.
 macro_rules! step {
     ($step:literal, $next:literal, $($row:literal $low:literal $high:literal)*) => {
         concat!(
