@@ -158,6 +158,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], help="of the recipe: KEY=VALUE")
     options = parser.parse_args()
     folder, shape = options.folder, SHAPES[options.shape]
+    if folder.exists():
+        parser.error(f"{folder} is there already: name a folder that can be made and removed")
     folder.mkdir(parents=True)
     try:
         write(folder / "model.gguf", shape)

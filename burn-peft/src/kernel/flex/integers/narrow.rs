@@ -103,7 +103,10 @@ unsafe fn fixed(x: &[f32; BLOCK]) -> (Block, [f32; 2]) {
             let bits = _mm256_loadu_si256(x.as_ptr().add(8 * part).cast());
             _mm256_and_si256(bits, _mm256_set1_epi32(i32::MAX))
         };
-        let most = _mm256_max_epu32(_mm256_max_epu32(magnitude(0), magnitude(1)), _mm256_max_epu32(magnitude(2), magnitude(3)));
+        let most = _mm256_max_epu32(
+            _mm256_max_epu32(magnitude(0), magnitude(1)),
+            _mm256_max_epu32(magnitude(2), magnitude(3)),
+        );
         let lanes: [u32; 8] = std::mem::transmute(most);
         let largest = f32::from_bits(lanes.into_iter().fold(0, u32::max));
         let scale = if largest.is_finite() { largest.max(FLOOR) / LARGEST } else { f32::NAN };
@@ -168,10 +171,8 @@ unsafe fn product<F: Format>(x: &Narrow, rows: Bytes<'_>, y: &mut [f32]) {
         assert!(row.len() == parts * F::BYTES && (token + 1) * per_row <= scales.len().min(integers.len()));
         // SAFETY: that many are there.
         y[index] = unsafe {
-            let x = Part {
-                integers: integers.as_ptr().add(token * per_row),
-                scales: scales.as_ptr().add(token * per_row),
-            };
+            let x =
+                Part { integers: integers.as_ptr().add(token * per_row), scales: scales.as_ptr().add(token * per_row) };
             dot::<F>(parts, row.as_ptr(), x)
         };
     }
@@ -282,7 +283,22 @@ impl<const MINIMUM: bool, const FIFTH: bool> Format for Nibbles<MINIMUM, FIFTH> 
 #[target_feature(enable = "avx2")]
 fn with_fifth(words: __m256i, bits: i16) -> __m256i {
     let own = _mm256_setr_epi16(
-        1, 2, 4, 8, 0x10, 0x20, 0x40, 0x80, 0x100, 0x200, 0x400, 0x800, 0x1000, 0x2000, 0x4000, i16::MIN,
+        1,
+        2,
+        4,
+        8,
+        0x10,
+        0x20,
+        0x40,
+        0x80,
+        0x100,
+        0x200,
+        0x400,
+        0x800,
+        0x1000,
+        0x2000,
+        0x4000,
+        i16::MIN,
     );
     let set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(bits), own), own);
     _mm256_or_si256(words, _mm256_and_si256(set, _mm256_set1_epi16(16)))

@@ -277,13 +277,7 @@ unsafe fn panels_along<const HALF: bool, const ROUND: u8>(
 ///
 /// # Safety
 /// As there.
-pub(super) unsafe fn stage(
-    work: &Work,
-    compute: Compute,
-    rows: Range<usize>,
-    inner: [usize; 2],
-    to: *mut f32,
-) -> Left {
+pub(super) unsafe fn stage(work: &Work, compute: Compute, rows: Range<usize>, inner: [usize; 2], to: *mut f32) -> Left {
     let side = &work.broadcast;
     // SAFETY: by the caller.
     unsafe {
