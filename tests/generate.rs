@@ -46,6 +46,11 @@ fn cached_logits_are_the_recomputed_ones() {
         let sequence: Vec<u32> = (0..20).map(|i| (i * 7 + 3) % 60).collect();
         let all = floats(&generate::logits(&model, &sequence).unwrap().into_data());
         let vocabulary = model.config().vocab_size;
+        let mut by_steps: Vec<f32> = Vec::new();
+        generate::logits_by_steps(&model, &sequence, |logits| by_steps.extend_from_slice(logits)).unwrap();
+        assert_eq!(by_steps.len(), all.len(), "{name}");
+        let largest = all.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        assert!(max_diff(&by_steps, &all) <= 2e-5 * largest, "{name}: {}", max_diff(&by_steps, &all));
         // One token at a time, each scored by what the cache holds.
         for n in [1, 5, 19] {
             let tail = &sequence[n..];

@@ -204,6 +204,24 @@ impl<'a, B: Kernels> Generate<'a, B> {
         Ok(())
     }
 
+    /// Reads the last token of every row.
+    fn feed(&mut self) -> Result<(), Error> {
+        let before = self.rows.virtual_tokens(self.model);
+        let positions: Vec<usize> = self.tokens.iter().zip(before).map(|(row, n)| n + row.len() - 1).collect();
+        let ids: Vec<u32> = self.tokens.iter().map(|row| row.last().map_or(0, |&id| id)).collect();
+        let longest = positions.iter().max().map_or(0, |&position| position + 1);
+        self.model.config().rope_scaling.check_length(longest)?;
+        B::at_work(|| {
+            let (past, logits) = (&mut self.past, &mut self.logits);
+            if self.steps.as_mut().is_some_and(|steps| steps.step(&ids, &positions, past, logits)) {
+                return Ok(());
+            }
+            let ids = ids.iter().map(|&id| id as i32).collect();
+            let x = self.model.embed(ints(ids, positions.len(), &self.model.device()));
+            self.forward(x, &Layout::next(&positions), None)
+        })
+    }
+
     /// Adds one token to every row that is not done; `None` for rows that are. Returns `None` when all are.
     ///
     /// # Errors
@@ -213,20 +231,7 @@ impl<'a, B: Kernels> Generate<'a, B> {
             return Ok(None);
         }
         if self.step > 0 {
-            let before = self.rows.virtual_tokens(self.model);
-            let positions: Vec<usize> = self.tokens.iter().zip(before).map(|(row, n)| n + row.len() - 1).collect();
-            let ids: Vec<u32> = self.tokens.iter().map(|row| row.last().map_or(0, |&id| id)).collect();
-            let longest = positions.iter().max().map_or(0, |&position| position + 1);
-            self.model.config().rope_scaling.check_length(longest)?;
-            B::at_work(|| {
-                let (past, logits) = (&mut self.past, &mut self.logits);
-                if self.steps.as_mut().is_some_and(|steps| steps.step(&ids, &positions, past, logits)) {
-                    return Ok(());
-                }
-                let ids = ids.iter().map(|&id| id as i32).collect();
-                let x = self.model.embed(ints(ids, positions.len(), &self.model.device()));
-                self.forward(x, &Layout::next(&positions), None)
-            })?;
+            self.feed()?;
         }
         let vocabulary = self.logits.len() / self.tokens.len();
         let mut new = Vec::with_capacity(self.tokens.len());
@@ -267,6 +272,28 @@ impl<'a, B: Kernels> Generate<'a, B> {
 pub fn logits<B: Kernels>(model: &Llama<B>, ids: &[u32]) -> Result<Tensor<B, 2>, Error> {
     let mut rows = logits_of_rows(model, &[ids.to_vec()], &model.active_rows(1))?;
     Ok(rows.swap_remove(0))
+}
+
+/// As [`logits`], one token after the other as a generation computes them: those of each, `[vocab_size]`, are given to `use_them`.
+///
+/// # Errors
+/// As there, and if a token lies outside the vocabulary.
+pub fn logits_by_steps<B: Kernels>(
+    model: &Llama<B>,
+    ids: &[u32],
+    mut use_them: impl FnMut(&[f32]),
+) -> Result<(), Error> {
+    check_ids(ids.iter(), model.config().vocab_size)?;
+    let (first, rest) = ids.split_at(ids.len().min(1));
+    let settings = Settings { max_new_tokens: ids.len(), ..Settings::default() };
+    let mut generate = Generate::new(model, &[first.to_vec()], &settings)?;
+    use_them(&generate.logits);
+    for &id in rest {
+        generate.tokens[0].push(id);
+        generate.feed()?;
+        use_them(&generate.logits);
+    }
+    Ok(())
 }
 
 /// The logits of every token of several sequences, computed in one pass, each with the adapter or prompt that it names, active or

@@ -83,8 +83,9 @@ class Medqa:
         ask = ["chat", "--model", model, *more, "--temperature", 0, "--max-new-tokens", TOKENS, "--prompt"]
         return [self(*ask, question).removesuffix("\n") for question in QUESTIONS]
 
-    def logits(self, model, text, adapter=None, weights="f32"):
+    def logits(self, model, text, adapter=None, weights="f32", by_steps=False):
         out, more = self.folder / "logits.safetensors", ["--weights", weights, *(["--adapter", adapter] if adapter else [])]
+        more += ["--by-steps"] if by_steps else []
         self("logits", "--model", model, *more, "--text", text, "--out", out)
         tensors = load_file(out)
         return tensors["ids"].tolist(), tensors["logits"].numpy()

@@ -93,6 +93,9 @@ enum Verb {
         /// The text
         #[arg(long)]
         text: String,
+        /// Compute one token after the other, as an answer is written, instead of all at once
+        #[arg(long)]
+        by_steps: bool,
         /// The file: safetensors with `ids` (i64) and `logits` [tokens, vocabulary] (f32)
         #[arg(long)]
         out: PathBuf,
@@ -376,8 +379,8 @@ pub fn run(cli: Cli) -> Result<()> {
         Verb::Estimate(args) => estimate::estimate(&args),
         Verb::Schedule(args) => schedule::schedule(&args),
         Verb::Bench(args) => bench::bench(&args),
-        Verb::Logits { model, device, weights, text, out } => {
-            logits::logits((&model, weights), &device.device, &text, &out)
+        Verb::Logits { model, device, weights, text, by_steps, out } => {
+            logits::logits((&model, weights), &device.device, (&text, by_steps), &out)
         }
     }
 }

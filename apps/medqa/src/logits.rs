@@ -6,26 +6,38 @@ use crate::{
     model,
 };
 use anyhow::{Context, Result};
-use burn::tensor::DType;
+use burn::tensor::{DType, TensorData};
 use burn_llama::{generate, kernel::Kernels};
 use safetensors::{Dtype, tensor::TensorView};
 use std::path::Path;
 
 /// The verb `logits`.
-pub fn logits((args, weights): (&ModelArgs, WeightsArgs), device: &Device, text: &str, out: &Path) -> Result<()> {
-    on!(device.ready()?, |B, place| write::<B>((args, weights), place, text, out))
+pub fn logits(
+    (args, weights): (&ModelArgs, WeightsArgs),
+    device: &Device,
+    (text, by_steps): (&str, bool),
+    out: &Path,
+) -> Result<()> {
+    on!(device.ready()?, |B, place| write::<B>((args, weights), place, (text, by_steps), out))
 }
 
 fn write<B: Kernels>(
     (args, weights): (&ModelArgs, WeightsArgs),
     device: &B::Device,
-    text: &str,
+    (text, by_steps): (&str, bool),
     out: &Path,
 ) -> Result<()> {
     let mut loaded = model::load::<B>(args, weights.weights, device)?;
     loaded.model = model::computing(loaded.model, weights.compute)?;
     let ids = loaded.tokenizer.encode(text, true)?;
-    let logits = generate::logits(&loaded.model, &ids)?.cast(DType::F32).into_data();
+    let logits = if by_steps {
+        let mut values: Vec<f32> = Vec::new();
+        generate::logits_by_steps(&loaded.model, &ids, |logits| values.extend_from_slice(logits))?;
+        let shape = [ids.len(), values.len() / ids.len().max(1)];
+        TensorData::new(values, shape)
+    } else {
+        generate::logits(&loaded.model, &ids)?.cast(DType::F32).into_data()
+    };
     let id_bytes: Vec<u8> = ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()).collect();
     let tensors = [
         ("ids", TensorView::new(Dtype::I64, vec![ids.len()], &id_bytes)?),
