@@ -33,6 +33,15 @@ pub fn allowed() -> Instructions {
     })
 }
 
+/// Whether there are vectors of 256 bits with all that our own products take.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn is_narrow() -> bool {
+    allowed() >= Instructions::Avx2
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c")
+}
+
 /// What loops are compiled for.
 #[inline]
 pub(super) fn vectors() -> pulp::Arch {

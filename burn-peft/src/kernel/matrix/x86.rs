@@ -20,7 +20,7 @@ mod vectors;
 use super::{Matrix, Output, Threads, Values};
 use crate::kernel::{
     Compute,
-    instructions::{Instructions, allowed},
+    instructions::{Instructions, allowed, is_narrow},
 };
 use rayon::prelude::*;
 use std::cell::Cell;
@@ -54,7 +54,7 @@ const PARALLEL: usize = 1 << 21;
 
 /// Whether this machine has the instructions.
 pub(super) fn available() -> bool {
-    allowed() >= Instructions::Avx2 && narrow::available()
+    is_narrow()
 }
 
 fn is_wide() -> bool {

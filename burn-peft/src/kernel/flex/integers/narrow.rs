@@ -2,14 +2,14 @@
 //!
 //! Blocks are reached by pointers: bounds of every one would cost as much as its product.
 
+mod formats;
+
 use super::{
     Bytes,
     fixed::{FLOOR, LARGEST},
 };
-use crate::{
-    kernel::instructions::{Instructions, allowed},
-    packed::BlockType,
-};
+use crate::{kernel::instructions::is_narrow, packed::BlockType};
+use formats::{Nibbles, Q4K, Q6K, Q8};
 use std::{arch::x86_64::*, cell::RefCell};
 
 /// Activations that share a scale.
@@ -64,7 +64,7 @@ impl Narrow {
             BlockType::Q6_K => product::<Q6K>,
             BlockType::F32 | BlockType::F16 | BlockType::BF16 => return None,
         };
-        available().then(|| {
+        is_narrow().then(|| {
             let mut blocks = BLOCKS.with_borrow_mut(Vec::pop).unwrap_or_default();
             blocks.integers.clear();
             blocks.scales.clear();
@@ -83,14 +83,6 @@ impl Narrow {
         // SAFETY: there is no `Narrow` where it is not available.
         unsafe { (self.product)(self, rows, y) }
     }
-}
-
-/// Whether this machine can.
-pub(super) fn available() -> bool {
-    allowed() >= Instructions::Avx2
-        && is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("f16c")
 }
 
 /// A block of activations in 16-bit fixed point, and its two scales.
@@ -156,12 +148,12 @@ trait Format {
     /// Adds the products of a part of a row with its activations; of small parts in the sum of that index.
     ///
     /// # Safety
-    /// It is [`available`], and as many bytes and blocks are there.
+    /// It is [`is_narrow`], and as many bytes and blocks are there.
     unsafe fn add(sums: &mut Sums, index: usize, bytes: *const u8, x: Part);
 }
 
 /// # Safety
-/// It is [`available`].
+/// It is [`is_narrow`].
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn product<F: Format>(x: &Narrow, rows: Bytes<'_>, y: &mut [f32]) {
     let Narrow { blocks: Blocks { integers, scales }, per_row, .. } = x;
@@ -211,222 +203,4 @@ unsafe fn dot<F: Format>(parts: usize, mut row: *const u8, mut x: Part) -> f32 {
 fn next<F: Format>(row: *const u8, x: Part) -> (*const u8, Part) {
     let after = Part { integers: x.integers.wrapping_add(F::BLOCKS), scales: x.scales.wrapping_add(F::BLOCKS) };
     (row.wrapping_add(F::BYTES), after)
-}
-
-/// The products of 16 words with as many activations, in eight lanes.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn times(words: __m256i, x: *const Block, half: usize) -> __m256i {
-    // SAFETY: half of the block's 32 words.
-    _mm256_madd_epi16(words, unsafe { _mm256_load_si256(x.cast::<__m256i>().add(half)) })
-}
-
-/// Sixteen bytes as words.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn words(bytes: *const u8) -> __m256i {
-    // SAFETY: they are there, by the callers.
-    _mm256_cvtepu8_epi16(unsafe { _mm_loadu_si128(bytes.cast()) })
-}
-
-/// The lower four bits of words, and the next four, the only others.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn nibbles(words: __m256i) -> [__m256i; 2] {
-    [_mm256_and_si256(words, _mm256_set1_epi16(15)), _mm256_srli_epi16::<4>(words)]
-}
-
-/// Two halves that lie one after the other, then zeros.
-#[inline]
-#[target_feature(enable = "avx2,f16c")]
-unsafe fn halves(bytes: *const u8) -> __m128 {
-    // SAFETY: they are there, by the callers.
-    _mm_cvtph_ps(_mm_cvtsi32_si128(unsafe { bytes.cast::<i32>().read_unaligned() }))
-}
-
-/// `Q4_0`, `Q4_1`, `Q5_0` and `Q5_1`: blocks of a scale, perhaps a minimum, perhaps fifth bits, and four bits of each weight.
-struct Nibbles<const MINIMUM: bool, const FIFTH: bool>;
-
-impl<const MINIMUM: bool, const FIFTH: bool> Format for Nibbles<MINIMUM, FIFTH> {
-    const BLOCKS: usize = 1;
-    const BYTES: usize = 2 + 2 * MINIMUM as usize + 4 * FIFTH as usize + 16;
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn add(sums: &mut Sums, index: usize, bytes: *const u8, x: Part) {
-        // SAFETY: by the caller.
-        unsafe {
-            let mut weights = nibbles(words(bytes.add(Self::BYTES - 16)));
-            if FIFTH {
-                let bits = bytes.add(Self::BYTES - 20).cast::<[i16; 2]>().read_unaligned();
-                weights = [with_fifth(weights[0], bits[0]), with_fifth(weights[1], bits[1])];
-            }
-            // Scales, and what they make of the activations' own two.
-            let mut scales = _mm_mul_ps(halves(bytes), _mm_castsi128_ps(_mm_loadl_epi64(x.scales.cast())));
-            if MINIMUM {
-                sums.minima = _mm_add_ps(sums.minima, _mm_blend_ps::<1>(scales, _mm_setzero_ps()));
-            } else {
-                // Stored 8 or 16 above what they stand for.
-                let above = _mm256_set1_epi16(if FIFTH { 16 } else { 8 });
-                weights = [_mm256_sub_epi16(weights[0], above), _mm256_sub_epi16(weights[1], above)];
-                scales = _mm_mul_ss(halves(bytes), _mm_load_ss(x.scales.cast()));
-            }
-            let dot = _mm256_add_epi32(times(weights[0], x.integers, 0), times(weights[1], x.integers, 1));
-            let scale = _mm256_broadcastss_ps(scales);
-            sums.dots[index] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dot), sums.dots[index]);
-        }
-    }
-}
-
-/// Adds 16 where a word's bit is set.
-#[inline]
-#[target_feature(enable = "avx2")]
-fn with_fifth(words: __m256i, bits: i16) -> __m256i {
-    let own = _mm256_setr_epi16(
-        1,
-        2,
-        4,
-        8,
-        0x10,
-        0x20,
-        0x40,
-        0x80,
-        0x100,
-        0x200,
-        0x400,
-        0x800,
-        0x1000,
-        0x2000,
-        0x4000,
-        i16::MIN,
-    );
-    let set = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(bits), own), own);
-    _mm256_or_si256(words, _mm256_and_si256(set, _mm256_set1_epi16(16)))
-}
-
-/// `Q8_0`: blocks of a scale and signed bytes.
-struct Q8;
-
-impl Format for Q8 {
-    const BLOCKS: usize = 1;
-    const BYTES: usize = 34;
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn add(sums: &mut Sums, index: usize, bytes: *const u8, x: Part) {
-        // SAFETY: by the caller.
-        unsafe {
-            let weights = |half: usize| _mm256_cvtepi8_epi16(_mm_loadu_si128(bytes.add(2 + 16 * half).cast()));
-            let dot = _mm256_add_epi32(times(weights(0), x.integers, 0), times(weights(1), x.integers, 1));
-            let scale = _mm256_broadcastss_ps(_mm_mul_ss(halves(bytes), _mm_load_ss(x.scales.cast())));
-            sums.dots[index] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dot), sums.dots[index]);
-        }
-    }
-}
-
-/// What integers of eight blocks stand for, and the sums of what all of each do.
-#[inline]
-#[target_feature(enable = "avx2")]
-unsafe fn eight(scales: *const [f32; 2]) -> [__m256; 2] {
-    // SAFETY: they are there, by the callers.
-    let (a, b) = unsafe { (_mm256_loadu_ps(scales.cast()), _mm256_loadu_ps(scales.add(4).cast())) };
-    let [first, second] = [_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b)];
-    let sorted = |pairs: __m256| _mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(pairs));
-    [_mm256_castpd_ps(sorted(first)), _mm256_castpd_ps(sorted(second))]
-}
-
-/// `Q4_K`: 256 weights with six-bit scales and minima for each 32.
-struct Q4K;
-
-impl Format for Q4K {
-    const BLOCKS: usize = 8;
-    const BYTES: usize = 144;
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn add(sums: &mut Sums, _: usize, bytes: *const u8, x: Part) {
-        // SAFETY: by the caller.
-        unsafe {
-            let [scale, sum] = eight(x.scales);
-            let both = halves(bytes);
-            let word = |at: usize| bytes.add(at).cast::<u32>().read_unaligned();
-            let last = word(12);
-            let (scales, minima) = (super::formats::six(word(4), last), super::formats::six(word(8), last >> 4));
-            let numbers = |[low, high]: [u32; 2]| {
-                let bytes = _mm_cvtsi64_si128((u64::from(high) << 32 | u64::from(low)) as i64);
-                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))
-            };
-            let least = _mm256_mul_ps(_mm256_broadcastss_ps(_mm_movehdup_ps(both)), numbers(minima));
-            let least = _mm256_mul_ps(least, sum);
-            let least = _mm_add_ps(_mm256_castps256_ps128(least), _mm256_extractf128_ps::<1>(least));
-            sums.minima = _mm_sub_ps(sums.minima, least);
-            let factors = _mm256_mul_ps(_mm256_mul_ps(_mm256_broadcastss_ps(both), numbers(scales)), scale);
-            let factors: [f32; 8] = std::mem::transmute(factors);
-            for pair in 0..4 {
-                let quants = bytes.add(16 + 32 * pair);
-                let ([a, c], [b, d]) = (nibbles(words(quants)), nibbles(words(quants.add(16))));
-                let (even, odd) = (x.integers.add(2 * pair), x.integers.add(2 * pair + 1));
-                let dots = [
-                    _mm256_add_epi32(times(a, even, 0), times(b, even, 1)),
-                    _mm256_add_epi32(times(c, odd, 0), times(d, odd, 1)),
-                ];
-                for half in 0..2 {
-                    let (factor, dot) = (_mm256_set1_ps(factors[2 * pair + half]), _mm256_cvtepi32_ps(dots[half]));
-                    let to = (2 * pair + half) % SUMS;
-                    sums.dots[to] = _mm256_fmadd_ps(factor, dot, sums.dots[to]);
-                }
-            }
-        }
-    }
-}
-
-/// `Q6_K`: 256 weights with eight-bit scales for each 16.
-struct Q6K;
-
-impl Format for Q6K {
-    const BLOCKS: usize = 8;
-    const BYTES: usize = 210;
-
-    #[inline]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn add(sums: &mut Sums, _: usize, bytes: *const u8, x: Part) {
-        // SAFETY: by the caller.
-        unsafe {
-            let [scale, _] = eight(x.scales);
-            let half = bytes.add(208).cast::<u16>().read_unaligned();
-            let scale = _mm256_mul_ps(_mm256_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(half)))), scale);
-            // Of each 32 twice, for the two scales that they have.
-            let [low, high] = [_mm256_unpacklo_ps(scale, scale), _mm256_unpackhi_ps(scale, scale)];
-            let twice = [_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high)];
-            let mut factors = [0f32; 16];
-            for half in 0..2 {
-                let own = _mm256_cvtepi8_epi32(_mm_loadl_epi64(bytes.add(192 + 8 * half).cast()));
-                let own = _mm256_mul_ps(_mm256_cvtepi32_ps(own), twice[half]);
-                _mm256_storeu_ps(factors.as_mut_ptr().add(8 * half), own);
-            }
-            let above = _mm256_set1_epi16(32);
-            let upper = _mm256_set1_epi16(0x30);
-            for part in 0..2 {
-                for sixteen in 0..2 {
-                    let quants = bytes.add(64 * part + 16 * sixteen);
-                    let ([a, c], [b, d]) = (nibbles(words(quants)), nibbles(words(quants.add(32))));
-                    let bits = words(bytes.add(128 + 32 * part + 16 * sixteen));
-                    let bits = [
-                        _mm256_slli_epi16::<4>(bits),
-                        _mm256_slli_epi16::<2>(bits),
-                        bits,
-                        _mm256_srli_epi16::<2>(bits),
-                    ];
-                    let quants = [a, b, c, d];
-                    for block in 0..4 {
-                        let weights = _mm256_or_si256(quants[block], _mm256_and_si256(bits[block], upper));
-                        let weights = _mm256_sub_epi16(weights, above);
-                        let dot = times(weights, x.integers.add(4 * part + block), sixteen);
-                        let factor = _mm256_set1_ps(factors[8 * part + 2 * block + sixteen]);
-                        sums.dots[block] = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(dot), sums.dots[block]);
-                    }
-                }
-            }
-        }
-    }
 }

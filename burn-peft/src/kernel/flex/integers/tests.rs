@@ -1,8 +1,8 @@
 //! Products by integers are those of the decoded weights, as close as 16-bit fixed point is.
 
-use super::{available, narrow};
+use super::available;
 use crate::{
-    kernel::Compute,
+    kernel::{Compute, instructions::is_narrow},
     packed::{BlockType, Packed},
     random,
 };
@@ -99,7 +99,7 @@ fn numbers(name: &str, n: usize) -> Vec<f32> {
 
 /// Whether there is something to test; the floats that serve elsewhere are tested by the other laws of packed weights.
 fn here() -> bool {
-    let here = available() || narrow::available();
+    let here = available() || is_narrow();
     if !here {
         eprintln!("skipped: this machine has no vectors for it");
     }

@@ -21,7 +21,7 @@ pub(super) unsafe fn panels(work: &Work, panels: Range<usize>, inner: [usize; 2]
     // SAFETY: by the caller.
     unsafe {
         match (side.half, work.arithmetic) {
-            (_, Arithmetic::Narrow(compute)) => narrow::panels(work, compute, panels, inner, (to.cast(), room)),
+            (_, Arithmetic::Narrow(compute)) => narrow::pack::panels(work, compute, panels, inner, (to.cast(), room)),
             (false, Arithmetic::F32) => panels_f32::<false>(side, panels, inner, (to, room)),
             (true, Arithmetic::F32) => panels_f32::<true>(side, panels, inner, (to, room)),
             (false, _) if side.parts > 1 => parts::panels(side, panels, inner, (to, room)),
@@ -61,7 +61,7 @@ pub(super) unsafe fn stage(
     unsafe {
         let words = side.at(rows.start, inner[0]).cast();
         match (side.half, work.arithmetic) {
-            (_, Arithmetic::Narrow(compute)) => narrow::stage(work, compute, rows, inner, stage.cast()),
+            (_, Arithmetic::Narrow(compute)) => narrow::pack::stage(work, compute, rows, inner, stage.cast()),
             (false, Arithmetic::F32) if side.strides[0] == 1 && rows.len() == ROWS => {
                 stage_across(side, rows, inner, stage)
             }
