@@ -1,4 +1,4 @@
-//! What the laws share: fixtures, and a lock for backward passes.
+//! Helpers shared by the integration tests: fixtures, and a lock for backward passes.
 
 pub mod files;
 pub mod reference;
@@ -11,18 +11,18 @@ use std::{
     sync::{Mutex, MutexGuard},
 };
 
-/// Concurrent backward passes in one process can lose gradients in Burn 0.21.
+/// Takes the lock that serializes backward passes: concurrent ones in one process can lose gradients in Burn 0.21.
 pub fn one_backward_at_a_time() -> MutexGuard<'static, ()> {
     static LOCK: Mutex<()> = Mutex::new(());
     LOCK.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// A path among the fixtures.
+/// Returns the path of a fixture.
 pub fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
 }
 
-/// The f32 and i64 tensors of a safetensors fixture.
+/// Reads the f32 and i64 tensors of a safetensors fixture.
 pub fn tensors(name: &str) -> BTreeMap<String, TensorData> {
     let bytes = std::fs::read(fixture(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -48,22 +48,22 @@ pub fn tensors(name: &str) -> BTreeMap<String, TensorData> {
     file.tensors().into_iter().map(read).collect()
 }
 
-/// Values as f32.
+/// Returns the values as f32.
 pub fn floats(data: &TensorData) -> Vec<f32> {
     data.clone().convert::<f32>().into_vec().unwrap()
 }
 
-/// Values as i64.
+/// Returns the values as i64.
 pub fn integers(data: &TensorData) -> Vec<i64> {
     data.clone().convert::<i64>().into_vec().unwrap()
 }
 
-/// The largest absolute value.
+/// Returns the largest absolute value.
 pub fn max_abs(values: &[f32]) -> f32 {
     values.iter().fold(0.0, |max, x| max.max(x.abs()))
 }
 
-/// The largest absolute difference; NaN counts as infinite.
+/// Returns the largest absolute difference; NaN counts as infinite.
 pub fn max_diff(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).fold(0.0, |max, (a, b)| if (a - b).is_nan() { f32::INFINITY } else { max.max((a - b).abs()) })

@@ -1,4 +1,4 @@
-//! What a model is held to: logits and gradients that `transformers` and `peft` gave.
+//! Comparison of a model with reference logits and gradients computed by `transformers` and `peft`.
 
 use crate::{floats, integers, max_abs, max_diff};
 use burn::{
@@ -6,15 +6,15 @@ use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::{Tensor, TensorData},
 };
-use burn_llama::{Batch, Example, Layout, Llama, generate, kernel::Kernels};
-use burn_peft::{Noise, Pass};
+use burn_llama::{Batch, Example, Llama, SequenceLayout, generate, kernel::Kernels};
+use burn_peft::{DropoutKey, ForwardContext};
 use burn_zero::segment::{self, Checkpointing};
 use std::collections::BTreeMap;
 
 /// The tensors of a `reference.safetensors`.
 pub type Reference = BTreeMap<String, TensorData>;
 
-/// The rows of a reference as examples.
+/// Returns the rows of a reference as examples.
 pub fn examples(reference: &Reference) -> Vec<Example> {
     let (ids, labels) = (integers(&reference["ids"]), integers(&reference["labels"]));
     let width = reference["ids"].shape[1];
@@ -22,19 +22,19 @@ pub fn examples(reference: &Reference) -> Vec<Example> {
         let range = row * width..row * width + length as usize;
         Example {
             ids: ids[range.clone()].iter().map(|&id| id as u32).collect(),
-            learned: labels[range].iter().map(|&label| label != -100).collect(),
+            loss_mask: labels[range].iter().map(|&label| label != -100).collect(),
         }
     };
     integers(&reference["lengths"]).iter().enumerate().map(row).collect()
 }
 
-/// The largest difference of logits over the tokens that are not padding.
+/// Returns the largest difference of logits over the tokens that are not padding.
 pub fn logits_differ<B: Kernels>(model: &Llama<B>, reference: &Reference) -> f32 {
-    let (rows, pass) = (examples(reference), Pass::default());
+    let (rows, pass) = (examples(reference), ForwardContext::default());
     let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
-    let layout = Layout::padded(&lengths);
+    let layout = SequenceLayout::padded(&lengths);
     let batch = model.batch(&rows, &layout, 1.0, pass.clone()).unwrap();
-    let hidden = model.hidden(model.embed(batch.ids), &layout, None, &pass).unwrap();
+    let hidden = model.hidden_states(model.embed(batch.ids), &layout, None, &pass).unwrap();
     let found = floats(&model.head(hidden, &pass).into_data());
     let (expected, width) = (floats(&reference["logits"]), reference["ids"].shape[1]);
     let vocabulary = reference["logits"].shape[2];
@@ -46,14 +46,15 @@ pub fn logits_differ<B: Kernels>(model: &Llama<B>, reference: &Reference) -> f32
     lengths.iter().enumerate().map(row).fold(0.0, f32::max)
 }
 
-/// Every gradient of the mean loss, by path; checked against `grad.<key>` of the reference.
-struct Check<'a> {
+/// A module visitor that collects every gradient of the mean loss by path, to be compared with the reference's
+/// `grad.<key>`.
+struct GradientCollector<'a> {
     grads: &'a mut <Autodiff<Flex> as burn::tensor::backend::AutodiffBackend>::Gradients,
     path: Vec<String>,
     found: BTreeMap<String, Vec<f32>>,
 }
 
-impl ModuleVisitor<Autodiff<Flex>> for Check<'_> {
+impl ModuleVisitor<Autodiff<Flex>> for GradientCollector<'_> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -69,27 +70,27 @@ impl ModuleVisitor<Autodiff<Flex>> for Check<'_> {
     }
 }
 
-/// Loss, and every gradient by path, of the rows in one packed row.
+/// Returns the loss and every gradient by path, with all rows packed into one.
 pub fn gradients(model: &Llama<Autodiff<Flex>>, reference: &Reference) -> (f32, BTreeMap<String, Vec<f32>>) {
     let rows = examples(reference);
-    let targets: usize = rows.iter().map(Example::targets).sum();
-    let layout = Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), true);
-    let batch = model.batch(&rows, &layout, 1.0 / targets as f32, Pass::default()).unwrap();
+    let targets: usize = rows.iter().map(Example::num_targets).sum();
+    let layout = SequenceLayout::from_lengths(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), true);
+    let batch = model.batch(&rows, &layout, 1.0 / targets as f32, ForwardContext::default()).unwrap();
     let loss = model.batch_loss(&batch).sum();
     let mut grads = loss.backward();
-    let mut check = Check { grads: &mut grads, path: Vec::new(), found: BTreeMap::new() };
+    let mut check = GradientCollector { grads: &mut grads, path: Vec::new(), found: BTreeMap::new() };
     model.visit(&mut check);
     (floats(&loss.into_data())[0], check.found)
 }
 
-/// Holds a gradient to the reference's, relative to its largest value.
+/// Asserts that a gradient equals the reference's, relative to its largest value.
 pub fn compare(found: &[f32], expected: &[f32], name: &str) {
     let (difference, size) = (max_diff(found, expected), max_abs(expected));
     assert!(size > 0.0, "{name}: the reference gradient is zero");
     assert!(difference <= 1e-4 * size, "{name}: max|Δ| = {difference:e}, max|g| = {size:e}");
 }
 
-/// The largest difference of logits, one row after the other; with a prompt, if the model has one.
+/// Returns the largest difference of logits, with the rows evaluated one by one; uses the model's prompt if it has one.
 pub fn row_logits_differ<B: Kernels>(model: &Llama<B>, reference: &Reference) -> f32 {
     let (expected, shape) = (floats(&reference["logits"]), &reference["logits"].shape);
     let row = |(row, example): (usize, Example)| {
@@ -102,14 +103,14 @@ pub fn row_logits_differ<B: Kernels>(model: &Llama<B>, reference: &Reference) ->
     examples(reference).into_iter().enumerate().map(row).fold(0.0, f32::max)
 }
 
-/// Every gradient by path, made by the segment driver; each comes once.
+/// Returns every gradient by path, computed by the segment driver, and asserts that each is reported once.
 pub fn driven(
     model: &Llama<Autodiff<Flex>>,
     batch: &Batch<Autodiff<Flex>>,
     how: Checkpointing,
 ) -> BTreeMap<String, Vec<f32>> {
     let mut found = BTreeMap::new();
-    segment::run(model, batch, how, &mut |ready| {
+    segment::forward_backward(model, batch, how, &mut |ready| {
         for gradient in ready {
             let before = found.insert(gradient.path, floats(&gradient.value.flatten().into_data()));
             assert!(before.is_none(), "a gradient came twice");
@@ -118,15 +119,16 @@ pub fn driven(
     found
 }
 
-/// The gradients of the mean loss over rows, by the segment driver, with noise; `packed` as for [`Layout::of`].
+/// Returns the gradients of the mean loss over rows, computed by the segment driver with dropout; `packed` as for
+/// [`SequenceLayout::from_lengths`].
 pub fn driven_rows(
     model: &Llama<Autodiff<Flex>>,
     rows: &[Example],
     packed: bool,
     how: Checkpointing,
 ) -> BTreeMap<String, Vec<f32>> {
-    let targets: usize = rows.iter().map(Example::targets).sum();
-    let layout = Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
-    let pass = Pass::training(Noise { seed: 1, step: 2, tokens: layout.tokens(0) });
+    let targets: usize = rows.iter().map(Example::num_targets).sum();
+    let layout = SequenceLayout::from_lengths(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
+    let pass = ForwardContext::training(DropoutKey { seed: 1, step: 2, tokens: layout.dropout_tokens(0) });
     driven(model, &model.batch(rows, &layout, 1.0 / targets as f32, pass).unwrap(), how)
 }

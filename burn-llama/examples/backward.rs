@@ -1,6 +1,7 @@
-//! What the segment driver costs: time and peak memory of one backward pass over a random model, by Burn's `backward` over the
-//! whole graph, by segments with their graphs kept, and by segments made again. Rounds alternate, so that a busy machine
-//! slows all of them, and the fastest round of each counts.
+//! Measures the cost of burn-zero's segment driver: time and peak memory of one backward pass over a random model, by
+//! Burn's `backward` over the whole graph, by segments whose activations are kept, and by segments that are recomputed
+//! (activation checkpointing). Rounds alternate, so that a busy machine slows all three, and the fastest round of each
+//! counts.
 //!
 //! `cargo run --release --example backward [-- ROUNDS]`
 
@@ -9,8 +10,8 @@ use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::{Tensor, backend::AutodiffBackend},
 };
-use burn_llama::{Batch, Example, Layout, Llama, LlamaConfig};
-use burn_peft::{LoraConfig, Pass, TargetModules, adapter, param};
+use burn_llama::{Batch, Example, Llama, LlamaConfig, SequenceLayout};
+use burn_peft::{ForwardContext, LoraConfig, TargetModules, adapter, param};
 use burn_zero::segment::{self, Checkpointing};
 use std::{
     alloc::{GlobalAlloc, Layout as Block, System},
@@ -21,34 +22,45 @@ use std::{
 
 type Train = Autodiff<Flex>;
 
-/// Counts the bytes in use, and the most there were.
-struct Counting;
+/// An allocator that counts the bytes in use and their peak.
+struct CountingAllocator;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
+// SAFETY: every call is forwarded unchanged to the system allocator, which upholds the contract; counting does not
+// allocate.
+unsafe impl GlobalAlloc for CountingAllocator {
+    /// # Safety
+    /// The caller upholds the contract of [`GlobalAlloc::alloc`].
     unsafe fn alloc(&self, block: Block) -> *mut u8 {
         PEAK.fetch_max(LIVE.fetch_add(block.size(), Relaxed) + block.size(), Relaxed);
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc` for `block`, which is passed on unchanged.
         unsafe { System.alloc(block) }
     }
 
+    /// # Safety
+    /// The caller upholds the contract of [`GlobalAlloc::alloc_zeroed`].
     unsafe fn alloc_zeroed(&self, block: Block) -> *mut u8 {
         PEAK.fetch_max(LIVE.fetch_add(block.size(), Relaxed) + block.size(), Relaxed);
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc_zeroed` for `block`, which is passed on
+        // unchanged.
         unsafe { System.alloc_zeroed(block) }
     }
 
+    /// # Safety
+    /// The caller upholds the contract of [`GlobalAlloc::dealloc`].
     unsafe fn dealloc(&self, memory: *mut u8, block: Block) {
         LIVE.fetch_sub(block.size(), Relaxed);
+        // SAFETY: `memory` comes from `System`, since all allocations above do, with this `block`.
         unsafe { System.dealloc(memory, block) }
     }
 }
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: CountingAllocator = CountingAllocator;
 
-/// Sums the squares of all gradients.
+/// A module visitor that sums the squares of all gradients.
 struct SquaredNorm<'a>(&'a <Train as AutodiffBackend>::Gradients, f64);
 
 impl ModuleVisitor<Train> for SquaredNorm<'_> {
@@ -59,7 +71,8 @@ impl ModuleVisitor<Train> for SquaredNorm<'_> {
     }
 }
 
-/// Seconds, bytes at the peak beyond those before, and the squared norm of the gradient, all of which is alive at the end.
+/// Measures one backward pass: seconds, peak bytes beyond those in use before, and the squared norm of the gradients,
+/// all of which are alive at the end.
 fn measure(model: &Llama<Train>, batch: &Batch<Train>, way: Option<Checkpointing>) -> (f64, usize, f64) {
     let (before, start) = (LIVE.load(Relaxed), Instant::now());
     PEAK.store(before, Relaxed);
@@ -74,7 +87,7 @@ fn measure(model: &Llama<Train>, batch: &Batch<Train>, way: Option<Checkpointing
         }
         Some(checkpointing) => {
             let mut all = Vec::new();
-            segment::run(model, batch, checkpointing, &mut |gradients| all.extend(gradients));
+            segment::forward_backward(model, batch, checkpointing, &mut |gradients| all.extend(gradients));
             let (seconds, bytes) = spent();
             let square = |x: Tensor<Flex, 1>| x.powi_scalar(2).sum().into_scalar() as f64;
             (seconds, bytes, all.into_iter().map(|gradient| square(gradient.value.flatten())).sum())
@@ -85,7 +98,7 @@ fn measure(model: &Llama<Train>, batch: &Batch<Train>, way: Option<Checkpointing
 fn compare(name: &str, model: &Llama<Train>, batch: &Batch<Train>, rounds: usize) {
     let ways = [None, Some(Checkpointing::None), Some(Checkpointing::Full)];
     let (mut seconds, mut bytes, mut norms) = ([f64::INFINITY; 3], [0; 3], [0.0; 3]);
-    // The first round fills caches and is not counted.
+    // The first round is a warm-up and is not counted.
     for round in 0..=rounds {
         for (index, way) in ways.into_iter().enumerate() {
             let (time, peak, norm) = measure(model, batch, way);
@@ -95,8 +108,8 @@ fn compare(name: &str, model: &Llama<Train>, batch: &Batch<Train>, rounds: usize
             }
         }
     }
-    println!("{name}, {} of {} values", param::count_trainable::<Train, _>(model), model.num_params());
-    for (index, way) in ["one graph", "segments, graphs kept", "segments, graphs made again"].into_iter().enumerate() {
+    println!("{name}, {} of {} values trained", param::count_trainable::<Train, _>(model), model.num_params());
+    for (index, way) in ["one graph", "segments, activations kept", "segments, recomputed"].into_iter().enumerate() {
         assert!((norms[index] / norms[0] - 1.0).abs() < 1e-4, "the gradients differ: {norms:?}");
         let (time, mib) = (seconds[index], bytes[index] as f64 / (1 << 20) as f64);
         let (times, memory) = (time / seconds[0], bytes[index] as f64 / bytes[0] as f64);
@@ -112,8 +125,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     }))?;
     let full = config.init::<Train>(0, &Default::default());
     let lengths = [300, 212];
-    let row = |n: usize| Example { ids: (0..n).map(|i| (i * 37 % 8192) as u32).collect(), learned: vec![true; n] };
-    let batch = full.batch(&lengths.map(row), &Layout::of(&lengths, true), 0.01, Pass::default())?;
+    let row = |n: usize| Example { ids: (0..n).map(|i| (i * 37 % 8192) as u32).collect(), loss_mask: vec![true; n] };
+    let batch =
+        full.batch(&lengths.map(row), &SequenceLayout::from_lengths(&lengths, true), 0.01, ForwardContext::default())?;
     compare("all parameters", &full, &batch, rounds);
 
     let mut lora = full;

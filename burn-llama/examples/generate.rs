@@ -1,8 +1,8 @@
-//! Continues a text: `cargo run --release --example generate -- MODEL "The heart is" [ADAPTER]`, where MODEL is a Hugging Face
-//! directory or a GGUF file and ADAPTER is PEFT's directory.
+//! Continues a text: `cargo run --release --example generate -- MODEL "The heart is" [ADAPTER]`, where MODEL is a
+//! Hugging Face directory or a GGUF file and ADAPTER is an adapter directory of PEFT.
 
 use burn::{backend::Flex, tensor::DType};
-use burn_llama::{Checkpoint, Generate, Settings, Tokenizer};
+use burn_llama::{Checkpoint, Generation, GenerationConfig, Tokenizer};
 use burn_peft::adapter;
 use std::{error::Error, io::Write, path::Path};
 
@@ -20,8 +20,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         adapter::load(&mut model, directory, Path::new(directory))?;
     }
 
-    let settings = Settings { max_new_tokens: 64, eos: tokenizer.eos_ids().to_vec(), ..Settings::default() };
-    let mut generate = Generate::new(&model, &[tokenizer.encode(prompt, true)?], &settings)?;
+    let settings =
+        GenerationConfig { max_new_tokens: 64, eos: tokenizer.eos_ids().to_vec(), ..GenerationConfig::default() };
+    let mut generate = Generation::new(&model, &[tokenizer.encode(prompt, true)?], &settings)?;
     let mut stream = tokenizer.stream();
     print!("{prompt}");
     while let Some(new) = generate.advance()? {

@@ -1,12 +1,12 @@
-//! Teaches a model one answer by LoRA and writes the adapter as PEFT's directory:
+//! Trains a model on one answer with LoRA and writes the adapter as an adapter directory of PEFT:
 //! `cargo run --release --example lora -- MODEL ADAPTER`, where MODEL is a Hugging Face directory.
 
 use burn::{
     backend::{Autodiff, Flex},
     tensor::DType,
 };
-use burn_llama::{Checkpoint, Example, Layout, Tokenizer};
-use burn_peft::{LoraConfig, Pass, TargetModules, adapter, param};
+use burn_llama::{Checkpoint, Example, SequenceLayout, Tokenizer};
+use burn_peft::{ForwardContext, LoraConfig, TargetModules, adapter, param};
 use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
 use std::{error::Error, path::Path};
 
@@ -26,11 +26,11 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let (prompt, answer) = (tokenizer.encode("The heart is", true)?, tokenizer.encode(" a pump of muscle.", false)?);
     let rows = [Example::new(&prompt, &answer, 512)];
-    let (layout, weight) = (Layout::padded(&[rows[0].ids.len()]), 1.0 / rows[0].targets() as f32);
+    let (layout, weight) = (SequenceLayout::padded(&[rows[0].ids.len()]), 1.0 / rows[0].num_targets() as f32);
     let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
     for step in 1..=20 {
-        let batch = model.batch(&rows, &layout, weight, Pass::default())?;
-        let loss = engine.accumulate(&mut model, &batch)?;
+        let batch = model.batch(&rows, &layout, weight, ForwardContext::default())?;
+        let loss = engine.forward_backward(&mut model, &batch)?;
         engine.step(&mut model, 1e-3)?;
         println!("step {step}: loss {loss:.4}");
     }

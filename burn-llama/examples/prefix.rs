@@ -1,12 +1,13 @@
-//! Teaches a model one answer by a prefix, once from random numbers and once from the cache of a text, and writes the second as
-//! PEFT's directory: `cargo run --release --example prefix -- MODEL ADAPTER`, where MODEL is a Hugging Face directory.
+//! Trains a prefix (prefix tuning) on one answer, once from random numbers and once from the KV cache of a text, and
+//! writes the second as an adapter directory of PEFT: `cargo run --release --example prefix -- MODEL ADAPTER`, where
+//! MODEL is a Hugging Face directory.
 
 use burn::{
     backend::{Autodiff, Flex},
     tensor::DType,
 };
-use burn_llama::{Checkpoint, Example, Layout, Tokenizer};
-use burn_peft::{Pass, PromptConfig, adapter, param};
+use burn_llama::{Checkpoint, Example, SequenceLayout, Tokenizer};
+use burn_peft::{ForwardContext, PromptConfig, adapter, param};
 use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
 use std::{error::Error, path::Path};
 
@@ -20,7 +21,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let (prompt, answer) = (tokenizer.encode("The heart is", true)?, tokenizer.encode(" a pump of muscle.", false)?);
     let rows = [Example::new(&prompt, &answer, 512)];
-    let (layout, weight) = (Layout::padded(&[rows[0].ids.len()]), 1.0 / rows[0].targets() as f32);
+    let (layout, weight) = (SequenceLayout::padded(&[rows[0].ids.len()]), 1.0 / rows[0].num_targets() as f32);
     let text =
         tokenizer.encode("You are a doctor. You answer questions about the human body in one short sentence.", true)?;
     for (start, text) in [("random numbers", None), ("a text", Some(text.as_slice()))] {
@@ -30,8 +31,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
         let mut losses = Vec::new();
         for _ in 0..=20 {
-            let batch = model.batch(&rows, &layout, weight, Pass::default())?;
-            losses.push(engine.accumulate(&mut model, &batch)?);
+            let batch = model.batch(&rows, &layout, weight, ForwardContext::default())?;
+            losses.push(engine.forward_backward(&mut model, &batch)?);
             engine.step(&mut model, 5e-3)?;
         }
         println!("from {start}: loss {:.4} at first, {:.4} after 20 steps", losses[0], losses[20]);

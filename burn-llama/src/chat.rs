@@ -1,7 +1,7 @@
-//! Chat templates: Jinja programs that turn messages into the text a model was tuned on.
+//! Chat templates: Jinja templates that render messages as the text format a model was fine-tuned on.
 //!
-//! Rendering equals `apply_chat_template(tokenize=False)` of Hugging Face `transformers`, whose Jinja environment is
-//! rebuilt here: `trim_blocks`, `lstrip_blocks`, loop controls, Python's string methods, `tojson` without HTML
+//! Rendering equals `apply_chat_template(tokenize=False)` of Hugging Face `transformers`. Its Jinja environment is
+//! reproduced here: `trim_blocks`, `lstrip_blocks`, loop controls, Python's string methods, `tojson` without HTML
 //! escapes, `raise_exception`, `strftime_now` and the `generation` tag.
 
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -14,31 +14,31 @@ use crate::error::Error;
 
 mod python;
 
-/// The name under which the one template of an environment is kept.
-const NAME: &str = "chat";
+/// The name of the only template in an environment.
+const TEMPLATE_NAME: &str = "chat";
 
-/// One turn of a conversation.
+/// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, or whatever else the template knows.
+    /// The role of the author: `system`, `user`, `assistant`, or another role that the template supports.
     pub role: String,
-    /// What is said.
+    /// The text of the message.
     pub content: String,
 }
 
 impl Message {
-    /// A turn of `role` saying `content`.
+    /// Creates a message.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
     }
 
-    /// The turn as a template sees it.
-    fn value(&self) -> Value {
+    /// Returns the message as the value that a template sees.
+    fn to_value(&self) -> Value {
         Value::from_pairs([("role", self.role.as_str()), ("content", self.content.as_str())])
     }
 }
 
-/// A parsed chat template with the special tokens that it may write.
+/// A parsed chat template together with the special tokens it can refer to.
 #[derive(Debug, Clone)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
@@ -46,21 +46,21 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    /// Parses a template. `bos_token` and `eos_token` are what the template's variables of these names hold; without
-    /// one, the variable is undefined and prints nothing.
+    /// Parses a template. `bos_token` and `eos_token` are the values of the template variables with these names; a
+    /// variable without a value is undefined and prints nothing.
     ///
     /// # Errors
     ///
-    /// [`Error::Template`] with the line if it does not parse.
+    /// [`Error::Template`] with the line number if it does not parse.
     pub fn new(source: &str, bos_token: Option<&str>, eos_token: Option<&str>) -> Result<Self, Error> {
         let mut environment = Environment::new();
         let whitespace = environment.syntax().to_builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(whitespace.map_err(|error| failed(&error))?);
+        environment.set_syntax(whitespace.map_err(|error| template_error(&error))?);
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.set_formatter(write_as_python);
         environment.add_filter("tojson", to_json);
-        // To the engine, none is an empty sequence; to Jinja it is no sequence at all.
+        // MiniJinja treats none as an empty sequence; in Jinja it is not iterable.
         environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
@@ -69,37 +69,39 @@ impl ChatTemplate {
                 environment.add_global(name, token);
             }
         }
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(|error| failed(&error))?;
+        environment
+            .add_template_owned(TEMPLATE_NAME, without_generation_tags(source))
+            .map_err(|error| template_error(&error))?;
         Ok(Self { environment, source: source.to_owned() })
     }
 
-    /// The template's text.
+    /// Returns the source text of the template.
     pub fn source(&self) -> &str {
         &self.source
     }
 
-    /// The text of a conversation. With `add_generation_prompt` it ends where the assistant's next turn begins.
+    /// Renders a conversation. With `add_generation_prompt` the text ends where the assistant's reply begins.
     ///
-    /// The special tokens that a model expects are part of the text: encode it with `add_special_tokens` false.
+    /// The text already contains the special tokens that the model expects: encode it with `add_special_tokens` false.
     ///
     /// # Errors
     ///
-    /// [`Error::Template`] if the template refuses the messages (`raise_exception`) or fails on them.
+    /// [`Error::Template`] if the template rejects the messages (`raise_exception`) or fails on them.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
-        let template = self.environment.get_template(NAME).map_err(|error| failed(&error))?;
-        // Templates ask whether tools and documents are none; `transformers` always defines them.
+        let template = self.environment.get_template(TEMPLATE_NAME).map_err(|error| template_error(&error))?;
+        // Templates test whether tools and documents are none; `transformers` always defines both.
         let context = context! {
-            messages => messages.iter().map(Message::value).collect::<Value>(),
+            messages => messages.iter().map(Message::to_value).collect::<Value>(),
             tools => Value::from(()),
             documents => Value::from(()),
             add_generation_prompt,
         };
-        template.render(context).map_err(|error| failed(&error))
+        template.render(context).map_err(|error| template_error(&error))
     }
 }
 
-/// The engine's error with the causes that it hides.
-fn failed(error: &minijinja::Error) -> Error {
+/// Converts an error of the template engine, with its chain of causes in the message.
+fn template_error(error: &minijinja::Error) -> Error {
     let mut message = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
@@ -110,8 +112,8 @@ fn failed(error: &minijinja::Error) -> Error {
     Error::Template { message }
 }
 
-/// Turns the tags of `transformers` that mark the assistant's tokens into conditions that always hold: both print what
-/// they enclose, and white space around a tag is cut the same way.
+/// Replaces the `generation` tags of `transformers`, which mark the assistant's tokens, by conditions that are always
+/// true: these also print their content and trim white space around a tag in the same way.
 fn without_generation_tags(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
@@ -131,7 +133,7 @@ fn without_generation_tags(source: &str) -> String {
     out
 }
 
-/// Prints values as Python's `str` does where that differs from the engine's own way.
+/// Formats a value like Python's `str` where MiniJinja differs from it.
 fn write_as_python(out: &mut Output, state: &mut State, value: &Value) -> Result<(), minijinja::Error> {
     let word = match value.kind() {
         ValueKind::None => "None",
@@ -144,35 +146,36 @@ fn write_as_python(out: &mut Output, state: &mut State, value: &Value) -> Result
     out.write_str(word).map_err(minijinja::Error::from)
 }
 
-/// The filter `tojson`: `json.dumps` with `ensure_ascii=False`, and its keywords `indent`, `separators`, `sort_keys`.
+/// Implements the filter `tojson`: `json.dumps` with `ensure_ascii=False` by default, and the keywords `indent`,
+/// `separators` and `sort_keys`.
 fn to_json(value: &Value, keywords: Kwargs) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = keywords.get("indent")?;
     let sort_keys: Option<bool> = keywords.get("sort_keys")?;
     let separators: Option<Vec<String>> = keywords.get("separators")?;
     let ensure_ascii: Option<bool> = keywords.get("ensure_ascii")?;
     keywords.assert_all_used()?;
-    // Python puts no space after a comma that ends a line.
+    // With `indent`, Python writes no space after the comma at the end of a line.
     let item = if indent.is_some() { "," } else { ", " };
     let (item, key) = match separators.as_deref() {
         Some([item, key]) => (item.clone(), key.clone()),
         _ => (item.to_owned(), ": ".to_owned()),
     };
-    let style = python::Dumps {
+    let style = python::JsonDumps {
         indent,
-        item,
-        key,
+        item_separator: item,
+        key_separator: key,
         sort_keys: sort_keys.unwrap_or(false),
         ensure_ascii: ensure_ascii.unwrap_or(false),
     };
     style.dumps(value)
 }
 
-/// The function by which a template refuses its messages.
+/// Implements the function `raise_exception`, with which a template rejects messages.
 fn raise_exception(message: String) -> Result<String, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
 }
 
-/// The current time in a `strftime` format. The clock is UTC: the standard library knows no time zones.
+/// Returns the current time in a `strftime` format, in UTC, because the standard library has no time zones.
 fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs());
     python::strftime(format, seconds)
@@ -183,7 +186,7 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
 mod tests {
     use super::*;
 
-    /// What a template prints for one user turn.
+    /// Renders a template for a single user message.
     fn rendered(source: &str) -> Result<String, Error> {
         ChatTemplate::new(source, Some("<s>"), None)?.render(&[Message::new("user", " hé <b>\n")], true)
     }

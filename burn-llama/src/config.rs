@@ -1,17 +1,17 @@
-//! A model's sizes and variants, from Hugging Face's `config.json`.
+//! The sizes and variants of a model, read from Hugging Face's `config.json`.
 
 use crate::{Error, rope::RopeScaling};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-/// Which projections carry a bias.
+/// The projections that carry a bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Biases {
-    /// `q_proj`, `k_proj`, `v_proj`.
+    /// True if `q_proj`, `k_proj` and `v_proj` have a bias.
     pub qkv: bool,
-    /// `o_proj`.
+    /// True if `o_proj` has a bias.
     pub output: bool,
-    /// `gate_proj`, `up_proj`, `down_proj`.
+    /// True if `gate_proj`, `up_proj` and `down_proj` have a bias.
     pub mlp: bool,
 }
 
@@ -20,49 +20,49 @@ pub struct Biases {
 pub struct LlamaConfig {
     /// `llama`, `mistral`, `qwen2` or `qwen3`.
     pub model_type: String,
-    /// Rows of the embedding and of the head.
+    /// The number of rows of the embedding and of the output head.
     pub vocab_size: usize,
-    /// Features of a token between blocks.
+    /// The number of features of a hidden state.
     pub hidden_size: usize,
-    /// Features inside the MLP.
+    /// The number of features inside the MLP.
     pub intermediate_size: usize,
-    /// Blocks.
+    /// The number of transformer blocks.
     pub num_hidden_layers: usize,
-    /// Query heads.
+    /// The number of query heads.
     pub num_attention_heads: usize,
-    /// Key and value heads; a divisor of the query heads.
+    /// The number of key and value heads; a divisor of the number of query heads.
     pub num_key_value_heads: usize,
-    /// Features of a head; even.
+    /// The number of features of a head; even.
     pub head_dim: usize,
-    /// Added to the mean square in RMSNorm.
+    /// The epsilon of RMSNorm, added to the mean square.
     pub rms_norm_eps: f64,
-    /// Base of the rotary frequencies.
+    /// The base of the rotary frequencies.
     pub rope_theta: f64,
-    /// How the frequencies are stretched beyond the length of pretraining.
+    /// The scaling of the rotary frequencies for contexts longer than in pretraining.
     pub rope_scaling: RopeScaling,
-    /// The longest context the model claims.
+    /// The longest context that the model claims to support.
     pub max_position_embeddings: usize,
-    /// Whether the head is the embedding.
+    /// True if the output head shares the weight of the embedding.
     pub tie_word_embeddings: bool,
-    /// Which projections carry a bias.
+    /// The projections that carry a bias.
     pub biases: Biases,
-    /// Whether queries and keys are normalised per head (Qwen3).
+    /// True if queries and keys are normalised per head (Qwen3).
     pub qk_norm: bool,
-    /// A query sees only this many positions.
+    /// The number of positions that a query attends to at most, its own included.
     pub sliding_window: Option<usize>,
-    /// The fields as they were read, to be written back when the model is saved.
-    pub source: Map<String, Value>,
+    /// The fields as they were read; they are written back when the model is saved.
+    pub raw_fields: Map<String, Value>,
 }
 
-/// Reads typed fields and says which one is wrong.
-struct Fields<'a>(&'a Map<String, Value>);
+/// Reads typed fields; its errors name the field that is wrong.
+struct ConfigFields<'a>(&'a Map<String, Value>);
 
-impl Fields<'_> {
+impl ConfigFields<'_> {
     fn get(&self, name: &str) -> Option<&Value> {
         self.0.get(name).filter(|value| !value.is_null())
     }
 
-    fn size(&self, name: &str) -> Result<Option<usize>, Error> {
+    fn positive_integer(&self, name: &str) -> Result<Option<usize>, Error> {
         match self.get(name) {
             None => Ok(None),
             Some(value) => match value.as_u64() {
@@ -72,11 +72,11 @@ impl Fields<'_> {
         }
     }
 
-    fn needed(&self, name: &str) -> Result<usize, Error> {
-        self.size(name)?.ok_or_else(|| Error::config(name, "a positive integer", "nothing"))
+    fn required(&self, name: &str) -> Result<usize, Error> {
+        self.positive_integer(name)?.ok_or_else(|| Error::config(name, "a positive integer", "nothing"))
     }
 
-    fn number(&self, name: &str, default: f64) -> Result<f64, Error> {
+    fn positive_number(&self, name: &str, default: f64) -> Result<f64, Error> {
         match self.get(name) {
             None => Ok(default),
             Some(value) => match value.as_f64() {
@@ -98,7 +98,7 @@ impl LlamaConfig {
     /// Reads `config.json`.
     ///
     /// # Errors
-    /// If the file is missing or a field is missing, impossible or not supported.
+    /// Returns an error if the file is missing or a field is missing, impossible or not supported.
     pub fn load(path: &Path) -> Result<Self, Error> {
         let text = std::fs::read(path).map_err(|e| Error::io(path, e))?;
         let value = serde_json::from_slice(&text).map_err(|e| Error::format(path, "content", "JSON", e.to_string()))?;
@@ -108,15 +108,15 @@ impl LlamaConfig {
     /// Reads the fields of a `config.json`.
     ///
     /// # Errors
-    /// If a field is missing, impossible or not supported; the error names it.
+    /// Returns an error if a field is missing, impossible or not supported; it names the field.
     pub fn from_json(value: Value) -> Result<Self, Error> {
         let Value::Object(source) = value else {
             return Err(Error::config("config.json", "an object", value));
         };
-        let fields = Fields(&source);
+        let fields = ConfigFields(&source);
         let model_type = model_type(&fields)?;
         refuse_unsupported(&fields)?;
-        let (hidden_size, heads) = (fields.needed("hidden_size")?, fields.needed("num_attention_heads")?);
+        let (hidden_size, heads) = (fields.required("hidden_size")?, fields.required("num_attention_heads")?);
         if fields.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
             return Err(Error::config(
                 "hidden_size",
@@ -125,17 +125,17 @@ impl LlamaConfig {
             ));
         }
         let (qwen2, attention_bias) = (model_type == "qwen2", fields.flag("attention_bias", false)?);
-        let max_position_embeddings = fields.size("max_position_embeddings")?.unwrap_or(2048);
+        let max_position_embeddings = fields.positive_integer("max_position_embeddings")?.unwrap_or(2048);
         let rope = fields.get("rope_parameters").or_else(|| fields.get("rope_scaling")).cloned();
         let in_rope = rope.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
-        let head_dim = fields.size("head_dim")?.unwrap_or(hidden_size / heads);
+        let head_dim = fields.positive_integer("head_dim")?.unwrap_or(hidden_size / heads);
         let config = Self {
-            vocab_size: fields.needed("vocab_size")?,
-            intermediate_size: fields.needed("intermediate_size")?,
-            num_hidden_layers: fields.needed("num_hidden_layers")?,
-            num_key_value_heads: fields.size("num_key_value_heads")?.unwrap_or(heads),
-            rms_norm_eps: fields.number("rms_norm_eps", 1e-6)?,
-            rope_theta: in_rope.map_or_else(|| fields.number("rope_theta", 10_000.0), Ok)?,
+            vocab_size: fields.required("vocab_size")?,
+            intermediate_size: fields.required("intermediate_size")?,
+            num_hidden_layers: fields.required("num_hidden_layers")?,
+            num_key_value_heads: fields.positive_integer("num_key_value_heads")?.unwrap_or(heads),
+            rms_norm_eps: fields.positive_number("rms_norm_eps", 1e-6)?,
+            rope_theta: in_rope.map_or_else(|| fields.positive_number("rope_theta", 10_000.0), Ok)?,
             rope_scaling: RopeScaling::from_json(rope.as_ref(), max_position_embeddings, head_dim)?,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
             biases: Biases {
@@ -150,10 +150,10 @@ impl LlamaConfig {
             hidden_size,
             head_dim,
             max_position_embeddings,
-            source: Map::new(),
+            raw_fields: Map::new(),
         };
         config.check()?;
-        Ok(Self { source, ..config })
+        Ok(Self { raw_fields: source, ..config })
     }
 
     fn check(&self) -> Result<(), Error> {
@@ -171,15 +171,15 @@ impl LlamaConfig {
         Ok(())
     }
 
-    /// Key of the bias-free weight shapes: the features of all query heads, and of all key heads.
+    /// Returns the number of features of all query heads together, and that of all key heads.
     pub fn attention_widths(&self) -> (usize, usize) {
         (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim)
     }
 
-    /// `config.json` of this model in f32. Rotary divisors from a GGUF file are written as Llama 3's rule if they follow it;
-    /// others keep the type `factors`, which `transformers` does not know.
+    /// Returns the `config.json` of this model with weights in f32. Rotary divisors from a GGUF file are written as
+    /// Llama 3's rule if they follow it; other divisors keep the type `factors`, which `transformers` does not know.
     pub fn to_json(&self) -> Value {
-        let mut fields = self.source.clone();
+        let mut fields = self.raw_fields.clone();
         let architecture = match self.model_type.as_str() {
             "mistral" => "MistralForCausalLM",
             "qwen2" => "Qwen2ForCausalLM",
@@ -201,7 +201,7 @@ impl LlamaConfig {
     }
 }
 
-fn model_type(fields: &Fields<'_>) -> Result<String, Error> {
+fn model_type(fields: &ConfigFields<'_>) -> Result<String, Error> {
     let found = fields.get("model_type").and_then(Value::as_str).unwrap_or("nothing");
     match found {
         "llama" | "mistral" | "qwen2" | "qwen3" => Ok(found.to_owned()),
@@ -209,8 +209,8 @@ fn model_type(fields: &Fields<'_>) -> Result<String, Error> {
     }
 }
 
-/// What would silently give another model if it were passed over.
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), Error> {
+/// Refuses fields that would silently give another model if they were ignored.
+fn refuse_unsupported(fields: &ConfigFields<'_>) -> Result<(), Error> {
     match fields.get("hidden_act").and_then(Value::as_str).unwrap_or("silu") {
         "silu" | "swish" => {}
         found => return Err(Error::config("hidden_act", "silu", found)),
@@ -233,9 +233,9 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), Error> {
     }
 }
 
-/// Qwen's files carry a window that `use_sliding_window` switches on.
-fn sliding_window(fields: &Fields<'_>, model_type: &str) -> Result<Option<usize>, Error> {
-    let window = fields.size("sliding_window")?;
+/// Returns the sliding window. Qwen's files carry one that applies only if `use_sliding_window` is true.
+fn sliding_window(fields: &ConfigFields<'_>, model_type: &str) -> Result<Option<usize>, Error> {
+    let window = fields.positive_integer("sliding_window")?;
     match model_type {
         "mistral" | "llama" => Ok(window),
         _ if !fields.flag("use_sliding_window", false)? => Ok(None),

@@ -1,10 +1,10 @@
-//! What can go wrong with input from outside: files, fields, tensors, templates.
+//! Errors of input from outside: files, fields, tensors, templates.
 
 use std::path::{Path, PathBuf};
 
-/// Everything that a checkpoint, a tokenizer or a configuration from outside can be wrong in.
+/// An error of a checkpoint, a tokenizer, a configuration or a chat template.
 ///
-/// A message says which file and which key, what was expected, what was found, and what to do.
+/// The message names the file and the key, the expected and the found value, and what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -13,51 +13,51 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         error: std::io::Error,
     },
-    /// A file is not what its name or its header says.
+    /// The content of a file is malformed.
     #[error("{path}: {key}: expected {expected}, found {found}")]
     Format {
         /// The file.
         path: PathBuf,
         /// The key, field or place in the file.
         key: String,
-        /// What should stand there.
+        /// The expected content.
         expected: String,
-        /// What stands there.
+        /// The content that was found.
         found: String,
     },
-    /// A field of a model configuration has a value that the model cannot have or that is not supported.
+    /// A field of a model configuration has an impossible or unsupported value.
     #[error("config field `{field}`: expected {expected}, found {found}")]
     Config {
         /// The field's name as in `config.json`.
         field: String,
-        /// The values that would do.
+        /// The values that are accepted.
         expected: String,
-        /// The value found.
+        /// The value that was found.
         found: String,
     },
-    /// The tensors of a checkpoint are not those of the model.
+    /// The tensors of a checkpoint do not match those of the model.
     #[error("{path}: {mismatch}")]
     Tensors {
         /// The checkpoint.
         path: PathBuf,
         /// All differences at once.
-        mismatch: Mismatch,
+        mismatch: TensorMismatch,
     },
     /// A tokenizer cannot be built or cannot encode.
     #[error("{path}: tokenizer: {message}")]
     Tokenizer {
         /// The file the tokenizer comes from.
         path: PathBuf,
-        /// What is wrong and what would do.
+        /// The problem and how to solve it.
         message: String,
     },
     /// A chat template is missing, does not parse, or refuses the messages.
     #[error("chat template: {message}")]
     Template {
-        /// The template engine's words, or what is missing.
+        /// The message of the template engine, or a description of what is missing.
         message: String,
     },
     /// An adapter could not be read, attached or written.
@@ -66,17 +66,17 @@ pub enum Error {
 }
 
 impl Error {
-    /// Wraps an input or output error with the file it happened on.
+    /// Wraps an I/O error with the file on which it happened.
     pub fn io(path: &Path, error: std::io::Error) -> Self {
         Self::Io { path: path.to_owned(), error }
     }
 
-    /// A malformed file: where, what was expected, what was found.
+    /// Returns the error of a malformed file: its place in the file, the expected and the found content.
     pub fn format(path: &Path, key: impl Into<String>, expected: impl Into<String>, found: impl Into<String>) -> Self {
         Self::Format { path: path.to_owned(), key: key.into(), expected: expected.into(), found: found.into() }
     }
 
-    /// Names the file in which a wrong configuration field or a template that does not parse stands.
+    /// Adds the file to the error of a configuration field or of a chat template.
     pub fn in_file(self, path: &Path) -> Self {
         match self {
             Self::Config { field, expected, found } => Self::format(path, field, expected, found),
@@ -85,7 +85,7 @@ impl Error {
         }
     }
 
-    /// A configuration field with a wrong or unsupported value.
+    /// Returns the error of a configuration field with a wrong or unsupported value.
     pub fn config(field: impl Into<String>, expected: impl Into<String>, found: impl ToString) -> Self {
         Self::Config { field: field.into(), expected: expected.into(), found: found.to_string() }
     }
@@ -93,32 +93,32 @@ impl Error {
 
 /// The differences between the tensors of a checkpoint and those of a model.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
-pub struct Mismatch {
+pub struct TensorMismatch {
     /// Tensors of the model that the checkpoint lacks.
     pub missing: Vec<String>,
     /// Tensors of the checkpoint that the model lacks.
-    pub extra: Vec<String>,
-    /// Tensors whose shape or type differs: name, expected, found.
-    pub misshapen: Vec<(String, String, String)>,
+    pub unexpected: Vec<String>,
+    /// Tensors with another shape or type: (name, expected, found).
+    pub mismatched: Vec<(String, String, String)>,
 }
 
-impl Mismatch {
-    /// Whether checkpoint and model agree.
+impl TensorMismatch {
+    /// Returns true if checkpoint and model agree.
     pub fn is_empty(&self) -> bool {
-        self.missing.is_empty() && self.extra.is_empty() && self.misshapen.is_empty()
+        self.missing.is_empty() && self.unexpected.is_empty() && self.mismatched.is_empty()
     }
 }
 
-impl std::fmt::Display for Mismatch {
+impl std::fmt::Display for TensorMismatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("the tensors are not those of the model that the configuration describes")?;
         if !self.missing.is_empty() {
             write!(f, "; missing: {}", self.missing.join(", "))?;
         }
-        if !self.extra.is_empty() {
-            write!(f, "; not part of the model: {}", self.extra.join(", "))?;
+        if !self.unexpected.is_empty() {
+            write!(f, "; not part of the model: {}", self.unexpected.join(", "))?;
         }
-        for (name, expected, found) in &self.misshapen {
+        for (name, expected, found) in &self.mismatched {
             write!(f, "; {name}: expected {expected}, found {found}")?;
         }
         Ok(())

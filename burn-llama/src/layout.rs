@@ -1,32 +1,32 @@
-//! Which token stands where in a batch.
+//! The places of tokens in a batch.
 
-use crate::kernel::Visibility;
+use crate::kernel::AttentionMask;
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
-use burn_peft::{Pass, Token};
+use burn_peft::{ForwardContext, TokenPosition};
 use std::{ops::Range, sync::Arc};
 
-/// The slots of a batch of `rows` × `length`: to which sequence each belongs and at which position.
+/// The slots of a batch of `rows` × `length`: the sequence (segment) of each and its position there.
 ///
-/// Padding is a segment of its own, so that no slot ever sees nothing.
+/// Padding is a segment of its own, so that every slot can attend to at least one key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layout {
+pub struct SequenceLayout {
     /// The number of rows.
     pub rows: usize,
-    /// Slots per row.
+    /// The number of slots per row.
     pub length: usize,
-    /// `[rows · length]`; 0 is padding.
+    /// The segment of each slot, `[rows · length]`; 0 is padding.
     pub segments: Vec<i32>,
-    /// `[rows · length]`; counted from 0 in every segment.
+    /// The position of each slot, `[rows · length]`; counted from 0 in every segment.
     pub positions: Vec<i32>,
 }
 
-impl Layout {
-    /// One sequence per row, padded on the right to the longest.
+impl SequenceLayout {
+    /// Lays out one sequence per row, padded on the right to the longest.
     pub fn padded(lengths: &[usize]) -> Self {
         Self::packed(&lengths.iter().map(|&n| vec![n]).collect::<Vec<_>>())
     }
 
-    /// Several sequences per row, one after the other, padded on the right to the longest row.
+    /// Packs several sequences into each row, one after the other, padded on the right to the longest row.
     pub fn packed(rows: &[Vec<usize>]) -> Self {
         let length = rows.iter().map(|row| row.iter().sum()).max().unwrap_or(0);
         let (mut segments, mut positions) = (Vec::new(), Vec::new());
@@ -42,49 +42,51 @@ impl Layout {
         Self { rows: rows.len(), length, segments, positions }
     }
 
-    /// Sequences of the given lengths, all in one row if `packed`, else each in its own.
-    pub fn of(lengths: &[usize], packed: bool) -> Self {
+    /// Lays out sequences of the given lengths: all in one row if `packed`, otherwise each in its own row.
+    pub fn from_lengths(lengths: &[usize], packed: bool) -> Self {
         if packed { Self::packed(&[lengths.to_vec()]) } else { Self::padded(lengths) }
     }
 
-    /// The slots that hold a token, in order, each with the sequence it belongs to (counted over all rows) and its place there.
-    pub fn slots(&self) -> impl Iterator<Item = (usize, Token)> {
+    /// Returns the slots that hold a token, in order, each with its sequence (counted over all rows) and its index
+    /// there.
+    pub fn slots(&self) -> impl Iterator<Item = (usize, TokenPosition)> {
         let (mut sequence, mut last) = (0, None);
         self.segments.iter().zip(&self.positions).enumerate().filter(|(_, (segment, _))| **segment != 0).map(
             move |(slot, (&segment, &position))| {
                 let own = (slot / self.length, segment);
                 sequence += u64::from(last.is_some_and(|last| last != own));
                 last = Some(own);
-                (slot, Token { row: sequence, index: position as u32 })
+                (slot, TokenPosition { row: sequence, index: position as u32 })
             },
         )
     }
 
-    /// The name of every slot for the noise of a pass, sequences counted from `first`. Slots without a token share a name.
-    pub fn tokens(&self, first: u64) -> Arc<[Token]> {
-        let mut tokens = vec![Token { row: first, index: u32::MAX }; self.segments.len()];
+    /// Returns the token identity of every slot, which keys its dropout, with sequences counted from `first`. Slots
+    /// without a token share one identity.
+    pub fn dropout_tokens(&self, first: u64) -> Arc<[TokenPosition]> {
+        let mut tokens = vec![TokenPosition { row: first, index: u32::MAX }; self.segments.len()];
         for (slot, token) in self.slots() {
-            tokens[slot] = Token { row: first + token.row, ..token };
+            tokens[slot] = TokenPosition { row: first + token.row, ..token };
         }
         tokens.into()
     }
 
-    /// One more token for every row, at the given positions, all in segment 1.
-    pub fn next(positions: &[usize]) -> Self {
+    /// Lays out one more token for every row, at the given positions, all in segment 1.
+    pub fn next_token(positions: &[usize]) -> Self {
         let rows = positions.len();
         Self { rows, length: 1, segments: vec![1; rows], positions: positions.iter().map(|&p| p as i32).collect() }
     }
 
-    /// Every position of a row later by its number, as after that many virtual tokens.
-    pub(crate) fn shifted(&self, by: impl Fn(usize) -> usize) -> Self {
+    /// Adds to every position of a row the offset `by(row)`, the number of virtual tokens before it.
+    pub(crate) fn with_position_offsets(&self, by: impl Fn(usize) -> usize) -> Self {
         let later = |(slot, position): (usize, &i32)| position + by(slot / self.length) as i32;
         Self { positions: self.positions.iter().enumerate().map(later).collect(), ..self.clone() }
     }
 
-    /// The layout with slots in front of every sequence, those of a row for the virtual tokens of its range, and for each slot its
-    /// source: the slot that it had, or `rows · length + j` for the `j`-th virtual token. Rows are padded again to the longest, with
-    /// sources that do not matter.
-    pub(crate) fn preceded(&self, ranges: &[Range<usize>]) -> (Self, Vec<i32>) {
+    /// Inserts slots for virtual tokens in front of every sequence, those of the row's range. Also returns the
+    /// embedding source of each slot: its old slot, or `rows · length + j` for the `j`-th virtual token. Rows are
+    /// padded again to the longest; the sources of padding are arbitrary.
+    pub(crate) fn with_virtual_tokens(&self, ranges: &[Range<usize>]) -> (Self, Vec<i32>) {
         let mut rows: Vec<Vec<(i32, i32, i32)>> = Vec::with_capacity(self.rows);
         let slots = (self.rows * self.length) as i32;
         for (row, front) in ranges.iter().enumerate() {
@@ -117,47 +119,47 @@ impl Layout {
         (layout, all().map(|slot| slot.2).collect())
     }
 
-    /// The largest position, plus one.
-    pub fn span(&self) -> usize {
+    /// Returns the largest position plus one.
+    pub fn num_positions(&self) -> usize {
         self.positions.iter().max().map_or(0, |&p| p as usize + 1)
     }
 }
 
-/// What every block of one forward pass needs: rotations and visibility, on the device.
+/// The inputs of attention that all blocks of one forward pass share: rotary tables and attention mask, on the device.
 #[derive(Debug, Clone)]
-pub struct Context<B: Backend> {
-    /// Rows of the batch.
+pub struct AttentionContext<B: Backend> {
+    /// The number of rows of the batch.
     pub rows: usize,
-    /// New slots per row.
+    /// The number of new slots per row.
     pub length: usize,
-    /// `[rows · length, head_dim / 2]`.
+    /// Cosines of the rotary angles, `[rows · length, head_dim / 2]`.
     pub cos: Tensor<B, 2>,
-    /// `[rows · length, head_dim / 2]`.
+    /// Sines of the rotary angles, `[rows · length, head_dim / 2]`.
     pub sin: Tensor<B, 2>,
-    /// Who sees whom, keys of the past included.
-    pub visibility: Visibility<B>,
+    /// The attention mask, keys in the KV cache included.
+    pub attention_mask: AttentionMask<B>,
 }
 
-/// What is still wanted of the last layer once every token's keys have been seen: only these go through its output projection
-/// and its MLP.
+/// The slots whose final hidden states are needed. Only these go through the output projection and the MLP of the last
+/// layer, since no later layer needs keys of the others.
 #[derive(Debug, Clone)]
-pub struct Tail<B: Backend> {
-    /// Their slots in the context, `[n]`.
+pub struct OutputSlots<B: Backend> {
+    /// The slots, as indices into those of the batch, `[n]`.
     pub slots: Tensor<B, 1, Int>,
-    /// The pass over them.
-    pub pass: Pass,
+    /// The forward context of these slots.
+    pub forward_context: ForwardContext,
 }
 
-impl<B: Backend> Tail<B> {
-    /// The given slots of a pass.
-    pub fn new(slots: Vec<i32>, pass: &Pass, device: &B::Device) -> Self {
-        let (pass, n) = (pass.at(&slots), slots.len());
-        Self { slots: Tensor::from_data(TensorData::new(slots, [n]), (device, DType::I32)), pass }
+impl<B: Backend> OutputSlots<B> {
+    /// Selects the given slots of a forward pass.
+    pub fn new(slots: Vec<i32>, pass: &ForwardContext, device: &B::Device) -> Self {
+        let (pass, n) = (pass.select(&slots), slots.len());
+        Self { slots: Tensor::from_data(TensorData::new(slots, [n]), (device, DType::I32)), forward_context: pass }
     }
 }
 
-/// Integers on the device, `[rows, values.len() / rows]`.
-pub(crate) fn ints<B: Backend>(values: Vec<i32>, rows: usize, device: &B::Device) -> Tensor<B, 2, Int> {
+/// Returns the integers as a tensor on the device, `[rows, values.len() / rows]`.
+pub(crate) fn int_tensor<B: Backend>(values: Vec<i32>, rows: usize, device: &B::Device) -> Tensor<B, 2, Int> {
     let columns = values.len() / rows.max(1);
     Tensor::from_data(TensorData::new(values, [rows, columns]), (device, DType::I32))
 }

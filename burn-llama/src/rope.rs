@@ -1,48 +1,48 @@
-//! Rotary frequencies and their scaling, as `transformers`' `modeling_rope_utils`.
+//! Rotary frequencies and their scaling, as in `modeling_rope_utils` of `transformers`.
 
 use crate::Error;
 use serde_json::{Value, json};
 use std::f64::consts::PI;
 
-/// How rotary frequencies are stretched.
+/// The rule that scales the rotary frequencies.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
-    /// As they are.
+    /// The frequencies are not scaled.
     None,
-    /// All divided by a factor.
+    /// All frequencies are divided by a factor.
     Linear {
-        /// The factor.
+        /// The divisor.
         factor: f64,
     },
-    /// Llama 3.1's: low frequencies divided, high ones kept, a smooth ramp between.
+    /// Llama 3.1's rule: low frequencies are divided, high ones are kept, with a smooth ramp between.
     Llama3 {
-        /// Divisor of the low frequencies.
+        /// The divisor of the low frequencies.
         factor: f64,
         /// Wavelengths above `original / low_freq_factor` are divided.
         low_freq_factor: f64,
         /// Wavelengths below `original / high_freq_factor` are kept.
         high_freq_factor: f64,
-        /// The length of pretraining.
+        /// The context length of pretraining.
         original: f64,
     },
     /// YaRN (Peng et al., 2023, arXiv:2309.00071).
     Yarn {
-        /// Divisor of the low frequencies.
+        /// The divisor of the low frequencies.
         factor: f64,
-        /// Factor of cosines and sines.
+        /// The factor of cosines and sines.
         attention_factor: f64,
-        /// Rotations at the two ends of the ramp.
+        /// The number of rotations at the two ends of the ramp: `beta_fast`, `beta_slow`.
         beta: (f64, f64),
-        /// Whether the ends of the ramp are rounded to whole dimensions.
+        /// True if the ends of the ramp are rounded to whole dimensions.
         truncate: bool,
-        /// The length of pretraining.
+        /// The context length of pretraining.
         original: f64,
     },
-    /// One divisor per frequency, as GGUF files carry them.
+    /// One divisor per frequency, as in GGUF files.
     Factors(Vec<f64>),
-    /// Frequencies that change beyond the original length; used up to it.
+    /// Frequencies that change beyond the original length; only positions up to it are supported.
     Dynamic {
-        /// The length up to which the frequencies are the plain ones.
+        /// The length up to which the frequencies are not scaled.
         original: usize,
     },
 }
@@ -51,7 +51,7 @@ impl RopeScaling {
     /// Reads `rope_parameters` or `rope_scaling`.
     ///
     /// # Errors
-    /// If the type is not supported or a factor is missing or impossible.
+    /// Returns an error if the type is not supported or a factor is missing or impossible.
     pub fn from_json(value: Option<&Value>, max_positions: usize, head_dim: usize) -> Result<Self, Error> {
         let Some(value) = value.filter(|value| !value.is_null()) else { return Ok(Self::None) };
         let kind = value.get("rope_type").or_else(|| value.get("type")).and_then(Value::as_str).unwrap_or("default");
@@ -73,7 +73,7 @@ impl RopeScaling {
             },
             "yarn" => Self::Yarn {
                 factor: number("factor")?,
-                attention_factor: yarn_attention(value, number("factor")?),
+                attention_factor: yarn_attention_factor(value, number("factor")?),
                 beta: (optional("beta_fast").unwrap_or(32.0), optional("beta_slow").unwrap_or(1.0)),
                 truncate: value.get("truncate").and_then(Value::as_bool).unwrap_or(true),
                 original,
@@ -86,7 +86,7 @@ impl RopeScaling {
         })
     }
 
-    /// The rotation per position of each pair of features, `[head_dim / 2]`, and the factor of cosines and sines.
+    /// Returns the angle per position of each pair of features, `[head_dim / 2]`, and the factor of cosines and sines.
     pub fn frequencies(&self, head_dim: usize, theta: f64) -> (Vec<f32>, f64) {
         let plain = (0..head_dim / 2).map(|i| theta.powf(-((2 * i) as f64) / head_dim as f64));
         let attention = if let Self::Yarn { attention_factor, .. } = self { *attention_factor } else { 1.0 };
@@ -119,8 +119,8 @@ impl RopeScaling {
         }
     }
 
-    /// What divides each plain frequency, `[head_dim / 2]`, for the scalings that GGUF keeps as `rope_freqs.weight`: Llama 3's
-    /// and explicit divisors.
+    /// Returns the divisor of each frequency, `[head_dim / 2]`, for the scalings that GGUF stores as
+    /// `rope_freqs.weight`: Llama 3's and explicit divisors.
     pub fn divisors(&self, head_dim: usize, theta: f64) -> Option<Vec<f64>> {
         match self {
             Self::Factors(factors) => Some(factors.clone()),
@@ -132,12 +132,12 @@ impl RopeScaling {
         }
     }
 
-    /// Llama 3's rule as `rope_scaling`, if explicit divisors follow it with its usual factors 1 and 4 of low and high
-    /// frequencies: `transformers` knows the rule, but not the divisors that a GGUF file keeps.
+    /// Returns Llama 3's rule as `rope_scaling` if explicit divisors follow it with its usual factors of low and high
+    /// frequencies, 1 and 4: `transformers` knows the rule, but not the divisors that a GGUF file stores.
     pub fn as_llama3(&self, head_dim: usize, theta: f64) -> Option<Value> {
         let Self::Factors(factors) = self else { return None };
         let (factor, low, high) = (factors.iter().copied().fold(1.0, f64::max), 1.0, 4.0);
-        // A frequency on the ramp between the two tells the length of pretraining; without one, it is Llama 3's own.
+        // A frequency on the ramp determines the context length of pretraining; without one, Llama 3's is taken.
         let ramp = factors.iter().enumerate().find(|&(_, &divisor)| divisor > 1.001 && divisor < factor * 0.999);
         let original = ramp.map_or(8192.0, |(i, divisor)| {
             let smooth = (1.0 / divisor - 1.0 / factor) / (1.0 - 1.0 / factor);
@@ -146,7 +146,7 @@ impl RopeScaling {
         });
         let rule = Self::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original };
         let expected = rule.divisors(head_dim, theta)?;
-        // The file has 32 bits of each.
+        // The file stores the divisors in f32.
         let same = factors.iter().zip(&expected).all(|(found, expected)| (found / expected - 1.0).abs() < 1e-5);
         same.then(|| {
             json!({
@@ -156,10 +156,10 @@ impl RopeScaling {
         })
     }
 
-    /// Refuses positions at which the frequencies would have to change.
+    /// Refuses lengths at which the frequencies would have to change.
     ///
     /// # Errors
-    /// If `length` positions go beyond what a dynamic scaling's plain frequencies cover.
+    /// Returns an error if the scaling is dynamic and `length` is beyond its original length.
     pub fn check_length(&self, length: usize) -> Result<(), Error> {
         match self {
             Self::Dynamic { original } if length > *original => Err(Error::config(
@@ -172,8 +172,8 @@ impl RopeScaling {
     }
 }
 
-/// The factor that YaRN's attention is scaled with, explicit or by its formula.
-fn yarn_attention(value: &Value, factor: f64) -> f64 {
+/// Returns YaRN's factor of cosines and sines: the explicit one, or else the one of its formula.
+fn yarn_attention_factor(value: &Value, factor: f64) -> f64 {
     let number = |name: &str| value.get(name).and_then(Value::as_f64);
     let mscale = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
     number("attention_factor").unwrap_or_else(|| match (number("mscale"), number("mscale_all_dim")) {

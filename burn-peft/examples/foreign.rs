@@ -1,9 +1,9 @@
-//! A prefix and LoRA on a model that is not ours: `cargo run --release -p burn-peft --example foreign`.
+//! Trains a prefix and LoRA on a custom model: `cargo run --release -p burn-peft --example foreign`.
 use burn::backend::{Autodiff, Flex};
 use burn::optim::{AdamConfig, GradientsParams, Optimizer};
 use burn::{module::Module, tensor::activation::softmax, tensor::*};
 use burn_peft::prompt::{BaseShape, Prompt, PromptConfig};
-use burn_peft::{Linear, Linears, LoraConfig, Pass, adapter, kernel::LinearKernels, param};
+use burn_peft::{ForwardContext, Linear, Linears, LoraConfig, adapter, kernel::LinearKernels, param};
 #[derive(Module, Debug)]
 struct Attention<B: LinearKernels> {
     q_proj: Linear<B>,
@@ -18,7 +18,7 @@ impl<B: LinearKernels> Linears<B> for Attention<B> {
     }
 }
 fn main() -> Result<(), burn_peft::Error> {
-    let (device, pass, lora) = (Default::default(), Pass::default(), LoraConfig::default());
+    let (device, pass, lora) = (Default::default(), ForwardContext::default(), LoraConfig::default());
     let random = |rows| Tensor::<Autodiff<Flex>, 2>::random([rows, 8], Distribution::Default, &device);
     let (x, target, [hidden_size, head_dim]) = (random(5), random(5), [8; 2]);
     let base =
@@ -28,7 +28,7 @@ fn main() -> Result<(), burn_peft::Error> {
     adapter::attach(&mut model, "default", &lora, 0)?;
     let (mut model, mut adam) = (param::train_only(model, adapter::is_adapter), AdamConfig::new().init());
     for step in 0..100 {
-        let seen = model.prompt.encode(&pass).layers.remove(0); // [virtual tokens, key or value, heads, head_dim]
+        let seen = model.prompt.encode(&pass).past_key_values.remove(0); // [virtual tokens, 2 (key, value), heads, head_dim]
         let part = |i: usize| seen.clone().slice(s![.., i..i + 1]).reshape([4, 8]);
         let [k, v] = [0, 1].map(|i| Tensor::cat(vec![part(i), x.clone()], 0));
         let y = softmax(model.q_proj.forward(x.clone(), &pass).matmul(k.transpose()), 1).matmul(v);

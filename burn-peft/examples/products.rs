@@ -1,5 +1,6 @@
-//! How fast the products of a LLaMA's layer are in host memory: prints GFLOP/s of those of the forward pass, of gradients of inputs
-//! and of gradients of weights, as JSON. Default: a batch of SmolLM2-135M. `tests/real/products` compares them with torch's.
+//! Benchmarks the matrix products (GEMM) of LLaMA's linear layers on the CPU: prints the GFLOP/s of the forward pass,
+//! of the input gradients and of the weight gradients as JSON. The default sizes are those of a batch of SmolLM2-135M.
+//! `tests/real/products` compares them with PyTorch's.
 //!
 //! ```sh
 //! cargo run --release -p burn-peft --example products [f32|bf16] [TOKENS WIDTH HIDDEN KV]
@@ -7,17 +8,17 @@
 
 use burn::tensor::bf16;
 use burn_peft::kernel::{
-    Compute,
-    matrix::{Matrix, Output, Threads, product_in},
+    MatmulPrecision,
+    gemm::{GemmOutput, Matrix, Threads, gemm},
 };
 use std::time::Instant;
 
-/// So many layers follow each other that no weight is in the cache when it is needed.
+/// The number of layers, large enough that no weight is still in the cache when it is needed again.
 const LAYERS: usize = 8;
-/// Passes over them, after one that does not count.
+/// The number of measured passes over all layers, after one warm-up pass.
 const ROUNDS: usize = 6;
 
-/// Numbers between -1 and 1.
+/// Returns `n` numbers between -1 and 1.
 fn numbers(n: usize) -> Vec<f32> {
     (0..n).map(|i| (i * 7919 % 1009) as f32 / 504.5 - 1.0).collect()
 }
@@ -25,9 +26,9 @@ fn numbers(n: usize) -> Vec<f32> {
 fn main() -> Result<(), String> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let (compute, sizes) = match arguments.split_first() {
-        None => (Compute::F32, &[][..]),
-        Some((first, sizes)) if first == "f32" => (Compute::F32, sizes),
-        Some((first, sizes)) if first == "bf16" => (Compute::Bf16, sizes),
+        None => (MatmulPrecision::F32, &[][..]),
+        Some((first, sizes)) if first == "f32" => (MatmulPrecision::F32, sizes),
+        Some((first, sizes)) if first == "bf16" => (MatmulPrecision::Bf16, sizes),
         Some((other, _)) => return Err(format!("{other}: expected f32 or bf16")),
     };
     let sizes: Vec<usize> =
@@ -37,7 +38,7 @@ fn main() -> Result<(), String> {
         [tokens, width, hidden, kv] => [tokens, width, hidden, kv],
         _ => return Err("expected no sizes or TOKENS WIDTH HIDDEN KV".into()),
     };
-    // [outputs, inputs] of the seven projections.
+    // The shapes [out, in] of the seven projections of a layer.
     let shapes =
         [[width, width], [kv, width], [kv, width], [width, width], [hidden, width], [hidden, width], [width, hidden]];
     let most = shapes.iter().flatten().copied().max().unwrap_or_default();
@@ -56,12 +57,12 @@ fn main() -> Result<(), String> {
             for (which, &[n, k]) in shapes.iter().enumerate() {
                 let (x, dy) = (Matrix::new(&x, [tokens, k]), Matrix::new(&dy, [tokens, n]));
                 let weight = match compute {
-                    Compute::Bf16 => Matrix::of_bf16(&halves[layer][which], [n, k]),
+                    MatmulPrecision::Bf16 => Matrix::from_bf16(&halves[layer][which], [n, k]),
                     _ => Matrix::new(&weights[layer][which], [n, k]),
                 };
                 let mut timed = |kind: usize, values: &mut [f32], stride, a, b| {
                     let start = Instant::now();
-                    product_in(compute, Output { values, stride, add: false }, a, b, 1.0, Threads::All);
+                    gemm(compute, GemmOutput { values, stride, accumulate: false }, a, b, 1.0, Threads::All);
                     if round > 0 {
                         seconds[kind] += start.elapsed().as_secs_f64();
                     }

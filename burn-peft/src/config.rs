@@ -1,4 +1,4 @@
-//! LoRA's configuration, under PEFT's names and with PEFT's defaults.
+//! LoRA's configuration, with PEFT's field names and defaults.
 
 mod json;
 
@@ -6,43 +6,43 @@ use crate::{Error, TargetModules, target::Selection};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// LoRA's knobs: what PEFT's `adapter_config.json` says of an adapter.
+/// The configuration of a LoRA adapter: the fields of PEFT's `adapter_config.json`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct LoraConfig {
-    /// The rank.
+    /// The LoRA rank.
     pub r: usize,
     /// The adapter's output is scaled by `lora_alpha / r`.
     pub lora_alpha: f64,
-    /// The probability with which an input feature is dropped while training.
+    /// The dropout probability of an input feature during training.
     pub lora_dropout: f64,
-    /// Scale by `lora_alpha / √r` instead (Kalajdzievski, 2023, arXiv:2312.03732).
+    /// If true, scales by `lora_alpha / √r` instead (rank-stabilized LoRA: Kalajdzievski, 2023, arXiv:2312.03732).
     pub use_rslora: bool,
     /// The layers that get an adapter.
     #[serde(deserialize_with = "default_if_null")]
     pub target_modules: TargetModules,
-    /// Layers that get none, whatever `target_modules` says: a list of names or a regular expression.
+    /// Layers that get no adapter even if `target_modules` selects them: a list of names or a regular expression.
     pub exclude_modules: Option<TargetModules>,
-    /// Only the blocks of these numbers get adapters. Only with a list of `target_modules`.
+    /// The indices of the transformer blocks that get adapters. Needs a list as `target_modules`.
     pub layers_to_transform: Option<OneOrMany<usize>>,
-    /// What the lists of blocks are called, if a path has several numbers.
+    /// The name of the module list that holds the blocks, for paths with several numbers.
     pub layers_pattern: Option<OneOrMany<String>>,
-    /// Other ranks for layers whose path ends in a name (a regular expression); the first that fits counts.
+    /// Ranks other than `r`, by a regular expression that the end of a layer's path matches; the first match counts.
     #[serde(deserialize_with = "default_if_null")]
     pub rank_pattern: Map<String, Value>,
-    /// Other values of `lora_alpha`, as `rank_pattern`.
+    /// Values other than `lora_alpha`, in the form of `rank_pattern`.
     #[serde(deserialize_with = "default_if_null")]
     pub alpha_pattern: Map<String, Value>,
-    /// Learn magnitude and direction of the weight apart (DoRA: Liu et al., 2024, arXiv:2402.09353).
+    /// If true, trains magnitude and direction of the weight separately (DoRA: Liu et al., 2024, arXiv:2402.09353).
     pub use_dora: bool,
-    /// What the adapter starts from.
+    /// The initialization of the adapter.
     #[serde(deserialize_with = "default_if_null")]
-    pub init_lora_weights: InitLora,
-    /// Which biases of the base model learn beside the adapter.
+    pub init_lora_weights: InitLoraWeights,
+    /// The biases of the base model that are trained along with the adapter.
     pub bias: Bias,
-    /// Modules of the base model that learn whole beside the adapter, such as `lm_head`.
+    /// Modules of the base model, such as `lm_head`, that are fully trained along with the adapter.
     pub modules_to_save: Option<Vec<String>>,
-    /// The base model, for the record.
+    /// The name or path of the base model, for information only.
     pub base_model_name_or_path: Option<String>,
 }
 
@@ -50,14 +50,14 @@ pub struct LoraConfig {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum OneOrMany<T> {
-    /// One.
+    /// One value.
     One(T),
-    /// A list; an empty one says nothing.
+    /// A list; an empty one counts as absent.
     Many(Vec<T>),
 }
 
 impl<T> OneOrMany<T> {
-    /// All of them.
+    /// Returns all values.
     pub fn as_slice(&self) -> &[T] {
         match self {
             Self::One(one) => std::slice::from_ref(one),
@@ -66,56 +66,58 @@ impl<T> OneOrMany<T> {
     }
 }
 
-/// Which biases of the base model learn.
+/// The biases of the base model that are trained.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Bias {
-    /// None.
+    /// No biases.
     #[default]
     None,
-    /// All of the model.
+    /// All biases of the model.
     All,
-    /// Those of layers with an adapter.
+    /// The biases of layers with an adapter.
     LoraOnly,
 }
 
-/// What `A` and `B` start from.
+/// The initialization of `A` and `B`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "Value", into = "Value")]
-pub enum InitLora {
-    /// `A` uniform in `±1/√in`, `B` zero.
+pub enum InitLoraWeights {
+    /// `A` is uniform in `±1/√in`, `B` is zero.
     #[default]
     True,
-    /// Both random: the adapter changes the model from the start.
+    /// Both are random: the adapter changes the model's output from the start.
     False,
-    /// `A` normal with deviation `1/r`, `B` zero.
+    /// `A` is normal with standard deviation `1/r`, `B` is zero.
     Gaussian,
-    /// The two halves of a random orthogonal matrix, mixed: `A` and `B` do not vanish, their product does.
+    /// `A` and `B` are random mixtures of the two halves of a random orthogonal matrix: neither is zero, but `B·A` is.
     Orthogonal,
-    /// The principal singular directions of the weight, which keeps the rest (PiSSA: Meng et al., 2024, arXiv:2404.02948); by that
-    /// many subspace iterations, or until they no longer change.
+    /// The principal singular components of the weight, which keeps the residual (PiSSA: Meng et al., 2024,
+    /// arXiv:2404.02948), computed by `niter` subspace iterations, or until they converge.
     Pissa {
-        /// `pissa_niter_<n>`.
+        /// The number of iterations in `pissa_niter_<n>`.
         niter: Option<usize>,
     },
-    /// The first directions of the weight's QR decomposition, which keeps the rest (OLoRA: Büyükakyüz, 2024, arXiv:2406.01775).
+    /// The first directions of the weight's QR decomposition; the weight keeps the residual (OLoRA: Büyükakyüz, 2024,
+    /// arXiv:2406.01775).
     Olora,
-    /// The principal singular directions of what rounding to NF4 took from the weight (LoftQ with one iteration: Li et al., 2023,
-    /// arXiv:2310.08659): see [`replace_lora_weights_loftq`](crate::adapter::replace_lora_weights_loftq), which knows the weight as
-    /// it was. Until then as `True`, and so in files: the base is nothing but NF4, and nobody is to start again who loads the adapter.
+    /// The principal singular components of the error of quantizing the weight to NF4 (LoftQ with one iteration: Li et
+    /// al., 2023, arXiv:2310.08659). Initializes like `True` until
+    /// [`replace_lora_weights_loftq`](crate::adapter::replace_lora_weights_loftq) is called, which needs the original
+    /// weight. Files also say `True`: the base is plain NF4, and loading the adapter must not initialize it again.
     Loftq,
-    /// Another of PEFT's, which a trained adapter may have had.
+    /// Another initialization of PEFT, which a loaded adapter may have been trained from.
     Other(String),
 }
 
-impl InitLora {
-    /// Whether the adapter starts as a part of the weight, which keeps the rest.
-    pub fn splits_weight(&self) -> bool {
+impl InitLoraWeights {
+    /// Returns true if the initialization subtracts `s·B·A` from the base weights (PiSSA, OLoRA).
+    pub fn mutates_base_weights(&self) -> bool {
         matches!(self, Self::Pissa { .. } | Self::Olora)
     }
 }
 
-impl TryFrom<Value> for InitLora {
+impl TryFrom<Value> for InitLoraWeights {
     type Error = String;
 
     fn try_from(value: Value) -> Result<Self, String> {
@@ -138,23 +140,23 @@ impl TryFrom<Value> for InitLora {
     }
 }
 
-impl From<InitLora> for Value {
-    fn from(init: InitLora) -> Self {
+impl From<InitLoraWeights> for Value {
+    fn from(init: InitLoraWeights) -> Self {
         match init {
-            InitLora::True => true.into(),
-            InitLora::False => false.into(),
-            InitLora::Gaussian => "gaussian".into(),
-            InitLora::Orthogonal => "orthogonal".into(),
-            InitLora::Olora => "olora".into(),
-            InitLora::Loftq => "loftq".into(),
-            InitLora::Pissa { niter: None } => "pissa".into(),
-            InitLora::Pissa { niter: Some(n) } => format!("pissa_niter_{n}").into(),
-            InitLora::Other(name) => name.into(),
+            InitLoraWeights::True => true.into(),
+            InitLoraWeights::False => false.into(),
+            InitLoraWeights::Gaussian => "gaussian".into(),
+            InitLoraWeights::Orthogonal => "orthogonal".into(),
+            InitLoraWeights::Olora => "olora".into(),
+            InitLoraWeights::Loftq => "loftq".into(),
+            InitLoraWeights::Pissa { niter: None } => "pissa".into(),
+            InitLoraWeights::Pissa { niter: Some(n) } => format!("pissa_niter_{n}").into(),
+            InitLoraWeights::Other(name) => name.into(),
         }
     }
 }
 
-/// PEFT writes `null` for what was left out.
+/// Deserializes `null`, which PEFT writes for fields that are not set, as the default.
 pub(crate) fn default_if_null<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: serde::Deserializer<'de>,
@@ -177,7 +179,7 @@ impl Default for LoraConfig {
             rank_pattern: Map::new(),
             alpha_pattern: Map::new(),
             use_dora: false,
-            init_lora_weights: InitLora::True,
+            init_lora_weights: InitLoraWeights::True,
             bias: Bias::None,
             modules_to_save: None,
             base_model_name_or_path: None,
@@ -186,19 +188,19 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`, where no pattern says otherwise.
+    /// Returns `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`; patterns are not considered.
     pub fn scaling(&self) -> f64 {
         self.scale(self.r, self.lora_alpha)
     }
 
-    /// The rank of the adapter of the layer at `path`.
+    /// Returns the LoRA rank of the layer at `path`.
     pub fn rank_at(&self, path: &str) -> usize {
-        of_pattern(&self.rank_pattern, path).and_then(Value::as_u64).map_or(self.r, |r| r as usize)
+        pattern_value(&self.rank_pattern, path).and_then(Value::as_u64).map_or(self.r, |r| r as usize)
     }
 
-    /// The scaling of the adapter of the layer at `path`.
+    /// Returns the scaling of the adapter of the layer at `path`.
     pub fn scaling_at(&self, path: &str) -> f64 {
-        let alpha = of_pattern(&self.alpha_pattern, path).and_then(Value::as_f64).unwrap_or(self.lora_alpha);
+        let alpha = pattern_value(&self.alpha_pattern, path).and_then(Value::as_f64).unwrap_or(self.lora_alpha);
         self.scale(self.rank_at(path), alpha)
     }
 
@@ -206,11 +208,11 @@ impl LoraConfig {
         alpha / if self.use_rslora { (r as f64).sqrt() } else { r as f64 }
     }
 
-    /// The number of values that the adapter trains on linear layers of these paths and shapes `[out, in]`, those apart that learn
-    /// beside it (`bias`, `modules_to_save`).
+    /// Returns the number of the adapter's trainable values on linear layers of these paths and shapes `[out, in]`,
+    /// without the base model's parameters that are trained along with it (`bias`, `modules_to_save`).
     ///
     /// # Errors
-    /// If the configuration is not possible.
+    /// If the configuration is invalid.
     pub fn count_trainable<'a>(&self, layers: impl IntoIterator<Item = (&'a str, [usize; 2])>) -> Result<usize, Error> {
         self.check()?;
         let selection = Selection::new(self)?;
@@ -220,22 +222,22 @@ impl LoraConfig {
         Ok(layers.into_iter().filter(|(path, _)| selection.selects(path)).map(count).sum())
     }
 
-    /// Whether the adapter is no more than one rank and one scaling of `B·A` on an unchanged base model.
+    /// Returns true if the adapter is plain LoRA: one rank and one scaling of `B·A` on an unchanged base model.
     pub fn is_plain(&self) -> bool {
         let patterns = self.rank_pattern.is_empty() && self.alpha_pattern.is_empty();
         patterns && !self.use_dora && !self.changes_base()
     }
 
-    /// Whether the adapter changes more of the model than what it adds: by its start, biases or whole modules.
+    /// Returns true if the adapter also changes the base model: by its initialization, `bias` or `modules_to_save`.
     pub fn changes_base(&self) -> bool {
         let saved = self.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty());
-        saved || self.bias != Bias::None || self.init_lora_weights.splits_weight()
+        saved || self.bias != Bias::None || self.init_lora_weights.mutates_base_weights()
     }
 
-    /// Refuses values that no adapter can have.
+    /// Checks the values of all fields.
     ///
     /// # Errors
-    /// Names the field, its value and what would do.
+    /// If a value is invalid; names the field, the value and the valid values.
     pub fn check(&self) -> Result<(), Error> {
         if self.r == 0 {
             return Err(Error::config("`r` should be a positive integer value but the value passed is 0"));
@@ -249,7 +251,7 @@ impl LoraConfig {
         if let Some(exclude) = &self.exclude_modules {
             exclude.matcher()?;
         }
-        if self.init_lora_weights == InitLora::Orthogonal && !self.r.is_multiple_of(2) {
+        if self.init_lora_weights == InitLoraWeights::Orthogonal && !self.r.is_multiple_of(2) {
             let r = self.r;
             let message = format!("Orthogonal initialization requires the LoRA rank to be even, got {r} instead.");
             return Err(Error::config(message));
@@ -266,7 +268,8 @@ impl LoraConfig {
             if !fits {
                 return Err(Error::config(format!("`{field}`: expected a positive number for {key:?}, found {value}")));
             }
-            pattern(key).map_err(|e| Error::config(format!("`{field}`: {key:?} is no regular expression: {e}")))?;
+            pattern_regex(key)
+                .map_err(|e| Error::config(format!("`{field}`: {key:?} is no regular expression: {e}")))?;
         }
         Ok(())
     }
@@ -284,13 +287,13 @@ impl LoraConfig {
     }
 }
 
-/// The expression that a path has to match for a pattern's key: the key itself at the path's end.
-fn pattern(key: &str) -> Result<fancy_regex::Regex, Box<fancy_regex::Error>> {
+/// Returns the regular expression for a pattern's key, which has to match the end of a path.
+fn pattern_regex(key: &str) -> Result<fancy_regex::Regex, Box<fancy_regex::Error>> {
     fancy_regex::Regex::new(&format!(r"^(?:.*\.)?(?:{key})$")).map_err(Box::new)
 }
 
-fn of_pattern<'a>(patterns: &'a Map<String, Value>, path: &str) -> Option<&'a Value> {
-    let fits = |key: &str| pattern(key).is_ok_and(|regex| regex.is_match(path).unwrap_or(false));
+fn pattern_value<'a>(patterns: &'a Map<String, Value>, path: &str) -> Option<&'a Value> {
+    let fits = |key: &str| pattern_regex(key).is_ok_and(|regex| regex.is_match(path).unwrap_or(false));
     patterns.iter().find(|(key, _)| fits(key)).map(|(_, value)| value)
 }
 
@@ -325,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_is_refused_by_name() {
+    fn invalid_values_are_rejected_by_name() {
         let map = |value: Value| value.as_object().unwrap().clone();
         let base = LoraConfig::default;
         let table = [
@@ -342,7 +345,7 @@ mod tests {
                 },
                 "`layers_to_transform` cannot be used when `target_modules` is a str.",
             ),
-            (LoraConfig { r: 3, init_lora_weights: InitLora::Orthogonal, ..base() }, "even, got 3"),
+            (LoraConfig { r: 3, init_lora_weights: InitLoraWeights::Orthogonal, ..base() }, "even, got 3"),
         ];
         for (config, expected) in table {
             let error = config.check().unwrap_err().to_string();

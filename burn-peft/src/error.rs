@@ -1,9 +1,9 @@
-//! What can go wrong with an adapter from outside.
+//! Errors of adapters' configurations, files and names.
 
 use crate::packed::Codec;
 use std::path::{Path, PathBuf};
 
-/// Everything that an adapter's configuration or files can be wrong in.
+/// An error of an adapter's configuration or files, or of an operation on the adapters of a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -12,87 +12,90 @@ pub enum Error {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         error: std::io::Error,
     },
-    /// A file's content is not an adapter's.
+    /// A file's content is not that of a supported adapter.
     #[error("{path}: {key}: expected {expected}, found {found}")]
     Format {
         /// The file.
         path: PathBuf,
-        /// The key or place in the file.
+        /// The key or position in the file.
         key: String,
-        /// What should stand there.
+        /// The expected content.
         expected: String,
-        /// What stands there.
+        /// The content found.
         found: String,
     },
-    /// A configuration value that no adapter can have.
+    /// An invalid configuration value.
     #[error("{message}")]
     Config {
-        /// The field, the value found, and what would do.
+        /// The field, the value found and the valid values.
         message: String,
     },
     /// No linear layer has a name that `target_modules` selects.
     #[error("target_modules {target} selects no linear layer; the model has {available}")]
     NoTarget {
-        /// The selection.
+        /// The value of `target_modules`.
         target: String,
         /// The last path segments of the model's linear layers.
         available: String,
     },
-    /// The adapter's tensors are not those that its configuration asks for on this model.
+    /// The adapter's tensors are not those that its configuration requires on this model.
     #[error("{path}: the adapter does not fit the model: {message}; was it trained on another base model?")]
     Mismatch {
         /// The adapter's directory.
         path: PathBuf,
-        /// Missing, unexpected and misshapen tensors.
+        /// The missing and unexpected tensors and those of a wrong shape.
         message: String,
     },
-    /// A weight would have to change, and cannot.
+    /// An operation would change a weight that is packed.
     #[error(
-        "{operation} changes the weights, and these stay packed ({codec}): load the model with float weights for it"
+        "{operation} changes the weights, but these are packed ({codec}): load the model with float weights instead"
     )]
     Packed {
-        /// How they are packed.
+        /// The format in which the weight is packed.
         codec: Codec,
-        /// What was asked for.
+        /// The operation that was requested.
         operation: &'static str,
     },
-    /// An adapter does not fit into the tensors of another.
+    /// The new adapter of a hot swap does not fit into the tensors of the old one.
     #[error(
-        "{path}: the adapter does not fit into the tensors of `{name}`: {message}; a hot swap keeps layers and ranks: delete `{name}` and load this one instead"
+        "{path}: the adapter does not fit into the tensors of `{name}`: {message}; a hot swap keeps layers \
+         and ranks: delete `{name}` and load this one instead"
     )]
-    Swap {
+    Hotswap {
         /// The new adapter's directory.
         path: PathBuf,
         /// The adapter on the model.
         name: String,
-        /// Missing, unexpected and misshapen tensors.
+        /// The missing and unexpected tensors and those of a wrong shape.
         message: String,
     },
-    /// No adapter of that name is on the model.
+    /// The model has no adapter of that name.
     #[error("adapter `{name}` is not on the model, which has {known}")]
-    Unknown {
+    UnknownAdapter {
         /// The name.
         name: String,
-        /// The names that there are.
+        /// The names of the model's adapters.
         known: String,
     },
-    /// A value of an adapter is no number.
-    #[error("adapter `{name}`: expected finite numbers, found others in the adapter of {layer}; nothing was merged")]
+    /// An adapter contains a value that is not finite.
+    #[error(
+        "adapter `{name}`: expected finite numbers, found NaN or infinity in the adapter of {layer}; nothing was merged"
+    )]
     NotFinite {
         /// The adapter's name.
         name: String,
         /// The layer's path.
         layer: String,
     },
-    /// An adapter of that name cannot be had, or not do this.
+    /// The adapter of that name cannot be added, or does not allow the operation.
     #[error("adapter `{name}` {state}")]
-    Name {
+    InvalidAdapter {
         /// The adapter's name.
         name: String,
-        /// What is the matter with it.
+        /// The reason, as a predicate such as "is merged into the weights".
         state: &'static str,
     },
 }

@@ -10,19 +10,19 @@ use std::{
     path::Path,
 };
 
-pub(crate) const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
-/// What PEFT wrote before.
-const OLD_WEIGHTS: &str = "adapter_model.bin";
+pub(crate) const CONFIG_NAME: &str = "adapter_config.json";
+const SAFETENSORS_WEIGHTS_NAME: &str = "adapter_model.safetensors";
+/// The file name that older versions of PEFT wrote.
+const WEIGHTS_NAME: &str = "adapter_model.bin";
 
-/// PEFT's key for a part (`lora_A`, `lora_B`, `lora_magnitude_vector`) of the adapter of the layer at `path`.
-pub fn key(path: &str, part: &str) -> String {
+/// Returns PEFT's key for the tensor `part` (`lora_A`, `lora_B`, `lora_magnitude_vector`) of the layer at `path`.
+pub fn tensor_key(path: &str, part: &str) -> String {
     let end = if part == "lora_magnitude_vector" { "" } else { ".weight" };
     format!("base_model.model.{path}.{part}{end}")
 }
 
-/// Refuses tensors that are not exactly the expected ones.
-pub(crate) fn fits(
+/// Checks that `tensors` are exactly the expected ones, by key and shape.
+pub(crate) fn check_tensors(
     directory: &Path,
     expected: &[(String, Vec<usize>)],
     tensors: &BTreeMap<String, TensorData>,
@@ -44,43 +44,43 @@ pub(crate) fn fits(
     Err(Error::Mismatch { path: directory.to_owned(), message: problems.join("; ") })
 }
 
-/// An adapter directory's configuration, its tensors in f32 by key, and the configuration fields that are not known here.
-pub type Adapter = (LoraConfig, BTreeMap<String, TensorData>, Vec<String>);
+/// The content of an adapter directory: its configuration, its tensors in f32 by key, and unknown configuration fields.
+pub type AdapterFiles = (LoraConfig, BTreeMap<String, TensorData>, Vec<String>);
 
-/// Reads a LoRA adapter's directory. Tensors in f16 or bf16 are widened.
+/// Reads a LoRA adapter's directory. Tensors in f16 or bf16 are converted to f32.
 ///
 /// # Errors
 /// If a file is missing or malformed, or the adapter needs a feature that is not supported.
-pub fn read(directory: &Path) -> Result<Adapter, Error> {
-    let (config, unknown) = LoraConfig::from_json(&directory.join(CONFIG), read_config(directory)?)?;
+pub fn read(directory: &Path) -> Result<AdapterFiles, Error> {
+    let (config, unknown) = LoraConfig::from_json(&directory.join(CONFIG_NAME), read_config(directory)?)?;
     Ok((config, read_tensors(directory)?, unknown))
 }
 
-/// The content of an adapter directory's `adapter_config.json`.
+/// Reads an adapter directory's `adapter_config.json`.
 ///
 /// # Errors
-/// If the file is missing or no JSON.
+/// If the file is missing or is not JSON.
 pub fn read_config(directory: &Path) -> Result<Value, Error> {
-    let path = directory.join(CONFIG);
+    let path = directory.join(CONFIG_NAME);
     let text = fs::read(&path).map_err(|e| Error::io(&path, e))?;
     serde_json::from_slice(&text).map_err(|e| Error::format(&path, "content", "JSON", e))
 }
 
-/// An adapter directory's tensors by key, in f32; those in f16 or bf16 are widened.
+/// Reads an adapter directory's tensors, by key; those in f16 or bf16 are converted to f32.
 ///
 /// # Errors
 /// If the file is missing or malformed.
 pub fn read_tensors(directory: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
-    let (path, old) = (directory.join(WEIGHTS), directory.join(OLD_WEIGHTS));
+    let (path, old) = (directory.join(SAFETENSORS_WEIGHTS_NAME), directory.join(WEIGHTS_NAME));
     if !path.exists() && old.exists() {
-        let expected = "adapter_model.safetensors, which PEFT writes for it: \
+        let expected = "adapter_model.safetensors, to which PEFT converts it: \
             PeftModel.from_pretrained(model, directory).save_pretrained(directory)";
-        return Err(Error::format(&old, "content", expected, "a pickle of torch"));
+        return Err(Error::format(&old, "content", expected, "a PyTorch pickle"));
     }
     read_file(&path)
 }
 
-/// The tensors of a safetensors file, as [`read_tensors`].
+/// Reads the tensors of a safetensors file in f32, like [`read_tensors`].
 pub(crate) fn read_file(path: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
     let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(path, "header", "safetensors", e))?;
@@ -104,7 +104,7 @@ fn widen(view: &TensorView<'_>) -> Option<Vec<f32>> {
     })
 }
 
-/// Writes an adapter directory: each file beside its place, then renamed, the configuration last.
+/// Writes an adapter directory. Each file is replaced atomically; the configuration comes last.
 ///
 /// # Errors
 /// If the directory or a file cannot be written.
@@ -118,21 +118,22 @@ pub fn write(directory: &Path, config: &Value, tensors: Vec<(String, TensorData)
         views.push((name.clone(), view));
     }
     let metadata = Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
-    let bytes = safetensors::serialize(views, metadata).map_err(|e| Error::format(directory, WEIGHTS, "tensors", e))?;
-    replace(&directory.join(WEIGHTS), &bytes)?;
-    let json =
-        serde_json::to_string_pretty(config).map_err(|e| Error::format(directory, CONFIG, "serialisable values", e))?;
-    replace(&directory.join(CONFIG), json.as_bytes())
+    let bytes = safetensors::serialize(views, metadata)
+        .map_err(|e| Error::format(directory, SAFETENSORS_WEIGHTS_NAME, "tensors", e))?;
+    atomic_write(&directory.join(SAFETENSORS_WEIGHTS_NAME), &bytes)?;
+    let json = serde_json::to_string_pretty(config)
+        .map_err(|e| Error::format(directory, CONFIG_NAME, "serialisable values", e))?;
+    atomic_write(&directory.join(CONFIG_NAME), json.as_bytes())
 }
 
-/// Writes beside `path`, then renames, so that a reader sees the old file or the new one.
-fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+/// Replaces a file atomically, by writing a temporary file and renaming it: a reader sees the old file or the new one.
+fn atomic_write(path: &Path, bytes: &[u8]) -> Result<(), Error> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".part");
     let beside = Path::new(&beside);
     let result = fs::write(beside, bytes).and_then(|()| fs::rename(beside, path));
     result.map_err(|e| {
-        // What was half-written goes; the error that matters is the first one.
+        // Remove the partial file; report the first error, not one of the removal.
         let _ = fs::remove_file(beside);
         Error::io(path, e)
     })

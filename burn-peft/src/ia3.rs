@@ -1,8 +1,8 @@
-//! IA3: features scaled by learned factors (Liu et al., 2022, arXiv:2205.05638).
+//! IA3: scales features by learned factors (Liu et al., 2022, arXiv:2205.05638).
 
 use crate::{
-    Error, Linear, Linears, TargetModules, adapter::admit, config::default_if_null, format, kernel::LinearKernels,
-    param,
+    Error, Linear, Linears, TargetModules, adapter::check_new_adapter, config::default_if_null, format,
+    kernel::LinearKernels, param,
 };
 use burn::{
     module::{Module, Param},
@@ -12,16 +12,16 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::path::Path;
 
-/// The factors of one linear layer: of its output features, or of its input features in a feed-forward layer.
+/// The IA3 factors of one linear layer: they scale its output features, or its input features in a feed-forward layer.
 #[derive(Module, Debug)]
 pub struct Ia3<B: LinearKernels> {
-    /// `[out, 1]`, or `[1, in]` in a feed-forward layer: PEFT's `ia3_l`.
+    /// PEFT's `ia3_l`: `[out, 1]`, or `[1, in]` in a feed-forward layer.
     pub ia3_l: Param<Tensor<B, 2>>,
     /// The adapter's name.
     pub name: String,
-    /// Whether the factors are in the layer's weight.
+    /// True if the factors are merged into the layer's weight.
     pub merged: bool,
-    /// Whether they act in a pass that does not name adapters.
+    /// True if the adapter is active: a forward pass without a route applies it.
     pub active: bool,
 }
 
@@ -36,7 +36,7 @@ impl<B: LinearKernels> Ia3<B> {
         }
     }
 
-    /// Whether input features are scaled.
+    /// Returns true if the factors scale the input features.
     pub fn is_feedforward(&self) -> bool {
         self.ia3_l.lazy_shape()[0] == 1
     }
@@ -52,22 +52,22 @@ impl<B: LinearKernels> Ia3<B> {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Ia3Config {
-    /// The layers whose features are scaled.
+    /// The layers that get IA3 factors.
     #[serde(deserialize_with = "or_default_targets")]
     pub target_modules: TargetModules,
-    /// Those of them whose input features are scaled.
+    /// The target modules whose input features are scaled instead of the output features.
     #[serde(deserialize_with = "or_default_feedforward")]
     pub feedforward_modules: TargetModules,
-    /// Layers that are left out.
+    /// Layers that get no factors even if `target_modules` selects them.
     pub exclude_modules: Option<TargetModules>,
-    /// Start from factors of 1, which change nothing.
+    /// If true, the factors are initialized to 1, which changes nothing.
     #[serde(deserialize_with = "default_if_null")]
     pub init_ia3_weights: bool,
-    /// The base model, for the record.
+    /// The name or path of the base model, for information only.
     pub base_model_name_or_path: Option<String>,
 }
 
-fn named(names: &[&str]) -> TargetModules {
+fn suffixes(names: &[&str]) -> TargetModules {
     TargetModules::Suffixes(names.iter().map(|name| (*name).to_owned()).collect())
 }
 
@@ -80,11 +80,11 @@ fn or_default_feedforward<'de, D: serde::Deserializer<'de>>(deserializer: D) -> 
 }
 
 impl Default for Ia3Config {
-    /// PEFT's for LLaMA.
+    /// Returns PEFT's default for LLaMA.
     fn default() -> Self {
         Self {
-            target_modules: named(&["k_proj", "v_proj", "down_proj"]),
-            feedforward_modules: named(&["down_proj"]),
+            target_modules: suffixes(&["k_proj", "v_proj", "down_proj"]),
+            feedforward_modules: suffixes(&["down_proj"]),
             exclude_modules: None,
             init_ia3_weights: true,
             base_model_name_or_path: None,
@@ -92,7 +92,7 @@ impl Default for Ia3Config {
     }
 }
 
-/// Fields that change nothing for a trained adapter.
+/// Fields that make no difference for a trained adapter.
 const IGNORED: [&str; 8] = [
     "auto_mapping",
     "fan_in_fan_out",
@@ -105,10 +105,10 @@ const IGNORED: [&str; 8] = [
 ];
 
 impl Ia3Config {
-    /// Reads `adapter_config.json`'s content; the second value names fields that are not known here.
+    /// Parses the content of `adapter_config.json`. The second value names unknown fields.
     ///
     /// # Errors
-    /// If the adapter is of another kind or uses a feature that is not supported.
+    /// If the adapter is not IA3 or uses a feature that is not supported.
     pub fn from_json(path: &Path, value: Value) -> Result<(Self, Vec<String>), Error> {
         if value["peft_type"] != "IA3" {
             return Err(Error::format(path, "peft_type", "IA3", &value["peft_type"]));
@@ -126,7 +126,7 @@ impl Ia3Config {
         Ok((config, names.filter(|name| !known(name)).cloned().collect()))
     }
 
-    /// `adapter_config.json` as PEFT writes it.
+    /// Returns the content of `adapter_config.json` as PEFT writes it.
     pub fn to_json(&self) -> Value {
         let mut all = json!(self);
         let fixed = json!({
@@ -140,8 +140,11 @@ impl Ia3Config {
         all
     }
 
-    /// The selected layers' paths and the shapes of their factors. A tied head that is selected gets a weight of its own.
-    fn selected<B: LinearKernels, M: Linears<B>>(&self, model: &mut M) -> Result<Vec<(String, [usize; 2])>, Error> {
+    /// Returns the selected layers' paths and the shapes of their factors. Unties the output head if it is selected.
+    fn target_layers<B: LinearKernels, M: Linears<B>>(
+        &self,
+        model: &mut M,
+    ) -> Result<Vec<(String, [usize; 2])>, Error> {
         let (target, feedforward) = (self.target_modules.matcher()?, self.feedforward_modules.matcher()?);
         let exclude = self.exclude_modules.as_ref().map(TargetModules::matcher).transpose()?;
         let selects =
@@ -166,13 +169,13 @@ impl Ia3Config {
     }
 }
 
-/// PEFT's key of the factors of the layer at `path`.
-fn key(path: &str) -> String {
+/// Returns PEFT's key for the factors of the layer at `path`.
+fn tensor_key(path: &str) -> String {
     format!("base_model.model.{path}.ia3_l")
 }
 
-/// Puts factors, made by `factors` from path and shape, on the selected layers.
-fn place<B: LinearKernels, M: Linears<B>>(
+/// Adds an adapter to the selected layers; `factors` makes its values for a layer's path and shape.
+fn inject<B: LinearKernels, M: Linears<B>>(
     model: &mut M,
     name: &str,
     selected: Vec<(String, [usize; 2])>,
@@ -187,22 +190,22 @@ fn place<B: LinearKernels, M: Linears<B>>(
     });
 }
 
-/// Adds factors of 1 to every layer that `config` selects: they change nothing yet.
+/// Adds IA3 factors of 1 to every layer that `config` selects: they change nothing yet.
 ///
 /// # Errors
-/// If nothing is selected, the name is taken, or a random start is asked for.
+/// If nothing is selected, the name is taken, or the configuration asks for random factors.
 pub fn attach<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str, config: &Ia3Config) -> Result<(), Error> {
     if !config.init_ia3_weights {
-        return Err(Error::config("`init_ia3_weights` should be true: other factors than 1 break the model"));
+        return Err(Error::config("`init_ia3_weights` should be true: initial factors other than 1 break the model"));
     }
-    admit(model, name, false)?;
-    let selected = config.selected(model)?;
-    place(model, name, selected, |_, shape, device| Tensor::ones(shape, (device, DType::F32)));
+    check_new_adapter(model, name, false)?;
+    let selected = config.target_layers(model)?;
+    inject(model, name, selected, |_, shape, device| Tensor::ones(shape, (device, DType::F32)));
     Ok(())
 }
 
-/// Reads PEFT's directory of an IA3 adapter and adds it to the model under `name`. Returns its configuration and the names of
-/// configuration fields that were not understood.
+/// Reads an IA3 adapter from a PEFT directory and adds it to the model as `name`. Returns its configuration and the
+/// names of unknown configuration fields.
 ///
 /// # Errors
 /// If a file is missing or malformed, if the adapter does not fit the model, or if the name is taken.
@@ -211,21 +214,21 @@ pub fn load<B: LinearKernels, M: Linears<B>>(
     name: &str,
     directory: &Path,
 ) -> Result<(Ia3Config, Vec<String>), Error> {
-    let path = directory.join(format::CONFIG);
+    let path = directory.join(format::CONFIG_NAME);
     let (config, unknown) = Ia3Config::from_json(&path, format::read_config(directory)?)?;
     let mut tensors = format::read_tensors(directory)?;
-    admit(model, name, false)?;
-    let selected = config.selected(model)?;
-    let expected: Vec<_> = selected.iter().map(|(path, shape)| (key(path), shape.to_vec())).collect();
-    format::fits(directory, &expected, &tensors)?;
-    place(model, name, selected, |path, shape, device| match tensors.remove(&key(path)) {
+    check_new_adapter(model, name, false)?;
+    let selected = config.target_layers(model)?;
+    let expected: Vec<_> = selected.iter().map(|(path, shape)| (tensor_key(path), shape.to_vec())).collect();
+    format::check_tensors(directory, &expected, &tensors)?;
+    inject(model, name, selected, |path, shape, device| match tensors.remove(&tensor_key(path)) {
         Some(data) => Tensor::from_data(data, (device, DType::F32)),
         None => Tensor::ones(shape, (device, DType::F32)),
     });
     Ok((config, unknown))
 }
 
-/// Writes the named adapter as PEFT's directory.
+/// Writes the named adapter as a PEFT directory.
 ///
 /// # Errors
 /// If the model has no such adapter or the directory cannot be written.
@@ -238,10 +241,10 @@ pub fn save<B: LinearKernels, M: Linears<B>>(
     let mut tensors = Vec::new();
     model.linears(&mut |path, linear| {
         let named = linear.ia3.iter().find(|ia3| ia3.name == name);
-        tensors.extend(named.map(|ia3| (key(path), ia3.ia3_l.val().into_data())));
+        tensors.extend(named.map(|ia3| (tensor_key(path), ia3.ia3_l.val().into_data())));
     });
     if tensors.is_empty() {
-        return Err(Error::Name { name: name.to_owned(), state: "is on no layer of the model" });
+        return Err(Error::InvalidAdapter { name: name.to_owned(), state: "is on no layer of the model" });
     }
     format::write(directory, &config.to_json(), tensors)
 }

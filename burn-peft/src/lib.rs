@@ -1,4 +1,4 @@
-//! Linear layers that carry adapters, for [Burn](burn), and the files that PEFT itself reads and writes.
+//! Linear layers with adapters for [Burn](burn), in the file format that Hugging Face PEFT reads and writes.
 //!
 //! ```text
 //!            x [tokens, in]
@@ -10,37 +10,38 @@
 //!            y = x·Wᵀ + bias + Σ s·(dropout(x)·Aᵀ)·Bᵀ
 //! ```
 //!
-//! The key decision: an adapter works on the activations. `W + s·B·A` is never formed while training, so the backward
-//! pass needs neither that matrix nor its gradient; the cost is two thin products per adapted layer. Weights and
-//! adapters keep the layout of the checkpoint, `[out, in]`, so nothing is transposed when files are read or written.
+//! The key design decision: an adapter works on the activations. `W + s·B·A` is never formed during training, so the
+//! backward pass needs neither that matrix nor its gradient; the cost is two thin matrix products per adapted layer.
+//! Weights and adapters keep the layout of the checkpoint, `[out, in]`, so file input and output transpose nothing.
 //!
 //! ```
 //! use burn::{backend::Flex, tensor::{Distribution, Tensor}};
-//! use burn_peft::{Linear, LoraConfig, Pass};
+//! use burn_peft::{ForwardContext, Linear, LoraConfig};
 //!
 //! let device = Default::default();
 //! let weight = Tensor::<Flex, 2>::random([6, 4], Distribution::Default, &device);
 //! let mut layer = Linear::new("q_proj", weight, None);
 //! let x = Tensor::<Flex, 2>::random([3, 4], Distribution::Default, &device);
-//! let before = layer.forward(x.clone(), &Pass::default());
+//! let before = layer.forward(x.clone(), &ForwardContext::default());
 //! layer.attach("q_proj", "default", &LoraConfig { r: 2, ..LoraConfig::default() }, 0)?;
-//! let after = layer.forward(x, &Pass::default());
-//! // An adapter starts as the identity: B is zero.
+//! let after = layer.forward(x, &ForwardContext::default());
+//! // A new adapter leaves the output unchanged: B is zero.
 //! assert_eq!(before.into_data(), after.into_data());
 //! # Ok::<(), burn_peft::Error>(())
 //! ```
 //!
-//! Where to look: [`adapter`] puts LoRA and its family (DoRA, PiSSA, patterns, biases and whole modules beside it) on a
-//! model, [`ia3`] learned factors, [`prompt`] virtual tokens (prefix tuning, prompt tuning, P-tuning). All of them read
-//! and write PEFT's own directories. Several can be on a model by their names; [`adapter`] switches, merges, combines
-//! and swaps them, and a [`Route`] lets each row of a batch have its own. [`packed`] keeps frozen weights in the blocks
-//! of their file, or makes NF4 of them. `examples/foreign.rs` puts a prefix and LoRA on a model that knows nothing of
-//! this crate but [`Linear`].
+//! Where to look: [`adapter`] adds LoRA and its variants (DoRA, PiSSA, rank patterns, trained biases and
+//! `modules_to_save`) to a model, [`ia3`] adds IA3, and [`prompt`] adds virtual tokens (prefix tuning, prompt tuning,
+//! P-tuning). All of them read and write PEFT's adapter directories. A model can hold several named adapters;
+//! [`adapter`] activates, merges, combines and hot-swaps them, and a [`Route`] selects an adapter per row of a batch.
+//! [`packed`] keeps frozen weights in the quantized blocks of their file, or quantizes them to NF4.
+//! `examples/foreign.rs` adds a prefix and LoRA to a model that uses nothing of this crate but [`Linear`].
 #![deny(missing_docs)]
 #![recursion_limit = "256"]
 
 pub mod adapter;
 pub mod config;
+mod context;
 mod error;
 pub mod format;
 pub mod ia3;
@@ -49,7 +50,6 @@ mod linear;
 pub mod lora;
 pub mod packed;
 pub mod param;
-mod pass;
 pub mod prompt;
 pub mod random;
 pub mod route;
@@ -58,11 +58,11 @@ mod weight;
 
 pub use adapter::Linears;
 pub use config::LoraConfig;
+pub use context::{DropoutKey, ForwardContext, TokenPosition};
 pub use error::Error;
 pub use ia3::{Ia3, Ia3Config};
 pub use linear::Linear;
 pub use lora::Lora;
-pub use pass::{Noise, Pass, Token};
 pub use prompt::{Prompt, PromptConfig};
 pub use route::Route;
 pub use target::TargetModules;

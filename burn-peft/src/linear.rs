@@ -1,127 +1,128 @@
-//! The linear layer that every projection of a model is.
+//! The linear layer with adapters, used for every projection of a model.
 
 use crate::{
-    Error, Ia3, Lora, LoraConfig, Pass, Weight, config::InitLora, kernel::LinearKernels, lora::Dora, packed::Packed,
-    param, route::Reach,
+    Error, ForwardContext, Ia3, Lora, LoraConfig, Weight, config::InitLoraWeights, kernel::LinearKernels, lora::Dora,
+    packed::PackedWeight, param, route::TokenSelection,
 };
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
 };
 
-/// `y = x·Wᵀ + bias + Σ adapters`. The weight keeps the layout `[out, in]` and the path `….weight` of the checkpoint; it is
-/// stored as f32, f16 or bf16, or packed, while activations and adapters are f32.
+/// A linear layer with adapters: `y = x·Wᵀ + bias + Σ adapters`. The weight keeps the layout `[out, in]` and the path
+/// `….weight` of the checkpoint; it is stored as f32, f16 or bf16, or packed, while activations and adapters are f32.
 #[derive(Module, Debug)]
 pub struct Linear<B: LinearKernels> {
-    /// `W [out, in]`.
+    /// The weight `W [out, in]`.
     pub weight: Weight<B>,
-    /// `[out]`, in f32.
+    /// The bias `[out]`, in f32.
     pub bias: Option<Param<Tensor<B, 1>>>,
-    /// The low-rank adapters, in the order in which they were attached. Those that are active add to the output.
+    /// The LoRA adapters, in the order in which they were attached. The active ones add to the output.
     pub adapters: Vec<Lora<B>>,
-    /// Learned factors of the layer's own features.
+    /// The IA3 adapters.
     pub ia3: Vec<Ia3<B>>,
-    /// The names of those in the weight, in the order of merging.
+    /// The names of the adapters that are merged into the weight, in the order of merging.
     #[module(skip)]
-    merged: Vec<String>,
+    merged_adapters: Vec<String>,
 }
 
 impl<B: LinearKernels> Linear<B> {
-    /// A layer at `path` (its key in the checkpoint, without `.weight`) with trainable `weight [out, in]` and `bias [out]`.
+    /// Creates a layer at `path` (its key in the checkpoint, without `.weight`) with trainable `weight [out, in]` and
+    /// `bias [out]`.
     pub fn new(path: &str, weight: Tensor<B, 2>, bias: Option<Tensor<B, 1>>) -> Self {
-        Self::with(path, Weight::dense(&format!("{path}.weight"), weight), bias)
+        Self::from_weight(path, Weight::dense(&format!("{path}.weight"), weight), bias)
     }
 
-    /// A layer at `path` with a frozen packed weight and trainable `bias [out]`.
-    pub fn packed(path: &str, weight: Packed<B>, bias: Option<Tensor<B, 1>>) -> Self {
-        Self::with(path, Weight::packed(&format!("{path}.weight"), weight), bias)
+    /// Creates a layer at `path` with a frozen packed weight and trainable `bias [out]`.
+    pub fn packed(path: &str, weight: PackedWeight<B>, bias: Option<Tensor<B, 1>>) -> Self {
+        Self::from_weight(path, Weight::packed(&format!("{path}.weight"), weight), bias)
     }
 
-    /// A layer at `path` with the given weight and trainable `bias [out]`.
-    pub fn with(path: &str, weight: Weight<B>, bias: Option<Tensor<B, 1>>) -> Self {
+    /// Creates a layer at `path` with the given weight and trainable `bias [out]`.
+    pub fn from_weight(path: &str, weight: Weight<B>, bias: Option<Tensor<B, 1>>) -> Self {
         Self {
             weight,
             bias: bias.map(|bias| Param::initialized(param::id(&format!("{path}.bias")), bias.require_grad())),
             adapters: Vec::new(),
             ia3: Vec::new(),
-            merged: Vec::new(),
+            merged_adapters: Vec::new(),
         }
     }
 
-    /// `[out, in]`.
+    /// Returns the shape `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
         self.weight.shape()
     }
 
-    /// `x [tokens, in]` → `[tokens, out]`, in the type of `x`.
-    pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
+    /// Computes the layer with its adapters: `x [tokens, in]` → `[tokens, out]`, in the type of `x`.
+    pub fn forward(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
         let tokens = x.dims()[0];
-        let mut y = self.weight.linear(self.scaled(x.clone(), true, pass), pass.compute);
+        let mut y = self.weight.linear(self.apply_ia3(x.clone(), true, pass), pass.compute);
         let base = self.adapters.iter().any(|adapter| adapter.dora.is_some()).then(|| y.clone());
         if let Some(bias) = &self.bias {
             y = y + bias.val().unsqueeze();
         }
-        y = self.scaled(y, false, pass);
+        y = self.apply_ia3(y, false, pass);
         for adapter in self.adapters.iter().filter(|adapter| !adapter.merged) {
-            let Some(reach) = pass.reach(&adapter.name, adapter.active, tokens) else { continue };
-            let x = reach.take(x.clone());
+            let Some(selection) = pass.token_selection(&adapter.name, adapter.active, tokens) else { continue };
+            let x = selection.gather(x.clone());
             let added = match (&adapter.dora, &base) {
                 (Some(dora), Some(base)) => {
-                    adapter.forward_with_magnitude(dora, x, (reach.take(base.clone()), &self.weight), pass)
+                    adapter.forward_dora(dora, x, (selection.gather(base.clone()), &self.weight), pass)
                 }
                 _ => adapter.forward(x, pass),
             };
-            y = reach.add(y, added);
+            y = selection.scatter_add(y, added);
         }
         y
     }
 
-    /// `x` with its features scaled by the factors of the layer's inputs (`feedforward`) or outputs.
-    fn scaled(&self, x: Tensor<B, 2>, feedforward: bool, pass: &Pass) -> Tensor<B, 2> {
+    /// Scales the features of `x` by the active IA3 factors of the layer's inputs (if `feedforward`) or outputs.
+    fn apply_ia3(&self, x: Tensor<B, 2>, feedforward: bool, pass: &ForwardContext) -> Tensor<B, 2> {
         let tokens = x.dims()[0];
         self.ia3.iter().filter(|ia3| !ia3.merged && ia3.is_feedforward() == feedforward).fold(x, |x, ia3| {
-            match pass.reach(&ia3.name, ia3.active, tokens) {
+            match pass.token_selection(&ia3.name, ia3.active, tokens) {
                 None => x,
-                Some(Reach::ALL) => ia3.scale(x),
-                Some(reach) => {
-                    let part = reach.take(x.clone());
-                    reach.add(x, ia3.scale(part.clone()) - part)
+                Some(TokenSelection::ALL) => ia3.scale(x),
+                Some(selection) => {
+                    let part = selection.gather(x.clone());
+                    selection.scatter_add(x, ia3.scale(part.clone()) - part)
                 }
             }
         })
     }
 
-    /// Adds a new adapter; `seed` and the layer's path decide its random numbers. A start from the weight takes the adapter's
-    /// part off it, so that the layer computes what it did; it does too with every other start but `false`.
+    /// Adds a new LoRA adapter; its random numbers depend on `seed` and the layer's path. PiSSA and OLoRA subtract the
+    /// initial `s·B·A` from the weight. The layer's output stays the same with every initialization but `false`.
     ///
     /// # Errors
-    /// If the start takes something off a weight that is packed.
+    /// If the initialization changes the weight and that is packed, or the rank is too large for it.
     pub fn attach(&mut self, path: &str, name: &str, config: &LoraConfig, seed: u64) -> Result<(), Error> {
-        self.fits(path, config)?;
+        self.check_init(path, config)?;
         let device = self.weight.device();
         let mut adapter = match config.init_lora_weights {
-            InitLora::Pissa { niter } => Lora::principal(path, name, config, self.weight.val(), (niter, seed)),
-            InitLora::Olora => Lora::leading(path, name, config, self.weight.val()),
+            InitLoraWeights::Pissa { niter } => Lora::pissa_init(path, name, config, self.weight.val(), (niter, seed)),
+            InitLoraWeights::Olora => Lora::olora_init(path, name, config, self.weight.val()),
             _ => Lora::new(path, name, config, self.shape(), (seed, &device)),
         };
-        if config.init_lora_weights.splits_weight() {
-            let delta = adapter.delta().neg();
+        if config.init_lora_weights.mutates_base_weights() {
+            let delta = adapter.delta_weight().neg();
             self.map_weight(|weight| weight + delta);
         }
         if config.use_dora {
-            let magnitude = crate::lora::norm(&adapter, &self.weight.stored());
+            let magnitude = crate::lora::weight_norm(&adapter, &self.weight.matrix_ref());
             adapter.dora = Some(Dora::new(path, name, magnitude));
         }
         self.adapters.push(adapter);
         Ok(())
     }
 
-    /// An error if an adapter of that configuration cannot start here.
-    pub(crate) fn fits(&self, path: &str, config: &LoraConfig) -> Result<(), Error> {
+    /// Returns an error if an adapter of that configuration cannot be initialized on this layer.
+    pub(crate) fn check_init(&self, path: &str, config: &LoraConfig) -> Result<(), Error> {
         match config.init_lora_weights {
-            InitLora::Pissa { .. } => self.weight.writable("init_lora_weights = \"pissa\"")?,
-            InitLora::Olora => self.weight.writable("init_lora_weights = \"olora\"")?,
-            InitLora::Loftq => {}
+            InitLoraWeights::Pissa { .. } => self.weight.check_writable("init_lora_weights = \"pissa\"")?,
+            InitLoraWeights::Olora => self.weight.check_writable("init_lora_weights = \"olora\"")?,
+            InitLoraWeights::Loftq => {}
             _ => return Ok(()),
         }
         let (r, [out, features]) = (config.rank_at(path), self.shape());
@@ -134,69 +135,70 @@ impl<B: LinearKernels> Linear<B> {
         Ok(())
     }
 
-    /// Whether an adapter acts beside the weight in a pass that names none.
+    /// Returns true if the layer has an adapter that is active and not merged.
     pub fn is_adapted(&self) -> bool {
         self.adapters.iter().any(|adapter| adapter.active && !adapter.merged)
             || self.ia3.iter().any(|ia3| ia3.active && !ia3.merged)
     }
 
-    /// The low-rank adapter of that name.
+    /// Returns the LoRA adapter of that name.
     pub fn adapter(&self, name: &str) -> Option<&Lora<B>> {
         self.adapters.iter().find(|adapter| adapter.name == name)
     }
 
-    /// Puts the named adapter into the weight (`s·B·A` is added, a magnitude or factors multiply); nothing happens if that was
-    /// done before or if the layer has no such adapter. Computed in f32 and stored in the weight's type.
+    /// Merges the named adapter into the weight: adds `s·B·A`, scales by DoRA's magnitude or IA3's factors. Does
+    /// nothing if it is merged already or missing. Computes in f32 and stores in the weight's type.
     ///
     /// # Errors
     /// If the weight is packed.
     pub fn merge(&mut self, name: &str) -> Result<(), Error> {
-        self.mergeable(name)?;
-        if self.carries(name) && !self.merged.iter().any(|merged| merged == name) {
-            self.shift(name, true);
-            self.merged.push(name.to_owned());
+        self.check_mergeable(name)?;
+        if self.has_adapter(name) && !self.merged_adapters.iter().any(|merged| merged == name) {
+            self.set_merged(name, true);
+            self.merged_adapters.push(name.to_owned());
         }
         Ok(())
     }
 
-    /// An error if the layer has the named adapter and no weight that takes it in.
-    pub(crate) fn mergeable(&self, name: &str) -> Result<(), Error> {
-        if self.carries(name) { self.weight.writable("merging an adapter") } else { Ok(()) }
+    /// Returns an error if the layer has the named adapter but cannot merge it because the weight is packed.
+    pub(crate) fn check_mergeable(&self, name: &str) -> Result<(), Error> {
+        if self.has_adapter(name) { self.weight.check_writable("merging an adapter") } else { Ok(()) }
     }
 
-    /// Whether the layer has the named adapter.
-    pub(crate) fn carries(&self, name: &str) -> bool {
+    /// Returns true if the layer has the named adapter.
+    pub(crate) fn has_adapter(&self, name: &str) -> bool {
         self.adapter(name).is_some() || self.ia3.iter().any(|ia3| ia3.name == name)
     }
 
-    /// Whether everything that merging the named adapter would write is a number.
-    pub(crate) fn is_finite(&self, name: &str) -> bool {
-        // A sum, because the largest value of a device may pass over NaN; zeros, because finite values may add up to infinity.
+    /// Returns true if all values by which merging the named adapter would change the weight are finite.
+    pub(crate) fn is_delta_finite(&self, name: &str) -> bool {
+        // Sums instead of a maximum, because a device's maximum may skip NaN; of `x·0`, because a sum of finite values
+        // may overflow to infinity.
         let whole = |x: Tensor<B, 2>| (x * 0.0).sum().into_data().iter::<f64>().all(|sum| sum == 0.0);
         let low_rank = self.adapter(name).is_none_or(|adapter| {
             let magnitude = adapter.dora.as_ref().map(|dora| dora.magnitude.val().unsqueeze());
-            whole(adapter.delta()) && magnitude.is_none_or(whole)
+            whole(adapter.delta_weight()) && magnitude.is_none_or(whole)
         });
         low_rank && self.ia3.iter().filter(|ia3| ia3.name == name).all(|ia3| whole(ia3.ia3_l.val()))
     }
 
-    /// Takes a merged adapter out of the weight again. Those that were merged after it scale or were scaled by what it left: they
-    /// are taken out first and merged again.
+    /// Unmerges the named adapter from the weight. Adapters that were merged after it are unmerged first and merged
+    /// again, because DoRA and IA3 scale the weight and so do not commute with other adapters.
     pub fn unmerge(&mut self, name: &str) {
-        let Some(index) = self.merged.iter().position(|merged| merged == name) else { return };
-        let later = self.merged.split_off(index);
-        later.iter().rev().for_each(|name| self.shift(name, false));
+        let Some(index) = self.merged_adapters.iter().position(|merged| merged == name) else { return };
+        let later = self.merged_adapters.split_off(index);
+        later.iter().rev().for_each(|name| self.set_merged(name, false));
         for name in later.into_iter().skip(1) {
-            self.shift(&name, true);
-            self.merged.push(name);
+            self.set_merged(&name, true);
+            self.merged_adapters.push(name);
         }
     }
 
-    fn shift(&mut self, name: &str, merge: bool) {
+    fn set_merged(&mut self, name: &str, merge: bool) {
         let wanted = |found: &str, merged: bool| found == name && merged != merge;
         if let Some(index) = self.adapters.iter().position(|adapter| wanted(&adapter.name, adapter.merged)) {
             let mut adapter = self.adapters.remove(index);
-            self.map_weight(|weight| adapter.shifted(weight, merge));
+            self.map_weight(|weight| adapter.apply_merge(weight, merge));
             self.adapters.insert(index, adapter);
         }
         if let Some(index) = self.ia3.iter().position(|ia3| wanted(&ia3.name, ia3.merged)) {
@@ -216,7 +218,7 @@ impl<B: LinearKernels> Linear<B> {
         }
     }
 
-    /// Changes the weight, given and returned in f32.
+    /// Replaces the values of the weight by those that `change` returns; both are f32. A packed weight stays as it is.
     pub(crate) fn map_weight(&mut self, change: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>) {
         self.weight.map_dense(|weight| {
             let (dtype, trained) = (weight.dtype(), weight.is_require_grad());
@@ -224,15 +226,18 @@ impl<B: LinearKernels> Linear<B> {
         });
     }
 
-    /// Removes the named adapter.
+    /// Deletes the named adapter.
     ///
     /// # Errors
-    /// If it is merged: its values would stay in the weight.
-    pub fn detach(&mut self, name: &str) -> Result<(), Error> {
+    /// If it is merged: its values would remain in the weight.
+    pub fn delete_adapter(&mut self, name: &str) -> Result<(), Error> {
         let low_rank = self.adapters.iter().map(|adapter| (&adapter.name, adapter.merged));
         let mut all = low_rank.chain(self.ia3.iter().map(|ia3| (&ia3.name, ia3.merged)));
         if all.any(|(found, merged)| found == name && merged) {
-            return Err(Error::Name { name: name.to_owned(), state: "is merged into the weights; unmerge it first" });
+            return Err(Error::InvalidAdapter {
+                name: name.to_owned(),
+                state: "is merged into the weights; unmerge it first",
+            });
         }
         self.adapters.retain(|adapter| adapter.name != name);
         self.ia3.retain(|ia3| ia3.name != name);

@@ -1,17 +1,17 @@
-//! Low-rank adaptation (Hu et al., 2021, arXiv:2106.09685), on the activations.
+//! Low-rank adaptation (LoRA: Hu et al., 2021, arXiv:2106.09685), computed on the activations.
 
 mod dora;
-mod start;
+mod init;
 mod svd;
 
 pub use dora::Dora;
-pub(crate) use dora::norm;
-use start::leading;
-pub(crate) use svd::halves;
+pub(crate) use dora::weight_norm;
+use init::olora_init;
+pub(crate) use svd::low_rank_decomposition;
 
 use crate::{
-    LoraConfig, Pass, Weight, kernel,
-    kernel::{Compute, LinearKernels, Stored},
+    ForwardContext, LoraConfig, Weight, kernel,
+    kernel::{LinearKernels, MatmulPrecision, WeightMatrix},
     param, random,
 };
 use burn::{
@@ -19,33 +19,34 @@ use burn::{
     tensor::{DType, Tensor, TensorData},
 };
 
-/// One low-rank adapter of one linear layer: `Δy = s·(dropout(x)·Aᵀ)·Bᵀ`. Its weights are f32 whatever the layer's are.
+/// One LoRA adapter of one linear layer: `Δy = s·(dropout(x)·Aᵀ)·Bᵀ`. Its weights are always f32.
 #[derive(Module, Debug)]
 pub struct Lora<B: LinearKernels> {
-    /// `A [r, in]`, PEFT's `lora_A.weight`.
+    /// The matrix `A [r, in]`, PEFT's `lora_A.weight`.
     pub lora_a: Param<Tensor<B, 2>>,
-    /// `B [out, r]`, PEFT's `lora_B.weight`.
+    /// The matrix `B [out, r]`, PEFT's `lora_B.weight`.
     pub lora_b: Param<Tensor<B, 2>>,
-    /// The magnitude, if it is learned apart.
+    /// DoRA's magnitude, if the adapter uses DoRA.
     pub dora: Option<Dora<B>>,
     /// The adapter's name, `default` in PEFT's files.
     pub name: String,
-    /// `s`: `lora_alpha / r`, or `lora_alpha / √r` with rank stabilisation.
+    /// The scaling `s`: `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
     pub scaling: f64,
-    /// The probability with which an input feature is dropped in a training pass.
+    /// The dropout probability of an input feature in a training pass.
     pub dropout: f64,
-    /// Whether `s·B·A` has been added to the layer's weight.
+    /// True if `s·B·A` is merged into the layer's weight.
     pub merged: bool,
-    /// Whether it acts in a pass that does not name adapters.
+    /// True if the adapter is active: a forward pass without a route applies it.
     pub active: bool,
-    /// Whether it came with changes of the base model: of its weights, biases or whole modules.
+    /// True if the base model was changed along with the adapter: its weights, biases or `modules_to_save`.
     pub changes_base: bool,
-    /// The layer's path as a number, the last part of the key of its dropout masks.
-    layer: u64,
+    /// The hash of the layer's path: the last part of the key of its dropout masks.
+    layer_key: u64,
 }
 
 impl<B: LinearKernels> Lora<B> {
-    /// A new adapter for the layer at `path` with weights `[out, in]`, with a start that does not need them.
+    /// Creates an adapter for the layer at `path`, whose weight has the `shape` `[out, in]`, with an initialization
+    /// that does not depend on the weight.
     pub fn new(
         path: &str,
         name: &str,
@@ -53,16 +54,16 @@ impl<B: LinearKernels> Lora<B> {
         shape: [usize; 2],
         (seed, device): (u64, &B::Device),
     ) -> Self {
-        let key = random::key(&[seed, random::text(path)]);
+        let key = random::key(&[seed, random::key_from_str(path)]);
         let r = config.rank_at(path);
-        let [a, b] = start::values(&config.init_lora_weights, shape, r, key);
+        let [a, b] = init::initial_values(&config.init_lora_weights, shape, r, key);
         let tensor = |values: Vec<f32>, shape: [usize; 2]| {
             Tensor::<B, 2>::from_data(TensorData::new(values, shape), (device, DType::F32))
         };
         Self::from_tensors(path, name, config, tensor(a, [r, shape[1]]), tensor(b, [shape[0], r]))
     }
 
-    /// An adapter with the given `A [r, in]` and `B [out, r]`.
+    /// Creates an adapter with the given `A [r, in]` and `B [out, r]`.
     pub fn from_tensors(path: &str, name: &str, config: &LoraConfig, a: Tensor<B, 2>, b: Tensor<B, 2>) -> Self {
         let leaf = |part: &str, tensor: Tensor<B, 2>| {
             Param::initialized(param::id(&format!("{path}.{part}.{name}.weight")), tensor.require_grad())
@@ -77,92 +78,95 @@ impl<B: LinearKernels> Lora<B> {
             merged: false,
             active: true,
             changes_base: config.changes_base(),
-            layer: random::text(path),
+            layer_key: random::key_from_str(path),
         }
     }
 
-    /// The adapter that holds the principal part of `weight`, to be taken off it: `s·B·A` is the best approximation of rank `r`.
-    pub(crate) fn principal(
+    /// Creates an adapter with PiSSA's initialization: `s·B·A` is the best approximation of `weight` of rank `r`, which
+    /// the caller has to subtract from the weight.
+    pub(crate) fn pissa_init(
         path: &str,
         name: &str,
         config: &LoraConfig,
         weight: Tensor<B, 2>,
         (niter, seed): (Option<usize>, u64),
     ) -> Self {
-        let key = random::key(&[seed, random::text(path)]);
-        let (a, b) = svd::halves(weight, config.rank_at(path), niter, key);
+        let key = random::key(&[seed, random::key_from_str(path)]);
+        let (a, b) = svd::low_rank_decomposition(weight, config.rank_at(path), niter, key);
         let share = config.scaling_at(path).sqrt();
         Self::from_tensors(path, name, config, a / share, b / share)
     }
 
-    /// The adapter that holds the first directions of the QR decomposition of `weight`, `s·B·A` to be taken off it.
-    pub(crate) fn leading(path: &str, name: &str, config: &LoraConfig, weight: Tensor<B, 2>) -> Self {
-        let (a, b) = leading(weight, config.rank_at(path));
+    /// Creates an adapter with OLoRA's initialization, from the QR decomposition of `weight`. The caller has to
+    /// subtract `s·B·A` from the weight.
+    pub(crate) fn olora_init(path: &str, name: &str, config: &LoraConfig, weight: Tensor<B, 2>) -> Self {
+        let (a, b) = olora_init(weight, config.rank_at(path));
         Self::from_tensors(path, name, config, a, b)
     }
 
-    /// Takes `A [r, in]` and `B [out, r]` for its own, which stay trainable or frozen as they were.
-    pub(crate) fn replace(&mut self, a: Tensor<B, 2>, b: Tensor<B, 2>) {
+    /// Replaces the values of `A [r, in]` and `B [out, r]`; the parameters stay trainable or frozen as they were.
+    pub(crate) fn set_weights(&mut self, a: Tensor<B, 2>, b: Tensor<B, 2>) {
         for (leaf, values) in [(&mut self.lora_a, a), (&mut self.lora_b, b)] {
             let trained = leaf.is_require_grad();
             *leaf = leaf.clone().map(|_| values.detach().set_require_grad(trained));
         }
     }
 
-    /// What the adapter adds to the layer's output: `x [tokens, in]` → `[tokens, out]`. Without the magnitude.
-    pub fn forward(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
+    /// Computes the adapter's addition to the layer's output, without DoRA: `x [tokens, in]` → `[tokens, out]`.
+    pub fn forward(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
         let dtype = x.dtype();
-        let x = self.drop(x.cast(DType::F32), pass);
-        let low = kernel::linear(x, self.lora_a.val(), Compute::F32) * self.scaling;
-        kernel::linear(low, self.lora_b.val(), Compute::F32).cast(dtype)
+        let x = self.apply_dropout(x.cast(DType::F32), pass);
+        let low = kernel::linear(x, self.lora_a.val(), MatmulPrecision::F32) * self.scaling;
+        kernel::linear(low, self.lora_b.val(), MatmulPrecision::F32).cast(dtype)
     }
 
-    /// What an adapter with a magnitude adds to the layer's output: `base [tokens, out]` is `x` times the layer's `weight`.
-    pub(crate) fn forward_with_magnitude(
+    /// Computes the addition of an adapter with DoRA to the layer's output; `base [tokens, out]` is `x` times the
+    /// layer's `weight`.
+    pub(crate) fn forward_dora(
         &self,
         dora: &Dora<B>,
         x: Tensor<B, 2>,
         (base, weight): (Tensor<B, 2>, &Weight<B>),
-        pass: &Pass,
+        pass: &ForwardContext,
     ) -> Tensor<B, 2> {
-        // Both parts see the same features, as in PEFT.
-        let base = match pass.noise {
+        // The base product and the adapter use the same dropout mask, as in PEFT.
+        let base = match pass.dropout {
             Some(_) if self.dropout > 0.0 => {
-                weight.linear(self.drop(x.clone().cast(DType::F32), pass).cast(x.dtype()), pass.compute)
+                weight.linear(self.apply_dropout(x.clone().cast(DType::F32), pass).cast(x.dtype()), pass.compute)
             }
             _ => base,
         };
-        let factor = dora.factor(self, &weight.stored()).unsqueeze::<2>();
+        let factor = dora.mag_norm_scale(self, &weight.matrix_ref()).unsqueeze::<2>();
         let dtype = base.dtype();
         let added = self.forward(x, pass).cast(DType::F32) * factor.clone();
         (base.cast(DType::F32) * (factor - 1.0) + added).cast(dtype)
     }
 
-    fn drop(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
-        let Some(noise) = pass.noise.as_ref().filter(|_| self.dropout > 0.0) else { return x };
+    fn apply_dropout(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
+        let Some(dropout) = pass.dropout.as_ref().filter(|_| self.dropout > 0.0) else { return x };
         let [tokens, features] = x.dims();
-        assert_eq!(tokens, noise.tokens.len(), "the pass names its tokens one by one");
-        let mask = TensorData::new(noise.mask(self.layer, features, self.dropout), [tokens, features]);
+        assert_eq!(tokens, dropout.tokens.len(), "the dropout key lists all tokens of the pass");
+        let mask = TensorData::new(dropout.mask(self.layer_key, features, self.dropout), [tokens, features]);
         let device = x.device();
         x * Tensor::from_data(mask, (&device, DType::F32))
     }
 
-    /// `s·B·A [out, in]` in f32: what merging adds to the weight.
-    pub fn delta(&self) -> Tensor<B, 2> {
+    /// Computes `s·B·A [out, in]` in f32, which merging adds to the weight.
+    pub fn delta_weight(&self) -> Tensor<B, 2> {
         self.lora_b.val().matmul(self.lora_a.val()) * self.scaling
     }
 
-    /// The weight `[out, in]`, in f32, after merging the adapter (or after undoing that).
-    pub(crate) fn shifted(&mut self, weight: Tensor<B, 2>, merge: bool) -> Tensor<B, 2> {
+    /// Merges the adapter into a `weight` `[out, in]` in f32, or unmerges it from the weight, and returns the result.
+    pub(crate) fn apply_merge(&mut self, weight: Tensor<B, 2>, merge: bool) -> Tensor<B, 2> {
         self.merged = merge;
-        let delta = if merge { self.delta() } else { self.delta().neg() }.detach();
+        let delta = if merge { self.delta_weight() } else { self.delta_weight().neg() }.detach();
         match self.dora.take() {
             None => weight + delta,
             Some(mut dora) => {
-                let kept = dora.merged.take();
-                let stored = Stored::Dense(weight.clone().into_primitive().tensor());
-                let factor = kept.unwrap_or_else(|| dora.factor(self, &stored).detach());
-                dora.merged = merge.then(|| factor.clone());
+                let kept = dora.merged_scale.take();
+                let stored = WeightMatrix::Dense(weight.clone().into_primitive().tensor());
+                let factor = kept.unwrap_or_else(|| dora.mag_norm_scale(self, &stored).detach());
+                dora.merged_scale = merge.then(|| factor.clone());
                 self.dora = Some(dora);
                 let factor = factor.unsqueeze_dim::<2>(1);
                 if merge { (weight + delta) * factor } else { weight / factor + delta }
@@ -171,8 +175,8 @@ impl<B: LinearKernels> Lora<B> {
     }
 }
 
-/// The matrix with zeros after its end along `dim`, `n` in all.
-pub(crate) fn padded<B: LinearKernels>(x: Tensor<B, 2>, dim: usize, n: usize) -> Tensor<B, 2> {
+/// Pads the matrix with zeros at the end of `dim` to a size of `n`.
+pub(crate) fn zero_pad<B: LinearKernels>(x: Tensor<B, 2>, dim: usize, n: usize) -> Tensor<B, 2> {
     let (mut shape, device) = (x.dims(), x.device());
     if shape[dim] >= n {
         return x;

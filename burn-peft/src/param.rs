@@ -1,4 +1,4 @@
-//! Parameters by path: identities, freezing, counting.
+//! Parameters by path: their ids, freezing, listing and counting.
 //!
 //! A parameter's path is the key of its tensor in the checkpoint (`model.layers.0.self_attn.q_proj.weight`).
 
@@ -8,13 +8,14 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-/// The identity of the parameter at `path`: the same in every process and after every restart, so that optimizer states
-/// and shards of several ranks belong together.
+/// Returns the id of the parameter at `path`. It is the same in every process and after every restart, so that
+/// optimizer states and the shards of several process ranks can be matched.
 pub fn id(path: &str) -> ParamId {
-    ParamId::from(random::text(path))
+    ParamId::from(random::key_from_str(path))
 }
 
-/// Lets only the parameters whose path `trained` accepts carry gradients. Every parameter becomes a leaf.
+/// Makes only the parameters whose path `trained` accepts require gradients. Every parameter becomes a leaf of the
+/// autodiff graph.
 pub fn train_only<B: Backend, M: Module<B>>(module: M, trained: impl Fn(&str) -> bool) -> M {
     module.map(&mut TrainOnly { path: Vec::new(), trained })
 }
@@ -36,29 +37,33 @@ impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for TrainOnly<F> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let on = (self.trained)(&self.path.join("."));
         let (id, tensor, mapper) = param.consume();
-        // Detached first: a leaf is the only tensor whose gradient is kept.
+        // Detach first, because only leaves keep their gradients.
         Param::from_mapped_value(id, tensor.detach().set_require_grad(on), mapper)
     }
 }
 
-/// Path, shape and whether it is trained, for every float parameter in declaration order.
-pub fn list<B: Backend, M: Module<B>>(module: &M) -> Vec<(String, Vec<usize>, bool)> {
-    let mut list = List { path: Vec::new(), found: Vec::new() };
+/// Returns the path and shape of every float parameter in declaration order, and true for each that requires gradients.
+pub fn named_parameters<B: Backend, M: Module<B>>(module: &M) -> Vec<(String, Vec<usize>, bool)> {
+    let mut list = NamedParameters { path: Vec::new(), parameters: Vec::new() };
     module.visit(&mut list);
-    list.found
+    list.parameters
 }
 
-/// The number of values in parameters that carry gradients.
+/// Returns the number of values in the parameters that require gradients.
 pub fn count_trainable<B: Backend, M: Module<B>>(module: &M) -> usize {
-    list::<B, M>(module).iter().filter(|(_, _, on)| *on).map(|(_, shape, _)| shape.iter().product::<usize>()).sum()
+    named_parameters::<B, M>(module)
+        .iter()
+        .filter(|(_, _, on)| *on)
+        .map(|(_, shape, _)| shape.iter().product::<usize>())
+        .sum()
 }
 
-struct List {
+struct NamedParameters {
     path: Vec<String>,
-    found: Vec<(String, Vec<usize>, bool)>,
+    parameters: Vec<(String, Vec<usize>, bool)>,
 }
 
-impl<B: Backend> ModuleVisitor<B> for List {
+impl<B: Backend> ModuleVisitor<B> for NamedParameters {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -69,6 +74,6 @@ impl<B: Backend> ModuleVisitor<B> for List {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let shape = param.lazy_shape().to_vec();
-        self.found.push((self.path.join("."), shape, param.val().is_require_grad()));
+        self.parameters.push((self.path.join("."), shape, param.val().is_require_grad()));
     }
 }

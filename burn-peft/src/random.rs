@@ -1,45 +1,46 @@
-//! Random numbers as a function of what they are for, not of a state.
+//! Counter-based random numbers: a function of their purpose, without a generator state.
 //!
-//! A number comes from a key, mixed from for instance (seed, step, row, path), and a counter. So a recomputed segment, a
-//! resumed run and another way to cut the same rows into batches all see the same numbers, and no generator is saved.
+//! A number is computed from a key, for instance of (seed, step, row, path), and a counter. So activation
+//! checkpointing, a resumed run and a different division of the same rows into batches all get the same numbers, and no
+//! generator state has to be saved.
 
-/// One round of SplitMix64's finalizer (Steele, Lea and Flood, 2014): a bijection whose output bits all depend on every
+/// Computes one step of SplitMix64 (Steele, Lea and Flood, 2014): a bijection whose output bits all depend on every
 /// input bit.
-pub const fn mix(value: u64) -> u64 {
+pub const fn splitmix64(value: u64) -> u64 {
     let z = value.wrapping_add(0x9E37_79B9_7F4A_7C15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     z ^ (z >> 31)
 }
 
-/// A key from several parts; the order of the parts matters.
+/// Combines several parts into a key; their order matters.
 pub fn key(parts: &[u64]) -> u64 {
-    parts.iter().fold(0, |key, &part| mix(key ^ mix(part)))
+    parts.iter().fold(0, |key, &part| splitmix64(key ^ splitmix64(part)))
 }
 
-/// A key from a text, for instance a parameter path (FNV-1a, then mixed).
-pub const fn text(path: &str) -> u64 {
+/// Hashes a text, for instance a parameter path, to a key (FNV-1a, then SplitMix64).
+pub const fn key_from_str(path: &str) -> u64 {
     let (bytes, mut hash, mut i) = (path.as_bytes(), 0xCBF2_9CE4_8422_2325_u64, 0);
     while i < bytes.len() {
         hash = (hash ^ bytes[i] as u64).wrapping_mul(0x0000_0100_0000_01B3);
         i += 1;
     }
-    mix(hash)
+    splitmix64(hash)
 }
 
-/// The `counter`-th number of a key, uniform over all of `u64`.
+/// Returns the `counter`-th number of a key, uniform over all of `u64`.
 pub const fn bits(key: u64, counter: u64) -> u64 {
-    mix(key ^ counter.wrapping_mul(0xD6E8_FEB8_6659_FD93))
+    splitmix64(key ^ counter.wrapping_mul(0xD6E8_FEB8_6659_FD93))
 }
 
-/// The `counter`-th number of a key, uniform in `[0, 1)` with 53 random bits.
+/// Returns the `counter`-th number of a key, uniform in `[0, 1)` with 53 random bits.
 pub fn uniform(key: u64, counter: u64) -> f64 {
     (bits(key, counter) >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// The `counter`-th number of a key, from the standard normal distribution (Box and Muller, 1958).
+/// Returns the `counter`-th number of a key, from the standard normal distribution (Box and Muller, 1958).
 pub fn normal(key: u64, counter: u64) -> f64 {
-    // Of 1 - u: 0 has no logarithm.
+    // The logarithm of 1 - u, because u can be 0.
     let radius = (-2.0 * (1.0 - uniform(key, 2 * counter)).ln()).sqrt();
     radius * (std::f64::consts::TAU * uniform(key, 2 * counter + 1)).cos()
 }
@@ -70,7 +71,7 @@ mod tests {
     fn keys_tell_their_parts_and_order_apart() {
         assert_ne!(key(&[1, 2]), key(&[2, 1]));
         assert_ne!(key(&[1]), key(&[1, 0]));
-        assert_ne!(text("a.b"), text("a.c"));
+        assert_ne!(key_from_str("a.b"), key_from_str("a.c"));
         let k = key(&[7]);
         let distinct: std::collections::HashSet<u64> = (0..10_000).map(|i| bits(k, i)).collect();
         assert_eq!(distinct.len(), 10_000);

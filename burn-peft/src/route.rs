@@ -1,13 +1,13 @@
-//! Which adapters act on which tokens of a pass: rows of one batch may each have their own.
+//! The routing of tokens to adapters, with which each row of a batch can use a different adapter.
 
 use crate::kernel::{self, LinearKernels};
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 use std::{collections::BTreeMap, sync::Arc};
 
-/// The name of no adapter, PEFT's.
+/// The name that selects the base model without an adapter, as in PEFT's `adapter_names`.
 pub const BASE: &str = "__base__";
 
-/// For every adapter the tokens on which it acts. An adapter without tokens does nothing, active or not.
+/// The tokens to which each adapter applies. An adapter without tokens is not applied, even if it is active.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
     tokens: usize,
@@ -15,8 +15,8 @@ pub struct Route {
 }
 
 impl Route {
-    /// Rows of `length` tokens, each with the adapter that it names, or with none ([`BASE`]).
-    pub fn rows<S: AsRef<str>>(names: &[S], length: usize) -> Self {
+    /// Creates the route of rows of `length` tokens that use the adapters of the given names, or none ([`BASE`]).
+    pub fn from_adapter_names<S: AsRef<str>>(names: &[S], length: usize) -> Self {
         let mut by_name = BTreeMap::<String, Vec<i32>>::new();
         for (row, name) in names.iter().enumerate().filter(|(_, name)| name.as_ref() != BASE) {
             let tokens = (row * length) as i32..((row + 1) * length) as i32;
@@ -25,8 +25,8 @@ impl Route {
         Self { tokens: names.len() * length, by_name: Arc::new(by_name) }
     }
 
-    /// The route of some of its tokens.
-    pub(crate) fn at(&self, places: &[i32]) -> Self {
+    /// Returns the route of a subset of the tokens, given by their positions.
+    pub(crate) fn select(&self, places: &[i32]) -> Self {
         let moved = |tokens: &Vec<i32>| {
             let acts = |(_, place): &(usize, &i32)| tokens.binary_search(place).is_ok();
             places.iter().enumerate().filter(acts).map(|(new, _)| new as i32).collect::<Vec<_>>()
@@ -36,49 +36,49 @@ impl Route {
         Self { tokens: places.len(), by_name: Arc::new(by_name) }
     }
 
-    /// The tokens of the named adapter among the `tokens` of an activation; `None` if there are none.
+    /// Returns the selection of an activation's `tokens` to which the named adapter applies, if any.
     ///
     /// # Panics
-    /// If the activation is not the one that the route was made for.
-    pub(crate) fn reach(&self, name: &str, tokens: usize) -> Option<Reach<'_>> {
-        assert_eq!(tokens, self.tokens, "the tokens of a pass and those of its route");
+    /// If the activation has a different number of tokens than the route.
+    pub(crate) fn token_selection(&self, name: &str, tokens: usize) -> Option<TokenSelection<'_>> {
+        assert_eq!(tokens, self.tokens, "the activation and the route have different numbers of tokens");
         let at = self.by_name.get(name)?;
-        Some(Reach((at.len() < self.tokens).then_some(at)))
+        Some(TokenSelection((at.len() < self.tokens).then_some(at)))
     }
 }
 
-/// The tokens on which an adapter acts: all of them, or those at some places.
+/// The tokens to which an adapter applies: all, or those at the given positions.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Reach<'a>(Option<&'a [i32]>);
+pub(crate) struct TokenSelection<'a>(Option<&'a [i32]>);
 
-impl Reach<'_> {
-    /// Every token.
+impl TokenSelection<'_> {
+    /// Selects every token.
     pub const ALL: Self = Self(None);
 
-    /// The tokens of `x [tokens, features]` that are meant.
-    pub fn take<B: LinearKernels>(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    /// Returns the selected tokens of `x [tokens, features]`.
+    pub fn gather<B: LinearKernels>(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match self.0 {
             None => x,
             Some(at) => {
-                let indices = places(at, &x.device());
+                let indices = index_tensor(at, &x.device());
                 x.select(0, indices)
             }
         }
     }
 
-    /// `y [tokens, features]` with `added` at the tokens that are meant.
-    pub fn add<B: LinearKernels>(&self, y: Tensor<B, 2>, added: Tensor<B, 2>) -> Tensor<B, 2> {
+    /// Adds `added` to the selected tokens of `y [tokens, features]`.
+    pub fn scatter_add<B: LinearKernels>(&self, y: Tensor<B, 2>, added: Tensor<B, 2>) -> Tensor<B, 2> {
         match self.0 {
             None => kernel::add(y, added),
             Some(at) => {
-                let indices = places(at, &y.device());
+                let indices = index_tensor(at, &y.device());
                 y.select_assign(0, indices, added, IndexingUpdateOp::Add)
             }
         }
     }
 }
 
-fn places<B: LinearKernels>(at: &[i32], device: &B::Device) -> Tensor<B, 1, Int> {
+fn index_tensor<B: LinearKernels>(at: &[i32], device: &B::Device) -> Tensor<B, 1, Int> {
     Tensor::from_data(TensorData::new(at.to_vec(), [at.len()]), (device, DType::I32))
 }
 
@@ -87,12 +87,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_part_of_a_pass_has_its_part_of_the_route() {
-        let route = Route::rows(&["a", BASE, "b"], 3).at(&[7, 1, 4]);
-        let at = |name: &str| route.reach(name, 3).map(|reach| reach.0.map(<[i32]>::to_vec));
+    fn selecting_tokens_selects_their_adapters() {
+        let route = Route::from_adapter_names(&["a", BASE, "b"], 3).select(&[7, 1, 4]);
+        let at = |name: &str| route.token_selection(name, 3).map(|reach| reach.0.map(<[i32]>::to_vec));
         assert_eq!(at("a"), Some(Some(vec![1])));
         assert_eq!(at("b"), Some(Some(vec![0])));
         assert_eq!(at("c"), None);
-        assert!(Route::rows(&["a", "b"], 2).at(&[2, 3]).reach("b", 2) == Some(Reach::ALL));
+        assert!(
+            Route::from_adapter_names(&["a", "b"], 2).select(&[2, 3]).token_selection("b", 2)
+                == Some(TokenSelection::ALL)
+        );
     }
 }

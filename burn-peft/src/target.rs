@@ -1,10 +1,10 @@
-//! Which linear layers an adapter goes to.
+//! The selection of the linear layers that get an adapter.
 
 use crate::{Error, LoraConfig};
 use serde::{Deserialize, Serialize};
 
-/// PEFT's `target_modules`: a list of names, matched as suffixes, or one string: a regular expression for the whole path,
-/// `all-linear` (every linear layer but the output head) or `qkv` (the three inputs of attention).
+/// PEFT's `target_modules`: a list of names, matched as suffixes, or one string: a regular expression for the whole
+/// path, `all-linear` (every linear layer but the output head) or `qkv` (the query, key and value projections).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum TargetModules {
@@ -15,7 +15,7 @@ pub enum TargetModules {
 }
 
 impl Default for TargetModules {
-    /// PEFT's for LLaMA: `q_proj` and `v_proj`.
+    /// Returns PEFT's default for LLaMA: `q_proj` and `v_proj`.
     fn default() -> Self {
         Self::Suffixes(vec!["q_proj".into(), "v_proj".into()])
     }
@@ -31,10 +31,10 @@ impl std::fmt::Display for TargetModules {
 }
 
 impl TargetModules {
-    /// A predicate on the paths of linear layers.
+    /// Compiles the value into a predicate on the paths of linear layers.
     ///
     /// # Errors
-    /// If the pattern is no regular expression.
+    /// If the pattern is not a regular expression.
     pub fn matcher(&self) -> Result<Matcher, Error> {
         Ok(match self {
             Self::Suffixes(names) => Matcher::Suffixes(names.clone()),
@@ -51,44 +51,44 @@ impl TargetModules {
     }
 }
 
-/// A [`TargetModules`] ready to be asked.
+/// A compiled [`TargetModules`]: a predicate on layer paths.
 #[derive(Debug, Clone)]
 pub enum Matcher {
-    /// One of these names, as the whole path or its end.
+    /// Selects layers whose path is one of these names or ends in `.` and one of them.
     Suffixes(Vec<String>),
-    /// Every layer but `lm_head`.
+    /// Selects every layer but `lm_head`.
     AllLinear,
-    /// The whole path matches.
+    /// Selects layers whose whole path matches.
     Regex(Box<fancy_regex::Regex>),
 }
 
 impl Matcher {
-    /// Whether the layer at `path` is selected.
+    /// Returns true if the layer at `path` is selected.
     pub fn selects(&self, path: &str) -> bool {
         match self {
-            Self::Suffixes(names) => names.iter().any(|name| is_named(path, name)),
+            Self::Suffixes(names) => names.iter().any(|name| matches_suffix(path, name)),
             Self::AllLinear => path != "lm_head" && !path.ends_with(".lm_head"),
-            // A pattern that gives up on backtracking does not select.
+            // A match that fails by the backtracking limit counts as no match.
             Self::Regex(regex) => regex.is_match(path).unwrap_or(false),
         }
     }
 }
 
-/// Everything in a [`LoraConfig`] that decides which layers get an adapter, ready to be asked.
+/// The fields of a [`LoraConfig`] that decide which layers get an adapter, compiled into a predicate.
 #[derive(Debug, Clone)]
 pub struct Selection {
     target: Matcher,
     exclude: Option<Matcher>,
-    saved: Vec<String>,
-    layers: Option<Vec<usize>>,
-    patterns: Vec<fancy_regex::Regex>,
+    modules_to_save: Vec<String>,
+    layers_to_transform: Option<Vec<usize>>,
+    layers_pattern: Vec<fancy_regex::Regex>,
 }
 
 impl Selection {
-    /// Reads the configuration.
+    /// Compiles the configuration's patterns.
     ///
     /// # Errors
-    /// If a pattern is no regular expression.
+    /// If a pattern is not a regular expression.
     pub fn new(config: &LoraConfig) -> Result<Self, Error> {
         let layers = config.layers_to_transform.as_ref().map(|layers| layers.as_slice().to_vec());
         let patterns = config.layers_pattern.iter().flat_map(|patterns| patterns.as_slice());
@@ -99,48 +99,49 @@ impl Selection {
         Ok(Self {
             target: config.target_modules.matcher()?,
             exclude: config.exclude_modules.as_ref().map(TargetModules::matcher).transpose()?,
-            saved: config.modules_to_save.clone().unwrap_or_default(),
-            layers: layers.filter(|layers| !layers.is_empty()),
-            patterns: patterns.map(regex).collect::<Result<_, _>>()?,
+            modules_to_save: config.modules_to_save.clone().unwrap_or_default(),
+            layers_to_transform: layers.filter(|layers| !layers.is_empty()),
+            layers_pattern: patterns.map(regex).collect::<Result<_, _>>()?,
         })
     }
 
-    /// Whether the layer at `path` gets an adapter.
+    /// Returns true if the layer at `path` gets an adapter.
     pub fn selects(&self, path: &str) -> bool {
         let excluded = self.exclude.as_ref().is_some_and(|exclude| exclude.selects(path));
-        let block = || match &self.layers {
+        let block = || match &self.layers_to_transform {
             None => true,
-            Some(layers) => self.block(path).is_some_and(|block| layers.contains(&block)),
+            Some(layers) => self.layer_index(path).is_some_and(|block| layers.contains(&block)),
         };
-        self.target.selects(path) && !excluded && !self.saves(path) && block()
+        self.target.selects(path) && !excluded && !self.in_modules_to_save(path) && block()
     }
 
-    /// The names of `modules_to_save` that stand for the module at `path` or one that it is in.
-    pub(crate) fn savers<'a>(&'a self, path: &'a str) -> impl Iterator<Item = &'a String> {
+    /// Returns the names of `modules_to_save` that match the module at `path` or one that contains it.
+    pub(crate) fn matching_modules_to_save<'a>(&'a self, path: &'a str) -> impl Iterator<Item = &'a String> {
         let modules = || path.match_indices('.').map(|(at, _)| at).chain([path.len()]).map(|end| &path[..end]);
-        self.saved.iter().filter(move |name| modules().any(|module| is_named(module, name)))
+        self.modules_to_save.iter().filter(move |name| modules().any(|module| matches_suffix(module, name)))
     }
 
-    /// Whether the module at `path` is one of `modules_to_save`, or in one.
-    pub fn saves(&self, path: &str) -> bool {
-        self.savers(path).next().is_some()
+    /// Returns true if the module at `path` is one of `modules_to_save` or inside one.
+    pub fn in_modules_to_save(&self, path: &str) -> bool {
+        self.matching_modules_to_save(path).next().is_some()
     }
 
-    /// The first number in a path, or the one after a name of `layers_pattern`.
-    fn block(&self, path: &str) -> Option<usize> {
-        if self.patterns.is_empty() {
-            // As PEFT: a number that a name with another before it stands for.
+    /// Returns the index of the transformer block of a path: the number after a name of `layers_pattern`, or the first
+    /// number.
+    fn layer_index(&self, path: &str) -> Option<usize> {
+        if self.layers_pattern.is_empty() {
+            // Like PEFT's default pattern: the number has at least two names before it and one after it.
             let parts: Vec<&str> = path.split('.').collect();
             let numbers = parts.get(2..parts.len().saturating_sub(1))?.iter();
             return numbers.filter_map(|part| part.parse().ok()).next();
         }
         let found = |regex: &fancy_regex::Regex| regex.captures(path).ok()??.name("layer")?.as_str().parse().ok();
-        self.patterns.iter().find_map(found)
+        self.layers_pattern.iter().find_map(found)
     }
 }
 
-/// Whether `path` is `name` or ends in it.
-fn is_named(path: &str, name: &str) -> bool {
+/// Returns true if `path` is `name` or ends in `.` and `name`.
+fn matches_suffix(path: &str, name: &str) -> bool {
     path.strip_suffix(name).is_some_and(|before| before.is_empty() || before.ends_with('.'))
 }
 
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn selection_is_peft_s() {
+    fn target_modules_match_as_in_peft() {
         let q = "model.layers.0.self_attn.q_proj";
         let table: [(TargetModules, &str, bool); 9] = [
             (TargetModules::Suffixes(vec!["q_proj".into()]), q, true),

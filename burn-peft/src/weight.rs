@@ -1,9 +1,9 @@
-//! The one type of a matrix that a model multiplies by.
+//! The weight matrix of a linear layer or an embedding, dense or packed.
 
 use crate::{
     Error,
-    kernel::{self, Compute, LinearKernels, Stored},
-    packed::Packed,
+    kernel::{self, LinearKernels, MatmulPrecision, WeightMatrix},
+    packed::PackedWeight,
     param,
 };
 use burn::{
@@ -17,36 +17,37 @@ use burn::{
     },
 };
 
-/// A matrix `[out, in]`: a float parameter, or rows that stay packed. Either way its path is that of the field that holds it.
+/// A matrix `[out, in]`: a float parameter, or packed (quantized) rows. In both cases its path in the module tree is
+/// that of the field that holds it.
 ///
-/// Packed rows are frozen. A visitor meets them as a parameter of integers, so nothing that trains, counts or writes float
-/// parameters takes them for one.
+/// Packed rows are frozen. Module visitors get them as an integer parameter, so code that trains, counts or saves float
+/// parameters skips them.
 #[derive(Debug, Clone)]
 pub enum Weight<B: Backend> {
-    /// In f32, f16 or bf16.
+    /// A float parameter in f32, f16 or bf16.
     Dense(Param<Tensor<B, 2>>),
-    /// In GGUF's blocks or NF4.
+    /// Rows packed in GGUF's block formats or NF4.
     Packed {
-        /// As for any parameter, from the path.
+        /// The parameter id, derived from the path as for any parameter.
         id: ParamId,
-        /// The rows.
-        rows: Packed<B>,
+        /// The packed rows.
+        rows: PackedWeight<B>,
     },
 }
 
 impl<B: Backend> Weight<B> {
-    /// A trainable float parameter at `path`.
+    /// Creates a trainable float parameter at `path`.
     pub fn dense(path: &str, values: Tensor<B, 2>) -> Self {
         Self::Dense(Param::initialized(param::id(path), values.require_grad()))
     }
 
-    /// Packed rows at `path`.
-    pub fn packed(path: &str, rows: Packed<B>) -> Self {
+    /// Creates a packed weight at `path`.
+    pub fn packed(path: &str, rows: PackedWeight<B>) -> Self {
         Self::Packed { id: param::id(path), rows }
     }
 
-    /// The same values at another path.
-    pub fn at(&self, path: &str) -> Self {
+    /// Returns a weight with the same values at another path.
+    pub fn with_path(&self, path: &str) -> Self {
         let id = param::id(path);
         match self {
             Self::Dense(weight) => {
@@ -57,7 +58,7 @@ impl<B: Backend> Weight<B> {
         }
     }
 
-    /// `[out, in]`.
+    /// Returns the shape `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
         match self {
             Self::Dense(weight) => weight.lazy_shape().dims(),
@@ -65,7 +66,7 @@ impl<B: Backend> Weight<B> {
         }
     }
 
-    /// Where it is.
+    /// Returns the device of the weight.
     pub fn device(&self) -> B::Device {
         match self {
             Self::Dense(weight) => weight.lazy_device(),
@@ -73,23 +74,23 @@ impl<B: Backend> Weight<B> {
         }
     }
 
-    /// Whether its rows are packed.
+    /// Returns true if the weight is packed.
     pub fn is_packed(&self) -> bool {
         matches!(self, Self::Packed { .. })
     }
 
-    /// An error if `operation` cannot be done because the rows are packed.
+    /// Checks that `operation` can change the weight.
     ///
     /// # Errors
-    /// That error.
-    pub(crate) fn writable(&self, operation: &'static str) -> Result<(), Error> {
+    /// If the weight is packed.
+    pub(crate) fn check_writable(&self, operation: &'static str) -> Result<(), Error> {
         match self {
             Self::Dense(_) => Ok(()),
             Self::Packed { rows, .. } => Err(Error::Packed { codec: rows.codec(), operation }),
         }
     }
 
-    /// Changes a float parameter; packed rows stay as they are.
+    /// Replaces the values of a float parameter by those that `change` returns; packed rows stay as they are.
     pub(crate) fn map_dense(&mut self, change: impl FnOnce(Tensor<B, 2>) -> Tensor<B, 2>) {
         if let Self::Dense(weight) = self {
             *weight = weight.clone().map(change);
@@ -98,7 +99,7 @@ impl<B: Backend> Weight<B> {
 }
 
 impl<B: LinearKernels> Weight<B> {
-    /// The values `[out, in]`: the parameter, or what packed rows hold, in f32, for the moment.
+    /// Returns the values `[out, in]`: the parameter itself, or the packed rows dequantized to f32.
     pub fn val(&self) -> Tensor<B, 2> {
         match self {
             Self::Dense(weight) => weight.val(),
@@ -106,7 +107,7 @@ impl<B: LinearKernels> Weight<B> {
         }
     }
 
-    /// The values as a float parameter at the same path: f32 where the rows were packed.
+    /// Converts packed rows to a float parameter in f32 at the same path; a dense weight stays as it is.
     pub fn unpacked(self) -> Self {
         match self {
             Self::Packed { id, rows } => Self::Dense(Param::initialized(id, rows.values())),
@@ -114,28 +115,28 @@ impl<B: LinearKernels> Weight<B> {
         }
     }
 
-    /// `x [tokens, in]` → `x·Wᵀ [tokens, out]`, in the type of `x`.
+    /// Computes `x·Wᵀ`: `x [tokens, in]` → `[tokens, out]`, in the type of `x`.
     ///
     /// # Panics
     /// If the inner dimensions differ.
-    pub fn linear(&self, x: Tensor<B, 2>, compute: Compute) -> Tensor<B, 2> {
+    pub fn linear(&self, x: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
         match self {
             Self::Dense(weight) => kernel::linear(x, weight.val(), compute),
             Self::Packed { rows, .. } => rows.linear(x, compute),
         }
     }
 
-    /// The matrix for a kernel.
-    pub fn stored(&self) -> Stored<B> {
+    /// Returns the matrix in the form that kernels take.
+    pub fn matrix_ref(&self) -> WeightMatrix<B> {
         match self {
-            Self::Dense(weight) => Stored::Dense(weight.val().into_primitive().tensor()),
-            Self::Packed { rows, .. } => Stored::Packed(rows.clone()),
+            Self::Dense(weight) => WeightMatrix::Dense(weight.val().into_primitive().tensor()),
+            Self::Packed { rows, .. } => WeightMatrix::Packed(rows.clone()),
         }
     }
 }
 
 impl<B: Backend> Module<B> for Weight<B> {
-    /// Packed rows are not recorded: they are in the model's file.
+    /// Packed rows are not recorded, because the model's file contains them.
     type Record = Option<Param<Tensor<B, 2>>>;
 
     fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
@@ -150,7 +151,7 @@ impl<B: Backend> Module<B> for Weight<B> {
             Self::Dense(weight) => Self::Dense(Module::<B>::map(weight, mapper)),
             Self::Packed { id, rows } => {
                 let words = Module::<B>::map(Param::initialized(id, rows.words().clone()), mapper).val();
-                Self::Packed { id, rows: rows.with(words) }
+                Self::Packed { id, rows: rows.with_words(words) }
             }
         }
     }
@@ -172,7 +173,9 @@ impl<B: Backend> Module<B> for Weight<B> {
     fn to_device(self, device: &B::Device) -> Self {
         match self {
             Self::Dense(weight) => Self::Dense(weight.to_device(device)),
-            Self::Packed { id, rows } => Self::Packed { id, rows: rows.with(rows.words().clone().to_device(device)) },
+            Self::Packed { id, rows } => {
+                Self::Packed { id, rows: rows.with_words(rows.words().clone().to_device(device)) }
+            }
         }
     }
 
@@ -218,7 +221,7 @@ impl<B: AutodiffBackend> AutodiffModule<B> for Weight<B> {
     fn from_inner(module: Self::InnerModule) -> Self {
         match module {
             Weight::Dense(weight) => Self::Dense(Param::from_inner(weight)),
-            Weight::Packed { id, rows } => Self::Packed { id, rows: Packed::from_inner(rows) },
+            Weight::Packed { id, rows } => Self::Packed { id, rows: PackedWeight::from_inner(rows) },
         }
     }
 }

@@ -1,9 +1,9 @@
-//! How fast Adam is on the host: `cargo run --release --example cpu_adam [MILLIONS]`, with RAYON_NUM_THREADS threads.
-//! `fixtures/cpu_adam.py` runs it beside torch.
+//! Benchmark of Adam on the host: `cargo run --release --example cpu_adam [MILLIONS]`, with RAYON_NUM_THREADS threads.
+//! `fixtures/cpu_adam.py` compares it with torch.
 
 use burn_zero::optimizer::{
     AdamW,
-    cpu_adam::{Copy, Slices, Update},
+    cpu_adam::{AdamSlices, AdamUpdate, HalfCopy},
 };
 use std::time::Instant;
 
@@ -17,11 +17,11 @@ fn main() {
     let settings = AdamW::default();
     let mut best = f64::INFINITY;
     for step in 1..=20 {
-        let update = Update { settings, decoupled: true, lr: 1e-3, weight_decay: 0.01, scale: 1.0, step };
+        let update = AdamUpdate { settings, decoupled: true, lr: 1e-3, weight_decay: 0.01, grad_scale: 1.0, step };
         let (exp_avg, exp_avg_sq) = (&mut exp_avg, &mut exp_avg_sq);
-        let slices = Slices { parameter: &mut parameter, gradient: &gradient, exp_avg, exp_avg_sq };
+        let slices = AdamSlices { parameter: &mut parameter, gradient: &gradient, exp_avg, exp_avg_sq };
         let start = Instant::now();
-        update.apply(slices, Copy::None);
+        update.apply(slices, HalfCopy::None);
         best = best.min(start.elapsed().as_secs_f64());
     }
     println!("{:.2} ms, {:.1} GB/s", best * 1e3, 28.0 * n as f64 / best / 1e9);

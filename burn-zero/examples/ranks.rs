@@ -1,10 +1,12 @@
-//! The laws of the collectives and of ZeRO between real processes: `mpirun -n 3 ranks`, from `tests/mpi/run`.
+//! Tests of the collectives and of ZeRO between real processes: `mpirun -n 3 ranks`, see `tests/mpi/run`.
 //!
-//! Every rank trains its micro-batches in every stage, with states and weights on the device, on the host and in a file, with
-//! clipping and without (then the last micro-batch of a step is updated with on its way), and compares the parameters with one
-//! process that takes all of them, and what it has sent with the formulas of the paper.
-//! `ranks lose` lets rank 1 kill itself between two steps, `ranks hang` lets it fall silent. With a folder in TRACE each rank
-//! leaves a timeline there.
+//! Every rank trains on its micro-batches in every stage, with states and weights on the device, in host memory and in
+//! a file, with clipping and without (then the parameters are updated during the last backward pass of a step). It
+//! compares the parameters with those of one process that takes all micro-batches, and the amount of data sent with the
+//! formulas of the paper.
+//!
+//! `ranks lose` makes rank 1 abort between two steps, `ranks hang` makes it stop responding. If TRACE names a folder,
+//! each rank writes a timeline there.
 
 use burn::{
     backend::{Autodiff, Flex},
@@ -15,47 +17,47 @@ use burn::{
     },
 };
 use burn_zero::{
-    Engine, Error, Sharding, Tier,
-    comm::{Collectives, Communicator, Group, mpi},
-    ds_config::Stage,
+    Engine, Error, MemoryTier, Sharding,
+    comm::{Collectives, Communicator, ProcessGroup, mpi},
+    ds_config::ZeroStage,
     optimizer::AdamW,
-    segment::{Checkpointing, Segments, TrainSegments, Value},
+    segment::{Checkpointing, DynTensor, Segments, TrainSegments},
 };
 use std::{path::Path, time::Duration};
 
-type Train = Autodiff<Flex>;
+type TrainBackend = Autodiff<Flex>;
 
 const SIZE: usize = 42;
 const WIDE: usize = 72;
 const STEPS: usize = 10;
 const BUCKET: usize = 2000;
 
-/// What differs from model to model.
+/// The variant of the model.
 #[derive(Debug, Clone, Copy)]
-struct Shape {
-    /// The first matrix is the last one too.
+struct ModelVariant {
+    /// True if the last matrix is tied to the first.
     tied: bool,
-    /// The second matrix does not learn.
+    /// True if the second matrix is frozen.
     frozen: bool,
 }
 
-/// Four matrices in a row, unequal ones, and three values.
+/// A model of four matrices of unequal shapes and a vector of three values.
 #[derive(Module, Debug)]
 struct Stack<B: Backend> {
     table: Param<Tensor<B, 2>>,
     up: Param<Tensor<B, 2>>,
     down: Param<Tensor<B, 2>>,
-    /// None if it is the table.
+    /// The output matrix; none if it is tied to the table.
     head: Option<Param<Tensor<B, 2>>>,
     tiny: Param<Tensor<B, 1>>,
 }
 
-impl Shape {
-    fn stack(self) -> Stack<Train> {
+impl ModelVariant {
+    fn stack(self) -> Stack<TrainBackend> {
         let matrix = |number: usize, [rows, columns]: [usize; 2]| {
             let value = |i: usize| (((number * 7919 + i * 104_729) % 1009) as f32 / 1009.0 - 0.5) / 3.0;
             let values: Vec<f32> = (0..rows * columns).map(value).collect();
-            let flat = Tensor::<Train, 1>::from_floats(values.as_slice(), &Default::default());
+            let flat = Tensor::<TrainBackend, 1>::from_floats(values.as_slice(), &Default::default());
             Param::from_tensor(flat.reshape([rows, columns]))
         };
         let up = matrix(1, [SIZE, WIDE]);
@@ -68,8 +70,9 @@ impl Shape {
         }
     }
 
-    /// The padded values of what learns and of what does not. Of these matrices only the head and what follows it fit one
-    /// bucket; a parameter starts at a multiple of 256, and a bucket ends where every rank has as many blocks.
+    /// Returns the padded numbers of trainable and of frozen values. Of these matrices only the head and the vector
+    /// share a bucket; a parameter starts at a multiple of 256, and a bucket is padded until every rank has the same
+    /// number of blocks.
     fn padded(self, world: usize) -> (usize, usize) {
         let bucket = |sizes: &[usize]| {
             let blocks: usize = sizes.iter().map(|size| size.div_ceil(256)).sum();
@@ -82,11 +85,11 @@ impl Shape {
     }
 }
 
-/// One row of inputs and targets.
-fn rows(number: usize) -> Vec<Tensor<Train, 2>> {
+/// Returns one row of inputs and targets.
+fn rows(number: usize) -> Vec<Tensor<TrainBackend, 2>> {
     let row = |shift: usize| {
         let values: Vec<f32> = (0..SIZE).map(|i| ((number * 31 + i * 17 + shift) % 23) as f32 / 23.0 - 0.5).collect();
-        Tensor::<Train, 1>::from_floats(values.as_slice(), &Default::default()).reshape([1, SIZE])
+        Tensor::<TrainBackend, 1>::from_floats(values.as_slice(), &Default::default()).reshape([1, SIZE])
     };
     vec![row(0), row(5)]
 }
@@ -98,9 +101,9 @@ impl<B: Backend> Segments<B> for Stack<B> {
         4
     }
 
-    fn forward_segment(&self, segment: usize, batch: &Self::Batch, inputs: Vec<Value<B>>) -> Vec<Value<B>> {
-        let x = inputs.into_iter().next().map_or_else(|| batch[0].clone(), Value::tensor::<2>);
-        vec![Value::new(match segment {
+    fn forward_segment(&self, segment: usize, batch: &Self::Batch, inputs: Vec<DynTensor<B>>) -> Vec<DynTensor<B>> {
+        let x = inputs.into_iter().next().map_or_else(|| batch[0].clone(), DynTensor::tensor::<2>);
+        vec![DynTensor::new(match segment {
             0 => x.matmul(self.table.val()).tanh(),
             1 => x.matmul(self.up.val()).tanh(),
             2 => x.matmul(self.down.val()).tanh(),
@@ -138,29 +141,29 @@ impl<B: AutodiffBackend> TrainSegments<B> for Stack<B> {
 }
 
 #[derive(Default)]
-struct Values(Vec<f32>);
+struct ParameterValues(Vec<f32>);
 
-impl ModuleVisitor<Train> for Values {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Train, D>>) {
+impl ModuleVisitor<TrainBackend> for ParameterValues {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<TrainBackend, D>>) {
         self.0.extend(param.val().into_data().iter::<f32>());
     }
 }
 
-fn values(model: &Stack<Train>) -> Vec<f32> {
-    let mut values = Values::default();
+fn values(model: &Stack<TrainBackend>) -> Vec<f32> {
+    let mut values = ParameterValues::default();
     model.visit(&mut values);
     values.0
 }
 
-fn engine(max_grad_norm: Option<f64>) -> Engine<Train> {
+fn engine(max_grad_norm: Option<f64>) -> Engine<TrainBackend> {
     Engine::new(AdamW::default(), max_grad_norm, Checkpointing::All)
 }
 
-/// The parameters after ten steps, and how many elements of gradients and of weights were sent until then. The last micro-batch
-/// of a step is updated with on its way, where it is `early` and nothing is clipped.
+/// Returns the parameters after ten steps, and the numbers of gradient and weight elements sent until then. With
+/// `early` and without clipping, the parameters are updated during the last backward pass of a step.
 fn train(
-    shape: Shape,
-    mut engine: Engine<Train>,
+    shape: ModelVariant,
+    mut engine: Engine<TrainBackend>,
     (micros, early): (&[usize], bool),
     world: usize,
 ) -> Result<(Vec<f32>, [u64; 2]), Error> {
@@ -169,17 +172,17 @@ fn train(
     for step in 0..STEPS {
         let rows = |micro| rows(step * world + micro);
         for &micro in others {
-            engine.accumulate(&mut model, &rows(micro))?;
+            engine.forward_backward(&mut model, &rows(micro))?;
         }
         if early {
-            engine.accumulate_and_step(&mut model, &rows(*last), 1e-3)?;
+            engine.forward_backward_step(&mut model, &rows(*last), 1e-3)?;
         } else {
-            engine.accumulate(&mut model, &rows(*last))?;
+            engine.forward_backward(&mut model, &rows(*last))?;
             engine.step(&mut model, 1e-3)?;
         }
     }
     let traffic = engine.traffic();
-    let found = engine.with_whole(&model, values)?;
+    let found = engine.with_full_params(&model, values)?;
     if let Some(folder) = std::env::var_os("TRACE") {
         let path = Path::new(&folder).join(format!("rank-{}-of-{world}.json", engine.rank()));
         engine.trace().write(&path, engine.rank())?;
@@ -187,51 +190,55 @@ fn train(
     Ok((found, [traffic.reduced.elements, traffic.gathered.elements]))
 }
 
-/// What a rank sends in a micro-step: 2Φ, 2Φ, 2Φ, 3Φ × (N − 1) / N elements where everything learns. What does not is gathered
-/// with the rest in stage 3.
-fn formula(shape: Shape, stage: Stage, world: usize) -> [u64; 2] {
+/// Returns the number of elements that a rank sends per micro-batch: 2Φ, 2Φ, 2Φ, 3Φ × (N − 1) / N if everything is
+/// trainable. In stage 3 frozen weights are gathered with the rest.
+fn expected_elements(shape: ModelVariant, stage: ZeroStage, world: usize) -> [u64; 2] {
     let (learns, frozen) = shape.padded(world);
     let [reduced, gathered] = match stage {
-        Stage::Replicated => [2 * learns, 0],
-        Stage::States | Stage::Gradients => [learns, learns],
-        Stage::Weights => [learns, 2 * (learns + frozen)],
+        ZeroStage::Disabled => [2 * learns, 0],
+        ZeroStage::OptimizerStates | ZeroStage::Gradients => [learns, learns],
+        ZeroStage::Weights => [learns, 2 * (learns + frozen)],
     };
     [reduced, gathered].map(|elements| (elements / world * (world - 1)) as u64)
 }
 
-/// Every shape of model in every stage, with states and weights in every place, is one process that takes all micro-batches.
-fn stages(group: &mut Group) -> Result<(), Error> {
-    let (rank, world) = (group.rank(), group.world());
+/// Checks that every variant, stage and memory tier gives the result of one process that takes all micro-batches.
+fn stages(group: &mut ProcessGroup) -> Result<(), Error> {
+    let (rank, world) = (group.rank(), group.world_size());
     let everyone: Vec<usize> = (0..world).collect();
-    // The same for all ranks, whose parent is mpirun, and no other run's.
+    // All ranks of a run share a parent, mpirun, so they share this folder with each other and with no other run.
     let folder = std::env::temp_dir().join(format!("ranks-of-{}", std::os::unix::process::parent_id()));
     let shapes = [(false, false), (true, false), (false, true), (true, true)];
     for ((tied, frozen), clip) in shapes.into_iter().flat_map(|shape| [(shape, Some(0.5)), (shape, None)]) {
-        let shape = Shape { tied, frozen };
+        let shape = ModelVariant { tied, frozen };
         let (expected, _) = train(shape, engine(clip), (&everyone, false), world)?;
-        for tier in [Tier::Device, Tier::Host, Tier::File(folder.clone())] {
-            for stage in [Stage::Replicated, Stage::States, Stage::Gradients, Stage::Weights] {
+        for tier in [MemoryTier::Device, MemoryTier::Host, MemoryTier::File(folder.clone())] {
+            for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
                 let what = format!("{shape:?}, clipped to {clip:?}, {tier:?}, {stage:?}, rank {rank} of {world}");
                 let engine = engine(clip).in_world(group.split(0, rank)?, Sharding { stage, bucket_size: BUCKET });
-                let engine = engine.with_weights_in(tier.clone()).with_states_in(&tier)?;
+                let engine = engine.with_weights_in(tier.clone()).with_optimizer_states_in(&tier)?;
                 let (found, sent) = train(shape, engine, (&[rank], true), world)?;
                 let apart = found.iter().zip(&expected).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
                 assert_eq!((found.len(), apart), (expected.len(), 0), "values that differ: {what}");
                 let steps = STEPS as u64;
-                assert_eq!(sent, formula(shape, stage, world).map(|elements| steps * elements), "elements: {what}");
+                assert_eq!(
+                    sent,
+                    expected_elements(shape, stage, world).map(|elements| steps * elements),
+                    "elements: {what}"
+                );
             }
         }
     }
     group.barrier()?;
     if rank == 0 {
-        // Empty: files go with their engines.
+        // The folder is empty, because an engine removes its files when it is dropped.
         std::fs::remove_dir(&folder).map_err(|source| Error::Path { path: folder, source })?;
     }
     Ok(())
 }
 
-fn collectives(group: &mut Group) -> Result<(), Error> {
-    let (rank, world) = (group.rank(), group.world());
+fn collectives(group: &mut ProcessGroup) -> Result<(), Error> {
+    let (rank, world) = (group.rank(), group.world_size());
     for n in [0, 1, 1000, 3_000_000] {
         let value = |rank: usize, i: usize| ((rank * 7919 + i) % 1009) as f32 / 64.0;
         let mut all: Vec<f32> = (0..n).map(|i| value(rank, i)).collect();
@@ -240,7 +247,7 @@ fn collectives(group: &mut Group) -> Result<(), Error> {
         assert!(all.iter().enumerate().all(|(i, &x)| x == sum(i)), "all_reduce of {n}");
     }
     let mut pairs = group.split(rank / 2, rank)?;
-    let notes = pairs.share(&[rank as u8])?;
+    let notes = pairs.all_gather_object(&[rank as u8])?;
     assert!(notes.iter().all(|note| usize::from(note[0]) / 2 == rank / 2));
     let mut token = [0f32];
     if rank > 0 {
@@ -255,12 +262,12 @@ fn collectives(group: &mut Group) -> Result<(), Error> {
     group.barrier()
 }
 
-/// Goes on until a rank is lost.
-fn until_lost(group: Group, kill: bool) -> Result<(), Error> {
+/// Trains until a rank is lost.
+fn until_lost(group: ProcessGroup, kill: bool) -> Result<(), Error> {
     let rank = group.rank();
-    let sharding = Sharding { stage: Stage::Gradients, bucket_size: BUCKET };
+    let sharding = Sharding { stage: ZeroStage::Gradients, bucket_size: BUCKET };
     let mut engine = engine(Some(0.5)).in_world(Box::new(group.with_deadline(Duration::from_secs(5))), sharding);
-    let mut model = Shape { tied: true, frozen: false }.stack();
+    let mut model = ModelVariant { tied: true, frozen: false }.stack();
     for step in 0..1_000_000 {
         if rank == 1 && step == 20 {
             if kill {
@@ -268,14 +275,14 @@ fn until_lost(group: Group, kill: bool) -> Result<(), Error> {
             }
             std::thread::sleep(Duration::from_secs(25));
         }
-        engine.accumulate(&mut model, &rows(step))?;
+        engine.forward_backward(&mut model, &rows(step))?;
         engine.step(&mut model, 1e-3)?;
     }
     Ok(())
 }
 
 fn main() -> Result<(), Error> {
-    let (session, mut group) = mpi::Session::start()?;
+    let (session, mut group) = mpi::Session::init()?;
     let rank = group.rank();
     let result = match std::env::args().nth(1).as_deref() {
         Some("lose") => until_lost(group, true),
@@ -286,10 +293,10 @@ fn main() -> Result<(), Error> {
         Ok(()) => println!("rank {rank}: every law holds"),
         Err(error) => {
             eprintln!("rank {rank}: {error}");
-            // Without `finish`: mpirun ends the others.
+            // Exit without `finish`, so that mpirun ends the other ranks.
             std::process::exit(1);
         }
     }
-    session.finish();
+    session.finalize();
     Ok(())
 }

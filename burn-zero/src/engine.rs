@@ -1,18 +1,18 @@
-//! Training steps: micro-batches in, an updated model out, in one process or many.
+//! The training engine: takes micro-batches, updates the model, in one process or in many.
 
 use crate::{
     Error,
-    comm::{self, Collectives, Communicator, Queue, Solo, Trace, Traffic},
-    ds_config::Stage,
-    estimate::Memory,
-    gather::{Put, Weights},
-    held::Held,
-    offload::{Desk, Offload, Tier},
-    optimizer::{Groups, Optimizer, State},
-    partition::{Layout, Sharding},
+    comm::{self, AsyncCommunicator, Collectives, Communicator, Solo, Trace, Traffic},
+    ds_config::ZeroStage,
+    estimate::MemoryEstimate,
+    gather::{PutParams, WeightShards},
+    host_or_device::HostOrDevice,
+    offload::{HostOptimizer, MemoryTier, OffloadedStates},
+    optimizer::{Optimizer, OptimizerState, ParamGroups},
     precision::LossScaler,
-    reduce::{Gradients, Peak},
-    segment::{Checkpointing, TrainSegments, Value},
+    reduce::{GradientReducer, PeakMemory},
+    segment::{Checkpointing, DynTensor, TrainSegments},
+    sharding::{ShardLayout, Sharding},
 };
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
@@ -24,183 +24,192 @@ use burn::{
 use std::{collections::HashMap, path::Path, sync::Arc};
 
 mod checkpoint;
-mod pass;
+mod forward_backward;
 mod step;
 mod update;
 
 pub use checkpoint::{consolidate, restore_weights};
 
-/// What a step found.
+/// The outcome of an optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct StepReport {
     /// The global L2 norm of the step's gradient, before clipping.
     pub grad_norm: f64,
-    /// Whether the gradient was scaled down.
+    /// True if the gradient was scaled down by clipping.
     pub clipped: bool,
-    /// Whether nothing was updated because gradients overflowed at this loss scale.
+    /// True if nothing was updated because the gradients overflowed at this loss scale.
     pub skipped: bool,
 }
 
-/// One rank that trains a model. An optimizer step is any number of micro-batches: [`Engine::accumulate`] for each, then
-/// [`Engine::step`], or [`Engine::accumulate_and_step`] for the last one, which needs less memory where nothing is clipped.
+/// One rank that trains a model. An optimizer step consists of any number of micro-batches: call
+/// [`Engine::forward_backward`] for each and then [`Engine::step`], or call [`Engine::forward_backward_step`] for the
+/// last micro-batch, which needs less memory if gradients are not clipped.
 ///
-/// Ranks hold the same model and take the same number of micro-batches, each its own. What they hold of gradients, optimizer
-/// states and weights is what [`Sharding`] says; what they compute does not depend on it: with one micro-batch per rank and
-/// step (and with more, where gradients are divided) the parameters are bit for bit those of one rank that takes the
-/// micro-batches of all in the order of ranks.
+/// All ranks hold the same model and take the same number of micro-batches, each rank its own. [`Sharding`] says which
+/// share of the gradients, optimizer states and weights a rank holds; the results do not depend on it. With one
+/// micro-batch per rank and step (and with more, where gradients are sharded) the parameters are bit for bit those of a
+/// single rank that takes the micro-batches of all ranks in rank order.
 pub struct Engine<B: AutodiffBackend> {
     optimizer: Optimizer,
-    groups: Groups,
+    param_groups: ParamGroups,
     max_grad_norm: Option<f64>,
     checkpointing: Checkpointing,
     sharding: Sharding,
-    queue: Arc<Queue>,
-    division: Option<Division<B>>,
-    /// On the device, by parameter: a rank has at most one piece of each.
-    states: HashMap<ParamId, State<B::InnerBackend>>,
-    /// Off the device.
-    desk: Option<Desk>,
-    /// This rank's pieces of weights in half precision, in f32, where the states are.
-    masters: HashMap<ParamId, Held<B::InnerBackend>>,
-    /// Where this rank's part of the weights is in stage 3.
-    weights_tier: Tier,
-    scaler: Option<LossScaler>,
-    /// Whether communication and updates go on beside computation.
+    communicator: Arc<AsyncCommunicator>,
+    sharding_state: Option<ShardingState<B>>,
+    /// The optimizer states on the device, by parameter: a rank has at most one shard of each parameter.
+    device_states: HashMap<ParamId, OptimizerState<B::InnerBackend>>,
+    /// The optimizer states in host memory or in a file, and the thread that updates them there.
+    host_optimizer: Option<HostOptimizer>,
+    /// The f32 master weights of this rank's shards of half-precision weights; they are kept where the optimizer states
+    /// are.
+    master_weights: HashMap<ParamId, HostOrDevice<B::InnerBackend>>,
+    /// The memory tier of this rank's weight shards in stage 3.
+    weights_tier: MemoryTier,
+    loss_scaler: Option<LossScaler>,
+    /// True if communication and updates overlap with computation.
     overlap: bool,
     steps: usize,
 }
 
-/// What is known once the model has been seen.
-struct Division<B: AutodiffBackend> {
-    layout: Layout,
+/// The state of sharding, which exists once the engine has seen the model.
+struct ShardingState<B: AutodiffBackend> {
+    layout: ShardLayout,
     device: Device<B::InnerBackend>,
-    gradients: Gradients<B::InnerBackend>,
-    /// Stage 3's.
-    weights: Option<Weights<B::InnerBackend>>,
+    reducer: GradientReducer<B::InnerBackend>,
+    /// The weight shards of stage 3; none in the other stages.
+    weights: Option<WeightShards<B::InnerBackend>>,
 }
 
-impl<B: AutodiffBackend> Division<B> {
-    /// The gradients so far; from here on the next step's are gathered.
-    fn take_gradients(&mut self) -> Gradients<B::InnerBackend> {
-        let mut fresh = Gradients::new(&self.layout);
-        fresh.peak = self.gradients.peak;
-        std::mem::replace(&mut self.gradients, fresh)
+impl<B: AutodiffBackend> ShardingState<B> {
+    /// Takes the gradients accumulated so far; gradients added from here on belong to the next step.
+    fn take_gradients(&mut self) -> GradientReducer<B::InnerBackend> {
+        let mut fresh = GradientReducer::new(&self.layout);
+        fresh.peak = self.reducer.peak;
+        std::mem::replace(&mut self.reducer, fresh)
     }
 }
 
 impl<B: AutodiffBackend> Engine<B> {
-    /// An engine in a world of one. `max_grad_norm` is the global norm that gradients are clipped to, if any.
+    /// Creates an engine in a world of one rank. `max_grad_norm` is the global norm to which gradients are clipped, if
+    /// any.
     pub fn new(optimizer: impl Into<Optimizer>, max_grad_norm: Option<f64>, checkpointing: Checkpointing) -> Self {
         Self {
             optimizer: optimizer.into(),
-            groups: Groups::default(),
+            param_groups: ParamGroups::default(),
             max_grad_norm,
             checkpointing,
             sharding: Sharding::default(),
-            queue: Arc::new(Queue::new(Box::new(Solo))),
-            division: None,
-            states: HashMap::new(),
-            desk: None,
-            masters: HashMap::new(),
-            weights_tier: Tier::Device,
-            scaler: None,
+            communicator: Arc::new(AsyncCommunicator::new(Box::new(Solo))),
+            sharding_state: None,
+            device_states: HashMap::new(),
+            host_optimizer: None,
+            master_weights: HashMap::new(),
+            weights_tier: MemoryTier::Device,
+            loss_scaler: None,
             overlap: true,
             steps: 0,
         }
     }
 
-    /// The engine as one rank of a world.
+    /// Makes the engine one rank of a world.
     pub fn in_world(self, communicator: Box<dyn Communicator>, sharding: Sharding) -> Self {
-        Self { sharding, queue: Arc::new(Queue::new(communicator)), ..self }
+        Self { sharding, communicator: Arc::new(AsyncCommunicator::new(communicator)), ..self }
     }
 
-    /// The engine with other groups of parameters than [`Groups::default`].
-    pub fn with_groups(self, groups: Groups) -> Self {
-        Self { groups, ..self }
+    /// Replaces the parameter groups, which are [`ParamGroups::default`] otherwise.
+    pub fn with_param_groups(self, groups: ParamGroups) -> Self {
+        Self { param_groups: groups, ..self }
     }
 
-    /// The engine with optimizer states in a tier, and their update on the host where that is not the device. Call it after
-    /// [`Engine::in_world`]: a file is a rank's own. States of 8 bits are always on the host, so an engine with
-    /// [`Optimizer::AdamW8bit`] needs this.
+    /// Keeps the optimizer states in a memory tier; unless that tier is the device, the update runs on the host as
+    /// well. Call it after [`Engine::in_world`], because every rank has a file of its own. 8-bit states are always in
+    /// host memory, so an engine with [`Optimizer::AdamW8bit`] needs this call.
     ///
     /// # Errors
-    /// [`Error::Setting`] for settings that cannot work and for an optimizer that the host cannot compute, [`Error::Path`] if
-    /// the file cannot be made.
-    pub fn with_states_in(self, tier: &Tier) -> Result<Self, Error> {
+    /// Returns [`Error::Setting`] for settings that cannot work and for an optimizer that cannot run on the host,
+    /// [`Error::Path`] if the file cannot be created.
+    pub fn with_optimizer_states_in(self, tier: &MemoryTier) -> Result<Self, Error> {
         self.optimizer.check()?;
-        let device = *tier == Tier::Device && !matches!(self.optimizer, Optimizer::AdamW8bit(_));
-        let offload = || Offload::new(self.optimizer, tier, self.queue.rank());
-        let desk = if device { None } else { Some(Desk::new(offload()?, &self.queue)) };
-        Ok(Self { desk, ..self })
+        let device = *tier == MemoryTier::Device && !matches!(self.optimizer, Optimizer::AdamW8bit(_));
+        let offload = || OffloadedStates::new(self.optimizer, tier, self.communicator.rank());
+        let host_optimizer = if device { None } else { Some(HostOptimizer::new(offload()?, &self.communicator)) };
+        Ok(Self { host_optimizer, ..self })
     }
 
-    /// The engine with this rank's part of the weights in a tier (DeepSpeed's `offload_param`): in stage 3 they are on the
-    /// device only while their segment runs. The other stages hold all weights on the device and look away.
-    pub fn with_weights_in(self, tier: Tier) -> Self {
+    /// Keeps this rank's weight shards in a memory tier (DeepSpeed's `offload_param`): in stage 3 the weights are on
+    /// the device only while their segment runs. The other stages ignore this setting and hold all weights on the
+    /// device.
+    pub fn with_weights_in(self, tier: MemoryTier) -> Self {
         Self { weights_tier: tier, ..self }
     }
 
-    /// The engine with a loss scale, for computation in f16: the loss weights of a batch must be multiplied by
-    /// [`Engine::loss_scale`]. A step whose gradients overflow on any rank is skipped on all.
+    /// Adds loss scaling, for computation in f16: the loss weights of a batch must be multiplied by
+    /// [`Engine::loss_scale`]. A step whose gradients overflow on any rank is skipped on all ranks.
     pub fn with_loss_scaler(self, scaler: LossScaler) -> Self {
-        Self { scaler: Some(scaler), ..self }
+        Self { loss_scaler: Some(scaler), ..self }
     }
 
-    /// The engine with or without communication and updates beside computation: with, unless this says otherwise. The numbers
-    /// are the same; without, every collective is waited for where it starts, and the trace shows what that costs.
+    /// Turns the overlap of communication and updates with computation on or off; it is on by default. The results are
+    /// the same. Without overlap every collective is waited for where it starts, and the trace shows what that costs.
     pub fn with_overlap(self, overlap: bool) -> Self {
         Self { overlap, ..self }
     }
 
-    /// What the loss is multiplied by in the next micro-batch; 1 without a scaler.
+    /// Returns the factor by which the loss of the next micro-batch must be multiplied; 1 without a loss scaler.
     pub fn loss_scale(&self) -> f64 {
-        self.scaler.map_or(1.0, |scaler| scaler.scale())
+        self.loss_scaler.map_or(1.0, |scaler| scaler.scale())
     }
 
-    /// Looks at the model for the first time: divides it, and in stage 3 takes this rank's part of the weights.
-    fn divide<M: TrainSegments<B>>(&mut self, model: &mut M) -> Result<(), Error> {
-        if self.division.is_some() {
+    /// Shards the model when it is seen for the first time; in stage 3 this rank's weight shards are taken out of it.
+    fn shard_model<M: TrainSegments<B>>(&mut self, model: &mut M) -> Result<(), Error> {
+        if self.sharding_state.is_some() {
             return Ok(());
         }
-        let layout = Layout::new::<B, M>(model, self.sharding, (self.queue.rank(), self.queue.world()));
+        let layout =
+            ShardLayout::new::<B, M>(model, self.sharding, (self.communicator.rank(), self.communicator.world_size()));
         let mut find = FindDevice::<B>(None);
         model.visit(&mut find);
         let device = find.0.unwrap_or_default();
-        let gradients = Gradients::new(&layout);
+        let gradients = GradientReducer::new(&layout);
         let mut weights = None;
-        if self.sharding.stage == Stage::Weights {
-            let (shell, cut) = Weights::cut(model.clone(), &layout, (&device, &self.weights_tier))?;
+        if self.sharding.stage == ZeroStage::Weights {
+            let (shell, cut) = WeightShards::shard(model.clone(), &layout, (&device, &self.weights_tier))?;
             *model = shell;
             weights = Some(cut);
         }
-        self.division = Some(Division { layout, device, gradients, weights });
+        self.sharding_state = Some(ShardingState { layout, device, reducer: gradients, weights });
         Ok(())
     }
 
-    /// Lets `look` see the model with all its weights: to evaluate, to save it. In stage 3 they are gathered for it; every rank
-    /// must call this.
+    /// Calls `look` with the model and all its weights, for example to evaluate or save it. In stage 3 the weights are
+    /// gathered for the call; every rank must call this method.
     ///
     /// # Errors
-    /// As [`Engine::accumulate`].
-    pub fn with_whole<M: TrainSegments<B>, R>(&mut self, model: &M, look: impl FnOnce(&M) -> R) -> Result<R, Error> {
-        let Some(Division { layout, device, weights: Some(weights), .. }) = &self.division else {
+    /// Returns the same errors as [`Engine::forward_backward`].
+    pub fn with_full_params<M: TrainSegments<B>, R>(
+        &mut self,
+        model: &M,
+        look: impl FnOnce(&M) -> R,
+    ) -> Result<R, Error> {
+        let Some(ShardingState { layout, device, weights: Some(weights), .. }) = &self.sharding_state else {
             return Ok(look(model));
         };
         let mut values = HashMap::new();
         for (index, bucket) in layout.buckets.iter().enumerate() {
-            let whole = weights.gather(layout, index, &self.queue).wait(layout, bucket, device)?;
+            let whole = weights.gather(layout, index, &self.communicator).wait(layout, bucket, device)?;
             values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
         }
-        Ok(look(&model.clone().map(&mut Put { values })))
+        Ok(look(&model.clone().map(&mut PutParams { values })))
     }
 
-    /// The sums over ranks of a few numbers, added in the order of ranks; every rank must call this.
+    /// Sums a few numbers over all ranks, in rank order; every rank must call this method.
     ///
     /// # Errors
-    /// As [`Engine::accumulate`].
+    /// Returns the same errors as [`Engine::forward_backward`].
     pub fn sum_over_ranks(&self, numbers: &[f64]) -> Result<Vec<f64>, Error> {
         let note: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-        let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
+        let notes = self.communicator.submit("share", move |group| group.all_gather_object(&note)).wait()?;
         let mut sums = vec![0.0; numbers.len()];
         for note in notes {
             let numbers =
@@ -213,44 +222,45 @@ impl<B: AutodiffBackend> Engine<B> {
     /// Returns when every rank has called it.
     ///
     /// # Errors
-    /// As [`Engine::accumulate`].
+    /// Returns the same errors as [`Engine::forward_backward`].
     pub fn barrier(&self) -> Result<(), Error> {
-        self.queue.submit("barrier", |group| group.barrier()).wait()
+        self.communicator.submit("barrier", |group| group.barrier()).wait()
     }
 
-    /// The number of steps taken.
+    /// Returns the number of optimizer steps taken.
     pub fn steps(&self) -> usize {
         self.steps
     }
 
-    /// This rank's number.
+    /// Returns this process's rank.
     pub fn rank(&self) -> usize {
-        self.queue.rank()
+        self.communicator.rank()
     }
 
-    /// The number of ranks that train together.
+    /// Returns the number of ranks that train together.
     pub fn world(&self) -> usize {
-        self.queue.world()
+        self.communicator.world_size()
     }
 
-    /// What this rank has sent.
+    /// Returns how much this rank has sent.
     pub fn traffic(&self) -> Traffic {
-        self.queue.traffic()
+        self.communicator.traffic()
     }
 
-    /// When this rank computed, communicated and waited.
+    /// Returns the timeline of this rank: when it computed, communicated and waited.
     pub fn trace(&self) -> &Trace {
-        self.queue.trace()
+        self.communicator.trace()
     }
 
-    /// Writes the timelines of all ranks into one file, as `chrome://tracing` and Perfetto read them; every rank must call this,
-    /// the first one writes.
+    /// Writes the timelines of all ranks into one file in the format of `chrome://tracing` and Perfetto; every rank
+    /// must call this method, and rank 0 writes the file.
     ///
     /// # Errors
-    /// [`Error::Path`] if the file cannot be written, else as [`Engine::accumulate`].
+    /// Returns [`Error::Path`] if the file cannot be written, otherwise the same errors as
+    /// [`Engine::forward_backward`].
     pub fn write_trace(&self, path: &Path) -> Result<(), Error> {
         let own = serde_json::Value::from(self.trace().events(self.rank())).to_string();
-        let all = self.queue.submit("share", move |group| group.share(own.as_bytes())).wait()?;
+        let all = self.communicator.submit("share", move |group| group.all_gather_object(own.as_bytes())).wait()?;
         if self.rank() != 0 {
             return Ok(());
         }
@@ -258,34 +268,47 @@ impl<B: AutodiffBackend> Engine<B> {
         comm::write_events(path, &events.flatten().collect::<Vec<_>>())
     }
 
-    /// The most bytes of passing things that were alive at a time, counted from their buffers.
-    pub fn peak(&self) -> Peak {
-        self.division.as_ref().map_or_else(Peak::default, |division| division.gradients.peak)
+    /// Returns the largest number of bytes that transient buffers occupied at a time, counted from the buffers.
+    pub fn peak_memory(&self) -> PeakMemory {
+        self.sharding_state.as_ref().map_or_else(PeakMemory::default, |division| division.reducer.peak)
     }
 
-    /// Bytes of what this rank holds between two computations, counted from the buffers: weights, gradients that have been
-    /// accumulated, masters, moments; under `host` what is off the device.
-    pub fn memory<M: Module<B>>(&self, model: &M) -> Memory {
+    /// Returns the bytes that this rank holds between two computations, counted from the buffers: weights, accumulated
+    /// gradients, master weights and moments. The field `host` counts everything that is off the device.
+    pub fn memory<M: Module<B>>(&self, model: &M) -> MemoryEstimate {
         let mut count = CountWeights::default();
         model.visit(&mut count);
         let (mut parameters, mut frozen, mut gradients) = (count.trained, count.frozen, 0);
-        let mut host = self.desk.as_ref().map_or(0, |desk| desk.states().bytes());
-        if let Some(division) = &self.division {
-            // With the states on the host gradients are there too, once they have been reduced.
-            let (whole, parts) = division.gradients.bytes_by_place();
-            (gradients, host) = if self.desk.is_some() { (whole, host + parts) } else { (whole + parts, host) };
+        let mut host = self.host_optimizer.as_ref().map_or(0, |desk| desk.lock_states().bytes());
+        if let Some(sharding_state) = &self.sharding_state {
+            // If the optimizer states are in host memory, reduced gradients are there too.
+            let (whole, parts) = sharding_state.reducer.device_and_host_bytes();
+            (gradients, host) =
+                if self.host_optimizer.is_some() { (whole, host + parts) } else { (whole + parts, host) };
             for (trainable, count) in [(true, &mut parameters), (false, &mut frozen)] {
-                let weights = division.weights.as_ref();
-                let (there, here) = weights.map_or((0, 0), |weights| weights.bytes(&division.layout, trainable));
+                let weights = sharding_state.weights.as_ref();
+                let (there, here) = weights.map_or((0, 0), |weights| weights.bytes(&sharding_state.layout, trainable));
                 (*count, host) = (*count + there, host + here);
             }
         }
-        let moments: usize = self.states.values().flat_map(|state| &state.slots).map(Value::bytes).sum();
-        let masters = self.masters.values().map(Held::bytes).fold((0, 0), |(a, b), (c, d)| (a + c, b + d));
-        let (master, host) = (masters.0, (host + masters.1) as u64);
+        let moments: usize = self.device_states.values().flat_map(|state| &state.slots).map(DynTensor::bytes).sum();
+        let master_bytes = self
+            .master_weights
+            .values()
+            .map(HostOrDevice::device_and_host_bytes)
+            .fold((0, 0), |(a, b), (c, d)| (a + c, b + d));
+        let (master, host) = (master_bytes.0, (host + master_bytes.1) as u64);
         let (parameters, frozen, gradients, moments) =
             (parameters as u64, frozen as u64, gradients as u64, moments as u64);
-        Memory { parameters, frozen, gradients, master: master as u64, moments, host, ..Memory::default() }
+        MemoryEstimate {
+            parameters,
+            frozen,
+            gradients,
+            master: master as u64,
+            moments,
+            host,
+            ..MemoryEstimate::default()
+        }
     }
 }
 
@@ -297,7 +320,7 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for FindDevice<B> {
     }
 }
 
-/// Bytes of float parameters; each once, however many modules share it.
+/// Counts the bytes of float parameters; a parameter that several modules share is counted once.
 #[derive(Default)]
 struct CountWeights {
     trained: usize,
@@ -309,7 +332,7 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for CountWeights {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if self.seen.insert(param.id) {
             let value = param.val();
-            let bytes = Value::new(value.clone().inner()).bytes();
+            let bytes = DynTensor::new(value.clone().inner()).bytes();
             *if value.is_require_grad() { &mut self.trained } else { &mut self.frozen } += bytes;
         }
     }

@@ -1,186 +1,186 @@
-//! What can go wrong with settings and peers.
+//! The errors of the crate.
 
 use std::path::PathBuf;
 
-/// Everything that the engine refuses or that a peer process can do to it.
+/// An error in settings, files, collectives or peer processes.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting with an impossible value.
+    /// A setting has an invalid value.
     #[error("`{field}`: expected {expected}, found {found}")]
     Setting {
-        /// The setting's name.
+        /// The name of the setting.
         field: &'static str,
-        /// What would do.
+        /// The valid values.
         expected: &'static str,
-        /// The value.
+        /// The value found.
         found: String,
     },
-    /// A collective was called with buffers that do not belong together.
+    /// A collective was called with buffers whose lengths do not match.
     #[error("{operation}: expected {expected} values, found {found}")]
-    Length {
-        /// The collective.
+    LengthMismatch {
+        /// The name of the collective.
         operation: &'static str,
-        /// The length that the other buffer or the world asks for.
+        /// The length that follows from the other buffer or the number of ranks.
         expected: usize,
         /// The length found.
         found: usize,
     },
-    /// A rank that does not exist.
+    /// A rank does not exist.
     #[error("{operation}: rank {rank} does not exist in a world of {world}")]
-    Rank {
-        /// The operation.
+    UnknownRank {
+        /// The name of the operation.
         operation: &'static str,
-        /// The rank asked for.
+        /// The rank that does not exist.
         rank: usize,
         /// The number of ranks.
         world: usize,
     },
-    /// A rank that has ended, or is silent.
+    /// A rank has ended or does not answer.
     #[error(
         "{operation}: rank {rank} {}; look at its output for the cause, then start again from the last checkpoint",
         waited.map_or("has ended".to_owned(), |time| format!("has not answered for {} s", time.as_secs_f64()))
     )]
     Lost {
-        /// The collective.
+        /// The name of the collective.
         operation: &'static str,
-        /// The rank, by its number in the whole world.
+        /// The lost rank, by its number in the whole world.
         rank: usize,
-        /// How long it was waited for; none if it is known to have ended.
+        /// How long this rank has waited for it; `None` if it is known to have ended.
         waited: Option<std::time::Duration>,
     },
-    /// Ranks that call different collectives.
+    /// Two ranks call different collectives.
     #[error(
         "{operation}: rank {rank} is in another collective; do all ranks run the same program with the same recipe?"
     )]
-    OutOfStep {
-        /// The collective of this rank.
+    CollectiveMismatch {
+        /// The name of the collective of this rank.
         operation: &'static str,
         /// The other rank, by its number in the whole world.
         rank: usize,
     },
-    /// A collective that was given up because an earlier one failed.
-    #[error("given up, because an earlier collective failed")]
-    Abandoned,
+    /// A collective was aborted because an earlier one failed.
+    #[error("aborted, because an earlier collective failed")]
+    Aborted,
     /// MPI cannot be used.
     #[error("MPI: {problem}; install Open MPI (Debian: openmpi-bin, libopenmpi-dev) and start by mpirun")]
     Mpi {
-        /// What is wrong.
+        /// The problem.
         problem: String,
     },
-    /// A gradient or loss is not a number.
+    /// A gradient or loss is not finite.
     #[error("step {step}: the gradient norm is {norm}; lower the learning rate, or look for a broken row in the data")]
     NotFinite {
         /// The optimizer step, counted from 0.
         step: usize,
-        /// The norm found.
+        /// The gradient norm.
         norm: f64,
     },
-    /// A configuration file that cannot be read, or what is wrong inside it.
+    /// A configuration file cannot be read or has an error.
     #[error("{file}: {source}")]
     File {
-        /// The file.
+        /// The path of the file.
         file: String,
-        /// What is wrong.
+        /// The error.
         source: Box<Error>,
     },
-    /// The system refuses to hand out a file.
+    /// The operating system cannot read a file.
     #[error("cannot be read: {0}")]
     Io(#[from] std::io::Error),
-    /// A configuration that is not well-formed JSON or YAML, or names a key twice.
+    /// A configuration is not well-formed JSON or YAML, or has a duplicate key.
     #[error("not readable as {format}: {message}")]
     Syntax {
         /// JSON or YAML.
         format: &'static str,
-        /// The reader's message, with line and column.
+        /// The message of the parser, with line and column.
         message: String,
     },
-    /// A key of a configuration file with a value that does not fit.
+    /// A key of a configuration file has an invalid value.
     #[error("`{key}`: expected {expected}, found {found}")]
-    Key {
-        /// The key's path, its parts joined by dots.
+    InvalidValue {
+        /// The path of the key, its parts joined by dots.
         key: String,
-        /// What would do.
+        /// The valid values.
         expected: String,
-        /// What stands there.
+        /// The value found.
         found: String,
     },
-    /// A key that nobody knows.
+    /// A key is unknown.
     #[error("`{key}` is not a key of {block}; did you mean `{nearest}`?")]
     UnknownKey {
-        /// The key's path.
+        /// The path of the key.
         key: String,
-        /// Whose key it would be.
+        /// The block that the key is in.
         block: String,
-        /// The path of the known key of that block that is spelled most like it.
+        /// The path of the key of that block with the most similar name.
         nearest: String,
     },
-    /// A setting that is known and cannot be had here.
+    /// A valid setting is not supported here.
     #[error("`{key}`: {found} is not supported, because {reason}")]
-    Refused {
-        /// The key's path.
+    Unsupported {
+        /// The path of the key.
         key: String,
-        /// The value.
+        /// The value found.
         found: String,
-        /// Why, and what to write instead.
+        /// The reason, and what to write instead.
         reason: &'static str,
     },
-    /// No batch size at all; DeepSpeed's words.
+    /// No batch size is given; the message is DeepSpeed's.
     #[error("Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided")]
-    NoBatch,
-    /// A batch size or a number of steps that is 0, or that a division rounds to 0; DeepSpeed's words.
+    MissingBatchSize,
+    /// A batch size or a number of steps is 0, or is rounded down to 0; the message is DeepSpeed's.
     #[error("{what}: 0 has to be greater than 0")]
-    ZeroBatch {
-        /// DeepSpeed's name of the number.
+    ZeroBatchSize {
+        /// DeepSpeed's name of the setting.
         what: &'static str,
     },
-    /// Three batch settings that do not multiply; DeepSpeed's words.
+    /// The three batch settings contradict each other; the message is DeepSpeed's.
     #[error(
         "Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * gradient_acc_step * \
          world_size {train} != {micro} * {accumulation} * {world}"
     )]
-    Batch {
-        /// Samples per optimizer step, of all ranks together.
+    BatchSizeMismatch {
+        /// The samples per optimizer step, over all ranks.
         train: u64,
-        /// Samples per forward pass of one rank.
+        /// The samples per forward pass of one rank.
         micro: u64,
-        /// Micro-batches per optimizer step.
+        /// The micro-batches per optimizer step.
         accumulation: u64,
         /// The number of ranks.
         world: u64,
     },
-    /// Gradients that overflow even at the smallest loss scale; the first sentence is DeepSpeed's.
+    /// Gradients overflow even at the smallest loss scale; the first sentence of the message is DeepSpeed's.
     #[error(
         "Current loss scale already at minimum - cannot decrease scale anymore. Step {step} overflowed at a scale of \
          {scale}: lower the learning rate or train in bf16"
     )]
     LossScale {
-        /// The step, counted from 0, skipped steps included.
+        /// The step, counted from 0, including skipped steps.
         step: u64,
-        /// The scale.
+        /// The loss scale.
         scale: f64,
     },
-    /// A schedule of a pipeline that cannot be made or run.
+    /// A pipeline schedule is invalid.
     #[error(transparent)]
-    Schedule(#[from] crate::pipeline::ScheduleError),
-    /// A file that cannot be read or written.
+    Pipeline(#[from] crate::pipeline::PipelineError),
+    /// A file cannot be read or written.
     #[error("{}: {source}", path.display())]
     Path {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// The error of the operating system.
         source: std::io::Error,
     },
-    /// A saved state that does not belong to the model.
+    /// A saved state does not match the model.
     #[error("{}: `{key}`: expected {expected}, found {found}", path.display())]
     State {
-        /// The file.
+        /// The path of the file.
         path: PathBuf,
-        /// The tensor or field.
+        /// The name of the tensor or field.
         key: String,
-        /// What the model asks for.
+        /// The value that the model requires.
         expected: String,
-        /// What stands there.
+        /// The value found.
         found: String,
     },
 }

@@ -1,19 +1,21 @@
-//! Weights that every rank holds a part of (stage 3): gathered before a segment runs, let go of after it.
+//! Gathering of weights in ZeRO stage 3: every rank holds shards; the full weights are gathered before a segment runs
+//! and released after it.
 //!
 //! ```text
 //!  forward    gather 0 │ run 0, gather 1 │ run 1, gather 2 │ … │ run last
-//!  backward   …        │ run 1, gather 0 │ run 0           │         the weights of a graph that is kept stay
+//!  backward   …        │ run 1, gather 0 │ run 0           │         the weights of a kept graph stay gathered
 //! ```
 //!
-//! What is gathered and let go of when is a list made beforehand ([`visits`]); a bucket is gathered once per sweep, and the
-//! gathering of the next visit goes on while a segment runs. The parts themselves are on the device, in the host's memory or in
-//! a file (parameter offload); then gathering is also how weights come to the device.
+//! The buckets to gather and to release are listed in advance ([`gather_schedule`]). A bucket is gathered once per
+//! direction, and the buckets of the next step are prefetched while a segment runs. The shards themselves are on the
+//! device, in host memory or in a file (parameter offload); in the latter cases gathering also copies the weights to
+//! the device.
 
 use crate::{
     Error, bucket,
-    comm::{Collectives, Pending, Queue},
-    partition::{Bucket, Layout, Piece},
-    segment::{Checkpointing, Source, Sweep, Value},
+    comm::{AsyncCommunicator, Collectives, Pending},
+    segment::{Checkpointing, Direction, DynTensor, WeightProvider},
+    sharding::{Bucket, ParamShard, ShardLayout},
 };
 use burn::{
     module::{Module, ModuleMapper, Param, ParamId},
@@ -24,34 +26,36 @@ use burn::{
 };
 use std::collections::{HashMap, HashSet};
 
-mod weights;
-mod whole;
+mod replicated;
+mod weight_shards;
 
-pub(crate) use weights::Weights;
-pub(crate) use whole::Whole;
+pub(crate) use replicated::ReplicatedModel;
+pub(crate) use weight_shards::WeightShards;
 
-/// A segment's turn in a sweep, and the buckets that come before it and go after it.
+/// A step of the gather schedule: a segment in one direction, the buckets gathered before it and those released after
+/// it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Visit {
-    pub sweep: Sweep,
+pub(crate) struct GatherStep {
+    pub direction: Direction,
     pub segment: usize,
     pub gather: Vec<usize>,
     pub release: Vec<usize>,
 }
 
-/// The visits of a micro-batch: a bucket comes with its first use in a sweep and goes with its last, but one that a kept graph
-/// holds stays from the forward sweep to the end of its use in the backward sweep.
-pub(crate) fn visits(layout: &Layout, checkpointing: Checkpointing) -> Vec<Visit> {
-    let (segments, first) = (layout.segments, layout.first_trained());
-    let visit = |sweep| move |segment| Visit { sweep, segment, gather: Vec::new(), release: Vec::new() };
-    let forward = (0..segments).map(visit(Sweep::Forward));
-    let mut all: Vec<Visit> = forward.chain((first..segments).rev().map(visit(Sweep::Backward))).collect();
+/// Returns the gather schedule of a micro-batch: a bucket is gathered before its first use in each direction and
+/// released after its last. A bucket used by a kept graph stays gathered from the forward pass to its last use in the
+/// backward pass.
+pub(crate) fn gather_schedule(layout: &ShardLayout, checkpointing: Checkpointing) -> Vec<GatherStep> {
+    let (segments, first) = (layout.num_segments, layout.first_trainable_segment());
+    let visit = |direction| move |segment| GatherStep { direction, segment, gather: Vec::new(), release: Vec::new() };
+    let forward = (0..segments).map(visit(Direction::Forward));
+    let mut all: Vec<GatherStep> = forward.chain((first..segments).rev().map(visit(Direction::Backward))).collect();
     let backward = |segment: usize| segments + (segments - 1 - segment);
     for (index, bucket) in layout.buckets.iter().enumerate() {
         let uses = &bucket.segments;
         let (begin, end) = (uses[0], uses[uses.len() - 1]);
         let again: Vec<usize> = uses.iter().copied().filter(|&segment| segment >= first).collect();
-        let stays = again.iter().any(|&segment| checkpointing.keeps(segment, segments));
+        let stays = again.iter().any(|&segment| checkpointing.keeps_graph(segment, segments));
         all[begin].gather.push(index);
         match (again.first(), again.last()) {
             (Some(&least), Some(&most)) => {
@@ -67,198 +71,215 @@ pub(crate) fn visits(layout: &Layout, checkpointing: Checkpointing) -> Vec<Visit
     all
 }
 
-/// Whole parameters on their way.
-pub(crate) enum Gathering<B: Backend> {
-    /// Nothing has to travel: the pieces are the parameters.
-    Here(Vec<(Piece, Value<B>)>),
-    /// The bucket's bytes.
-    Coming(Pending<Vec<u8>>),
+/// An all-gather of a bucket whose result is still to come.
+pub(crate) enum PendingGather<B: Backend> {
+    /// The shards are already the full parameters, so no communication is needed.
+    Local(Vec<(ParamShard, DynTensor<B>)>),
+    /// The bytes of the full bucket, not yet received.
+    InFlight(Pending<Vec<u8>>),
 }
 
-/// Sends this rank's pieces of a bucket and asks for everyone's. Where there is one part it is the whole, and nothing leaves the
-/// device for it.
-pub(crate) fn start<B: Backend>(
-    layout: &Layout,
+/// Starts the all-gather of a bucket from this rank's shards. If there is only one shard, it is the full bucket and
+/// nothing leaves the device.
+pub(crate) fn start_all_gather<B: Backend>(
+    layout: &ShardLayout,
     bucket: &Bucket,
-    pieces: Vec<(Piece, Value<B>)>,
-    queue: &Queue,
-) -> Gathering<B> {
-    if layout.parts == 1 {
-        return Gathering::Here(pieces);
+    pieces: Vec<(ParamShard, DynTensor<B>)>,
+    queue: &AsyncCommunicator,
+) -> PendingGather<B> {
+    if layout.num_shards == 1 {
+        return PendingGather::Local(pieces);
     }
-    let (bytes, size) = (bucket::part_bytes(layout, bucket, &pieces), bucket.dtype.size());
-    Gathering::Coming(queue.submit("all_gather", move |group| group.all_gather_bytes(&bytes, size)))
+    let (bytes, size) = (bucket::pack_shard(layout, bucket, &pieces), bucket.dtype.size());
+    PendingGather::InFlight(queue.submit("all_gather", move |group| group.all_gather_bytes(&bytes, size)))
 }
 
-impl<B: Backend> Gathering<B> {
-    /// Waits for the whole parameters.
-    pub fn wait(self, layout: &Layout, bucket: &Bucket, device: &B::Device) -> Result<Vec<(usize, Value<B>)>, Error> {
+impl<B: Backend> PendingGather<B> {
+    /// Waits for the result and returns the full parameters.
+    pub fn wait(
+        self,
+        layout: &ShardLayout,
+        bucket: &Bucket,
+        device: &B::Device,
+    ) -> Result<Vec<(usize, DynTensor<B>)>, Error> {
         match self {
-            Self::Here(pieces) => {
-                let whole = |(piece, value): (Piece, Value<B>)| {
-                    (piece.parameter, value.reshape(&layout.parameters[piece.parameter].dims))
+            Self::Local(pieces) => {
+                let whole = |(shard, value): (ParamShard, DynTensor<B>)| {
+                    (shard.parameter, value.reshape(&layout.parameters[shard.parameter].dims))
                 };
                 Ok(pieces.into_iter().map(whole).collect())
             }
-            Self::Coming(pending) => Ok(bucket::parameters(layout, bucket, pending.wait()?, device)),
+            Self::InFlight(pending) => Ok(bucket::unpack_parameters(layout, bucket, pending.wait()?, device)),
         }
     }
 }
 
-/// Pieces of weights.
-pub(crate) type Pieces<B> = Vec<(Piece, Value<B>)>;
+/// The tensors of parameter shards.
+pub(crate) type ShardTensors<B> = Vec<(ParamShard, DynTensor<B>)>;
 
-/// Where the weights are while a step updates them, bucket by bucket.
-pub(crate) trait Store<B: Backend> {
-    /// This rank's pieces of a bucket, flat. The store lets go of the bucket: a tensor is updated in place only if no one else
-    /// holds it.
-    fn take(&mut self, index: usize) -> Result<Pieces<B>, Error>;
+/// Access to this rank's weight shards during an optimizer step, bucket by bucket.
+pub(crate) trait WeightStore<B: Backend> {
+    /// Takes this rank's shards of a bucket out of the store, flattened. The store keeps no reference, because a tensor
+    /// is updated in place only if it has no other owner.
+    fn take(&mut self, index: usize) -> Result<ShardTensors<B>, Error>;
 
-    /// Takes the updated pieces over.
-    fn put(&mut self, index: usize, pieces: Pieces<B>) -> Result<(), Error>;
+    /// Stores the updated shards of a bucket.
+    fn put(&mut self, index: usize, shards: ShardTensors<B>) -> Result<(), Error>;
 }
 
-/// What gathering needs to know.
-pub(crate) struct Place<'a, B: Backend> {
-    pub layout: &'a Layout,
-    pub queue: &'a Queue,
+/// The layout, communicator and device that sharded operations share.
+pub(crate) struct ShardContext<'a, B: Backend> {
+    pub layout: &'a ShardLayout,
+    pub communicator: &'a AsyncCommunicator,
     pub device: &'a B::Device,
 }
 
-impl<B: Backend> Clone for Place<'_, B> {
+impl<B: Backend> Clone for ShardContext<'_, B> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<B: Backend> Copy for Place<'_, B> {}
+impl<B: Backend> Copy for ShardContext<'_, B> {}
 
-/// A model whose weights come and go with their segments.
-pub(crate) struct Gathered<'a, B: AutodiffBackend, M> {
-    /// None only while it is mapped.
+/// A model of shards whose weights are gathered for each segment and released after it.
+pub(crate) struct GatheredModel<'a, B: AutodiffBackend, M> {
+    /// The model; none only while a mapper transforms it.
     model: Option<M>,
-    weights: &'a mut Weights<B::InnerBackend>,
-    place: Place<'a, B::InnerBackend>,
-    visits: Vec<Visit>,
-    /// The visit that is under way or next.
-    now: usize,
-    /// For how many visits after this one weights are gathered ahead.
-    ahead: usize,
-    coming: HashMap<usize, Gathering<B::InnerBackend>>,
-    live: usize,
-    /// The most bytes of gathered weights.
-    pub peak: usize,
+    weights: &'a mut WeightShards<B::InnerBackend>,
+    context: ShardContext<'a, B::InnerBackend>,
+    schedule: Vec<GatherStep>,
+    /// The schedule step that is running or comes next.
+    next_step: usize,
+    /// The number of schedule steps for which weights are prefetched.
+    prefetch: usize,
+    in_flight: HashMap<usize, PendingGather<B::InnerBackend>>,
+    live_bytes: usize,
+    /// The largest number of bytes of gathered weights at a time.
+    pub peak_bytes: usize,
 }
 
-impl<'a, B: AutodiffBackend, M: Module<B>> Gathered<'a, B, M> {
-    /// The model is a shell, as [`Weights::cut`] leaves it.
+impl<'a, B: AutodiffBackend, M: Module<B>> GatheredModel<'a, B, M> {
+    /// Creates the model from placeholders, as [`WeightShards::shard`] leaves them.
     pub fn new(
         model: M,
-        weights: &'a mut Weights<B::InnerBackend>,
-        place: Place<'a, B::InnerBackend>,
+        weights: &'a mut WeightShards<B::InnerBackend>,
+        context: ShardContext<'a, B::InnerBackend>,
         (checkpointing, ahead): (Checkpointing, usize),
     ) -> Self {
-        let visits = visits(place.layout, checkpointing);
-        Self { model: Some(model), weights, place, visits, now: 0, ahead, coming: HashMap::new(), live: 0, peak: 0 }
+        let visits = gather_schedule(context.layout, checkpointing);
+        Self {
+            model: Some(model),
+            weights,
+            context,
+            schedule: visits,
+            next_step: 0,
+            prefetch: ahead,
+            in_flight: HashMap::new(),
+            live_bytes: 0,
+            peak_bytes: 0,
+        }
     }
 
     fn map(&mut self, mapper: &mut impl ModuleMapper<B>) {
         self.model = self.model.take().map(|model| model.map(mapper));
     }
 
-    fn start(&mut self, visit: usize) {
-        let Some(visit) = self.visits.get(visit) else { return };
+    fn prefetch_step(&mut self, visit: usize) {
+        let Some(visit) = self.schedule.get(visit) else { return };
         for &index in &visit.gather {
-            if !self.coming.contains_key(&index) {
-                let gathering = self.weights.gather(self.place.layout, index, self.place.queue);
-                self.coming.insert(index, gathering);
-                self.live += bytes(&self.place.layout.buckets[index]);
+            if !self.in_flight.contains_key(&index) {
+                let gathering = self.weights.gather(self.context.layout, index, self.context.communicator);
+                self.in_flight.insert(index, gathering);
+                self.live_bytes += bucket_bytes(&self.context.layout.buckets[index]);
             }
         }
-        self.peak = self.peak.max(self.live);
+        self.peak_bytes = self.peak_bytes.max(self.live_bytes);
     }
 }
 
-fn bytes(bucket: &Bucket) -> usize {
+fn bucket_bytes(bucket: &Bucket) -> usize {
     bucket.length * bucket.dtype.size()
 }
 
-impl<B: AutodiffBackend, M: Module<B>> Source<M> for Gathered<'_, B, M> {
-    const STAYS: bool = false;
+impl<B: AutodiffBackend, M: Module<B>> WeightProvider<M> for GatheredModel<'_, B, M> {
+    const ALWAYS_RESIDENT: bool = false;
 
     fn model(&self) -> &M {
-        self.model.as_ref().expect("the model is only away while it is mapped")
+        self.model.as_ref().expect("the model is absent only while a mapper transforms it")
     }
 
-    fn enter(&mut self, sweep: Sweep, segment: usize) -> Result<(), Error> {
-        let visit = &self.visits[self.now];
-        assert_eq!((visit.sweep, visit.segment), (sweep, segment), "the driver follows the list of visits");
+    fn fetch_segment(&mut self, direction: Direction, segment: usize) -> Result<(), Error> {
+        let visit = &self.schedule[self.next_step];
+        assert_eq!((visit.direction, visit.segment), (direction, segment), "the driver follows the gather schedule");
         let due = visit.gather.clone();
-        self.start(self.now);
-        let Place { layout, device, .. } = self.place;
+        self.prefetch_step(self.next_step);
+        let ShardContext { layout, device, .. } = self.context;
         let mut values = HashMap::new();
         for index in due {
-            let gathering = self.coming.remove(&index).expect("it was started at the latest just now");
+            let gathering = self.in_flight.remove(&index).expect("the gathering was started above at the latest");
             let whole = gathering.wait(layout, &layout.buckets[index], device)?;
             values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
         }
-        for next in 1..=self.ahead {
-            self.start(self.now + next);
+        for next in 1..=self.prefetch {
+            self.prefetch_step(self.next_step + next);
         }
         if !values.is_empty() {
-            self.map(&mut Put { values });
+            self.map(&mut PutParams { values });
         }
         Ok(())
     }
 
-    fn leave(&mut self, _: Sweep, _: usize) {
-        let release = std::mem::take(&mut self.visits[self.now].release);
-        self.now += 1;
-        let layout = self.place.layout;
-        let slots = release.iter().flat_map(|&index| &layout.buckets[index].slots);
+    fn release_segment(&mut self, _: Direction, _: usize) {
+        let release = std::mem::take(&mut self.schedule[self.next_step].release);
+        self.next_step += 1;
+        let layout = self.context.layout;
+        let slots = release.iter().flat_map(|&index| &layout.buckets[index].param_offsets);
         let ids: HashSet<ParamId> = slots.map(|&(parameter, _)| layout.parameters[parameter].id).collect();
-        self.live -= release.iter().map(|&index| bytes(&layout.buckets[index])).sum::<usize>();
+        self.live_bytes -= release.iter().map(|&index| bucket_bytes(&layout.buckets[index])).sum::<usize>();
         if !ids.is_empty() {
-            self.map(&mut Take { layout, which: |id| ids.contains(&id), values: HashMap::new() });
+            self.map(&mut TakeParams { layout, selects: |id| ids.contains(&id), values: HashMap::new() });
         }
     }
 }
 
-impl<B: AutodiffBackend, M> Store<B::InnerBackend> for Gathered<'_, B, M> {
-    fn take(&mut self, index: usize) -> Result<Pieces<B::InnerBackend>, Error> {
-        self.weights.stored(self.place).take(index)
+impl<B: AutodiffBackend, M> WeightStore<B::InnerBackend> for GatheredModel<'_, B, M> {
+    fn take(&mut self, index: usize) -> Result<ShardTensors<B::InnerBackend>, Error> {
+        self.weights.as_store(self.context).take(index)
     }
 
-    fn put(&mut self, index: usize, pieces: Pieces<B::InnerBackend>) -> Result<(), Error> {
-        self.weights.stored(self.place).put(index, pieces)
+    fn put(&mut self, index: usize, shards: ShardTensors<B::InnerBackend>) -> Result<(), Error> {
+        self.weights.as_store(self.context).put(index, shards)
     }
 }
 
-/// Takes parameters out of a model and leaves shells of one element.
-pub(crate) struct Take<'a, B: Backend, F> {
-    pub layout: &'a Layout,
-    pub which: F,
-    /// What was taken, by its number in the layout.
-    pub values: HashMap<usize, Value<B>>,
+/// Takes parameters out of a model and leaves placeholders of one element.
+pub(crate) struct TakeParams<'a, B: Backend, F> {
+    pub layout: &'a ShardLayout,
+    pub selects: F,
+    /// The values taken, by index in the layout.
+    pub values: HashMap<usize, DynTensor<B>>,
 }
 
-impl<B: AutodiffBackend, F: Fn(ParamId) -> bool> ModuleMapper<B> for Take<'_, B::InnerBackend, F> {
+impl<B: AutodiffBackend, F: Fn(ParamId) -> bool> ModuleMapper<B> for TakeParams<'_, B::InnerBackend, F> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let Some(&index) = self.layout.index.get(&param.id).filter(|_| (self.which)(param.id)) else { return param };
+        let Some(&index) = self.layout.parameter_index.get(&param.id).filter(|_| (self.selects)(param.id)) else {
+            return param;
+        };
         let (id, tensor, mapper) = param.consume();
         let shell =
             Tensor::empty([1; D], (&tensor.device(), tensor.dtype())).set_require_grad(tensor.is_require_grad());
-        self.values.insert(index, Value::new(tensor.inner()));
+        self.values.insert(index, DynTensor::new(tensor.inner()));
         Param::from_mapped_value(id, shell, mapper)
     }
 }
 
-/// Puts whole parameters into a model; whether they are trained stays.
-pub(crate) struct Put<B: Backend> {
-    pub values: HashMap<ParamId, Value<B>>,
+/// Puts full parameters into a model; their trainability stays.
+pub(crate) struct PutParams<B: Backend> {
+    pub values: HashMap<ParamId, DynTensor<B>>,
 }
 
-impl<B: AutodiffBackend> ModuleMapper<B> for Put<B::InnerBackend> {
+impl<B: AutodiffBackend> ModuleMapper<B> for PutParams<B::InnerBackend> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let Some(value) = self.values.remove(&param.id) else { return param };
         let (id, shell, mapper) = param.consume();

@@ -1,30 +1,31 @@
-//! The global norm of gradients, the same whatever the world.
+//! The global gradient norm, which is the same in every world.
 //!
-//! A block of [`ALIGN`] values is summed by one rank as one row of a tensor; the sums of blocks, f32 numbers, are added up
-//! exactly, so that it does not matter who adds which. Torch adds in f32 in an order that depends on the division.
+//! A block of [`ALIGN`] values is summed by one rank as one row of a tensor. The block sums, f32 numbers, are then
+//! added exactly, so it does not matter which rank adds which. Torch adds in f32 in an order that depends on the
+//! sharding.
 
-use crate::{partition::ALIGN, segment::Value};
+use crate::{segment::DynTensor, sharding::ALIGN};
 use burn::tensor::backend::Backend;
 
-/// The digits of an [`Exact`] sum: all of f32's range, and room for as many terms as fit a machine.
+/// The number of 32-bit digits of an [`ExactSum`]: the range of f32, and room for as many terms as fit into a machine.
 const LIMBS: usize = 11;
-/// Squares that exist at a time.
-const SQUARES: usize = ALIGN << 14;
-/// The exponent of the smallest f32.
-const SMALLEST: i32 = -149;
+/// The largest number of squares that are materialized at a time.
+const MAX_SQUARES: usize = ALIGN << 14;
+/// The exponent of the smallest positive f32.
+const MIN_EXPONENT: i32 = -149;
 
-/// A sum of f32 numbers that are not negative, without rounding: digits of 32 bits, the first one's unit is f32's smallest
-/// number.
+/// An exact sum of non-negative f32 numbers, without rounding: digits of 32 bits, in units of the smallest positive
+/// f32.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Exact {
+pub(crate) struct ExactSum {
     limbs: [u64; LIMBS],
-    /// Terms since carries were last moved on.
+    /// The number of terms since the last carry propagation.
     terms: u32,
     infinite: bool,
     nan: bool,
 }
 
-impl Exact {
+impl ExactSum {
     pub fn add(&mut self, term: f32) {
         if !term.is_finite() {
             self.infinite |= term.is_infinite();
@@ -63,14 +64,14 @@ impl Exact {
         self.nan |= other.nan;
     }
 
-    /// The sum, rounded to f64 in a way that depends on the sum alone.
+    /// Returns the sum, rounded to f64; the rounding depends on the sum alone.
     pub fn value(&self) -> f64 {
         if self.nan || self.infinite {
             return if self.nan { f64::NAN } else { f64::INFINITY };
         }
         let mut carried = self.clone();
         carried.carry();
-        let weigh = |(i, &limb): (usize, &u64)| limb as f64 * f64::from(SMALLEST + 32 * i as i32).exp2();
+        let weigh = |(i, &limb): (usize, &u64)| limb as f64 * f64::from(MIN_EXPONENT + 32 * i as i32).exp2();
         carried.limbs.iter().enumerate().rev().map(weigh).sum()
     }
 
@@ -81,7 +82,7 @@ impl Exact {
         carried.limbs.iter().chain([&flags]).flat_map(|limb| limb.to_le_bytes()).collect()
     }
 
-    /// Reads a sum from the start of `bytes`; the rest.
+    /// Reads a sum from the start of `bytes`; returns it and the remaining bytes.
     pub fn from_bytes(bytes: &[u8]) -> (Self, &[u8]) {
         let (own, rest) = bytes.split_at(8 * (LIMBS + 1));
         let mut words =
@@ -92,8 +93,8 @@ impl Exact {
     }
 }
 
-/// Adds the sum of squares of f32 values that start at a multiple of [`ALIGN`] in their parameter.
-pub(crate) fn add_squares<B: Backend>(sum: &mut Exact, values: &Value<B>) {
+/// Adds the squares of f32 values; the values start at a multiple of [`ALIGN`] in their parameter.
+pub(crate) fn add_squares<B: Backend>(sum: &mut ExactSum, values: &DynTensor<B>) {
     let (n, values) = (values.elements(), values.clone().flatten());
     let mut add = |from: usize, shape: [usize; 2]| {
         let rows = values.clone().narrow(0, from, shape[0] * shape[1]).reshape(shape);
@@ -101,20 +102,20 @@ pub(crate) fn add_squares<B: Backend>(sum: &mut Exact, values: &Value<B>) {
         squares.into_data().iter::<f32>().for_each(|square| sum.add(square));
     };
     let whole = n - n % ALIGN;
-    for from in (0..whole).step_by(SQUARES) {
-        add(from, [SQUARES.min(whole - from) / ALIGN, ALIGN]);
+    for from in (0..whole).step_by(MAX_SQUARES) {
+        add(from, [MAX_SQUARES.min(whole - from) / ALIGN, ALIGN]);
     }
     if whole < n {
         add(whole, [1, n - whole]);
     }
 }
 
-/// The same for values on the host. With the backend of the processor they are summed as it sums, so that where states are
-/// changes no result; without it in f64.
-pub(crate) fn add_squares_of(sum: &mut Exact, values: &[f32]) {
+/// Adds the squares of values in host memory. With the CPU backend they are summed by that backend, so the result is
+/// the same whether states are on the device or on the host; without it they are summed in f64.
+pub(crate) fn add_squares_on_host(sum: &mut ExactSum, values: &[f32]) {
     #[cfg(feature = "flex")]
     for part in values.chunks(ALIGN << 10) {
-        add_squares::<burn::backend::Flex>(sum, &crate::bucket::from_host(part, &Default::default()));
+        add_squares::<burn::backend::Flex>(sum, &crate::bucket::tensor_from_slice(part, &Default::default()));
     }
     #[cfg(not(feature = "flex"))]
     for block in values.chunks(ALIGN) {
@@ -135,18 +136,18 @@ mod tests {
     fn the_sum_does_not_depend_on_order_or_division() {
         let terms = terms();
         let sum = |terms: &mut dyn Iterator<Item = f32>| {
-            let mut sum = Exact::default();
+            let mut sum = ExactSum::default();
             terms.for_each(|term| sum.add(term));
             sum
         };
         let forward = sum(&mut terms.iter().copied());
         assert_eq!(forward.value(), sum(&mut terms.iter().rev().copied()).value());
         for parts in 1..7 {
-            let mut merged = Exact::default();
+            let mut merged = ExactSum::default();
             for part in 0..parts {
                 let (read, rest) = (sum(&mut terms.iter().copied().skip(part).step_by(parts)).to_bytes(), [1, 2]);
                 let bytes = [read, rest.to_vec()].concat();
-                let (part, left) = Exact::from_bytes(&bytes);
+                let (part, left) = ExactSum::from_bytes(&bytes);
                 assert_eq!(left, rest);
                 merged.merge(part);
             }
@@ -157,16 +158,16 @@ mod tests {
     #[test]
     fn the_sum_is_right_at_the_ends_of_the_range() {
         for terms in [vec![f32::from_bits(1); 3], vec![f32::MAX; 5], vec![1.0, 2f32.powi(-140), 0.0], vec![3.5, 0.25]] {
-            let mut sum = Exact::default();
+            let mut sum = ExactSum::default();
             terms.iter().for_each(|&term| sum.add(term));
             assert_eq!(sum.value(), terms.iter().map(|&term| f64::from(term)).sum::<f64>(), "{terms:?}");
         }
-        let mut sum = Exact::default();
+        let mut sum = ExactSum::default();
         sum.add(f32::INFINITY);
         assert_eq!(sum.value(), f64::INFINITY);
         sum.add(f32::NAN);
-        let mut other = Exact::default();
-        other.merge(Exact::from_bytes(&sum.to_bytes()).0);
+        let mut other = ExactSum::default();
+        other.merge(ExactSum::from_bytes(&sum.to_bytes()).0);
         assert!(other.value().is_nan());
     }
 }

@@ -1,19 +1,21 @@
-//! Optimizer states off the device: in the host's memory or in a file, and the update where they are.
+//! Optimizer states off the device: they are kept in host memory or in a file, and the optimizer runs on the host.
 //!
 //! ```text
-//!  gradient piece ─► host ─┐
-//!  weight piece   ─► host ─┴► Adam over slices ─► weight piece ─► device
+//!  gradient shard ─► host ─┐
+//!  weight shard   ─► host ─┴► Adam over slices ─► weight shard ─► device
 //!                                ▲   │
-//!             host or file: exp_avg, exp_avg_sq      a file passes through a few buffers, read ahead and written behind
+//!             host or file: exp_avg, exp_avg_sq      a file is read ahead and written behind through a few buffers
 //!
 //!  communication   ─ gradients of bucket 3 ─ … of 0 │           │ weights of 0 │ weights of 1 │
 //!  compute         ─ backward 3 ─ 2 ─ 1 ─ 0 ────────┤ norm      │              │ to device 0  │ …
 //!  optimizer                                        │ update 0  │ update 1     │ update 2     │
 //! ```
 //!
-//! Gradients leave while the backward pass goes on. Clipping by the global norm, and the promise that a step whose gradients
-//! are not finite changes nothing, need all of them before the first update: there the pass and the updates meet. Without
-//! either ([`Engine::accumulate_and_step`](crate::Engine::accumulate_and_step)) an update begins when its gradients arrive:
+//! Gradients are copied to the host during the backward pass. Clipping by the global norm needs all gradients before
+//! the first update, and so does the guarantee that a step with non-finite gradients changes nothing: the updates then
+//! begin after the backward pass. Without either
+//! ([`Engine::forward_backward_step`](crate::Engine::forward_backward_step)) an update begins as soon as its gradients
+//! arrive:
 //!
 //! ```text
 //!  communication   ─ gradients of bucket 3 ─ … of 2 ──── … of 1 ──── … of 0 │
@@ -24,126 +26,129 @@
 use crate::{
     Error, ds_config,
     optimizer::{
-        EightBit, LEAST_8BIT, Optimizer, Rates,
-        cpu_adam::{Copy, Slices, Update},
+        EightBitMoments, Hyperparameters, LEAST_8BIT, Optimizer,
+        cpu_adam::{AdamSlices, AdamUpdate, HalfCopy},
     },
 };
 use burn::module::ParamId;
 use std::{borrow::Cow, cell::RefCell, collections::HashMap, path::PathBuf};
 
-mod desk;
 mod file;
+mod host_optimizer;
 
-pub(crate) use desk::{Desk, Task};
-pub(crate) use file::Shelf;
-use file::States;
+use file::MomentFile;
+pub(crate) use file::OffloadFile;
+pub(crate) use host_optimizer::{HostOptimizer, ShardUpdate};
 
-/// Where optimizer states are.
+/// The place where optimizer states or weight shards are kept.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Tier {
+pub enum MemoryTier {
     /// On the device that trains.
     #[default]
     Device,
-    /// In the host's memory.
+    /// In host memory.
     Host,
     /// In a file in this folder, one per rank (DeepSpeed's `nvme_path`).
     File(PathBuf),
 }
 
-impl From<&ds_config::Offload> for Tier {
-    fn from(offload: &ds_config::Offload) -> Self {
+impl From<&ds_config::OffloadConfig> for MemoryTier {
+    fn from(offload: &ds_config::OffloadConfig) -> Self {
         match (offload.device, &offload.nvme_path) {
-            (ds_config::Device::None, _) => Self::Device,
-            (ds_config::Device::Nvme, Some(folder)) => Self::File(folder.clone()),
-            // A ds_config that has been checked has a folder with its nvme.
-            (ds_config::Device::Cpu | ds_config::Device::Nvme, _) => Self::Host,
+            (ds_config::OffloadDevice::None, _) => Self::Device,
+            (ds_config::OffloadDevice::Nvme, Some(folder)) => Self::File(folder.clone()),
+            // A validated ds_config with `nvme` always has a folder.
+            (ds_config::OffloadDevice::Cpu | ds_config::OffloadDevice::Nvme, _) => Self::Host,
         }
     }
 }
 
-/// States of all pieces of a rank.
-pub(crate) struct Offload {
-    settings: Optimizer,
-    file: Option<States>,
-    states: HashMap<ParamId, HostState>,
-    /// The last read that failed while a state was saved.
-    failed: RefCell<Option<Error>>,
+/// The optimizer states of all shards of a rank, kept off the device.
+pub(crate) struct OffloadedStates {
+    optimizer: Optimizer,
+    file: Option<MomentFile>,
+    states: HashMap<ParamId, OffloadedState>,
+    /// The last read error while a checkpoint was written.
+    read_error: RefCell<Option<Error>>,
 }
 
-/// What is remembered of a piece.
-struct HostState {
+/// The optimizer state of a shard.
+struct OffloadedState {
     step: usize,
-    moments: Moments,
+    moments: MomentStorage,
 }
 
-enum Moments {
-    Here {
+enum MomentStorage {
+    Memory {
         exp_avg: Vec<f32>,
         exp_avg_sq: Vec<f32>,
     },
-    EightBit(EightBit),
-    /// In the file, from this value on.
+    EightBit(EightBitMoments),
+    /// In the offload file, from this value on.
     File {
         start: u64,
         length: usize,
     },
 }
 
-/// A state as it is saved: the number of updates, both moments, and the scales of 8-bit ones.
-pub(crate) struct Snapshot {
+/// A saved optimizer state: the number of updates, both moments, and the block scales of 8-bit moments.
+pub(crate) struct StateSnapshot {
     pub step: usize,
     pub moments: [Vec<f32>; 2],
     pub scales: Option<[Vec<f32>; 2]>,
 }
 
-impl Offload {
+impl OffloadedStates {
+    /// Creates an empty set of states, and the offload file if the tier asks for one.
+    ///
     /// # Errors
-    /// [`Error::Setting`] for an optimizer that the host cannot compute, [`Error::Path`] if the file cannot be made.
-    pub fn new(optimizer: Optimizer, tier: &Tier, rank: usize) -> Result<Self, Error> {
-        if optimizer.adam().is_none() {
-            let (expected, found) = ("Adam or AdamW where states are offloaded", format!("{optimizer:?}"));
+    /// Returns [`Error::Setting`] for an optimizer that cannot run on the host, [`Error::Path`] if the file cannot be
+    /// created.
+    pub fn new(optimizer: Optimizer, tier: &MemoryTier, rank: usize) -> Result<Self, Error> {
+        if optimizer.adam_settings().is_none() {
+            let (expected, found) = ("Adam or AdamW if optimizer states are offloaded", format!("{optimizer:?}"));
             return Err(Error::Setting { field: "optimizer", expected, found });
         }
         let file = match tier {
-            Tier::File(folder) => Some(States::create(folder, rank)?),
+            MemoryTier::File(folder) => Some(MomentFile::create(folder, rank)?),
             _ => None,
         };
-        Ok(Self { settings: optimizer, file, states: HashMap::new(), failed: RefCell::default() })
+        Ok(Self { optimizer, file, states: HashMap::new(), read_error: RefCell::default() })
     }
 
-    /// The moments of a piece of `n` values of a parameter of `whole` before the first update.
-    fn fresh(&mut self, n: usize, whole: usize) -> Result<Moments, Error> {
-        if matches!(self.settings, Optimizer::AdamW8bit(_)) && whole >= LEAST_8BIT {
-            return Ok(Moments::EightBit(EightBit::new(n)));
+    /// Returns the initial moments of a shard of `n` values; the full parameter has `full_len` values.
+    fn initial_moments(&mut self, n: usize, full_len: usize) -> Result<MomentStorage, Error> {
+        if matches!(self.optimizer, Optimizer::AdamW8bit(_)) && full_len >= LEAST_8BIT {
+            return Ok(MomentStorage::EightBit(EightBitMoments::new(n)));
         }
         match &mut self.file {
-            Some(file) => Ok(Moments::File { start: file.allocate(n)?, length: n }),
-            None => Ok(Moments::Here { exp_avg: vec![-0.0; n], exp_avg_sq: vec![0.0; n] }),
+            Some(file) => Ok(MomentStorage::File { start: file.allocate(n)?, length: n }),
+            None => Ok(MomentStorage::Memory { exp_avg: vec![-0.0; n], exp_avg_sq: vec![0.0; n] }),
         }
     }
 
-    /// Updates the flat f32 piece of a parameter, of `whole` values in all.
+    /// Updates a flat f32 shard in place; the full parameter has `full_len` values.
     pub fn update(
         &mut self,
-        (id, whole): (ParamId, usize),
-        rates: Rates,
+        (id, full_len): (ParamId, usize),
+        rates: Hyperparameters,
         (parameter, gradient): (&mut [f32], &[f32]),
     ) -> Result<(), Error> {
         let mut state = match self.states.remove(&id) {
             Some(state) => state,
-            None => HostState { step: 0, moments: self.fresh(parameter.len(), whole)? },
+            None => OffloadedState { step: 0, moments: self.initial_moments(parameter.len(), full_len)? },
         };
         state.step += 1;
-        let (settings, decoupled) = self.settings.adam().expect("it was checked when this was made");
-        let Rates { lr, weight_decay, scale } = rates;
-        let update = Update { settings, decoupled, lr, weight_decay, scale, step: state.step };
+        let (settings, decoupled) = self.optimizer.adam_settings().expect("checked by the constructor");
+        let Hyperparameters { lr, weight_decay, grad_scale: scale } = rates;
+        let update = AdamUpdate { settings, decoupled, lr, weight_decay, grad_scale: scale, step: state.step };
         match &mut state.moments {
-            Moments::Here { exp_avg, exp_avg_sq } => {
-                update.apply(Slices { parameter, gradient, exp_avg, exp_avg_sq }, Copy::None);
+            MomentStorage::Memory { exp_avg, exp_avg_sq } => {
+                update.apply(AdamSlices { parameter, gradient, exp_avg, exp_avg_sq }, HalfCopy::None);
             }
-            Moments::EightBit(codes) => codes.apply(&update, parameter, gradient),
-            Moments::File { start, .. } => {
-                let file = self.file.as_mut().expect("the state is in it");
+            MomentStorage::EightBit(codes) => codes.apply(&update, parameter, gradient),
+            MomentStorage::File { start, .. } => {
+                let file = self.file.as_mut().expect("the state is in the file");
                 file.update(*start, &update, (parameter, gradient))?;
             }
         }
@@ -151,67 +156,69 @@ impl Offload {
         Ok(())
     }
 
-    /// Ends a step: what is on its way to the file arrives.
-    pub fn settle(&mut self) -> Result<(), Error> {
-        self.file.as_mut().map_or(Ok(()), States::settle)
+    /// Waits until all pending writes to the file are complete; called at the end of a step.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        self.file.as_mut().map_or(Ok(()), MomentFile::flush)
     }
 
-    /// The number of updates of a piece, if there were any.
+    /// Returns the number of updates of a shard; none before the first update.
     pub fn step(&self, id: ParamId) -> Option<usize> {
         self.states.get(&id).map(|state| state.step)
     }
 
-    /// The scales of a moment in 8 bits.
+    /// Returns the block scales of an 8-bit moment; none for other moments.
     pub fn scales(&self, id: ParamId, slot: usize) -> Option<&[f32]> {
         match &self.states.get(&id)?.moments {
-            Moments::EightBit(codes) => Some(codes.scales()[slot]),
+            MomentStorage::EightBit(codes) => Some(codes.scales()[slot]),
             _ => None,
         }
     }
 
-    /// A moment of a piece that has been updated. If its file cannot be read it is empty, and [`Offload::check_reads`] says
-    /// why.
+    /// Returns a moment of a shard that has been updated. If the file cannot be read, the result is empty and
+    /// [`OffloadedStates::check_reads`] returns the error.
     pub fn moment(&self, id: ParamId, slot: usize) -> Cow<'_, [f32]> {
         match &self.states[&id].moments {
-            Moments::Here { exp_avg, exp_avg_sq } => Cow::Borrowed([exp_avg, exp_avg_sq][slot]),
-            Moments::EightBit(codes) => {
+            MomentStorage::Memory { exp_avg, exp_avg_sq } => Cow::Borrowed([exp_avg, exp_avg_sq][slot]),
+            MomentStorage::EightBit(codes) => {
                 let [first, second] = codes.values();
                 Cow::Owned(if slot == 0 { first } else { second })
             }
-            Moments::File { start, length } => {
-                let file = self.file.as_ref().expect("the state is in it");
-                let values = file.read(*start, *length, slot).map_err(|error| self.failed.replace(Some(error)));
+            MomentStorage::File { start, length } => {
+                let file = self.file.as_ref().expect("the state is in the file");
+                let values = file.read(*start, *length, slot).map_err(|error| self.read_error.replace(Some(error)));
                 Cow::Owned(values.unwrap_or_default())
             }
         }
     }
 
+    /// Reports a failed read of a moment.
+    ///
     /// # Errors
-    /// [`Error::Path`] if a moment could not be read since this was last asked.
+    /// Returns [`Error::Path`] if a moment could not be read since the last call.
     pub fn check_reads(&self) -> Result<(), Error> {
-        self.failed.take().map_or(Ok(()), Err)
+        self.read_error.take().map_or(Ok(()), Err)
     }
 
-    /// Puts a saved state in place.
-    pub fn restore(&mut self, (id, whole): (ParamId, usize), saved: Snapshot) -> Result<(), Error> {
-        let Snapshot { step, moments: [exp_avg, exp_avg_sq], scales } = saved;
-        let moments = match self.fresh(exp_avg.len(), whole)? {
-            Moments::Here { .. } => Moments::Here { exp_avg, exp_avg_sq },
-            Moments::EightBit(_) => {
+    /// Loads a saved state.
+    pub fn restore(&mut self, (id, full_len): (ParamId, usize), saved: StateSnapshot) -> Result<(), Error> {
+        let StateSnapshot { step, moments: [exp_avg, exp_avg_sq], scales } = saved;
+        let moments = match self.initial_moments(exp_avg.len(), full_len)? {
+            MomentStorage::Memory { .. } => MomentStorage::Memory { exp_avg, exp_avg_sq },
+            MomentStorage::EightBit(_) => {
                 let scales = scales.as_ref().map(|[first, second]| [first.as_slice(), second.as_slice()]);
-                Moments::EightBit(EightBit::from_values([&exp_avg, &exp_avg_sq], scales))
+                MomentStorage::EightBit(EightBitMoments::from_values([&exp_avg, &exp_avg_sq], scales))
             }
-            Moments::File { start, length } => {
-                let file = self.file.as_mut().expect("it has given the place");
+            MomentStorage::File { start, length } => {
+                let file = self.file.as_mut().expect("the file has just allocated the space");
                 file.write(start, [&exp_avg, &exp_avg_sq])?;
-                Moments::File { start, length }
+                MomentStorage::File { start, length }
             }
         };
-        self.states.insert(id, HostState { step, moments });
+        self.states.insert(id, OffloadedState { step, moments });
         Ok(())
     }
 
-    /// Forgets everything.
+    /// Removes all states.
     pub fn clear(&mut self) {
         self.states.clear();
         if let Some(file) = &mut self.file {
@@ -219,12 +226,12 @@ impl Offload {
         }
     }
 
-    /// Bytes of the states in memory.
+    /// Returns the bytes of the states in memory.
     pub fn bytes(&self) -> usize {
-        let bytes = |state: &HostState| match &state.moments {
-            Moments::Here { exp_avg, exp_avg_sq } => 4 * (exp_avg.len() + exp_avg_sq.len()),
-            Moments::EightBit(codes) => codes.bytes(),
-            Moments::File { .. } => 0,
+        let bytes = |state: &OffloadedState| match &state.moments {
+            MomentStorage::Memory { exp_avg, exp_avg_sq } => 4 * (exp_avg.len() + exp_avg_sq.len()),
+            MomentStorage::EightBit(codes) => codes.bytes(),
+            MomentStorage::File { .. } => 0,
         };
         self.states.values().map(bytes).sum()
     }

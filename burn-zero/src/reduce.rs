@@ -1,197 +1,216 @@
-//! Gradients on their way from the backward pass to the optimizer.
+//! Accumulation and reduction of gradients between the backward pass and the optimizer.
 //!
-//! Whole gradients are added up as they come. A bucket is reduced when the last of them has come: after every micro-batch
-//! where gradients are divided (stages 2 and 3), else before the optimizer's step, and in any case with the last micro-batch of
-//! a step that updates while it walks backward. What is reduced is kept as this rank's part.
+//! Full gradients are accumulated as they arrive. A bucket is reduced once its last gradient has arrived: after every
+//! micro-batch if gradients are sharded (stages 2 and 3), otherwise before the optimizer step, and in any case during
+//! the last micro-batch of a step whose optimizer runs in the backward pass. The result of the reduction is this rank's
+//! shard.
 
 use crate::{
     Error, bucket,
-    comm::{Collectives, Lane, Pending, Queue},
-    ds_config::Stage,
-    held::Held,
-    partition::{Bucket, Layout, Piece},
-    segment::{Gradient, Value},
+    comm::{AsyncCommunicator, Collectives, Lane, Pending},
+    ds_config::ZeroStage,
+    host_or_device::HostOrDevice,
+    segment::{DynTensor, Gradient},
+    sharding::{Bucket, ParamShard, ShardLayout},
 };
 use burn::tensor::backend::Backend;
 use std::collections::{HashMap, VecDeque};
 
-/// Buckets that may be under way at a time.
-const WINDOW: usize = 2;
+/// The largest number of buckets in flight at a time.
+const MAX_IN_FLIGHT: usize = 2;
 
-/// Gradients of a step, and where they are.
-pub(crate) struct Gradients<B: Backend> {
-    /// Sums of this rank by parameter, in f32.
-    whole: HashMap<usize, Value<B>>,
-    /// This rank's parts of buckets that have been reduced.
-    parts: HashMap<usize, Vec<f32>>,
-    /// Buckets under way, oldest first, and the bytes of this rank's part of each.
+/// The gradients of a step, accumulated or reduced.
+pub(crate) struct GradientReducer<B: Backend> {
+    /// This rank's accumulated gradients that have not been reduced yet, by parameter, in f32.
+    unreduced: HashMap<usize, DynTensor<B>>,
+    /// This rank's shards of reduced buckets.
+    reduced_shards: HashMap<usize, Vec<f32>>,
+    /// The buckets in flight, oldest first, each with the bytes of this rank's shard.
     pending: VecDeque<(usize, usize, Pending<Vec<f32>>)>,
-    /// Parameters that had a gradient.
-    present: Vec<bool>,
-    /// Bytes of the buckets under way.
-    under_way: usize,
-    /// Bytes that have been [taken](Self::take) and still wait for their update.
-    pub updating: usize,
-    pub peak: Peak,
+    /// For each parameter, true if this rank had a gradient.
+    has_gradient: Vec<bool>,
+    /// Bytes of the buckets in flight.
+    in_flight_bytes: usize,
+    /// Bytes that have been [taken](Self::take_bucket) and wait for their update.
+    pub updating_bytes: usize,
+    pub peak: PeakMemory,
 }
 
-/// The most bytes that were alive at a time.
+/// The largest number of bytes that were in use at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Peak {
-    /// Gradients: whole ones that wait for their bucket, and this rank's parts, until they are updated with.
+pub struct PeakMemory {
+    /// Gradients: full ones not yet reduced, and this rank's shards until their update.
     pub gradients: usize,
-    /// Gradient buckets under way.
+    /// Gradient buckets in flight.
     pub buckets: usize,
     /// Gathered weights of stage 3.
     pub gathered: usize,
 }
 
-/// A rank's gradients of a bucket by piece; none where no rank had one.
-pub(crate) type Reduced<B> = Vec<(Piece, Option<Held<B>>)>;
+/// A rank's gradients of a bucket, by parameter shard; none where the parameter has no gradient.
+pub(crate) type ShardGradients<B> = Vec<(ParamShard, Option<HostOrDevice<B>>)>;
 
-impl<B: Backend> Gradients<B> {
-    pub fn new(layout: &Layout) -> Self {
+impl<B: Backend> GradientReducer<B> {
+    pub fn new(layout: &ShardLayout) -> Self {
         Self {
-            whole: HashMap::new(),
-            parts: HashMap::new(),
+            unreduced: HashMap::new(),
+            reduced_shards: HashMap::new(),
             pending: VecDeque::new(),
-            present: vec![false; layout.parameters.len()],
-            under_way: 0,
-            updating: 0,
-            peak: Peak::default(),
+            has_gradient: vec![false; layout.parameters.len()],
+            in_flight_bytes: 0,
+            updating_bytes: 0,
+            peak: PeakMemory::default(),
         }
     }
 
-    /// Adds one segment's gradients.
-    pub fn add(&mut self, layout: &Layout, found: Vec<Gradient<B>>) {
+    /// Accumulates the gradients of one segment.
+    pub fn accumulate(&mut self, layout: &ShardLayout, found: Vec<Gradient<B>>) {
         for gradient in found {
-            let index = layout.index[&gradient.id];
+            let index = layout.parameter_index[&gradient.id];
             let value = gradient.value.into_f32();
-            let value = match self.whole.remove(&index) {
+            let value = match self.unreduced.remove(&index) {
                 Some(sum) => sum.add(value),
                 None => value,
             };
-            self.whole.insert(index, value);
-            self.present[index] = true;
+            self.unreduced.insert(index, value);
+            self.has_gradient[index] = true;
         }
-        self.peak.gradients = self.peak.gradients.max(self.bytes() + self.updating);
+        self.peak.gradients = self.peak.gradients.max(self.bytes() + self.updating_bytes);
     }
 
-    /// Bytes of the gradients that are alive, buckets under way apart.
+    /// Returns the bytes of all gradients, without the buffers of buckets in flight.
     pub fn bytes(&self) -> usize {
-        let (whole, parts) = self.bytes_by_place();
+        let (whole, parts) = self.device_and_host_bytes();
         whole + parts
     }
 
-    /// The same, of whole gradients on the device and of this rank's parts on the host.
-    pub fn bytes_by_place(&self) -> (usize, usize) {
-        let parts: usize = self.parts.values().map(|part| part.len() * 4).sum();
+    /// Returns the bytes of full gradients on the device, and of this rank's shards in host memory.
+    pub fn device_and_host_bytes(&self) -> (usize, usize) {
+        let parts: usize = self.reduced_shards.values().map(|part| part.len() * 4).sum();
         let parts = parts + self.pending.iter().map(|(_, bytes, _)| bytes).sum::<usize>();
-        (self.whole.values().map(Value::bytes).sum(), parts)
+        (self.unreduced.values().map(DynTensor::bytes).sum(), parts)
     }
 
-    /// The sums that wait for their bucket, by the parameter's number.
+    /// Returns the gradients that have not been reduced yet, by parameter index.
     #[cfg(test)]
-    pub fn whole(&self) -> &HashMap<usize, Value<B>> {
-        &self.whole
+    pub fn unreduced(&self) -> &HashMap<usize, DynTensor<B>> {
+        &self.unreduced
     }
 
-    /// Which parameters had a gradient here.
-    pub fn present(&self) -> &[bool] {
-        &self.present
+    /// Returns, for each parameter, whether this rank had a gradient.
+    pub fn has_gradient(&self) -> &[bool] {
+        &self.has_gradient
     }
 
-    /// Sends the buckets on their way whose last gradient comes with this segment.
-    pub fn reduce_after(&mut self, layout: &Layout, segment: usize, queue: &Queue) -> Result<(), Error> {
-        layout.due_after(segment).try_for_each(|index| self.reduce(layout, index, queue))
+    /// Starts the reduction of the buckets whose last gradient belongs to this segment.
+    pub fn reduce_ready_after(
+        &mut self,
+        layout: &ShardLayout,
+        segment: usize,
+        communicator: &AsyncCommunicator,
+    ) -> Result<(), Error> {
+        layout.buckets_ready_after(segment).try_for_each(|index| self.reduce(layout, index, communicator))
     }
 
-    /// Sends a bucket on its way: this rank's part, which goes on from what it holds, or all of it where nothing is divided.
-    /// The gradients leave the device beside the thread that computes.
-    pub fn reduce(&mut self, layout: &Layout, index: usize, queue: &Queue) -> Result<(), Error> {
-        while self.pending.len() >= WINDOW || self.pending.iter().any(|(other, ..)| *other == index) {
-            self.settle(layout)?;
+    /// Starts the reduction of a bucket: a reduce-scatter that accumulates onto this rank's shard, or an all-reduce if
+    /// nothing is sharded. The gradients are copied off the device by the communication thread.
+    pub fn reduce(
+        &mut self,
+        layout: &ShardLayout,
+        index: usize,
+        communicator: &AsyncCommunicator,
+    ) -> Result<(), Error> {
+        while self.pending.len() >= MAX_IN_FLIGHT || self.pending.iter().any(|(other, ..)| *other == index) {
+            self.wait_oldest(layout)?;
         }
         let bucket = layout.buckets[index].clone();
-        let parts = layout.parts;
-        let taken = bucket.slots.iter().filter_map(|(parameter, _)| Some((*parameter, self.whole.remove(parameter)?)));
-        let mut whole: HashMap<usize, Value<B>> = taken.collect();
-        self.under_way += bucket.length * 4;
-        self.peak.buckets = self.peak.buckets.max(self.under_way);
-        let trace = queue.trace().clone();
+        let num_shards = layout.num_shards;
+        let taken = bucket
+            .param_offsets
+            .iter()
+            .filter_map(|(parameter, _)| Some((*parameter, self.unreduced.remove(parameter)?)));
+        let mut whole: HashMap<usize, DynTensor<B>> = taken.collect();
+        self.in_flight_bytes += bucket.length * 4;
+        self.peak.buckets = self.peak.buckets.max(self.in_flight_bytes);
+        let trace = communicator.trace().clone();
         let mut flatten = move |bucket: &Bucket| {
             let flat = || bucket::flatten(bucket, |parameter| whole.remove(&parameter));
-            trace.span_of(("to the host", index), Lane::Transfer, flat)
+            trace.numbered_span(("to the host", index), Lane::Transfer, flat)
         };
-        let pending = if parts == 1 && queue.world() > 1 {
-            queue.submit("all_reduce", move |group| {
+        let pending = if num_shards == 1 && communicator.world_size() > 1 {
+            communicator.submit("all_reduce", move |group| {
                 let mut flat = flatten(&bucket);
                 group.all_reduce(&mut flat).map(|()| flat)
             })
         } else {
-            let part = self.parts.remove(&index);
-            queue.submit("reduce_scatter", move |group| {
+            let shard = self.reduced_shards.remove(&index);
+            communicator.submit("reduce_scatter", move |group| {
                 let flat = flatten(&bucket);
-                // A sum that starts at -0 is what is added to it, the sign of a zero included.
-                let mut part = part.unwrap_or_else(|| vec![-0.0; bucket.length / parts]);
-                group.reduce_scatter_onto(&flat, &mut part).map(|()| part)
+                // Adding to -0 leaves any value unchanged, including the sign of zero.
+                let mut part = shard.unwrap_or_else(|| vec![-0.0; bucket.length / num_shards]);
+                group.reduce_scatter_accumulate(&flat, &mut part).map(|()| part)
             })
         };
-        self.pending.push_back((index, layout.buckets[index].length / parts * 4, pending));
+        self.pending.push_back((index, layout.buckets[index].length / num_shards * 4, pending));
         Ok(())
     }
 
-    /// Waits for the oldest bucket under way.
-    fn settle(&mut self, layout: &Layout) -> Result<(), Error> {
+    /// Waits for the oldest bucket in flight.
+    fn wait_oldest(&mut self, layout: &ShardLayout) -> Result<(), Error> {
         let Some((index, _, pending)) = self.pending.pop_front() else { return Ok(()) };
-        self.parts.insert(index, pending.wait()?);
-        self.under_way -= layout.buckets[index].length * 4;
+        self.reduced_shards.insert(index, pending.wait()?);
+        self.in_flight_bytes -= layout.buckets[index].length * 4;
         Ok(())
     }
 
-    /// Waits for all buckets under way.
-    pub fn settle_all(&mut self, layout: &Layout) -> Result<(), Error> {
+    /// Waits for all buckets in flight.
+    pub fn wait_all(&mut self, layout: &ShardLayout) -> Result<(), Error> {
         while !self.pending.is_empty() {
-            self.settle(layout)?;
+            self.wait_oldest(layout)?;
         }
         Ok(())
     }
 
-    /// Ends the step: every bucket reduced, this rank's parts on the device, if one is given. A reduction of one rank is the
-    /// identity, and nothing leaves the device for it.
+    /// Reduces all remaining buckets and returns this rank's shards, on the device if one is given. With one rank the
+    /// reduction is the identity and nothing leaves the device.
     pub fn finish(
         mut self,
-        layout: &Layout,
-        (stage, queue): (Stage, &Queue),
+        layout: &ShardLayout,
+        (stage, communicator): (ZeroStage, &AsyncCommunicator),
         device: Option<&B::Device>,
-    ) -> Result<HashMap<usize, Reduced<B>>, Error> {
-        let alone = queue.world() == 1;
-        if !alone && stage < Stage::Gradients {
-            layout.trained().try_for_each(|(index, _)| self.reduce(layout, index, queue))?;
+    ) -> Result<HashMap<usize, ShardGradients<B>>, Error> {
+        let alone = communicator.world_size() == 1;
+        if !alone && stage < ZeroStage::Gradients {
+            layout.trainable_buckets().try_for_each(|(index, _)| self.reduce(layout, index, communicator))?;
         }
-        self.settle_all(layout)?;
-        layout.trained().map(|(index, _)| Ok((index, self.take(layout, index, device)?))).collect()
+        self.wait_all(layout)?;
+        layout.trainable_buckets().map(|(index, _)| Ok((index, self.take_bucket(layout, index, device)?))).collect()
     }
 
-    /// This rank's gradients of a bucket that has been [sent on its way](Self::reduce) or need not be; on the device, if one is
-    /// given.
-    pub fn take(&mut self, layout: &Layout, index: usize, device: Option<&B::Device>) -> Result<Reduced<B>, Error> {
+    /// Returns this rank's gradients of a bucket whose reduction has been [started](Self::reduce) or is not needed; on
+    /// the device if one is given.
+    pub fn take_bucket(
+        &mut self,
+        layout: &ShardLayout,
+        index: usize,
+        device: Option<&B::Device>,
+    ) -> Result<ShardGradients<B>, Error> {
         while self.pending.iter().any(|(under_way, ..)| *under_way == index) {
-            self.settle(layout)?;
+            self.wait_oldest(layout)?;
         }
-        let part = self.parts.remove(&index);
-        let gradient = |piece: Piece| {
-            let own = |part: &Vec<f32>| part[piece.at..piece.at + piece.range.len()].to_vec();
-            let value = match (&part, device) {
-                (Some(part), Some(device)) => Some(Held::Device(bucket::from_vec(own(part), device))),
-                (Some(part), None) => Some(Held::Host(own(part))),
+        let bucket_shard = self.reduced_shards.remove(&index);
+        let gradient = |shard: ParamShard| {
+            let own = |part: &Vec<f32>| part[shard.offset..shard.offset + shard.range.len()].to_vec();
+            let value = match (&bucket_shard, device) {
+                (Some(part), Some(device)) => Some(HostOrDevice::Device(bucket::tensor_from_vec(own(part), device))),
+                (Some(part), None) => Some(HostOrDevice::Host(own(part))),
                 (None, _) => {
-                    let whole = self.whole.remove(&piece.parameter);
-                    whole.map(|whole| Held::Device(Value::new(whole.flatten())))
+                    let whole = self.unreduced.remove(&shard.parameter);
+                    whole.map(|whole| HostOrDevice::Device(DynTensor::new(whole.flatten())))
                 }
             };
-            (piece, value)
+            (shard, value)
         };
-        Ok(layout.pieces(&layout.buckets[index]).into_iter().map(gradient).collect())
+        Ok(layout.local_param_shards(&layout.buckets[index]).into_iter().map(gradient).collect())
     }
 }

@@ -1,8 +1,8 @@
-//! A model as a list of segments, and the driver that differentiates them one at a time.
+//! A model as a list of segments, and the driver that runs forward and backward passes segment by segment.
 //!
-//! [`run`] runs each segment on autodiff leaves cut from its inputs and walks backward from the loss. What a segment's graph
-//! needs is kept or made again as [`Checkpointing`] says; its gradients are handed over and freed before the next segment's
-//! are made.
+//! [`forward_backward`] runs each segment on autodiff leaves detached from its inputs, and then runs the backward pass
+//! from the loss. The graph of a segment is kept or recomputed according to [`Checkpointing`] (activation
+//! checkpointing); its gradients are handed over and freed before those of the next segment are computed.
 
 use crate::{
     Error,
@@ -19,33 +19,33 @@ use burn::{
 use std::collections::HashMap;
 
 mod plan;
-mod source;
+mod weight_provider;
 
-use plan::Plan;
-use source::Resident;
-pub(crate) use source::{Source, Sweep, fresh};
+use plan::BackwardPlan;
+use weight_provider::ResidentModel;
+pub(crate) use weight_provider::{Direction, WeightProvider, detach_parameters};
 
-/// A float tensor of any rank: what passes between segments.
+/// A float tensor whose rank is known only at run time; segments exchange such tensors.
 #[derive(Clone, Debug)]
-pub struct Value<B: Backend>(FloatTensor<B>);
+pub struct DynTensor<B: Backend>(FloatTensor<B>);
 
-impl<B: Backend> Value<B> {
-    /// Forgets the rank of `tensor`.
+impl<B: Backend> DynTensor<B> {
+    /// Wraps a tensor of any rank.
     pub fn new<const D: usize>(tensor: Tensor<B, D>) -> Self {
         Self(tensor.into_primitive().tensor())
     }
 
-    /// The tensor, of rank `D`.
+    /// Returns the tensor with rank `D`.
     ///
     /// # Panics
-    /// If the rank is another.
+    /// Panics if the tensor has another rank.
     pub fn tensor<const D: usize>(self) -> Tensor<B, D> {
         let shape = self.0.shape();
-        assert_eq!(shape.num_dims(), D, "a value of shape {shape:?} was taken as a tensor of rank {D}");
+        assert_eq!(shape.num_dims(), D, "a tensor of shape {shape:?} does not have rank {D}");
         Tensor::from_primitive(TensorPrimitive::Float(self.0))
     }
 
-    /// The backend's tensor.
+    /// Returns the backend's tensor.
     pub fn primitive(self) -> FloatTensor<B> {
         self.0
     }
@@ -55,79 +55,79 @@ impl<B: Backend> Value<B> {
         Self(primitive)
     }
 
-    /// The elements in row-major order, `[elements]`.
+    /// Returns the elements in row-major order, `[elements]`.
     pub fn flatten(self) -> Tensor<B, 1> {
         let elements = self.0.shape().num_elements();
         Self(B::float_reshape(self.0, Shape::new([elements]))).tensor()
     }
 
-    /// The sum with a value of the same shape.
+    /// Adds a tensor of the same shape.
     pub(crate) fn add(self, other: Self) -> Self {
         Self(B::float_add(self.0, other.0))
     }
 
-    /// The same elements in another shape.
+    /// Returns the same elements in another shape.
     pub(crate) fn reshape(self, dims: &[usize]) -> Self {
         Self(B::float_reshape(self.0, Shape::from(dims.to_vec())))
     }
 
-    /// The number of elements.
+    /// Returns the number of elements.
     pub(crate) fn elements(&self) -> usize {
         self.0.shape().num_elements()
     }
 
-    /// The type of the elements.
+    /// Returns the dtype of the elements.
     pub(crate) fn dtype(&self) -> DType {
         self.0.dtype()
     }
 
-    /// The bytes of the elements.
+    /// Returns the bytes of the elements.
     pub(crate) fn bytes(&self) -> usize {
         self.elements() * self.0.dtype().size()
     }
 
-    /// The same value in f32; the value itself where it is f32 already.
+    /// Converts to f32; a tensor in f32 is returned unchanged.
     pub(crate) fn into_f32(self) -> Self {
         self.into_dtype(DType::F32)
     }
 
-    /// The same value in another type; the value itself where it has that type already.
+    /// Converts to another dtype; a tensor that has the dtype already is returned unchanged.
     pub(crate) fn into_dtype(self, dtype: DType) -> Self {
         if self.0.dtype() == dtype { self } else { Self(B::float_cast(self.0, FloatDType::from(dtype))) }
     }
 }
 
-impl<B: AutodiffBackend> Value<B> {
-    /// The value without its graph.
-    fn inner(self) -> Value<B::InnerBackend> {
-        Value(B::inner(self.0))
+impl<B: AutodiffBackend> DynTensor<B> {
+    /// Returns the tensor without its graph.
+    fn inner(self) -> DynTensor<B::InnerBackend> {
+        DynTensor(B::inner(self.0))
     }
 
-    /// A leaf of a new graph.
-    fn leaf(inner: Value<B::InnerBackend>, require_grad: bool) -> Self {
+    /// Creates a leaf of a new graph.
+    fn leaf(inner: DynTensor<B::InnerBackend>, require_grad: bool) -> Self {
         Self(B::float_set_require_grad(B::from_inner(inner.0), require_grad))
     }
 }
 
-/// A model as a list of segments. Segment 0 takes no values, each later one takes what the one before returned.
+/// A model as a list of segments. Segment 0 takes no inputs; each later segment takes the outputs of the one before.
 ///
-/// The last segment returns one value: the loss, of any shape; its sum is what is differentiated.
+/// The last segment returns one tensor: the loss, of any shape. Its sum is differentiated.
 pub trait Segments<B: Backend>: Module<B> {
-    /// What every segment may look at: tokens, positions, targets, weights of the loss.
+    /// The data that every segment can read: tokens, positions, targets, loss weights.
     type Batch: Clone;
 
-    /// The number of segments, at least 1.
+    /// Returns the number of segments, at least 1.
     fn segments(&self) -> usize;
 
-    /// Runs one segment. Called twice on the same inputs it must return the same values.
-    fn forward_segment(&self, segment: usize, batch: &Self::Batch, inputs: Vec<Value<B>>) -> Vec<Value<B>>;
+    /// Runs one segment. Called twice on the same inputs, it must return the same outputs.
+    fn forward_segment(&self, segment: usize, batch: &Self::Batch, inputs: Vec<DynTensor<B>>) -> Vec<DynTensor<B>>;
 }
 
-/// What training asks of [`Segments`] besides.
+/// The additional methods of [`Segments`] that training needs.
 pub trait TrainSegments<B: AutodiffBackend>:
     AutodiffModule<B, InnerModule: Segments<B::InnerBackend>> + Segments<B>
 {
-    /// The same batch for the inner module (handles only, no copies).
+    /// Returns the same batch for the inner module (handles only, no copies).
     fn inner_batch(
         batch: &<Self as Segments<B>>::Batch,
     ) -> <<Self as AutodiffModule<B>>::InnerModule as Segments<B::InnerBackend>>::Batch;
@@ -137,25 +137,26 @@ pub trait TrainSegments<B: AutodiffBackend>:
     fn visit_segment<V: ModuleVisitor<B>>(&self, segment: usize, visitor: &mut V);
 }
 
-/// Which segments' graphs are made again in the backward pass instead of being kept. The last segment's is kept except with
-/// [`Checkpointing::All`].
+/// Activation checkpointing: which segments' graphs are recomputed in the backward pass instead of being kept. The
+/// graph of the last segment is kept except with [`Checkpointing::All`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Checkpointing {
-    /// Keep every graph: the most memory, no work done twice.
+    /// Keep every graph: the most memory, and no recomputation.
     #[default]
     None,
-    /// Make the graph of every `k`-th segment again, those whose number is divisible by `k`; 0 is [`Checkpointing::None`].
+    /// Recompute the graph of every `k`-th segment, those whose index is divisible by `k`; 0 is
+    /// [`Checkpointing::None`].
     Every(usize),
-    /// Make every graph again: memory for the segments' inputs and one segment's graph.
+    /// Recompute every graph but the last: memory for the segments' inputs and one segment's graph.
     Full,
-    /// As [`Checkpointing::Full`], and the last segment's too. That is one more run of the head for nothing but the weights of
-    /// ZeRO stage 3, which then do not stay gathered over the turn.
+    /// As [`Checkpointing::Full`], and the last segment is recomputed as well. The extra run of the head pays off only
+    /// in ZeRO stage 3, where its weights then do not stay gathered between the forward and the backward pass.
     All,
 }
 
 impl Checkpointing {
-    /// Whether the graph of a segment is kept for the backward pass.
-    pub(crate) fn keeps(self, segment: usize, segments: usize) -> bool {
+    /// Returns whether the graph of a segment is kept for the backward pass.
+    pub(crate) fn keeps_graph(self, segment: usize, segments: usize) -> bool {
         let last = segment + 1 == segments;
         match self {
             Self::None => true,
@@ -169,180 +170,195 @@ impl Checkpointing {
 /// The gradient of one parameter, on the inner backend.
 #[derive(Clone, Debug)]
 pub struct Gradient<B: Backend> {
-    /// The parameter's path in the model, parts joined by dots.
+    /// The parameter's path in the model, joined by dots.
     pub path: String,
-    /// The parameter's identity.
+    /// The parameter's id.
     pub id: ParamId,
     /// The gradient, of the parameter's shape.
-    pub value: Value<B>,
+    pub value: DynTensor<B>,
 }
 
-/// Runs a batch forward and backward; returns the loss as the last segment did, detached.
+/// Runs the forward and backward pass of a batch; returns the detached loss of the last segment.
 ///
-/// `sink` gets a segment's gradients right after that segment's backward, last segment first. A parameter used by several
-/// segments is handed over once, summed, with the earliest of them. Parameters that need no gradient get none, and the
-/// backward pass ends at the first segment with one that does. Segments before it run without a graph.
-pub fn run<B: AutodiffBackend, M: TrainSegments<B>>(
+/// `sink` receives the gradients of each segment right after the backward pass of that segment, last segment first. A
+/// parameter that several segments use is passed once, with the summed gradient, together with the first of them.
+/// Frozen parameters get no gradient, and the backward pass ends at the first segment with a trainable parameter. The
+/// segments before it run without a graph.
+pub fn forward_backward<B: AutodiffBackend, M: TrainSegments<B>>(
     model: &M,
     batch: &<M as Segments<B>>::Batch,
     checkpointing: Checkpointing,
     sink: &mut dyn FnMut(Vec<Gradient<B::InnerBackend>>),
-) -> Value<B::InnerBackend> {
-    let mut each = |_: &mut Resident<M>, _, found: Vec<_>| {
+) -> DynTensor<B::InnerBackend> {
+    let mut each = |_: &mut ResidentModel<M>, _, found: Vec<_>| {
         if !found.is_empty() {
             sink(found);
         }
         Ok(())
     };
     let trace = Trace::default();
-    match drive(&mut Resident::new(model), batch, (checkpointing, &trace), &mut each) {
+    match forward_backward_with(&mut ResidentModel::new(model), batch, (checkpointing, &trace), &mut each) {
         Ok(loss) => loss,
-        Err(error) => unreachable!("neither a model at hand nor this sink can fail: {error}"),
+        Err(error) => unreachable!("neither a resident model nor this hook can fail: {error}"),
     }
 }
 
-/// What takes the gradients of a segment, by its number, when the source has left it.
-pub(crate) type Sink<'a, B, S> =
+/// A hook that receives the gradients of a segment, with its index, after the segment's weights have been released.
+pub(crate) type PostBackwardHook<'a, B, S> =
     dyn FnMut(&mut S, usize, Vec<Gradient<<B as AutodiffBackend>::InnerBackend>>) -> Result<(), Error> + 'a;
 
-/// [`run`] with weights from a source. The sink is called for every segment of the backward pass, with or without gradients.
-pub(crate) fn drive<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
+/// Runs [`forward_backward`] with weights from a provider. The hook is called for every segment of the backward pass,
+/// with or without gradients.
+pub(crate) fn forward_backward_with<B: AutodiffBackend, M: TrainSegments<B>, S: WeightProvider<M>>(
     source: &mut S,
     batch: &<M as Segments<B>>::Batch,
     (checkpointing, trace): (Checkpointing, &Trace),
-    sink: &mut Sink<B, S>,
-) -> Result<Value<B::InnerBackend>, Error> {
-    let (plan, segments) = (Plan::new(source.model()), source.model().segments());
+    hook: &mut PostBackwardHook<B, S>,
+) -> Result<DynTensor<B::InnerBackend>, Error> {
+    let (plan, segments) = (BackwardPlan::new(source.model()), source.model().segments());
     let (loss, mut saved) = forward(source, batch, (checkpointing, trace), &plan)?;
     let mut pending = HashMap::new();
-    let mut upstream = None; // the loss: a gradient of ones
-    for segment in (plan.first..segments).rev() {
-        source.enter(Sweep::Backward, segment)?;
+    let mut upstream = None; // None stands for a gradient of ones: the loss.
+    for segment in (plan.first_trainable..segments).rev() {
+        source.fetch_segment(Direction::Backward, segment)?;
         let saved = saved.pop().expect("one entry was saved for each segment with a graph");
         let walk = || backward(source.model(), batch, segment, (saved, upstream));
-        let (grads, inputs) = trace.span_of(("backward", segment), Lane::Compute, walk);
-        let mut collect = Collect { plan: &plan, segment, path: vec![], grads, pending: &mut pending, found: vec![] };
+        let (grads, inputs) = trace.numbered_span(("backward", segment), Lane::Compute, walk);
+        let mut collect = SegmentGradientCollector {
+            plan: &plan,
+            segment,
+            path: vec![],
+            grads,
+            partial_sums: &mut pending,
+            gradients: vec![],
+        };
         source.model().visit_segment(segment, &mut collect);
-        let Collect { found, grads, .. } = collect;
+        let SegmentGradientCollector { gradients: found, grads, .. } = collect;
         drop(grads);
-        source.leave(Sweep::Backward, segment);
-        sink(source, segment, found)?;
+        source.release_segment(Direction::Backward, segment);
+        hook(source, segment, found)?;
         upstream = Some(inputs);
     }
     Ok(loss)
 }
 
-/// What the backward pass of a segment starts from.
-enum Saved<B: AutodiffBackend> {
-    Graph { leaves: Vec<Value<B>>, outputs: Vec<Value<B>> },
-    Inputs { inputs: Vec<Value<B::InnerBackend>>, require_grad: bool },
+/// The data saved in the forward pass of a segment for its backward pass.
+enum SavedForBackward<B: AutodiffBackend> {
+    Graph { leaves: Vec<DynTensor<B>>, outputs: Vec<DynTensor<B>> },
+    Inputs { inputs: Vec<DynTensor<B::InnerBackend>>, require_grad: bool },
 }
 
-/// The loss, and what was saved of each segment with a graph.
-type Forward<B> = (Value<<B as AutodiffBackend>::InnerBackend>, Vec<Saved<B>>);
+/// The loss, and the saved data of each segment with a graph.
+type ForwardOutput<B> = (DynTensor<<B as AutodiffBackend>::InnerBackend>, Vec<SavedForBackward<B>>);
 
-/// The loss, and what was saved of each segment from the plan's first on.
-fn forward<B: AutodiffBackend, M: TrainSegments<B>, S: Source<M>>(
+/// Runs the forward pass; returns the loss and the saved data of each segment from the first trainable one on.
+fn forward<B: AutodiffBackend, M: TrainSegments<B>, S: WeightProvider<M>>(
     source: &mut S,
     batch: &<M as Segments<B>>::Batch,
     (checkpointing, trace): (Checkpointing, &Trace),
-    plan: &Plan,
-) -> Result<Forward<B>, Error> {
+    plan: &BackwardPlan,
+) -> Result<ForwardOutput<B>, Error> {
     let segments = source.model().segments();
     let (mut saved, mut values) = (vec![], vec![]);
     let mut inner = None;
     for segment in 0..segments {
-        source.enter(Sweep::Forward, segment)?;
+        source.fetch_segment(Direction::Forward, segment)?;
         let model = source.model();
-        let (tracked, require_grad) = (segment >= plan.first, segment > plan.first);
-        if tracked && checkpointing.keeps(segment, segments) {
+        let (tracked, require_grad) = (segment >= plan.first_trainable, segment > plan.first_trainable);
+        if tracked && checkpointing.keeps_graph(segment, segments) {
             let leaves = leaves(values, require_grad);
             let run = || model.forward_segment(segment, batch, leaves.clone());
-            let outputs = trace.span_of(("forward", segment), Lane::Compute, run);
-            values = outputs.iter().cloned().map(Value::inner).collect();
-            saved.push(Saved::Graph { leaves, outputs });
+            let outputs = trace.numbered_span(("forward", segment), Lane::Compute, run);
+            values = outputs.iter().cloned().map(DynTensor::inner).collect();
+            saved.push(SavedForBackward::Graph { leaves, outputs });
         } else {
             if tracked {
-                saved.push(Saved::Inputs { inputs: values.clone(), require_grad });
+                saved.push(SavedForBackward::Inputs { inputs: values.clone(), require_grad });
             }
             let (model, batch) = inner.get_or_insert_with(|| (model.valid(), M::inner_batch(batch)));
             let run = || model.forward_segment(segment, batch, values);
-            values = trace.span_of(("forward", segment), Lane::Compute, run);
+            values = trace.numbered_span(("forward", segment), Lane::Compute, run);
         }
-        if !S::STAYS {
+        if !S::ALWAYS_RESIDENT {
             inner = None;
         }
-        source.leave(Sweep::Forward, segment);
+        source.release_segment(Direction::Forward, segment);
     }
-    assert_eq!(values.len(), 1, "the last of {segments} segments must return one value, the loss");
+    assert_eq!(values.len(), 1, "the last of {segments} segments must return one tensor, the loss");
     Ok((values.remove(0), saved))
 }
 
-fn leaves<B: AutodiffBackend>(values: Vec<Value<B::InnerBackend>>, require_grad: bool) -> Vec<Value<B>> {
-    values.into_iter().map(|value| Value::leaf(value, require_grad)).collect()
+fn leaves<B: AutodiffBackend>(values: Vec<DynTensor<B::InnerBackend>>, require_grad: bool) -> Vec<DynTensor<B>> {
+    values.into_iter().map(|value| DynTensor::leaf(value, require_grad)).collect()
 }
 
-/// For each output of a segment, or input, its gradient if it has one.
-type Gradients<B> = Vec<Option<Value<<B as AutodiffBackend>::InnerBackend>>>;
+/// The gradients of a segment's outputs or inputs; none for a tensor without gradient.
+type ActivationGradients<B> = Vec<Option<DynTensor<<B as AutodiffBackend>::InnerBackend>>>;
 
-/// One segment's backward from the gradients of its outputs: the gradients of the parameters, none if no output has a
-/// gradient, and of the inputs.
+/// Runs the backward pass of one segment from the gradients of its outputs; returns the gradients of its parameters
+/// (none if no output has a gradient) and of its inputs.
 fn backward<B: AutodiffBackend, M: TrainSegments<B>>(
     model: &M,
     batch: &<M as Segments<B>>::Batch,
     segment: usize,
-    (saved, upstream): (Saved<B>, Option<Gradients<B>>),
-) -> (Option<B::Gradients>, Gradients<B>) {
+    (saved, upstream): (SavedForBackward<B>, Option<ActivationGradients<B>>),
+) -> (Option<B::Gradients>, ActivationGradients<B>) {
     if upstream.as_ref().is_some_and(|gradients| gradients.iter().all(Option::is_none)) {
         let inputs = match saved {
-            Saved::Graph { leaves, .. } => leaves.len(),
-            Saved::Inputs { inputs, .. } => inputs.len(),
+            SavedForBackward::Graph { leaves, .. } => leaves.len(),
+            SavedForBackward::Inputs { inputs, .. } => inputs.len(),
         };
         return (None, vec![None; inputs]);
     }
     let (leaves, outputs) = match saved {
-        Saved::Graph { leaves, outputs } => (leaves, outputs),
-        Saved::Inputs { inputs, require_grad } => {
+        SavedForBackward::Graph { leaves, outputs } => (leaves, outputs),
+        SavedForBackward::Inputs { inputs, require_grad } => {
             let leaves = leaves(inputs, require_grad);
             let outputs = model.forward_segment(segment, batch, leaves.clone());
             (leaves, outputs)
         }
     };
-    let mut grads = B::backward(seed(outputs, upstream));
-    let inputs = leaves.iter().map(|leaf| B::grad_remove(&leaf.0, &mut grads).map(Value)).collect();
+    let mut grads = B::backward(surrogate_loss(outputs, upstream));
+    let inputs = leaves.iter().map(|leaf| B::grad_remove(&leaf.0, &mut grads).map(DynTensor)).collect();
     (Some(grads), inputs)
 }
 
-/// A scalar whose gradient with respect to each output is that output's upstream gradient, or ones for the loss: a product
-/// with 1 is exact in every dtype. The value is of no use and may overflow.
-fn seed<B: AutodiffBackend>(outputs: Vec<Value<B>>, upstream: Option<Gradients<B>>) -> FloatTensor<B> {
-    let weighted: Vec<Value<B>> = match upstream {
+/// Returns a scalar whose gradient with respect to each output is that output's upstream gradient (ones for the loss),
+/// so that its backward pass computes the vector-Jacobian product; multiplication by 1 is exact in every dtype. The
+/// scalar itself is not used and may overflow.
+fn surrogate_loss<B: AutodiffBackend>(
+    outputs: Vec<DynTensor<B>>,
+    upstream: Option<ActivationGradients<B>>,
+) -> FloatTensor<B> {
+    let weighted: Vec<DynTensor<B>> = match upstream {
         None => outputs,
         Some(gradients) => {
             assert_eq!(gradients.len(), outputs.len(), "the outputs of a segment are the inputs of the next");
             let pairs = outputs.into_iter().zip(gradients);
-            let weigh = |(y, dy): (Value<B>, Option<_>)| Some(Value(B::float_mul(y.0, Value::<B>::leaf(dy?, false).0)));
+            let weigh = |(y, dy): (DynTensor<B>, Option<_>)| {
+                Some(DynTensor(B::float_mul(y.0, DynTensor::<B>::leaf(dy?, false).0)))
+            };
             pairs.filter_map(weigh).collect()
         }
     };
-    // Outputs without a graph are legal, a backward pass from a scalar without one is not: a leaf of zero joins the sum.
+    // Outputs may have no graph, but a backward pass needs a scalar with one: add a zero leaf to the sum.
     let device = weighted.first().map(|value| B::float_device(&value.0)).unwrap_or_default();
     let zero = B::float_zeros(Shape::new([1]), &device, FloatDType::F32);
-    let zero = Value::<B>(B::float_set_require_grad(zero, true));
-    weighted.into_iter().map(|value| Value(B::float_sum(value.0)).into_f32()).fold(zero, Value::add).0
+    let zero = DynTensor::<B>(B::float_set_require_grad(zero, true));
+    weighted.into_iter().map(|value| DynTensor(B::float_sum(value.0)).into_f32()).fold(zero, DynTensor::add).0
 }
 
-/// Takes the gradients of one segment's parameters, and hands out those that no earlier segment adds to.
-struct Collect<'a, B: AutodiffBackend> {
-    plan: &'a Plan,
+/// Collects the gradients of one segment's parameters; returns those to which no earlier segment will add.
+struct SegmentGradientCollector<'a, B: AutodiffBackend> {
+    plan: &'a BackwardPlan,
     segment: usize,
     path: Vec<String>,
     grads: Option<B::Gradients>,
-    pending: &'a mut HashMap<ParamId, Value<B::InnerBackend>>,
-    found: Vec<Gradient<B::InnerBackend>>,
+    partial_sums: &'a mut HashMap<ParamId, DynTensor<B::InnerBackend>>,
+    gradients: Vec<Gradient<B::InnerBackend>>,
 }
 
-impl<B: AutodiffBackend> ModuleVisitor<B> for Collect<'_, B> {
+impl<B: AutodiffBackend> ModuleVisitor<B> for SegmentGradientCollector<'_, B> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -353,8 +369,8 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Collect<'_, B> {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let Some(&first_use) = self.plan.first_use.get(&param.id) else { return };
-        let new = self.grads.as_mut().and_then(|grads| param.val().grad_remove(grads)).map(Value::new);
-        let value = match (self.pending.remove(&param.id), new) {
+        let new = self.grads.as_mut().and_then(|grads| param.val().grad_remove(grads)).map(DynTensor::new);
+        let value = match (self.partial_sums.remove(&param.id), new) {
             (Some(sum), Some(new)) => sum.add(new),
             (sum, new) => match sum.or(new) {
                 Some(value) => value,
@@ -362,9 +378,9 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Collect<'_, B> {
             },
         };
         if first_use == self.segment {
-            self.found.push(Gradient { path: self.path.join("."), id: param.id, value });
+            self.gradients.push(Gradient { path: self.path.join("."), id: param.id, value });
         } else {
-            self.pending.insert(param.id, value);
+            self.partial_sums.insert(param.id, value);
         }
     }
 }

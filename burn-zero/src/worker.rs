@@ -1,8 +1,8 @@
-//! Work that goes on beside the thread that computes.
+//! Background threads that run jobs while the compute thread goes on.
 
 use crate::{
     Error,
-    comm::{Lane, Trace, Turn},
+    comm::{ComputeLock, Lane, Trace},
 };
 use std::{
     sync::{
@@ -14,64 +14,65 @@ use std::{
     time::Duration,
 };
 
-/// Says whether it went well.
+/// A job; it returns true if it succeeded.
 type Job<S> = Box<dyn FnOnce(&mut S) -> bool + Send>;
 
-/// A thread that owns something and works through jobs in the order in which they were submitted. After an error it gives up
-/// what is left, and what it owns.
+/// A thread that owns a value and runs jobs on it in the order in which they are submitted. After a failed job it drops
+/// the remaining jobs and the value.
 pub(crate) struct Worker<S> {
     jobs: Option<Sender<Job<S>>>,
     thread: Option<JoinHandle<()>>,
-    turn: Turn,
+    compute_lock: ComputeLock,
     trace: Trace,
-    /// Jobs that are not complete.
-    open: Arc<AtomicUsize>,
+    /// The number of jobs that have not completed.
+    unfinished: Arc<AtomicUsize>,
 }
 
-/// What a job will return.
+/// The result of a job that may still be running.
 #[derive(Debug)]
 pub struct Pending<R> {
     result: Receiver<Result<R, Error>>,
-    turn: Turn,
+    compute_lock: ComputeLock,
     trace: Trace,
 }
 
 impl<R> Pending<R> {
-    /// Waits for it.
+    /// Waits for the job and returns its result.
     ///
     /// # Errors
-    /// What the job says; [`Error::Abandoned`] if an earlier one failed.
+    /// The error of the job; [`Error::Aborted`] if an earlier job failed.
     pub fn wait(self) -> Result<R, Error> {
-        let wait = || self.turn.outside(|| receive(&self.result));
-        self.trace.span("wait", Lane::Wait, wait).unwrap_or(Err(Error::Abandoned))
+        let wait = || self.compute_lock.unlocked(|| receive_while_helping(&self.result));
+        self.trace.span("wait", Lane::Wait, wait).unwrap_or(Err(Error::Aborted))
     }
 }
 
-/// What comes. A thread of rayon's pool helps the others meanwhile: what it waits for may be divided among all of them.
-fn receive<R>(result: &Receiver<R>) -> Result<R, RecvError> {
-    const LOOK: Duration = Duration::from_micros(50);
+/// Receives a result. A thread of rayon's pool runs other jobs of the pool while it waits, because the awaited job may
+/// need all threads of the pool.
+fn receive_while_helping<R>(result: &Receiver<R>) -> Result<R, RecvError> {
+    const POLL_INTERVAL: Duration = Duration::from_micros(50);
     if rayon::current_thread_index().is_none() {
         return result.recv();
     }
-    let mut patience = Duration::ZERO;
+    let mut timeout = Duration::ZERO;
     loop {
-        match result.recv_timeout(patience) {
+        match result.recv_timeout(timeout) {
             Ok(result) => return Ok(result),
             Err(RecvTimeoutError::Disconnected) => return Err(RecvError),
             Err(RecvTimeoutError::Timeout) => {
                 let helped = rayon::yield_now() == Some(rayon::Yield::Executed);
-                patience = if helped { Duration::ZERO } else { LOOK };
+                timeout = if helped { Duration::ZERO } else { POLL_INTERVAL };
             }
         }
     }
 }
 
 impl<S: Send + 'static> Worker<S> {
-    /// Starts the thread; `turn` is what its waiters give way by, `trace` where its jobs are noted.
+    /// Starts the thread. Those who wait for a job release the compute lock; the trace records the jobs.
     ///
     /// # Panics
-    /// If the system has no thread left.
-    pub fn new(name: String, mut owned: S, (turn, trace): (Turn, Trace)) -> Self {
+    /// If the system cannot start a thread.
+    pub fn new(name: String, mut owned: S, (compute_lock, trace): (ComputeLock, Trace)) -> Self {
         let (jobs, waiting) = channel::<Job<S>>();
         let work = move || {
             for job in waiting {
@@ -82,46 +83,47 @@ impl<S: Send + 'static> Worker<S> {
         };
         let thread = std::thread::Builder::new().name(name).spawn(work);
         let thread = Some(thread.expect("a thread can be started"));
-        Self { jobs: Some(jobs), thread, turn, trace, open: Arc::default() }
+        Self { jobs: Some(jobs), thread, compute_lock, trace, unfinished: Arc::default() }
     }
 
-    /// When jobs ran and were waited for.
+    /// Returns the timeline of the jobs and of the waits for them.
     pub fn trace(&self) -> &Trace {
         &self.trace
     }
 
-    /// Puts a job at the end; `name` and `lane` are its place in the trace.
+    /// Appends a job to the queue; `name` and `lane` are its name and its lane in the trace.
     pub fn submit<R: Send + 'static>(
         &self,
         (name, lane): (&'static str, Lane),
         work: impl FnOnce(&mut S) -> Result<R, Error> + Send + 'static,
     ) -> Pending<R> {
         let (reply, result) = channel();
-        let (trace, open) = (self.trace.clone(), self.open.clone());
+        let (trace, open) = (self.trace.clone(), self.unfinished.clone());
         open.fetch_add(1, Ordering::SeqCst);
         let job: Job<S> = Box::new(move |owned| {
             let done = trace.span(name, lane, || work(owned));
             let well = done.is_ok();
             open.fetch_sub(1, Ordering::SeqCst);
-            // No one waits if the engine has failed meanwhile.
+            // Nobody receives the result if the engine has failed in the meantime.
             let _ = reply.send(done);
             well
         });
         if let Some(jobs) = &self.jobs {
-            // A thread that has ended drops the job, and waiting for it says so.
+            // If the thread has ended, the job is dropped, and waiting for it returns an error.
             let _ = jobs.send(job);
         }
-        Pending { result, turn: self.turn.clone(), trace: self.trace.clone() }
+        Pending { result, compute_lock: self.compute_lock.clone(), trace: self.trace.clone() }
     }
 }
 
 impl<S> Drop for Worker<S> {
     fn drop(&mut self) {
         self.jobs = None;
-        // After a failure jobs are left open: their end may be a deadline away, and peers learn more from this rank's own end.
-        let idle = self.open.load(Ordering::SeqCst) == 0;
+        // After a failure the thread is not joined: a job may run until its deadline, and the peers learn of the
+        // failure sooner when this rank ends.
+        let idle = self.unfinished.load(Ordering::SeqCst) == 0;
         if let Some(thread) = self.thread.take().filter(|_| idle) {
-            let _ = self.turn.outside(|| thread.join());
+            let _ = self.compute_lock.unlocked(|| thread.join());
         }
     }
 }

@@ -1,5 +1,5 @@
-//! Flex's kernels beside the tensor operations that serve other backends, at the sizes of a training step of SmolLM2-135M: four
-//! rows of 250 tokens joined into one.
+//! Benchmarks of the Flex kernels against the fallback tensor operations of other backends, at the sizes of a training
+//! step of SmolLM2-135M: four rows of 250 tokens packed into one.
 //!
 //!     cargo bench -p laws                  # all
 //!     cargo bench -p laws -- attention     # some
@@ -9,10 +9,10 @@ use burn::{
     tensor::{DType, Int, Tensor, TensorData},
 };
 use burn_flex::FlexTensor;
-use burn_llama::kernel::{Kernels, Targets, Visibility, by_tensors};
+use burn_llama::kernel::{AttentionMask, Kernels, Targets, portable};
 use burn_peft::{
-    kernel::{Compute, LinearKernels, Stored, product},
-    packed::{BlockType, Codec, Packed},
+    kernel::{LinearKernels, MatmulPrecision, WeightMatrix, matmul},
+    packed::{BlockType, Codec, PackedWeight},
     random,
 };
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -28,7 +28,7 @@ const DIM: usize = 64;
 const VOCABULARY: usize = 49152;
 const EPSILON: f64 = 1e-5;
 
-/// Numbers between -1 and 1.
+/// Returns a tensor of pseudo-random numbers between -1 and 1.
 fn tensor<const D: usize>(seed: u64, shape: [usize; D]) -> FlexTensor {
     let key = random::key(&[seed]);
     let values: Vec<f32> =
@@ -39,7 +39,7 @@ fn tensor<const D: usize>(seed: u64, shape: [usize; D]) -> FlexTensor {
 }
 
 fn halved(x: FlexTensor) -> FlexTensor {
-    Flex::halved(x)
+    Flex::to_bf16(x)
 }
 
 fn ints(values: Vec<i32>) -> Tensor<Flex, 1, Int> {
@@ -47,7 +47,7 @@ fn ints(values: Vec<i32>) -> Tensor<Flex, 1, Int> {
     Tensor::from_data(TensorData::new(values, [n]), (&Default::default(), DType::I32))
 }
 
-/// Measures several ways to do the same.
+/// Measures several implementations of the same computation.
 fn compare(c: &mut Criterion, name: &str, ways: &mut [(&str, &mut dyn FnMut())]) {
     let mut group = c.benchmark_group(name);
     group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
@@ -65,13 +65,13 @@ fn linear(c: &mut Criterion) {
             c,
             &format!("linear {features} to {out}"),
             &mut [
-                ("fused", &mut || drop(black_box(Flex::linear_forward(x.clone(), w.clone(), Compute::F32)))),
+                ("fused", &mut || drop(black_box(Flex::linear_forward(x.clone(), w.clone(), MatmulPrecision::F32)))),
                 ("fused, bf16", &mut || {
-                    drop(black_box(Flex::linear_forward(x.clone(), half.clone(), Compute::Bf16)));
+                    drop(black_box(Flex::linear_forward(x.clone(), half.clone(), MatmulPrecision::Bf16)));
                 }),
                 ("tensor operations", &mut || {
                     let turned = turned().into_primitive().tensor();
-                    drop(black_box(product::<Flex>(x.clone(), turned, Compute::F32)));
+                    drop(black_box(matmul::<Flex>(x.clone(), turned, MatmulPrecision::F32)));
                 }),
             ],
         );
@@ -80,35 +80,35 @@ fn linear(c: &mut Criterion) {
             &format!("linear {features} to {out}, gradient of the input"),
             &mut [
                 ("fused", &mut || {
-                    drop(black_box(Flex::linear_backward_input(dy.clone(), w.clone(), None, Compute::F32)))
+                    drop(black_box(Flex::linear_backward_input(dy.clone(), w.clone(), None, MatmulPrecision::F32)))
                 }),
                 ("fused, bf16", &mut || {
-                    drop(black_box(Flex::linear_backward_input(dy.clone(), half.clone(), None, Compute::Bf16)));
+                    drop(black_box(Flex::linear_backward_input(dy.clone(), half.clone(), None, MatmulPrecision::Bf16)));
                 }),
                 ("tensor operations", &mut || {
-                    drop(black_box(product::<Flex>(dy.clone(), w.clone(), Compute::F32)));
+                    drop(black_box(matmul::<Flex>(dy.clone(), w.clone(), MatmulPrecision::F32)));
                 }),
             ],
         );
     }
 }
 
-/// One row of activations, as in writing, with weights of random blocks.
+/// Measures one row of activations, as in decoding, with packed weights of random blocks.
 fn packed(c: &mut Criterion) {
     for (features, out) in [(HIDDEN, HIDDEN), (HIDDEN, INTERMEDIATE), (INTERMEDIATE, HIDDEN), (HIDDEN, VOCABULARY)] {
         let x = tensor(1, [1, features]);
         for kind in [BlockType::Q4_1, BlockType::Q8_0] {
             let (codec, key) = (Codec::from(kind), random::key(&[2]));
-            // Bytes below 64 make no half that is not finite.
+            // Bytes below 64 never form an infinite or NaN half-precision scale.
             let bytes: Vec<u8> =
                 (0..(out * codec.row_bytes(features)) as u64).map(|at| random::bits(key, at) as u8 & 63).collect();
             let rows = bytes.chunks_exact(codec.row_bytes(features));
-            let weight = Packed::<Flex>::new(codec, features, rows, &Default::default());
+            let weight = PackedWeight::<Flex>::new(codec, features, rows, &Default::default());
             compare(
                 c,
                 &format!("packed {features} to {out}, one row"),
                 &mut [(&codec.to_string(), &mut || {
-                    drop(black_box(Flex::packed_forward(x.clone(), &weight, Compute::F32)));
+                    drop(black_box(Flex::packed_forward(x.clone(), &weight, MatmulPrecision::F32)));
                 })],
             );
         }
@@ -123,7 +123,7 @@ fn rms_norm(c: &mut Criterion) {
         &mut [
             ("fused", &mut || drop(black_box(Flex::rms_norm(x.clone(), w.clone(), EPSILON)))),
             ("tensor operations", &mut || {
-                drop(black_box(by_tensors::rms_norm::<Flex>(x.clone(), w.clone(), EPSILON)));
+                drop(black_box(portable::rms_norm::<Flex>(x.clone(), w.clone(), EPSILON)));
             }),
         ],
     );
@@ -134,7 +134,7 @@ fn rms_norm(c: &mut Criterion) {
         &mut [
             ("fused", &mut || drop(black_box(Flex::rms_norm_backward(x.clone(), w.clone(), (dy.clone(), None), rule)))),
             ("tensor operations", &mut || {
-                drop(black_box(by_tensors::rms_norm_backward::<Flex>(x.clone(), w.clone(), (dy.clone(), None), rule)));
+                drop(black_box(portable::rms_norm_backward::<Flex>(x.clone(), w.clone(), (dy.clone(), None), rule)));
             }),
         ],
     );
@@ -148,7 +148,7 @@ fn elementwise(c: &mut Criterion) {
         &mut [
             ("fused", &mut || drop(black_box(Flex::rope(q.clone(), cos.clone(), cos.clone())))),
             ("tensor operations", &mut || {
-                drop(black_box(by_tensors::rope::<Flex>(q.clone(), cos.clone(), cos.clone())));
+                drop(black_box(portable::rope::<Flex>(q.clone(), cos.clone(), cos.clone())));
             }),
         ],
     );
@@ -157,8 +157,8 @@ fn elementwise(c: &mut Criterion) {
         c,
         "swiglu",
         &mut [
-            ("fused", &mut || drop(black_box(Flex::swiglu(gate.clone(), up.clone(), Compute::F32)))),
-            ("tensor operations", &mut || drop(black_box(by_tensors::swiglu::<Flex>(gate.clone(), up.clone())))),
+            ("fused", &mut || drop(black_box(Flex::swiglu(gate.clone(), up.clone(), MatmulPrecision::F32)))),
+            ("tensor operations", &mut || drop(black_box(portable::swiglu::<Flex>(gate.clone(), up.clone())))),
         ],
     );
     compare(
@@ -167,7 +167,7 @@ fn elementwise(c: &mut Criterion) {
         &mut [
             ("fused", &mut || drop(black_box(Flex::swiglu_backward(gate.clone(), up.clone(), dy.clone())))),
             ("tensor operations", &mut || {
-                drop(black_box(by_tensors::swiglu_backward::<Flex>(gate.clone(), up.clone(), dy.clone())));
+                drop(black_box(portable::swiglu_backward::<Flex>(gate.clone(), up.clone(), dy.clone())));
             }),
         ],
     );
@@ -185,7 +185,7 @@ fn attention(c: &mut Criterion) {
     let row = |values: Vec<i32>| ints(values).unsqueeze_dim::<2>(0);
     let segments = || row((0..TOKENS).map(|at| (at / LENGTH) as i32 + 1).collect());
     let positions = || row((0..TOKENS).map(|at| (at % LENGTH) as i32).collect());
-    let visibility = Visibility::<Flex> {
+    let visibility = AttentionMask::<Flex> {
         query_segments: segments(),
         query_positions: positions(),
         key_segments: segments(),
@@ -200,7 +200,7 @@ fn attention(c: &mut Criterion) {
         &mut [
             ("fused", &mut || drop(black_box(Flex::flash_attention(inputs.clone(), &visibility)))),
             ("tensor operations", &mut || {
-                drop(black_box(by_tensors::attention::<Flex>(inputs.clone(), &visibility)));
+                drop(black_box(portable::attention::<Flex>(inputs.clone(), &visibility)));
             }),
         ],
     );
@@ -213,7 +213,7 @@ fn attention(c: &mut Criterion) {
                 drop(black_box(Flex::flash_attention_backward(inputs.clone(), &visibility, saved.clone())));
             }),
             ("tensor operations", &mut || {
-                drop(black_box(by_tensors::attention_backward::<Flex>(inputs.clone(), &visibility, saved.clone())));
+                drop(black_box(portable::attention_backward::<Flex>(inputs.clone(), &visibility, saved.clone())));
             }),
         ],
     );
@@ -229,7 +229,7 @@ fn cross_entropy(c: &mut Criterion) {
     let dy = Tensor::<Flex, 1>::ones([TOKENS], (&Default::default(), DType::F32)).into_primitive().tensor();
     let wanted = [true, false];
     let fused = |head: &FlexTensor, compute| {
-        let inputs = || (hidden.clone(), Stored::Dense(head.clone()));
+        let inputs = || (hidden.clone(), WeightMatrix::Dense(head.clone()));
         let kept = Flex::linear_cross_entropy(inputs().0, inputs().1, &targets, (wanted, compute));
         Flex::linear_cross_entropy_backward(inputs(), &targets, (kept, dy.clone()), (wanted, compute))
     };
@@ -237,13 +237,13 @@ fn cross_entropy(c: &mut Criterion) {
         c,
         "linear_cross_entropy with the gradient of the hidden states",
         &mut [
-            ("fused", &mut || drop(black_box(fused(&head, Compute::F32)))),
-            ("fused, bf16", &mut || drop(black_box(fused(&half, Compute::Bf16)))),
+            ("fused", &mut || drop(black_box(fused(&head, MatmulPrecision::F32)))),
+            ("fused, bf16", &mut || drop(black_box(fused(&half, MatmulPrecision::Bf16)))),
             ("tensor operations", &mut || {
-                let inputs = || (hidden.clone(), Stored::Dense(head.clone()));
-                let kept = by_tensors::cross_entropy::<Flex>(inputs().0, inputs().1, &targets, Compute::F32);
-                let (sums, rule) = ([kept.lse, dy.clone()], (wanted, Compute::F32));
-                drop(black_box(by_tensors::cross_entropy_backward::<Flex>(inputs(), &targets, sums, rule)));
+                let inputs = || (hidden.clone(), WeightMatrix::Dense(head.clone()));
+                let kept = portable::cross_entropy::<Flex>(inputs().0, inputs().1, &targets, MatmulPrecision::F32);
+                let (sums, rule) = ([kept.lse, dy.clone()], (wanted, MatmulPrecision::F32));
+                drop(black_box(portable::cross_entropy_backward::<Flex>(inputs(), &targets, sums, rule)));
             }),
         ],
     );

@@ -1,16 +1,16 @@
-//! Several adapters of one model: compared, switched, combined, merged, converted.
+//! Tests of several adapters of one model: compared, switched, combined, merged, converted.
 
 use crate::{
     model::{apart, floats, tensors},
     run::{number, train_by},
-    work::{Work, fixture},
+    work::{WorkDir, fixture},
 };
 use serde_json::json;
 use std::{path::Path, process::Stdio};
 
-/// Three adapters of two kinds and one run each.
-fn with_adapters() -> Work {
-    let work = Work::new();
+/// Returns a folder with several adapters of different kinds, each from its own run.
+fn with_adapters() -> WorkDir {
+    let work = WorkDir::new();
     let runs: [(&str, &[&str]); 4] = [
         ("one", &["method.r=4", "train.seed=1"]),
         ("two", &["method.r=2", "method.target_modules=['q_proj', 'o_proj']", "train.seed=2"]),
@@ -62,7 +62,7 @@ fn chat_switches_adapters_in_the_middle_of_a_conversation() {
         [answer(&["--adapter", "runs/one/adapter"]), answer(&["--adapter", "runs/three/adapter"]), answer(&[])];
     let mut command = work.command(&["chat", "--model", "model", "--max-new-tokens", "12"]);
     command.args(["--adapter", "runs/one/adapter", "--adapter", "prefix=runs/three/adapter"]);
-    // Where a terminal can do nothing, answers must still be all that is printed.
+    // Even on a dumb terminal, only the answers may be printed.
     command.env("TERM", "dumb");
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -95,7 +95,7 @@ fn adapters_are_listed_combined_merged_and_converted() {
         assert!(difference < 1e-4, "{difference}");
     };
 
-    // One of both, and a model with both merged.
+    // An adapter that combines both, and a model with both merged.
     let parts = ["runs/one/adapter=1", "runs/two/adapter=1"];
     work.succeed(&[&["adapters", "combine", "--out", "sum"], &parts[..]].concat());
     let both = ["--adapter", "runs/one/adapter", "--adapter", "runs/two/adapter"];
@@ -111,7 +111,7 @@ fn adapters_are_listed_combined_merged_and_converted() {
     work.succeed(&["adapters", "combine", "--out", "nothing", "negative=1", "runs/one/adapter=1"]);
     close(&logits(&["--model", "model", "--adapter", "nothing"]), &logits(&["--model", "model"]));
 
-    // llama.cpp's file and back.
+    // Conversion to llama.cpp's adapter file and back.
     work.succeed(&["adapters", "convert", "runs/one/adapter", "one.gguf", "--model", "model"]);
     work.succeed(&["adapters", "convert", "one.gguf", "back", "--model", "model"]);
     let weights = |folder: &str| tensors(&work.at(folder).join("adapter_model.safetensors"));
@@ -121,7 +121,7 @@ fn adapters_are_listed_combined_merged_and_converted() {
         &logits(&["--model", "model", "--adapter", "runs/one/adapter"]),
     );
 
-    // PiSSA's adapter and what it started from, as plain LoRA.
+    // Conversion of a PiSSA adapter and its initial adapter to plain LoRA.
     let pissa = ["pissa", "pissa_initial", "pissa_converted"].map(|name| fixture(&format!("family/{name}")));
     let [trained, initial, converted] = pissa.each_ref().map(|path| path.to_str().unwrap());
     work.succeed(&["adapters", "convert", trained, "plain", "--initial", initial]);
@@ -134,14 +134,14 @@ fn adapters_are_listed_combined_merged_and_converted() {
     }
     assert_eq!(weights("plain").len(), theirs.len());
 
-    // What a newer PEFT says is named.
+    // Unknown fields of a newer PEFT version are reported by name.
     for name in ["runs/one/adapter", "runs/three/adapter", "runs/four/adapter"] {
         let file = format!("{name}/adapter_config.json");
         let mut config = work.json(&file);
         config["from_the_future"] = json!(1);
         work.write(&file, &config.to_string());
         let done = work.succeed(&["logits", "--model", "model", "--text", "a", "--out", "l", "--adapter", name]);
-        let warning = format!("warning: {name}: fields not known here are passed over: from_the_future");
+        let warning = format!("warning: {name}: unknown fields are ignored: from_the_future");
         assert!(done.stderr.lines().any(|line| line == warning), "{done:?}");
     }
 

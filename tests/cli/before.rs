@@ -1,14 +1,14 @@
-//! What is known before a run: its schedule, its memory, the speed of the machine.
+//! Tests of the verbs used before a run: pipeline schedule, memory estimate, benchmark.
 
 use crate::{
     run::{number, refused_in, train},
-    work::Work,
+    work::WorkDir,
 };
 use serde_json::{Value, json};
 
 #[test]
 fn schedules_and_estimates_are_printed_before_anything_is_computed() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let draw = ["--svg", "s.svg", "--csv", "s.csv"];
     let done =
         work.succeed(&[&["schedule", "--stages", "4", "--micro-batches", "8", "--kind", "1f1b"], &draw[..]].concat());
@@ -18,8 +18,8 @@ fn schedules_and_estimates_are_printed_before_anything_is_computed() {
     assert!(work.text("s.svg").starts_with("<svg") && work.text("s.csv").lines().count() == 4);
     let config = ["--config", "model/config.json", "--method", "full", "--world", "4"];
     let done = work.succeed(&[&["estimate"], &config[..]].concat());
-    // A heading, four stages with the optimizer on the device, on the host and in a file, stage 3's weights on the host, and
-    // five lines by DeepSpeed's formulas.
+    // A heading, four ZeRO stages with the optimizer state on the device, in host memory and in a file, stage 3 with
+    // parameters in host memory, and five lines by DeepSpeed's formulas.
     assert_eq!(done.stdout.lines().filter(|line| line.contains(" + ")).count(), 1 + 4 * 3 + 1 + 5, "{done:?}");
     let few = ["--method", "lora", "--target-modules", "q_proj,v_proj"];
     work.succeed(&[&["estimate", "--config", "model/config.json"], &few[..]].concat());
@@ -38,16 +38,16 @@ fn schedules_and_estimates_are_printed_before_anything_is_computed() {
 
 #[test]
 fn what_is_estimated_is_counted_and_what_cannot_fit_is_refused() {
-    let work = Work::new();
+    let work = WorkDir::new();
     for method in ["full", "lora"] {
         let measured = ["estimate", "--measure", "--model", "model", "--method", method, "--tokens", "64"];
         let found = work.succeed(&measured).json();
         let (counted, estimated) = (number(&found, "states_counted_gib"), number(&found, "states_estimated_gib"));
         assert!((counted - estimated).abs() <= 0.02 * counted, "{method}: {found}");
-        // So small a model may find all its room in what loading has left.
+        // A model this small may fit into memory that was freed after loading, so the peak can be zero.
         assert!(number(&found, "peak_rss_anon_gib") < 0.1, "{found}");
     }
-    // The weights alone are more than that.
+    // The weights alone exceed this limit.
     let refused = train("out", &["method.kind=full", "train.memory_gib=0.00005"]);
     refused_in(&work, &refused, &["the run needs about", "`train.memory_gib`", "no setting is enough"]);
     let done = work.run(&["train", "run.toml", "--set", "train.memory_gib=-1"]);
@@ -56,7 +56,7 @@ fn what_is_estimated_is_counted_and_what_cannot_fit_is_refused() {
 
 #[test]
 fn bench_measures_what_it_is_asked_for() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let small = ["bench", "--model", "model", "--length", "8", "--prompt", "4", "--new-tokens", "3", "--rounds", "1"];
     for (train, trainable) in [("lora", Some(8 * (16 + 16) * 2 + 8 * (16 + 8) * 2)), ("full", None)] {
         let report = work.succeed(&[&small[..], &["--train", train]].concat()).json();

@@ -1,10 +1,10 @@
-//! How `chat` draws.
+//! Tests of sampling in `chat`.
 
-use crate::work::Work;
+use crate::work::WorkDir;
 
 #[test]
 fn draws_follow_the_seed_and_end_at_stop_strings() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let chat = |extra: &[&str]| {
         let base = ["chat", "--model", "model", "--prompt", "Hi", "--max-new-tokens", "24"];
         work.succeed(&[&base[..], extra].concat()).stdout

@@ -1,12 +1,12 @@
-//! Every format of data, and what `data check` says of it.
+//! Tests of every data format and of `data check`.
 
 use crate::{
     run::{conversations, number, rows, run_folder, train},
-    work::Work,
+    work::WorkDir,
 };
 use serde_json::json;
 
-/// PubMedQA's layout: items by id.
+/// Returns a file in PubMedQA's format: items by id.
 pub fn pubmedqa() -> String {
     let item =
         |decision: &str| json!({"QUESTION": "Is it so?", "CONTEXTS": ["One.", "Two."], "final_decision": decision});
@@ -15,7 +15,7 @@ pub fn pubmedqa() -> String {
 
 #[test]
 fn conversations_of_every_format_are_trained_together() {
-    let work = Work::new();
+    let work = WorkDir::new();
     work.write("messages.jsonl", &conversations(0..4));
     work.write("valid.jsonl", &conversations(6..8));
     let pair = json!([{"from": "human", "value": "What is 4?"}, {"from": "gpt", "value": "It is a number."}]);
@@ -40,8 +40,8 @@ fn conversations_of_every_format_are_trained_together() {
     };
     let loss = of(&["valid.jsonl", "--format", "messages"]);
     assert!((number(&loss, "loss") - number(&summary, "valid_loss_after")).abs() < 1e-4, "{loss} {summary}");
-    // The four answers are those of four rows, each behind the template's space, up to the end token: the newline after it is
-    // not learned.
+    // The four answers are those of four rows, each with the template's leading space, up to the end token: the newline
+    // after it is not a target.
     let rows = number(&of(&["train.jsonl", "--limit", "4"]), "target_tokens") as u64;
     assert_eq!(loss["target_tokens"], rows + 4);
     let named = of(&["named.jsonl", "--columns", "question=prompt"]);
@@ -50,7 +50,7 @@ fn conversations_of_every_format_are_trained_together() {
 
 #[test]
 fn data_check_counts_measures_shows_a_row_and_lists_mistakes() {
-    let work = Work::new();
+    let work = WorkDir::new();
     fn check<'a>(rest: &[&'a str]) -> Vec<&'a str> {
         [&["data", "check", "--model", "turns"], rest].concat()
     }
@@ -65,7 +65,7 @@ fn data_check_counts_measures_shows_a_row_and_lists_mistakes() {
         assert!(done.stdout.contains(line), "{line}: {}", done.stdout);
     }
     assert_eq!(done.stderr, "");
-    // A row's lengths are those that training counts.
+    // The row lengths equal those that training counts.
     let (median, learned) = (20, 8);
     let lengths = |stdout: &str, name: &str, key: &str| -> usize {
         let line = stdout.lines().find(|line| line.starts_with(&format!("{name}  "))).unwrap();
@@ -106,7 +106,7 @@ fn data_check_counts_measures_shows_a_row_and_lists_mistakes() {
 
 #[test]
 fn pubmedqa_is_trained_and_scored() {
-    let work = Work::new();
+    let work = WorkDir::new();
     work.write("pubmedqa.json", &pubmedqa());
     let sets = ["data.train=pubmedqa.json", "data.format=pubmedqa", "data.valid=pubmedqa.json"];
     let summary = work.succeed(&train("out", &sets)).json();
@@ -131,7 +131,7 @@ fn pubmedqa_is_trained_and_scored() {
         assert_eq!(item["prediction"], ["yes", "no", "maybe"][best]);
     }
     assert_eq!(with(&["--limit", "2"])["n"], 2);
-    // The loss of the decisions is what training measured.
+    // The loss on the decisions equals the validation loss of training.
     let loss = eval(&["--task", "qa-loss", "--format", "pubmedqa"]);
     assert!((number(&loss, "loss") - number(&summary, "valid_loss_after")).abs() < 1e-4);
 }

@@ -1,11 +1,11 @@
-//! Devices of this build agree.
+//! Tests that all devices of this build agree.
 
 use crate::{
     run::{lasting, number, train, train_by},
-    work::Work,
+    work::WorkDir,
 };
 
-/// The devices of this build.
+/// Returns the devices of this build.
 fn devices() -> Vec<&'static str> {
     let all = [
         ("cpu", cfg!(feature = "flex")),
@@ -16,16 +16,16 @@ fn devices() -> Vec<&'static str> {
     all.into_iter().filter(|(_, here)| *here).map(|(name, _)| name).collect()
 }
 
-/// Trained on one device, validated on any other while it trains and afterwards.
+/// Trains on one device and validates on every other, during training and afterwards.
 #[test]
 fn a_run_on_any_device_is_validated_on_every_other() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let losses = |folder: &str| -> Vec<f64> {
         let lines = lasting(&work, folder).into_iter();
         lines.filter_map(|line| line["valid_loss"].as_f64().or(line["loss"].as_f64())).collect()
     };
     let mut expected: Option<Vec<f64>> = None;
-    // Lavapipe compiles a kernel for seconds, and its training has many.
+    // Lavapipe takes seconds to compile a kernel, and training has many of them.
     for device in devices().into_iter().filter(|device| ["cpu", "tch"].contains(device)) {
         for there in devices() {
             let (folder, set) = (format!("{device}-{there}"), format!("train.eval_device={there}"));
@@ -41,16 +41,16 @@ fn a_run_on_any_device_is_validated_on_every_other() {
             assert!((loss - expected[6]).abs() < 1e-3 * expected[6], "{there}: {loss} against {expected:?}");
         }
     }
-    // In a binary of one backend as well: elsewhere is the same place again.
+    // Without `eval_device`, which also works in a build with one backend, training and validation use the same device.
     work.succeed(&train("here", &["train.max_steps=5"]));
     assert!(losses("here").iter().zip(&expected.unwrap()).all(|(a, b)| (a - b).abs() < 1e-5 * b));
 }
 
-/// Where states and weights are changes no loss, whatever the device is.
+/// The placement of optimizer states and weights does not change the losses on any device.
 #[test]
 fn offload_from_any_device_changes_no_loss() {
-    let work = Work::new();
-    // Lavapipe compiles a kernel for seconds, and training has many.
+    let work = WorkDir::new();
+    // Lavapipe takes too long to compile the kernels of training.
     for device in devices().into_iter().filter(|device| ["cpu", "tch"].contains(device)) {
         for kind in ["full", "lora"] {
             let losses = |name: &str, sets: &[&str]| -> Vec<f64> {
@@ -77,12 +77,12 @@ fn offload_from_any_device_changes_no_loss() {
 
 #[test]
 fn doctor_finds_every_device_of_the_build_healthy() {
-    let work = Work::new();
+    let work = WorkDir::new();
     for device in devices() {
         let mut arguments = vec!["doctor", "--model", "turns", "--device", device];
         let mut laws = if device == "cpu" { 11 } else { 15 };
         if ["vulkan", "wgpu"].contains(&device) {
-            // Software compiles the kernels of training for minutes.
+            // A software device takes minutes to compile the kernels of training.
             arguments.push("--quick");
             laws = 11;
         }

@@ -1,14 +1,14 @@
-//! `doctor` on what is right and on what is not.
+//! Tests of `doctor` on correct and on broken set-ups.
 
 use crate::{
     run::conversations,
-    work::{TURNS, Work},
+    work::{TURNS, WorkDir},
 };
 use std::fs;
 
 #[test]
 fn doctor_approves_what_is_right_and_finds_what_is_not() {
-    let work = Work::new();
+    let work = WorkDir::new();
     work.write("messages.jsonl", &conversations(0..3));
     fn doctor<'a>(rest: &[&'a str]) -> Vec<&'a str> {
         [&["doctor"], rest].concat()
@@ -25,7 +25,7 @@ fn doctor_approves_what_is_right_and_finds_what_is_not() {
         );
         assert_eq!(done.stderr, "");
     }
-    // Each broken set-up fails by the law that it breaks.
+    // Each broken set-up fails the check that it violates.
     work.copy_of_model("ending");
     let other = TURNS.replace("{{ eos_token }}", "<|eot_id|>");
     work.template("ending", Some(&other));

@@ -1,15 +1,15 @@
-//! The files of DeepSpeed and Accelerate.
+//! Tests of configuration files of DeepSpeed and Accelerate.
 
 use crate::{
     run::{lasting, refused_in, resolved, train, train_by},
-    work::{RECIPE, Work},
+    work::{RECIPE, WorkDir},
 };
 use serde_json::json;
 use std::fs;
 
 #[test]
 fn a_ds_config_is_part_of_the_recipe_and_says_what_it_says_in_vain() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let auto = json!({
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 3,
         "gradient_clipping": 0.5, "bf16": {"enabled": "auto"}, "wall_clock_breakdown": true,
@@ -35,11 +35,12 @@ fn a_ds_config_is_part_of_the_recipe_and_says_what_it_says_in_vain() {
     assert_eq!((parallel["zero_stage"].as_integer(), parallel["offload_optimizer"].as_str()), (Some(2), Some("cpu")));
     assert_eq!(parallel["bucket_size"].as_integer(), Some(16 * 16), "the square of the model's width");
     assert!(parallel.get("deepspeed").is_none(), "what it said is in the recipe now");
-    // DeepSpeed asks its scheduler after a step: two at the minimum, two steps of warm-up at least, then down in a line.
+    // DeepSpeed updates its scheduler after a step: two steps run at the minimum rate, warm-up takes at least two
+    // steps, then the rate decays linearly.
     let rates: Vec<f64> = lasting(&work, "out").iter().filter_map(|line| line["learning_rate"].as_f64()).collect();
     assert!((rates[0] - 1e-5).abs() < 1e-12 && (rates[2] - 2e-2).abs() < 1e-9, "{rates:?}");
     assert!((rates[11] - (1e-5 + (2e-2 - 1e-5) * 0.2)).abs() < 1e-9, "{rates:?}");
-    // The run's own recipe says it all: the file is needed no more.
+    // The resolved recipe in the run folder is complete, so the DeepSpeed file is no longer needed.
     fs::remove_file(work.at("ds.json")).unwrap();
     work.succeed(&train_by("out/recipe.toml", "again", &[]));
     assert_eq!(lasting(&work, "again"), lasting(&work, "out"));
@@ -56,7 +57,7 @@ fn a_ds_config_is_part_of_the_recipe_and_says_what_it_says_in_vain() {
 
 #[test]
 fn a_foreign_file_that_does_not_fit_is_refused() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let table: [(&str, &[&str], &[&str]); 10] = [
         (
             r#"{"train_micro_batch_size_per_gpu": 8}"#,

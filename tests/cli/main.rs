@@ -1,4 +1,4 @@
-//! The command line as a user meets it: every verb on a small random model, and every mistake as one line.
+//! End-to-end tests of the command line: every verb on a small random model, and one-line errors for every mistake.
 
 mod adapters;
 mod before;

@@ -1,22 +1,23 @@
-//! Every method of PEFT that a recipe can name.
+//! Tests of every PEFT method that a recipe can name.
 
 use crate::{
     model::{apart, shapes},
     run::{number, run_folder, train, usable},
-    work::Work,
+    work::WorkDir,
 };
 use std::fs;
 
-/// Every method: trained, stopped half-way and gone on with, bit for bit; what it leaves is PEFT's, and evaluates and chats.
+/// Trains with every method, and stops and resumes with the same result bit for bit. The adapter has PEFT's format and
+/// can be evaluated and used in chat.
 #[test]
 fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
-    let work = Work::new();
-    // Rows that blocks can hold.
+    let work = WorkDir::new();
+    // A model with rows of whole blocks.
     work.copy_of_model("wide");
     work.write("wide/config.json", &work.text("model/config.json").replace("\"hidden_size\":16", "\"hidden_size\":64"));
     work.weights("wide/model.safetensors", &shapes(376, 64));
     work.succeed(&["export", "--model", "wide", "--out", "wide.gguf", "--dtype", "q8_0"]);
-    // What nf4 holds, as floats.
+    // The values of the nf4 weights, as floats.
     work.succeed(&["export", "--model", "wide", "--out", "floats", "--nf4"]);
     let logits = |model: &[&str]| work.logits(model);
     let (plain, floats) = (logits(&["--model", "wide"]), logits(&["--model", "floats"]));
@@ -85,7 +86,7 @@ fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
             _ => &["--model", "model"],
         };
         usable(&work, &[base, &["--adapter", &adapter]].concat(), number(&summary, "valid_loss_after"));
-        // A run can start from what another has left.
+        // A run can start from the adapter of another run.
         if peft_type != "LORA" {
             let (init, again) = (format!("method.init={adapter}"), format!("again-{index}"));
             run(&again, &["train.max_steps=1", "train.learning_rate=1e-9", &init]);

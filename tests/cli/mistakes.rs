@@ -1,9 +1,9 @@
-//! Every mistake is one line, and leaves nothing behind.
+//! Tests of user mistakes: each is reported in one line and leaves no files behind.
 
 use crate::{
     run::train,
     spoiled::refused,
-    work::{Done, Work},
+    work::{CommandOutput, WorkDir},
 };
 use std::{fs, path::PathBuf, process::Command};
 
@@ -171,7 +171,7 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
         ("data.max_length=4", &["train.jsonl", "no row has a token to learn", "max_length", "4"]),
         ("method.target_modules=[\"query\"]", &["target_modules", "query", "selects no linear layer", "q_proj"]),
         ("method.target_modules=([)", &["target_modules", "([)"]),
-        ("model.dtype=packed", &["model", "weights", "a GGUF file", "NF4 can be made of it"]),
+        ("model.dtype=packed", &["model", "weights", "a GGUF file", "it can be loaded as nf4 instead"]),
         ("parallel.zero_stage=4", &["--set", "parallel.zero_stage", "expected 0, 1, 2, 3", "FULL_SHARD"]),
         ("train.eval_device=gpu", &["--set", "train.eval_device", "expected one of cpu, tch", "found \"gpu\""]),
         ("method.init=nowhere", &["nowhere/adapter_config.json", "No such file"]),
@@ -197,8 +197,8 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
     refused(&rows);
 }
 
-/// Files may grow to `kibibytes` only, as on a disk that is full.
-fn with_little_room(work: &Work, kibibytes: usize, arguments: &[&str]) -> Done {
+/// Runs a command with file sizes limited to `kibibytes`, as on a full disk.
+fn with_little_room(work: &WorkDir, kibibytes: usize, arguments: &[&str]) -> CommandOutput {
     let shell = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", kibibytes * 2);
     let inner = work.command(arguments);
     let mut command = Command::new("sh");
@@ -214,7 +214,7 @@ fn with_little_room(work: &Work, kibibytes: usize, arguments: &[&str]) -> Done {
 
 #[test]
 fn a_full_disk_is_one_line_and_leaves_nothing_half_written() {
-    let work = Work::new();
+    let work = WorkDir::new();
     work.succeed(&train("done", &["train.max_steps=1"]));
     let export = |out: &'static str| vec!["export", "--model", "model", "--adapter", "done/adapter", "--out", out];
     let train = |set: &'static str| train("out", &[set, "train.max_steps=3"]);
@@ -231,7 +231,7 @@ fn a_full_disk_is_one_line_and_leaves_nothing_half_written() {
         let error = done.stderr.lines().last().unwrap();
         let named = error.starts_with("error: ") && error.contains(file) && error.contains("File too large");
         assert!(named, "{arguments:?}: {done:?}");
-        // An empty folder may stay, but no file that is not whole.
+        // An empty folder may remain, but no incomplete file.
         let broken =
             |path: &PathBuf| path.starts_with(work.at(file)) || path.extension().is_some_and(|end| end == "part");
         let left: Vec<_> = work.listing().into_keys().filter(|path| path.is_file() && broken(path)).collect();

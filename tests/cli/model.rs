@@ -1,10 +1,11 @@
-//! The weights of the model, and what is in a file of tensors.
+//! The weights of the test model, and reading of tensor files.
 
 use crate::work::{TEMPLATE, fixture};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{collections::BTreeMap, fs, path::Path};
 
-/// The parameters of a Llama of two blocks, two heads and one key head, untied.
+/// Returns the names and shapes of the parameters of a Llama with two blocks, two heads, one key-value head and an
+/// untied head.
 pub fn shapes(vocabulary: usize, hidden: usize) -> Vec<(String, Vec<usize>)> {
     let mut all = vec![
         ("model.embed_tokens.weight".to_owned(), vec![vocabulary, hidden]),
@@ -29,7 +30,7 @@ pub fn shapes(vocabulary: usize, hidden: usize) -> Vec<(String, Vec<usize>)> {
     all
 }
 
-/// A random tensor's bytes in f32; norms are ones.
+/// Returns the f32 bytes of a pseudo-random tensor; norms are ones.
 pub fn random(name: &str, shape: &[usize]) -> Vec<u8> {
     let mut state = name.bytes().fold(1u32, |state, byte| state.wrapping_mul(31).wrapping_add(byte.into()));
     let value = |_| {
@@ -39,7 +40,7 @@ pub fn random(name: &str, shape: &[usize]) -> Vec<u8> {
     (0..shape.iter().product()).map(value).flat_map(f32::to_le_bytes).collect()
 }
 
-/// A GGUF file of the same kind of model: the fixture's vocabulary with the sizes, a chat template and tensors.
+/// Returns a GGUF file of the same kind of model: the fixture's vocabulary with sizes, a chat template and tensors.
 pub fn gguf() -> Vec<u8> {
     let vocabulary = fs::read(fixture("gguf/vocab-smollm.gguf")).unwrap();
     let string = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
@@ -66,7 +67,7 @@ pub fn gguf() -> Vec<u8> {
         tensors.extend(random(key, shape));
         tensors.resize(tensors.len().next_multiple_of(32), 0);
     }
-    // The vocabulary's last value is a text, and what follows it is padding.
+    // The last metadata value of the vocabulary is a string; the zero bytes after it are padding.
     let end = vocabulary.iter().rposition(|byte| *byte != 0).unwrap() + 1;
     let counts =
         [shapes.len() as u64, u64::from_le_bytes(vocabulary[16..24].try_into().unwrap()) + metadata.len() as u64];
@@ -76,7 +77,7 @@ pub fn gguf() -> Vec<u8> {
     [file, tensors].concat()
 }
 
-/// The tensors of a safetensors file: type, shape and bytes by name.
+/// Reads the tensors of a safetensors file: type, shape and bytes by name.
 pub fn tensors(path: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
     let bytes = fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
@@ -85,12 +86,12 @@ pub fn tensors(path: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
     file.tensors().into_iter().map(tensor).collect()
 }
 
-/// The f32 values of some bytes.
+/// Decodes bytes as f32 values.
 pub fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 
-/// The largest difference of two arrays of the same length.
+/// Returns the largest difference of two arrays of the same length.
 pub fn apart(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).fold(0f32, |max, (a, b)| max.max((a - b).abs()))

@@ -1,9 +1,9 @@
-//! The same run by several processes, with everything divided that can be, and gone on with by fewer.
+//! Tests of runs with several MPI processes: everything sharded that can be, and resumed with fewer ranks.
 
 use crate::{
     model::{apart, floats, tensors},
     run::{lasting, rows, train, train_by},
-    work::Work,
+    work::WorkDir,
 };
 use serde_json::Value;
 use std::{
@@ -13,8 +13,9 @@ use std::{
     time::Duration,
 };
 
-/// The binary as `ranks` processes; this machine may have fewer cores, and the user may be root.
-fn command(work: &Work, ranks: usize, arguments: &[&str]) -> Command {
+/// Returns the command that starts the binary as `ranks` processes; the machine may have fewer cores, and the user may
+/// be root.
+fn command(work: &WorkDir, ranks: usize, arguments: &[&str]) -> Command {
     let inner = work.command(arguments);
     let mut command = Command::new("mpirun");
     command.args(["--oversubscribe", "--allow-run-as-root", "-n", &ranks.to_string()]);
@@ -24,7 +25,7 @@ fn command(work: &Work, ranks: usize, arguments: &[&str]) -> Command {
     command
 }
 
-fn trained(work: &Work, ranks: usize, folder: &str, sets: &[&str]) -> Vec<Value> {
+fn trained(work: &WorkDir, ranks: usize, folder: &str, sets: &[&str]) -> Vec<Value> {
     let shared = ["train.scheduler=constant", "train.eval_every=3"];
     let output = command(work, ranks, &train(folder, &[&shared, sets].concat())).output().expect("mpirun is installed");
     let words = String::from_utf8_lossy(&output.stderr);
@@ -35,7 +36,7 @@ fn trained(work: &Work, ranks: usize, folder: &str, sets: &[&str]) -> Vec<Value>
 
 #[test]
 fn mpi_launch_finds_mpirun_and_says_what_to_install_without_it() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let arguments = [&["launch", "-n", "2", "--"], &train("out", &["parallel.zero_stage=2"])[..]].concat();
     let done = work.succeed(&arguments);
     assert_eq!(done.stdout.lines().count(), 1, "one rank speaks: {done:?}");
@@ -59,7 +60,7 @@ fn assert_same(found: &[Value], expected: &[Value], what: &str) {
 
 #[test]
 fn mpi_ranks_train_what_one_process_trains_at_every_stage() {
-    let work = Work::new();
+    let work = WorkDir::new();
     for kind in ["lora", "full"] {
         let kind_set = format!("method.kind={kind}");
         for ranks in [2, 3] {
@@ -89,9 +90,9 @@ fn mpi_ranks_train_what_one_process_trains_at_every_stage() {
 
 #[test]
 fn mpi_ranks_share_filled_micro_batches_and_one_without_learns_nothing() {
-    let work = Work::new();
+    let work = WorkDir::new();
     work.write("train.jsonl", &rows(0..7));
-    // Four micro-batches per epoch: of three ranks, two have none in every second step.
+    // An epoch has four micro-batches: with three ranks, two of them have none in every second step.
     let rows = ["data.packing=fill", "data.max_length=40", "train.batch_size=2"];
     let shared = [&rows[..], &["train.max_steps=6", "method.dropout=0.1"]].concat();
     for ranks in [2, 3] {
@@ -105,12 +106,12 @@ fn mpi_ranks_share_filled_micro_batches_and_one_without_learns_nothing() {
 
 #[test]
 fn mpi_timeline_has_every_rank_and_says_what_lies_inside_computation() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let sets = ["method.kind=full", "parallel.zero_stage=3", "parallel.offload_param=nvme", "parallel.nvme_path=parts"];
     let arguments = train_by("bare.toml", "out", &[&["--trace", "trace.json"], &sets[..]].concat());
     let output = command(&work, 2, &arguments).output().unwrap();
     let words = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && words.contains("of the time in collectives lies inside computation"), "{words}");
+    assert!(output.status.success() && words.contains("of the time in collectives overlaps computation"), "{words}");
     let trace = work.json("trace.json");
     let events = trace["traceEvents"].as_array().unwrap();
     for rank in 0..2 {
@@ -123,8 +124,8 @@ fn mpi_timeline_has_every_rank_and_says_what_lies_inside_computation() {
 
 #[test]
 fn mpi_run_goes_on_with_another_number_of_ranks_after_a_kill() {
-    let work = Work::new();
-    // Three ranks of two rows are one rank that accumulates three times two.
+    let work = WorkDir::new();
+    // Three ranks with two rows each equal one rank that accumulates three micro-batches of two rows.
     let accumulated = "train.gradient_accumulation=3";
     let shared = ["train.batch_size=2", "train.max_steps=40", "train.save_every=1", "method.kind=full"];
     let alone = trained(&work, 1, "alone", &[&shared[..], &[accumulated]].concat());
@@ -145,7 +146,7 @@ fn mpi_run_goes_on_with_another_number_of_ranks_after_a_kill() {
 
 #[test]
 fn mpi_checkpoint_of_a_killed_run_becomes_one_model_or_adapter() {
-    let work = Work::new();
+    let work = WorkDir::new();
     for (kind, ranks, file) in [
         ("full", 2, "model.safetensors"),
         ("lora", 3, "adapter_model.safetensors"),
@@ -164,7 +165,7 @@ fn mpi_checkpoint_of_a_killed_run_becomes_one_model_or_adapter() {
         work.succeed(&["consolidate", &folder, "--out", &out]);
         let found = tensors(&work.at(&out).join(file));
         assert!(!found.is_empty() && found.values().all(|(_, shape, bytes)| !bytes.is_empty() && !shape.contains(&0)));
-        // The checkpoint has a copy that its ranks have gathered; this one is from their parts.
+        // The checkpoint also has a copy gathered by its ranks; `consolidate` built this one from their shards.
         let last = fs::read_dir(work.at(&folder)).unwrap().map(|entry| entry.unwrap().path());
         let last = last.filter(|path| path.extension().is_none() && path.join("state.json").exists());
         let step = |path: &PathBuf| path.to_string_lossy().rsplit('-').next().unwrap().parse::<usize>().unwrap();

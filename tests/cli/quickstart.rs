@@ -1,14 +1,15 @@
-//! `quickstart`.
+//! Tests of `quickstart`.
 
 use crate::{
     run::{number, train_by},
-    work::Work,
+    work::WorkDir,
 };
 
-/// Without a network: `tiny` is made on the spot, learns, and everything that is named at the end is there and works.
+/// Runs without a network: the model `tiny` is created and trained, and everything named in the final output exists and
+/// works.
 #[test]
 fn quickstart_makes_a_model_teaches_it_and_says_what_to_do_next() {
-    let work = Work(tempfile::tempdir().unwrap());
+    let work = WorkDir(tempfile::tempdir().unwrap());
     let done = work.succeed(&["quickstart", "--model", "tiny", "--dir", "my runs/q", "--steps", "16"]);
     for part in [
         "in all, besides the program itself",
@@ -38,7 +39,7 @@ fn quickstart_makes_a_model_teaches_it_and_says_what_to_do_next() {
     assert!((number(&loss, "loss") - number(&summary, "valid_loss_after")).abs() < 1e-4, "{loss}, {summary}");
     work.succeed(&[&["chat", "--prompt", "Why do I cough?", "--max-new-tokens", "4"], &model[..]].concat());
 
-    // The run folder is like any other: its recipe gives the same run again.
+    // The run folder is an ordinary one: its recipe reproduces the run.
     work.succeed(&train_by("my runs/q/recipe.toml", "again", &[]));
     assert_eq!(work.json("again/summary.json")["valid_loss_after"], summary["valid_loss_after"]);
     let before = work.listing();

@@ -1,8 +1,8 @@
-//! A run that was killed or interrupted goes on as if it had not been.
+//! Tests that a killed or interrupted run resumes as if it had not been stopped.
 
 use crate::{
     run::{lasting, number, train},
-    work::{RECIPE, Work},
+    work::{RECIPE, WorkDir},
 };
 use serde_json::{Value, json};
 use std::{
@@ -11,14 +11,14 @@ use std::{
     time::Duration,
 };
 
-/// A long run that saves after every step, into `folder`.
+/// Returns the arguments of a long run into `folder` that saves after every step.
 fn long<'a>(folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let sets = ["train.save_every=1", "method.dropout=0.1", "train.eval_every=40", "train.learning_rate=1e-3"];
     train(folder, &[&sets, more].concat())
 }
 
-/// Kills the run in `folder` once it has written `lines` lines and a moment more has passed.
-fn kill_after(work: &Work, arguments: &[&str], folder: &str, lines: usize, moment: Duration) {
+/// Kills the run in `folder` a `moment` after it has written `lines` lines of metrics.
+fn kill_after(work: &WorkDir, arguments: &[&str], folder: &str, lines: usize, moment: Duration) {
     let mut run = work.command(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     work.wait(&mut run, folder, lines);
     std::thread::sleep(moment);
@@ -28,7 +28,7 @@ fn kill_after(work: &Work, arguments: &[&str], folder: &str, lines: usize, momen
 
 #[test]
 fn runs_that_were_killed_go_on_bit_for_bit() {
-    let work = Work::new();
+    let work = WorkDir::new();
     for (kills, sets, written) in [
         (20, vec!["train.max_steps=260"], "adapter/adapter_model.safetensors"),
         (3, vec!["train.max_steps=60", "method.kind=full"], "model/model.safetensors"),
@@ -38,7 +38,7 @@ fn runs_that_were_killed_go_on_bit_for_bit() {
         let resumed = long(&broken, &[&sets[..], &["--resume"]].concat());
         for kill in 0..kills {
             let arguments = if kill == 0 { &long(&broken, &sets) } else { &resumed };
-            // Steps and saves take about as long as each other here: many of the moments lie inside a save.
+            // Steps and saves take about equally long here, so many of the kills happen during a save.
             let moment = Duration::from_micros(kill as u64 * 2654435761 % 7000);
             kill_after(&work, arguments, &broken, 12 * (kill + 1), moment);
         }
@@ -53,10 +53,11 @@ fn runs_that_were_killed_go_on_bit_for_bit() {
     }
 }
 
-/// Micro-batches of as many rows as there is room for show the very rows, in fewer steps, and a pause changes nothing.
+/// With micro-batches filled up to a token limit, training sees the same rows in fewer steps, and a pause changes
+/// nothing.
 #[test]
 fn filled_micro_batches_show_every_row_and_a_pause_changes_nothing() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let row = |i: usize| {
         let answer = ["It is a number."; 4][..1 + i * i % 4 + i % 3 / 2].join(" ");
         json!({"question": format!("What is {i}?"), "answer": answer}).to_string() + "\n"
@@ -66,7 +67,7 @@ fn filled_micro_batches_show_every_row_and_a_pause_changes_nothing() {
         let shared = ["data.max_length=100", "train.scheduler=constant", "train.save_every=3", "method.dropout=0.1"];
         work.run(&train(folder, &[&shared, sets].concat()))
     };
-    // Steps are counted by epochs here.
+    // The length of these runs is given in epochs.
     work.write("run.toml", &RECIPE.replace("max_steps = 12\n", ""));
     let taken = |folder: &str| -> Vec<Value> {
         lasting(&work, folder).into_iter().filter(|line| line.get("loss").is_some()).collect()
@@ -88,7 +89,7 @@ fn filled_micro_batches_show_every_row_and_a_pause_changes_nothing() {
             assert_eq!(sum(&all, key), 3.0 * sum(&plain, key));
         }
         assert!(all.iter().all(|line| number(line, "tokens") <= 2.0 * 100.0), "{all:?}");
-        // Half-way into the second epoch, and on.
+        // Stop half-way through the second epoch, then resume.
         assert_eq!(run(&parts, &[&sets[..], &["train.epochs=1.5"]].concat()).code, Some(0));
         fs::remove_file(work.at(&parts).join("summary.json")).unwrap();
         let other = run(&parts, &[&sets[..], &["train.epochs=3", "train.batch_size=4", "--resume"]].concat());
@@ -103,7 +104,7 @@ fn filled_micro_batches_show_every_row_and_a_pause_changes_nothing() {
 
 #[test]
 fn an_interrupted_run_leaves_a_checkpoint_and_can_be_longer_when_it_goes_on() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let arguments = train("run", &["train.max_steps=100000"]);
     let mut run = work.command(&arguments).stderr(Stdio::piped()).spawn().unwrap();
     work.wait(&mut run, "run", 4);
@@ -117,7 +118,7 @@ fn an_interrupted_run_leaves_a_checkpoint_and_can_be_longer_when_it_goes_on() {
     let longer = train("run", &["--resume", &steps]);
     work.succeed(&longer);
     assert_eq!(lasting(&work, "run").last().unwrap()["step"], json!(step + 5));
-    // What cannot be resumed says so.
+    // Runs that cannot be resumed are refused with a reason.
     for (arguments, words) in
         [(&longer, "the run is complete"), (&train("other", &["--resume"]), "there is no run to resume")]
     {

@@ -1,18 +1,18 @@
-//! Runs: the data they learn, how they are started, and what they must leave.
+//! Helpers for training runs: their data, their arguments, and checks of the run folder.
 
 use crate::{
     model::{floats, tensors},
-    work::Work,
+    work::WorkDir,
 };
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-/// The arguments of a run of `run.toml` into `folder`, with settings (`key=value`) and other arguments.
+/// Returns the arguments of a run of `run.toml` into `folder`, with settings (`key=value`) and other arguments.
 pub fn train<'a>(folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     train_by("run.toml", folder, more)
 }
 
-/// [`train`] by another recipe.
+/// Like [`train`], with another recipe.
 pub fn train_by<'a>(recipe: &'a str, folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let mut arguments = vec!["train", recipe, "--dir", folder];
     for argument in more {
@@ -22,14 +22,14 @@ pub fn train_by<'a>(recipe: &'a str, folder: &'a str, more: &[&'a str]) -> Vec<&
     arguments
 }
 
-/// Questions and answers that look alike, so that a small model learns something within a few steps.
+/// Returns questions and answers that are similar, so that a small model learns something within a few steps.
 pub fn rows(range: std::ops::Range<usize>) -> String {
     range
         .map(|i| json!({"question": format!("What is {i}?"), "answer": "It is a number."}).to_string() + "\n")
         .collect()
 }
 
-/// Conversations of two questions, in OpenAI's layout.
+/// Returns conversations with two questions each, in OpenAI's format.
 pub fn conversations(range: std::ops::Range<usize>) -> String {
     let row = |i: usize| {
         let say = |role: &str, content: &str| json!({"role": role, "content": content});
@@ -45,7 +45,7 @@ pub fn number(value: &Value, key: &str) -> f64 {
 }
 
 /// Checks a run folder and returns its summary.
-pub fn run_folder(work: &Work, folder: &str, steps: usize, trained: &[&str]) -> Value {
+pub fn run_folder(work: &WorkDir, folder: &str, steps: usize, trained: &[&str]) -> Value {
     for name in ["recipe.toml", "metrics.jsonl", "summary.json"].iter().chain(trained) {
         assert!(work.at(folder).join(name).is_file(), "{folder}/{name}");
     }
@@ -72,8 +72,8 @@ pub fn run_folder(work: &Work, folder: &str, steps: usize, trained: &[&str]) -> 
     summary
 }
 
-/// Evaluation, chat and logits of what a run made.
-pub fn usable(work: &Work, model: &[&str], after: f64) {
+/// Checks evaluation, chat and logits with the result of a run.
+pub fn usable(work: &WorkDir, model: &[&str], after: f64) {
     let with = |verb: &[&str]| work.succeed(&[verb, model].concat());
     let loss = with(&["eval", "--task", "qa-loss", "--data", "valid.jsonl", "--batch-size", "2"]).json();
     assert!((number(&loss, "loss") - after).abs() < 1e-4, "{loss} against {after}");
@@ -98,8 +98,8 @@ pub fn usable(work: &Work, model: &[&str], after: f64) {
     assert!(floats(bytes).iter().all(|x| x.is_finite()) && rows[1] >= 373, "{rows:?}");
 }
 
-/// `metrics.jsonl` without what differs from one run of the same steps to another.
-pub fn lasting(work: &Work, folder: &str) -> Vec<Value> {
+/// Reads `metrics.jsonl` without the values that differ between runs of the same steps.
+pub fn lasting(work: &WorkDir, folder: &str) -> Vec<Value> {
     let lines = work.lines(&format!("{folder}/metrics.jsonl")).into_iter();
     let line = |mut line: Value| {
         for key in ["elapsed_seconds", "tokens_per_second", "peak_rss_bytes"] {
@@ -110,13 +110,13 @@ pub fn lasting(work: &Work, folder: &str) -> Vec<Value> {
     lines.map(line).collect()
 }
 
-/// What a run was resolved to.
-pub fn resolved(work: &Work, folder: &str) -> toml::Table {
+/// Reads the resolved recipe of a run.
+pub fn resolved(work: &WorkDir, folder: &str) -> toml::Table {
     work.text(&format!("{folder}/recipe.toml")).parse().unwrap()
 }
 
-/// Asserts that a command is refused with one line that has all the words, and makes no folder `out`.
-pub fn refused_in(work: &Work, arguments: &[&str], words: &[&str]) {
+/// Asserts that a command fails with a one-line error that contains all the words, and creates no folder `out`.
+pub fn refused_in(work: &WorkDir, arguments: &[&str], words: &[&str]) {
     let done = work.run(arguments);
     assert_eq!(done.code, Some(2), "{arguments:?}: {done:?}");
     let line = done.stderr.trim();

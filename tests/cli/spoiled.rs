@@ -1,16 +1,16 @@
-//! What a user may bring that is wrong, and the law of how it is refused.
+//! Broken user input, and the check of how it is refused.
 
 use crate::{
     data::pubmedqa,
     model::shapes,
     run::{conversations, rows},
-    work::{Work, fixture},
+    work::{WorkDir, fixture},
 };
 use std::fs;
 
-/// Everything that can be wrong with what a user brings, beside a model and data that are right.
-pub fn spoiled() -> Work {
-    let work = Work::new();
+/// Returns a folder with all kinds of broken input next to a correct model and correct data.
+pub fn spoiled() -> WorkDir {
+    let work = WorkDir::new();
     for name in [
         "cut", "shape", "lacking", "arch", "noconfig", "notjson", "field", "template", "jinja", "base", "nowords",
         "words",
@@ -74,15 +74,15 @@ pub fn spoiled() -> Work {
     work
 }
 
-/// Runs a table of commands that must fail: each with the code 2 and one line that has all the words, and leaving the
-/// folder as it was.
+/// Runs commands that must fail: each must exit with code 2, print one error line that contains all the words, and
+/// leave the folder unchanged.
 pub fn refused(table: &[(&[&str], &[&str])]) {
     let work = spoiled();
     let before = work.listing();
     let mut wrong = String::new();
     for (arguments, words) in table {
         let done = work.run(arguments);
-        // The argument parser's own errors go on with how to ask for help.
+        // The argument parser appends a hint about `--help` to its errors.
         let stderr = done.stderr.split("\n\nFor more information, try '--help'.").next().unwrap_or_default();
         let errors: Vec<&str> = stderr.lines().filter(|line| line.contains("error")).collect();
         let last = stderr.lines().last().unwrap_or_default();

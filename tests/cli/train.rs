@@ -1,14 +1,14 @@
-//! LoRA, full fine-tuning and frozen layers from a recipe to chat.
+//! Tests of LoRA, full fine-tuning and frozen layers, from recipe to chat.
 
 use crate::{
     model::{gguf, shapes, tensors},
     run::{lasting, number, refused_in, resolved, run_folder, train, train_by, usable},
-    work::{TEMPLATE, Work},
+    work::{TEMPLATE, WorkDir},
 };
 use serde_json::json;
 use std::fs;
 
-/// The number of the model's parameters with such names.
+/// Returns the number of values in the model's parameters whose names are chosen.
 fn parameters(chosen: impl Fn(&str) -> bool) -> usize {
     let all = shapes(376, 16).into_iter().filter(|(name, _)| chosen(name));
     all.map(|(_, shape)| shape.iter().product::<usize>()).sum()
@@ -16,14 +16,14 @@ fn parameters(chosen: impl Fn(&str) -> bool) -> usize {
 
 #[test]
 fn lora_from_a_recipe_to_chat() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let sets = ["train.save_every=3", "train.max_steps=10", "method.dropout=0.05", "train.eval_every=4"];
     let done = work.succeed(&train("out", &sets));
     let trained = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"];
     let summary = run_folder(&work, "out", 10, &trained);
     assert_eq!(done.json(), summary);
     assert!(!work.at("out/model").exists());
-    // Two checkpoints are kept, and the end is no checkpoint.
+    // Two checkpoints are kept, and the end of the run adds none.
     assert!(!work.at("out/checkpoint-3").exists() && work.at("out/checkpoint-9/adapter/adapter_config.json").is_file());
     assert!(work.at("out/checkpoint-6").is_dir() && !work.at("out/checkpoint-10").exists());
     assert_eq!(work.text("out/metrics.jsonl").matches("valid_loss").count(), 4);
@@ -33,11 +33,11 @@ fn lora_from_a_recipe_to_chat() {
     }
     usable(&work, &["--model", "model", "--adapter", "out/adapter"], number(&summary, "valid_loss_after"));
 
-    // What was written is a recipe: it makes the same adapter again, bit for bit.
+    // The resolved recipe reproduces the same adapter bit for bit.
     work.succeed(&train_by("out/recipe.toml", "again", &[]));
     let weights = |folder: &str| tensors(&work.at(folder).join("adapter/adapter_model.safetensors"));
     assert_eq!(weights("again"), weights("out"));
-    // And goes on from where an adapter is.
+    // Training can continue from an existing adapter.
     let sets = ["method.init=out/adapter", "train.max_steps=2", "train.learning_rate=1e-4"];
     let further = work.succeed(&train("further", &sets)).json();
     let gap = number(&further, "valid_loss_before") - number(&summary, "valid_loss_after");
@@ -46,7 +46,7 @@ fn lora_from_a_recipe_to_chat() {
 
 #[test]
 fn full_fine_tuning_from_a_recipe_to_chat() {
-    let work = Work::new();
+    let work = WorkDir::new();
     work.succeed(&train("runs/full", &["method.kind=full", "train.gradient_accumulation=2"]));
     let trained = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"];
     let summary =
@@ -60,7 +60,7 @@ fn full_fine_tuning_from_a_recipe_to_chat() {
 
 #[test]
 fn full_fine_tuning_of_a_gguf_file_gives_a_directory_with_its_tokenizer() {
-    let work = Work::new();
+    let work = WorkDir::new();
     fs::write(work.at("small.gguf"), gguf()).unwrap();
     work.succeed(&train("out", &["method.kind=full", "model.path=small.gguf"]));
     let trained =
@@ -69,7 +69,7 @@ fn full_fine_tuning_of_a_gguf_file_gives_a_directory_with_its_tokenizer() {
     assert_eq!(work.json("out/model/tokenizer_config.json")["chat_template"], TEMPLATE);
     let after = number(&summary, "valid_loss_after");
     usable(&work, &["--model", "out/model"], after);
-    // Another tokenizer serves a directory that has none.
+    // A directory without a tokenizer can be used with another one.
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         fs::remove_file(work.at("out/model").join(name)).unwrap();
     }
@@ -78,7 +78,7 @@ fn full_fine_tuning_of_a_gguf_file_gives_a_directory_with_its_tokenizer() {
 
 #[test]
 fn without_dir_a_run_goes_to_the_recipe_s_name() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let arguments = ["train", "run.toml", "--set", "train.max_steps=1", "--set", "data.valid_limit=1"];
     let summary = work.succeed(&arguments).json();
     assert_eq!(work.json("runs/run/summary.json"), summary);
@@ -87,7 +87,7 @@ fn without_dir_a_run_goes_to_the_recipe_s_name() {
 
 #[test]
 fn freeze_trains_the_last_blocks_and_leaves_the_rest_as_it_was() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let freeze = |folder: &str, layers: &str| {
         let layers = format!("method.layers={layers}");
         work.succeed(&train(folder, &["method.kind=freeze", &layers]));
@@ -116,13 +116,14 @@ fn freeze_trains_the_last_blocks_and_leaves_the_rest_as_it_was() {
 
 #[test]
 fn a_run_that_no_longer_improves_ends_early() {
-    let work = Work::new();
+    let work = WorkDir::new();
     let sets = ["train.eval_every=2", "train.early_stopping=2", "train.learning_rate=50", "train.max_steps=40"];
     work.succeed(&train("run", &sets));
     let losses = work.lines("run/metrics.jsonl");
     let losses: Vec<f64> = losses.iter().skip(1).filter_map(|line| line["valid_loss"].as_f64()).collect();
     let steps = work.json("run/summary.json")["steps"].as_u64().unwrap() as usize;
-    // The rule, on the losses that were measured: the first evaluation with two before it that it does not beat.
+    // The expected end by the rule of early stopping: the first evaluation at which the best loss is two evaluations
+    // old.
     let best = |end: usize| (0..end).min_by(|&a, &b| losses[a].total_cmp(&losses[b])).unwrap();
     let expected = (1..=losses.len()).find(|&n| n - 1 - best(n) >= 2).unwrap();
     assert_eq!(steps, 2 * expected, "{losses:?}");
@@ -131,7 +132,7 @@ fn a_run_that_no_longer_improves_ends_early() {
 
 #[test]
 fn steps_that_overflow_in_f16_are_skipped_and_the_loss_is_scaled_down() {
-    let work = Work::new();
+    let work = WorkDir::new();
     work.succeed(&train("f32", &[]));
     for (power, folder) in [(8, "fine"), (26, "overflow")] {
         let file = json!({"train_batch_size": "auto",

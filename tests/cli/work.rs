@@ -1,4 +1,4 @@
-//! A folder with a small random model and data, in which the binary runs.
+//! A folder with a small random model and data in which the binary runs.
 
 use crate::{
     model::{floats, random, shapes, tensors},
@@ -18,7 +18,8 @@ use tempfile::TempDir;
 pub const TEMPLATE: &str = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}\
     {% if add_generation_prompt %}assistant:{% endif %}";
 
-/// A template that opens an answer as it writes one, so that conversations can be learned.
+/// A chat template whose generation prompt equals the beginning of an assistant's message, so that conversations can be
+/// learned.
 pub const TURNS: &str = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}\
     {% if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}";
 
@@ -26,34 +27,35 @@ pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
 }
 
-/// What a command left behind.
+/// The output of a finished command.
 #[derive(Debug)]
-pub struct Done {
+pub struct CommandOutput {
     pub code: Option<i32>,
     pub stdout: String,
     pub stderr: String,
 }
 
-impl Done {
-    /// The last line of stdout as JSON.
+impl CommandOutput {
+    /// Parses the last line of stdout as JSON.
     pub fn json(&self) -> Value {
         let line = self.stdout.lines().last().unwrap_or_default();
         serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 }
 
-impl From<Output> for Done {
+impl From<Output> for CommandOutput {
     fn from(output: Output) -> Self {
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         Self { code: output.status.code(), stdout: text(output.stdout), stderr: text(output.stderr) }
     }
 }
 
-/// A folder with a model in it, in which commands run.
-pub struct Work(pub TempDir);
+/// A temporary folder with a model in which commands run.
+pub struct WorkDir(pub TempDir);
 
-impl Work {
-    /// `model/`: two blocks with random weights and the fixture's tokenizer, with a chat template.
+impl WorkDir {
+    /// Creates the folder with `model/`: two blocks with random weights, and the fixture's tokenizer with a chat
+    /// template.
     pub fn new() -> Self {
         let work = Self(tempfile::tempdir().unwrap());
         fs::create_dir(work.at("model")).unwrap();
@@ -93,7 +95,7 @@ impl Work {
         serde_json::from_str(&self.text(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 
-    /// A copy of `model/`, to be spoiled.
+    /// Copies `model/` so that a test can change the copy.
     pub fn copy_of_model(&self, name: &str) {
         fs::create_dir(self.at(name)).unwrap();
         for file in fs::read_dir(self.at("model")).unwrap() {
@@ -110,11 +112,11 @@ impl Work {
         fs::write(self.at(name), safetensors::serialize(tensors, None).unwrap()).unwrap();
     }
 
-    /// The binary in this folder, far from the user's caches and from the network.
+    /// Returns a command that runs the binary in this folder, without the user's caches and without the network.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_medqa"));
         command.args(arguments).current_dir(self.0.path()).env("HOME", self.at("home")).env("HF_HUB_OFFLINE", "1");
-        // A software device measures kernels for minutes otherwise.
+        // Otherwise a software device spends minutes on autotuning kernels.
         command.env("CUBECL_AUTOTUNE_LEVEL", "minimal");
         for name in ["XDG_CACHE_HOME", "HF_HOME", "HF_TOKEN", "HF_ENDPOINT", "MEDQA_CACHE"] {
             command.env_remove(name);
@@ -122,7 +124,7 @@ impl Work {
         command
     }
 
-    pub fn run(&self, arguments: &[&str]) -> Done {
+    pub fn run(&self, arguments: &[&str]) -> CommandOutput {
         self.command(arguments).output().unwrap().into()
     }
 
@@ -133,13 +135,13 @@ impl Work {
         self.json(&format!("{folder}/checkpoint-{}/state.json", steps.max().unwrap()))
     }
 
-    /// The logits of one text.
+    /// Computes the logits of a text.
     pub fn logits(&self, model: &[&str]) -> Vec<f32> {
         self.succeed(&[&["logits", "--text", "What is 7?", "--out", "l"], model].concat());
         floats(&tensors(&self.at("l"))["logits"].2)
     }
 
-    /// The objects in the lines of a file.
+    /// Parses the lines of a file as JSON objects.
     pub fn lines(&self, name: &str) -> Vec<Value> {
         self.text(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
@@ -155,7 +157,7 @@ impl Work {
         self.write(&format!("{model}/tokenizer_config.json"), &config.to_string());
     }
 
-    /// Waits until a run has written so many lines of metrics.
+    /// Waits until a run has written `lines` lines of metrics.
     pub fn wait(&self, run: &mut Child, folder: &str, lines: usize) {
         let metrics = self.at(&format!("{folder}/metrics.jsonl"));
         while fs::read_to_string(&metrics).unwrap_or_default().lines().count() < lines {
@@ -166,13 +168,13 @@ impl Work {
         }
     }
 
-    pub fn succeed(&self, arguments: &[&str]) -> Done {
+    pub fn succeed(&self, arguments: &[&str]) -> CommandOutput {
         let done = self.run(arguments);
         assert_eq!(done.code, Some(0), "{arguments:?}: {done:?}");
         done
     }
 
-    /// Every file and folder with its size.
+    /// Lists every file and folder with its size.
     pub fn listing(&self) -> BTreeMap<PathBuf, u64> {
         fn walk(folder: &Path, into: &mut BTreeMap<PathBuf, u64>) {
             for entry in fs::read_dir(folder).unwrap() {

@@ -1,4 +1,5 @@
-"""Checks what a server got of a run: `python check_wandb_sync.py LOG METRICS` (LOG of fake_wandb_server.py)."""
+"""Checks the data of a run that a server received: `python check_wandb_sync.py LOG METRICS`, with the LOG written by
+fake_wandb_server.py."""
 
 import json
 import math
@@ -36,7 +37,7 @@ for number, line in enumerate(metrics):
     expected = {name: line[key] for key, name in NAMES.items() if line.get(key) is not None}
     found = {key: value for key, value in rows[number].items() if not key.startswith("_")}
     assert found.keys() == expected.keys(), (number, found, expected)
-    # `serde_json` reads a number to the last bit but one, where a resumed run reads its lines back.
+    # A resumed run reads its lines back with `serde_json`, whose numbers can be off in the last bit.
     assert all(math.isclose(found[key], expected[key], rel_tol=4e-16) for key in expected), (number, found, expected)
     assert rows[number]["_step"] == number and math.isclose(rows[number]["_runtime"], line["elapsed_seconds"])
 for key, value in rows[len(metrics) - 1].items():

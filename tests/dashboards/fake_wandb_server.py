@@ -1,8 +1,8 @@
-"""A stand-in for a W&B server, to see what `wandb sync` sends.
+"""A stand-in for a W&B server that records what `wandb sync` sends.
 
     fake_wandb_server.py PORT LOG
 
-Answers the GraphQL operations of the client and appends all that arrives to LOG, one JSON object per line.
+Answers the GraphQL operations of the client and appends every request to LOG, one JSON object per line.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Prints what TensorBoard reads from a folder: `python read_tensorboard.py FOLDER`."""
+"""Prints the data that TensorBoard reads from a folder: `python read_tensorboard.py FOLDER`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Prints the constants of the tests of `tensorboard.rs` and `wandb.rs`.
+"""Prints the constants used in the tests of `tensorboard.rs` and `wandb.rs`.
 
     pip install tensorboard==2.21.0 wandb==0.19.11
     python record_vectors.py
@@ -42,7 +42,7 @@ def stored(records):
     return open(path, "rb").read()
 
 
-# Lengths that let the ends of blocks fall into all places.
+# With these lengths, block boundaries occur at every position of a record.
 lengths = [*range(32700, 32800), *range(100), 200000]
 whole = stored(bytes(place % 251 for place in range(length)) for length in lengths)
 print("FILE", len(whole), hex(zlib.crc32(whole)))

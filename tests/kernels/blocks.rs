@@ -1,13 +1,14 @@
-//! Packed weights: their bytes, and what these hold by the formulas of the formats, one element at a time.
+//! Packed weights for the kernel tests: their bytes, and their values decoded by the formulas of the formats, one
+//! element at a time.
 
-use crate::cases::{Case, Kernel, Row, numbers};
+use crate::cases::{Case, CaseBuilder, Kernel, numbers};
 use burn::tensor::{backend::Backend, f16};
 use burn_peft::{
-    packed::{BlockType, Codec, Packed, nf4},
+    packed::{BlockType, Codec, PackedWeight, nf4},
     random,
 };
 
-/// Formats, and where their halves stand in a block.
+/// Block formats with the byte offsets of their half-precision scales.
 const BLOCKS: [(BlockType, &[usize]); 7] = [
     (BlockType::Q8_0, &[0]),
     (BlockType::Q4_0, &[0]),
@@ -18,20 +19,20 @@ const BLOCKS: [(BlockType, &[usize]); 7] = [
     (BlockType::Q6_K, &[208]),
 ];
 
-/// A weight `[out, features]`.
+/// A packed weight `[out, features]` with its decoded values.
 #[derive(Clone)]
-pub struct Rows {
+pub struct PackedRows {
     pub codec: Codec,
     pub features: usize,
     bytes: Vec<u8>,
-    /// As a decoder rounds them: to f32, which the activations of the table are in too.
+    /// The decoded values, rounded to f32 like the activations of the test cases.
     pub values: Vec<f64>,
 }
 
-impl Rows {
-    /// Random blocks with sensible scales.
+impl PackedRows {
+    /// Generates random blocks with realistic scales.
     fn blocks(name: &str, (kind, halves): (BlockType, &[usize]), [out, features]: [usize; 2]) -> Self {
-        let (size, length, key) = (kind.block_bytes(), kind.block_len(), random::text(name));
+        let (size, length, key) = (kind.block_bytes(), kind.block_len(), random::key_from_str(name));
         let mut bytes: Vec<u8> =
             (0..(out * features / length * size) as u64).map(|i| random::bits(key, i) as u8).collect();
         for (index, block) in bytes.chunks_exact_mut(size).enumerate() {
@@ -53,13 +54,18 @@ impl Rows {
         Self { codec: Codec::Nf4, features, bytes, values }
     }
 
-    /// The weight on a backend.
-    pub fn on<B: Backend>(&self, device: &B::Device) -> Packed<B> {
-        Packed::new(self.codec, self.features, self.bytes.chunks_exact(self.codec.row_bytes(self.features)), device)
+    /// Creates the packed weight on a backend.
+    pub fn on<B: Backend>(&self, device: &B::Device) -> PackedWeight<B> {
+        PackedWeight::new(
+            self.codec,
+            self.features,
+            self.bytes.chunks_exact(self.codec.row_bytes(self.features)),
+            device,
+        )
     }
 }
 
-/// Element `i` of a block of ggml's formats.
+/// Decodes element `i` of a block in one of ggml's formats.
 fn element(kind: BlockType, block: &[u8], i: usize) -> f64 {
     let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f64();
     let four = |at: usize| f64::from(block[at + i % 16] >> (i / 16 * 4) & 15);
@@ -85,35 +91,36 @@ fn element(kind: BlockType, block: &[u8], i: usize) -> f64 {
             let high = block[128 + part * 32 + at] >> (2 * quarter) & 3;
             half(208) * f64::from(block[192 + i / 16] as i8) * (f64::from(low) + 16.0 * f64::from(high) - 32.0)
         }
-        other => panic!("{other:?} is no packed format"),
+        other => panic!("{other:?} is not a packed format"),
     }
 }
 
-/// Element `i` of a row of NF4. The steps are those of bitsandbytes, which rounds each to f32.
+/// Decodes element `i` of an NF4 row with the steps of bitsandbytes, each of which rounds to f32.
 fn nf4_element(row: &[u8], features: usize, i: usize) -> f64 {
     let (block, tail) = (i / 64, features / 64 * 33);
     let word = |at: usize| [0, 1, 2, 3].map(|byte| row[tail + 4 * at + byte]);
     let (in_first, mean) = (u32::from_le_bytes(word(0)) as usize, f32::from_le_bytes(word(1)));
     let group = if block < in_first { 0 } else { 1 + (block - in_first) / 256 };
-    let largest = nf4::MAP[usize::from(row[block * 33])] * f32::from_le_bytes(word(2 + group)) + mean;
+    let largest = nf4::DYNAMIC_MAP[usize::from(row[block * 33])] * f32::from_le_bytes(word(2 + group)) + mean;
     let quant = row[block * 33 + 1 + i % 32] >> (i % 64 / 32 * 4) & 15;
     f64::from(nf4::VALUES[usize::from(quant)] * largest)
 }
 
-/// Every codec with one row of activations and with many, and with more rows of the weight than are decoded at a time.
+/// Adds cases for every codec: with one and with many rows of activations, and with more weight rows than are decoded
+/// at a time.
 pub fn products(table: &mut Vec<Case>) {
-    let mut push = |codec: Codec, rows: &dyn Fn(&str, [usize; 2]) -> Rows| {
+    let mut push = |codec: Codec, rows: &dyn Fn(&str, [usize; 2]) -> PackedRows| {
         let block = codec.block_len();
         for (n, features, out) in
             [(1, block, 9), (1, 3 * block, 33), (7, 2 * block, 20), (9, 3 * block, 13), (65, block, 33), (9, 768, 345)]
         {
-            let row = Row::new(format!("packed {codec}, {n} × {features} → {out}")).input(&[n, features], 1.0);
+            let row = CaseBuilder::new(format!("packed {codec}, {n} × {features} → {out}")).input(&[n, features], 1.0);
             let rows = rows(&row.name, [out, features]);
             table.push(row.case(Kernel::Packed(rows)));
         }
     };
     for format in BLOCKS {
-        push(format.0.into(), &|name, shape| Rows::blocks(name, format, shape));
+        push(format.0.into(), &|name, shape| PackedRows::blocks(name, format, shape));
     }
-    push(Codec::Nf4, &|name, shape| Rows::nf4(name, shape));
+    push(Codec::Nf4, &|name, shape| PackedRows::nf4(name, shape));
 }

@@ -1,28 +1,28 @@
-//! The table: kernels, their inputs, and both ways to compute them.
+//! The test cases: kernels with their inputs, computed by host code and by a backend's kernels.
 
 use crate::{
-    blocks::{self, Rows},
-    host::{self, Sight},
+    blocks::{self, PackedRows},
+    host::{self, HostAttentionMask},
 };
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend, bf16, f16, ops::FloatTensor};
-use burn_llama::kernel::{Kernels, Targets, Visibility};
+use burn_llama::kernel::{AttentionMask, Kernels, Targets};
 use burn_peft::{
-    kernel::{Compute, Stored},
+    kernel::{MatmulPrecision, WeightMatrix},
     random,
 };
-use burn_zero::segment::Value;
+use burn_zero::segment::DynTensor;
 
 /// A float input of a kernel.
 #[derive(Clone)]
 pub struct Input {
     pub values: Vec<f64>,
     pub shape: Vec<usize>,
-    /// How it is stored; f32 stands for the type in which the kernel runs.
+    /// The type in which the input is stored; f32 stands for the type in which the kernel runs.
     pub dtype: DType,
     pub trained: bool,
 }
 
-/// A kernel and its inputs that never carry gradient.
+/// A kernel with the inputs that have no gradient.
 #[derive(Clone)]
 pub enum Kernel {
     Embed {
@@ -37,20 +37,20 @@ pub enum Kernel {
     },
     SwiGlu,
     Linear,
-    /// `x + n·Vᵀ + n·Wᵀ`, `n` the normalised `x`: gradients of `x` and `n` come from several sides.
+    /// `x + n·Vᵀ + n·Wᵀ` with the normalized `n` of `x`: the gradients of `x` and `n` are sums of several terms.
     Joined {
         epsilon: f64,
     },
-    /// A product with packed rows, and what they hold.
-    Packed(Rows),
-    Attention(Sight),
+    /// A product with packed rows, and the decoded rows.
+    Packed(PackedRows),
+    Attention(HostAttentionMask),
     CrossEntropy {
         ids: Vec<i32>,
         weights: Vec<f64>,
     },
 }
 
-/// One row of the table.
+/// One test case: a kernel with its inputs.
 #[derive(Clone)]
 pub struct Case {
     pub name: String,
@@ -60,18 +60,18 @@ pub struct Case {
     pub dy: Vec<f64>,
 }
 
-/// Where and how tensors are made.
-pub struct Place<'a, B: Backend> {
+/// The device, types and memory layout with which a case is evaluated.
+pub struct EvaluationContext<'a, B: Backend> {
     pub device: &'a B::Device,
     pub dtype: DType,
-    /// Whether inputs are parts of larger tensors, so that their values lie apart.
+    /// True if inputs are slices of larger tensors, so that their values are not contiguous.
     pub views: bool,
-    pub compute: Compute,
+    pub compute: MatmulPrecision,
 }
 
-/// `n` numbers in `±scale`, the same for the same name, each exact in f32.
+/// Returns `n` pseudo-random numbers in `±scale`, seeded by `name`, each exact in f32.
 pub fn numbers(name: &str, n: usize, scale: f64) -> Vec<f64> {
-    let key = random::text(name);
+    let key = random::key_from_str(name);
     (0..n).map(|i| ((2.0 * random::uniform(key, i as u64) - 1.0) * scale) as f32 as f64).collect()
 }
 
@@ -85,7 +85,7 @@ fn ints<B: Backend>(values: &[i32], rows: usize, device: &B::Device) -> Tensor<B
     Tensor::from_data(data, (device, DType::I32))
 }
 
-/// The values in the given shape.
+/// Returns the values in the given shape, as a contiguous tensor or as a view of a larger one.
 fn shaped<B: Backend>(x: &Tensor<B, 1>, shape: &[usize], views: bool) -> FloatTensor<B> {
     fn shaped<B: Backend, const D: usize>(x: &Tensor<B, 1>, shape: [usize; D], views: bool) -> FloatTensor<B> {
         let x = x.clone().reshape(shape);
@@ -106,7 +106,7 @@ fn shaped<B: Backend>(x: &Tensor<B, 1>, shape: &[usize], views: bool) -> FloatTe
 }
 
 impl Case {
-    /// The outputs by host code; the first is the one that has a gradient.
+    /// Computes the outputs with host code; the first is the one that has a gradient.
     pub fn host(&self, inputs: &[Vec<f64>]) -> Vec<Vec<f64>> {
         let (x, last) = (&inputs[0], &inputs[inputs.len() - 1]);
         let features = *self.inputs[0].shape.last().unwrap();
@@ -133,8 +133,8 @@ impl Case {
         }
     }
 
-    /// The outputs by the backend's kernel.
-    pub fn run<B: Kernels>(&self, inputs: &[Tensor<B, 1>], place: &Place<'_, B>) -> Vec<Tensor<B, 1>> {
+    /// Computes the outputs with the backend's kernel.
+    pub fn run<B: Kernels>(&self, inputs: &[Tensor<B, 1>], place: &EvaluationContext<'_, B>) -> Vec<Tensor<B, 1>> {
         let input = |index: usize| shaped(&inputs[index], &self.inputs[index].shape, place.views);
         let (device, tokens) = (place.device, self.inputs[0].shape[0]);
         let outputs = match &self.kernel {
@@ -168,22 +168,22 @@ impl Case {
                 let targets = Targets { ids, weights: floats(weights, place.dtype, device) };
                 let wanted = [0, 1].map(|index| self.inputs[index].trained);
                 let rule = (wanted, place.compute);
-                let found = B::linear_cross_entropy(input(0), Stored::Dense(input(1)), &targets, rule);
+                let found = B::linear_cross_entropy(input(0), WeightMatrix::Dense(input(1)), &targets, rule);
                 vec![found.losses, found.lse]
             }
         };
-        outputs.into_iter().map(|output| Value::<B>::from_primitive(output).flatten()).collect()
+        outputs.into_iter().map(|output| DynTensor::<B>::from_primitive(output).flatten()).collect()
     }
 
-    /// All inputs' values.
+    /// Returns the values of all inputs.
     pub fn values(&self) -> Vec<Vec<f64>> {
         self.inputs.iter().map(|input| input.values.clone()).collect()
     }
 }
 
-fn visibility<B: Backend>(sight: &Sight, device: &B::Device) -> Visibility<B> {
+fn visibility<B: Backend>(sight: &HostAttentionMask, device: &B::Device) -> AttentionMask<B> {
     let ids = |values: &[i32]| ints(values, sight.rows, device);
-    Visibility {
+    AttentionMask {
         query_segments: ids(&sight.query_segments),
         query_positions: ids(&sight.query_positions),
         key_segments: ids(&sight.key_segments),
@@ -192,13 +192,13 @@ fn visibility<B: Backend>(sight: &Sight, device: &B::Device) -> Visibility<B> {
     }
 }
 
-/// A row of the table under construction.
-pub struct Row {
+/// A builder of test cases.
+pub struct CaseBuilder {
     pub name: String,
     inputs: Vec<Input>,
 }
 
-impl Row {
+impl CaseBuilder {
     pub fn new(name: impl Into<String>) -> Self {
         Self { name: name.into(), inputs: Vec::new() }
     }
@@ -230,22 +230,22 @@ impl Row {
     }
 }
 
-/// Attention over `sight`, `[heads, kv_heads, dim]`.
-pub fn attention(name: &str, sight: Sight, [heads, kv_heads, dim]: [usize; 3]) -> Case {
+/// Builds an attention case with the visibility `sight` and the sizes `[heads, kv_heads, dim]`.
+pub fn attention(name: &str, sight: HostAttentionMask, [heads, kv_heads, dim]: [usize; 3]) -> Case {
     let (rows, queries, keys) = (sight.rows, sight.queries(), sight.keys());
-    Row::new(format!("attention {name}, heads {heads}/{kv_heads} of {dim}"))
+    CaseBuilder::new(format!("attention {name}, heads {heads}/{kv_heads} of {dim}"))
         .input(&[rows, queries, heads, dim], 2.0)
         .input(&[rows, keys, kv_heads, dim], 2.0)
         .input(&[rows, keys, kv_heads, dim], 1.0)
         .case(Kernel::Attention(sight))
 }
 
-/// What one row of a batch holds: (segment, first position, length), past and new.
-type Runs<'a> = &'a [(i32, i32, i32)];
+/// The runs of consecutive tokens in one row of a batch: (segment, first position, length).
+type SegmentRuns<'a> = &'a [(i32, i32, i32)];
 
-/// Rows of keys, past then new, of which the new ones are the queries.
-pub fn sight(rows: &[(Runs<'_>, Runs<'_>)], window: Option<usize>) -> Sight {
-    let mut sight = Sight { rows: rows.len(), window, ..Sight::default() };
+/// Builds the visibility of rows of keys, past ones followed by new ones; the new ones are also the queries.
+pub fn sight(rows: &[(SegmentRuns<'_>, SegmentRuns<'_>)], window: Option<usize>) -> HostAttentionMask {
+    let mut sight = HostAttentionMask { rows: rows.len(), window, ..HostAttentionMask::default() };
     for (past, new) in rows {
         for &(segment, first, length) in past.iter().chain(*new) {
             sight.key_segments.extend((0..length).map(|_| segment));
@@ -259,17 +259,17 @@ pub fn sight(rows: &[(Runs<'_>, Runs<'_>)], window: Option<usize>) -> Sight {
     sight
 }
 
-/// Sequences of these lengths in one row.
-pub fn packed(lengths: &[i32]) -> Sight {
+/// Builds the visibility of sequences of these lengths, packed into one row.
+pub fn packed(lengths: &[i32]) -> HostAttentionMask {
     let runs: Vec<_> = lengths.iter().enumerate().map(|(index, &n)| (index as i32 + 1, 0, n)).collect();
     sight(&[(&[], &runs)], None)
 }
 
-/// Rows that are taken once, several times and never.
+/// Adds embedding cases in which rows are looked up once, several times and never.
 fn embeddings(table: &mut Vec<Case>) {
     for (rows, width, n) in [(1, 1, 1), (5, 7, 4), (300, 33, 65)] {
         let ids = (0..n).map(|i| (i * i + 3 * i) % rows).collect();
-        let row = Row::new(format!("embedding {n} of {rows} × {width}")).input(&[rows as usize, width], 1.0);
+        let row = CaseBuilder::new(format!("embedding {n} of {rows} × {width}")).input(&[rows as usize, width], 1.0);
         table.push(row.case(Kernel::Embed { ids }));
     }
 }
@@ -277,31 +277,32 @@ fn embeddings(table: &mut Vec<Case>) {
 fn rms_norms(table: &mut Vec<Case>) {
     let kernel = Kernel::RmsNorm { epsilon: 1e-5 };
     for (n, width) in [(1, 1), (1, 7), (7, 16), (63, 33), (193, 20), (65, 576)] {
-        let row = Row::new(format!("rms_norm {n} × {width}")).input(&[n, width], 1.0).input(&[width], 1.5);
+        let row = CaseBuilder::new(format!("rms_norm {n} × {width}")).input(&[n, width], 1.0).input(&[width], 1.5);
         table.push(row.case(kernel.clone()));
     }
-    // Rows so small that epsilon decides, and one of zeros.
-    let mut small = Row::new("rms_norm of next to nothing").input(&[4, 6], 3e-3).input(&[6], 1.0);
+    // Rows so small that epsilon dominates, and a row of zeros.
+    let mut small = CaseBuilder::new("rms_norm of next to nothing").input(&[4, 6], 3e-3).input(&[6], 1.0);
     small.inputs[0].values[6..12].fill(0.0);
     table.push(small.case(kernel.clone()));
-    table.push(Row::new("rms_norm, weight frozen").input(&[7, 20], 1.0).frozen(&[20], 1.0).case(kernel.clone()));
+    table
+        .push(CaseBuilder::new("rms_norm, weight frozen").input(&[7, 20], 1.0).frozen(&[20], 1.0).case(kernel.clone()));
     for dtype in [DType::BF16, DType::F16] {
-        let row = Row::new(format!("rms_norm, weight {dtype:?}")).input(&[7, 20], 1.0);
+        let row = CaseBuilder::new(format!("rms_norm, weight {dtype:?}")).input(&[7, 20], 1.0);
         table.push(row.stored(&[20], 1.0, dtype, false).case(kernel.clone()));
     }
 }
 
 fn elementwise(table: &mut Vec<Case>) {
     for (n, heads, dim) in [(1, 1, 2), (7, 3, 10), (65, 2, 64), (600, 1, 6)] {
-        let row = Row::new(format!("rope {n} × {heads} × {dim}")).input(&[n, heads, dim], 1.0);
+        let row = CaseBuilder::new(format!("rope {n} × {heads} × {dim}")).input(&[n, heads, dim], 1.0);
         let angles = numbers(&row.name, n * dim / 2, 600.0);
         let exact = |x: f64| x as f32 as f64;
         let cos = angles.iter().map(|angle| exact(angle.cos())).collect();
         table.push(row.case(Kernel::Rope { cos, sin: angles.iter().map(|angle| exact(angle.sin())).collect() }));
     }
     for (n, width) in [(1, 1), (7, 9), (63, 65), (193, 100)] {
-        let mut row = Row::new(format!("swiglu {n} × {width}")).input(&[n, width], 6.0).input(&[n, width], 1.0);
-        // Where the logistic function is flat, and where its exponential leaves the range of f32.
+        let mut row = CaseBuilder::new(format!("swiglu {n} × {width}")).input(&[n, width], 6.0).input(&[n, width], 1.0);
+        // Values at which the logistic function saturates, or its exponential exceeds the range of f32.
         for (value, extreme) in row.inputs[0].values.iter_mut().zip([0.0, -20.0, 20.0, -100.0, 100.0]) {
             *value = extreme;
         }
@@ -311,21 +312,22 @@ fn elementwise(table: &mut Vec<Case>) {
 
 fn linears(table: &mut Vec<Case>) {
     for (n, features, out) in [(1, 1, 1), (7, 20, 33), (65, 64, 100), (600, 7, 1), (193, 130, 257)] {
-        let row = Row::new(format!("linear {n} × {features} → {out}"));
+        let row = CaseBuilder::new(format!("linear {n} × {features} → {out}"));
         table.push(row.input(&[n, features], 1.0).input(&[out, features], 1.0).case(Kernel::Linear));
     }
     for n in [1, 3, 8] {
-        let row = Row::new(format!("linear, few rows: {n}")).input(&[n, 197], 1.0);
+        let row = CaseBuilder::new(format!("linear, few rows: {n}")).input(&[n, 197], 1.0);
         table.push(row.input(&[33, 197], 1.0).case(Kernel::Linear));
     }
     for dtype in [DType::BF16, DType::F16] {
         for [n, features] in [[65, 20], [1, 198], [3, 131], [8, 64]] {
-            let row = Row::new(format!("linear {n} × {features}, weight {dtype:?}")).input(&[n, features], 1.0);
+            let row = CaseBuilder::new(format!("linear {n} × {features}, weight {dtype:?}")).input(&[n, features], 1.0);
             table.push(row.stored(&[33, features], 1.0, dtype, false).case(Kernel::Linear));
         }
     }
     for [n, features] in [[1, 3], [65, 20], [130, 97]] {
-        let row = Row::new(format!("joined {n} × {features}")).input(&[n, features], 1.0).input(&[features], 1.0);
+        let row =
+            CaseBuilder::new(format!("joined {n} × {features}")).input(&[n, features], 1.0).input(&[features], 1.0);
         let row = row.input(&[features, features], 1.0).input(&[features, features], 1.0);
         table.push(row.case(Kernel::Joined { epsilon: 1e-5 }));
     }
@@ -349,23 +351,23 @@ fn attentions(table: &mut Vec<Case>) {
     let padded = sight(&[(&[], &[(1, 0, 70)]), (&[], &[(1, 0, 9), (2, 0, 30), (0, 0, 31)])], None);
     table.push(attention("of packed and padded rows", padded, [4, 2, 6]));
     for window in [1, 5, 64] {
-        let sight = Sight { window: Some(window), ..causal(193) };
+        let sight = HostAttentionMask { window: Some(window), ..causal(193) };
         table.push(attention(&format!("in a window of {window}"), sight, [3, 1, 10]));
     }
-    let hole = |n| (Sight::HOLE, 0, n);
+    let hole = |n| (HostAttentionMask::EMPTY_SEGMENT, 0, n);
     let past = [
-        (&[(Sight::ANY, 0, 3), (1, 3, 5), hole(4)][..], &[(1, 8, 7)][..]),
-        (&[(Sight::ANY, 0, 3), (1, 3, 9)][..], &[(1, 12, 4), (0, 0, 3)][..]),
-        (&[(Sight::ANY, 0, 3), hole(2), (1, 3, 7)][..], &[(1, 10, 7)][..]),
+        (&[(HostAttentionMask::ANY_SEGMENT, 0, 3), (1, 3, 5), hole(4)][..], &[(1, 8, 7)][..]),
+        (&[(HostAttentionMask::ANY_SEGMENT, 0, 3), (1, 3, 9)][..], &[(1, 12, 4), (0, 0, 3)][..]),
+        (&[(HostAttentionMask::ANY_SEGMENT, 0, 3), hole(2), (1, 3, 7)][..], &[(1, 10, 7)][..]),
     ];
     table.push(attention("after a prefix and a past with holes", sight(&past, None), [8, 1, 6]));
     table.push(attention("after a prefix and a past, in a window", sight(&past, Some(4)), [3, 1, 6]));
     let decode = [(&[(1, 0, 590), hole(9)][..], &[(1, 590, 1)][..]), (&[(1, 0, 599)][..], &[(1, 599, 1)][..])];
     table.push(attention("of one new token each", sight(&decode, None), [6, 2, 10]));
-    let segments = [(&[(Sight::ANY, 0, 5)][..], &[(1, 5, 30), (2, 5, 66), (3, 5, 1)][..])];
+    let segments = [(&[(HostAttentionMask::ANY_SEGMENT, 0, 5)][..], &[(1, 5, 30), (2, 5, 66), (3, 5, 1)][..])];
     table.push(attention("packed after a prefix", sight(&segments, None), [3, 1, 6]));
     let mut blind = sight(&[(&[], &[(1, 0, 66)]), (&[], &[(1, 0, 66)])], None);
-    // Queries 3 and 65 of the first row see nothing, nor does anyone in the second.
+    // Queries 3 and 65 of the first row and all queries of the second see no key.
     (blind.query_segments[3], blind.query_segments[65]) = (9, 9);
     blind.query_segments[66..].fill(9);
     table.push(attention("with queries that see nothing", blind, [3, 1, 6]));
@@ -378,21 +380,22 @@ fn cross_entropies(table: &mut Vec<Case>) {
         weights[n / 2] = if n > 1 { 0.0 } else { 1.0 };
         Kernel::CrossEntropy { ids: ids.map(|id| id.clamp(0, vocabulary as i32 - 1)).collect(), weights }
     };
-    let row =
-        |name: &str, n: usize, features: usize| Row::new(format!("cross-entropy {name}")).input(&[n, features], 1.0);
+    let row = |name: &str, n: usize, features: usize| {
+        CaseBuilder::new(format!("cross-entropy {name}")).input(&[n, features], 1.0)
+    };
     for (n, features, vocabulary) in
         [(1, 7, 1), (7, 20, 17), (63, 6, 300), (65, 3, 70_001), (600, 10, 4999), (4100, 3, 11)]
     {
         let name = format!("{n} × {features} → {vocabulary}");
         let case = row(&name, n, features).input(&[vocabulary, features], 1.0).case(kernel(&name, n, vocabulary));
-        // The same factor for every loss, which backends may treat apart, in every other row.
+        // Every other case has the same gradient for all losses, for which a backend may have a special path.
         let dy = if n % 2 == 1 { case.dy.clone() } else { vec![0.375; n] };
         table.push(Case { dy, ..case });
     }
     let frozen = row("frozen head", 64, 10).frozen(&[33, 10], 1.0).case(kernel("frozen", 64, 33));
     table.push(Case { name: format!("{} in proportion", frozen.name), dy: vec![-2.5; 64], ..frozen.clone() });
     table.push(frozen);
-    let trained = Row::new("cross-entropy head alone").frozen(&[64, 10], 1.0).input(&[33, 10], 1.0);
+    let trained = CaseBuilder::new("cross-entropy head alone").frozen(&[64, 10], 1.0).input(&[33, 10], 1.0);
     table.push(trained.case(kernel("head", 64, 33)));
     for dtype in [DType::BF16, DType::F16] {
         let name = format!("head {dtype:?}");
@@ -401,7 +404,7 @@ fn cross_entropies(table: &mut Vec<Case>) {
     }
 }
 
-/// Every row of the table.
+/// Returns all test cases.
 pub fn table() -> Vec<Case> {
     let mut table = Vec::new();
     embeddings(&mut table);

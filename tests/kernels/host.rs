@@ -1,8 +1,9 @@
-//! The kernels in plain host code, f64, one loop per index of the formula.
+//! Reference implementations of the kernels in plain f64 host code, with one loop per index of the formula.
 
-/// Who sees whom, as [`burn_llama::kernel::Visibility`] says it; `[rows · queries]` and `[rows · keys]`.
+/// The attention mask as in [`burn_llama::kernel::AttentionMask`], for host code: arrays `[rows · queries]` and
+/// `[rows · keys]`.
 #[derive(Debug, Clone, Default)]
-pub struct Sight {
+pub struct HostAttentionMask {
     pub rows: usize,
     pub query_segments: Vec<i32>,
     pub query_positions: Vec<i32>,
@@ -11,9 +12,9 @@ pub struct Sight {
     pub window: Option<usize>,
 }
 
-impl Sight {
-    pub const ANY: i32 = -1;
-    pub const HOLE: i32 = -2;
+impl HostAttentionMask {
+    pub const ANY_SEGMENT: i32 = -1;
+    pub const EMPTY_SEGMENT: i32 = -2;
 
     pub fn queries(&self) -> usize {
         self.query_segments.len() / self.rows
@@ -27,18 +28,18 @@ impl Sight {
         let (query, key) = (row * self.queries() + query, row * self.keys() + key);
         let segment = self.key_segments[key];
         let distance = self.query_positions[query] - self.key_positions[key];
-        (segment == Self::ANY || segment == self.query_segments[query])
+        (segment == Self::ANY_SEGMENT || segment == self.query_segments[query])
             && distance >= 0
             && self.window.is_none_or(|window| distance < window as i32)
     }
 }
 
-/// Rows of `table [rows, width]`.
+/// Looks up rows of `table [rows, width]`.
 pub fn embed(table: &[f64], width: usize, ids: &[i32]) -> Vec<f64> {
     ids.iter().flat_map(|&id| &table[id as usize * width..][..width]).copied().collect()
 }
 
-/// `x [n, width]`, `weight [width]`.
+/// Computes the RMS norm of `x [n, width]` with `weight [width]`.
 pub fn rms_norm(x: &[f64], weight: &[f64], epsilon: f64) -> Vec<f64> {
     let row = |x: &[f64]| {
         let mean = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
@@ -47,7 +48,7 @@ pub fn rms_norm(x: &[f64], weight: &[f64], epsilon: f64) -> Vec<f64> {
     x.chunks(weight.len()).flat_map(row).collect()
 }
 
-/// `x [n, heads, dim]`, `cos` and `sin [n, dim / 2]`.
+/// Applies rotary embeddings to `x [n, heads, dim]`, with `cos` and `sin [n, dim / 2]`.
 pub fn rope(x: &[f64], [_, heads, dim]: [usize; 3], cos: &[f64], sin: &[f64]) -> Vec<f64> {
     let (half, mut out) = (dim / 2, x.to_vec());
     for (head, out) in out.chunks_mut(dim).enumerate() {
@@ -65,21 +66,26 @@ pub fn swiglu(gate: &[f64], up: &[f64]) -> Vec<f64> {
     gate.iter().zip(up).map(|(gate, up)| gate / (1.0 + (-gate).exp()) * up).collect()
 }
 
-/// `x [n, features]`, `weight [out, features]`.
+/// Computes `x [n, features]` · `weight [out, features]`ᵀ.
 pub fn linear(x: &[f64], weight: &[f64], features: usize) -> Vec<f64> {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     x.chunks(features).flat_map(|x| weight.chunks(features).map(move |w| dot(x, w))).collect()
 }
 
-/// `log Σ exp`; 0 for nothing. A NaN shows.
+/// Computes `log Σ exp`; 0 for an empty slice. NaN propagates.
 fn log_sum_exp(x: &[f64]) -> f64 {
     let max = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     if x.is_empty() { 0.0 } else { max + x.iter().map(|x| (x - max).exp()).sum::<f64>().ln() }
 }
 
-/// `q [rows, queries, heads, dim]`, `k` and `v [rows, keys, kv_heads, dim]` → the output in the shape of `q`, and the
-/// log-sum-exp of the scores `[rows, kv_heads, group, queries]`. A query that sees nothing gives 0.
-pub fn attention([q, k, v]: [&[f64]; 3], sight: &Sight, [heads, kv_heads, dim]: [usize; 3]) -> [Vec<f64>; 2] {
+/// Computes attention of `q [rows, queries, heads, dim]` over `k` and `v [rows, keys, kv_heads, dim]`. Returns the
+/// output in the shape of `q` and the log-sum-exp of the scores `[rows, kv_heads, group, queries]`. A query that sees
+/// no key gives 0.
+pub fn attention(
+    [q, k, v]: [&[f64]; 3],
+    sight: &HostAttentionMask,
+    [heads, kv_heads, dim]: [usize; 3],
+) -> [Vec<f64>; 2] {
     let (queries, keys, group) = (sight.queries(), sight.keys(), heads / kv_heads);
     let (mut out, mut lse) = (vec![0.0; q.len()], vec![0.0; sight.rows * heads * queries]);
     for row in 0..sight.rows {
@@ -102,7 +108,8 @@ pub fn attention([q, k, v]: [&[f64]; 3], sight: &Sight, [heads, kv_heads, dim]: 
     [out, lse]
 }
 
-/// `hidden [n, features]`, `head [vocabulary, features]` → the weighted losses and the log-sum-exp of the logits, `[n]`.
+/// Computes the weighted cross-entropy losses and the log-sum-exp of the logits, `[n]` each, of `hidden [n, features]`
+/// with `head [vocabulary, features]`.
 pub fn cross_entropy([hidden, head]: [&[f64]; 2], features: usize, (ids, weights): (&[i32], &[f64])) -> [Vec<f64>; 2] {
     let (mut losses, mut sums) = (Vec::new(), Vec::new());
     for ((hidden, &id), weight) in hidden.chunks(features).zip(ids).zip(weights) {

@@ -1,8 +1,10 @@
-//! Every kernel on every backend: the outputs of plain f64 host code, the gradient that its finite differences have, packed
-//! ≡ separate, NaN in, NaN out, and bit for bit the same with any number of threads.
+//! Tests of every kernel on every backend: outputs equal plain f64 host code, gradients equal its finite differences,
+//! packed sequences equal separate ones, NaN propagates, and results are bit for bit the same with any number of
+//! threads.
 //!
-//! The tensor operations that serve backends without kernels of their own run here in f64, on Flex, whose kernels are f32. They are held
-//! against the host code first; then they say what every element of an f32 gradient should be.
+//! The fallback tensor operations, for backends without kernels of their own, run here in f64 on Flex (whose own
+//! kernels are f32). They are first compared with the host code, then serve as reference for every element of an f32
+//! gradient.
 #![cfg(feature = "flex")]
 
 mod blocks;
@@ -14,8 +16,8 @@ use burn::{
     tensor::{DType, Tensor, backend::Backend, bf16, f16},
 };
 use burn_llama::kernel::Kernels;
-use burn_peft::{kernel::Compute, packed::Codec};
-use cases::{Case, Kernel, Place, attention, floats, numbers, packed, table};
+use burn_peft::{kernel::MatmulPrecision, packed::Codec};
+use cases::{Case, EvaluationContext, Kernel, attention, floats, numbers, packed, table};
 use laws::one_backward_at_a_time;
 use std::{
     collections::HashSet,
@@ -23,17 +25,17 @@ use std::{
     sync::OnceLock,
 };
 
-/// What a case gives: outputs, and the gradients of the trained inputs.
+/// The result of a case: outputs, and the gradients of the trained inputs.
 #[derive(Debug, Clone, PartialEq)]
-struct Found {
+struct Evaluation {
     outputs: Vec<Vec<f64>>,
     gradients: Vec<Option<Vec<f64>>>,
 }
 
-/// Runs a case forward, and backward from `dy`.
-fn evaluate<B: Kernels>(case: &Case, inputs: &[Vec<f64>], dy: &[f64], place: &Place<'_, B>) -> Found {
-    let Place { device, dtype, views, compute } = *place;
-    let place = Place::<Autodiff<B>> { device, dtype, views, compute };
+/// Runs the forward pass of a case, and the backward pass from the output gradient `dy`.
+fn evaluate<B: Kernels>(case: &Case, inputs: &[Vec<f64>], dy: &[f64], place: &EvaluationContext<'_, B>) -> Evaluation {
+    let EvaluationContext { device, dtype, views, compute } = *place;
+    let place = EvaluationContext::<Autodiff<B>> { device, dtype, views, compute };
     let leaves = case.inputs.iter().zip(inputs).map(|(input, values)| {
         let dtype = if input.dtype == DType::F32 { place.dtype } else { input.dtype };
         floats::<Autodiff<B>>(values, dtype, place.device).set_require_grad(input.trained)
@@ -43,7 +45,7 @@ fn evaluate<B: Kernels>(case: &Case, inputs: &[Vec<f64>], dy: &[f64], place: &Pl
     let loss = outputs[0].clone() * floats(dy, place.dtype, place.device);
     let mut grads = loss.sum().backward();
     let gradient = |leaf: &Tensor<Autodiff<B>, 1>| leaf.grad_remove(&mut grads).map(read);
-    Found { gradients: leaves.iter().map(gradient).collect(), outputs: outputs.into_iter().map(read).collect() }
+    Evaluation { gradients: leaves.iter().map(gradient).collect(), outputs: outputs.into_iter().map(read).collect() }
 }
 
 fn read<B: Backend>(x: Tensor<B, 1>) -> Vec<f64> {
@@ -61,7 +63,7 @@ fn assert_close(found: &[f64], expected: &[f64], tolerance: f64, what: &str) {
 }
 
 /// Asserts that outputs and gradients differ by at most the two tolerances.
-fn assert_same(found: &Found, expected: &Found, tolerances: [f64; 2], what: &str) {
+fn assert_same(found: &Evaluation, expected: &Evaluation, tolerances: [f64; 2], what: &str) {
     for (index, (found, expected)) in found.outputs.iter().zip(&expected.outputs).enumerate() {
         assert_close(found, expected, tolerances[0], &format!("{what}: output {index}"));
     }
@@ -74,16 +76,20 @@ fn assert_same(found: &Found, expected: &Found, tolerances: [f64; 2], what: &str
     }
 }
 
-/// The table with what every case must give.
-fn truth() -> &'static [(Case, Found)] {
-    static TRUTH: OnceLock<Vec<(Case, Found)>> = OnceLock::new();
+/// Returns all cases with their expected results.
+fn truth() -> &'static [(Case, Evaluation)] {
+    static TRUTH: OnceLock<Vec<(Case, Evaluation)>> = OnceLock::new();
     TRUTH.get_or_init(|| {
-        let place =
-            Place::<Flex> { device: &Default::default(), dtype: DType::F64, views: false, compute: Compute::F32 };
+        let place = EvaluationContext::<Flex> {
+            device: &Default::default(),
+            dtype: DType::F64,
+            views: false,
+            compute: MatmulPrecision::F32,
+        };
         let truth = |case: Case| {
             let inputs = case.values();
             let found = evaluate(&case, &inputs, &case.dy, &place);
-            let expected = Found { outputs: case.host(&inputs), gradients: found.gradients.clone() };
+            let expected = Evaluation { outputs: case.host(&inputs), gradients: found.gradients.clone() };
             assert_same(&found, &expected, [1e-12; 2], &format!("{} by tensor operations", case.name));
             (case, expected)
         };
@@ -91,7 +97,8 @@ fn truth() -> &'static [(Case, Found)] {
     })
 }
 
-/// Directions along which the inputs are moved: each coordinate of a short one, all coordinates of a long one up or down.
+/// Returns the directions for finite differences: every coordinate of a short input, or random signs for all
+/// coordinates of a long one.
 fn directions(name: &str, n: usize) -> Vec<Vec<f64>> {
     if n <= 42 {
         return (0..n).map(|i| (0..n).map(|j| f64::from(i == j)).collect()).collect();
@@ -128,20 +135,21 @@ fn gradients_are_the_finite_differences_of_host_code() {
     }
 }
 
-/// Which cases of the table are tried.
+/// The selection of cases to test.
 #[cfg_attr(not(any(feature = "vulkan", feature = "wgpu")), allow(dead_code))]
-enum Extent {
+enum CaseSelection {
     All,
-    /// The largest small one of each kernel: where kernels are compiled for every shape, and by software, the table takes hours.
+    /// One case per kernel: the largest of the small ones. Where kernels are compiled for every shape by a software
+    /// device, all cases would take hours.
     OneEach,
 }
 
-impl Extent {
-    fn of<'a>(&self, table: &'a [(Case, Found)]) -> Vec<&'a (Case, Found)> {
+impl CaseSelection {
+    fn of<'a>(&self, table: &'a [(Case, Evaluation)]) -> Vec<&'a (Case, Evaluation)> {
         if matches!(self, Self::All) {
             return table.iter().collect();
         }
-        let mut chosen: Vec<&(Case, Found)> = Vec::new();
+        let mut chosen: Vec<&(Case, Evaluation)> = Vec::new();
         let small = table
             .iter()
             .filter(|(case, _)| case.dy.len() <= 600 && case.inputs.iter().all(|input| input.dtype == DType::F32));
@@ -158,47 +166,53 @@ impl Extent {
     }
 }
 
-/// What tells kernels apart: for packed rows, the codec too.
+/// Returns a key that identifies a kernel; for packed rows it includes the codec.
 fn kind(case: &Case) -> (Discriminant<Kernel>, Option<Codec>) {
     let codec = if let Kernel::Packed(rows) = &case.kernel { Some(rows.codec) } else { None };
     (discriminant(&case.kernel), codec)
 }
 
-/// The laws that hold on every backend, in f32; `tolerance` relative to the largest value, `few` for the product of packed rows
-/// with up to eight rows of activations.
-fn laws<B: Kernels>(device: &B::Device, [tolerance, few]: [f64; 2], extent: Extent) {
+/// Checks the properties that hold on every backend, in f32. `tolerance` is relative to the largest value; `few` is the
+/// tolerance for products of packed rows with up to eight rows of activations.
+fn laws<B: Kernels>(device: &B::Device, [tolerance, few]: [f64; 2], extent: CaseSelection) {
     let _lock = one_backward_at_a_time();
-    let place = Place::<B> { device, dtype: DType::F32, views: false, compute: Compute::F32 };
+    let place = EvaluationContext::<B> { device, dtype: DType::F32, views: false, compute: MatmulPrecision::F32 };
     for (case, truth) in extent.of(truth()) {
         let inputs = case.values();
         let found = evaluate(case, &inputs, &case.dy, &place);
         let fixed = matches!(case.kernel, Kernel::Packed(_)) && case.inputs[0].shape[0] <= 8;
         assert_same(&found, truth, [if fixed { few } else { tolerance }, tolerance], &case.name);
-        let apart = evaluate(case, &inputs, &case.dy, &Place { views: true, ..place });
+        let apart = evaluate(case, &inputs, &case.dy, &EvaluationContext { views: true, ..place });
         assert_same(&apart, &found, [tolerance; 2], &format!("{} of views", case.name));
         if case.dy.len() < 6000 {
             nan_shows(case, &place);
         }
     }
-    let lengths: &[i32] = if matches!(extent, Extent::All) { &[1, 7, 63, 64, 65, 193] } else { &[1, 7] };
+    let lengths: &[i32] = if matches!(extent, CaseSelection::All) { &[1, 7, 63, 64, 65, 193] } else { &[1, 7] };
     packed_is_separate(lengths, &place, tolerance);
 }
 
-/// Products of halves are those of factors rounded to them: `exact` relative to the largest value where only sums are rounded
-/// after that, half a digit of them where gradients meet that are rounded again.
-fn products_of_halves<B: Kernels>(device: &B::Device, compute: Compute, exact: f64) {
+/// Checks that products in half precision equal products of factors rounded to half precision. The tolerance, relative
+/// to the largest value, is `exact` where only sums are rounded afterwards, and one unit in the last place of the half
+/// type where intermediate gradients are rounded again.
+fn products_of_halves<B: Kernels>(device: &B::Device, compute: MatmulPrecision, exact: f64) {
     let _lock = one_backward_at_a_time();
-    let place = Place::<B> { device, dtype: DType::F32, views: false, compute };
+    let place = EvaluationContext::<B> { device, dtype: DType::F32, views: false, compute };
     let (rounded, digit): (fn(f64) -> f64, f64) = match compute {
-        Compute::F16 => (|x| f16::from_f64(x).to_f64(), 1.0 / 1024.0),
+        MatmulPrecision::F16 => (|x| f16::from_f64(x).to_f64(), 1.0 / 1024.0),
         _ => (|x| bf16::from_f64(x).to_f64(), 1.0 / 128.0),
     };
-    let double = Place::<Flex> { device: &Default::default(), dtype: DType::F64, views: false, compute: Compute::F32 };
+    let double = EvaluationContext::<Flex> {
+        device: &Default::default(),
+        dtype: DType::F64,
+        views: false,
+        compute: MatmulPrecision::F32,
+    };
     for (mut case, _) in truth().iter().cloned() {
         let tolerances = match case.kernel {
             Kernel::Linear => [exact; 2],
             Kernel::CrossEntropy { .. } | Kernel::SwiGlu => [exact, exact.max(digit)],
-            // What the rows hold is rounded here alone.
+            // The reference does not round the decoded rows to half precision; only the kernel does.
             Kernel::Packed(_) => [exact.max(digit); 2],
             _ => continue,
         };
@@ -214,8 +228,9 @@ fn products_of_halves<B: Kernels>(device: &B::Device, compute: Compute, exact: f
     }
 }
 
-/// A NaN in any input shows in every output that depends on it, and one in the gradient of the output shows in all gradients.
-fn nan_shows<B: Kernels>(case: &Case, place: &Place<'_, B>) {
+/// Checks that a NaN in any input propagates to every output that depends on it, and a NaN in the output gradient to
+/// all gradients.
+fn nan_shows<B: Kernels>(case: &Case, place: &EvaluationContext<'_, B>) {
     for (index, input) in case.inputs.iter().enumerate() {
         let mut inputs = case.values();
         inputs[index][input.values.len() * 3 / 4] = f64::NAN;
@@ -225,7 +240,7 @@ fn nan_shows<B: Kernels>(case: &Case, place: &Place<'_, B>) {
             assert_eq!(hidden, None, "{}: a NaN in input {index} does not show in output {output}", case.name);
         }
     }
-    let blind = |sight: &host::Sight, row, query| (0..sight.keys()).all(|key| !sight.sees(row, query, key));
+    let blind = |sight: &host::HostAttentionMask, row, query| (0..sight.keys()).all(|key| !sight.sees(row, query, key));
     let mut dy = case.dy.clone();
     dy[0] = f64::NAN;
     match &case.kernel {
@@ -238,8 +253,8 @@ fn nan_shows<B: Kernels>(case: &Case, place: &Place<'_, B>) {
     }
 }
 
-/// Sequences of one row do not see each other: outputs and gradients are those of each alone.
-fn packed_is_separate<B: Kernels>(lengths: &[i32], place: &Place<'_, B>, tolerance: f64) {
+/// Checks that packed sequences do not see each other: outputs and gradients equal those of each sequence alone.
+fn packed_is_separate<B: Kernels>(lengths: &[i32], place: &EvaluationContext<'_, B>, tolerance: f64) {
     let heads = [6, 2, 10];
     let together = attention("packed", packed(lengths), heads);
     let whole = evaluate(&together, &together.values(), &together.dy, place);
@@ -265,43 +280,48 @@ fn packed_is_separate<B: Kernels>(lengths: &[i32], place: &Place<'_, B>, toleran
 
 #[test]
 fn flex() {
-    // Up to eight rows may be rounded to 16-bit fixed point.
-    laws::<Flex>(&Default::default(), [3e-6, 4e-5], Extent::All);
-    products_of_halves::<Flex>(&Default::default(), Compute::Bf16, 3e-6);
-    products_of_halves::<Flex>(&Default::default(), Compute::F16, 3e-6);
+    // Activations of up to eight rows may be rounded to 16-bit fixed point.
+    laws::<Flex>(&Default::default(), [3e-6, 4e-5], CaseSelection::All);
+    products_of_halves::<Flex>(&Default::default(), MatmulPrecision::Bf16, 3e-6);
+    products_of_halves::<Flex>(&Default::default(), MatmulPrecision::F16, 3e-6);
 }
 
 #[cfg(feature = "tch")]
 #[test]
 fn tch() {
-    laws::<burn::backend::LibTorch>(&Default::default(), [1e-5; 2], Extent::All);
-    // What comes out of its products is rounded too.
-    products_of_halves::<burn::backend::LibTorch>(&Default::default(), Compute::Bf16, 1.0 / 64.0);
-    products_of_halves::<burn::backend::LibTorch>(&Default::default(), Compute::F16, 1.0 / 128.0);
+    laws::<burn::backend::LibTorch>(&Default::default(), [1e-5; 2], CaseSelection::All);
+    // LibTorch also rounds the outputs of its products.
+    products_of_halves::<burn::backend::LibTorch>(&Default::default(), MatmulPrecision::Bf16, 1.0 / 64.0);
+    products_of_halves::<burn::backend::LibTorch>(&Default::default(), MatmulPrecision::F16, 1.0 / 128.0);
 }
 
 #[cfg(feature = "vulkan")]
 #[test]
 fn vulkan() {
-    laws::<burn::backend::Vulkan>(&Default::default(), [1e-4; 2], Extent::OneEach);
+    laws::<burn::backend::Vulkan>(&Default::default(), [1e-4; 2], CaseSelection::OneEach);
 }
 
 #[cfg(feature = "wgpu")]
 #[test]
 fn wgpu() {
-    laws::<burn::backend::Wgpu>(&Default::default(), [1e-4; 2], Extent::OneEach);
+    laws::<burn::backend::Wgpu>(&Default::default(), [1e-4; 2], CaseSelection::OneEach);
 }
 
 #[cfg(feature = "cuda")]
 #[test]
 fn cuda() {
-    laws::<burn::backend::Cuda>(&Default::default(), [1e-2; 2], Extent::All);
+    laws::<burn::backend::Cuda>(&Default::default(), [1e-2; 2], CaseSelection::All);
 }
 
 #[test]
 fn results_on_flex_do_not_depend_on_the_number_of_threads() {
     let _lock = one_backward_at_a_time();
-    let place = Place::<Flex> { device: &Default::default(), dtype: DType::F32, views: false, compute: Compute::F32 };
+    let place = EvaluationContext::<Flex> {
+        device: &Default::default(),
+        dtype: DType::F32,
+        views: false,
+        compute: MatmulPrecision::F32,
+    };
     let [one, two, three] = [1, 2, 3].map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap());
     for case in table() {
         let run = || evaluate(&case, &case.values(), &case.dy, &place);

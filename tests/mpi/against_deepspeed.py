@@ -1,11 +1,13 @@
-"""DeepSpeed beside medqa: one ds_config.json, two ranks, the same model and rows, 8 steps; losses, tokens per second, memory.
+"""Compares medqa with DeepSpeed: one ds_config.json, two ranks, the same model and rows, 8 steps; losses, tokens per
+second and memory.
 
-    against_deepspeed.py MEDQA MODEL.gguf FOLDER     writes the model as a directory, rows and configuration into FOLDER and runs both
+    against_deepspeed.py MEDQA MODEL.gguf FOLDER     writes model, rows and configuration into FOLDER and runs both
 
-Not part of CI. Needs an environment of tests/real with `pip install deepspeed ninja` besides, and mpirun. DeepSpeed's ranks are
-this script, started with RANK; they sum by gloo. Half of the time in collectives must lie inside computation. Then Adam on the
-host, DeepSpeed's and torch's beside ours: the example cpu_adam beside MEDQA, or the one that EXAMPLE names; EXAMPLE= leaves it
-out. Run it on a quiet machine: it fails below 1.0 x torch's fused Adam and 6 x its single-tensor one."""
+Not part of CI. Needs the environment of tests/real, with `pip install deepspeed ninja` in addition, and mpirun.
+DeepSpeed's ranks are this script, started with RANK; they communicate through gloo. At least half of the time in
+medqa's collectives must overlap with computation. Afterwards Adam on the host is compared, DeepSpeed's and torch's with
+ours: the example cpu_adam in MEDQA's target folder, or the program in EXAMPLE; an empty EXAMPLE skips it. Run it on an
+idle machine: it fails below 1.0 x the speed of torch's fused Adam or 6 x that of its single-tensor one."""
 
 import json
 import os
@@ -21,7 +23,7 @@ CONFIG = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 1,
     "gradient_clipping": 1.0,
-    "optimizer": {  # torch's, so that DeepSpeed compiles no kernel of its own first
+    "optimizer": {  # torch's Adam, so that DeepSpeed does not compile its own kernel first
         "type": "AdamW",
         "params": {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01, "torch_adam": True},
     },
@@ -45,7 +47,7 @@ max_steps = {steps}
 
 
 def held(process: str = "self") -> int:
-    """The peak of a process's memory, files included, in MiB."""
+    """Returns the peak memory of a process in MiB, including mapped files."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) >> 10
 
@@ -62,7 +64,7 @@ def prepare(model: Path, folder: Path) -> None:
 
 
 def theirs(folder: Path) -> None:
-    """One rank of DeepSpeed's run; the first prints a line of JSON."""
+    """Runs one rank of DeepSpeed; rank 0 prints a line of JSON."""
     import deepspeed
     import reference
     import torch
@@ -72,7 +74,7 @@ def theirs(folder: Path) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
     model = reference.base(folder / "model").train()
-    groups = [  # norms and biases do not decay
+    groups = [  # norms and biases have no weight decay
         {"params": [p for p in model.parameters() if p.ndim > 1]},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
@@ -84,7 +86,7 @@ def theirs(folder: Path) -> None:
         learned = sum(label != reference.IGNORED for _, labels in chosen for label in labels[1:])
         part = reference.batch(chosen[2 * rank : 2 * rank + 2])
         start = time.perf_counter()
-        # The mean over the targets of all ranks: DeepSpeed divides the sum over ranks by their number.
+        # The loss is the mean over the targets of all ranks; DeepSpeed divides the sum over ranks by their number.
         own = (part["labels"][:, 1:] != reference.IGNORED).sum()
         loss = engine(**part).loss * own / learned
         engine.backward(loss * WORLD)
@@ -123,7 +125,7 @@ def ours(program: Path, folder: Path) -> dict:
     done = subprocess.run(command, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"medqa ended with {done.returncode}: {done.stderr}")
-    hidden = re.search(r"(\d+) % of the time in collectives lies inside computation", done.stderr)
+    hidden = re.search(r"(\d+) % of the time in collectives overlaps computation", done.stderr)
     if not hidden:
         raise SystemExit(f"medqa does not say how much of its collectives lies inside computation: {done.stderr}")
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
@@ -138,7 +140,8 @@ def ours(program: Path, folder: Path) -> dict:
 
 
 def cpu_adam(example: str) -> list[str]:
-    """20 M weights, 2 threads, 28 bytes each, the best of 20 updates in three turns; what falls short."""
+    """Measures Adam on 20 M weights with 2 threads, 28 bytes of traffic per weight, the best of 20 updates in three
+    turns; returns the limits that are missed."""
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -196,7 +199,7 @@ def main() -> None:
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "real"))
-# DeepSpeed compiles by a ninja on PATH; pip has put it beside Python.
+# DeepSpeed needs ninja on PATH to compile; pip installs it next to Python.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Twelve abstracts in PubMedQA's layout. The studies are invented; nothing in them is a medical fact."""
+"""Twelve abstracts in PubMedQA's format. The studies are invented; nothing in them is a medical fact."""
 
 STUDIES: list[tuple[str, list[str], str]] = [
     (
@@ -88,6 +88,6 @@ STUDIES: list[tuple[str, list[str], str]] = [
 
 
 def items() -> dict[str, dict]:
-    """The studies by an invented PubMed id, with the keys of the official files that matter here."""
+    """Returns the studies by invented PubMed id, with the keys of the official files that are needed here."""
     keys = ("QUESTION", "CONTEXTS", "final_decision")
     return {str(90_000_001 + i): dict(zip(keys, study)) for i, study in enumerate(STUDIES)}

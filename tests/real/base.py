@@ -1,4 +1,4 @@
-"""The GGUF file as a Hugging Face directory, by gguf-py's dequantization and none of our own code."""
+"""Conversion of the GGUF file to a Hugging Face directory with gguf-py, without any of our own code."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-CONTROL = 3  # gguf's type of tokens such as <|im_end|>
+CONTROL = 3  # GGUF's token type of special tokens such as <|im_end|>
 
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 IN_BLOCK = {
@@ -39,7 +39,7 @@ def export(path: Path, directory: Path) -> None:
 
 
 def configuration(field: dict, tied: bool) -> dict:
-    """config.json from the file's metadata."""
+    """Builds config.json from the file's metadata."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -63,7 +63,7 @@ def configuration(field: dict, tied: bool) -> dict:
 
 
 def weights(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
-    """Every tensor as f32 under its Hugging Face name."""
+    """Dequantizes every tensor to f32 under its Hugging Face name."""
     tensors = {}
     for tensor in reader.tensors:
         value = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
@@ -76,7 +76,7 @@ def weights(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, np.ndarr
 
 
 def hugging_face_name(name: str) -> str:
-    """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
+    """Translates a GGUF name: `blk.3.attn_q.weight` becomes `model.layers.3.self_attn.q_proj.weight`."""
     parts = name.split(".")
     if parts[0] == "blk":
         return f"model.layers.{parts[1]}.{IN_BLOCK[parts[2]]}.{parts[3]}"
@@ -84,13 +84,14 @@ def hugging_face_name(name: str) -> str:
 
 
 def halves(value: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head [i, i + d/2] lie side by side in a GGUF file of a llama; transformers rotates halves."""
+    """Undoes the row permutation of GGUF files of architecture llama: they store rows i and i + d/2 of a head next to
+    each other, while transformers applies RoPE to the two halves of a head."""
     rows, columns = value.shape
     return value.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
 def tokenizer(field: dict) -> PreTrainedTokenizerFast:
-    """SmolLM2's: digits one by one, then byte-level BPE."""
+    """Builds the tokenizer of SmolLM2: digits are split one by one, followed by byte-level BPE."""
     if field["tokenizer.ggml.pre"] != "smollm":
         raise ValueError(f"expected a vocabulary of the type smollm, found {field['tokenizer.ggml.pre']}")
     tokens = field["tokenizer.ggml.tokens"]

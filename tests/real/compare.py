@@ -1,7 +1,7 @@
 """Compares the program `medqa` with transformers, PEFT and llama.cpp on SmolLM2-135M-Instruct, a GGUF file.
 
-Prints one line per check: what, measured, limit, ok or FAIL. Ends with 1 if a check failed. `run` beside this file
-makes the environment, gets the model, builds medqa and starts this.
+Prints one line per check: name, measured value, limit, ok or FAIL. Exits with 1 if a check failed. The script `run` in
+this directory creates the environment, fetches the model, builds medqa and starts this program.
 
     tests/real/run                                                        # what CI runs
     PUBMEDQA=pqal_train.json tests/real/run --only c                      # also the first 50 items of a real file
@@ -38,7 +38,7 @@ SEED = 0
 
 @dataclass
 class Comparison:
-    """Both sides, and where the figures go."""
+    """Both sides of the comparison, and the report of the results."""
 
     options: argparse.Namespace
     report: Report
@@ -48,24 +48,24 @@ class Comparison:
 
     @cached_property
     def directory(self) -> Path:
-        """The GGUF file as a Hugging Face directory."""
+        """The GGUF file exported as a Hugging Face directory."""
         base.export(self.gguf, self.folder / "base")
         return self.folder / "base"
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """transformers' tokenizer."""
+        """The tokenizer of transformers."""
         return AutoTokenizer.from_pretrained(self.directory)
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """transformers' model; no part changes it."""
+        """The model of transformers; no part changes it."""
         return reference.base(self.directory)
 
     # a
 
     def logits(self) -> None:
-        """Logits and ids of two sentences; then ids of texts that tokenizers disagree on, against llama.cpp's too."""
+        """Compares logits and ids of two sentences, then ids of difficult texts, also with llama.cpp."""
         for number, text in enumerate(texts.SENTENCES, 1):
             ids, ours = self.medqa.logits(text, self.gguf)
             theirs = reference.logits(self.model, self.tokenizer.encode(text))
@@ -82,20 +82,20 @@ class Comparison:
     # b
 
     def answers(self) -> None:
-        """Greedy answers, word for word."""
+        """Compares greedy answers token by token."""
         for question in texts.QUESTIONS:
             ours = self.medqa.answer(question, self.gguf, ANSWER_TOKENS)
             theirs = reference.answer(self.model, self.tokenizer, question, ANSWER_TOKENS)
             self.report.equal(f"{ANSWER_TOKENS} greedy tokens: {question}", self.encode(ours), self.encode(theirs))
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, special ones not added."""
+        """Encodes a text without adding special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     # c
 
     def pubmedqa(self) -> None:
-        """Log-likelihoods of yes, no and maybe."""
+        """Compares the log-likelihoods of yes, no and maybe."""
         sources = {"invented items": abstracts.items()}
         if name := os.environ.get("PUBMEDQA"):
             sources["PUBMEDQA"] = dict(list(json.loads(Path(name).read_text()).items())[:50])
@@ -113,7 +113,7 @@ class Comparison:
     # d
 
     def lora(self) -> None:
-        """LoRA from PEFT's first values, step by step; then each side's adapter on the other side."""
+        """Compares LoRA training step by step from PEFT's initial values, then each side's adapter on the other."""
         steps = self.options.steps or 16
         changes = self.data(4 * steps, [1, 1, 1, 2, 2, 3, 4, 12]) | {"train.max_steps": steps}
         recipe = reference.recipe(RECIPE, changes)
@@ -128,7 +128,7 @@ class Comparison:
         self.adapter("PEFT's adapter, loaded by medqa", last)
 
     def adapter(self, name: str, adapter: Path) -> None:
-        """One adapter on both sides: the same logits, and not the base model's."""
+        """Checks that an adapter gives the same logits on both sides, different from those of the base model."""
         ids, ours = self.medqa.logits(texts.SENTENCES[0], self.gguf, adapter)
         theirs = reference.logits(reference.with_adapter(self.directory, adapter), ids)
         self.report.below(f"{name}: logits", difference(ours, theirs), 1e-3)
@@ -137,7 +137,7 @@ class Comparison:
     # e
 
     def full(self) -> None:
-        """Every weight, from the Hugging Face directory; the result goes back to transformers."""
+        """Compares full fine-tuning from the Hugging Face directory, and loads the result into transformers."""
         steps = self.options.steps or 8
         changes = self.data(4 * steps, [1, 1, 2, 3]) | {
             "method.kind": "full",
@@ -155,10 +155,10 @@ class Comparison:
         self.report.below("saved model, loaded by transformers: logits", difference(logits, loaded), 1e-3)
         self.report.above("saved model: its effect", difference(logits, reference.logits(self.model, ids)), 1e-2)
 
-    # What d and e share
+    # Shared by d and e
 
     def data(self, count: int, lengths: list[int]) -> dict[str, object]:
-        """Changes that name the rows: the user's, or generated ones of which the longest are cut."""
+        """Returns recipe changes that name the data: the user's rows, or generated ones with the longest truncated."""
         common = {"data.shuffle": False, "data.valid_limit": self.options.valid_rows}
         if self.options.rows:
             train, valid = (str(path.resolve()) for path in self.options.rows)
@@ -168,7 +168,7 @@ class Comparison:
         return common | {"data.train": str(train), "data.valid": str(valid), "data.max_length": 240}
 
     def train(self, model: torch.nn.Module, recipe: dict) -> reference.Result:
-        """Their run of a recipe."""
+        """Runs a recipe on the reference side."""
         data, settings = recipe["data"], recipe["train"]
         training = reference.rows(Path(data["train"]), self.tokenizer, data["max_length"])
         validation = reference.rows(Path(data["valid"]), self.tokenizer, data["max_length"])[: data["valid_limit"]]
@@ -176,7 +176,7 @@ class Comparison:
         return reference.train(model, settings, training, validation)
 
     def training(self, name: str, ours: Run, theirs: reference.Result, limit: float) -> None:
-        """The course of two runs."""
+        """Compares the losses of two runs."""
         steps = len(theirs.losses)
         self.report.equal(f"{name}: number of steps", [len(ours.losses)], [steps])
         worst = np.abs(np.array(ours.losses) - np.array(theirs.losses)).max()
@@ -190,26 +190,26 @@ class Comparison:
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest, over tensors of one shape."""
+    """Returns the largest absolute difference of two tensors of the same shape."""
     if ours.shape != theirs.shape:
         raise ValueError(f"expected logits of one shape, found {list(ours.shape)} and {list(theirs.shape)}")
     return (ours - theirs).abs().max().item()
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--medqa", type=Path, required=True, help="the program")
+    parser.add_argument("--medqa", type=Path, required=True, help="the medqa program")
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct as a GGUF file")
     parser.add_argument("--only", default="abcde", help="parts: a logits and ids, b answers, c PubMedQA, d LoRA, e full")
     parser.add_argument("--rows", type=Path, nargs=2, metavar=("TRAIN", "VALID"), help="JSONL for d and e")
     parser.add_argument("--steps", type=int, help="optimizer steps of d and e; default: 16 and 8")
-    parser.add_argument("--valid-rows", type=int, default=100, help="at most so many rows of VALID; default: 100")
+    parser.add_argument("--valid-rows", type=int, default=100, help="maximum number of rows of VALID; default: 100")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Runs the parts that were asked for."""
+    """Runs the selected parts."""
     options = arguments()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

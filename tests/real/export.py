@@ -1,9 +1,9 @@
-"""Checks what `medqa export` writes with the programs it is for: llama.cpp, transformers, PEFT and gguf-py.
+"""Checks files written by `medqa export` with the programs they are for: llama.cpp, transformers, PEFT and gguf-py.
 
     python tests/real/export.py --medqa target/release/medqa --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Prints one line per check: what, measured, limit, ok or FAIL. Ends with 1 if a check failed. Needs torch, transformers,
-peft, gguf, sentencepiece, llama-cpp-python and no network; random models are made from fixed seeds.
+Prints one line per check: name, measured value, limit, ok or FAIL. Exits with 1 if a check failed. Needs torch,
+transformers, peft, gguf, sentencepiece, llama-cpp-python and no network; random models are created from fixed seeds.
 """
 
 import argparse
@@ -38,7 +38,7 @@ FAILED = []
 
 
 def check(name, measured, limit, holds):
-    """Prints a line."""
+    """Prints the line of a check and records a failure."""
     if not holds:
         FAILED.append(name)
     shown = measured if isinstance(measured, str) else f"{measured:.2e}"
@@ -46,12 +46,12 @@ def check(name, measured, limit, holds):
 
 
 def below(name, measured, limit):
-    """The measured value must be smaller."""
+    """Checks that the measured value is smaller than the limit."""
     check(name, measured, f"< {limit:.0e}", measured < limit)
 
 
 def equal(name, ours, theirs):
-    """Two lists must be the same."""
+    """Checks that two lists are equal."""
     differing = abs(len(ours) - len(theirs)) + sum(a != b for a, b in zip(ours, theirs))
     check(name, f"{differing} of {len(theirs)}", "= 0", differing == 0 and len(theirs) > 0)
     for a, b in zip(ours, theirs):
@@ -60,7 +60,7 @@ def equal(name, ours, theirs):
 
 
 class Medqa:
-    """The program, and a folder for what it writes."""
+    """The medqa program, with a folder for the files that it writes."""
 
     def __init__(self, program, folder):
         self.program, self.folder = program, folder
@@ -92,7 +92,7 @@ class Medqa:
 
 
 def llama(path, lora=None):
-    """The file in llama.cpp, everything in f32."""
+    """Loads the file in llama.cpp with everything in f32."""
     trained = next(v for k, v in gguf_fields(path).items() if k.endswith(".context_length"))
     more = {"lora_path": str(lora)} if lora else {}
     f32 = llama_cpp.GGML_TYPE_F32
@@ -102,7 +102,7 @@ def llama(path, lora=None):
 
 
 def llama_answers(path, tokenizer, lora=None):
-    """Greedy answers of llama.cpp, prompts by the file's own template and vocabulary."""
+    """Returns greedy answers of llama.cpp, with prompts built from the file's own chat template and vocabulary."""
     model, answers = llama(path, lora), []
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
@@ -119,7 +119,7 @@ def llama_answers(path, tokenizer, lora=None):
 
 
 def llama_logits(path, ids, lora=None):
-    """Logits of every token, [tokens, vocabulary]."""
+    """Returns llama.cpp's logits of every token, [tokens, vocabulary]."""
     model = llama(path, lora)
     model.eval(ids)
     return np.array(model.scores[: len(ids)])
@@ -127,17 +127,17 @@ def llama_logits(path, ids, lora=None):
 
 @torch.no_grad()
 def torch_logits(model, ids):
-    """The same by transformers or PEFT."""
+    """Returns the logits of transformers or PEFT, [tokens, vocabulary]."""
     return model(input_ids=torch.tensor([ids])).logits[0].float().numpy()
 
 
 def difference(a, b):
-    """The largest difference."""
+    """Returns the largest absolute difference."""
     return float(np.abs(a - b).max())
 
 
 def random_adapter(directory, out, **changes):
-    """An adapter by PEFT that changes the model's words without drowning them."""
+    """Creates an adapter with PEFT that changes the model's answers but keeps them meaningful."""
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=12, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), config)
@@ -149,7 +149,7 @@ def random_adapter(directory, out, **changes):
 
 
 def real(medqa, source):
-    """The real model: the same words from every form of it."""
+    """Checks that the real model gives the same answers in every exported form."""
     folder = medqa.export(source, "base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     base = medqa.export(source, "base-f32.gguf")
@@ -193,7 +193,7 @@ def real(medqa, source):
     below("adapter: PEFT on the base folder, logits", difference(torch_logits(theirs, ids), ours), 2e-4)
 
     exact = {tensor.name: tensor for tensor in gguf.GGUFReader(merged).tensors}
-    # llama.cpp rounds activations as well: to halves, and to 8 bits.
+    # llama.cpp also rounds activations: to f16, and to 8 bits.
     for kind, limit in [("f16", 3e-1), ("q8_0", 3.0)]:
         path = medqa.export(source, f"merged-{kind}.gguf", "--adapter", adapter, "--dtype", kind)
         below(f"adapter: merged {kind} GGUF in llama.cpp, logits", difference(llama_logits(path, ids), ours), limit)
@@ -207,12 +207,12 @@ def real(medqa, source):
 
 
 def gguf_fields(path):
-    """All metadata."""
+    """Returns all metadata of a file."""
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
 def tensors(path):
-    """All tensors of an F32 file, one after the other."""
+    """Returns the values of all tensors of an F32 file, concatenated."""
     return np.concatenate([tensor.data.ravel() for tensor in sorted(gguf.GGUFReader(path).tensors, key=lambda t: t.name)])
 
 
@@ -222,7 +222,7 @@ LLAMA3 = (
 
 
 def byte_level(cuts, normalizer=None, bos=False, ignore_merges=False):
-    """A small byte-level BPE tokenizer."""
+    """Trains a small byte-level BPE tokenizer."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
@@ -237,7 +237,7 @@ def byte_level(cuts, normalizer=None, bos=False, ignore_merges=False):
 
 
 def sentence_piece():
-    """A small SentencePiece tokenizer as Llama 2's: trained by SentencePiece, merges in the order of its scores."""
+    """Builds a small tokenizer like Llama 2's: trained by SentencePiece, with merges in the order of its scores."""
     import io
 
     import sentencepiece
@@ -269,7 +269,7 @@ def sentence_piece():
 
 
 def variants():
-    """Name, tokenizer, class of the configuration, its fields."""
+    """Returns the model variants: name, tokenizer, configuration class and its fields."""
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
@@ -299,7 +299,7 @@ def variants():
 
 
 def random_models(medqa):
-    """Random models of every kind: transformers' directory as a GGUF file in llama.cpp."""
+    """Checks random models of every kind: directories of transformers exported as GGUF files for llama.cpp."""
     for index, (name, tokenizer, kind, changes) in enumerate(variants()):
         torch.manual_seed(index)
         fields = {
@@ -339,9 +339,9 @@ def random_models(medqa):
 
 
 def main():
-    """Both parts."""
+    """Runs both parts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--medqa", required=True, type=Path, help="the program")
+    parser.add_argument("--medqa", required=True, type=Path, help="the medqa program")
     parser.add_argument("--model", type=Path, help="SmolLM2-135M-Instruct as a GGUF file; without it, random models only")
     options = parser.parse_args()
     torch.set_num_threads(2)

@@ -1,6 +1,6 @@
-"""Steps of 1 x 1024 tokens on models of the sizes that people use, with random weights: QLoRA of rank 16 on Llama 3.1 8B's
-shape in Q4_K and Q6_K blocks, or LoRA in bf16 on TinyLlama's 1.1 billion weights. By hand: the first takes five gigabytes
-on the disk for the time being, eight of memory, and minutes on two cores.
+"""Trains steps of 1 x 1024 tokens on random models of realistic size: QLoRA of rank 16 on the shape of Llama 3.1 8B in
+Q4_K and Q6_K blocks, or LoRA in bf16 on the 1.1 billion weights of TinyLlama. Run by hand: the first takes five
+gigabytes of disk space temporarily, eight of memory, and minutes on two cores.
 
     python tests/real/large.py --medqa target/release/medqa --folder /tmp/large
     python tests/real/large.py --medqa target/release/medqa --folder /tmp/large --shape tinyllama
@@ -22,7 +22,7 @@ from gguf import GGMLQuantizationType as Kind
 
 @dataclass(frozen=True)
 class Shape:
-    """A published model's sizes, and what is done with it."""
+    """The sizes of a published model, and whether it is packed."""
 
     hidden: int
     mlp: int
@@ -31,7 +31,7 @@ class Shape:
     kv_heads: int
     vocabulary: int
     packed: bool
-    """Blocks and QLoRA on every projection, else f16 in the file, bf16 in memory and LoRA on two."""
+    """True for quantized blocks and QLoRA on every projection; else f16 in the file, bf16 in memory, LoRA on two."""
 
 
 SHAPES = {
@@ -44,7 +44,7 @@ TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{%
 
 
 def blocks(draw: np.random.Generator, kind: Kind, values: int) -> np.ndarray:
-    """Random values spread by about 0.02 around 0, as the format has them."""
+    """Returns random values in the given format, with a standard deviation of about 0.02 around 0."""
     if kind == Kind.F16:
         return (draw.standard_normal(values, dtype=np.float32) * 0.02).astype(np.float16)
     size, n = gguf.GGML_QUANT_SIZES[kind][1], values // 256
@@ -62,7 +62,7 @@ def blocks(draw: np.random.Generator, kind: Kind, values: int) -> np.ndarray:
 
 
 def tensors(shape: Shape) -> list[tuple[str, list[int], Kind]]:
-    """Name, shape and format, mixed as in files of the type Q4_K_M if packed."""
+    """Returns name, shape and format of every tensor; packed formats are mixed as in files of type Q4_K_M."""
     hidden, mlp = shape.hidden, shape.mlp
     kv, last = shape.kv_heads * hidden // shape.heads, shape.layers - 4
     plain = Kind.Q4_K if shape.packed else Kind.F16
@@ -86,13 +86,13 @@ def tensors(shape: Shape) -> list[tuple[str, list[int], Kind]]:
 
 
 def bytes_of(shape: list[int], kind: Kind) -> int:
-    """How many a tensor has in the file."""
+    """Returns the number of bytes of a tensor in the file."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     return int(np.prod(shape)) // block * size
 
 
 def write(path: Path, shape: Shape) -> None:
-    """The file, one tensor after the other."""
+    """Writes the file, one tensor after another."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(shape.layers)
     writer.add_context_length(8192)
@@ -104,7 +104,7 @@ def write(path: Path, shape: Shape) -> None:
     writer.add_rope_freq_base(500000.0)
     writer.add_rope_dimension_count(shape.hidden // shape.heads)
     writer.add_vocab_size(shape.vocabulary)
-    # Every byte as GPT-2 spells it, and words that no text has.
+    # A token for every byte in GPT-2's spelling, and tokens that no text contains.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = (256 + n for n in range(256))
     spelled = [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
@@ -134,7 +134,7 @@ def write(path: Path, shape: Shape) -> None:
 
 
 def estimate(shape: Shape) -> dict[str, float]:
-    """What should be in memory at the most, in bytes, with every graph made again."""
+    """Estimates the peak memory in bytes, with full activation checkpointing."""
     weights = sum(bytes_of(size, kind) for _, size, kind in tensors(shape))
     targets = ("attn_q", "attn_v") if not shape.packed else ("blk.",)
     matrices = [size for name, size, _ in tensors(shape) if len(size) == 2 and any(part in name for part in targets)]
@@ -149,17 +149,17 @@ def estimate(shape: Shape) -> dict[str, float]:
 
 
 def main() -> int:
-    """Writes the file, trains one step, prints figures, and cleans up."""
+    """Writes the file, trains, prints the results, and removes the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--medqa", type=Path, required=True, help="the program")
-    parser.add_argument("--folder", type=Path, required=True, help="made and removed")
+    parser.add_argument("--medqa", type=Path, required=True, help="the medqa program")
+    parser.add_argument("--folder", type=Path, required=True, help="folder that is created and removed afterwards")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--set", action="append", default=[], help="of the recipe: KEY=VALUE")
+    parser.add_argument("--set", action="append", default=[], help="change of the recipe: KEY=VALUE")
     options = parser.parse_args()
     folder, shape = options.folder, SHAPES[options.shape]
     if folder.exists():
-        parser.error(f"{folder} is there already: name a folder that can be made and removed")
+        parser.error(f"{folder} exists already: name a folder that can be created and removed")
     folder.mkdir(parents=True)
     try:
         write(folder / "model.gguf", shape)

@@ -1,4 +1,4 @@
-"""llama.cpp, kept from AMX: its threads use tiles that they have not configured, and die."""
+"""llama.cpp without AMX: its threads use tiles that they have not configured, which crashes the process."""
 
 import llama_cpp
 
@@ -6,7 +6,7 @@ default_parameters = llama_cpp.llama_cpp.llama_model_default_params
 
 
 def without_tiles():
-    """The default parameters, without the buffers that tiles are for."""
+    """Returns the default parameters without the extra buffer types that use AMX tiles."""
     parameters = default_parameters()
     parameters.use_extra_bufts = False
     return parameters

@@ -1,4 +1,4 @@
-"""Our side: runs of the program `medqa`, each in a process of its own."""
+"""Our side: runs of the program `medqa`, each in a separate process."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run of `medqa` reported."""
+    """The results that a training run of `medqa` reported."""
 
     losses: list[float]
     before: float
@@ -22,13 +22,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Medqa:
-    """The program, and a folder for what it writes."""
+    """The medqa program, with a folder for the files that it writes."""
 
     program: Path
     folder: Path
 
     def __call__(self, *arguments: str | Path) -> str:
-        """Runs it and gives its standard output; its last words are the error if it fails."""
+        """Runs the program and returns its standard output; if it fails, raises an error with its last line."""
         done = subprocess.run([self.program, *arguments], capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
             last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
@@ -36,7 +36,7 @@ class Medqa:
         return done.stdout
 
     def logits(self, text: str, model: Path, adapter: Path | None = None) -> tuple[list[int], torch.Tensor]:
-        """Token ids and logits [tokens, vocabulary] of a text."""
+        """Returns token ids and logits [tokens, vocabulary] of a text."""
         out = self.folder / "logits.safetensors"
         more = ["--adapter", adapter] if adapter else []
         self("logits", "--model", model, *more, f"--text={text}", "--out", out)
@@ -45,18 +45,18 @@ class Medqa:
         return tensors["ids"].tolist(), tensors["logits"]
 
     def answer(self, question: str, model: Path, tokens: int) -> str:
-        """The likeliest words, at most so many tokens."""
+        """Returns a greedy answer of at most `tokens` tokens."""
         options = ["--temperature", "0", "--max-new-tokens", str(tokens)]
         return self("chat", "--model", model, *options, f"--prompt={question}").removesuffix("\n")
 
     def log_likelihoods(self, data: Path, model: Path) -> dict[str, list[float]]:
-        """Of yes, no and maybe, by PubMed id."""
+        """Returns the log-likelihoods of yes, no and maybe by PubMed id."""
         out = self.folder / "pubmedqa.json"
         self("eval", "--task", "pubmedqa", "--model", model, "--data", data, "--out", out)
         return {pmid: item["loglikelihood"] for pmid, item in json.loads(out.read_text())["items"].items()}
 
     def train(self, recipe: Path, changes: dict[str, object], name: str) -> Run:
-        """Trains as `recipe` says after `changes`, in the folder `name`."""
+        """Trains with `recipe` after `changes`, in the folder `name`."""
         folder = self.folder / name
         sets = [f"--set={key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes.items()]
         self("train", recipe, *sets, "--dir", folder)

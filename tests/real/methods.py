@@ -1,7 +1,7 @@
-"""Trains SmolLM2 with every method, by medqa and by PEFT from the same first values, and compares the losses.
+"""Trains SmolLM2 with every method, with medqa and with PEFT from the same initial values, and compares the losses.
 
-`methods` beside this file builds medqa and starts this. The runs of one method come one after the other, so that each
-has the machine to itself.
+The script `methods` in this directory builds medqa and starts this program. The runs of one method are sequential, so
+that each has the machine to itself.
 """
 
 import argparse
@@ -46,7 +46,7 @@ LORA = {"task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "target_modules": ["
 
 @dataclass(frozen=True)
 class Method:
-    """A method on both sides: changes of the recipe, PEFT's configuration, and a learning rate for both."""
+    """A method on both sides: recipe changes, PEFT's configuration, and the learning rate of both."""
 
     ours: dict[str, object]
     theirs: Callable[[], PeftConfig]
@@ -64,8 +64,9 @@ METHODS = {
         lambda: PrefixTuningConfig(**COMMON, prefix_projection=True, encoder_hidden_size=128),
         1e-3,
     ),
-    # At higher rates rounding alone drives two runs apart: at 1e-4 P-tuning of PEFT ends 4e-3 from itself with the other attention,
-    # at 3e-2 1e-5 in the first losses of a prompt is 1e-2 in the thirtieth.
+    # At higher learning rates rounding alone makes two runs diverge. At 1e-4, P-tuning in PEFT ends 4e-3 away from the
+    # same run with the other attention implementation; at 3e-2, a difference of 1e-5 in the first losses of prompt
+    # tuning grows to 1e-2 by step 30.
     "prompt": Method({"method.kind": "prompt"}, lambda: PromptTuningConfig(**COMMON), 3e-3),
     "p-tuning": Method(
         {"method.kind": "p-tuning", "method.encoder_hidden_size": 256},
@@ -73,8 +74,9 @@ METHODS = {
         3e-5,
     ),
 }
-# Ours: the packed weights. Beside them ours again, LoRA on the file's as floats or on what the nf4 ones hold, or PEFT's LoRA on
-# what bitsandbytes rounds to nf4. Limits, the second kind relative to the loss.
+# Our QLoRA on packed weights, with its absolute limit or its limit relative to the loss. It is compared with our own
+# LoRA on the file's weights as floats, with our own LoRA on the dequantized nf4 weights, or with PEFT's LoRA on weights
+# that bitsandbytes has rounded to nf4.
 QLORA = {
     "qlora": ({"method.kind": "qlora", "model.dtype": "packed"}, 3e-3, None),
     "qlora-nf4": ({"method.kind": "qlora", "model.dtype": "nf4"}, None, 2e-2),
@@ -85,20 +87,20 @@ QLORA = {
 
 @dataclass(frozen=True)
 class Both:
-    """The course of two runs from the same first values."""
+    """The losses of two runs from the same initial values."""
 
     name: str
     ours: Run | reference.Result
     theirs: Run | reference.Result
 
     def line(self) -> str:
-        """For --out."""
+        """Returns the line for the file of --out."""
         fields = {side: asdict(getattr(self, side)) for side in ("ours", "theirs")}
         return json.dumps({"name": self.name} | fields, default=str)
 
 
 class Bench:
-    """The two sides, their data, and a folder."""
+    """Both sides of the comparison, their data, and a working folder."""
 
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
@@ -113,7 +115,7 @@ class Bench:
         }
 
     def first(self, name: str, method: Method, attention: str = "sdpa") -> tuple[PeftModel, dict[str, object]]:
-        """PEFT's new adapter, and how medqa's recipe gets the same one."""
+        """Creates an adapter with PEFT; returns its model, and recipe changes that give medqa the same adapter."""
         torch.manual_seed(SEED)
         model = get_peft_model(reference.base(self.directory, attention), method.theirs())
         if method.from_text:
@@ -122,14 +124,14 @@ class Bench:
         if not hasattr(model, "prompt_encoder"):
             model.save_pretrained(self.folder / f"{name}-first")
             return model, {"method.init": str(self.folder / f"{name}-first")}
-        # PEFT's own file has what the encoder makes, not the encoder.
+        # PEFT's adapter file holds the output of the encoder, not the encoder.
         state = self.folder / f"{name}-first.safetensors"
         encoder = model.prompt_encoder["default"].state_dict()
         save_file({key: value.clone() for key, value in encoder.items()}, state)
         return model, {"method.init": str(state)}
 
     def start_from_text(self, model: PeftModel) -> None:
-        """The prefix becomes the keys and values of the text's first tokens."""
+        """Initializes the prefix with the keys and values of the text's first tokens."""
         ids = torch.tensor([self.tokenizer.encode(TEXT)[:TOKENS]])
         with torch.no_grad():
             cache = reference.base(self.directory)(ids, use_cache=True).past_key_values
@@ -138,7 +140,7 @@ class Bench:
             model.prompt_encoder["default"].embedding.weight.copy_(start)
 
     def beside_peft(self, name: str) -> Both:
-        """The same method on both sides."""
+        """Trains the same method on both sides."""
         method = METHODS[name]
         model, start = self.first(name, method)
         changes = self.changes | method.ours | {"train.learning_rate": method.learning_rate}
@@ -146,14 +148,14 @@ class Bench:
             changes |= {"method.num_virtual_tokens": TOKENS}
         recipe = reference.recipe(RECIPE, {key: value for key, value in changes.items() if "method" not in key})
         if self.options.control:
-            # The same sums in another order.
+            # The other attention implementation computes the same sums in another order.
             ours = self.their_run(self.first(name, method, "eager")[0], recipe)
         else:
             ours = self.medqa.train(self.recipe(name), changes | start, name)
         return Both(name, ours, self.their_run(model, recipe))
 
     def recipe(self, name: str) -> Path:
-        """The recipe without LoRA's own keys, where it is another method's."""
+        """Returns the recipe, without LoRA's own keys for other methods."""
         if name.startswith(("lora", "dora", "qlora")):
             return RECIPE
         lines = RECIPE.read_text().splitlines()
@@ -163,14 +165,14 @@ class Bench:
         return path
 
     def their_run(self, model: PeftModel, recipe: dict) -> reference.Result:
-        """Their run of a recipe."""
+        """Runs a recipe on the reference side."""
         data, settings = recipe["data"], recipe["train"]
         training = reference.rows(Path(data["train"]), self.tokenizer, data["max_length"])
         validation = reference.rows(Path(data["valid"]), self.tokenizer, data["max_length"])[: data["valid_limit"]]
         return reference.train(model, settings, training[: settings["batch_size"] * settings["max_steps"]], validation)
 
     def beside_lora(self, name: str, floats: reference.Result | Run | None) -> Both:
-        """QLoRA, and LoRA on the weights as floats."""
+        """Trains QLoRA, and LoRA on the same weights as floats."""
         model, start = self.first("lora", METHODS["lora"])
         changes = self.changes | start | {"train.learning_rate": METHODS["lora"].learning_rate}
         lora = changes | {"method.kind": "lora"}
@@ -189,7 +191,7 @@ class Bench:
 
 @torch.no_grad()
 def round_to_nf4(model: PeftModel) -> None:
-    """The projections become what bitsandbytes makes of them with QLoRA's settings."""
+    """Rounds the projections to nf4 with bitsandbytes and QLoRA's settings."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for name, weight in model.named_parameters():
@@ -198,7 +200,7 @@ def round_to_nf4(model: PeftModel) -> None:
 
 
 def check(report: Report, both: Both, limit: float) -> None:
-    """Prints a method's figures."""
+    """Prints and checks the results of a method."""
     name, ours, theirs = both.name, both.ours, both.theirs
     worst = np.abs(np.array(ours.losses) - np.array(theirs.losses)).max()
     report.note(f"{name}: validation loss {ours.before:.5f} before, {ours.after:.5f} after; losses within {worst:.1e}")
@@ -208,7 +210,7 @@ def check(report: Report, both: Both, limit: float) -> None:
 
 
 def results(path: Path | None) -> dict[str, Both]:
-    """What was measured before."""
+    """Reads the results of earlier runs."""
     if path is None or not path.exists():
         return {}
     read = [json.loads(line) for line in path.read_text().splitlines()]
@@ -217,21 +219,21 @@ def results(path: Path | None) -> dict[str, Both]:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--medqa", type=Path, required=True, help="the program")
+    parser.add_argument("--medqa", type=Path, required=True, help="the medqa program")
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct as a GGUF file")
     parser.add_argument("--rows", type=Path, nargs=2, metavar=("TRAIN", "VALID"), required=True, help="JSONL")
     parser.add_argument("--only", nargs="+", default=[*METHODS, *QLORA], choices=[*METHODS, *QLORA])
     parser.add_argument("--steps", type=int, default=64, help="optimizer steps, each of 4 rows")
-    parser.add_argument("--valid-rows", type=int, default=40, help="at most so many rows of VALID")
-    parser.add_argument("--control", action="store_true", help="PEFT beside PEFT with the other attention: what rounding does")
-    parser.add_argument("--out", type=Path, help="keep results here, and take what is there")
+    parser.add_argument("--valid-rows", type=int, default=40, help="maximum number of rows of VALID")
+    parser.add_argument("--control", action="store_true", help="PEFT against PEFT with the other attention: effect of rounding")
+    parser.add_argument("--out", type=Path, help="file in which results are kept; results already there are reused")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Runs what was asked for and is not there yet."""
+    """Runs the selected methods that have no results yet."""
     options, report = arguments(), Report()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

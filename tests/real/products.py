@@ -1,6 +1,7 @@
-"""Measures our products of matrices beside torch's (MKL, oneDNN), one after the other in turns, on a LLaMA layer's shapes.
+"""Measures our matrix products against those of torch (MKL, oneDNN), taking turns, on the shapes of a LLaMA layer.
 
-`products` beside this file builds the example of burn-peft and starts this. Nothing is judged.
+The script `products` in this directory builds the example of burn-peft and starts this program. The results are printed
+without limits.
 """
 
 import argparse
@@ -15,12 +16,12 @@ from statistics import median
 import torch
 
 KINDS = ["forward", "inputs", "weights"]
-# As the example has them.
+# The same values as in the example.
 LAYERS, ROUNDS = 8, 6
 
 
 def torch_speed(dtype: torch.dtype, sizes: list[int]) -> dict[str, float]:
-    """GFLOP/s of torch's products of a kind."""
+    """Measures the GFLOP/s of torch for each kind of product."""
     tokens, width, hidden, kv = sizes
     shapes = [(width, width), (kv, width), (kv, width), (width, width), (hidden, width), (hidden, width), (width, hidden)]
     filled = lambda *shape: torch.rand(shape).mul_(2).sub_(1).to(dtype)
@@ -42,7 +43,7 @@ def torch_speed(dtype: torch.dtype, sizes: list[int]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Takes turns."""
+    """Measures both sides in turns and prints the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--example", type=Path, required=True)
     parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32")

@@ -1,10 +1,10 @@
-"""An adapter trained on the packed GGUF file, back on that very file in llama.cpp.
+"""Trains an adapter on a packed GGUF file and applies it to the same file in llama.cpp.
 
     python tests/real/qlora.py --medqa target/release/medqa --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Trains QLoRA for a few steps, converts the adapter to llama.cpp's file, and asks the same questions. On the weights as floats
-the words must be the same. On the packed file llama.cpp rounds activations to 8 bits, so there its logits are compared with
-what that rounding does to the base model. Needs what export.py needs.
+Trains QLoRA for a few steps, converts the adapter to llama.cpp's format, and asks the same questions. On float weights
+the answers must be equal. On the packed file llama.cpp rounds activations to 8 bits, so the difference of its logits is
+compared with the effect of that rounding on the base model. Has the requirements of export.py.
 """
 
 import argparse
@@ -41,7 +41,7 @@ warmup = 0
 
 
 def trained(medqa: Medqa, model: Path, steps: int) -> Path:
-    """QLoRA's adapter."""
+    """Trains QLoRA and returns its adapter."""
     data = rows.write(medqa.folder / "train.jsonl", rows.make(2 * steps, 1, [1, 2]))
     recipe = medqa.folder / "run.toml"
     recipe.write_text(RECIPE.format(model=model, train=data, steps=steps))
@@ -50,20 +50,21 @@ def trained(medqa: Medqa, model: Path, steps: int) -> Path:
 
 
 def packed_answers(medqa: Medqa, model: Path, adapter: Path) -> list[str]:
-    """Ours, on the weights as the file has them."""
+    """Returns our answers on the packed weights of the file."""
     ask = ["chat", "--model", model, "--adapter", adapter, "--weights", "packed", "--max-new-tokens", export.TOKENS, "--prompt"]
     return [medqa(*ask, question).removesuffix("\n") for question in export.QUESTIONS]
 
 
 def agreement(ours: list[str], theirs: list[str]) -> str:
-    """How many characters at the beginning are the same."""
+    """Returns the number of equal characters before the first difference."""
     same = sum(next((i for i, (a, b) in enumerate(zip(x, y)) if a != b), min(len(x), len(y))) for x, y in zip(ours, theirs))
     return f"{same} of {sum(map(len, ours))}"
 
 
 def packed_is_floats(medqa: Medqa, model: Path) -> None:
-    """The packed weights predict what their values do, over a thousand tokens: Kullback-Leibler divergence in nats. One token
-    after the other the products are by integers; all at once weights are unpacked tile by tile, so that nothing differs."""
+    """Checks over a thousand tokens that packed weights give the predictions of their dequantized values, by
+    Kullback-Leibler divergence in nats. Token by token, products use integers; all at once, weights are unpacked tile
+    by tile, so the results are the same."""
     text = " ".join(row["answer"] for row in rows.make(24, 2, [2, 3]))
     ids, floats = medqa.logits(model, text)
     check("tokens of the text", len(ids), ">= 1000", len(ids) >= 1000)
@@ -77,9 +78,9 @@ def packed_is_floats(medqa: Medqa, model: Path) -> None:
 
 
 def main() -> int:
-    """Trains, converts, asks."""
+    """Trains, converts the adapter and compares answers and logits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--medqa", type=Path, required=True, help="the program")
+    parser.add_argument("--medqa", type=Path, required=True, help="the medqa program")
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2-135M-Instruct as a packed GGUF file")
     parser.add_argument("--steps", type=int, default=16)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Their side: transformers and PEFT, with a plain training loop of torch."""
+"""The reference side: transformers and PEFT, with a plain training loop in torch."""
 
 import json
 import tomllib
@@ -10,17 +10,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 CHOICES = ["yes", "no", "maybe"]
-# What a recipe need not say: AdamW as torch and medqa have it by default, and medqa's clipping.
+# Settings that a recipe may omit: the common defaults of AdamW in torch and medqa, and medqa's gradient clipping.
 ADAMW = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 MAX_GRAD_NORM = 1.0
-IGNORED = -100  # transformers' label of a token that is not learned
+IGNORED = -100  # label with which transformers excludes a token from the loss
 
 Row = tuple[list[int], list[int]]  # token ids, and labels of the same length
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a training run reported."""
+    """The losses that a training run reported."""
 
     losses: list[float]
     before: float
@@ -28,17 +28,17 @@ class Result:
 
 
 def base(directory: Path, attention: str = "sdpa") -> PreTrainedModel:
-    """A model in f32, ready to compute."""
+    """Loads a model in f32 for evaluation."""
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation=attention).eval()
 
 
 def with_adapter(directory: Path, adapter: Path) -> PeftModel:
-    """A model with a trained adapter, as PEFT loads it."""
+    """Loads a model with a trained adapter through PEFT."""
     return PeftModel.from_pretrained(base(directory), adapter).eval()
 
 
 def new_adapter(directory: Path, method: dict, seed: int) -> PeftModel:
-    """A model with an adapter as PEFT initialises it for the recipe's table `method`."""
+    """Loads a model with a new adapter that PEFT initializes for the recipe's table `method`."""
     torch.manual_seed(seed)
     config = LoraConfig(
         r=method["r"], lora_alpha=method["alpha"], target_modules=method["target_modules"], task_type="CAUSAL_LM"
@@ -48,27 +48,27 @@ def new_adapter(directory: Path, method: dict, seed: int) -> PeftModel:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
-    """Of every token of one text: [tokens, vocabulary]."""
+    """Returns the logits of every token of one text: [tokens, vocabulary]."""
     return model(input_ids=torch.tensor([ids])).logits[0]
 
 
 @torch.no_grad()
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, tokens: int) -> str:
-    """The likeliest words, at most so many tokens."""
+    """Generates a greedy answer of at most `tokens` tokens."""
     prompt = torch.tensor([tokenizer.encode(chat(tokenizer, question), add_special_tokens=False)])
     out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=tokens)
     return tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True)
 
 
 def chat(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
-    """The question in the model's template, ready for the answer."""
+    """Renders the question with the model's chat template, up to where the answer begins."""
     messages = [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def log_likelihoods(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, item: dict) -> list[float]:
-    """Of each choice, with the prompt of lm-evaluation-harness's task pubmedqa: context and choice are encoded together,
-    and what exceeds the context's own tokens is the choice."""
+    """Returns the log-likelihood of each choice, with the prompt of lm-evaluation-harness's task pubmedqa: context and
+    choice are encoded together, and the tokens after the context's own number of tokens are the choice."""
     context = f"Abstract: {chr(10).join(item['CONTEXTS'])}\nQuestion: {item['QUESTION']}\nAnswer:"
     start = len(tokenizer.encode(context))
     scores = []
@@ -80,7 +80,8 @@ def log_likelihoods(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Questions in the template and answers with an end token; only answers are learned, and long rows are cut."""
+    """Encodes questions with the chat template and answers with an end token. Only answers have labels, and long rows
+    are truncated."""
     encoded = []
     for line in path.read_text().splitlines():
         row = json.loads(line)
@@ -93,7 +94,7 @@ def rows(path: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> lis
 
 
 def batch(chosen: list[Row]) -> dict[str, torch.Tensor]:
-    """Rows padded at the right to the longest."""
+    """Pads rows on the right to the length of the longest."""
     longest = max(len(ids) for ids, _ in chosen)
 
     def padded(lists: list[list[int]], by: int) -> torch.Tensor:
@@ -108,7 +109,7 @@ def batch(chosen: list[Row]) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, examples: list[Row], size: int) -> float:
-    """Over all learned tokens."""
+    """Returns the mean loss over all tokens with labels."""
     model.eval()
     total = tokens = 0
     for i in range(0, len(examples), size):
@@ -121,7 +122,7 @@ def mean_loss(model: torch.nn.Module, examples: list[Row], size: int) -> float:
 
 
 def train(model: torch.nn.Module, settings: dict, training: list[Row], validation: list[Row]) -> Result:
-    """Trains on the rows in their order, as the recipe's table `train` says."""
+    """Trains on the rows in their order with the settings of the recipe's table `train`."""
     size, steps = settings["batch_size"], settings["max_steps"]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=settings["learning_rate"], **ADAMW)
@@ -141,7 +142,7 @@ def train(model: torch.nn.Module, settings: dict, training: list[Row], validatio
 
 
 def recipe(path: Path, changes: dict[str, object]) -> dict:
-    """A recipe's tables after changes such as `train.max_steps`."""
+    """Reads a recipe's tables and applies changes such as `train.max_steps`."""
     tables = tomllib.loads(path.read_text())
     for key, value in changes.items():
         table, name = key.split(".")

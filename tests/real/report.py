@@ -1,26 +1,26 @@
-"""Checks: a name, a measured value, a limit, and whether it holds."""
+"""Report of checks, each with a name, a measured value, a limit, and whether the limit holds."""
 
 import time
 from collections.abc import Callable
 
 
 class Report:
-    """Prints every check at once and remembers whether any failed."""
+    """Prints every check immediately and records the failed ones."""
 
     def __init__(self) -> None:
         self.checks = 0
         self.failed: list[str] = []
 
     def below(self, name: str, measured: float, limit: float) -> None:
-        """`measured` must be smaller than `limit`; NaN is not."""
+        """Checks that `measured` is smaller than `limit`; NaN fails."""
         self._line(name, f"{measured:.2e}", f"< {limit:.0e}", measured < limit)
 
     def above(self, name: str, measured: float, limit: float) -> None:
-        """`measured` must be larger than `limit`: the effect that a tolerance guards is larger than the tolerance."""
+        """Checks that `measured` is larger than `limit`: an effect must exceed the tolerance that is used to test it."""
         self._line(name, f"{measured:.2e}", f"> {limit:.0e}", measured > limit)
 
     def equal(self, name: str, ours: list, theirs: list) -> None:
-        """Two sequences must be the same; what is measured is the number of items that are not."""
+        """Checks that two sequences are equal; the measured value is the number of differing items."""
         differing = abs(len(ours) - len(theirs)) + sum(a != b for a, b in zip(ours, theirs))
         self._line(name, f"{differing} of {len(theirs)}", "= 0", differing == 0 and len(theirs) > 0)
         if differing:
@@ -28,16 +28,16 @@ class Report:
             self.note(f"first difference at {at}: ours {ours[at : at + 8]}, theirs {theirs[at : at + 8]}")
 
     def note(self, text: str) -> None:
-        """A line that is no check."""
+        """Prints a line that is not a check."""
         print(f"  {text}", flush=True)
 
     def part(self, title: str, work: Callable[[], None]) -> None:
-        """Runs one part and says how long it took. A part that cannot run has failed; the others still run."""
+        """Runs one part and prints its duration. A part that raises an error counts as failed; the others still run."""
         print(f"\n{title}", flush=True)
         start = time.monotonic()
         try:
             work()
-        except Exception as error:  # whatever it is, it must not hide the other parts' figures
+        except Exception as error:  # no error may hide the results of the other parts
             self._line(f"{type(error).__name__}: {error}", "-", "none", False)
         self.note(f"{time.monotonic() - start:.0f} s")
 

@@ -1,4 +1,4 @@
-"""Question and answer rows from a small grammar, so that no data set has to be here. Everything in them is invented."""
+"""Question and answer rows generated from a small grammar, so that no dataset is needed. Their content is invented."""
 
 import json
 import random
@@ -28,7 +28,7 @@ SENTENCES = [
 
 
 def answer(draw: random.Random, condition: str, other: str, sentences: int) -> str:
-    """An answer of so many sentences."""
+    """Returns an answer of `sentences` sentences."""
 
     def sentence() -> str:
         remedy, remedy2 = draw.sample(REMEDIES, 2)
@@ -51,7 +51,7 @@ def answer(draw: random.Random, condition: str, other: str, sentences: int) -> s
 
 
 def make(count: int, seed: int, lengths: list[int]) -> list[dict[str, str]]:
-    """`count` rows whose answers have one of `lengths` sentences, each length as often as it is named."""
+    """Returns `count` rows; the number of sentences of each answer is drawn from `lengths`."""
     draw = random.Random(seed)
     made = []
     for _ in range(count):
@@ -62,6 +62,6 @@ def make(count: int, seed: int, lengths: list[int]) -> list[dict[str, str]]:
 
 
 def write(path: Path, made: list[dict[str, str]]) -> Path:
-    """One JSON object per line."""
+    """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made))
     return path

@@ -1,7 +1,7 @@
-"""Measures medqa beside PEFT, transformers and llama.cpp on the same work, one after the other in turns; QLoRA beside LoRA.
+"""Measures medqa against PEFT, transformers and llama.cpp on the same work, taking turns; and QLoRA against LoRA.
 
-`speed` beside this file builds medqa and starts this. Every measurement is a process of its own. Nothing is judged: the
-ratios are printed, and how far they spread is for the reader.
+The script `speed` in this directory builds medqa and starts this program. Every measurement runs in a process of its
+own. There are no limits: the program prints the ratios and their spread.
 """
 
 import argparse
@@ -25,17 +25,17 @@ from medqa import Medqa
 RECIPE = Path(__file__).resolve().parents[2] / "apps/medqa/recipes/medquad-lora.toml"
 READ, WRITTEN = 512, 64
 WORKS = ["lora", "lora-bf16", "full", "full-bf16", "forward", "decode", "decode-q4", "qlora", "qlora-nf4"]
-# Beside our own LoRA in f32, all with recomputed activations.
+# These are compared with our own LoRA in f32, all with full activation checkpointing.
 QLORA = {"qlora": "packed", "qlora-nf4": "nf4"}
 
 
 def peak_gib() -> float:
-    """Of this process, so far."""
+    """Returns the peak memory of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def fastest(work, rounds: int = 3) -> float:
-    """Seconds of the fastest round, after one that does not count."""
+    """Returns the seconds of the fastest round, after a warm-up round."""
     times = []
     for _ in range(rounds + 1):
         start = time.perf_counter()
@@ -45,8 +45,8 @@ def fastest(work, rounds: int = 3) -> float:
 
 
 def peft(options: argparse.Namespace) -> float:
-    """Real tokens per second of training, rows sorted by length before they are joined into batches: the fastest that
-    its users set up."""
+    """Measures training with PEFT in tokens per second without padding. Rows are sorted by length before they are
+    batched, the fastest common configuration."""
     half = options.work.endswith("bf16")
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.bfloat16 if half else torch.float32)
     if options.work.startswith("lora"):
@@ -57,7 +57,7 @@ def peft(options: argparse.Namespace) -> float:
     if not options.file_order:
         rows.sort(key=lambda row: len(row[0]))
     batches = [rows[i : i + 4] for i in range(0, len(rows), 4)]
-    # Evenly over all lengths.
+    # Batches are chosen evenly over all lengths.
     chosen = [batches[step * len(batches) // options.steps] for step in range(options.steps)]
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=5e-4, weight_decay=0.0)
@@ -75,7 +75,8 @@ def peft(options: argparse.Namespace) -> float:
 
 @torch.no_grad()
 def transformers(options: argparse.Namespace) -> float:
-    """Tokens per second of reading, or of greedy writing behind 32 tokens."""
+    """Measures the forward pass of transformers, or its greedy decoding after a prompt of 32 tokens, in tokens per
+    second."""
     model = reference.base(options.base)
     if options.work == "forward":
         ids = torch.arange(READ)[None] + 100
@@ -90,7 +91,7 @@ def transformers(options: argparse.Namespace) -> float:
 
 
 def llama_cpp(options: argparse.Namespace) -> float:
-    """Tokens per second of greedy writing behind 32 tokens."""
+    """Measures greedy decoding of llama.cpp after a prompt of 32 tokens, in tokens per second."""
     from llama import llama_cpp as llama
 
     model = llama.Llama(str(options.model), n_ctx=256, n_threads=2, n_threads_batch=2, verbose=False)
@@ -107,13 +108,13 @@ def llama_cpp(options: argparse.Namespace) -> float:
 
 
 def theirs(options: argparse.Namespace) -> dict:
-    """What the other side makes of `options.work`."""
+    """Measures `options.work` on the other side."""
     side = {"forward": transformers, "decode": transformers, "decode-q4": llama_cpp}.get(options.work, peft)
     return {"speed": side(options), "peak_gib": peak_gib()}
 
 
 def ours(options: argparse.Namespace, medqa: Medqa, turn: int) -> dict:
-    """What medqa makes of it. Its training steps are the first ones of a shuffled order."""
+    """Measures `options.work` with medqa. Its training steps are the first ones of a shuffled order."""
     if options.work in ("forward", "decode", "decode-q4"):
         weights = "packed" if options.work == "decode-q4" else "f32"
         settings = ["--train", "none", "--length", str(READ), "--new-tokens", str(WRITTEN), "--weights", weights]
@@ -128,7 +129,7 @@ def ours(options: argparse.Namespace, medqa: Medqa, turn: int) -> dict:
 
 
 def packed(options: argparse.Namespace, medqa: Medqa, turn: int) -> tuple[dict, dict]:
-    """QLoRA, and LoRA on floats."""
+    """Measures QLoRA, and LoRA on float weights."""
     both = {"train.activation_checkpointing": "full", "method.target_modules": "all-linear"}
     lora = both | {"method.kind": "lora", "model.path": str(options.base), "model.dtype": "f32"}
     qlora = both | {"method.kind": "qlora", "model.path": str(options.model), "model.dtype": QLORA[options.work]}
@@ -138,7 +139,7 @@ def packed(options: argparse.Namespace, medqa: Medqa, turn: int) -> tuple[dict, 
 
 
 def training(options: argparse.Namespace, medqa: Medqa, changes: dict, name: str) -> dict:
-    """A run of the recipe after `changes`."""
+    """Runs the recipe with `changes` and returns its speed and peak memory."""
     rows = medqa.folder / "rows.jsonl"
     rows.write_text("".join(options.rows.read_text().splitlines(keepends=True)[: options.limit]))
     changes |= {"data.train": str(rows), "data.max_length": options.length, "train.max_steps": options.steps}
@@ -147,7 +148,7 @@ def training(options: argparse.Namespace, medqa: Medqa, changes: dict, name: str
     sets += ["--set=data.valid=" + json.dumps(str(rows)), "--set=data.valid_limit=1"]
     medqa("train", RECIPE, *sets, "--dir", folder)
     summary = json.loads((folder / "summary.json").read_text())
-    # The first step allocates and is not counted, as on the other side.
+    # The first step allocates memory and is not counted, as on the other side.
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "tokens" in line][1:]
     seconds = sum(line["tokens"] / line["tokens_per_second"] for line in steps)
@@ -155,7 +156,7 @@ def training(options: argparse.Namespace, medqa: Medqa, changes: dict, name: str
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--medqa", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="SmolLM2's GGUF file")
@@ -163,16 +164,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="*", choices=WORKS, default=WORKS)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--limit", type=int, default=256, help="rows")
+    parser.add_argument("--limit", type=int, default=256, help="number of rows used")
     parser.add_argument("--length", type=int, default=384, help="longest row, in tokens")
-    parser.add_argument("--file-order", action="store_true", help="PEFT's rows in the order of the file")
+    parser.add_argument("--file-order", action="store_true", help="keep PEFT's rows in the order of the file")
     parser.add_argument("--base", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--work", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Takes turns."""
+    """Measures both sides in turns and prints the ratios."""
     options = arguments()
     if options.work:
         return print(json.dumps(theirs(options)))

@@ -1,4 +1,4 @@
-"""Texts that tokenizers like to disagree on, and a few plain ones. Written for this test."""
+"""Texts on which tokenizers often disagree, and a few plain ones. Written for this test."""
 
 SENTENCES = [
     "High blood pressure often causes no symptoms, so it is measured at every visit.",
@@ -11,7 +11,7 @@ QUESTIONS = [
     "Can I take ibuprofen together with aspirin?",
 ]
 
-# Pieces end at a broken bar; line ends do not count.
+# Pieces are separated by a broken bar; line breaks are ignored.
 ENGLISH = """it's¦It'S¦they'll've¦o'clock¦'tis¦rock'n'roll¦don’t¦“quoted”¦‘so’¦re-enter¦co-operate¦naïve café¦fiancée¦e.g.¦
 i.e.¦U.S.A.¦Dr.Smith¦Mr. O'Neill¦A&E¦and/or¦well--known¦what?!¦no...¦yes…¦(sic)¦[note]¦{set}¦x's¦Xs'¦THE END¦
 iPhone¦McDonald¦pH¦mRNA¦COVID-19¦IL-6¦CD4+¦β-blocker¦α1-antitrypsin¦Na+/K+¦HbA1c¦T4N0M1¦methylprednisolone¦
@@ -48,13 +48,13 @@ SPECIAL = [
 
 
 def pieces() -> dict[str, list[str]]:
-    """All awkward pieces by kind."""
+    """Returns all difficult pieces by kind."""
     tables = {"english": ENGLISH, "numbers": NUMBERS, "scripts": SCRIPTS, "code": CODE, "symbols": SYMBOLS}
     lists = {kind: table.replace("\n", "").split("¦") for kind, table in tables.items()}
     return lists | {"spaces": SPACES, "special": SPECIAL}
 
 
 def long_texts() -> dict[str, str]:
-    """One long text per kind: its pieces apart, then run together, which makes new ones."""
+    """Returns one long text per kind: its pieces separated, then concatenated, which creates new pieces."""
     between = {"english": "\n", "scripts": ", ", "code": "\n  ", "spaces": "|", "special": "."}
     return {kind: between.get(kind, " ").join(of) + "\n\n" + "".join(of) for kind, of in pieces().items()}

@@ -1,7 +1,7 @@
-//! Where a verb computes: `--device`, and the backend that stands behind it.
+//! The device that a command computes on (`--device`), and the backend behind it.
 //!
-//! Several backends can be in one binary, each by its cargo feature. Code that computes is generic over the backend; [`on!`]
-//! picks it where a verb begins.
+//! One binary can contain several backends, each enabled by its cargo feature. Code that computes is generic over the
+//! backend; [`with_backend!`] selects it where a command starts.
 
 use anyhow::{Result, anyhow};
 #[cfg(feature = "cuda")]
@@ -23,67 +23,67 @@ use std::{
 #[serde(try_from = "String", into = "String")]
 pub struct Device {
     name: String,
-    /// What [`on!`] looks at.
-    pub place: Place,
+    /// The backend and its device, which [`with_backend!`] matches on.
+    pub backend_device: BackendDevice,
 }
 
 /// A backend and its device.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
-    /// This machine's processor, by Flex and our own kernels.
+pub enum BackendDevice {
+    /// The CPU, with Flex and this project's own kernels.
     #[cfg(feature = "flex")]
     Cpu,
-    /// libtorch, on the processor or a CUDA device.
+    /// libtorch, on the CPU or a CUDA device.
     #[cfg(feature = "tch")]
     Tch(LibTorchDevice),
-    /// CUDA, by kernels that are compiled on the spot.
+    /// CUDA, with kernels that are compiled at run time.
     #[cfg(feature = "cuda")]
     Cuda(CudaDevice),
-    /// Vulkan, by SPIR-V.
+    /// Vulkan, with SPIR-V kernels.
     #[cfg(feature = "vulkan")]
     Vulkan(WgpuDevice),
-    /// WebGPU, by WGSL.
+    /// WebGPU, with WGSL kernels.
     #[cfg(feature = "wgpu")]
     Wgpu(WgpuDevice),
 }
 
-/// Does `$body` where `$B` is the backend of `$device` and `$place` its device.
-macro_rules! on {
-    ($device:expr, |$B:ident, $place:ident| $body:expr) => {
-        match &$device.place {
+/// Evaluates `$body` with `$B` as the backend of `$device` and `$backend_device` as its Burn device.
+macro_rules! with_backend {
+    ($device:expr, |$B:ident, $backend_device:ident| $body:expr) => {
+        match &$device.backend_device {
             #[cfg(feature = "flex")]
-            $crate::backend::Place::Cpu => {
+            $crate::backend::BackendDevice::Cpu => {
                 type $B = burn::backend::Flex;
-                let $place = &burn::backend::flex::FlexDevice;
+                let $backend_device = &burn::backend::flex::FlexDevice;
                 $body
             }
             #[cfg(feature = "tch")]
-            $crate::backend::Place::Tch($place) => {
+            $crate::backend::BackendDevice::Tch($backend_device) => {
                 type $B = burn::backend::LibTorch;
                 $body
             }
             #[cfg(feature = "cuda")]
-            $crate::backend::Place::Cuda($place) => {
+            $crate::backend::BackendDevice::Cuda($backend_device) => {
                 type $B = burn::backend::Cuda;
                 $body
             }
             #[cfg(feature = "vulkan")]
-            $crate::backend::Place::Vulkan($place) => {
+            $crate::backend::BackendDevice::Vulkan($backend_device) => {
                 type $B = burn::backend::Vulkan;
                 $body
             }
             #[cfg(feature = "wgpu")]
-            $crate::backend::Place::Wgpu($place) => {
+            $crate::backend::BackendDevice::Wgpu($backend_device) => {
                 type $B = burn::backend::Wgpu;
                 $body
             }
         }
     };
 }
-pub(crate) use on;
+pub(crate) use with_backend;
 
-/// The names of devices, each with the feature that brings it.
-const NAMES: [(&str, &str, bool); 6] = [
+/// Device names, each with the cargo feature that it needs and whether this binary has it.
+const DEVICE_NAMES: [(&str, &str, bool); 6] = [
     ("cpu", "flex", cfg!(feature = "flex")),
     ("tch", "tch", cfg!(feature = "tch")),
     ("tch:cuda:N", "tch", cfg!(feature = "tch")),
@@ -93,9 +93,9 @@ const NAMES: [(&str, &str, bool); 6] = [
 ];
 
 impl Default for Device {
-    /// The first of the names that this binary has.
+    /// Returns the first device of [`DEVICE_NAMES`] that this binary supports.
     fn default() -> Self {
-        let here = NAMES.iter().filter(|(.., here)| *here);
+        let here = DEVICE_NAMES.iter().filter(|(.., here)| *here);
         let name = here.map(|(name, ..)| name.split(['[', ':']).next().unwrap_or(name)).next();
         name.and_then(|name| name.parse().ok()).expect("medqa is built with at least one backend")
     }
@@ -106,35 +106,35 @@ impl FromStr for Device {
 
     fn from_str(name: &str) -> Result<Self, String> {
         let parts: Vec<&str> = name.split(':').collect();
-        let number = |text: &str| text.parse::<usize>().map_err(|_| unknown(name));
+        let number = |text: &str| text.parse::<usize>().map_err(|_| unknown_device(name));
         let (kind, n) = match parts[..] {
             [kind @ ("cpu" | "tch" | "cuda" | "vulkan" | "wgpu")] => (kind, None),
             ["tch", "cuda", n] => ("tch", Some(number(n)?)),
             [kind @ ("cuda" | "vulkan" | "wgpu"), n] => (kind, Some(number(n)?)),
-            _ => return Err(unknown(name)),
+            _ => return Err(unknown_device(name)),
         };
-        let place = match (kind, n) {
+        let backend_device = match (kind, n) {
             #[cfg(feature = "flex")]
-            ("cpu", _) => Place::Cpu,
+            ("cpu", _) => BackendDevice::Cpu,
             #[cfg(feature = "tch")]
-            ("tch", n) => Place::Tch(n.map_or(LibTorchDevice::Cpu, LibTorchDevice::Cuda)),
+            ("tch", n) => BackendDevice::Tch(n.map_or(LibTorchDevice::Cpu, LibTorchDevice::Cuda)),
             #[cfg(feature = "cuda")]
-            ("cuda", n) => Place::Cuda(n.map(CudaDevice::new).unwrap_or_default()),
+            ("cuda", n) => BackendDevice::Cuda(n.map(CudaDevice::new).unwrap_or_default()),
             #[cfg(feature = "vulkan")]
-            ("vulkan", n) => Place::Vulkan(n.map(WgpuDevice::DiscreteGpu).unwrap_or_default()),
+            ("vulkan", n) => BackendDevice::Vulkan(n.map(WgpuDevice::DiscreteGpu).unwrap_or_default()),
             #[cfg(feature = "wgpu")]
-            ("wgpu", n) => Place::Wgpu(n.map(WgpuDevice::DiscreteGpu).unwrap_or_default()),
-            _ => return Err(absent(name, if kind == "cpu" { "flex" } else { kind })),
+            ("wgpu", n) => BackendDevice::Wgpu(n.map(WgpuDevice::DiscreteGpu).unwrap_or_default()),
+            _ => return Err(missing_feature(name, if kind == "cpu" { "flex" } else { kind })),
         };
-        Ok(Self { name: name.to_owned(), place })
+        Ok(Self { name: name.to_owned(), backend_device })
     }
 }
 
-fn unknown(name: &str) -> String {
-    format!("expected one of {}, found {name:?}", NAMES.map(|(known, ..)| known).join(", "))
+fn unknown_device(name: &str) -> String {
+    format!("expected one of {}, found {name:?}", DEVICE_NAMES.map(|(known, ..)| known).join(", "))
 }
 
-fn absent(name: &str, feature: &str) -> String {
+fn missing_feature(name: &str, feature: &str) -> String {
     format!(
         "{name:?} needs a medqa that was built with the feature `{feature}`: cargo build --release -p medqa --features {feature}"
     )
@@ -161,25 +161,25 @@ impl fmt::Display for Device {
 }
 
 impl Device {
-    /// Whether it is this machine's processor, by Flex.
+    /// Returns whether this is the CPU with Flex.
     pub fn is_cpu(&self) -> bool {
         self.name == "cpu"
     }
 
-    /// The device, once it has computed a sum.
+    /// Returns the device after checking that it can compute a sum.
     ///
     /// # Errors
     /// If the machine lacks the device or its driver.
-    pub fn ready(&self) -> Result<&Self> {
-        on!(self, |B, place| answers::<B>(place)).map(|()| self).map_err(|problem| {
+    pub fn ensure_ready(&self) -> Result<&Self> {
+        with_backend!(self, |B, device| probe::<B>(device)).map(|()| self).map_err(|problem| {
             let other = Self::default();
             anyhow!("device {self}: expected a device that computes, found: {problem}; another device is {other}")
         })
     }
 }
 
-/// Backends panic where a device is missing; here that is an answer.
-fn answers<B: Backend>(device: &B::Device) -> Result<(), String> {
+/// Computes a sum on the device. Backends panic if their device is missing; the panic is returned as an error.
+fn probe<B: Backend>(device: &B::Device) -> Result<(), String> {
     let hook = panic::take_hook();
     panic::set_hook(Box::new(|_| {}));
     let sum = || Tensor::<B, 1>::ones([2], device).sum().into_data().iter::<f64>().next();
@@ -202,7 +202,7 @@ mod tests {
 
     #[test]
     fn a_device_is_known_by_its_name() {
-        for (name, feature, here) in NAMES {
+        for (name, feature, here) in DEVICE_NAMES {
             let name = name.replace("[:N]", "").replace('N', "0");
             match name.parse::<Device>() {
                 Ok(device) => assert!(here && device.to_string() == name, "{name}"),
@@ -213,6 +213,6 @@ mod tests {
             let error = name.parse::<Device>().unwrap_err();
             assert!(error.contains("vulkan[:N]") && error.contains(&format!("{name:?}")), "{name}: {error}");
         }
-        assert!(Device::default().ready().is_ok());
+        assert!(Device::default().ensure_ready().is_ok());
     }
 }

@@ -1,37 +1,37 @@
-//! Talking to a model.
+//! The verb `chat`: one answer, or an interactive conversation.
 
 use crate::{
-    backend::on,
+    backend::with_backend,
     cli::ChatArgs,
-    model::{self, Loaded, conversation},
+    model::{self, LoadedModel, apply_chat_template},
 };
 use anyhow::Result;
-use burn_llama::{Generate, Message, Settings, kernel::Kernels};
+use burn_llama::{Generation, GenerationConfig, Message, kernel::Kernels};
 use burn_peft::{adapter, route::BASE};
 use rustyline::{DefaultEditor, error::ReadlineError};
 use std::io::{IsTerminal, Write};
 
-/// The verb `chat`: one answer, or a conversation.
+/// Runs the verb `chat`.
 pub fn chat(args: &ChatArgs) -> Result<()> {
-    on!(args.device.device.ready()?, |B, place| talk::<B>(args, place))
+    with_backend!(args.device.device.ensure_ready()?, |B, device| run_chat::<B>(args, device))
 }
 
-fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
-    let mut loaded = model::without_adapters::<B>(&args.model, args.weights.weights, device)?;
-    loaded.model = model::computing(loaded.model, args.weights.compute)?;
+fn run_chat<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
+    let mut loaded = model::load_without_adapters::<B>(&args.model, args.weights.weights, device)?;
+    loaded.model = model::with_compute(loaded.model, args.weights.compute)?;
     model::add_adapters(&mut loaded.model, &args.model)?;
-    let settings = settings(args, loaded.tokenizer.eos_ids());
+    let settings = generation_config(args, loaded.tokenizer.eos_ids());
     settings.check()?;
     let mut history = Vec::new();
     if let Some(prompt) = &args.prompt {
         history.push(Message::new("user", prompt.as_str()));
-        answer(&loaded, &history, &settings, &args.stop)?;
+        stream_answer(&loaded, &history, &settings, &args.stop)?;
         return Ok(());
     }
     let switching = if args.model.adapter.is_empty() { "" } else { "/adapter NAME switches the adapter, " };
     eprintln!("Ask a question; {switching}/new forgets the conversation, /quit or Ctrl-D ends it.");
     let mut editor = DefaultEditor::new()?;
-    // What comes through a pipe must not find prompts among the answers, not even where TERM=dumb.
+    // Output for a pipe must not contain prompts between the answers, not even with TERM=dumb.
     let prompt = if std::io::stdin().is_terminal() { "> " } else { "" };
     loop {
         let line = match editor.readline(prompt) {
@@ -43,20 +43,22 @@ fn talk<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
             "" => continue,
             "/quit" => return Ok(()),
             "/new" => history.clear(),
-            "/adapter" => switch(&mut loaded, ""),
-            command if command.starts_with("/adapter ") => switch(&mut loaded, command["/adapter".len()..].trim()),
+            "/adapter" => switch_adapter(&mut loaded, ""),
+            command if command.starts_with("/adapter ") => {
+                switch_adapter(&mut loaded, command["/adapter".len()..].trim())
+            }
             question => {
                 editor.add_history_entry(question)?;
                 history.push(Message::new("user", question));
-                let text = answer(&loaded, &history, &settings, &args.stop)?;
+                let text = stream_answer(&loaded, &history, &settings, &args.stop)?;
                 history.push(Message::new("assistant", text));
             }
         }
     }
 }
 
-fn settings(args: &ChatArgs, eos: &[u32]) -> Settings {
-    Settings {
+fn generation_config(args: &ChatArgs, eos: &[u32]) -> GenerationConfig {
+    GenerationConfig {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,
         top_k: args.top_k,
@@ -67,8 +69,8 @@ fn settings(args: &ChatArgs, eos: &[u32]) -> Settings {
     }
 }
 
-/// Lets the named adapter act alone; `base` lets none. Without a name, says which there are.
-fn switch<B: Kernels>(loaded: &mut Loaded<B>, name: &str) {
+/// Activates only the named adapter, or none for `base`, and prints the list of adapters; an empty name only prints it.
+fn switch_adapter<B: Kernels>(loaded: &mut LoadedModel<B>, name: &str) {
     let model = &mut loaded.model;
     let switched = match name {
         "" => Ok(()),
@@ -76,7 +78,7 @@ fn switch<B: Kernels>(loaded: &mut Loaded<B>, name: &str) {
         name => adapter::activate(model, &[name]),
     };
     if let Err(error) = switched {
-        // A name that is not there must not end the conversation.
+        // An unknown name must not end the conversation.
         eprintln!("{error}");
     }
     let active = adapter::active(model);
@@ -86,12 +88,17 @@ fn switch<B: Kernels>(loaded: &mut Loaded<B>, name: &str) {
     eprintln!("adapters: {}", std::iter::once(base.to_owned()).chain(names).collect::<Vec<_>>().join(" "));
 }
 
-/// Streams the assistant's next words to stdout and returns them.
-fn answer<B: Kernels>(loaded: &Loaded<B>, history: &[Message], settings: &Settings, stop: &[String]) -> Result<String> {
-    let prompt = conversation(&loaded.tokenizer, history)?;
-    let mut generate = Generate::new(&loaded.model, &[prompt], settings)?;
+/// Generates the assistant's answer, streams it to stdout and returns it.
+fn stream_answer<B: Kernels>(
+    loaded: &LoadedModel<B>,
+    history: &[Message],
+    settings: &GenerationConfig,
+    stop: &[String],
+) -> Result<String> {
+    let prompt = apply_chat_template(&loaded.tokenizer, history)?;
+    let mut generate = Generation::new(&loaded.model, &[prompt], settings)?;
     let (mut stream, mut text, mut shown) = (loaded.tokenizer.stream(), String::new(), 0);
-    // Text that may yet become a stop string is held back.
+    // Text that may be the beginning of a stop string is held back.
     let held = stop.iter().map(|s| s.len().saturating_sub(1)).max().unwrap_or(0);
     let mut out = std::io::stdout().lock();
     'words: while let Some(ids) = generate.advance()? {

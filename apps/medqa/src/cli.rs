@@ -1,25 +1,26 @@
-//! The command line.
+//! Command-line interface: the verbs, their arguments, and the function that runs the chosen verb.
 
 mod adapters;
-mod figures;
+mod analysis;
 
-pub use adapters::{AdaptersVerb, How};
-pub use figures::{BenchArgs, EstimateArgs, Learned, ScheduleArgs};
+pub use adapters::{AdaptersVerb, CombinationArg};
+pub use analysis::{BenchArgs, BenchMethod, EstimateArgs, ScheduleArgs};
 
 use crate::{
-    adapter::Source,
     backend::Device,
     bench, chat,
     data::{self, Columns, Format, Schema},
-    doctor, estimate, eval, export, fetch, launch, logits, quickstart,
-    recipe::{Compute, Dtype, OnTooLong},
+    doctor, estimate, eval, export, fetch, launch, logits,
+    method_adapter::AdapterPath,
+    quickstart,
+    recipe::{ComputeDtype, OnTooLong, WeightDtype},
     schedule, train,
 };
 use anyhow::{Result, anyhow};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::{ffi::OsString, num::NonZeroUsize, path::PathBuf};
 
-/// Fine-tune, evaluate and chat with a LLaMA on medical questions.
+/// Fine-tune, evaluate and chat with a LLaMA model on medical questions.
 #[derive(Parser)]
 #[command(version, about)]
 pub struct Cli {
@@ -29,60 +30,60 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Start here: fine-tune a model on a few hundred embedded lessons and compare before with after; takes minutes
+    /// Start here: fine-tune a model on a few hundred built-in lessons and compare before and after; takes minutes
     Quickstart(QuickstartArgs),
-    /// Get a model and print where it is
+    /// Download a model, unless it is already in the cache, and print its path
     FetchModel {
-        /// The model: smollm2-135m-instruct, or a hub id such as owner/name
+        /// Model to fetch: smollm2-135m-instruct, or a Hugging Face Hub id such as owner/name
         #[arg(default_value = fetch::SMOLLM2)]
         name: String,
-        /// A folder to put it in; default: the cache
+        /// Directory to copy the model into; by default it stays in the cache
         #[arg(long)]
         dest: Option<PathBuf>,
     },
-    /// Fine-tune a model as a recipe says
+    /// Fine-tune a model as described by a recipe file
     Train {
-        /// The recipe, a TOML file
+        /// Recipe: a TOML file with the model, the data, the fine-tuning method and the training settings
         recipe: PathBuf,
-        /// Change a value of the recipe, for example --set train.max_steps=64
+        /// Override one value of the recipe, for example --set train.max_steps=64; may be given several times
         #[arg(long = "set", value_name = "KEY=VALUE")]
         sets: Vec<String>,
         #[command(flatten)]
         files: FilesArgs,
-        /// The folder for everything the run writes; default: runs/NAME-OF-RECIPE
+        /// Run directory, for everything that the run writes; default: runs/NAME-OF-RECIPE
         #[arg(long)]
         dir: Option<PathBuf>,
-        /// Go on with the run in --dir after its last checkpoint
+        /// Resume the run in --dir from its last checkpoint
         #[arg(long)]
         resume: bool,
         #[command(flatten)]
         device: DeviceArgs,
     },
-    /// Make one model, or one adapter, of a checkpoint that ranks have written in parts
+    /// Merge a checkpoint that several ranks have written in shards into one model or one adapter
     Consolidate(ConsolidateArgs),
-    /// Measure a model: the loss of answers, or accuracy on PubMedQA
+    /// Evaluate a model: the loss on the answers of a dataset, or the accuracy on PubMedQA
     Eval(EvalArgs),
-    /// Talk to a model
+    /// Chat with a model
     Chat(ChatArgs),
-    /// Write a model, its adapter merged, as a Hugging Face directory or as a GGUF file for llama.cpp
+    /// Export a model, with its adapters merged, as a Hugging Face directory or as a GGUF file for llama.cpp
     Export(ExportArgs),
-    /// Look at adapters, merge them into a model, convert and combine them
+    /// List adapters, merge them into a model, convert and combine them
     #[command(subcommand)]
     Adapters(AdaptersVerb),
-    /// Look at rows before training on them
+    /// Inspect a dataset before training on it
     #[command(subcommand)]
     Data(DataVerb),
-    /// Check that a model, its tokenizer and your rows behave in training as in chat; code 1 where they do not
+    /// Check that a model, its tokenizer and your data behave in training as in chat; exit code 1 if a check fails
     Doctor(DoctorArgs),
-    /// Start a verb as several ranks by mpirun: medqa launch -n 2 -- train RECIPE --set parallel.zero_stage=2
+    /// Run a command on several ranks with mpirun: medqa launch -n 2 -- train RECIPE --set parallel.zero_stage=2
     Launch(LaunchArgs),
-    /// How much memory a run would need, by ZeRO stage, place of the optimizer and precision; loads no weights
+    /// Estimate the memory of a run for every ZeRO stage, optimizer offload and precision, without loading the weights
     Estimate(EstimateArgs),
-    /// Draw a pipeline schedule and count its bubble and its live activations
+    /// Show a pipeline-parallel schedule, its bubble and the largest number of live activations per rank
     Schedule(ScheduleArgs),
-    /// How fast a model reads, writes and learns here, and the memory that it takes, as one line of JSON
+    /// Measure the speed of the forward pass, decoding and training, and the peak memory; prints one line of JSON
     Bench(BenchArgs),
-    /// Write the logits of every token of a text
+    /// Compute the logits of every token of a text and write them to a file
     Logits {
         #[command(flatten)]
         model: ModelArgs,
@@ -90,102 +91,105 @@ enum Verb {
         device: DeviceArgs,
         #[command(flatten)]
         weights: WeightsArgs,
-        /// The text
+        /// Text to run through the model
         #[arg(long)]
         text: String,
-        /// Compute one token after the other, as an answer is written, instead of all at once
+        /// Decode token by token with the KV cache, as in generation, instead of one forward pass over the whole text
         #[arg(long)]
         by_steps: bool,
-        /// The file: safetensors with `ids` (i64) and `logits` [tokens, vocabulary] (f32)
+        /// Output file in safetensors format, with `ids` (i64) and `logits` [tokens, vocabulary] (f32)
         #[arg(long)]
         out: PathBuf,
     },
 }
 
-/// Files besides the recipe; each is short for a key of it.
+/// Files besides the recipe; each option is shorthand for a recipe key in `[parallel]`.
 #[derive(Args, Clone)]
 pub struct FilesArgs {
-    /// DeepSpeed's ds_config.json: what it says is put where the recipe says nothing (parallel.deepspeed)
+    /// DeepSpeed configuration (ds_config.json): sets what the recipe leaves unset (recipe key parallel.deepspeed)
     #[arg(long, value_name = "FILE")]
     deepspeed: Option<String>,
-    /// The YAML of `accelerate config`, likewise (parallel.accelerate)
+    /// YAML file of `accelerate config`: sets what the recipe leaves unset (recipe key parallel.accelerate)
     #[arg(long, value_name = "FILE")]
     accelerate: Option<String>,
-    /// Write the timeline of all ranks, to be opened in Perfetto (parallel.trace)
+    /// Write a timeline of all ranks to this file, to be opened in Perfetto (recipe key parallel.trace)
     #[arg(long, value_name = "FILE")]
     trace: Option<String>,
 }
 
 impl FilesArgs {
-    /// The same as values of the recipe.
-    fn sets(self) -> impl Iterator<Item = String> {
+    /// Returns the same settings as `KEY=VALUE` overrides of the recipe.
+    fn into_overrides(self) -> impl Iterator<Item = String> {
         let files = [("deepspeed", self.deepspeed), ("accelerate", self.accelerate), ("trace", self.trace)];
         let set = |(key, file): (&str, Option<String>)| Some(format!("parallel.{key}={}", toml::Value::String(file?)));
         files.into_iter().filter_map(set)
     }
 }
 
-/// Where the verb computes.
+/// Device that the verb computes on.
 #[derive(Args, Clone)]
 pub struct DeviceArgs {
-    /// `cpu`, `tch`, `tch:cuda:N`, `cuda:N`, `vulkan` or `vulkan:N`, `wgpu` or `wgpu:N`; each needs a binary built with its
-    /// feature
+    /// Device to compute on: `cpu`, `tch`, `tch:cuda:N`, `cuda:N`, `vulkan`, `vulkan:N`, `wgpu` or `wgpu:N`; each needs
+    /// a binary that was built with the cargo feature of its backend
     #[arg(long, default_value_t)]
     pub device: Device,
 }
 
-/// Which model.
+/// The model, its adapters and its tokenizer.
 #[derive(Args, Clone)]
 pub struct ModelArgs {
-    /// smollm2-135m-instruct, a hub id, a Hugging Face directory or a GGUF file
+    /// Model: smollm2-135m-instruct, a Hugging Face Hub id, a Hugging Face directory or a GGUF file
     #[arg(long, default_value = fetch::SMOLLM2)]
     pub model: String,
-    /// An adapter directory (PEFT's format), with a name if it shall have one; `chat`, `eval` and `export` take several
+    /// Adapter directory in PEFT's format, optionally with a name; `chat`, `eval`, `export` and `adapters merge` accept
+    /// several
     #[arg(long, value_name = "[NAME=]DIR")]
-    pub adapter: Vec<Source>,
-    /// Take the tokenizer from this directory or GGUF file instead of the model's
+    pub adapter: Vec<AdapterPath>,
+    /// Directory or GGUF file to read the tokenizer from, instead of the model's own tokenizer
     #[arg(long)]
     pub tokenizer: Option<PathBuf>,
 }
 
-/// How the model's weights are held and multiplied.
+/// Numeric formats of the model's weights and of the products with them.
 #[derive(Args, Clone, Copy)]
 pub struct WeightsArgs {
-    /// How weights are held in memory; packed needs a GGUF file
+    /// Numeric format of the weights in memory; packed needs a GGUF file
     #[arg(long, default_value = "f32")]
-    pub weights: Dtype,
-    /// In what products with them are computed
+    pub weights: WeightDtype,
+    /// Numeric format of the matrix products with the weights
     #[arg(long, default_value = "f32")]
-    pub compute: Compute,
+    pub compute: ComputeDtype,
 }
 
 #[derive(Args)]
 pub struct QuickstartArgs {
-    /// The folder for everything the run writes
+    /// Run directory, for everything that the run writes
     #[arg(long, default_value = "runs/quickstart")]
     pub dir: PathBuf,
-    /// As for `chat`, or `tiny`: made on the spot, needs no network. Default: smollm2-135m-instruct, else `tiny`
+    /// Model as for `chat`, or `tiny`, a small model that is trained on the spot and needs no network; default:
+    /// smollm2-135m-instruct, or `tiny` if that cannot be fetched
     #[arg(long)]
     pub model: Option<String>,
-    /// Optimizer steps; fewer are faster and teach less
+    /// Number of optimizer steps; fewer steps take less time and teach less
     #[arg(long)]
     pub steps: Option<NonZeroUsize>,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
 
-/// How rows are read.
+/// Format and column names of a data file.
 #[derive(Args, Clone)]
 pub struct RowsArgs {
-    /// The format of the rows
+    /// Format of the rows in the data file
     #[arg(long, default_value = "qa")]
     pub format: Format,
-    /// The file's own names of the format's columns, for example question=prompt,answer=response
+    /// Columns that have other names in the file than in the format, for example question=prompt,answer=response
     #[arg(long, value_name = "COLUMN=NAME,...")]
     pub columns: Option<Columns>,
 }
 
 impl RowsArgs {
+    /// Returns the format and the column names, after checking that they fit together.
     pub fn schema(&self) -> Result<Schema> {
         let columns = self.columns.clone().unwrap_or_default();
         columns.check(self.format).map_err(|problem| anyhow!("--columns: {problem}"))?;
@@ -195,22 +199,23 @@ impl RowsArgs {
 
 #[derive(Subcommand)]
 pub enum DataVerb {
-    /// Count a file's rows, measure them, show one as it is learned, and list its mistakes; code 2 where there are any
+    /// Count the rows of a data file and their tokens, show how the first row is learned, and list invalid rows; exit
+    /// code 2 if there are any
     Check(CheckArgs),
 }
 
 #[derive(Args)]
 pub struct CheckArgs {
-    /// The file of rows
+    /// Data file to check
     pub file: PathBuf,
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
     pub rows: RowsArgs,
-    /// Longest row, in tokens
+    /// Maximum length of a row, in tokens
     #[arg(long, default_value_t = 512)]
     pub max_length: usize,
-    /// What happens to a longer one
+    /// Treatment of longer rows
     #[arg(long, default_value = "truncate")]
     pub on_too_long: OnTooLong,
 }
@@ -221,22 +226,22 @@ pub struct DoctorArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Rows to check with; without them, a short conversation
+    /// Data file to check with; by default two short built-in rows
     #[arg(long)]
     pub data: Option<PathBuf>,
-    /// Without the checks that train
+    /// Skip the checks that train an adapter
     #[arg(long)]
     pub quick: bool,
     #[command(flatten)]
     pub rows: RowsArgs,
 }
 
-/// What is measured.
+/// Evaluation task.
 #[derive(Clone, Copy, ValueEnum)]
-pub enum Task {
-    /// The mean loss over the tokens of answers
+pub enum EvalTask {
+    /// Mean loss over the answer tokens
     QaLoss,
-    /// PubMedQA: yes, no or maybe, by log-likelihood
+    /// PubMedQA accuracy; the answer is the most likely of yes, no and maybe
     Pubmedqa,
 }
 
@@ -248,24 +253,24 @@ pub struct EvalArgs {
     pub device: DeviceArgs,
     #[command(flatten)]
     pub weights: WeightsArgs,
-    /// What to measure
+    /// Evaluation task
     #[arg(long)]
-    pub task: Task,
-    /// The rows
+    pub task: EvalTask,
+    /// Data file to evaluate on
     #[arg(long)]
     pub data: PathBuf,
     #[command(flatten)]
     pub rows: RowsArgs,
-    /// Only the first rows
+    /// Evaluate only this many rows, from the start of the file
     #[arg(long)]
     pub limit: Option<NonZeroUsize>,
-    /// Cut rows to this many tokens
+    /// Truncate rows to this many tokens; default: the model's maximum length
     #[arg(long)]
     pub max_length: Option<usize>,
-    /// Rows computed together, for qa-loss
+    /// Rows per forward pass, for qa-loss
     #[arg(long, default_value = "4")]
     pub batch_size: NonZeroUsize,
-    /// Write the result, with every item, as JSON
+    /// Write the result as JSON to this file, for pubmedqa with every item
     #[arg(long)]
     pub out: Option<PathBuf>,
 }
@@ -278,40 +283,40 @@ pub struct ChatArgs {
     pub device: DeviceArgs,
     #[command(flatten)]
     pub weights: WeightsArgs,
-    /// Answer this one question and stop; without it, a conversation starts
+    /// Answer this one question and exit; without it, an interactive conversation starts
     #[arg(long)]
     pub prompt: Option<String>,
-    /// At most this many tokens per answer
+    /// Maximum number of tokens per answer
     #[arg(long, default_value_t = 256)]
     pub max_new_tokens: usize,
-    /// 0 always takes the likeliest token; higher is more varied
+    /// Sampling temperature; 0 always takes the most likely token (greedy decoding), higher values vary more
     #[arg(long, default_value_t = 0.0)]
     pub temperature: f64,
-    /// Draw from the likeliest tokens only; 0: from all
+    /// Sample only from this many most likely tokens; 0 means all tokens
     #[arg(long, default_value_t = 0)]
     pub top_k: usize,
-    /// Draw from the likeliest tokens that together have this probability
+    /// Sample only from the most likely tokens that together have this probability (nucleus sampling)
     #[arg(long, default_value_t = 1.0)]
     pub top_p: f64,
-    /// Above 1, tokens that occurred become less likely
+    /// Penalty for repetition: values above 1 make tokens that have already occurred less likely
     #[arg(long, default_value_t = 1.0)]
     pub repetition_penalty: f64,
-    /// The seed of the draws
+    /// Random seed of the sampling
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Stop when the answer contains this text; may be given several times
+    /// End the answer where this text occurs; may be given several times
     #[arg(long)]
     pub stop: Vec<String>,
 }
 
-/// How matrices are stored.
+/// Numeric format of the matrices in an exported file.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Precision {
-    /// 32-bit floats
+pub enum ExportDtype {
+    /// 32-bit floating point
     F32,
-    /// 16-bit floats
+    /// 16-bit floating point
     F16,
-    /// 8-bit integers with a scale for every 32 (GGUF only)
+    /// 8-bit integers with one scale per block of 32 values (GGUF only)
     #[value(name = "q8_0")]
     Q8_0,
 }
@@ -320,43 +325,45 @@ pub enum Precision {
 pub struct ExportArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// FILE.gguf for a GGUF file; any other name is a new folder with config.json, model.safetensors and the tokenizer
+    /// Output: FILE.gguf for a GGUF file; any other name for a new directory with config.json, model.safetensors and
+    /// the tokenizer
     #[arg(long)]
     pub out: PathBuf,
-    /// How matrices are stored; norms and biases are f32 in GGUF
+    /// Numeric format of the matrices; in a GGUF file, norms and biases are always f32
     #[arg(long, default_value = "f32")]
-    pub dtype: Precision,
-    /// Round the projections to nf4 first: the weights that training with model.dtype = "nf4" has, as floats
+    pub dtype: ExportDtype,
+    /// Round the weights of the linear layers to nf4 and export the rounded values as floats; these are the weights
+    /// that training with model.dtype = "nf4" computes with
     #[arg(long, conflicts_with = "adapter_only")]
     pub nf4: bool,
-    /// Write the adapter alone, as a GGUF file that llama.cpp applies with --lora to the model exported as GGUF
+    /// Export only the adapter, as a GGUF file that llama.cpp applies with --lora to the model exported as GGUF
     #[arg(long)]
     pub adapter_only: bool,
 }
 
 #[derive(Args)]
 pub struct ConsolidateArgs {
-    /// A run folder, for its last checkpoint, or one of its checkpoints
+    /// Run directory, whose last checkpoint is used, or one of its checkpoint directories
     pub checkpoint: PathBuf,
-    /// A new folder: a Hugging Face model, or an adapter as PEFT writes it
+    /// New directory for the result: a Hugging Face model, or an adapter in PEFT's format
     #[arg(long)]
     pub out: PathBuf,
 }
 
 #[derive(Args)]
 pub struct LaunchArgs {
-    /// How many
+    /// Number of ranks (processes)
     #[arg(short = 'n', long)]
     pub ranks: NonZeroUsize,
-    /// mpirun's file of machines and their slots; without it, all ranks are here
+    /// mpirun's host file, which lists machines and their slots; without it, all ranks run on this machine
     #[arg(long)]
     pub hostfile: Option<PathBuf>,
-    /// The verb and its arguments
+    /// Command to run on every rank, with its arguments, for example train RECIPE
     #[arg(last = true, required = true)]
     pub command: Vec<OsString>,
 }
 
-/// Does what the command line says.
+/// Runs the verb that the command line names.
 pub fn run(cli: Cli) -> Result<()> {
     match cli.verb {
         Verb::Quickstart(args) => quickstart::quickstart(&args),
@@ -365,14 +372,14 @@ pub fn run(cli: Cli) -> Result<()> {
             Ok(())
         }
         Verb::Train { recipe, mut sets, files, dir, resume, device } => {
-            sets.extend(files.sets());
+            sets.extend(files.into_overrides());
             train::train(&recipe, &sets, dir, (resume, device.device))
         }
         Verb::Consolidate(args) => train::consolidate(&args),
         Verb::Eval(args) => eval::eval(&args),
         Verb::Chat(args) => chat::chat(&args),
         Verb::Export(args) => export::export(&args),
-        Verb::Adapters(verb) => crate::adapters::adapters(&verb),
+        Verb::Adapters(verb) => crate::verb_adapters::adapters(&verb),
         Verb::Data(DataVerb::Check(args)) => data::check::check(&args),
         Verb::Doctor(args) => doctor::doctor(&args),
         Verb::Launch(args) => launch::launch(&args),

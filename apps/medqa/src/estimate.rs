@@ -1,17 +1,20 @@
-//! How much memory a run would need, for every way to divide and to place it.
+//! The command `estimate`: the memory that a run would need, for every ZeRO stage and offload setting.
 
 use crate::{cli::EstimateArgs, fetch, recipe::MethodKind};
 use anyhow::Result;
 use burn_llama::{Checkpoint, LlamaConfig};
 use burn_peft::{LoraConfig, TargetModules};
 use burn_zero::{
-    ds_config::Stage,
-    estimate::{Estimate, Memory, Nodes, Numbers, Offload, Placement, Recompute, Shape, Weights, states, zero2, zero3},
+    ds_config::ZeroStage,
+    estimate::{
+        Cluster, CpuOffload, DeepSpeedEstimate, LlamaShape, MemoryEstimate, ModelSize, Recompute, StatePlacement,
+        TrainingPrecision, model_states, zero2, zero3,
+    },
 };
 
 mod measure;
 
-/// The verb `estimate`: a table on stdout. Nothing is loaded but the model's sizes.
+/// Runs the command `estimate`: prints a table on stdout. Only the model's configuration is read, no weights.
 pub fn estimate(args: &EstimateArgs) -> Result<()> {
     if args.measure {
         return measure::measure(args);
@@ -20,52 +23,64 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
         Some(path) => LlamaConfig::load(path)?,
         None => Checkpoint::open(&fetch::resolve(&args.model)?)?.config().clone(),
     };
-    let shape = shape(&config);
+    let shape = model_shape(&config);
     let all = shape.parameters(config.tie_word_embeddings);
-    let trained = if args.method == MethodKind::Full { all } else { adapters(&shape, &lora(args))? };
+    let trained = if args.method == MethodKind::Full { all } else { count_lora_params(&shape, &lora_from_args(args))? };
     println!(
-        "{:.1} M weights, {:.1} M learn; {} rank{}, {} tokens in a micro-batch; GiB of each rank, device + host",
+        "{:.1} M parameters, {:.1} M trainable; {} rank{}, {} tokens per micro-batch; GiB per rank, device + host",
         all as f64 / 1e6,
         trained as f64 / 1e6,
         args.world,
         if args.world.get() == 1 { "" } else { "s" },
         args.tokens
     );
-    println!("\n{:<10}{:<20}{:>24}{:>24}", "stage", "optimizer", "f32", "bf16, f32 masters");
-    for stage in [Stage::Replicated, Stage::States, Stage::Gradients, Stage::Weights] {
-        for (place, offload) in PLACES {
-            if offload == Off::All && stage != Stage::Weights {
+    println!("\n{:<10}{:<20}{:>24}{:>24}", "stage", "optimizer", "f32", "bf16, f32 master weights");
+    for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
+        for (place, offload) in OFFLOAD_SETTINGS {
+            if offload == OffloadSetting::All && stage != ZeroStage::Weights {
                 continue;
             }
-            let cell = |numbers: Numbers| {
-                let frozen_bytes = if trained == all { 0 } else { all * numbers.bytes() };
-                let largest_segment_bytes = shape.largest_segment() * numbers.bytes();
-                let weights = Weights { trained, frozen_bytes, largest_segment_bytes, bucket: 4 << 20 };
-                let (offload_optimizer, offload_param) = (offload != Off::None, offload == Off::All);
+            let cell = |numbers: TrainingPrecision| {
+                let frozen_bytes = if trained == all { 0 } else { all * numbers.bytes_per_weight() };
+                let largest_segment_bytes = shape.largest_segment() * numbers.bytes_per_weight();
+                let weights = ModelSize { trained, frozen_bytes, largest_segment_bytes, bucket_size: 4 << 20 };
+                let (offload_optimizer, offload_param) =
+                    (offload != OffloadSetting::None, offload == OffloadSetting::All);
                 let (world, early_updates) = (args.world.get(), args.max_grad_norm == 0.0);
-                let placement = Placement { stage, world, offload_optimizer, offload_param, early_updates };
+                let placement = StatePlacement {
+                    stage,
+                    world_size: world,
+                    offload_optimizer,
+                    offload_param,
+                    optimizer_in_backward: early_updates,
+                };
                 let recompute = if args.recompute { Recompute::Full } else { Recompute::None };
-                let mut memory = kept(weights, numbers, placement);
-                memory.activations = shape.activations(args.tokens, numbers.bytes(), recompute).total();
+                let mut memory = model_states_with_f32_gradients(weights, numbers, placement);
+                memory.activations = shape.activations(args.tokens, numbers.bytes_per_weight(), recompute).total();
                 if trained == all {
-                    memory.activations = passing(memory.activations, &shape, placement);
+                    memory.activations = peak_transient_bytes(memory.activations, &shape, placement);
                 }
-                if offload == Off::File {
-                    memory.host -= moments(trained, placement);
+                if offload == OffloadSetting::File {
+                    memory.host -= moment_bytes(trained, placement);
                 }
                 format!("{:.2} + {:.2}", gib(memory.device()), gib(memory.host))
             };
-            println!("{:<10}{place:<20}{:>24}{:>24}", u8::from(stage), cell(Numbers::F32), cell(Numbers::Mixed));
+            println!(
+                "{:<10}{place:<20}{:>24}{:>24}",
+                u8::from(stage),
+                cell(TrainingPrecision::F32),
+                cell(TrainingPrecision::Mixed)
+            );
         }
     }
     if trained == all {
-        deepspeed(all, shape.vocabulary * shape.hidden, args.world.get());
+        print_deepspeed_estimates(all, shape.vocabulary * shape.hidden, args.world.get());
     }
     Ok(())
 }
 
-/// The adapters that the arguments name.
-fn lora(args: &EstimateArgs) -> LoraConfig {
+/// Returns the LoRA configuration that the arguments describe.
+fn lora_from_args(args: &EstimateArgs) -> LoraConfig {
     let names = args.target_modules.clone();
     let target_modules = match names.as_slice() {
         [all] if all == "all-linear" => TargetModules::Pattern(all.clone()),
@@ -74,55 +89,66 @@ fn lora(args: &EstimateArgs) -> LoraConfig {
     LoraConfig { r: args.r as usize, target_modules, ..LoraConfig::default() }
 }
 
-/// What is not on the device.
+/// Model states that are kept off the device.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Off {
+enum OffloadSetting {
     None,
     Optimizer,
-    /// Moments in a file.
+    /// Optimizer states in host memory, their moments in a file.
     File,
-    /// The optimizer and this rank's weights, on the host.
+    /// Optimizer states and this rank's parameter shard in host memory.
     All,
 }
 
-const PLACES: [(&str, Off); 4] =
-    [("device", Off::None), ("host", Off::Optimizer), ("file", Off::File), ("host, weights too", Off::All)];
+const OFFLOAD_SETTINGS: [(&str, OffloadSetting); 4] = [
+    ("device", OffloadSetting::None),
+    ("host", OffloadSetting::Optimizer),
+    ("file", OffloadSetting::File),
+    ("host, weights too", OffloadSetting::All),
+];
 
-/// What DeepSpeed's own estimators say of full fine-tuning on one machine.
-fn deepspeed(all: u64, largest_layer: u64, devices: u64) {
-    let nodes = Nodes { nodes: 1, devices };
+/// Prints what DeepSpeed's own memory estimators give for full fine-tuning on one node.
+fn print_deepspeed_estimates(all: u64, largest_layer: u64, devices: u64) {
+    let nodes = Cluster { nodes: 1, devices_per_node: devices };
     println!(
-        "\nDeepSpeed's formulas (16-bit weights, f32 masters, its buffers, no activations; stage 3 with zero.Init)"
+        "\nDeepSpeed's formulas (16-bit weights, f32 master weights, its buffers, no activations; stage 3 with zero.Init)"
     );
-    let row = |stage: u8, place: &str, Estimate { device, host }: Estimate| {
+    let row = |stage: u8, place: &str, DeepSpeedEstimate { device, host }: DeepSpeedEstimate| {
         println!("{stage:<10}{place:<20}{:>48}", format!("{:.2} + {:.2}", gib(device), gib(host / devices)));
     };
     row(2, "device", zero2(all, nodes, false));
     row(2, "host", zero2(all, nodes, true));
-    for (place, offload) in [("device", Offload::None), ("host", Offload::Optimizer), (PLACES[3].0, Offload::All)] {
+    for (place, offload) in
+        [("device", CpuOffload::None), ("host", CpuOffload::Optimizer), (OFFLOAD_SETTINGS[3].0, CpuOffload::All)]
+    {
         row(3, place, zero3(all, largest_layer, nodes, offload, true));
     }
 }
 
-/// [`states`] of this engine, which sums gradients in f32 whatever the model computes in.
-pub fn kept(weights: Weights, numbers: Numbers, placement: Placement) -> Memory {
-    let memory = states(weights, numbers, placement);
-    Memory { gradients: memory.gradients * 4 / numbers.bytes(), ..memory }
+/// Returns the memory of a rank's model states: [`model_states`] with gradients in f32, in which this engine accumulates them
+/// whatever the model computes in.
+pub fn model_states_with_f32_gradients(
+    weights: ModelSize,
+    numbers: TrainingPrecision,
+    placement: StatePlacement,
+) -> MemoryEstimate {
+    let memory = model_states(weights, numbers, placement);
+    MemoryEstimate { gradients: memory.gradients * 4 / numbers.bytes_per_weight(), ..memory }
 }
 
-/// Bytes of this rank's two moments.
-pub fn moments(trained: u64, placement: Placement) -> u64 {
-    8 * if placement.stage >= Stage::States { trained.div_ceil(placement.world) } else { trained }
+/// Returns the bytes of this rank's two Adam moments.
+pub fn moment_bytes(trained: u64, placement: StatePlacement) -> u64 {
+    8 * if placement.stage >= ZeroStage::OptimizerStates { trained.div_ceil(placement.world_size) } else { trained }
 }
 
-/// What passes at the highest, of so many bytes of activations and of an embedding that learns, the largest tensor. When the
-/// backward pass reaches it, what layers keep is gone; its gradient is made in a buffer of its own and summed with that of the
-/// output it is tied to, and where gradients are divided it is whole until then. Where gradients are updated with on the way,
-/// the output's is the one that waits all along.
-pub fn passing(activations: u64, shape: &Shape, placement: Placement) -> u64 {
+/// Returns the peak of the transient memory: the activations, or the gradient of a trained embedding, the largest
+/// tensor. When the backward pass reaches the embedding, the layers' activations have been freed; the gradient gets a
+/// buffer of its own and is added to that of the tied output head, and with sharded gradients it is whole until then.
+/// If the optimizer steps during the backward pass, the output head's gradient waits for the whole pass.
+pub fn peak_transient_bytes(activations: u64, shape: &LlamaShape, placement: StatePlacement) -> u64 {
     let bytes = 4 * shape.vocabulary * shape.hidden;
-    let whole = if placement.stage >= Stage::Gradients { bytes - bytes / placement.world } else { 0 };
-    let waits = if placement.early_updates { bytes } else { 0 };
+    let whole = if placement.stage >= ZeroStage::Gradients { bytes - bytes / placement.world_size } else { 0 };
+    let waits = if placement.optimizer_in_backward { bytes } else { 0 };
     activations.max(bytes + whole) + waits
 }
 
@@ -130,17 +156,17 @@ pub fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
-/// What adapters of this configuration train on a model of this shape.
+/// Returns the number of parameters that LoRA with this configuration trains on a model of this shape.
 ///
 /// # Errors
-/// If the configuration is not possible.
-pub fn adapters(shape: &Shape, lora: &LoraConfig) -> Result<u64> {
-    let layers = linears(shape);
+/// If the configuration is invalid.
+pub fn count_lora_params(shape: &LlamaShape, lora: &LoraConfig) -> Result<u64> {
+    let layers = linear_layers(shape);
     Ok(lora.count_trainable(layers.iter().map(|(path, shape)| (path.as_str(), *shape)))? as u64)
 }
 
-/// Paths and shapes `[out, in]` of the linear layers.
-fn linears(shape: &Shape) -> Vec<(String, [usize; 2])> {
+/// Returns the paths and shapes `[out, in]` of the linear layers.
+fn linear_layers(shape: &LlamaShape) -> Vec<(String, [usize; 2])> {
     let (wide, narrow) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
     let (hidden, mlp) = (shape.hidden, shape.intermediate);
     let block = [
@@ -159,9 +185,9 @@ fn linears(shape: &Shape) -> Vec<(String, [usize; 2])> {
     blocks.chain([head]).collect()
 }
 
-/// What an estimate has to know of a model.
-pub fn shape(config: &LlamaConfig) -> Shape {
-    Shape {
+/// Returns the dimensions of a model that an estimate needs.
+pub fn model_shape(config: &LlamaConfig) -> LlamaShape {
+    LlamaShape {
         layers: config.num_hidden_layers as u64,
         hidden: config.hidden_size as u64,
         intermediate: config.intermediate_size as u64,
@@ -180,9 +206,11 @@ mod tests {
     #[test]
     fn the_counts_are_those_of_the_published_model() {
         let (layers, hidden, intermediate, vocabulary) = (30, 576, 1536, 49152);
-        let shape = Shape { layers, hidden, intermediate, heads: 9, kv_heads: 3, head_dim: 64, vocabulary };
+        let shape = LlamaShape { layers, hidden, intermediate, heads: 9, kv_heads: 3, head_dim: 64, vocabulary };
         assert_eq!(shape.parameters(true), 134_515_008);
-        let count = |target_modules| adapters(&shape, &LoraConfig { target_modules, ..LoraConfig::default() }).unwrap();
+        let count = |target_modules| {
+            count_lora_params(&shape, &LoraConfig { target_modules, ..LoraConfig::default() }).unwrap()
+        };
         assert_eq!(count(TargetModules::Pattern("all-linear".to_owned())), 2_442_240);
         assert_eq!(count(TargetModules::default()), 460_800);
         let head = TargetModules::Suffixes(vec!["lm_head".to_owned()]);

@@ -1,4 +1,4 @@
-//! Several ranks on this machine or on those of a host file.
+//! The command `launch`: starts several ranks on this machine or on those of a host file.
 
 use crate::cli::LaunchArgs;
 use anyhow::{Context, Result, bail};
@@ -8,7 +8,8 @@ use std::{
     process::Command,
 };
 
-/// The verb `launch`: becomes `mpirun`, which starts this program as so many ranks; each gets its share of the cores.
+/// Runs the command `launch`: replaces this process by `mpirun`, which starts the program once per rank; each rank gets
+/// its share of the cores.
 pub fn launch(args: &LaunchArgs) -> Result<()> {
     if !cfg!(feature = "mpi") {
         bail!(
@@ -36,7 +37,7 @@ pub fn launch(args: &LaunchArgs) -> Result<()> {
             }
         }
     }
-    // mpirun refuses root unless told, and in a container there is no one else.
+    // mpirun refuses to run as root without this option, and a container often has no other user.
     if std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0) {
         command.arg("--allow-run-as-root");
     }

@@ -1,9 +1,7 @@
-//! medqa: a medical question answering system, from data to chat. The program is [`cli`]; what reads the user's files is
-//! public for the fuzzer.
+//! medqa: a medical question answering system, from data preparation to chat. [`cli`] is the command line; the modules
+//! that read the user's files are public for the fuzzer.
 #![recursion_limit = "256"]
 
-mod adapter;
-mod adapters;
 mod backend;
 mod bench;
 mod chat;
@@ -16,10 +14,12 @@ mod export;
 mod fetch;
 mod launch;
 mod logits;
+mod method_adapter;
 mod model;
 pub mod process;
 mod quickstart;
 pub mod recipe;
 mod schedule;
 mod train;
+mod verb_adapters;
 mod write;

@@ -1,7 +1,7 @@
-//! The logits of a text, for comparison with other programs.
+//! The verb `logits`: computes the logits of a text, for comparison with other programs.
 
 use crate::{
-    backend::{Device, on},
+    backend::{Device, with_backend},
     cli::{ModelArgs, WeightsArgs},
     model,
 };
@@ -11,24 +11,24 @@ use burn_llama::{generate, kernel::Kernels};
 use safetensors::{Dtype, tensor::TensorView};
 use std::path::Path;
 
-/// The verb `logits`.
+/// Runs the verb `logits`.
 pub fn logits(
     (args, weights): (&ModelArgs, WeightsArgs),
     device: &Device,
     (text, by_steps): (&str, bool),
     out: &Path,
 ) -> Result<()> {
-    on!(device.ready()?, |B, place| write::<B>((args, weights), place, (text, by_steps), out))
+    with_backend!(device.ensure_ready()?, |B, device| write_logits::<B>((args, weights), device, (text, by_steps), out))
 }
 
-fn write<B: Kernels>(
+fn write_logits<B: Kernels>(
     (args, weights): (&ModelArgs, WeightsArgs),
     device: &B::Device,
     (text, by_steps): (&str, bool),
     out: &Path,
 ) -> Result<()> {
     let mut loaded = model::load::<B>(args, weights.weights, device)?;
-    loaded.model = model::computing(loaded.model, weights.compute)?;
+    loaded.model = model::with_compute(loaded.model, weights.compute)?;
     let ids = loaded.tokenizer.encode(text, true)?;
     let logits = if by_steps {
         let mut values: Vec<f32> = Vec::new();
@@ -44,5 +44,5 @@ fn write<B: Kernels>(
         ("logits", TensorView::new(Dtype::F32, logits.shape.to_vec(), logits.as_bytes())?),
     ];
     let bytes = safetensors::serialize(tensors, None).context("logits cannot be serialised")?;
-    crate::write::whole(out, &bytes)
+    crate::write::write_atomically(out, &bytes)
 }

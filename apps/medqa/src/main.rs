@@ -1,4 +1,4 @@
-//! medqa: a medical question answering system, from data to chat.
+//! medqa: a medical question answering system, from data preparation to chat.
 
 use clap::Parser;
 use medqa::{cli, doctor, process};
@@ -8,29 +8,30 @@ use std::{
 };
 
 fn main() -> ExitCode {
-    process::begin();
+    process::init();
     let cli = cli::Cli::parse();
-    // Deep graphs are walked recursively when they are freed.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(process::threads()).stack_size(64 << 20).build_global();
+    // Freeing a deep autodiff graph recurses, so threads get large stacks.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(process::num_threads()).stack_size(64 << 20).build_global();
     if let Err(error) = pool {
         eprintln!("error: threads cannot be started: {error}");
         return ExitCode::from(2);
     }
-    let Ok(result) = catch_unwind(AssertUnwindSafe(|| within(|| cli::run(cli)))) else {
+    let Ok(result) = catch_unwind(AssertUnwindSafe(|| run_in_pool(|| cli::run(cli)))) else {
         return ExitCode::from(101);
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(if error.is::<doctor::Failed>() { 1 } else { 2 })
+            ExitCode::from(if error.is::<doctor::ChecksFailed>() { 1 } else { 2 })
         }
     }
 }
 
-/// Runs `work` on a thread of the pool, so that a kernel starts its part at once and wakes only the others. A pool of one stays
-/// free for those who wait for it.
-fn within<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+/// Runs `work` on a thread of the rayon pool, so that a kernel starts its own share at once and wakes only the other
+/// threads. With a pool of one thread, `work` runs outside the pool, whose thread stays free for jobs that `work` waits
+/// for.
+fn run_in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     if rayon::current_num_threads() > 1 {
         return rayon::scope(|_| work());
     }

@@ -1,22 +1,23 @@
-//! Pipeline schedules to look at.
+//! The command `schedule`: prints and draws a pipeline schedule.
 
 use crate::{cli::ScheduleArgs, write};
 use anyhow::Result;
-use burn_zero::pipeline::{Costs, Layout, Pass, Schedule, Transport, Work};
+use burn_zero::pipeline::{Action, ComputationType, Costs, PipelineSchedule, PipelineShape, SendMode};
 use std::fmt::Write as _;
 
-/// The verb `schedule`: a table of who computes what when, the idle share, and the most live activations.
+/// Runs the command `schedule`: prints a table of what each rank computes when, the bubble, and the peak number of live
+/// activations.
 pub fn schedule(args: &ScheduleArgs) -> Result<()> {
-    let layout = Layout::new(args.stages, args.chunks, args.micro_batches)?;
-    let schedule = Schedule::new(args.kind, layout)?;
-    let program = schedule.program(Transport::Blocking);
-    program.validate(Transport::Blocking)?;
+    let layout = PipelineShape::new(args.stages, args.chunks, args.micro_batches)?;
+    let schedule = PipelineSchedule::new(args.kind, layout)?;
+    let program = schedule.program(SendMode::Blocking);
+    program.validate(SendMode::Blocking)?;
     let timeline = program.simulate(&Costs::uniform(layout, 1.0, args.backward))?;
     if let Some(path) = &args.csv {
-        write::whole(path, schedule.to_csv().as_bytes())?;
+        write::write_atomically(path, schedule.to_csv().as_bytes())?;
     }
     if let Some(path) = &args.svg {
-        write::whole(path, timeline.to_svg().as_bytes())?;
+        write::write_atomically(path, timeline.to_svg().as_bytes())?;
     }
     print!("{}", table(&schedule));
     println!("\nbubble           {:.1} %", 100.0 * timeline.bubble_fraction());
@@ -25,18 +26,19 @@ pub fn schedule(args: &ScheduleArgs) -> Result<()> {
         timeline.makespan(),
         args.backward
     );
-    let live: Vec<String> = program.peak_live().iter().map(usize::to_string).collect();
+    let live: Vec<String> = program.peak_live_activations().iter().map(usize::to_string).collect();
     println!("live activations {} at most, by rank", live.join(", "));
     Ok(())
 }
 
-/// A line per rank: forward passes as numbers, backward passes in brackets, with the chunk behind a point if there are several.
-fn table(schedule: &Schedule) -> String {
-    let chunks = schedule.layout().stages() / schedule.layout().ranks();
-    let cell = |work: Work| {
+/// Formats one line per rank: forward passes as micro-batch numbers, backward passes in brackets, with the chunk after
+/// a point if a rank has several.
+fn table(schedule: &PipelineSchedule) -> String {
+    let chunks = schedule.shape().stages() / schedule.shape().ranks();
+    let cell = |work: Action| {
         let name =
             if chunks > 1 { format!("{}.{}", work.micro_batch, work.chunk) } else { work.micro_batch.to_string() };
-        if work.pass == Pass::Forward { name } else { format!("[{name}]") }
+        if work.computation == ComputationType::Forward { name } else { format!("[{name}]") }
     };
     let rows: Vec<Vec<String>> =
         schedule.rows().iter().map(|row| row.iter().map(|work| work.map(cell).unwrap_or_default()).collect()).collect();

@@ -1,4 +1,4 @@
-//! Files and folders that are there whole or not at all.
+//! Atomic writes: a file or folder appears complete or not at all.
 
 use anyhow::{Context, Result};
 use std::{
@@ -6,48 +6,49 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Writes beside `path`, then renames.
-pub fn whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let beside = beside(path);
-    fs::write(&beside, bytes)
-        .and_then(|()| fs::rename(&beside, path))
-        .inspect_err(|_| drop(fs::remove_file(&beside)))
+/// Writes `bytes` to a temporary file next to `path`, then renames it to `path`.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let partial = partial_path(path);
+    fs::write(&partial, bytes)
+        .and_then(|()| fs::rename(&partial, path))
+        .inspect_err(|_| drop(fs::remove_file(&partial)))
         .with_context(|| format!("{}: cannot be written", path.display()))
 }
 
-/// Fills a folder beside `out`, then renames it; an empty folder at `out` is replaced.
-pub fn whole_folder(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+/// Lets `fill` write into a temporary folder next to `out`, then renames it to `out`; an empty folder at `out` is
+/// replaced.
+pub fn write_dir_atomically(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let out = std::path::absolute(out).with_context(|| out.display().to_string())?;
-    parent(&out)?;
-    let part = beside(&out);
-    // What an earlier attempt that was cut short has left.
-    remove(&part)?;
+    create_parent_dir(&out)?;
+    let partial = partial_path(&out);
+    // Removes what an interrupted earlier attempt left.
+    remove_dir_if_exists(&partial)?;
     let work = || -> Result<()> {
-        fs::create_dir(&part).with_context(|| format!("{}: cannot be made", part.display()))?;
-        fill(&part)?;
+        fs::create_dir(&partial).with_context(|| format!("{}: cannot be made", partial.display()))?;
+        fill(&partial)?;
         if out.is_dir() {
             fs::remove_dir(&out).with_context(|| format!("{}: cannot be replaced", out.display()))?;
         }
-        fs::rename(&part, &out).with_context(|| format!("{}: cannot be made", out.display()))
+        fs::rename(&partial, &out).with_context(|| format!("{}: cannot be made", out.display()))
     };
-    // The error that matters is the first one.
-    work().inspect_err(|_| drop(remove(&part)))
+    // If the cleanup fails too, the first error is the one to report.
+    work().inspect_err(|_| drop(remove_dir_if_exists(&partial)))
 }
 
-/// Makes the folder that `path` lies in.
-pub fn parent(path: &Path) -> Result<()> {
+/// Creates the parent folder of `path`.
+pub fn create_parent_dir(path: &Path) -> Result<()> {
     let Some(parent) = path.parent() else { return Ok(()) };
     fs::create_dir_all(parent).with_context(|| format!("{}: cannot be made", parent.display()))
 }
 
-/// `path.part`.
-fn beside(path: &Path) -> PathBuf {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".part");
-    beside.into()
+/// Returns the temporary path, `path.part`.
+fn partial_path(path: &Path) -> PathBuf {
+    let mut partial = path.as_os_str().to_owned();
+    partial.push(".part");
+    partial.into()
 }
 
-fn remove(directory: &Path) -> Result<()> {
+fn remove_dir_if_exists(directory: &Path) -> Result<()> {
     match fs::remove_dir_all(directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("{}: cannot be removed", directory.display()))

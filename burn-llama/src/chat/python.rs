@@ -1,4 +1,4 @@
-//! Two of Python's standard functions, as far as chat templates call them.
+//! Python's `json.dumps` and `strftime`, as far as chat templates need them.
 
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
@@ -19,37 +19,37 @@ const MONTHS: [&str; 12] = [
 ];
 const DAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 
-/// The keywords of `json.dumps`.
-pub(super) struct Dumps {
-    /// Spaces per level; `None` writes one line.
+/// The keyword arguments of `json.dumps`.
+pub(super) struct JsonDumps {
+    /// Spaces per level of nesting; `None` writes a single line.
     pub indent: Option<usize>,
-    /// What stands between items.
-    pub item: String,
-    /// What stands between key and value.
-    pub key: String,
-    /// Whether keys are sorted.
+    /// Separator between items.
+    pub item_separator: String,
+    /// Separator between key and value.
+    pub key_separator: String,
+    /// True if keys are sorted.
     pub sort_keys: bool,
-    /// Whether characters beyond ASCII are escaped.
+    /// True if characters outside ASCII are escaped.
     pub ensure_ascii: bool,
 }
 
-impl Dumps {
-    /// The value as `json.dumps` writes it.
+impl JsonDumps {
+    /// Returns the value as JSON in the format of `json.dumps`.
     pub fn dumps(&self, value: &Value) -> Result<String, Error> {
         let mut out = String::new();
-        self.write(value, 1, &mut out)?;
+        self.write_value(value, 1, &mut out)?;
         Ok(out)
     }
 
-    fn write(&self, value: &Value, level: usize, out: &mut String) -> Result<(), Error> {
+    fn write_value(&self, value: &Value, level: usize, out: &mut String) -> Result<(), Error> {
         match value.kind() {
             ValueKind::Undefined | ValueKind::None => out.push_str("null"),
             ValueKind::Bool | ValueKind::Number => out.push_str(&value.to_string()),
-            ValueKind::String => out.push_str(&self.escaped(value.as_str().unwrap_or_default())),
+            ValueKind::String => out.push_str(&self.json_string(value.as_str().unwrap_or_default())),
             ValueKind::Seq | ValueKind::Iterable => {
                 let items: Vec<_> = value.try_iter()?.collect();
                 out.push('[');
-                self.items(&items, level, out, |item, out| self.write(item, level + 1, out))?;
+                self.write_items(&items, level, out, |item, out| self.write_value(item, level + 1, out))?;
                 out.push(']');
             }
             ValueKind::Map => {
@@ -58,10 +58,10 @@ impl Dumps {
                     keys.sort();
                 }
                 out.push('{');
-                self.items(&keys, level, out, |key, out| {
-                    out.push_str(&self.escaped(&key.to_string()));
-                    out.push_str(&self.key);
-                    self.write(&value.get_item(key)?, level + 1, out)
+                self.write_items(&keys, level, out, |key, out| {
+                    out.push_str(&self.json_string(&key.to_string()));
+                    out.push_str(&self.key_separator);
+                    self.write_value(&value.get_item(key)?, level + 1, out)
                 })?;
                 out.push('}');
             }
@@ -70,8 +70,8 @@ impl Dumps {
         Ok(())
     }
 
-    /// Writes what stands between the brackets.
-    fn items(
+    /// Writes the items between two brackets.
+    fn write_items(
         &self,
         items: &[Value],
         level: usize,
@@ -80,26 +80,27 @@ impl Dumps {
     ) -> Result<(), Error> {
         for (index, item) in items.iter().enumerate() {
             if index > 0 {
-                out.push_str(&self.item);
+                out.push_str(&self.item_separator);
             }
-            self.line(level, out);
+            self.write_newline(level, out);
             write(item, out)?;
         }
         if !items.is_empty() {
-            self.line(level - 1, out);
+            self.write_newline(level - 1, out);
         }
         Ok(())
     }
 
-    /// Starts a line at a level, if there are lines.
-    fn line(&self, level: usize, out: &mut String) {
+    /// Starts a new line at a nesting level, if output is indented.
+    fn write_newline(&self, level: usize, out: &mut String) {
         if let Some(indent) = self.indent {
             out.push('\n');
             out.extend(std::iter::repeat_n(' ', indent * level));
         }
     }
 
-    fn escaped(&self, text: &str) -> String {
+    /// Returns a string as a quoted JSON string.
+    fn json_string(&self, text: &str) -> String {
         let quoted = serde_json::Value::from(text).to_string();
         if !self.ensure_ascii {
             return quoted;
@@ -116,10 +117,11 @@ impl Dumps {
     }
 }
 
-/// `strftime` of a UTC time in seconds since 1970, with English names; an unknown directive is the error.
+/// Formats a UTC time, given in seconds since 1970, with `strftime` directives and English names. An unknown directive
+/// is an error.
 pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, String> {
     let days = seconds / 86_400;
-    let (year, month, day) = date(days);
+    let (year, month, day) = civil_date(days);
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
     let weekday = DAYS[(days as usize + 4) % 7]; // 1 January 1970 was a Thursday.
     let month_name = MONTHS[month as usize - 1];
@@ -167,14 +169,14 @@ pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, String> {
     Ok(out)
 }
 
-/// Days from 1 January 1970 to 1 January of a year.
+/// Returns the number of days from 1 January 1970 to 1 January of a year.
 fn days_before(year: u64) -> u64 {
     let leaps = |year: u64| year / 4 - year / 100 + year / 400;
     (year - 1970) * 365 + leaps(year - 1) - leaps(1969)
 }
 
-/// Year, month and day of a day counted from 1 January 1970.
-fn date(days: u64) -> (u64, u64, u64) {
+/// Returns year, month and day for a number of days since 1 January 1970.
+fn civil_date(days: u64) -> (u64, u64, u64) {
     let mut year = 1970 + days / 366;
     while days_before(year + 1) <= days {
         year += 1;

@@ -1,4 +1,4 @@
-//! The model from a configuration and a source of tensors.
+//! Construction of the model from a configuration and a function that reads tensors.
 
 use crate::{
     LlamaConfig,
@@ -11,13 +11,13 @@ use burn::{
 };
 use burn_peft::{
     Linear, Weight,
-    kernel::Compute,
-    packed::{Codec, Packed},
+    kernel::MatmulPrecision,
+    packed::{Codec, PackedWeight},
     param,
 };
 
-/// Every parameter of the model: its name and shape.
-pub(crate) fn shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+/// Returns the name and shape of every parameter of the model.
+pub(crate) fn parameter_shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     let (hidden, mlp, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
     let (q, kv) = config.attention_widths();
     let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden])];
@@ -52,27 +52,31 @@ pub(crate) fn shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     all
 }
 
-/// The content of a tensor.
-pub(crate) enum Values {
-    /// As floats.
+/// The content of a tensor as read from a checkpoint.
+pub(crate) enum LoadedTensor {
+    /// Float values.
     Floats(TensorData),
-    /// In packed rows, one after the other.
-    Rows {
-        /// How they are packed.
+    /// Packed rows, back to back.
+    PackedRows {
+        /// The format of the packed rows.
         codec: Codec,
-        /// Values of a row.
+        /// The number of values in a row.
         features: usize,
-        /// The rows.
+        /// The packed bytes of all rows.
         bytes: Vec<u8>,
     },
 }
 
-/// Tensors by name, or why one cannot be had.
-type Read<'a, E> = &'a dyn Fn(&str) -> Result<Values, E>;
+/// A function that reads a tensor by name.
+type TensorReader<'a, E> = &'a dyn Fn(&str) -> Result<LoadedTensor, E>;
 
-/// The model whose tensors `read` gives, each asked for once.
-pub(crate) fn build<B: Kernels, E>(config: &LlamaConfig, read: Read<'_, E>, device: &B::Device) -> Result<Llama<B>, E> {
-    let build = Build { config, read, device };
+/// Builds the model on `device`, reading each tensor once with `read`.
+pub(crate) fn build<B: Kernels, E>(
+    config: &LlamaConfig,
+    read: TensorReader<'_, E>,
+    device: &B::Device,
+) -> Result<Llama<B>, E> {
+    let build = ModelBuilder { config, read, device };
     let layers = (0..config.num_hidden_layers).map(|index| build.layer(index)).collect::<Result<_, _>>()?;
     let embedding = "model.embed_tokens.weight";
     Ok(Llama {
@@ -84,21 +88,22 @@ pub(crate) fn build<B: Kernels, E>(config: &LlamaConfig, read: Read<'_, E>, devi
         prompts: Vec::new(),
         lm_head: if config.tie_word_embeddings { None } else { Some(build.linear("lm_head", false)?) },
         config: config.clone(),
-        compute: Compute::F32,
+        matmul_precision: MatmulPrecision::F32,
     })
 }
 
-struct Build<'a, D, E> {
+/// The inputs that every module of the model is built from.
+struct ModelBuilder<'a, D, E> {
     config: &'a LlamaConfig,
-    read: Read<'a, E>,
+    read: TensorReader<'a, E>,
     device: &'a D,
 }
 
-impl<D, E> Build<'_, D, E> {
+impl<D, E> ModelBuilder<'_, D, E> {
     fn tensor<B: Kernels<Device = D>, const N: usize>(&self, name: &str) -> Result<Tensor<B, N>, E> {
         let data = match (self.read)(name)? {
-            Values::Floats(data) => data,
-            Values::Rows { codec, .. } => panic!("{name} is a vector, and no {codec}"),
+            LoadedTensor::Floats(data) => data,
+            LoadedTensor::PackedRows { codec, .. } => panic!("{name}: expected a vector of floats, found {codec}"),
         };
         let dtype = data.dtype;
         Ok(Tensor::from_data(data, (self.device, dtype)))
@@ -112,18 +117,18 @@ impl<D, E> Build<'_, D, E> {
 
     fn linear<B: Kernels<Device = D>>(&self, path: &str, bias: bool) -> Result<Linear<B>, E> {
         let bias = if bias { Some(self.tensor(&format!("{path}.bias"))?) } else { None };
-        Ok(Linear::with(path, self.weight(&format!("{path}.weight"))?, bias))
+        Ok(Linear::from_weight(path, self.weight(&format!("{path}.weight"))?, bias))
     }
 
     fn weight<B: Kernels<Device = D>>(&self, name: &str) -> Result<Weight<B>, E> {
         Ok(match (self.read)(name)? {
-            Values::Floats(data) => {
+            LoadedTensor::Floats(data) => {
                 let dtype = data.dtype;
                 Weight::dense(name, Tensor::from_data(data, (self.device, dtype)))
             }
-            Values::Rows { codec, features, bytes } => {
+            LoadedTensor::PackedRows { codec, features, bytes } => {
                 let rows = bytes.chunks_exact(codec.row_bytes(features).max(1));
-                Weight::packed(name, Packed::new(codec, features, rows, self.device))
+                Weight::packed(name, PackedWeight::new(codec, features, rows, self.device))
             }
         })
     }

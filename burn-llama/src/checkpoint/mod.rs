@@ -1,6 +1,6 @@
 //! Checkpoints: Hugging Face directories and GGUF files, read one tensor at a time into the model.
 
-mod beside;
+mod atomic_write;
 pub(crate) mod build;
 pub mod gguf;
 mod pages;
@@ -9,11 +9,11 @@ pub mod safetensors;
 mod save;
 mod storage;
 
-pub(crate) use beside::{beside, replace};
+pub(crate) use atomic_write::{atomic_write, atomic_write_with};
 pub use save::{save, save_as};
 pub use storage::Storage;
 
-use crate::{Error, Llama, LlamaConfig, Mismatch, kernel::Kernels};
+use crate::{Error, Llama, LlamaConfig, TensorMismatch, kernel::Kernels};
 use burn::tensor::{DType, TensorData};
 use gguf::Gguf;
 use std::{
@@ -21,16 +21,17 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// A checkpoint that is open: its tensors are mapped, not read.
+/// An open checkpoint: its files are memory-mapped; no tensor is read yet.
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
     config: LlamaConfig,
-    source: Source,
+    files: TensorFiles,
 }
 
+/// The mapped files that hold a checkpoint's tensors.
 #[derive(Debug)]
-enum Source {
+enum TensorFiles {
     HuggingFace(safetensors::Shards),
     Gguf(Box<Gguf>),
 }
@@ -43,33 +44,33 @@ impl Checkpoint {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let (config, source) = if path.is_dir() {
             let config = LlamaConfig::load(&path.join("config.json"))?;
-            (config, Source::HuggingFace(safetensors::Shards::open(path)?))
+            (config, TensorFiles::HuggingFace(safetensors::Shards::open(path)?))
         } else {
             let gguf = Gguf::open(path)?;
             let config = LlamaConfig::from_json(gguf.config_json()?).map_err(|error| error.in_file(path))?;
-            (config, Source::Gguf(Box::new(gguf)))
+            (config, TensorFiles::Gguf(Box::new(gguf)))
         };
-        Ok(Self { path: path.to_owned(), config, source })
+        Ok(Self { path: path.to_owned(), config, files: source })
     }
 
-    /// The model's sizes and variants.
+    /// Returns the configuration of the checkpoint's model.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }
 
-    /// The GGUF file, if it is one.
+    /// Returns the GGUF file if the checkpoint is one, `None` for a Hugging Face directory.
     pub fn gguf(&self) -> Option<&Gguf> {
-        match &self.source {
-            Source::Gguf(gguf) => Some(gguf),
-            Source::HuggingFace(_) => None,
+        match &self.files {
+            TensorFiles::Gguf(gguf) => Some(gguf),
+            TensorFiles::HuggingFace(_) => None,
         }
     }
 
-    /// Names (Hugging Face's) and shapes of all tensors.
+    /// Returns the Hugging Face names and the shapes of all tensors.
     fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
-        match &self.source {
-            Source::HuggingFace(shards) => shards.shapes(),
-            Source::Gguf(gguf) => gguf
+        match &self.files {
+            TensorFiles::HuggingFace(shards) => shards.shapes(),
+            TensorFiles::Gguf(gguf) => gguf
                 .tensors()
                 .filter(|entry| entry.name != "rope_freqs.weight")
                 .map(|entry| {
@@ -80,17 +81,17 @@ impl Checkpoint {
         }
     }
 
-    /// What a GGUF file says of a tensor.
+    /// Returns the entry in the GGUF tensor table for a Hugging Face name.
     fn entry<'a>(&self, gguf: &'a Gguf, name: &str) -> Result<&'a gguf::TensorEntry, Error> {
         let entry = gguf::gguf_name(name).and_then(|name| gguf.tensor(&name));
         entry.ok_or_else(|| gguf.error(name, "a tensor of this name", "none"))
     }
 
-    /// One tensor in the given float type.
+    /// Reads one tensor, converted to the float type `dtype`.
     fn read(&self, name: &str, dtype: DType) -> Result<TensorData, Error> {
-        match &self.source {
-            Source::HuggingFace(shards) => shards.read(name, dtype),
-            Source::Gguf(gguf) => {
+        match &self.files {
+            TensorFiles::HuggingFace(shards) => shards.read(name, dtype),
+            TensorFiles::Gguf(gguf) => {
                 let entry = self.entry(gguf, name)?;
                 let data = TensorData::new(gguf.read(entry)?, entry.shape.clone());
                 Ok(if dtype == DType::F32 { data } else { data.convert_dtype(dtype) })
@@ -98,22 +99,24 @@ impl Checkpoint {
         }
     }
 
-    /// The weight `[out, in]` of the linear layer at `path`, such as `model.layers.0.mlp.up_proj`, in f32: what a model that is
-    /// stored as NF4 was before.
+    /// Reads the weight `[out, in]` of the linear layer at `path` (such as `model.layers.0.mlp.up_proj`) as f32. For a
+    /// model loaded as NF4 this is the weight before quantization.
     ///
     /// # Errors
-    /// If there is none, or it cannot be read.
+    /// If there is no such weight, or it cannot be read.
     pub fn weight(&self, path: &str) -> Result<TensorData, Error> {
         self.read(&format!("{path}.weight"), DType::F32)
     }
 
-    /// The model on `device`, with matrices stored as asked (a float type will do) and norms and biases in f32.
+    /// Loads the model onto `device`. Matrices are stored as `storage` says (a float [`DType`] converts to one); norms
+    /// and biases are f32.
     ///
     /// # Errors
-    /// If tensors are missing, not the model's, or of another shape: all of them in one error; or if they cannot be stored so.
+    /// If tensors are missing, unexpected or of the wrong shape (one error lists them all), or if the checkpoint cannot
+    /// be loaded with this storage.
     pub fn load<B: Kernels>(&self, storage: impl Into<Storage>, device: &B::Device) -> Result<Llama<B>, Error> {
         let storage = storage.into();
-        self.check(storage)?;
+        self.check_storage(storage)?;
         let mismatch = self.mismatch();
         if !mismatch.is_empty() {
             return Err(Error::Tensors { path: self.path.clone(), mismatch });
@@ -121,29 +124,34 @@ impl Checkpoint {
         build::build(
             &self.config,
             &|name: &str| {
-                // Vectors are norms and biases: small, and sensitive.
+                // Norms and biases (all vectors) are small and sensitive to rounding, so they stay in f32.
                 let matrix =
                     name.ends_with("_proj.weight") || name.contains("embed_tokens") || name.starts_with("lm_head");
-                if matrix { self.stored(name, storage) } else { self.read(name, DType::F32).map(build::Values::Floats) }
+                if matrix {
+                    self.read_matrix(name, storage)
+                } else {
+                    self.read(name, DType::F32).map(build::LoadedTensor::Floats)
+                }
             },
             device,
         )
     }
 
-    fn mismatch(&self) -> Mismatch {
-        let (mut found, mut mismatch) = (self.shapes(), Mismatch::default());
-        for (name, expected) in build::shapes(&self.config) {
+    /// Compares the checkpoint's tensors with the parameters that its configuration requires.
+    fn mismatch(&self) -> TensorMismatch {
+        let (mut found, mut mismatch) = (self.shapes(), TensorMismatch::default());
+        for (name, expected) in build::parameter_shapes(&self.config) {
             match found.remove(&name) {
                 None => mismatch.missing.push(name),
                 Some(shape) if shape == expected => {}
-                Some(shape) => mismatch.misshapen.push((name, format!("{expected:?}"), format!("{shape:?}"))),
+                Some(shape) => mismatch.mismatched.push((name, format!("{expected:?}"), format!("{shape:?}"))),
             }
         }
-        // A tied head may be stored again, and old files keep rotary tables; both change nothing.
+        // Some files store a tied head a second time, and old ones keep rotary tables; neither is read.
         let harmless = |name: &String| {
             (self.config.tie_word_embeddings && name == "lm_head.weight") || name.ends_with("rotary_emb.inv_freq")
         };
-        mismatch.extra = found.into_keys().filter(|name| !harmless(name)).collect();
+        mismatch.unexpected = found.into_keys().filter(|name| !harmless(name)).collect();
         mismatch
     }
 }

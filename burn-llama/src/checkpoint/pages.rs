@@ -1,15 +1,16 @@
-//! Pages of mapped files.
+//! Release of memory-mapped pages.
 
 use memmap2::Mmap;
 
-/// Gives the pages of a tensor that was copied back to the system: else the whole file counts as the process's memory beside the
-/// copies. Whoever reads them again gets them from the file.
-pub(super) fn forget(map: &Mmap, start: usize, bytes: usize) {
+/// Tells the system that the pages of a tensor already copied are no longer needed. Otherwise the whole file would
+/// count towards the process's resident memory in addition to the copies. A later access reads the pages from the file
+/// again.
+pub(super) fn release(map: &Mmap, start: usize, bytes: usize) {
     #[cfg(unix)]
     {
-        // SAFETY: the map is read-only and of a file, so that a page that is dropped comes back with the same content.
+        // SAFETY: the map is read-only and backed by a file, so a dropped page is reloaded with the same content.
         let result = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, bytes) };
-        // A system that keeps them costs memory, nothing else.
+        // If the advice is refused, the process only uses more memory.
         let _ = result;
     }
     #[cfg(not(unix))]

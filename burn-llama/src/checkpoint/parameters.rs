@@ -1,4 +1,4 @@
-//! A model's parameters, each fetched from its device when it is written and not before.
+//! A model's parameters, each copied from its device only when it is written.
 
 use crate::{Error, Llama, kernel::Kernels};
 use burn::{
@@ -9,22 +9,22 @@ use burn_peft::Linears;
 
 /// One parameter of the base model.
 pub(super) struct Parameter<B: Backend> {
-    /// Its key in the checkpoint.
+    /// The parameter's key in the checkpoint.
     pub path: String,
-    /// Its shape there.
+    /// The parameter's shape in the checkpoint.
     pub shape: Vec<usize>,
     values: Tensor<B, 1>,
 }
 
 impl<B: Backend> Parameter<B> {
-    /// The values in row-major order, in the given float type.
+    /// Copies the values from the device, in row-major order, as the float type `dtype`.
     pub fn data(&self, dtype: DType) -> TensorData {
         self.values.clone().into_data().convert_dtype(dtype)
     }
 }
 
-/// Refuses a model whose weights are packed: what is written are float parameters.
-pub(super) fn all_floats<B: Kernels>(model: &Llama<B>) -> Result<(), Error> {
+/// Returns an error if any weight of the model is packed: only float parameters can be written.
+pub(super) fn require_dense<B: Kernels>(model: &Llama<B>) -> Result<(), Error> {
     let mut packed = model.model.embed_tokens.weight.is_packed().then(|| "model.embed_tokens".to_owned());
     model.linears(&mut |path, linear| {
         if packed.is_none() && linear.weight.is_packed() {
@@ -40,19 +40,20 @@ pub(super) fn all_floats<B: Kernels>(model: &Llama<B>) -> Result<(), Error> {
     }
 }
 
-/// The parameters of the model without its adapters, in the order in which the model visits them.
+/// Returns the model's parameters without its adapters, in the order in which the module visitor meets them.
 pub(super) fn parameters<B: Kernels>(model: &Llama<B>) -> Vec<Parameter<B>> {
-    let mut collect = Collect { path: Vec::new(), found: Vec::new() };
+    let mut collect = ParameterCollector { path: Vec::new(), parameters: Vec::new() };
     model.visit(&mut collect);
-    collect.found
+    collect.parameters
 }
 
-struct Collect<B: Backend> {
+/// A module visitor that collects the parameters of the base model.
+struct ParameterCollector<B: Backend> {
     path: Vec<String>,
-    found: Vec<Parameter<B>>,
+    parameters: Vec<Parameter<B>>,
 }
 
-impl<B: Backend> ModuleVisitor<B> for Collect<B> {
+impl<B: Backend> ModuleVisitor<B> for ParameterCollector<B> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -68,6 +69,6 @@ impl<B: Backend> ModuleVisitor<B> for Collect<B> {
         }
         let value = param.val();
         let (shape, size) = (value.dims().to_vec(), value.shape().num_elements());
-        self.found.push(Parameter { path, shape, values: value.reshape([size]) });
+        self.parameters.push(Parameter { path, shape, values: value.reshape([size]) });
     }
 }

@@ -1,4 +1,4 @@
-//! Hugging Face's `model.safetensors`, whole or in shards with `model.safetensors.index.json`.
+//! Hugging Face weights: a single `model.safetensors`, or shards listed in `model.safetensors.index.json`.
 
 use super::pages;
 use crate::Error;
@@ -11,41 +11,43 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// The mapped files of a checkpoint.
+/// The memory-mapped safetensors files of a checkpoint.
 #[derive(Debug)]
 pub struct Shards {
     files: Vec<Shard>,
-    /// Which file holds a tensor.
+    /// The position in `files` of the file that holds each tensor.
     index: BTreeMap<String, usize>,
 }
 
+/// One memory-mapped safetensors file.
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
     map: Mmap,
     metadata: Metadata,
-    /// Where the tensors' bytes start.
-    data: usize,
+    /// Byte offset of the tensor data in the file.
+    data_offset: usize,
 }
 
 impl Shard {
     fn open(path: PathBuf) -> Result<Self, Error> {
         let file = File::open(&path).map_err(|e| Error::io(&path, e))?;
-        // SAFETY: the map is read only; whoever truncates a checkpoint while it is being read breaks every reader.
+        // SAFETY: the map is read-only and the file is opened read-only. A checkpoint must not be modified or truncated
+        // while it is mapped; every program that maps checkpoints relies on that.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(&path, e))?;
         let (header, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|e| Error::format(&path, "header", "a complete safetensors file", e.to_string()))?;
         SafeTensors::deserialize(&map)
             .map_err(|e| Error::format(&path, "content", "a complete safetensors file", e.to_string()))?;
-        Ok(Self { path, map, metadata, data: header + 8 })
+        Ok(Self { path, map, metadata, data_offset: header + 8 })
     }
 }
 
 impl Shards {
-    /// Maps the files of a directory.
+    /// Maps the safetensors files of a directory.
     ///
     /// # Errors
-    /// If there are none, one that the index names is missing, or one is malformed.
+    /// If there are none, a file that the index names is missing, or a file is malformed.
     pub fn open(directory: &Path) -> Result<Self, Error> {
         let (single, index) = (directory.join("model.safetensors"), directory.join("model.safetensors.index.json"));
         let names: BTreeSet<PathBuf> = if single.is_file() || !index.is_file() {
@@ -58,7 +60,7 @@ impl Shards {
             let map = map.ok_or_else(|| Error::format(&index, "weight_map", "an object", "none"))?;
             map.values()
                 .map(|file| match file.as_str().map(Path::new) {
-                    // A name, not a path: an index must not lead out of its directory.
+                    // Only bare file names are accepted: an index must not point outside its directory.
                     Some(name) if name.file_name() == Some(name.as_os_str()) => Ok(directory.join(name)),
                     _ => Err(Error::format(&index, "weight_map", "names of files beside the index", file.to_string())),
                 })
@@ -72,7 +74,7 @@ impl Shards {
         Ok(Self { files, index })
     }
 
-    /// Names and shapes of all tensors.
+    /// Returns the names and shapes of all tensors.
     pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         let shape = |(name, &file): (&String, &usize)| {
             let shape = self.files[file].metadata.info(name).map(|info| info.shape.clone()).unwrap_or_default();
@@ -81,7 +83,7 @@ impl Shards {
         self.index.iter().map(shape).collect()
     }
 
-    /// One tensor, converted from f32, f16 or bf16 to `dtype`.
+    /// Reads one tensor, stored as f32, f16 or bf16, and converts it to `dtype`.
     ///
     /// # Errors
     /// If there is no such tensor, or it is stored in another type.
@@ -98,9 +100,9 @@ impl Shards {
             Dtype::BF16 => DType::BF16,
             other => return Err(Error::format(&shard.path, name, "F32, F16 or BF16", format!("{other:?}"))),
         };
-        let (start, end) = (shard.data + info.data_offsets.0, shard.data + info.data_offsets.1);
+        let (start, end) = (shard.data_offset + info.data_offsets.0, shard.data_offset + info.data_offsets.1);
         let bytes = shard.map[start..end].to_vec();
-        pages::forget(&shard.map, start, end - start);
+        pages::release(&shard.map, start, end - start);
         let data = TensorData::from_bytes(Bytes::from_bytes_vec(bytes), info.shape.clone(), stored);
         Ok(if stored == dtype { data } else { data.convert_dtype(dtype) })
     }

@@ -1,43 +1,44 @@
-//! Attention over blocks of queries, by tensor operations (after Dao, 2023, arXiv:2307.08691).
+//! Attention over blocks of queries, with tensor operations (after Dao, 2023, arXiv:2307.08691).
 
 use super::{F, primitive, tensor};
 use burn::tensor::{Bool, Int, Tensor, backend::Backend, s};
 
-/// Queries per block: scores of one block are the largest tensor that exists.
-const BLOCK: usize = 64;
-/// The score of a hidden pair.
-const HIDDEN: f64 = -1e30;
+/// The number of queries per block. The scores of one block are the largest tensor that exists.
+const QUERIES_PER_BLOCK: usize = 64;
+/// The score of a masked pair.
+const MASKED_SCORE: f64 = -1e30;
 
-/// Who may see whom. A query sees a key of its own segment (or of the segment [`Visibility::ANY`]) at its own position or
-/// before, and within the sliding window if there is one.
+/// The attention mask by segments and positions. A query attends to a key of its own segment (or of the segment
+/// [`AttentionMask::ANY_SEGMENT`]) at its own position or before, and within the sliding window if there is one.
 #[derive(Debug, Clone)]
-pub struct Visibility<B: Backend> {
-    /// `[rows, queries]`.
+pub struct AttentionMask<B: Backend> {
+    /// The segment of each query, `[rows, queries]`.
     pub query_segments: Tensor<B, 2, Int>,
-    /// `[rows, queries]`.
+    /// The position of each query, `[rows, queries]`.
     pub query_positions: Tensor<B, 2, Int>,
-    /// `[rows, keys]`.
+    /// The segment of each key, `[rows, keys]`.
     pub key_segments: Tensor<B, 2, Int>,
-    /// `[rows, keys]`.
+    /// The position of each key, `[rows, keys]`.
     pub key_positions: Tensor<B, 2, Int>,
-    /// A query sees only the last `window` positions, its own included.
+    /// The sliding window: a query attends only to the last `window` positions, its own included.
     pub window: Option<usize>,
 }
 
-impl<B: Backend> Visibility<B> {
-    /// The segment of keys that every query of their row may see, such as a trained prefix.
-    pub const ANY: i32 = -1;
+impl<B: Backend> AttentionMask<B> {
+    /// The segment of keys that are visible to every query of their row, such as a trained prefix.
+    pub const ANY_SEGMENT: i32 = -1;
     /// The segment of slots that hold no key.
-    pub const HOLE: i32 = -2;
+    pub const EMPTY_SEGMENT: i32 = -2;
 
-    /// The pairs of queries `from..to` and the first `keys` keys that must not meet: `[rows, 1, 1, to - from, keys]`.
-    fn hidden(&self, from: usize, to: usize, keys: usize) -> Tensor<B, 5, Bool> {
+    /// Returns true for the masked pairs of queries `from..to` and the first `keys` keys:
+    /// `[rows, 1, 1, to - from, keys]`.
+    fn masked(&self, from: usize, to: usize, keys: usize) -> Tensor<B, 5, Bool> {
         let q = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., from..to]).unsqueeze_dim::<3>(2);
         let k = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., ..keys]).unsqueeze_dim::<3>(1);
         let shape = [self.query_segments.dims()[0], to - from, keys];
         let key_segments = k(&self.key_segments).expand(shape);
         let foreign = key_segments.clone().not_equal(q(&self.query_segments).expand(shape));
-        let foreign = foreign.bool_and(key_segments.not_equal_elem(Self::ANY));
+        let foreign = foreign.bool_and(key_segments.not_equal_elem(Self::ANY_SEGMENT));
         let distance = q(&self.query_positions).expand(shape) - k(&self.key_positions).expand(shape);
         let mut hidden = foreign.bool_or(distance.clone().lower_elem(0));
         if let Some(window) = self.window {
@@ -47,58 +48,60 @@ impl<B: Backend> Visibility<B> {
     }
 }
 
-/// Heads that share keys stand together: `[rows, kv_heads, group, n, head_dim]`.
+/// Groups the query heads by the key head that they share: `[rows, kv_heads, group, n, head_dim]`.
 fn grouped<B: Backend>(x: Tensor<B, 4>, kv_heads: usize) -> Tensor<B, 5> {
     let [rows, n, heads, dim] = x.dims();
     x.reshape([rows, n, kv_heads, heads / kv_heads, dim]).permute([0, 2, 3, 1, 4])
 }
 
-/// The inverse of [`grouped`].
+/// Inverts [`grouped`].
 fn ungrouped<B: Backend>(x: Tensor<B, 5>) -> Tensor<B, 4> {
     let [rows, kv_heads, group, n, dim] = x.dims();
     x.permute([0, 3, 1, 2, 4]).reshape([rows, n, kv_heads * group, dim])
 }
 
-/// One block's queries stacked by group, so that keys need no copy: `[rows, kv_heads, group · block, head_dim]`.
+/// Stacks the queries of a group, so that their shared keys need no copy: `[rows, kv_heads, group · block, head_dim]`.
 fn stacked<B: Backend>(x: Tensor<B, 5>) -> Tensor<B, 4> {
     let [rows, kv_heads, group, n, dim] = x.dims();
     x.reshape([rows, kv_heads, group * n, dim])
 }
 
-/// Keys or values by head, `[rows, kv_heads, keys, head_dim]`.
+/// Returns keys or values by head, `[rows, kv_heads, keys, head_dim]`.
 fn by_head<B: Backend>(x: F<B>) -> Tensor<B, 4> {
     tensor::<B, 4>(x).swap_dims(1, 2)
 }
 
-/// The scaled scores of a block with hidden pairs at a large negative value: `[rows, kv_heads, group, block, keys]`.
+/// Computes the scaled scores of a block, `[rows, kv_heads, group, block, keys]`; masked pairs get a large negative
+/// value.
 fn scores<B: Backend>(q: Tensor<B, 5>, k: &Tensor<B, 4>, hidden: Tensor<B, 5, Bool>) -> Tensor<B, 5> {
     let ([rows, kv_heads, group, n, dim], keys) = (q.dims(), hidden.dims()[4]);
     let k = k.clone().slice(s![.., .., ..keys, ..]).swap_dims(2, 3);
     let scores = (stacked(q) * (dim as f64).powf(-0.5)).matmul(k).reshape([rows, kv_heads, group, n, keys]);
-    // Finite, so that a query that sees nothing gives no NaN.
-    scores.mask_fill(hidden.expand([rows, kv_heads, group, n, keys]), HIDDEN)
+    // The value is finite, so that a query without visible keys gives no NaN.
+    scores.mask_fill(hidden.expand([rows, kv_heads, group, n, keys]), MASKED_SCORE)
 }
 
-/// Blocks of queries: (first, end, keys that the block can see).
+/// Returns the blocks of queries: (first, end, number of leading keys that are not all masked by causality).
 fn blocks(queries: usize, keys: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     let past = keys - queries;
-    (0..queries).step_by(BLOCK).map(move |from| {
-        let to = queries.min(from + BLOCK);
+    (0..queries).step_by(QUERIES_PER_BLOCK).map(move |from| {
+        let to = queries.min(from + QUERIES_PER_BLOCK);
         (from, to, past + to)
     })
 }
 
-/// [`flash_attention`](super::Kernels::flash_attention).
-pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<B>) -> (F<B>, F<B>) {
+/// Implements [`flash_attention`](super::Kernels::flash_attention).
+pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>) -> (F<B>, F<B>) {
     let (k, v) = (by_head::<B>(k), by_head::<B>(v));
     let [_, kv_heads, keys, _] = k.dims();
     let q = grouped(tensor::<B, 4>(q), kv_heads);
     let [rows, _, group, queries, dim] = q.dims();
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
     for (from, to, seen) in blocks(queries, keys) {
-        let hidden = visibility.hidden(from, to, seen);
-        // A query that sees nothing gets nothing; with a log-sum-exp of 0 its weights are 0 in the backward pass too. The scores
-        // do not tell: some devices find no NaN in a maximum.
+        let hidden = visibility.masked(from, to, seen);
+        // A query without visible keys gets an output of 0; with a log-sum-exp of 0 its weights are 0 in the backward
+        // pass too. Such queries are taken from the mask, not from the scores, because on some devices a maximum
+        // ignores NaN.
         let blind = hidden.clone().all_dim(4);
         let scores = scores(q.clone().slice(s![.., .., .., from..to, ..]), &k, hidden);
         let max = scores.clone().max_dim(4);
@@ -115,8 +118,8 @@ pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<B>) -> 
     (primitive(Tensor::cat(outputs, 1)), primitive(Tensor::cat(sums, 3)))
 }
 
-/// [`flash_attention_backward`](super::Kernels::flash_attention_backward).
-pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<B>, [lse, dy]: [F<B>; 2]) -> [F<B>; 3] {
+/// Implements [`flash_attention_backward`](super::Kernels::flash_attention_backward).
+pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>, [lse, dy]: [F<B>; 2]) -> [F<B>; 3] {
     let (k, v, lse) = (by_head::<B>(k), by_head::<B>(v), tensor::<B, 4>(lse));
     let [_, kv_heads, keys, dim] = k.dims();
     let (q, dy) = (grouped(tensor::<B, 4>(q), kv_heads), grouped(tensor::<B, 4>(dy), kv_heads));
@@ -128,16 +131,16 @@ pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<B>, [l
         let rows_of = |x: &Tensor<B, 5>| x.clone().slice(s![.., .., .., from..to, ..]);
         let flat = |x: Tensor<B, 5>| x.reshape([rows, kv_heads, group * n, seen]);
         let (q, dy) = (rows_of(&q), rows_of(&dy));
-        let scores = scores(q.clone(), &k, visibility.hidden(from, to, seen));
+        let scores = scores(q.clone(), &k, visibility.masked(from, to, seen));
         let p = (scores - lse.clone().slice(s![.., .., .., from..to]).unsqueeze_dim::<5>(4)).exp();
         let dy = stacked(dy);
         let dp = dy.clone().matmul(v.clone().slice(s![.., .., ..seen, ..]).swap_dims(2, 3));
         let dp = dp.reshape([rows, kv_heads, group, n, seen]);
-        // Σ output·dy, which needs no output.
+        // This equals Σ output·dy, so the output need not be kept.
         let delta = (p.clone() * dp.clone()).sum_dim(4);
         let ds = flat(p.clone() * (dp - delta) * scale);
-        dv = add_to(dv, flat(p).swap_dims(2, 3).matmul(dy));
-        dk = add_to(dk, ds.clone().swap_dims(2, 3).matmul(stacked(q)));
+        dv = add_to_first_keys(dv, flat(p).swap_dims(2, 3).matmul(dy));
+        dk = add_to_first_keys(dk, ds.clone().swap_dims(2, 3).matmul(stacked(q)));
         let block = ds.matmul(k.clone().slice(s![.., .., ..seen, ..]));
         dq.push(ungrouped(block.reshape([rows, kv_heads, group, n, dim])));
     }
@@ -145,7 +148,7 @@ pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &Visibility<B>, [l
 }
 
 /// Adds `part` to the first keys of `whole`.
-fn add_to<B: Backend>(whole: Tensor<B, 4>, part: Tensor<B, 4>) -> Tensor<B, 4> {
+fn add_to_first_keys<B: Backend>(whole: Tensor<B, 4>, part: Tensor<B, 4>) -> Tensor<B, 4> {
     let keys = part.dims()[2];
     if keys == whole.dims()[2] {
         return whole + part;

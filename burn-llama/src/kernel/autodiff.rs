@@ -1,6 +1,6 @@
-//! The backward passes of the kernels: what each keeps, and what it registers.
+//! Autodiff for the kernels: the state that each operation keeps and its backward pass.
 
-use super::{F, Kernels, Losses, Targets, Visibility};
+use super::{AttentionMask, F, Kernels, Losses, Targets};
 use burn::{
     backend::autodiff::{
         Autodiff, NodeId,
@@ -19,30 +19,30 @@ use burn::{
         ops::IntTensor,
     },
 };
-use burn_peft::kernel::{Compute, Stored, found_before};
+use burn_peft::kernel::{MatmulPrecision, WeightMatrix, take_accumulated_gradient};
 
-/// Registers the gradient of a parent that carries one.
+/// Registers the gradient of a parent if the parent is tracked.
 fn register<B: Backend>(grads: &mut Gradients, node: Option<NodeId>, gradient: F<B>) {
     if let Some(id) = node {
         grads.register::<B>(id, gradient);
     }
 }
 
-/// What an operation whose output is made again, not kept, takes for it.
+/// An input of an operation whose output is recomputed in the backward pass.
 #[derive(Debug)]
-enum Input<B: Backend> {
-    /// What the graph holds.
+enum RecomputeInput<B: Backend> {
+    /// A tensor that the graph holds or recomputes.
     Node(NodeId),
-    /// What no gradient reaches.
+    /// A tensor outside the graph.
     Constant(F<B>),
 }
 
-impl<B: Backend> Input<B> {
+impl<B: Backend> RecomputeInput<B> {
     fn of(x: &F<Autodiff<B>>) -> Self {
         if x.is_tracked() { Self::Node(x.node.id) } else { Self::Constant(x.primitive.clone()) }
     }
 
-    fn take(&self, states: &mut BackwardStates) -> F<B> {
+    fn value(&self, states: &mut BackwardStates) -> F<B> {
         match self {
             Self::Node(id) => states.get_state::<F<B>>(id),
             Self::Constant(x) => x.clone(),
@@ -50,43 +50,46 @@ impl<B: Backend> Input<B> {
     }
 }
 
-/// The parents that the graph must hold for an output to be made again.
-fn held<B: Backend>(parents: [&F<Autodiff<B>>; 2]) -> impl Iterator<Item = &F<Autodiff<B>>> {
+/// Returns the tracked parents, which the graph must keep so that the output can be recomputed.
+fn tracked_parents<B: Backend>(parents: [&F<Autodiff<B>>; 2]) -> impl Iterator<Item = &F<Autodiff<B>>> {
     parents.into_iter().filter(|parent| parent.is_tracked())
 }
 
-/// The output of the normalisation is cheap to make, and a product with weights that learn needs it again.
+/// Recomputes the output of RMSNorm, which is cheap, for the gradient of the trainable weights that it is multiplied
+/// with.
 #[derive(Debug)]
-struct Renorm<B: Backend>([Input<B>; 2], f64);
+struct RecomputeRmsNorm<B: Backend>([RecomputeInput<B>; 2], f64);
 
-impl<B: Kernels> RetroForward for Renorm<B> {
+impl<B: Kernels> RetroForward for RecomputeRmsNorm<B> {
     fn forward(&self, states: &mut BackwardStates, out: NodeId) {
-        let [x, weight] = self.0.each_ref().map(|input| input.take(states));
+        let [x, weight] = self.0.each_ref().map(|input| input.value(states));
         states.save(out, B::rms_norm(x, weight, self.1));
     }
 }
 
-/// So is that of the activation.
+/// Recomputes the output of SwiGLU, for the same reason.
 #[derive(Debug)]
-struct Reactivate<B: Backend>([Input<B>; 2]);
+struct RecomputeSwiGlu<B: Backend>([RecomputeInput<B>; 2]);
 
-impl<B: Kernels> RetroForward for Reactivate<B> {
+impl<B: Kernels> RetroForward for RecomputeSwiGlu<B> {
     fn forward(&self, states: &mut BackwardStates, out: NodeId) {
-        let [gate, up] = self.0.each_ref().map(|input| input.take(states));
-        states.save(out, B::swiglu(gate, up, Compute::F32));
+        let [gate, up] = self.0.each_ref().map(|input| input.value(states));
+        states.save(out, B::swiglu(gate, up, MatmulPrecision::F32));
     }
 }
 
+/// The backward pass of RMSNorm. State: input, weight, epsilon.
 #[derive(Debug)]
-struct RmsNorm;
+struct RmsNormBackward;
 
-impl<B: Kernels> Backward<B, 2> for RmsNorm {
+impl<B: Kernels> Backward<B, 2> for RmsNormBackward {
     type State = (F<B>, F<B>, f64);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let ([x_node, w_node], (x, weight, epsilon)) = (ops.parents, ops.state);
-        let found = x_node.as_ref().and_then(|x| found_before::<B>(grads, &dy, |place| place.node = x.clone()));
+        let found =
+            x_node.as_ref().and_then(|x| take_accumulated_gradient::<B>(grads, &dy, |place| place.node = x.clone()));
         let (dx, dw) = B::rms_norm_backward(x, weight, (dy, found), (epsilon, w_node.is_some()));
         register::<B>(grads, x_node.map(|n| n.id), dx);
         if let Some(dw) = dw {
@@ -95,11 +98,11 @@ impl<B: Kernels> Backward<B, 2> for RmsNorm {
     }
 }
 
-/// State: the number of the table's rows, and which were taken.
+/// The backward pass of the embedding. State: the number of rows of the table, and the ids of those that were selected.
 #[derive(Debug)]
-struct Embed;
+struct EmbedBackward;
 
-impl<B: Kernels> Backward<B, 1> for Embed {
+impl<B: Kernels> Backward<B, 1> for EmbedBackward {
     type State = (usize, IntTensor<B>);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -109,11 +112,11 @@ impl<B: Kernels> Backward<B, 1> for Embed {
     }
 }
 
-/// State: cosines and negated sines.
+/// The backward pass of rotary position embedding. State: cosines and sines.
 #[derive(Debug)]
-struct Rope;
+struct RopeBackward;
 
-impl<B: Kernels> Backward<B, 1> for Rope {
+impl<B: Kernels> Backward<B, 1> for RopeBackward {
     type State = (F<B>, F<B>);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -123,12 +126,12 @@ impl<B: Kernels> Backward<B, 1> for Rope {
     }
 }
 
-/// State: gate and up, in bf16 if products of bf16 made them: halves what the largest activations take, at an error of the size
-/// that they carry already.
+/// The backward pass of SwiGLU. State: gate and up, in bf16 if they are results of bf16 matrix products. This halves
+/// the memory of the largest activations and adds an error no larger than the one that they have already.
 #[derive(Debug)]
-struct SwiGlu;
+struct SwiGluBackward;
 
-impl<B: Kernels> Backward<B, 2> for SwiGlu {
+impl<B: Kernels> Backward<B, 2> for SwiGluBackward {
     type State = (F<B>, F<B>);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -140,12 +143,12 @@ impl<B: Kernels> Backward<B, 2> for SwiGlu {
     }
 }
 
-/// State: queries, keys, values; visibility; log-sum-exp.
+/// The backward pass of attention. State: queries, keys and values; attention mask; log-sum-exp.
 #[derive(Debug)]
-struct Attention;
+struct AttentionBackward;
 
-impl<B: Kernels> Backward<B, 3> for Attention {
-    type State = ([F<B>; 3], Visibility<B>, F<B>);
+impl<B: Kernels> Backward<B, 3> for AttentionBackward {
+    type State = ([F<B>; 3], AttentionMask<B>, F<B>);
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
@@ -157,12 +160,13 @@ impl<B: Kernels> Backward<B, 3> for Attention {
     }
 }
 
-/// State: hidden states and head, targets, what the forward pass gave.
+/// The backward pass of the cross-entropy. State: hidden states and head, targets, result of the forward pass,
+/// precision of the matrix products.
 #[derive(Debug)]
-struct CrossEntropy;
+struct CrossEntropyBackward;
 
-impl<B: Kernels> Backward<B, 2> for CrossEntropy {
-    type State = ((F<B>, Stored<B>), Targets<B>, Losses<B>, Compute);
+impl<B: Kernels> Backward<B, 2> for CrossEntropyBackward {
+    type State = ((F<B>, WeightMatrix<B>), Targets<B>, Losses<B>, MatmulPrecision);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
@@ -177,8 +181,8 @@ impl<B: Kernels> Backward<B, 2> for CrossEntropy {
     }
 }
 
-fn inner_visibility<B: Backend, C: CheckpointStrategy>(outer: &Visibility<Autodiff<B, C>>) -> Visibility<B> {
-    Visibility {
+fn inner_mask<B: Backend, C: CheckpointStrategy>(outer: &AttentionMask<Autodiff<B, C>>) -> AttentionMask<B> {
+    AttentionMask {
         query_segments: outer.query_segments.clone().inner(),
         query_positions: outer.query_positions.clone().inner(),
         key_segments: outer.key_segments.clone().inner(),
@@ -190,9 +194,9 @@ fn inner_visibility<B: Backend, C: CheckpointStrategy>(outer: &Visibility<Autodi
 impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn rms_norm(x: F<Self>, weight: F<Self>, epsilon: f64) -> F<Self> {
         let output = B::rms_norm(x.primitive.clone(), weight.primitive.clone(), epsilon);
-        let again = Renorm([Input::of(&x), Input::of(&weight)], epsilon);
-        let prep = RmsNorm.prepare::<BalancedCheckpointing>([x.node.clone(), weight.node.clone()]);
-        match prep.memory_bound().retro_forward(again).parents(held([&x, &weight])).stateful() {
+        let again = RecomputeRmsNorm([RecomputeInput::of(&x), RecomputeInput::of(&weight)], epsilon);
+        let prep = RmsNormBackward.prepare::<BalancedCheckpointing>([x.node.clone(), weight.node.clone()]);
+        match prep.memory_bound().retro_forward(again).parents(tracked_parents([&x, &weight])).stateful() {
             OpsKind::Tracked(prep) => prep.finish((x.primitive, weight.primitive, epsilon), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
@@ -201,7 +205,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn embed(table: F<Self>, ids: IntTensor<Self>) -> F<Self> {
         let [rows, _] = table.primitive.shape().dims();
         let output = B::embed(table.primitive, ids.clone());
-        match Embed.prepare::<C>([table.node.clone()]).compute_bound().stateful() {
+        match EmbedBackward.prepare::<C>([table.node.clone()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((rows, ids), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
@@ -209,23 +213,23 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
 
     fn rope(x: F<Self>, cos: F<Self>, sin: F<Self>) -> F<Self> {
         let output = B::rope(x.primitive, cos.primitive.clone(), sin.primitive.clone());
-        match Rope.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
+        match RopeBackward.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((cos.primitive, sin.primitive), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }
 
-    fn swiglu(gate: F<Self>, up: F<Self>, kept: Compute) -> F<Self> {
+    fn swiglu(gate: F<Self>, up: F<Self>, kept: MatmulPrecision) -> F<Self> {
         let output = B::swiglu(gate.primitive.clone(), up.primitive.clone(), kept);
-        let keep = |x| if kept == Compute::Bf16 { B::halved(x) } else { x };
-        let prep = SwiGlu.prepare::<BalancedCheckpointing>([gate.node.clone(), up.node.clone()]);
+        let keep = |x| if kept == MatmulPrecision::Bf16 { B::to_bf16(x) } else { x };
+        let prep = SwiGluBackward.prepare::<BalancedCheckpointing>([gate.node.clone(), up.node.clone()]);
         let prep = match kept {
-            Compute::F32 | Compute::F16 => {
-                let again = Reactivate([Input::of(&gate), Input::of(&up)]);
-                prep.memory_bound().retro_forward(again).parents(held([&gate, &up]))
+            MatmulPrecision::F32 | MatmulPrecision::F16 => {
+                let again = RecomputeSwiGlu([RecomputeInput::of(&gate), RecomputeInput::of(&up)]);
+                prep.memory_bound().retro_forward(again).parents(tracked_parents([&gate, &up]))
             }
-            // The graph would hold both in f32.
-            Compute::Bf16 => prep.compute_bound(),
+            // To recompute, the graph would have to keep both in f32.
+            MatmulPrecision::Bf16 => prep.compute_bound(),
         };
         match prep.stateful() {
             OpsKind::Tracked(prep) => prep.finish((keep(gate.primitive), keep(up.primitive)), output),
@@ -233,12 +237,12 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         }
     }
 
-    fn flash_attention([q, k, v]: [F<Self>; 3], visibility: &Visibility<Self>) -> (F<Self>, F<Self>) {
-        let visibility = inner_visibility(visibility);
+    fn flash_attention([q, k, v]: [F<Self>; 3], visibility: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
+        let visibility = inner_mask(visibility);
         let nodes = [q.node.clone(), k.node.clone(), v.node.clone()];
         let qkv = [q.primitive, k.primitive, v.primitive];
         let (output, lse) = B::flash_attention(qkv.clone(), &visibility);
-        let tracked = match Attention.prepare::<C>(nodes).compute_bound().stateful() {
+        let tracked = match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((qkv, visibility, lse.clone()), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         };
@@ -247,17 +251,17 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
 
     fn linear_cross_entropy(
         hidden: F<Self>,
-        head: Stored<Self>,
+        head: WeightMatrix<Self>,
         targets: &Targets<Self>,
-        (_, compute): ([bool; 2], Compute),
+        (_, compute): ([bool; 2], MatmulPrecision),
     ) -> Losses<Self> {
         let targets = Targets { ids: targets.ids.clone().inner(), weights: targets.weights.clone().inner() };
         let (head_tracked, head_node, head) = match head {
-            Stored::Dense(head) => (head.is_tracked(), head.node.clone(), Stored::Dense(head.primitive)),
-            Stored::Packed(rows) => {
-                // Packed rows have no node; that of a constant stands in.
+            WeightMatrix::Dense(head) => (head.is_tracked(), head.node.clone(), WeightMatrix::Dense(head.primitive)),
+            WeightMatrix::Packed(rows) => {
+                // Packed rows have no node, so the node of a constant takes its place.
                 let constant = <Self as AutodiffBackend>::from_inner(hidden.primitive.clone());
-                (false, constant.node, Stored::Packed(rows.inner()))
+                (false, constant.node, WeightMatrix::Packed(rows.inner()))
             }
         };
         let wanted = [hidden.is_tracked(), head_tracked];
@@ -265,10 +269,10 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let inputs = (hidden.primitive, head);
         let kept = B::linear_cross_entropy(inputs.0.clone(), inputs.1.clone(), &targets, (wanted, compute));
         let (losses, lse) = (kept.losses.clone(), kept.lse.clone());
-        let losses = match CrossEntropy.prepare::<C>(nodes).compute_bound().stateful() {
+        let losses = match CrossEntropyBackward.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((inputs, targets, kept, compute), losses),
             OpsKind::UnTracked(prep) => prep.finish(losses),
         };
-        Losses { losses, lse: <Self as AutodiffBackend>::from_inner(lse), unit: [None, None] }
+        Losses { losses, lse: <Self as AutodiffBackend>::from_inner(lse), sum_gradients: [None, None] }
     }
 }

@@ -1,4 +1,4 @@
-//! Which backends have the kernels.
+//! The backends that use the default implementations.
 
 #[cfg(any(feature = "tch", feature = "cuda", feature = "vulkan", feature = "wgpu"))]
 use super::Kernels;

@@ -1,32 +1,33 @@
-//! The loss of the output head, over blocks of tokens and of the vocabulary, by tensor operations.
+//! The cross-entropy loss of the output head over blocks of tokens and of the vocabulary, with tensor operations.
 
 use super::{F, primitive, tensor};
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, backend::Backend, s};
-use burn_peft::kernel::{self, Compute, LinearKernels, Stored};
+use burn_peft::kernel::{self, LinearKernels, MatmulPrecision, WeightMatrix};
 
-/// Tokens per block.
-const TOKENS: usize = 4096;
+/// The number of tokens per block.
+const TOKENS_PER_BLOCK: usize = 4096;
 /// The number of logits that exist at a time.
-const LOGITS: usize = 1 << 21;
+const MAX_LOGITS: usize = 1 << 21;
 
-/// What each hidden state should predict.
+/// The target of each hidden state.
 #[derive(Debug, Clone)]
 pub struct Targets<B: Backend> {
-    /// The token, `[n]`.
+    /// The token ids, `[n]`.
     pub ids: Tensor<B, 1, Int>,
     /// The factor of each token's loss, `[n]`.
     pub weights: Tensor<B, 1>,
 }
 
-/// What the loss of the head gives, and what its backward pass may use.
+/// The result of the cross-entropy, with the values that its backward pass may use.
 #[derive(Debug, Clone)]
 pub struct Losses<B: Backend> {
     /// The weighted loss of each token, `[n]`.
     pub losses: F<B>,
     /// The log-sum-exp of each token's logits, `[n]`.
     pub lse: F<B>,
-    /// The gradients of the sum of the losses with respect to the hidden states and the head, where they were made on the way.
-    pub unit: [Option<F<B>>; 2],
+    /// The gradients of the sum of the losses with respect to the hidden states and the head, if the forward pass
+    /// computed them.
+    pub sum_gradients: [Option<F<B>>; 2],
 }
 
 impl<B: Backend> Targets<B> {
@@ -35,30 +36,35 @@ impl<B: Backend> Targets<B> {
     }
 }
 
-/// Ranges of at most `size` that cover `0..n`.
+/// Returns ranges of at most `size` that cover `0..n`.
 fn blocks(n: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..n).step_by(size).map(move |from| (from, n.min(from + size)))
 }
 
-/// Blocks of the vocabulary for `n` tokens.
+/// Returns the blocks of the vocabulary for `n` tokens.
 fn vocabulary_blocks(n: usize, vocabulary: usize) -> impl Iterator<Item = (usize, usize)> {
-    blocks(vocabulary, (LOGITS / n.max(1)).max(256))
+    blocks(vocabulary, (MAX_LOGITS / n.max(1)).max(256))
 }
 
-fn times<B: LinearKernels>(a: Tensor<B, 2>, b: Tensor<B, 2>, compute: Compute) -> Tensor<B, 2> {
-    tensor(kernel::product::<B>(primitive(a), primitive(b), compute))
+fn matmul<B: LinearKernels>(a: Tensor<B, 2>, b: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
+    tensor(kernel::matmul::<B>(primitive(a), primitive(b), compute))
 }
 
-/// Rows `from..to` of the head, in the type of the hidden states.
-fn rows<B: LinearKernels>(head: &Stored<B>, (from, to): (usize, usize), dtype: DType) -> Tensor<B, 2> {
+/// Returns rows `from..to` of the head in the type of the hidden states.
+fn head_rows<B: LinearKernels>(head: &WeightMatrix<B>, (from, to): (usize, usize), dtype: DType) -> Tensor<B, 2> {
     head.rows(from..to).cast(dtype)
 }
 
-/// [`linear_cross_entropy`](super::Kernels::linear_cross_entropy).
-pub fn forward<B: LinearKernels>(hidden: F<B>, head: Stored<B>, targets: &Targets<B>, compute: Compute) -> Losses<B> {
+/// Implements [`linear_cross_entropy`](super::Kernels::linear_cross_entropy).
+pub fn forward<B: LinearKernels>(
+    hidden: F<B>,
+    head: WeightMatrix<B>,
+    targets: &Targets<B>,
+    compute: MatmulPrecision,
+) -> Losses<B> {
     let hidden = tensor::<B, 2>(hidden);
     let (mut losses, mut sums) = (Vec::new(), Vec::new());
-    for (from, to) in blocks(hidden.dims()[0], TOKENS) {
+    for (from, to) in blocks(hidden.dims()[0], TOKENS_PER_BLOCK) {
         let (hidden, targets) = (hidden.clone().slice(s![from..to, ..]), targets.slice(from, to));
         let lse = log_sum_exp(&hidden, &head, compute);
         let rows = head.select(targets.ids).cast(hidden.dtype());
@@ -66,15 +72,23 @@ pub fn forward<B: LinearKernels>(hidden: F<B>, head: Stored<B>, targets: &Target
         losses.push((lse.clone() - target) * targets.weights);
         sums.push(lse);
     }
-    Losses { losses: primitive(Tensor::cat(losses, 0)), lse: primitive(Tensor::cat(sums, 0)), unit: [None, None] }
+    Losses {
+        losses: primitive(Tensor::cat(losses, 0)),
+        lse: primitive(Tensor::cat(sums, 0)),
+        sum_gradients: [None, None],
+    }
 }
 
-/// `log Σ exp(hidden · headᵀ)` over the vocabulary, `[n]`.
-fn log_sum_exp<B: LinearKernels>(hidden: &Tensor<B, 2>, head: &Stored<B>, compute: Compute) -> Tensor<B, 1> {
+/// Computes `log Σ exp(hidden · headᵀ)` over the vocabulary, `[n]`.
+fn log_sum_exp<B: LinearKernels>(
+    hidden: &Tensor<B, 2>,
+    head: &WeightMatrix<B>,
+    compute: MatmulPrecision,
+) -> Tensor<B, 1> {
     let n = hidden.dims()[0];
     let mut running: Option<(Tensor<B, 2>, Tensor<B, 2>)> = None;
     for (from, to) in vocabulary_blocks(n, head.shape()[0]) {
-        let logits = times(hidden.clone(), rows(head, (from, to), hidden.dtype()).transpose(), compute);
+        let logits = matmul(hidden.clone(), head_rows(head, (from, to), hidden.dtype()).transpose(), compute);
         let max = logits.clone().max_dim(1);
         running = Some(match running {
             None => (max.clone(), (logits - max).exp().sum_dim(1)),
@@ -89,19 +103,20 @@ fn log_sum_exp<B: LinearKernels>(hidden: &Tensor<B, 2>, head: &Stored<B>, comput
     (max + sum.log()).squeeze_dim::<1>(1)
 }
 
-/// The gradient of the logits is `dy·weight·(softmax - one_hot(target))`.
+/// Computes the gradients of hidden states and head. The gradient of the logits is
+/// `dy·weight·(softmax - one_hot(target))`.
 pub fn backward<B: LinearKernels>(
-    (hidden, head): (F<B>, Stored<B>),
+    (hidden, head): (F<B>, WeightMatrix<B>),
     targets: &Targets<B>,
     [lse, dy]: [F<B>; 2],
-    ([_, trained], compute): ([bool; 2], Compute),
+    ([_, trained], compute): ([bool; 2], MatmulPrecision),
 ) -> [Option<F<B>>; 2] {
     let hidden = tensor::<B, 2>(hidden);
     let (lse, scale) = (tensor::<B, 1>(lse), tensor::<B, 1>(dy) * targets.weights.clone());
     let vocabulary = head.shape()[0];
     let mut d_hidden = Vec::new();
     let mut d_head: Option<Tensor<B, 2>> = None;
-    for (from, to) in blocks(hidden.dims()[0], TOKENS) {
+    for (from, to) in blocks(hidden.dims()[0], TOKENS_PER_BLOCK) {
         let h = hidden.clone().slice(s![from..to, ..]);
         let column = |x: &Tensor<B, 1>| x.clone().slice(s![from..to]).unsqueeze_dim::<2>(1);
         let (lse, scale) = (column(&lse), column(&scale));
@@ -109,13 +124,13 @@ pub fn backward<B: LinearKernels>(
         let mut dh = (head.select(ids.clone()).cast(h.dtype()) * scale.clone()).neg();
         let mut parts = Vec::new();
         for (first, end) in vocabulary_blocks(to - from, vocabulary) {
-            let w = rows(&head, (first, end), h.dtype());
-            let logits = times(h.clone(), w.clone().transpose(), compute);
+            let w = head_rows(&head, (first, end), h.dtype());
+            let logits = matmul(h.clone(), w.clone().transpose(), compute);
             let d_logits = (logits - lse.clone()).exp() * scale.clone();
             if trained {
-                parts.push(times(d_logits.clone().transpose(), h.clone(), compute));
+                parts.push(matmul(d_logits.clone().transpose(), h.clone(), compute));
             }
-            dh = dh + times(d_logits, w, compute);
+            dh = dh + matmul(d_logits, w, compute);
         }
         if trained {
             let part = Tensor::cat(parts, 0).select_assign(0, ids, (h * scale).neg(), IndexingUpdateOp::Add);

@@ -1,9 +1,9 @@
 //! The fused operations of a transformer block, as a backend extension.
 //!
-//! Default bodies are tensor operations that stream already: attention runs over blocks of queries and keeps only the
+//! The default methods use tensor operations, block by block: attention runs over blocks of queries and keeps only the
 //! log-sum-exp, cross-entropy runs over blocks of tokens and of the vocabulary. The implementation for
-//! [`Autodiff`](burn::backend::Autodiff) has a hand-written backward pass for each, so nothing of size length × length or
-//! tokens × vocabulary survives an operation on any backend.
+//! [`Autodiff`](burn::backend::Autodiff) has a hand-written backward pass for each operation, so no tensor of size
+//! length × length or tokens × vocabulary outlives an operation on any backend.
 
 mod attention;
 mod autodiff;
@@ -15,16 +15,16 @@ mod rms_norm;
 mod rope;
 mod swiglu;
 
-pub use attention::Visibility;
+pub use attention::AttentionMask;
 pub use cross_entropy::{Losses, Targets};
 
-use crate::{Llama, Past};
+use crate::{KvCache, Llama};
 use burn::tensor::{
     FloatDType, Shape, Slice, Tensor, TensorMetadata, TensorPrimitive,
     backend::Backend,
     ops::{FloatTensor, IntTensor},
 };
-use burn_peft::kernel::{Compute, LinearKernels, Stored};
+use burn_peft::kernel::{LinearKernels, MatmulPrecision, WeightMatrix};
 
 /// A float tensor of the backend.
 type F<B> = FloatTensor<B>;
@@ -35,27 +35,29 @@ fn embed_backward<B: Backend>(rows: usize, ids: IntTensor<B>, dy: F<B>) -> F<B> 
     B::float_select_add(zeros, 0, ids, dy)
 }
 
-/// The operations that the model is made of, beside [`LinearKernels`]. Forward and backward; the backward methods are given
-/// the gradient of the output and return the gradients of the float inputs.
+/// The forward and backward operations of the model, in addition to [`LinearKernels`]. A backward method takes the
+/// gradient of the output and returns the gradients of the float inputs.
 pub trait Kernels: LinearKernels {
-    /// The rows `ids [n]` of `table [rows, features]`.
+    /// Selects the rows `ids [n]` of `table [rows, features]`.
     fn embed(table: F<Self>, ids: IntTensor<Self>) -> F<Self> {
         Self::float_select(table, 0, ids)
     }
 
-    /// The gradient of a table of so many rows. It is the largest tensor of many a model: the fewer copies the better.
+    /// Computes the gradient of a table of `rows` rows. It is the largest tensor of many models, so copies should be
+    /// avoided.
     fn embed_backward(rows: usize, ids: IntTensor<Self>, dy: F<Self>) -> F<Self> {
         embed_backward::<Self>(rows, ids, dy)
     }
 
-    /// `x / √(mean(x²) + eps) · weight` over the last dimension: `x [n, features]`, `weight [features]`.
+    /// Computes `x / √(mean(x²) + eps) · weight` over the last dimension: `x [n, features]`, `weight [features]`.
     /// (Zhang and Sennrich, 2019, arXiv:1910.07467.)
     fn rms_norm(x: F<Self>, weight: F<Self>, epsilon: f64) -> F<Self> {
         rms_norm::forward::<Self>(x, weight, epsilon)
     }
 
-    /// The gradients of `x`, added to what others found of it as in [`LinearKernels::linear_backward_input`], and of `weight` if
-    /// `trained`.
+    /// Computes the gradients of `x` and, if `rule.1`, of `weight`; `rule.0` is the epsilon. The gradient of `x` is
+    /// added to `found`, which other operations have accumulated before, as in
+    /// [`LinearKernels::linear_backward_input`].
     fn rms_norm_backward(
         x: F<Self>,
         weight: F<Self>,
@@ -65,89 +67,96 @@ pub trait Kernels: LinearKernels {
         rms_norm::backward::<Self>(x, weight, (dy, found), rule)
     }
 
-    /// Rotates the halves of every head: `x [n, heads, head_dim]`, `cos`, `sin [n, head_dim / 2]`. With `sin` negated it is its
-    /// own inverse and backward. (Su et al., 2021, arXiv:2104.09864, in the rotate-half form of `transformers`.)
+    /// Applies rotary position embedding to every head: `x [n, heads, head_dim]`, `cos`, `sin [n, head_dim / 2]`. With
+    /// `sin` negated it computes its inverse, which is also its backward. (Su et al., 2021, arXiv:2104.09864, in the
+    /// rotate-half form of `transformers`.)
     fn rope(x: F<Self>, cos: F<Self>, sin: F<Self>) -> F<Self> {
         rope::forward::<Self>(x, cos, sin)
     }
 
-    /// New keys or values `[rows, n, kv_heads, head_dim]` in the slots of `cache [rows, slots, kv_heads, head_dim]` from `slot` on,
-    /// in place where nobody else holds the cache.
-    fn put(cache: F<Self>, new: F<Self>, slot: usize) -> F<Self> {
+    /// Writes new keys or values `[rows, n, kv_heads, head_dim]` into `cache [rows, slots, kv_heads, head_dim]`, from
+    /// slot `slot` on; in place if the cache has no other owner.
+    fn write_to_cache(cache: F<Self>, new: F<Self>, slot: usize) -> F<Self> {
         let shape = new.shape();
         let [rows, n, heads, dim] = shape.dims();
         Self::float_slice_assign(cache, &[0..rows, slot..slot + n, 0..heads, 0..dim].map(Slice::from), new)
     }
 
-    /// `silu(gate) · up`, element by element. (Shazeer, 2020, arXiv:2002.05202.) In bf16, which products of bf16 gave it, a
-    /// backward pass may keep its inputs.
-    fn swiglu(gate: F<Self>, up: F<Self>, _kept: Compute) -> F<Self> {
+    /// Computes `silu(gate) · up`, element by element. (Shazeer, 2020, arXiv:2002.05202.) `_kept` is the precision of
+    /// the matrix products that gave the inputs: if it is bf16, a backward pass may keep the inputs in bf16.
+    fn swiglu(gate: F<Self>, up: F<Self>, _kept: MatmulPrecision) -> F<Self> {
         swiglu::forward::<Self>(gate, up)
     }
 
-    /// In bf16, to be kept for a backward pass.
-    fn halved(x: F<Self>) -> F<Self> {
+    /// Rounds `x` to bf16, to be kept for a backward pass.
+    fn to_bf16(x: F<Self>) -> F<Self> {
         Self::float_cast(x, FloatDType::BF16)
     }
 
-    /// The gradients of `gate` and `up`, in the type of `dy`.
+    /// Computes the gradients of `gate` and `up`, in the type of `dy`.
     fn swiglu_backward(gate: F<Self>, up: F<Self>, dy: F<Self>) -> (F<Self>, F<Self>) {
         swiglu::backward::<Self>(gate, up, dy)
     }
 
-    /// Softmax attention of grouped heads: `q [rows, queries, heads, head_dim]`, `k` and `v [rows, keys, kv_heads, head_dim]`,
-    /// visibility by segment and position. Returns the output in the shape of `q` and the log-sum-exp of the scores
-    /// `[rows, kv_heads, heads / kv_heads, queries]`, both 0 for a query that sees nothing. The last `queries` keys belong to the
-    /// queries themselves.
-    fn flash_attention(qkv: [F<Self>; 3], visibility: &Visibility<Self>) -> (F<Self>, F<Self>) {
+    /// Computes grouped-query softmax attention: `q [rows, queries, heads, head_dim]`, `k` and
+    /// `v [rows, keys, kv_heads, head_dim]`, masked by segment and position. Returns the output in the shape of `q` and
+    /// the log-sum-exp of the scores `[rows, kv_heads, heads / kv_heads, queries]`; both are 0 for a query without
+    /// visible keys. The last `queries` keys belong to the tokens of the queries.
+    fn flash_attention(qkv: [F<Self>; 3], visibility: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
         attention::forward::<Self>(qkv, visibility)
     }
 
-    /// The gradients of `q`, `k` and `v`, from the log-sum-exp and the gradient of the output.
-    fn flash_attention_backward(qkv: [F<Self>; 3], visibility: &Visibility<Self>, saved: [F<Self>; 2]) -> [F<Self>; 3] {
+    /// Computes the gradients of `q`, `k` and `v` from `saved`, the log-sum-exp and the gradient of the output.
+    fn flash_attention_backward(
+        qkv: [F<Self>; 3],
+        visibility: &AttentionMask<Self>,
+        saved: [F<Self>; 2],
+    ) -> [F<Self>; 3] {
         attention::backward::<Self>(qkv, visibility, saved)
     }
 
-    /// A way of its own to generate, one token after the other of so many rows, if the backend has one that serves this model with
-    /// what is active on it.
-    fn steps(_model: &Llama<Self>, _rows: usize) -> Option<Box<dyn Steps<Self>>> {
+    /// Returns the backend's own decoder for this model and `rows` rows, if it has one that supports the model with its
+    /// active adapters.
+    fn step_decoder(_model: &Llama<Self>, _rows: usize) -> Option<Box<dyn StepDecoder<Self>>> {
         None
     }
 
-    /// Per token, `weight · -log softmax(hidden · headᵀ)[target]`: `hidden [n, features]`, `head [vocabulary, features]`.
-    /// A packed head is never trained. `wanted` says for which of the two a backward pass will follow, so that a backend may make
-    /// gradients on the way; the products with the head are computed as told.
+    /// Computes `weight · -log softmax(hidden · headᵀ)[target]` of every token: `hidden [n, features]`,
+    /// `head [vocabulary, features]`. A packed head is never trained. `_wanted` says for which of the two a backward
+    /// pass will follow, so that a backend may compute their gradients in the forward pass; `compute` is the precision
+    /// of the matrix products with the head.
     fn linear_cross_entropy(
         hidden: F<Self>,
-        head: Stored<Self>,
+        head: WeightMatrix<Self>,
         targets: &Targets<Self>,
-        (_wanted, compute): ([bool; 2], Compute),
+        (_wanted, compute): ([bool; 2], MatmulPrecision),
     ) -> Losses<Self> {
         cross_entropy::forward::<Self>(hidden, head, targets, compute)
     }
 
-    /// The gradients of `hidden` and `head` as far as they are `wanted`, from what the forward pass gave and the gradient
-    /// `dy [n]` of the losses.
+    /// Computes the gradients of `hidden` and `head` that are wanted (`rule.0`), from the result of the forward pass
+    /// and the gradient `dy [n]` of the losses.
     fn linear_cross_entropy_backward(
-        inputs: (F<Self>, Stored<Self>),
+        inputs: (F<Self>, WeightMatrix<Self>),
         targets: &Targets<Self>,
         (kept, dy): (Losses<Self>, F<Self>),
-        rule: ([bool; 2], Compute),
+        rule: ([bool; 2], MatmulPrecision),
     ) -> [Option<F<Self>>; 2] {
         cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], rule)
     }
 }
 
-/// Generation of one token after the other by a backend that has a way of its own for it.
-pub trait Steps<B: Backend>: std::fmt::Debug {
-    /// The logits `[rows, vocab_size]` of one more token of every row, at the given positions after what `past` has; its keys and
-    /// values are added to `past`. `false` if this past is not for it: then nothing has happened.
-    fn step(&mut self, ids: &[u32], positions: &[usize], past: &mut Past<B>, logits: &mut Vec<f32>) -> bool;
+/// A backend's own implementation of decoding, one token per row and step.
+pub trait StepDecoder<B: Backend>: std::fmt::Debug {
+    /// Runs the model on one more token of every row, at the given positions after those in the KV cache `past`. Writes
+    /// the logits, `[rows, vocab_size]`, and appends keys and values to `past`. Returns false, without any change, if
+    /// it does not support this cache.
+    fn step(&mut self, ids: &[u32], positions: &[usize], past: &mut KvCache<B>, logits: &mut Vec<f32>) -> bool;
 }
 
-/// The default bodies, to be measured beside a backend's own.
+/// The default implementations on tensors, for comparison with those of a backend.
 #[doc(hidden)]
-pub mod by_tensors {
+pub mod portable {
     pub use super::{
         attention::{backward as attention_backward, forward as attention},
         cross_entropy::{backward as cross_entropy_backward, forward as cross_entropy},
@@ -157,12 +166,12 @@ pub mod by_tensors {
     };
 }
 
-/// The primitive of a tensor.
+/// Returns the primitive of a tensor.
 pub(crate) fn primitive<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> F<B> {
     tensor.into_primitive().tensor()
 }
 
-/// The tensor of a primitive.
+/// Wraps a primitive in a tensor.
 pub(crate) fn tensor<B: Backend, const D: usize>(primitive: F<B>) -> Tensor<B, D> {
     Tensor::from_primitive(TensorPrimitive::Float(primitive))
 }

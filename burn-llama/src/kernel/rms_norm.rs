@@ -1,14 +1,14 @@
-//! Root-mean-square normalisation by tensor operations.
+//! Root-mean-square normalisation with tensor operations.
 
 use super::{F, primitive, tensor};
 use burn::tensor::{Tensor, backend::Backend};
 
-/// `1 / √(mean(x²) + eps)`, `[n, 1]`.
+/// Computes `1 / √(mean(x²) + eps)`, `[n, 1]`.
 fn inverse_rms<B: Backend>(x: &Tensor<B, 2>, epsilon: f64) -> Tensor<B, 2> {
     (x.clone().powi_scalar(2).mean_dim(1) + epsilon).sqrt().recip()
 }
 
-/// [`rms_norm`](super::Kernels::rms_norm).
+/// Implements [`rms_norm`](super::Kernels::rms_norm).
 pub fn forward<B: Backend>(x: F<B>, weight: F<B>, epsilon: f64) -> F<B> {
     let x = tensor::<B, 2>(x);
     let weight = tensor::<B, 1>(weight).cast(x.dtype());
@@ -16,7 +16,7 @@ pub fn forward<B: Backend>(x: F<B>, weight: F<B>, epsilon: f64) -> F<B> {
     primitive(x * r * weight.unsqueeze())
 }
 
-/// [`rms_norm_backward`](super::Kernels::rms_norm_backward).
+/// Implements [`rms_norm_backward`](super::Kernels::rms_norm_backward).
 pub fn backward<B: Backend>(
     x: F<B>,
     weight: F<B>,

@@ -1,9 +1,9 @@
-//! Rotary position embedding by tensor operations.
+//! Rotary position embedding with tensor operations.
 
 use super::{F, primitive, tensor};
 use burn::tensor::{Tensor, backend::Backend, s};
 
-/// [`rope`](super::Kernels::rope).
+/// Implements [`rope`](super::Kernels::rope).
 pub fn forward<B: Backend>(x: F<B>, cos: F<B>, sin: F<B>) -> F<B> {
     let x = tensor::<B, 3>(x);
     let half = x.dims()[2] / 2;

@@ -1,89 +1,91 @@
-//! One block: attention, then the MLP, each added to the stream of hidden states.
+//! The transformer block: attention, then the MLP, each added to the residual stream.
 
 use super::RmsNorm;
 use crate::{
-    Context, Past, Tail,
+    AttentionContext, KvCache, OutputSlots,
     kernel::{Kernels, primitive, tensor},
 };
 use burn::{module::Module, tensor::Tensor};
-use burn_peft::{Linear, Pass, kernel::add};
+use burn_peft::{ForwardContext, Linear, kernel::add};
 
-/// Grouped-query attention with rotary positions.
+/// Grouped-query attention with rotary position embedding.
 #[derive(Module, Debug)]
 pub struct Attention<B: Kernels> {
-    /// `[heads · head_dim, hidden]`.
+    /// The query projection, `[heads · head_dim, hidden]`.
     pub q_proj: Linear<B>,
-    /// `[kv_heads · head_dim, hidden]`.
+    /// The key projection, `[kv_heads · head_dim, hidden]`.
     pub k_proj: Linear<B>,
-    /// `[kv_heads · head_dim, hidden]`.
+    /// The value projection, `[kv_heads · head_dim, hidden]`.
     pub v_proj: Linear<B>,
-    /// `[hidden, heads · head_dim]`.
+    /// The output projection, `[hidden, heads · head_dim]`.
     pub o_proj: Linear<B>,
-    /// Normalises every query head (Qwen3).
+    /// The norm of every query head (Qwen3).
     pub q_norm: Option<RmsNorm<B>>,
-    /// Normalises every key head (Qwen3).
+    /// The norm of every key head (Qwen3).
     pub k_norm: Option<RmsNorm<B>>,
-    /// Features of a head.
+    /// The number of features of a head.
     pub head_dim: usize,
 }
 
-/// The gated MLP.
+/// The gated MLP (SwiGLU).
 #[derive(Module, Debug)]
 pub struct Mlp<B: Kernels> {
-    /// `[intermediate, hidden]`.
+    /// The gate projection, `[intermediate, hidden]`.
     pub gate_proj: Linear<B>,
-    /// `[intermediate, hidden]`.
+    /// The up projection, `[intermediate, hidden]`.
     pub up_proj: Linear<B>,
-    /// `[hidden, intermediate]`.
+    /// The down projection, `[hidden, intermediate]`.
     pub down_proj: Linear<B>,
 }
 
-/// One block of the transformer.
+/// One transformer block.
 #[derive(Module, Debug)]
 pub struct Layer<B: Kernels> {
-    /// Before attention.
+    /// The norm before attention.
     pub input_layernorm: RmsNorm<B>,
     /// Attention.
     pub self_attn: Attention<B>,
-    /// Before the MLP.
+    /// The norm before the MLP.
     pub post_attention_layernorm: RmsNorm<B>,
     /// The MLP.
     pub mlp: Mlp<B>,
 }
 
 impl<B: Kernels> Attention<B> {
-    /// Normalised hidden states `[tokens, hidden]` → what attention adds, `[tokens, hidden]`, or `[n, hidden]` for a tail of `n`.
-    /// With a past, its keys come first and the new ones are added to it.
+    /// Computes attention on normalised hidden states `[tokens, hidden]`. Returns what is added to the residual stream:
+    /// `[tokens, hidden]`, or `[n, hidden]` for `n` output slots. New keys and values are appended to the layer of the
+    /// KV cache `past`, if there is one.
     fn forward(
         &self,
         x: Tensor<B, 2>,
-        context: &Context<B>,
-        past: Option<(&mut Past<B>, usize)>,
-        (pass, tail): (&Pass, Option<&Tail<B>>),
+        context: &AttentionContext<B>,
+        past: Option<(&mut KvCache<B>, usize)>,
+        (pass, tail): (&ForwardContext, Option<&OutputSlots<B>>),
     ) -> Tensor<B, 2> {
-        let q = self.rotated(self.q_proj.forward(x.clone(), pass), self.q_norm.as_ref(), context);
-        let k = self.rotated(self.k_proj.forward(x.clone(), pass), self.k_norm.as_ref(), context);
+        let q = self.rotated_heads(self.q_proj.forward(x.clone(), pass), self.q_norm.as_ref(), context);
+        let k = self.rotated_heads(self.k_proj.forward(x.clone(), pass), self.k_norm.as_ref(), context);
         let v = self.v_proj.forward(x, pass);
         let width = v.dims()[1];
         let v = v.reshape([context.rows, context.length, width / self.head_dim, self.head_dim]);
         let (k, v) = match past {
             None => (k, v),
             Some((past, layer)) => {
-                let all = past.push(layer, k, v);
+                let all = past.append(layer, k, v);
                 (all.keys, all.values)
             }
         };
         let width = q.dims()[2] * self.head_dim;
-        let (output, _) = B::flash_attention([primitive(q), primitive(k), primitive(v)], &context.visibility);
+        let (output, _) = B::flash_attention([primitive(q), primitive(k), primitive(v)], &context.attention_mask);
         let output = tensor::<B, 4>(output).reshape([context.rows * context.length, width]);
         match tail {
             None => self.o_proj.forward(output, pass),
-            Some(tail) => self.o_proj.forward(output.select(0, tail.slots.clone()), &tail.pass),
+            Some(tail) => self.o_proj.forward(output.select(0, tail.slots.clone()), &tail.forward_context),
         }
     }
 
-    /// `[tokens, heads · head_dim]` → `[rows, length, heads, head_dim]`, normalised per head if the model does that, and rotated.
-    fn rotated(&self, x: Tensor<B, 2>, norm: Option<&RmsNorm<B>>, context: &Context<B>) -> Tensor<B, 4> {
+    /// Splits `[tokens, heads · head_dim]` into heads, `[rows, length, heads, head_dim]`, applies the norm per head if
+    /// there is one, and rotates.
+    fn rotated_heads(&self, x: Tensor<B, 2>, norm: Option<&RmsNorm<B>>, context: &AttentionContext<B>) -> Tensor<B, 4> {
         let ([tokens, width], dim) = (x.dims(), self.head_dim);
         let x = match norm {
             Some(norm) => norm.forward(x.reshape([tokens * (width / dim), dim])),
@@ -97,13 +99,14 @@ impl<B: Kernels> Attention<B> {
 }
 
 impl<B: Kernels> Layer<B> {
-    /// The attention half of the block: `[tokens, hidden]` → `[tokens, hidden]`, or `[n, hidden]` for a tail of `n`.
-    pub fn attend(
+    /// Computes the attention half of the block: `[tokens, hidden]` → `[tokens, hidden]`, or `[n, hidden]` for `n`
+    /// output slots.
+    pub fn attention_block(
         &self,
         x: Tensor<B, 2>,
-        context: &Context<B>,
-        past: Option<(&mut Past<B>, usize)>,
-        (pass, tail): (&Pass, Option<&Tail<B>>),
+        context: &AttentionContext<B>,
+        past: Option<(&mut KvCache<B>, usize)>,
+        (pass, tail): (&ForwardContext, Option<&OutputSlots<B>>),
     ) -> Tensor<B, 2> {
         let normed = self.input_layernorm.forward(x.clone());
         let added = self.self_attn.forward(normed, context, past, (pass, tail));
@@ -113,8 +116,8 @@ impl<B: Kernels> Layer<B> {
         }
     }
 
-    /// The MLP half of the block: `[n, hidden]` → `[n, hidden]`.
-    pub fn transform(&self, x: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
+    /// Computes the MLP half of the block: `[n, hidden]` → `[n, hidden]`.
+    pub fn mlp_block(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
         let normed = self.post_attention_layernorm.forward(x.clone());
         let gate = self.mlp.gate_proj.forward(normed.clone(), pass);
         let up = self.mlp.up_proj.forward(normed, pass);

@@ -1,4 +1,4 @@
-//! A model before any training.
+//! Models with random weights.
 
 use super::Llama;
 use crate::{LlamaConfig, checkpoint::build, kernel::Kernels};
@@ -9,29 +9,29 @@ use serde_json::Value;
 use std::{collections::HashMap, convert::Infallible, f64::consts::PI};
 
 impl LlamaConfig {
-    /// A model with random weights in f32, as `transformers` starts one: matrices normal with standard deviation
-    /// `initializer_range` (of the configuration's source; 0.02), norms 1, biases 0. Every value depends on `seed`, the parameter's
-    /// path and its place there, and on nothing else.
+    /// Creates a model with random f32 weights, initialized as in `transformers`: matrices from a normal distribution
+    /// with standard deviation `initializer_range` (from the raw fields of the configuration; default 0.02), norms 1,
+    /// biases 0. Every value depends only on `seed`, the parameter's path and its index in the parameter.
     pub fn init<B: Kernels>(&self, seed: u64, device: &B::Device) -> Llama<B> {
-        let shapes: HashMap<String, Vec<usize>> = build::shapes(self).into_iter().collect();
-        let deviation = self.source.get("initializer_range").and_then(Value::as_f64).unwrap_or(0.02);
+        let shapes: HashMap<String, Vec<usize>> = build::parameter_shapes(self).into_iter().collect();
+        let deviation = self.raw_fields.get("initializer_range").and_then(Value::as_f64).unwrap_or(0.02);
         let values = |path: &str| {
             let shape = shapes[path].clone();
             let values = match shape.len() {
                 1 => vec![if path.ends_with("norm.weight") { 1.0 } else { 0.0 }; shape[0]],
-                _ => normal(random::key(&[seed, random::text(path)]), shape.iter().product(), deviation),
+                _ => normal(random::key(&[seed, random::key_from_str(path)]), shape.iter().product(), deviation),
             };
-            Ok::<_, Infallible>(build::Values::Floats(TensorData::new(values, shape)))
+            Ok::<_, Infallible>(build::LoadedTensor::Floats(TensorData::new(values, shape)))
         };
         let Ok(model) = build::build(self, &values, device);
         model
     }
 }
 
-/// `n` numbers from a normal distribution around 0 (Box and Muller, 1958).
+/// Samples `n` numbers from a normal distribution with mean 0 (Box and Muller, 1958).
 fn normal(key: u64, n: usize, deviation: f64) -> Vec<f32> {
     let number = |pair: u64| {
-        // Of 1 - u: 0 has no logarithm.
+        // `1 - u` is in (0, 1], so that the logarithm is finite.
         let radius = (-2.0 * (1.0 - random::uniform(key, 2 * pair)).ln()).sqrt() * deviation;
         let (sin, cos) = (2.0 * PI * random::uniform(key, 2 * pair + 1)).sin_cos();
         [(radius * cos) as f32, (radius * sin) as f32]

@@ -1,32 +1,38 @@
-//! What the model's predictions cost.
+//! The loss of the output head.
 
 use super::Llama;
 use crate::kernel::{Kernels, Targets, primitive, tensor};
 use burn::tensor::{DType, Tensor, activation::log_softmax, s};
-use burn_peft::{Linear, Pass};
+use burn_peft::{ForwardContext, Linear};
 
-/// The number of logits that are made at a time under an adapter.
-const LOGITS: usize = 1 << 24;
+/// The most logits that are computed at a time if the head has an adapter.
+const MAX_LOGITS: usize = 1 << 24;
 
 impl<B: Kernels> Llama<B> {
-    /// Normalised hidden states `[n, hidden_size]` → the weighted negative log-likelihood of each target, `[n]`. `pass` is that of
-    /// these `n` tokens. The logits never exist whole; but a backward pass through an adapter on the head keeps them.
-    pub fn loss(&self, hidden: Tensor<B, 2>, targets: &Targets<B>, pass: &Pass) -> Tensor<B, 1> {
+    /// Computes the weighted negative log-likelihood of each target, `[n]`, from normalised hidden states
+    /// `[n, hidden_size]`. `pass` is the forward context of these `n` tokens. The logits of all tokens never exist at
+    /// once, except that a backward pass through an adapter on the head keeps them.
+    pub fn loss(&self, hidden: Tensor<B, 2>, targets: &Targets<B>, pass: &ForwardContext) -> Tensor<B, 1> {
         if let Some(head) = self.lm_head.as_ref().filter(|head| head.is_adapted()) {
-            return by_logits(head, hidden, targets, &self.in_its_precision(pass));
+            return loss_from_logits(head, hidden, targets, &self.with_model_precision(pass));
         }
         let head = self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight);
-        let rule = ([true, true], self.compute);
-        tensor(B::linear_cross_entropy(primitive(hidden), head.stored(), targets, rule).losses)
+        let rule = ([true, true], self.matmul_precision);
+        tensor(B::linear_cross_entropy(primitive(hidden), head.matrix_ref(), targets, rule).losses)
     }
 }
 
-fn by_logits<B: Kernels>(head: &Linear<B>, hidden: Tensor<B, 2>, targets: &Targets<B>, pass: &Pass) -> Tensor<B, 1> {
-    let (n, rows) = (hidden.dims()[0], (LOGITS / head.shape()[0]).max(1));
+fn loss_from_logits<B: Kernels>(
+    head: &Linear<B>,
+    hidden: Tensor<B, 2>,
+    targets: &Targets<B>,
+    pass: &ForwardContext,
+) -> Tensor<B, 1> {
+    let (n, rows) = (hidden.dims()[0], (MAX_LOGITS / head.shape()[0]).max(1));
     let block = |from: usize| {
         let range = from..n.min(from + rows);
         let (hidden, places) = (hidden.clone().slice(s![range.clone(), ..]), range.clone().map(|at| at as i32));
-        let logits = head.forward(hidden, &pass.at(&places.collect::<Vec<_>>())).cast(DType::F32);
+        let logits = head.forward(hidden, &pass.select(&places.collect::<Vec<_>>())).cast(DType::F32);
         let ids = targets.ids.clone().slice(s![range]).unsqueeze_dim::<2>(1);
         log_softmax(logits, 1).gather(1, ids).squeeze_dim::<1>(1).neg()
     };

@@ -1,36 +1,36 @@
-//! The model: embedding, blocks, norm, head.
+//! The model: embedding, transformer blocks, final norm, output head.
 
-mod begin;
 mod block;
 mod init;
+mod linears;
 mod loss;
 mod norm;
-mod rows;
+mod row_adapters;
 #[cfg(feature = "zero")]
 mod segments;
-mod visit;
+mod virtual_tokens;
 
-pub(crate) use begin::indices;
 pub use block::{Attention, Layer, Mlp};
 pub use norm::RmsNorm;
-pub(crate) use rows::Rows;
+pub(crate) use row_adapters::RowAdapters;
+pub(crate) use virtual_tokens::index_tensor;
 
 use crate::{
-    Context, Error, Layout, LlamaConfig, Past, Tail,
-    kernel::{self, Kernels, Visibility},
-    layout::ints,
+    AttentionContext, Error, KvCache, LlamaConfig, OutputSlots, SequenceLayout,
+    kernel::{self, AttentionMask, Kernels},
+    layout::int_tensor,
 };
 use burn::{
     module::Module,
     tensor::{DType, Int, Tensor, TensorData, backend::Backend},
 };
 use burn_peft::{
-    Linear, Pass, Prompt, Weight,
-    kernel::{Compute, Stored},
+    ForwardContext, Linear, Prompt, Weight,
+    kernel::{MatmulPrecision, WeightMatrix},
 };
 use std::borrow::Cow;
 
-/// The token table; its path is `model.embed_tokens.weight`.
+/// The token embedding; the path of its weight is `model.embed_tokens.weight`.
 #[derive(Module, Debug)]
 pub struct Embedding<B: Backend> {
     /// `[vocab_size, hidden_size]`.
@@ -40,74 +40,80 @@ pub struct Embedding<B: Backend> {
 /// The transformer without its head.
 #[derive(Module, Debug)]
 pub struct Decoder<B: Kernels> {
-    /// The token table.
+    /// The token embedding.
     pub embed_tokens: Embedding<B>,
-    /// The blocks.
+    /// The transformer blocks.
     pub layers: Vec<Layer<B>>,
-    /// The last norm.
+    /// The final norm.
     pub norm: RmsNorm<B>,
 }
 
-/// A causal language model of LLaMA's architecture. Paths and layouts of its parameters are those of the checkpoint.
+/// A causal language model of LLaMA's architecture. Its parameters have the paths and layouts of the checkpoint.
 #[derive(Module, Debug)]
 pub struct Llama<B: Kernels> {
     /// The transformer.
     pub model: Decoder<B>,
-    /// The head, `None` when it is the embedding.
+    /// The output head; `None` if it shares the weight of the embedding.
     pub lm_head: Option<Linear<B>>,
-    /// Virtual tokens before every sequence: batches, generation and scores begin with those of the first active one, or a row
-    /// with those that it names. [`Llama::hidden`] does not.
+    /// The trained prompts. Batches, generation and scores put the virtual tokens of the first active one before every
+    /// sequence, or before each row those of the prompt that it names. [`Llama::hidden_states`] does not.
     pub prompts: Vec<Prompt<B>>,
     pub(crate) config: LlamaConfig,
     #[module(skip)]
-    pub(crate) compute: Compute,
+    pub(crate) matmul_precision: MatmulPrecision,
 }
 
 impl<B: Kernels> Llama<B> {
-    /// The sizes and variants.
+    /// Returns the model's configuration.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }
 
-    /// The same model, its products with its own weights computed so; norms, attention, adapters and sums stay f32.
-    pub fn computing_in(mut self, compute: Compute) -> Self {
-        self.compute = compute;
+    /// Sets the precision of the matrix products with the model's own weights; norms, attention, adapters and
+    /// accumulators stay f32.
+    pub fn with_matmul_precision(mut self, compute: MatmulPrecision) -> Self {
+        self.matmul_precision = compute;
         self
     }
 
-    /// The pass with the model's own precision: the same pass where that is what it says.
-    pub(crate) fn in_its_precision<'a>(&self, pass: &'a Pass) -> Cow<'a, Pass> {
-        match pass.compute == self.compute {
+    /// Returns the forward context with the model's precision; borrows it if that is what it has already.
+    pub(crate) fn with_model_precision<'a>(&self, pass: &'a ForwardContext) -> Cow<'a, ForwardContext> {
+        match pass.compute == self.matmul_precision {
             true => Cow::Borrowed(pass),
-            false => Cow::Owned(Pass { compute: self.compute, ..pass.clone() }),
+            false => Cow::Owned(ForwardContext { compute: self.matmul_precision, ..pass.clone() }),
         }
     }
 
-    /// The device that holds the model.
+    /// Returns the device that holds the model.
     pub fn device(&self) -> B::Device {
         self.model.embed_tokens.weight.device()
     }
 
-    /// Token ids `[rows, length]` → embeddings `[rows · length, hidden_size]` in f32.
+    /// Looks up the embeddings of token ids `[rows, length]`: `[rows · length, hidden_size]` in f32.
     pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 2> {
         let [rows, length] = ids.dims();
         let ids = ids.reshape([rows * length]);
-        let chosen = match self.model.embed_tokens.weight.stored() {
-            Stored::Dense(table) => kernel::tensor(B::embed(table, ids.into_primitive())),
+        let chosen = match self.model.embed_tokens.weight.matrix_ref() {
+            WeightMatrix::Dense(table) => kernel::tensor(B::embed(table, ids.into_primitive())),
             packed => packed.select(ids),
         };
         chosen.cast(DType::F32)
     }
 
-    /// Rotations and visibility for the tokens of `layout` after `past`.
+    /// Prepares the rotary tables and the attention mask for the tokens of `layout`, which follow those in the KV cache
+    /// `past`.
     ///
     /// # Errors
-    /// If the positions go beyond what the model's rotary frequencies cover.
-    pub fn context(&self, layout: &Layout, past: Option<&Past<B>>) -> Result<Context<B>, Error> {
-        self.config.rope_scaling.check_length(layout.span())?;
+    /// Returns an error if the positions go beyond what the model's rotary frequencies cover.
+    pub fn attention_context(
+        &self,
+        layout: &SequenceLayout,
+        past: Option<&KvCache<B>>,
+    ) -> Result<AttentionContext<B>, Error> {
+        self.config.rope_scaling.check_length(layout.num_positions())?;
         let (device, config) = (self.device(), &self.config);
         let (frequencies, scale) = config.rope_scaling.frequencies(config.head_dim, config.rope_theta);
-        // The angle is rounded to f32 before its cosine, as the reference does.
+        // The angle is rounded to f32 before its cosine is taken, as `transformers` does.
         let angles = layout.positions.iter().flat_map(|&p| frequencies.iter().map(move |f| (p as f32 * f) as f64));
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
         for angle in angles {
@@ -119,51 +125,58 @@ impl<B: Kernels> Llama<B> {
             Tensor::<B, 2>::from_data(data, (&device, DType::F32))
         };
         let (segments, positions) = match past {
-            Some(past) => past.with(layout),
+            Some(past) => past.key_segments_and_positions(layout),
             None => (layout.segments.clone(), layout.positions.clone()),
         };
-        let ids = |values: Vec<i32>| ints(values, layout.rows, &device);
-        let visibility = Visibility {
+        let ids = |values: Vec<i32>| int_tensor(values, layout.rows, &device);
+        let visibility = AttentionMask {
             query_segments: ids(layout.segments.clone()),
             query_positions: ids(layout.positions.clone()),
             key_segments: ids(segments),
             key_positions: ids(positions),
             window: config.sliding_window,
         };
-        Ok(Context { rows: layout.rows, length: layout.length, cos: table(cos), sin: table(sin), visibility })
+        Ok(AttentionContext {
+            rows: layout.rows,
+            length: layout.length,
+            cos: table(cos),
+            sin: table(sin),
+            attention_mask: visibility,
+        })
     }
 
-    /// Embeddings `[rows · length, hidden_size]` → the normalised hidden states of the last block, in the same shape. New keys and
-    /// values are added to `past`.
+    /// Runs the blocks and the final norm on embeddings `[rows · length, hidden_size]` and returns the hidden states,
+    /// in the same shape. New keys and values are appended to the KV cache `past`.
     ///
     /// # Errors
-    /// If the positions go beyond what the model's rotary frequencies cover.
-    pub fn hidden(
+    /// Returns an error if the positions go beyond what the model's rotary frequencies cover.
+    pub fn hidden_states(
         &self,
         embeddings: Tensor<B, 2>,
-        layout: &Layout,
-        past: Option<&mut Past<B>>,
-        pass: &Pass,
+        layout: &SequenceLayout,
+        past: Option<&mut KvCache<B>>,
+        pass: &ForwardContext,
     ) -> Result<Tensor<B, 2>, Error> {
-        self.hidden_at(embeddings, layout, past, (pass, None))
+        self.hidden_states_at(embeddings, layout, past, (pass, None))
     }
 
-    /// [`Llama::hidden`] at the given slots alone, `[n, hidden_size]`: what else the last layer would compute is not.
-    pub(crate) fn hidden_at(
+    /// Computes [`Llama::hidden_states`] at the given slots only, `[n, hidden_size]`; the last layer skips the other
+    /// slots.
+    pub(crate) fn hidden_states_at(
         &self,
         embeddings: Tensor<B, 2>,
-        layout: &Layout,
-        past: Option<&mut Past<B>>,
-        (pass, slots): (&Pass, Option<Vec<i32>>),
+        layout: &SequenceLayout,
+        past: Option<&mut KvCache<B>>,
+        (pass, slots): (&ForwardContext, Option<Vec<i32>>),
     ) -> Result<Tensor<B, 2>, Error> {
-        let context = self.context(layout, past.as_deref())?;
-        let (mut x, mut past, pass) = (embeddings, past, &self.in_its_precision(pass));
-        let tail = slots.map(|slots| Tail::new(slots, pass, &self.device()));
-        B::at_work(|| {
+        let context = self.attention_context(layout, past.as_deref())?;
+        let (mut x, mut past, pass) = (embeddings, past, &self.with_model_precision(pass));
+        let tail = slots.map(|slots| OutputSlots::new(slots, pass, &self.device()));
+        B::with_spinning_pool(|| {
             for (index, layer) in self.model.layers.iter().enumerate() {
-                let (tail, later) = self.at_layer(index, tail.as_ref(), pass);
-                x = layer.attend(x, &context, past.as_deref_mut().map(|past| (past, index)), (pass, tail));
-                x = layer.transform(x, later);
+                let (tail, later) = self.outputs_at_layer(index, tail.as_ref(), pass);
+                x = layer.attention_block(x, &context, past.as_deref_mut().map(|past| (past, index)), (pass, tail));
+                x = layer.mlp_block(x, later);
             }
             if let Some(past) = past {
                 past.advance(layout);
@@ -172,22 +185,24 @@ impl<B: Kernels> Llama<B> {
         })
     }
 
-    /// The tail as far as a layer knows of it, and the pass over what its MLP sees.
-    pub(crate) fn at_layer<'a>(
+    /// Returns the output slots if the layer is the last one, which alone uses them, and the forward context of its
+    /// MLP.
+    pub(crate) fn outputs_at_layer<'a>(
         &self,
         index: usize,
-        tail: Option<&'a Tail<B>>,
-        pass: &'a Pass,
-    ) -> (Option<&'a Tail<B>>, &'a Pass) {
+        tail: Option<&'a OutputSlots<B>>,
+        pass: &'a ForwardContext,
+    ) -> (Option<&'a OutputSlots<B>>, &'a ForwardContext) {
         let tail = tail.filter(|_| index + 1 == self.model.layers.len());
-        (tail, tail.map_or(pass, |tail| &tail.pass))
+        (tail, tail.map_or(pass, |tail| &tail.forward_context))
     }
 
-    /// Normalised hidden states `[n, hidden_size]` → logits `[n, vocab_size]`.
-    pub fn head(&self, hidden: Tensor<B, 2>, pass: &Pass) -> Tensor<B, 2> {
+    /// Applies the output head to normalised hidden states `[n, hidden_size]` and returns the logits,
+    /// `[n, vocab_size]`.
+    pub fn head(&self, hidden: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
         match &self.lm_head {
-            Some(head) => head.forward(hidden, &self.in_its_precision(pass)),
-            None => self.model.embed_tokens.weight.linear(hidden, self.compute),
+            Some(head) => head.forward(hidden, &self.with_model_precision(pass)),
+            None => self.model.embed_tokens.weight.linear(hidden, self.matmul_precision),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! RMSNorm with the checkpoint's parameter name.
+//! RMSNorm, with the parameter name of the checkpoint.
 
 use crate::kernel::{Kernels, primitive, tensor};
 use burn::{
@@ -6,17 +6,17 @@ use burn::{
     tensor::Tensor,
 };
 
-/// `x / √(mean(x²) + epsilon) · weight` over the last dimension.
+/// RMSNorm: `x / √(mean(x²) + epsilon) · weight` over the last dimension.
 #[derive(Module, Debug)]
 pub struct RmsNorm<B: Kernels> {
-    /// `[features]`.
+    /// The weight, `[features]`.
     pub weight: Param<Tensor<B, 1>>,
-    /// Added to the mean square.
+    /// The term that is added to the mean square.
     pub epsilon: f64,
 }
 
 impl<B: Kernels> RmsNorm<B> {
-    /// `[n, features]` → `[n, features]`.
+    /// Normalises `[n, features]` → `[n, features]`.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         tensor(B::rms_norm(primitive(x), primitive(self.weight.val()), self.epsilon))
     }

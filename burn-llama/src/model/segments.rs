@@ -1,17 +1,17 @@
-//! The model as a list of segments for burn-zero's driver: embedding and prompt, then attention and MLP of every block, then
-//! head and loss. What a prompt has for the layers is made once and travels beside the hidden states, each layer's part until
-//! its layer, so its encoder gets one gradient.
+//! The model as a list of segments for burn-zero's driver: embedding and prompts, then attention and MLP of every
+//! block, then output head and loss. Keys and values of a prefix are computed once in the first segment and passed on
+//! with the hidden states, each layer's up to its layer, so that the prefix encoder gets a single gradient.
 
 use super::Llama;
 use crate::{
-    Batch, Context, Past, Tail,
-    kernel::{Kernels, Targets, Visibility},
+    AttentionContext, Batch, KvCache, OutputSlots,
+    kernel::{AttentionMask, Kernels, Targets},
 };
 use burn::{
     module::{Module, ModuleVisitor},
     tensor::backend::{AutodiffBackend, Backend},
 };
-use burn_zero::segment::{Segments, TrainSegments, Value};
+use burn_zero::segment::{DynTensor, Segments, TrainSegments};
 
 impl<B: Kernels> Segments<B> for Llama<B> {
     type Batch = Batch<B>;
@@ -20,24 +20,36 @@ impl<B: Kernels> Segments<B> for Llama<B> {
         2 * self.model.layers.len() + 2
     }
 
-    fn forward_segment(&self, segment: usize, batch: &Batch<B>, inputs: Vec<Value<B>>) -> Vec<Value<B>> {
+    fn forward_segment(&self, segment: usize, batch: &Batch<B>, inputs: Vec<DynTensor<B>>) -> Vec<DynTensor<B>> {
         let mut inputs = inputs.into_iter();
         let Some(x) = inputs.next() else {
-            let (x, before) = self.begin(batch.ids.clone(), batch.sources.clone(), &batch.pass, &self.active_rows(1));
-            return std::iter::once(Value::new(x)).chain(before.into_iter().map(Value::new)).collect();
+            let (x, before) = self.embed_with_prompts(
+                batch.ids.clone(),
+                batch.embedding_sources.clone(),
+                &batch.forward_context,
+                &self.active_row_adapters(1),
+            );
+            return std::iter::once(DynTensor::new(x)).chain(before.into_iter().map(DynTensor::new)).collect();
         };
         let (x, index) = (x.tensor::<2>(), (segment - 1) / 2);
-        let (tail, pass) = self.at_layer(index, Some(&batch.tail), &batch.pass);
+        let (tail, pass) = self.outputs_at_layer(index, Some(&batch.output_slots), &batch.forward_context);
         let output = match self.model.layers.get(index) {
             Some(layer) if segment % 2 == 1 => {
-                let mut past = Past::of_layer(inputs.next().map(Value::tensor), batch.context.rows);
-                layer.attend(x, &batch.context, Some((&mut past, 0)), (&batch.pass, tail))
+                let mut past =
+                    KvCache::for_single_layer(inputs.next().map(DynTensor::tensor), batch.attention_context.rows);
+                layer.attention_block(x, &batch.attention_context, Some((&mut past, 0)), (&batch.forward_context, tail))
             }
-            Some(layer) => layer.transform(x, pass),
-            None => return vec![Value::new(self.loss(self.model.norm.forward(x), &batch.targets, &batch.tail.pass))],
+            Some(layer) => layer.mlp_block(x, pass),
+            None => {
+                return vec![DynTensor::new(self.loss(
+                    self.model.norm.forward(x),
+                    &batch.targets,
+                    &batch.output_slots.forward_context,
+                ))];
+            }
         };
-        // What later layers see before the tokens travels on.
-        std::iter::once(Value::new(output)).chain(inputs).collect()
+        // The keys and values of later layers are passed on.
+        std::iter::once(DynTensor::new(output)).chain(inputs).collect()
     }
 }
 
@@ -46,16 +58,16 @@ where
     B::InnerBackend: Kernels,
 {
     fn inner_batch(batch: &Batch<B>) -> Batch<B::InnerBackend> {
-        let (context, visibility) = (&batch.context, &batch.context.visibility);
+        let (context, visibility) = (&batch.attention_context, &batch.attention_context.attention_mask);
         Batch {
             ids: batch.ids.clone().inner(),
-            sources: batch.sources.clone().map(|sources| sources.inner()),
-            context: Context {
+            embedding_sources: batch.embedding_sources.clone().map(|sources| sources.inner()),
+            attention_context: AttentionContext {
                 rows: context.rows,
                 length: context.length,
                 cos: context.cos.clone().inner(),
                 sin: context.sin.clone().inner(),
-                visibility: Visibility {
+                attention_mask: AttentionMask {
                     query_segments: visibility.query_segments.clone().inner(),
                     query_positions: visibility.query_positions.clone().inner(),
                     key_segments: visibility.key_segments.clone().inner(),
@@ -63,9 +75,12 @@ where
                     window: visibility.window,
                 },
             },
-            tail: Tail { slots: batch.tail.slots.clone().inner(), pass: batch.tail.pass.clone() },
+            output_slots: OutputSlots {
+                slots: batch.output_slots.slots.clone().inner(),
+                forward_context: batch.output_slots.forward_context.clone(),
+            },
             targets: Targets { ids: batch.targets.ids.clone().inner(), weights: batch.targets.weights.clone().inner() },
-            pass: batch.pass.clone(),
+            forward_context: batch.forward_context.clone(),
         }
     }
 
@@ -73,34 +88,36 @@ where
         let layers = self.model.layers.len();
         match segment {
             0 => {
-                within(&["model", "embed_tokens"], visitor, |v| self.model.embed_tokens.visit(v));
-                within(&["prompts"], visitor, |v| self.prompts.visit(v));
+                visit_at_path(&["model", "embed_tokens"], visitor, |v| self.model.embed_tokens.visit(v));
+                visit_at_path(&["prompts"], visitor, |v| self.prompts.visit(v));
             }
             _ if segment <= 2 * layers => {
                 let index = (segment - 1) / 2;
                 let (layer, path) = (&self.model.layers[index], index.to_string());
                 let part = |name| ["model", "layers", path.as_str(), name];
                 if segment % 2 == 1 {
-                    within(&part("input_layernorm"), visitor, |v| layer.input_layernorm.visit(v));
-                    within(&part("self_attn"), visitor, |v| layer.self_attn.visit(v));
+                    visit_at_path(&part("input_layernorm"), visitor, |v| layer.input_layernorm.visit(v));
+                    visit_at_path(&part("self_attn"), visitor, |v| layer.self_attn.visit(v));
                 } else {
-                    within(&part("post_attention_layernorm"), visitor, |v| layer.post_attention_layernorm.visit(v));
-                    within(&part("mlp"), visitor, |v| layer.mlp.visit(v));
+                    visit_at_path(&part("post_attention_layernorm"), visitor, |v| {
+                        layer.post_attention_layernorm.visit(v)
+                    });
+                    visit_at_path(&part("mlp"), visitor, |v| layer.mlp.visit(v));
                 }
             }
             _ => {
-                within(&["model", "norm"], visitor, |v| self.model.norm.visit(v));
+                visit_at_path(&["model", "norm"], visitor, |v| self.model.norm.visit(v));
                 match &self.lm_head {
-                    Some(head) => within(&["lm_head"], visitor, |v| head.visit(v)),
-                    None => within(&["model", "embed_tokens"], visitor, |v| self.model.embed_tokens.visit(v)),
+                    Some(head) => visit_at_path(&["lm_head"], visitor, |v| head.visit(v)),
+                    None => visit_at_path(&["model", "embed_tokens"], visitor, |v| self.model.embed_tokens.visit(v)),
                 }
             }
         }
     }
 }
 
-/// Visits as if the modules along `path` had been entered.
-fn within<B: Backend, V: ModuleVisitor<B>>(path: &[&str], visitor: &mut V, visit: impl FnOnce(&mut V)) {
+/// Calls `visit` with the visitor inside the modules of `path`.
+fn visit_at_path<B: Backend, V: ModuleVisitor<B>>(path: &[&str], visitor: &mut V, visit: impl FnOnce(&mut V)) {
     path.iter().for_each(|name| visitor.enter_module(name, ""));
     visit(visitor);
     path.iter().rev().for_each(|name| visitor.exit_module(name, ""));

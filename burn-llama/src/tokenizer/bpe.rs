@@ -1,4 +1,4 @@
-//! Byte-level BPE as llama.cpp runs it on the vocabulary of a GGUF file.
+//! Byte-level BPE for the vocabulary of a GGUF file, with the same results as llama.cpp.
 
 use serde_json::Value;
 use tokenizers::models::bpe::BPE;
@@ -7,44 +7,45 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{PreTokenizerWrapper, SplitDelimiterBehavior};
 
-/// GPT-2's words: contractions, letters, numbers, the rest, white space.
+/// GPT-2's split pattern: contractions, letters, numbers, other characters, white space.
 const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-/// Digits one by one.
+/// Pattern that splits off every digit.
 const DIGIT: &str = r"\p{N}";
-/// Llama 3's words: numbers in threes, and any one character before letters.
+/// Llama 3's split pattern: numbers of up to three digits, and letters with any one character before them.
 const LLAMA3: &str = concat!(
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
-/// Qwen 2's words: as Llama 3's, with single digits.
+/// Qwen 2's split pattern: Llama 3's with single digits.
 const QWEN2: &str = concat!(
     r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 
-/// Contractions as Hugging Face's files of Llama 3 and Qwen write them, and as they are written here.
-const CASELESS: [&str; 2] = [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"];
+/// The pattern of contractions as the Hugging Face files of Llama 3 and Qwen spell it, and as the constants above do.
+const CONTRACTIONS: [&str; 2] =
+    [r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD]"];
 
-/// How text is cut into words before merging: what `tokenizer.ggml.pre` names.
-pub(super) struct Cut {
-    /// Patterns applied one after the other, each to the pieces of the one before. What none matches stays a piece.
+/// The pre-tokenization rules that `tokenizer.ggml.pre` names: how text is split into words before merging.
+pub(super) struct PreTokenizerRules {
+    /// Split patterns, each applied to the pieces that the previous one left. Text between matches is a piece as well.
     patterns: &'static [&'static str],
-    /// Whether a word that is a token is taken whole, whatever the merges would make of it.
+    /// True if a word that is a token becomes that token even if the merges would not produce it.
     pub ignore_merges: bool,
-    /// Whether BOS is added unless the file says otherwise.
+    /// True if BOS is added unless the file says otherwise.
     pub add_bos: bool,
 }
 
-impl Cut {
-    /// The names that are known, for a message.
+impl PreTokenizerRules {
+    /// The supported names, for error messages.
     pub const NAMES: &str = "smollm, llama-bpe, llama3, llama-v3, qwen2, deepseek-r1-qwen, gpt-2, default";
 
-    /// The `tokenizer.ggml.pre` of a `tokenizer.json`: the pre-tokenizer's steps and whether merges are ignored for words
-    /// that are tokens. Where no name means the same cuts, the error says what the file has.
-    pub fn name(pre_tokenizer: &Value, ignore_merges: bool) -> Result<&'static str, String> {
-        let patterns = patterns(pre_tokenizer)?;
+    /// Returns the `tokenizer.ggml.pre` whose rules equal those of a `tokenizer.json`: its pre-tokenizer and
+    /// `ignore_merges`. If no name has the same rules, the error describes those of the file.
+    pub fn name_of(pre_tokenizer: &Value, ignore_merges: bool) -> Result<&'static str, String> {
+        let patterns = split_patterns(pre_tokenizer)?;
         let same = |name: &&&str| {
-            Self::named(name).is_some_and(|cut| cut.patterns == patterns && cut.ignore_merges == ignore_merges)
+            Self::from_name(name).is_some_and(|cut| cut.patterns == patterns && cut.ignore_merges == ignore_merges)
         };
         let names = ["smollm", "llama-bpe", "qwen2", "gpt-2", "default"];
         names.iter().find(same).copied().ok_or_else(|| {
@@ -53,8 +54,8 @@ impl Cut {
         })
     }
 
-    /// The rules of a `tokenizer.ggml.pre`.
-    pub fn named(pre: &str) -> Option<Self> {
+    /// Returns the rules of a `tokenizer.ggml.pre`, or `None` for an unknown name.
+    pub fn from_name(pre: &str) -> Option<Self> {
         let plain = Self { patterns: &[], ignore_merges: false, add_bos: false };
         Some(match pre {
             "smollm" => Self { patterns: &[DIGIT, GPT2], ..plain },
@@ -66,8 +67,8 @@ impl Cut {
         })
     }
 
-    /// The tokenizer of a vocabulary in id order and its merges, each `left right`, best first.
-    pub fn tokenizer(&self, tokens: &[String], merges: &[String]) -> Result<tokenizers::Tokenizer, String> {
+    /// Builds the tokenizer of a vocabulary in id order and its merges, each written `left right`, best first.
+    pub fn build_tokenizer(&self, tokens: &[String], merges: &[String]) -> Result<tokenizers::Tokenizer, String> {
         let ids = tokens.iter().cloned().zip(0..).collect::<tokenizers::models::bpe::Vocab>();
         let mut pairs = Vec::with_capacity(merges.len());
         for merge in merges {
@@ -88,8 +89,8 @@ impl Cut {
     }
 }
 
-/// The patterns of a pre-tokenizer that ends in bytes, as [`Cut`] writes them.
-fn patterns(pre_tokenizer: &Value) -> Result<Vec<String>, String> {
+/// Returns the split patterns of a byte-level pre-tokenizer in the spelling of [`PreTokenizerRules`].
+fn split_patterns(pre_tokenizer: &Value) -> Result<Vec<String>, String> {
     let steps = match &pre_tokenizer["pretokenizers"] {
         Value::Array(steps) => steps.clone(),
         _ => vec![pre_tokenizer.clone()],
@@ -99,7 +100,7 @@ fn patterns(pre_tokenizer: &Value) -> Result<Vec<String>, String> {
         let flag = |name: &str| step[name].as_bool().unwrap_or(false);
         match (step["type"].as_str(), step["pattern"]["Regex"].as_str()) {
             (Some("Split"), Some(regex)) if step["behavior"] == "Isolated" && !flag("invert") => {
-                patterns.push(regex.replace(CASELESS[0], CASELESS[1]));
+                patterns.push(regex.replace(CONTRACTIONS[0], CONTRACTIONS[1]));
             }
             (Some("Digits"), _) if flag("individual_digits") => patterns.push(DIGIT.to_owned()),
             (Some("ByteLevel"), _) if !flag("add_prefix_space") => {
@@ -111,9 +112,9 @@ fn patterns(pre_tokenizer: &Value) -> Result<Vec<String>, String> {
     Ok(patterns)
 }
 
-/// The byte that a character of a byte-level token stands for: printable Latin-1 for itself, the other 68 bytes in
-/// order for the characters from U+0100 on.
-pub(super) fn byte(c: char) -> Option<u8> {
+/// Returns the byte that a character of a byte-level token stands for. Printable Latin-1 characters stand for
+/// themselves; the characters from U+0100 on stand for the other 68 bytes in order.
+pub(super) fn char_to_byte(c: char) -> Option<u8> {
     let printable = |code: u32| matches!(code, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     match u32::from(c) {
         code if printable(code) => u8::try_from(code).ok(),
@@ -132,7 +133,7 @@ mod tests {
         let bytes = |use_regex: bool| serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": use_regex});
         let steps = |steps: &[Value]| serde_json::json!({"type": "Sequence", "pretokenizers": steps});
         let digits = serde_json::json!({"type": "Digits", "individual_digits": true});
-        let caseless = LLAMA3.replace(CASELESS[1], CASELESS[0]);
+        let caseless = LLAMA3.replace(CONTRACTIONS[1], CONTRACTIONS[0]);
         assert_ne!(caseless, LLAMA3);
         for (pre_tokenizer, ignore_merges, expected) in [
             (bytes(true), false, Ok("gpt-2")),
@@ -144,7 +145,7 @@ mod tests {
             (serde_json::json!({"type": "Whitespace"}), false, Err("Whitespace")),
             (serde_json::json!({"type": "ByteLevel", "add_prefix_space": true}), false, Err("add_prefix_space")),
         ] {
-            match (Cut::name(&pre_tokenizer, ignore_merges), expected) {
+            match (PreTokenizerRules::name_of(&pre_tokenizer, ignore_merges), expected) {
                 (Ok(found), Ok(expected)) => assert_eq!(found, expected),
                 (Err(found), Err(expected)) => assert!(found.contains(expected), "{found}"),
                 (found, expected) => panic!("{found:?}, expected {expected:?}"),
@@ -154,9 +155,12 @@ mod tests {
 
     #[test]
     fn every_byte_has_its_character() {
-        let mut bytes: Vec<u8> = ByteLevel::alphabet().into_iter().filter_map(byte).collect();
+        let mut bytes: Vec<u8> = ByteLevel::alphabet().into_iter().filter_map(char_to_byte).collect();
         bytes.sort_unstable();
         assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
-        assert_eq!((byte('Ġ'), byte('Ċ'), byte('é'), byte('漢')), (Some(b' '), Some(b'\n'), Some(0xe9), None));
+        assert_eq!(
+            (char_to_byte('Ġ'), char_to_byte('Ċ'), char_to_byte('é'), char_to_byte('漢')),
+            (Some(b' '), Some(b'\n'), Some(0xe9), None)
+        );
     }
 }

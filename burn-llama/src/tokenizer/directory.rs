@@ -1,4 +1,4 @@
-//! The tokenizer of a Hugging Face directory, put together as `transformers` 5 does it.
+//! Loading the tokenizer of a Hugging Face directory, following the rules of `transformers` 5.
 
 use std::path::{Path, PathBuf};
 
@@ -11,19 +11,21 @@ use tokenizers::normalizers::Replace;
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::{AddedToken, DecoderWrapper, ModelWrapper, NormalizerWrapper};
 
-use super::sentencepiece::SPACE;
-use super::{Encoder, Special, Tokenizer};
+use super::sentencepiece::SPACE_SYMBOL;
+use super::{Encoder, SpecialTokens, Tokenizer};
 use crate::error::Error;
 
-/// The named special tokens of a `tokenizer_config.json`.
-const NAMED: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+/// The keys of the named special tokens in a `tokenizer_config.json`.
+const SPECIAL_TOKEN_KEYS: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` and, as far as they are there, `tokenizer_config.json`, `special_tokens_map.json`,
+    /// Reads `tokenizer.json` and, where present, `tokenizer_config.json`, `special_tokens_map.json`,
     /// `generation_config.json`, `config.json` and `chat_template.jinja`. Ids equal those of `AutoTokenizer` in
-    /// `transformers` 5: the file's post-processor decides about BOS and EOS, whatever `add_bos_token` says. For the class
-    /// `GPT2Tokenizer`, which SmolLM2 names, they are those of `tokenizer.json`, as in `transformers` 4 and llama.cpp:
-    /// version 5 puts GPT-2's rules in place of the file's, and so cuts digits differently than in training.
+    /// `transformers` 5: the file's post-processor decides whether BOS and EOS are added; `add_bos_token` is ignored.
+    /// For the class `GPT2Tokenizer`, which SmolLM2 names, ids follow the rules of `tokenizer.json`, as in
+    /// `transformers` 4 and llama.cpp: version 5 replaces the file's rules by GPT-2's and so splits digits differently
+    /// than in training.
     ///
     /// # Errors
     ///
@@ -32,27 +34,27 @@ impl Tokenizer {
     pub fn from_dir(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|source| Error::io(&path, source))?;
-        let files = Files::read(dir)?;
+        let files = ConfigFiles::read(dir)?;
         let tokenizer = tokenizers::Tokenizer::from_bytes(&bytes)
             .map_err(|error| error.to_string())
-            .and_then(|tokenizer| files.complete(tokenizer))
+            .and_then(|tokenizer| files.apply_config(tokenizer))
             .map_err(|message| Error::Tokenizer { path: path.clone(), message })?;
-        let special = files.special(&tokenizer);
-        let (place, template) = files.template(dir)?;
-        let chat_template = special.template(template.as_deref(), &place)?;
+        let special = files.special_tokens(&tokenizer);
+        let (place, template) = files.chat_template(dir)?;
+        let chat_template = special.parse_chat_template(template.as_deref(), &place)?;
         Ok(Self { path, encoder: Encoder::Json(Box::new(tokenizer)), special, chat_template })
     }
 }
 
-/// The files beside `tokenizer.json`; null where one is missing.
-struct Files {
+/// The configuration files next to `tokenizer.json`; null for a missing file.
+struct ConfigFiles {
     tokenizer: Value,
-    special_tokens: Value,
+    special_tokens_map: Value,
     generation: Value,
     model: Value,
 }
 
-impl Files {
+impl ConfigFiles {
     fn read(dir: &Path) -> Result<Self, Error> {
         let read = |name: &str| {
             let path = dir.join(name);
@@ -66,32 +68,32 @@ impl Files {
         };
         Ok(Self {
             tokenizer: read("tokenizer_config.json")?,
-            special_tokens: read("special_tokens_map.json")?,
+            special_tokens_map: read("special_tokens_map.json")?,
             generation: read("generation_config.json")?,
             model: read("config.json")?,
         })
     }
 
-    /// A named special token: `tokenizer_config.json` goes before `special_tokens_map.json`.
-    fn named(&self, name: &str) -> Option<&str> {
-        text(&self.tokenizer[name]).or_else(|| text(&self.special_tokens[name]))
+    /// Returns a named special token; `tokenizer_config.json` takes precedence over `special_tokens_map.json`.
+    fn named_token(&self, name: &str) -> Option<&str> {
+        token_text(&self.tokenizer[name]).or_else(|| token_text(&self.special_tokens_map[name]))
     }
 
-    /// Applies what the configuration says to what `tokenizer.json` gives.
-    fn complete(&self, mut tokenizer: tokenizers::Tokenizer) -> Result<tokenizers::Tokenizer, String> {
+    /// Applies the configuration files to the tokenizer read from `tokenizer.json`.
+    fn apply_config(&self, mut tokenizer: tokenizers::Tokenizer) -> Result<tokenizers::Tokenizer, String> {
         let fail = |error: tokenizers::Error| error.to_string();
-        // `tokenizer(text)` neither cuts nor fills.
+        // `tokenizer(text)` neither truncates nor pads.
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(fail)?;
         if self.is_llama_class(&tokenizer) {
-            self.become_llama(&mut tokenizer)?;
+            self.apply_llama_rules(&mut tokenizer)?;
         }
         self.add_tokens(&mut tokenizer)?;
         Ok(tokenizer)
     }
 
-    /// Whether `transformers` would build its own `LlamaTokenizer` from the vocabulary instead of taking the file's
-    /// rules: it does for that class, unless the file is byte-level or the model is not of type `llama`.
+    /// Returns whether `transformers` would build its own `LlamaTokenizer` from the vocabulary and ignore the file's
+    /// rules. It does so for that class, unless the file is byte-level or the model type is not `llama`.
     fn is_llama_class(&self, tokenizer: &tokenizers::Tokenizer) -> bool {
         let class = self.tokenizer["tokenizer_class"].as_str().or_else(|| self.model["tokenizer_class"].as_str());
         let named = class.is_some_and(|class| class.trim_end_matches("Fast") == "LlamaTokenizer");
@@ -101,9 +103,10 @@ impl Files {
         named && !byte_level && matches!(model, None | Some("llama"))
     }
 
-    /// The rules of `LlamaTokenizer`: no normalizer, spaces as `▁`, one before the text (before every text behind a
-    /// special token if `legacy`), bytes for what the vocabulary lacks.
-    fn become_llama(&self, tokenizer: &mut tokenizers::Tokenizer) -> Result<(), String> {
+    /// Replaces the file's rules by those of `LlamaTokenizer`: no normalizer, spaces written as `▁`, one space added at
+    /// the start of the text (and after every special token if `legacy`), byte tokens for text that is not in the
+    /// vocabulary.
+    fn apply_llama_rules(&self, tokenizer: &mut tokenizers::Tokenizer) -> Result<(), String> {
         let fail = |error: tokenizers::Error| error.to_string();
         let prefixed = self.tokenizer["add_prefix_space"].as_bool().unwrap_or(true);
         let legacy = self.tokenizer["legacy"].as_bool().unwrap_or(false);
@@ -113,8 +116,8 @@ impl Files {
             (true, false) => PrependScheme::First,
         };
         tokenizer.with_normalizer(None::<NormalizerWrapper>).map_err(fail)?;
-        tokenizer.with_pre_tokenizer(Some(Metaspace::new(SPACE, scheme, false)));
-        let replace = Replace::new(SPACE.to_string(), " ").map_err(fail)?;
+        tokenizer.with_pre_tokenizer(Some(Metaspace::new(SPACE_SYMBOL, scheme, false)));
+        let replace = Replace::new(SPACE_SYMBOL.to_string(), " ").map_err(fail)?;
         let mut decoders: Vec<DecoderWrapper> = vec![replace.into(), ByteFallback::new().into(), Fuse::new().into()];
         if prefixed {
             decoders.push(Strip::new(' ', 1, 0).into());
@@ -129,7 +132,7 @@ impl Files {
         Ok(())
     }
 
-    /// Adds the tokens that only the configuration has, and makes the named ones special.
+    /// Adds the tokens that are only in the configuration; the named ones become special tokens.
     fn add_tokens(&self, tokenizer: &mut tokenizers::Tokenizer) -> Result<(), String> {
         let known = |tokenizer: &tokenizers::Tokenizer, token: &str| {
             tokenizer.get_added_tokens_decoder().values().any(|added| added.content == token)
@@ -137,12 +140,12 @@ impl Files {
         let mut listed: Vec<(u32, AddedToken)> = Vec::new();
         for (id, token) in self.tokenizer["added_tokens_decoder"].as_object().into_iter().flatten() {
             let id = id.parse().map_err(|_| format!("added_tokens_decoder: expected an id, found {id:?}"))?;
-            listed.extend(added(token).map(|token| (id, token)));
+            listed.extend(added_token(token).map(|token| (id, token)));
         }
         listed.sort_by_key(|(id, _)| *id);
-        let named = NAMED.iter().filter_map(|name| self.named(name));
+        let named = SPECIAL_TOKEN_KEYS.iter().filter_map(|name| self.named_token(name));
         let more = ["additional_special_tokens", "extra_special_tokens"].map(|name| self.tokenizer[name].as_array());
-        let more = more.into_iter().flatten().flatten().filter_map(text);
+        let more = more.into_iter().flatten().flatten().filter_map(token_text);
         let special = named.chain(more).map(|token| AddedToken::from(token, true));
         for token in listed.into_iter().map(|(_, token)| token).chain(special) {
             if !known(tokenizer, &token.content) {
@@ -152,9 +155,9 @@ impl Files {
         Ok(())
     }
 
-    /// The ids with a meaning.
-    fn special(&self, tokenizer: &tokenizers::Tokenizer) -> Special {
-        let named = |name| self.named(name).and_then(|token| tokenizer.token_to_id(token));
+    /// Returns the special tokens and stop ids that the files name.
+    fn special_tokens(&self, tokenizer: &tokenizers::Tokenizer) -> SpecialTokens {
+        let named = |name| self.named_token(name).and_then(|token| tokenizer.token_to_id(token));
         let listed = |config: &Value, name: &str| -> Vec<u32> {
             let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
             match &config[name] {
@@ -171,12 +174,13 @@ impl Files {
         let eos = named("eos_token").or(stop.first().copied());
         let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
         let pad = named("pad_token").or(either("pad_token_id").first().copied());
-        Special { bos, eos, pad, bos_token: token(bos), eos_token: token(eos), stop: Vec::new() }.stops(stop)
+        SpecialTokens { bos, eos, pad, bos_token: token(bos), eos_token: token(eos), stop_ids: Vec::new() }
+            .with_stop_ids(stop)
     }
 
-    /// The chat template and where it stands: the file of its own, else the one in `tokenizer_config.json`, of several the one named
-    /// `default`.
-    fn template(&self, dir: &Path) -> Result<(PathBuf, Option<String>), Error> {
+    /// Returns the chat template and the path of its file: `chat_template.jinja` if it exists, else the template in
+    /// `tokenizer_config.json`; if there are several, the one named `default`.
+    fn chat_template(&self, dir: &Path) -> Result<(PathBuf, Option<String>), Error> {
         let path = dir.join("chat_template.jinja");
         match std::fs::read_to_string(&path) {
             Ok(source) => return Ok((path, Some(source))),
@@ -190,17 +194,17 @@ impl Files {
     }
 }
 
-/// A special token, written as text or as an object with its `content`.
-fn text(value: &Value) -> Option<&str> {
+/// Returns the text of a token, which is written as a string or as an object with `content`.
+fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str())
 }
 
-/// An entry of `added_tokens_decoder`.
-fn added(value: &Value) -> Option<AddedToken> {
+/// Parses an entry of `added_tokens_decoder`.
+fn added_token(value: &Value) -> Option<AddedToken> {
     let flag = |name: &str, default| value[name].as_bool().unwrap_or(default);
     let special = flag("special", false);
     Some(
-        AddedToken::from(text(value)?, special)
+        AddedToken::from(token_text(value)?, special)
             .single_word(flag("single_word", false))
             .lstrip(flag("lstrip", false))
             .rstrip(flag("rstrip", false))

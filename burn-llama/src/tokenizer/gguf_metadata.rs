@@ -1,17 +1,17 @@
-//! A tokenizer as the `tokenizer.*` metadata of a GGUF file.
+//! Export of a tokenizer as the `tokenizer.*` metadata of a GGUF file.
 
 use std::collections::HashMap;
 
 use serde_json::Value as Json;
 
-use super::bpe::Cut;
+use super::bpe::PreTokenizerRules;
 use super::metadata::stop_tokens;
-use super::sentencepiece::SPACE;
-use super::{Encoder, Special, Tokenizer};
-use crate::checkpoint::gguf::{Array, Gguf, Value, write::Metadata};
+use super::sentencepiece::SPACE_SYMBOL;
+use super::{Encoder, SpecialTokens, Tokenizer};
+use crate::checkpoint::gguf::{Gguf, MetadataArray, MetadataValue, write::Metadata};
 use crate::error::Error;
 
-/// The numbers of `tokenizer.ggml.token_type`.
+// The numbers of `tokenizer.ggml.token_type`.
 const NORMAL: i64 = 1;
 const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
@@ -19,50 +19,57 @@ const USER_DEFINED: i64 = 4;
 const UNUSED: i64 = 5;
 const BYTE: i64 = 6;
 
-/// The score of tokens that no merge makes: below every other.
-const UNREACHED: f64 = -1e6;
+/// The score of tokens that no merge produces: lower than every other.
+const UNMERGED_SCORE: f64 = -1e6;
 
 impl Tokenizer {
-    /// The tokenizer as the `tokenizer.*` metadata of a GGUF file for a model whose embedding has `rows` rows: copied if it
-    /// came from such a file, else derived. Rows without a token get an unused one.
+    /// Returns the tokenizer as the `tokenizer.*` metadata of a GGUF file, for a model whose embedding has `rows` rows.
+    /// The metadata is copied if the tokenizer came from a GGUF file, else derived. Rows without a token get an unused
+    /// token.
     ///
     /// # Errors
     ///
-    /// [`Error::Tokenizer`] if there are more tokens than rows, or if llama.cpp has no name for what the tokenizer does: its
+    /// [`Error::Tokenizer`] if there are more tokens than rows, or if llama.cpp has no equivalent of the tokenizer's
     /// pre-tokenizer, normalizer or model.
     pub fn gguf_metadata(&self, rows: usize) -> Result<Metadata, Error> {
         let metadata = match &self.encoder {
-            Encoder::Gguf(_) => copied(&Gguf::open(&self.path)?, rows),
-            Encoder::Json(tokenizer) => derived(self, tokenizer, rows),
+            Encoder::Gguf(_) => copy_metadata(&Gguf::open(&self.path)?, rows),
+            Encoder::Json(tokenizer) => derive_metadata(self, tokenizer, rows),
         };
         metadata.map_err(|message| self.error(message))
     }
 }
 
-/// A file's own metadata, in llama.cpp's types, for an embedding of `rows` rows.
-fn copied(gguf: &Gguf, rows: usize) -> Result<Metadata, String> {
+/// Copies the file's own metadata, with llama.cpp's value types, padded for an embedding of `rows` rows.
+fn copy_metadata(gguf: &Gguf, rows: usize) -> Result<Metadata, String> {
     let own = gguf.all_metadata().filter(|(key, _)| key.starts_with("tokenizer."));
     let mut metadata: Metadata = own.map(|(key, value)| (key.to_owned(), value.clone())).collect();
     for (key, value) in &mut metadata {
         match (key.as_str(), value) {
-            ("tokenizer.ggml.tokens", Value::Array(Array::String(tokens))) => fill(tokens, rows)?,
-            ("tokenizer.ggml.token_type", Value::Array(array)) => {
-                if let Array::Unsigned(kinds) = array {
-                    *array = Array::Signed(kinds.iter().map(|kind| i64::try_from(*kind).unwrap_or(NORMAL)).collect());
+            ("tokenizer.ggml.tokens", MetadataValue::Array(MetadataArray::String(tokens))) => {
+                pad_vocabulary(tokens, rows)?
+            }
+            ("tokenizer.ggml.token_type", MetadataValue::Array(array)) => {
+                if let MetadataArray::Unsigned(kinds) = array {
+                    *array = MetadataArray::Signed(
+                        kinds.iter().map(|kind| i64::try_from(*kind).unwrap_or(NORMAL)).collect(),
+                    );
                 }
-                if let Array::Signed(kinds) = array {
+                if let MetadataArray::Signed(kinds) = array {
                     kinds.resize(rows, UNUSED);
                 }
             }
-            ("tokenizer.ggml.scores", Value::Array(Array::Float(scores))) => scores.resize(rows, UNREACHED),
+            ("tokenizer.ggml.scores", MetadataValue::Array(MetadataArray::Float(scores))) => {
+                scores.resize(rows, UNMERGED_SCORE)
+            }
             _ => {}
         }
     }
     Ok(metadata)
 }
 
-/// Gives every row of the embedding a token.
-fn fill(tokens: &mut Vec<String>, rows: usize) -> Result<(), String> {
+/// Appends unused tokens until every row of the embedding has a token.
+fn pad_vocabulary(tokens: &mut Vec<String>, rows: usize) -> Result<(), String> {
     if tokens.len() > rows {
         let found = tokens.len();
         return Err(format!("expected at most one token per row of the embedding, {rows}, found {found} tokens"));
@@ -71,48 +78,49 @@ fn fill(tokens: &mut Vec<String>, rows: usize) -> Result<(), String> {
     Ok(())
 }
 
-/// What stands in a `tokenizer.json`, as metadata.
-fn derived(tokenizer: &Tokenizer, rules: &tokenizers::Tokenizer, rows: usize) -> Result<Metadata, String> {
+/// Derives the metadata from the rules of a `tokenizer.json`.
+fn derive_metadata(tokenizer: &Tokenizer, rules: &tokenizers::Tokenizer, rows: usize) -> Result<Metadata, String> {
     let json = |part: serde_json::Result<Json>| part.map_err(|error| error.to_string());
     let model = json(serde_json::to_value(rules.get_model()))?;
     let pre_tokenizer = json(serde_json::to_value(rules.get_pre_tokenizer()))?;
     if model["type"] != "BPE" {
-        return Err(format!("model: expected BPE, the only kind that can become GGUF yet, found {}", model["type"]));
+        return Err(format!("model: expected BPE, the only type that can be written as GGUF, found {}", model["type"]));
     }
     let byte_level = pre_tokenizer.to_string().contains("\"ByteLevel\"");
-    let (mut tokens, kinds) = vocabulary(rules, model["unk_token"].as_str(), !byte_level);
-    fill(&mut tokens, rows)?;
+    let (mut tokens, kinds) = tokens_and_types(rules, model["unk_token"].as_str(), !byte_level);
+    pad_vocabulary(&mut tokens, rows)?;
     let mut metadata = Vec::new();
-    let mut set = |key: &str, value: Value| metadata.push((format!("tokenizer.{key}"), value));
+    let mut set = |key: &str, value: MetadataValue| metadata.push((format!("tokenizer.{key}"), value));
     if byte_level {
         let normalizer = json(serde_json::to_value(rules.get_normalizer()))?;
-        // llama.cpp normalises nothing; composed characters are what text has anyway, other rules change it.
+        // llama.cpp does not normalize. NFC leaves ordinary text unchanged, as it is composed already; other rules do
+        // not.
         if !normalizer.is_null() && normalizer["type"] != "NFC" {
             return Err(format!("normalizer: expected none or NFC, found {normalizer}"));
         }
-        set("ggml.model", Value::String("gpt2".to_owned()));
-        let pre = Cut::name(&pre_tokenizer, model["ignore_merges"] == true)?;
-        set("ggml.pre", Value::String(pre.to_owned()));
+        set("ggml.model", MetadataValue::String("gpt2".to_owned()));
+        let pre = PreTokenizerRules::name_of(&pre_tokenizer, model["ignore_merges"] == true)?;
+        set("ggml.pre", MetadataValue::String(pre.to_owned()));
         let merges = merges(&model).map(|(left, right)| format!("{left} {right}")).collect();
-        set("ggml.merges", Value::Array(Array::String(merges)));
+        set("ggml.merges", MetadataValue::Array(MetadataArray::String(merges)));
     } else if model["byte_fallback"] == true {
-        set("ggml.model", Value::String("llama".to_owned()));
-        set("ggml.pre", Value::String("default".to_owned()));
-        set("ggml.scores", Value::Array(Array::Float(scores(&model, &tokens))));
-        set("ggml.add_space_prefix", Value::Bool(adds_space(tokenizer)?));
+        set("ggml.model", MetadataValue::String("llama".to_owned()));
+        set("ggml.pre", MetadataValue::String("default".to_owned()));
+        set("ggml.scores", MetadataValue::Array(MetadataArray::Float(scores(&model, &tokens))));
+        set("ggml.add_space_prefix", MetadataValue::Bool(adds_space_prefix(tokenizer)?));
     } else {
         return Err("expected byte-level BPE, or BPE with byte_fallback, found neither".to_owned());
     }
-    set("ggml.tokens", Value::Array(Array::String(tokens)));
+    set("ggml.tokens", MetadataValue::Array(MetadataArray::String(tokens)));
     let kinds = kinds.into_iter().chain(std::iter::repeat(UNUSED)).take(rows).collect();
-    set("ggml.token_type", Value::Array(Array::Signed(kinds)));
+    set("ggml.token_type", MetadataValue::Array(MetadataArray::Signed(kinds)));
     let unknown = model["unk_token"].as_str().and_then(|token| rules.token_to_id(token));
-    metadata.extend(special(tokenizer, unknown)?);
+    metadata.extend(special_metadata(tokenizer, unknown)?);
     Ok(metadata)
 }
 
-/// Tokens and what they are, by id; ids between them that have none are unused.
-fn vocabulary(rules: &tokenizers::Tokenizer, unknown: Option<&str>, bytes: bool) -> (Vec<String>, Vec<i64>) {
+/// Returns the tokens and their types by id. Gaps in the ids become unused tokens.
+fn tokens_and_types(rules: &tokenizers::Tokenizer, unknown: Option<&str>, bytes: bool) -> (Vec<String>, Vec<i64>) {
     let (ids, added) = (rules.get_vocab(true), rules.get_added_tokens_decoder());
     let len = ids.values().max().map_or(0, |last| *last as usize + 1);
     let mut tokens: Vec<String> = (0..len).map(|id| format!("[PAD{id}]")).collect();
@@ -131,32 +139,32 @@ fn vocabulary(rules: &tokenizers::Tokenizer, unknown: Option<&str>, bytes: bool)
     (tokens, kinds)
 }
 
-/// The merges of a BPE model, best first.
+/// Returns the merges of a BPE model, best first.
 fn merges(model: &Json) -> impl Iterator<Item = (&str, &str)> {
     model["merges"].as_array().into_iter().flatten().filter_map(|pair| Some((pair[0].as_str()?, pair[1].as_str()?)))
 }
 
-/// SentencePiece's scores, which a `tokenizer.json` keeps as the order of the merges: the first merge that makes a token
-/// says how good the token is.
+/// Derives SentencePiece scores from the order of the merges, which is all that a `tokenizer.json` stores: a token's
+/// score is given by the first merge that produces it.
 fn scores(model: &Json, tokens: &[String]) -> Vec<f64> {
     let mut made = HashMap::new();
     for (left, right) in merges(model) {
         let next = -(made.len() as f64);
         made.entry(format!("{left}{right}")).or_insert(next);
     }
-    tokens.iter().map(|token| made.get(token).copied().unwrap_or(UNREACHED)).collect()
+    tokens.iter().map(|token| made.get(token).copied().unwrap_or(UNMERGED_SCORE)).collect()
 }
 
-/// Whether a space is put before a text.
-fn adds_space(tokenizer: &Tokenizer) -> Result<bool, String> {
+/// Returns whether the tokenizer adds a space at the start of a text.
+fn adds_space_prefix(tokenizer: &Tokenizer) -> Result<bool, String> {
     let ids = tokenizer.encode("a", false).map_err(|error| error.to_string())?;
-    Ok(ids.first().and_then(|id| tokenizer.id_to_token(*id)).is_some_and(|token| token.starts_with(SPACE)))
+    Ok(ids.first().and_then(|id| tokenizer.id_to_token(*id)).is_some_and(|token| token.starts_with(SPACE_SYMBOL)))
 }
 
-/// The ids with a meaning, what is put around a text, and the chat template.
-fn special(tokenizer: &Tokenizer, unknown: Option<u32>) -> Result<Metadata, String> {
-    let Special { bos, eos, pad, stop, .. } = &tokenizer.special;
-    // Stops that llama.cpp does not know by their text; it has two more keys for such.
+/// Returns the metadata of the special tokens, of the BOS and EOS rules, and of the chat template.
+fn special_metadata(tokenizer: &Tokenizer, unknown: Option<u32>) -> Result<Metadata, String> {
+    let SpecialTokens { bos, eos, pad, stop_ids: stop, .. } = &tokenizer.special;
+    // llama.cpp recognizes most stop tokens by their text; for others it has two more keys, `eot` and `eom`.
     let known = |id: &u32| tokenizer.id_to_token(*id).is_some_and(|token| stop_tokens().any(|stop| stop == token));
     let mut more = stop.iter().copied().filter(|id| Some(*id) != *eos && !known(id));
     let ids = [
@@ -168,20 +176,20 @@ fn special(tokenizer: &Tokenizer, unknown: Option<u32>) -> Result<Metadata, Stri
         ("eom", more.next()),
     ];
     let id = |(name, id): (&str, Option<u32>)| {
-        Some((format!("tokenizer.ggml.{name}_token_id"), Value::Unsigned(u64::from(id?))))
+        Some((format!("tokenizer.ggml.{name}_token_id"), MetadataValue::Unsigned(u64::from(id?))))
     };
     let mut metadata: Metadata = ids.into_iter().filter_map(id).collect();
-    let (add_bos, add_eos) = around(tokenizer)?;
-    metadata.push(("tokenizer.ggml.add_bos_token".to_owned(), Value::Bool(add_bos)));
-    metadata.push(("tokenizer.ggml.add_eos_token".to_owned(), Value::Bool(add_eos)));
+    let (add_bos, add_eos) = adds_bos_and_eos(tokenizer)?;
+    metadata.push(("tokenizer.ggml.add_bos_token".to_owned(), MetadataValue::Bool(add_bos)));
+    metadata.push(("tokenizer.ggml.add_eos_token".to_owned(), MetadataValue::Bool(add_eos)));
     if let Some(template) = tokenizer.chat_template() {
-        metadata.push(("tokenizer.chat_template".to_owned(), Value::String(template.source().to_owned())));
+        metadata.push(("tokenizer.chat_template".to_owned(), MetadataValue::String(template.source().to_owned())));
     }
     Ok(metadata)
 }
 
-/// Whether BOS is put before a text and EOS after it.
-fn around(tokenizer: &Tokenizer) -> Result<(bool, bool), String> {
+/// Returns whether the tokenizer adds BOS before a text and EOS after it.
+fn adds_bos_and_eos(tokenizer: &Tokenizer) -> Result<(bool, bool), String> {
     let encode = |add| tokenizer.encode("a", add).map_err(|error| error.to_string());
     let (plain, whole) = (encode(false)?, encode(true)?);
     let (bos, eos) = (tokenizer.bos(), tokenizer.eos());
@@ -192,5 +200,5 @@ fn around(tokenizer: &Tokenizer) -> Result<(bool, bool), String> {
             return Ok((add_bos, add_eos));
         }
     }
-    Err(format!("post-processor: expected BOS before a text or EOS after it at most, found {whole:?} around {plain:?}"))
+    Err(format!("post-processor: expected at most BOS before a text and EOS after it, found {whole:?} for {plain:?}"))
 }

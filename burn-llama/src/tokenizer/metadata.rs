@@ -1,10 +1,10 @@
-//! What the metadata of a GGUF file says about its tokens.
+//! Reading token types, scores and stop tokens from the metadata of a GGUF file.
 
-use crate::checkpoint::gguf::{Array, Gguf, Value};
+use crate::checkpoint::gguf::{Gguf, MetadataArray, MetadataValue};
 use crate::error::Error;
 
-/// Tokens that llama.cpp takes for the end of a generation by their text.
-const STOP: [&str; 22] = [
+/// Tokens whose text alone makes llama.cpp treat them as the end of a generation.
+const STOP_TOKENS: [&str; 22] = [
     "<|eot_id|>",
     "<|im_end|>",
     "<|end|>",
@@ -29,8 +29,8 @@ const STOP: [&str; 22] = [
     "[e~[",
 ];
 
-/// Fill-in-the-middle tokens that end a generation as well: padding, repository, file.
-const FILL_STOP: [&str; 11] = [
+/// Fill-in-the-middle tokens that also end a generation: padding, repository, file.
+const FIM_STOP_TOKENS: [&str; 11] = [
     "<|fim_pad|>",
     "<fim-pad>",
     "<fim_pad>",
@@ -44,55 +44,58 @@ const FILL_STOP: [&str; 11] = [
     "<|file_sep|>",
 ];
 
-/// What a token is; the numbers are those of `tokenizer.ggml.token_type`.
+/// The type of a token, from `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
-    /// Text.
+pub(super) enum TokenType {
+    /// Ordinary text.
     Normal,
-    /// Special: parsed out of the text before anything else, and not printed where special tokens are skipped.
+    /// Special token: matched in the text before anything else, and not printed if special tokens are skipped.
     Control,
-    /// Parsed out of the text like a special token, but printed.
+    /// Matched in the text like a special token, but always printed.
     UserDefined,
-    /// A byte that no other token covers.
+    /// A single byte, for text that no other token covers.
     Byte,
-    /// Never produced, never printed.
+    /// Never produced and never printed.
     Unused,
 }
 
-/// Tokens that end a generation.
+/// Returns the tokens that end a generation by their text.
 pub(super) fn stop_tokens() -> impl Iterator<Item = &'static str> {
-    STOP.into_iter().chain(FILL_STOP)
+    STOP_TOKENS.into_iter().chain(FIM_STOP_TOKENS)
 }
 
-/// An error of the tokenizer in a file.
-pub(super) fn fault(gguf: &Gguf, message: String) -> Error {
+/// Builds a tokenizer error that names the GGUF file.
+pub(super) fn tokenizer_error(gguf: &Gguf, message: String) -> Error {
     Error::Tokenizer { path: gguf.path().to_owned(), message }
 }
 
-/// A metadata array of texts.
+/// Returns a metadata array of strings.
 pub(super) fn strings(gguf: &Gguf, key: &str) -> Result<Vec<String>, Error> {
     match gguf.metadata(key) {
-        Some(Value::Array(Array::String(texts))) => Ok(texts.clone()),
+        Some(MetadataValue::Array(MetadataArray::String(texts))) => Ok(texts.clone()),
         other => {
-            let found = other.map_or("nothing".to_owned(), Value::describe);
-            Err(fault(gguf, format!("{key}: expected an array of strings, found {found}")))
+            let found = other.map_or("nothing".to_owned(), MetadataValue::describe);
+            Err(tokenizer_error(gguf, format!("{key}: expected an array of strings, found {found}")))
         }
     }
 }
 
-/// The score of every token; zero for all where the file has none.
+/// Returns the score of every token; all zero if the file has no scores.
 pub(super) fn scores(gguf: &Gguf, tokens: usize) -> Result<Vec<f32>, Error> {
     let key = "tokenizer.ggml.scores";
     let scores: Vec<f32> = match gguf.metadata(key) {
         None => vec![0.0; tokens],
-        Some(Value::Array(Array::Float(scores))) => scores.iter().map(|score| *score as f32).collect(),
-        Some(Value::Array(Array::Signed(scores))) => scores.iter().map(|score| *score as f32).collect(),
+        Some(MetadataValue::Array(MetadataArray::Float(scores))) => scores.iter().map(|score| *score as f32).collect(),
+        Some(MetadataValue::Array(MetadataArray::Signed(scores))) => scores.iter().map(|score| *score as f32).collect(),
         Some(other) => {
-            return Err(fault(gguf, format!("{key}: expected an array of floats, found {}", other.describe())));
+            return Err(tokenizer_error(
+                gguf,
+                format!("{key}: expected an array of floats, found {}", other.describe()),
+            ));
         }
     };
     if scores.len() < tokens {
-        return Err(fault(
+        return Err(tokenizer_error(
             gguf,
             format!("{key}: expected a score for each of {tokens} tokens, found {}", scores.len()),
         ));
@@ -100,33 +103,36 @@ pub(super) fn scores(gguf: &Gguf, tokens: usize) -> Result<Vec<f32>, Error> {
     Ok(scores)
 }
 
-/// What every token is. Tokens that end a generation are control tokens whatever the file calls them.
-pub(super) fn kinds(gguf: &Gguf, tokens: &[String]) -> Result<Vec<Kind>, Error> {
+/// Returns the type of every token. Tokens that end a generation are control tokens, whatever type the file gives them.
+pub(super) fn token_types(gguf: &Gguf, tokens: &[String]) -> Result<Vec<TokenType>, Error> {
     let key = "tokenizer.ggml.token_type";
     let numbers: Vec<i64> = match gguf.metadata(key) {
         None => vec![1; tokens.len()],
-        Some(Value::Array(Array::Signed(numbers))) => numbers.clone(),
-        Some(Value::Array(Array::Unsigned(numbers))) => {
+        Some(MetadataValue::Array(MetadataArray::Signed(numbers))) => numbers.clone(),
+        Some(MetadataValue::Array(MetadataArray::Unsigned(numbers))) => {
             numbers.iter().map(|number| i64::try_from(*number).unwrap_or(0)).collect()
         }
         Some(other) => {
-            return Err(fault(gguf, format!("{key}: expected an array of integers, found {}", other.describe())));
+            return Err(tokenizer_error(
+                gguf,
+                format!("{key}: expected an array of integers, found {}", other.describe()),
+            ));
         }
     };
     if numbers.len() < tokens.len() {
         let message = format!("{key}: expected a type for each of {} tokens, found {}", tokens.len(), numbers.len());
-        return Err(fault(gguf, message));
+        return Err(tokenizer_error(gguf, message));
     }
     let kind = |(token, number): (&String, &i64)| {
         if stop_tokens().any(|stop| stop == token) {
-            return Kind::Control;
+            return TokenType::Control;
         }
         match number {
-            1 => Kind::Normal,
-            2 | 3 => Kind::Control,
-            4 => Kind::UserDefined,
-            6 => Kind::Byte,
-            _ => Kind::Unused,
+            1 => TokenType::Normal,
+            2 | 3 => TokenType::Control,
+            4 => TokenType::UserDefined,
+            6 => TokenType::Byte,
+            _ => TokenType::Unused,
         }
     };
     Ok(tokens.iter().zip(&numbers).map(kind).collect())

@@ -1,7 +1,7 @@
-//! Tokenizers: text to ids and back, from Hugging Face files or from a GGUF file.
+//! Tokenizers, read from Hugging Face files or from a GGUF file.
 //!
-//! Each source has its own reference: ids equal those of `transformers` for a directory, and those of llama.cpp for a
-//! GGUF file, which has the vocabulary but not the rules by which text is cut.
+//! Each source has its own reference. For a Hugging Face directory, ids equal those of `transformers`. For a GGUF file,
+//! which stores the vocabulary but not the rules that split text, they equal those of llama.cpp.
 
 use std::path::{Path, PathBuf};
 
@@ -21,78 +21,79 @@ mod vocabulary;
 
 pub use stream::DecodeStream;
 
-/// Text to ids and back, with the special tokens and the chat template of a model.
+/// A model's tokenizer: encodes text to token ids and decodes them, and knows the special tokens and the chat template.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     path: PathBuf,
     encoder: Encoder,
-    special: Special,
+    special: SpecialTokens,
     chat_template: Option<ChatTemplate>,
 }
 
-/// What does the work.
+/// The implementation behind a [`Tokenizer`].
 #[derive(Debug, Clone)]
 enum Encoder {
-    /// A `tokenizer.json`.
+    /// The rules of a `tokenizer.json`.
     Json(Box<tokenizers::Tokenizer>),
     /// The vocabulary of a GGUF file.
     Gguf(Box<vocabulary::Vocabulary>),
 }
 
-/// The ids with a meaning.
+/// The special tokens of a model and the ids at which generation stops.
 #[derive(Debug, Clone, Default)]
-struct Special {
+struct SpecialTokens {
     bos: Option<u32>,
     eos: Option<u32>,
     pad: Option<u32>,
-    /// The tokens of `bos` and `eos`.
+    /// The text of the `bos` token.
     bos_token: Option<String>,
+    /// The text of the `eos` token.
     eos_token: Option<String>,
-    /// Every id that ends a generation, ascending.
-    stop: Vec<u32>,
+    /// All ids that end a generation, ascending.
+    stop_ids: Vec<u32>,
 }
 
-impl Special {
-    /// Adds to the ids that end a generation.
-    fn stops(mut self, ids: impl IntoIterator<Item = u32>) -> Self {
-        self.stop.extend(ids);
-        self.stop.extend(self.eos);
-        self.stop.sort_unstable();
-        self.stop.dedup();
+impl SpecialTokens {
+    /// Adds `ids` and EOS to the ids that end a generation.
+    fn with_stop_ids(mut self, ids: impl IntoIterator<Item = u32>) -> Self {
+        self.stop_ids.extend(ids);
+        self.stop_ids.extend(self.eos);
+        self.stop_ids.sort_unstable();
+        self.stop_ids.dedup();
         self
     }
 
-    /// The chat template in the file at `path`, which may write these tokens.
-    fn template(&self, source: Option<&str>, path: &Path) -> Result<Option<ChatTemplate>, Error> {
+    /// Parses the chat template `source` from the file at `path`, with `bos_token` and `eos_token` as its variables.
+    fn parse_chat_template(&self, source: Option<&str>, path: &Path) -> Result<Option<ChatTemplate>, Error> {
         let parse = |source| ChatTemplate::new(source, self.bos_token.as_deref(), self.eos_token.as_deref());
         source.map(parse).transpose().map_err(|error| error.in_file(path))
     }
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of a GGUF file: `tokenizer.ggml.model` `gpt2` (byte-level BPE with `tokenizer.ggml.pre`
-    /// `smollm`, `llama-bpe`, `qwen2`, `gpt-2` or `default`) or `llama` (SentencePiece). Ids equal llama.cpp's
-    /// `llama_tokenize(add_special, parse_special = true)`.
+    /// Reads the tokenizer of a GGUF file. `tokenizer.ggml.model` may be `gpt2` (byte-level BPE with
+    /// `tokenizer.ggml.pre` `smollm`, `llama-bpe`, `qwen2`, `gpt-2` or `default`) or `llama` (SentencePiece). Ids equal
+    /// those of llama.cpp's `llama_tokenize(add_special, parse_special = true)`.
     ///
     /// # Errors
     ///
-    /// [`Error::Tokenizer`] naming a model or a `pre` that is not among these, or what is wrong with the vocabulary;
-    /// [`Error::Format`] if the file's chat template does not parse.
+    /// [`Error::Tokenizer`] if `model` or `pre` is not one of these or the vocabulary is malformed; [`Error::Format`]
+    /// if the file's chat template does not parse.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, Error> {
         let vocabulary = vocabulary::Vocabulary::read(gguf)?;
-        let special = vocabulary.special(gguf)?;
-        let chat_template = special.template(gguf.text("tokenizer.chat_template")?, gguf.path())?;
+        let special = vocabulary.special_tokens(gguf)?;
+        let chat_template = special.parse_chat_template(gguf.text("tokenizer.chat_template")?, gguf.path())?;
         let encoder = Encoder::Gguf(Box::new(vocabulary));
         Ok(Self { path: gguf.path().to_owned(), encoder, special, chat_template })
     }
 
-    /// The file that the tokenizer was read from.
+    /// Returns the path of the file that the tokenizer was read from.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The ids of a text. Special tokens written out in the text become their ids; `add_special_tokens` adds those that
-    /// the model expects around a text, such as BOS.
+    /// Encodes a text to token ids. Special tokens that are written out in the text become their ids;
+    /// `add_special_tokens` adds those that the model expects around a text, such as BOS.
     ///
     /// # Errors
     ///
@@ -109,11 +110,12 @@ impl Tokenizer {
         }
     }
 
-    /// The text of ids; bytes that are no UTF-8 become U+FFFD. With `skip_special_tokens`, control tokens print nothing.
+    /// Decodes token ids to text. Bytes that are not valid UTF-8 become U+FFFD, ids outside the vocabulary are ignored,
+    /// and `skip_special_tokens` omits control tokens.
     ///
     /// # Errors
     ///
-    /// [`Error::Tokenizer`] if the tokenizer cannot decode at all. Ids outside the vocabulary print nothing.
+    /// [`Error::Tokenizer`] if the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, Error> {
         match &self.encoder {
             Encoder::Json(tokenizer) => {
@@ -123,7 +125,7 @@ impl Tokenizer {
         }
     }
 
-    /// The id of a token as it stands in the vocabulary.
+    /// Returns the id of a token, spelled as in the vocabulary.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         match &self.encoder {
             Encoder::Json(tokenizer) => tokenizer.token_to_id(token),
@@ -131,7 +133,7 @@ impl Tokenizer {
         }
     }
 
-    /// The token of an id as it stands in the vocabulary.
+    /// Returns the token of an id, spelled as in the vocabulary.
     pub fn id_to_token(&self, id: u32) -> Option<String> {
         match &self.encoder {
             Encoder::Json(tokenizer) => tokenizer.id_to_token(id),
@@ -139,7 +141,7 @@ impl Tokenizer {
         }
     }
 
-    /// Number of ids, added tokens included. A model's embedding may have more rows.
+    /// Returns the number of ids, including added tokens. A model's embedding may have more rows.
     pub fn vocab_size(&self) -> usize {
         match &self.encoder {
             Encoder::Json(tokenizer) => tokenizer.get_vocab_size(true),
@@ -147,47 +149,47 @@ impl Tokenizer {
         }
     }
 
-    /// The id that begins a text.
+    /// Returns the id of the beginning-of-sequence token.
     pub fn bos(&self) -> Option<u32> {
         self.special.bos
     }
 
-    /// The id that ends a text.
+    /// Returns the id of the end-of-sequence token.
     pub fn eos(&self) -> Option<u32> {
         self.special.eos
     }
 
-    /// Every id at which generation stops, ascending: [`Self::eos`] and the ends of a turn.
+    /// Returns all ids at which generation stops, ascending: [`Self::eos`] and the end-of-turn tokens.
     pub fn eos_ids(&self) -> &[u32] {
-        &self.special.stop
+        &self.special.stop_ids
     }
 
-    /// The id that fills up short rows of a batch.
+    /// Returns the id of the padding token.
     pub fn pad(&self) -> Option<u32> {
         self.special.pad
     }
 
-    /// The token that begins a text.
+    /// Returns the text of the beginning-of-sequence token.
     pub fn bos_token(&self) -> Option<&str> {
         self.special.bos_token.as_deref()
     }
 
-    /// The token that ends a text.
+    /// Returns the text of the end-of-sequence token.
     pub fn eos_token(&self) -> Option<&str> {
         self.special.eos_token.as_deref()
     }
 
-    /// The model's chat template; base models have none.
+    /// Returns the model's chat template; base models have none.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.chat_template.as_ref()
     }
 
-    /// Decodes ids as they come, special tokens skipped.
+    /// Returns a decoder for ids that arrive one by one; it skips special tokens.
     pub fn stream(&self) -> DecodeStream<'_> {
         DecodeStream::new(self)
     }
 
-    /// An error of this tokenizer.
+    /// Builds a tokenizer error that names this tokenizer's file.
     fn error(&self, message: String) -> Error {
         Error::Tokenizer { path: self.path.clone(), message }
     }

@@ -1,4 +1,5 @@
-//! The rules of a GGUF file's tokenizer as one pipeline of the `tokenizers` library, which can be written down.
+//! The rules of a GGUF file's tokenizer as a pipeline of the `tokenizers` library, which can be saved as
+//! `tokenizer.json`.
 
 use serde_json::{Map, Value, json};
 use tokenizers::decoders::byte_fallback::ByteFallback;
@@ -10,36 +11,40 @@ use tokenizers::normalizers::{Prepend, Replace, Sequence as NormalizerSequence};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWrapper};
 
-use super::metadata::Kind;
-use super::sentencepiece::{SPACE, merges};
-use super::vocabulary::{Model, Vocabulary};
+use super::metadata::TokenType;
+use super::sentencepiece::{SPACE_SYMBOL, merges};
+use super::vocabulary::{TokenizerModel, Vocabulary};
 
 impl Vocabulary {
-    /// The pipeline: special tokens cut out, text normalised, cut into words and merged, special tokens put around it.
+    /// Builds the pipeline: matching of special tokens, normalization, splitting into words, merging, and a
+    /// post-processor that adds BOS and EOS.
     pub fn pipeline(&self) -> Result<tokenizers::Tokenizer, String> {
         let mut tokenizer = match &self.model {
-            Model::Bpe(tokenizer) => {
+            TokenizerModel::Bpe(tokenizer) => {
                 let mut tokenizer = tokenizers::Tokenizer::clone(tokenizer);
                 tokenizer.with_decoder(Some(ByteLevel::default()));
                 tokenizer
             }
-            Model::SentencePiece { scores, add_space_prefix } => self.sentence_piece(scores, *add_space_prefix)?,
+            TokenizerModel::SentencePiece { scores, add_space_prefix } => {
+                self.sentencepiece_tokenizer(scores, *add_space_prefix)?
+            }
         };
-        let parsed = self.tokens.iter().zip(&self.kinds).filter_map(|(token, kind)| match kind {
-            // Looked for in the text as it stands, before it is normalised.
-            Kind::Control => Some(AddedToken::from(token.as_str(), true).normalized(false)),
-            Kind::UserDefined => Some(AddedToken::from(token.as_str(), false).normalized(false)),
-            Kind::Normal | Kind::Byte | Kind::Unused => None,
+        let parsed = self.tokens.iter().zip(&self.token_types).filter_map(|(token, kind)| match kind {
+            // These are matched in the raw text, before normalization.
+            TokenType::Control => Some(AddedToken::from(token.as_str(), true).normalized(false)),
+            TokenType::UserDefined => Some(AddedToken::from(token.as_str(), false).normalized(false)),
+            TokenType::Normal | TokenType::Byte | TokenType::Unused => None,
         });
         tokenizer.add_tokens(parsed).map_err(|error| error.to_string())?;
-        if self.around != (None, None) {
-            tokenizer.with_post_processor(Some(self.around()?));
+        if self.added_bos_eos != (None, None) {
+            tokenizer.with_post_processor(Some(self.post_processor()?));
         }
         Ok(tokenizer)
     }
 
-    /// SentencePiece's BPE: spaces written as `▁`, one put before every text, and bytes for what has no token.
-    fn sentence_piece(&self, scores: &[f32], add_space_prefix: bool) -> Result<tokenizers::Tokenizer, String> {
+    /// Builds a SentencePiece BPE tokenizer: spaces are written as `▁`, one is added before every text if
+    /// `add_space_prefix`, and text without a token becomes byte tokens.
+    fn sentencepiece_tokenizer(&self, scores: &[f32], add_space_prefix: bool) -> Result<tokenizers::Tokenizer, String> {
         let fail = |error: tokenizers::Error| error.to_string();
         let ids = self.tokens.iter().cloned().zip(0..).collect::<Vocab>();
         let mut model = BPE::builder()
@@ -50,7 +55,7 @@ impl Vocabulary {
             model = model.unk_token(unknown.to_owned());
         }
         let mut tokenizer = tokenizers::Tokenizer::new(model.build().map_err(fail)?);
-        let space = SPACE.to_string();
+        let space = SPACE_SYMBOL.to_string();
         let mut rules: Vec<NormalizerWrapper> = vec![Replace::new(" ", space.as_str()).map_err(fail)?.into()];
         let mut decoders: Vec<DecoderWrapper> = vec![
             Replace::new(space.as_str(), " ").map_err(fail)?.into(),
@@ -66,9 +71,9 @@ impl Vocabulary {
         Ok(tokenizer)
     }
 
-    /// What is put around a text, and around each of two.
-    fn around(&self) -> Result<PostProcessorWrapper, String> {
-        let around = [self.around.0, self.around.1].map(|id| self.token(id?).map(str::to_owned).zip(id));
+    /// Builds the post-processor that adds BOS and EOS around a text, or around each text of a pair.
+    fn post_processor(&self) -> Result<PostProcessorWrapper, String> {
+        let around = [self.added_bos_eos.0, self.added_bos_eos.1].map(|id| self.token(id?).map(str::to_owned).zip(id));
         let [bos, eos] = &around;
         let special = |token: &Option<(String, u32)>, text: usize| {
             token.as_ref().map(|(token, _)| json!({"SpecialToken": {"id": token, "type_id": text}}))

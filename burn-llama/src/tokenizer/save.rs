@@ -1,4 +1,4 @@
-//! A tokenizer as the files of a Hugging Face directory.
+//! Saving a tokenizer as the files of a Hugging Face directory.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use serde_json::{Map, Value, json};
 
 use super::vocabulary::Vocabulary;
 use super::{Encoder, Tokenizer};
-use crate::checkpoint::replace;
+use crate::checkpoint::atomic_write;
 use crate::error::Error;
 
-/// The files of a Hugging Face directory that say how text becomes ids and where generation stops.
+/// The files of a Hugging Face directory that define the tokenizer and the stop ids of generation.
 const FILES: [&str; 9] = [
     "tokenizer.json",
     "tokenizer_config.json",
@@ -23,53 +23,55 @@ const FILES: [&str; 9] = [
 ];
 
 impl Tokenizer {
-    /// Writes the tokenizer's files into `directory`, which exists, so that [`Tokenizer::from_dir`] and `AutoTokenizer` of
-    /// `transformers` read it there.
+    /// Writes the tokenizer's files into the existing `directory`, so that [`Tokenizer::from_dir`] and `AutoTokenizer`
+    /// of `transformers` can load it.
     ///
-    /// A tokenizer that came from a directory is copied file by file. One from a GGUF file becomes `tokenizer.json` (the rules),
-    /// `tokenizer_config.json` (special tokens, whether they are added, chat template) and `generation_config.json` (where
-    /// generation stops), and gives the same ids then. Two rules of llama.cpp have no counterpart in `tokenizer.json`: of special
-    /// tokens that overlap in a text, the leftmost is taken there, not the longest; and of SentencePiece merges that score the
-    /// same, the one whose token comes first in the vocabulary, not the leftmost in the text.
+    /// A tokenizer that came from a directory is copied file by file. One from a GGUF file becomes `tokenizer.json`
+    /// (the rules), `tokenizer_config.json` (special tokens, whether they are added, chat template) and
+    /// `generation_config.json` (stop ids), and then produces the same ids. Two rules of llama.cpp have no counterpart
+    /// in `tokenizer.json`: of special tokens that overlap in a text, `tokenizers` takes the leftmost, llama.cpp the
+    /// longest; of SentencePiece merges with equal scores, `tokenizers` takes the one whose token comes first in the
+    /// vocabulary, llama.cpp the leftmost in the text.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if a file cannot be read or written, [`Error::Tokenizer`] if the rules cannot be expressed.
+    /// [`Error::Io`] if a file cannot be read or written, [`Error::Tokenizer`] if the rules cannot be written as
+    /// `tokenizer.json`.
     pub fn save(&self, directory: &Path) -> Result<(), Error> {
         match &self.encoder {
-            Encoder::Json(_) => self.copy(directory),
+            Encoder::Json(_) => self.copy_files(directory),
             Encoder::Gguf(vocabulary) => {
                 let rules = vocabulary.pipeline().map_err(|message| self.error(message))?;
                 let rules = rules.to_string(true).map_err(|error| self.error(error.to_string()))?;
-                replace(&directory.join("tokenizer.json"), rules.as_bytes())?;
+                atomic_write(&directory.join("tokenizer.json"), rules.as_bytes())?;
                 for (name, json) in [
-                    ("tokenizer_config.json", self.config(vocabulary)),
+                    ("tokenizer_config.json", self.tokenizer_config(vocabulary)),
                     ("generation_config.json", self.generation_config()),
                 ] {
-                    replace(&directory.join(name), format!("{json:#}\n").as_bytes())?;
+                    atomic_write(&directory.join(name), format!("{json:#}\n").as_bytes())?;
                 }
                 Ok(())
             }
         }
     }
 
-    /// Copies the files of the directory that the tokenizer came from.
-    fn copy(&self, directory: &Path) -> Result<(), Error> {
+    /// Copies the tokenizer's files from the directory that it was read from.
+    fn copy_files(&self, directory: &Path) -> Result<(), Error> {
         let from = self.path.parent().unwrap_or(Path::new(""));
         for path in FILES.map(|name| from.join(name)) {
             if path.is_file() {
                 let bytes = std::fs::read(&path).map_err(|source| Error::io(&path, source))?;
-                replace(&directory.join(path.file_name().unwrap_or_default()), &bytes)?;
+                atomic_write(&directory.join(path.file_name().unwrap_or_default()), &bytes)?;
             }
         }
         Ok(())
     }
 
-    /// `tokenizer_config.json`. Its class is the one that takes the rules of `tokenizer.json` as they are, in every version of
-    /// `transformers`.
-    fn config(&self, vocabulary: &Vocabulary) -> Value {
+    /// Returns the content of `tokenizer_config.json`. Its tokenizer class makes every version of `transformers` use
+    /// the rules of `tokenizer.json` unchanged.
+    fn tokenizer_config(&self, vocabulary: &Vocabulary) -> Value {
         let token = |id: Option<u32>| id.and_then(|id| vocabulary.token(id));
-        let (bos, eos) = vocabulary.around;
+        let (bos, eos) = vocabulary.added_bos_eos;
         let mut config = Map::new();
         let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
         set("tokenizer_class", json!("PreTrainedTokenizerFast"));
@@ -92,12 +94,12 @@ impl Tokenizer {
         Value::Object(config)
     }
 
-    /// `generation_config.json`.
+    /// Returns the content of `generation_config.json`.
     fn generation_config(&self) -> Value {
         let mut config = Map::new();
         let named = [("bos_token_id", self.special.bos), ("pad_token_id", self.special.pad)];
         config.extend(named.into_iter().filter_map(|(name, id)| Some((name.to_owned(), json!(id?)))));
-        config.insert("eos_token_id".to_owned(), json!(self.special.stop));
+        config.insert("eos_token_id".to_owned(), json!(self.special.stop_ids));
         Value::Object(config)
     }
 }

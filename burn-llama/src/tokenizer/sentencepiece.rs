@@ -1,17 +1,19 @@
-//! SentencePiece's BPE as llama.cpp runs it: neighbours merge into the token with the highest score, leftmost first.
+//! SentencePiece BPE as in llama.cpp: the adjacent pair whose token has the highest score is merged first; of pairs
+//! with equal scores, the leftmost.
 
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
-/// The space as SentencePiece writes it.
-pub(super) const SPACE: char = '\u{2581}';
+/// The character that SentencePiece writes for a space.
+pub(super) const SPACE_SYMBOL: char = '\u{2581}';
 
-/// Two neighbours that make a token.
+/// A candidate merge: two adjacent symbols that together are a token.
 struct Merge {
     score: f32,
     left: usize,
     right: usize,
-    /// Bytes of both together: differs from what is there once either has grown.
+    /// Length of both symbols together in bytes. If it no longer matches, one of them has been merged and the candidate
+    /// is stale.
     bytes: usize,
 }
 
@@ -35,35 +37,36 @@ impl PartialEq for Merge {
 
 impl Eq for Merge {}
 
-/// A stretch of the text that is one piece so far; empty once it went into its left neighbour.
-struct Piece {
+/// A span of the text that is one piece so far; empty once it has been merged into its left neighbour.
+struct Symbol {
     start: usize,
     bytes: usize,
-    before: Option<usize>,
-    after: Option<usize>,
+    prev: Option<usize>,
+    next: Option<usize>,
 }
 
-/// Cuts a text, spaces already written as [`SPACE`], into the pieces that are left when no neighbours merge any more.
+/// Splits a text, with spaces already written as [`SPACE_SYMBOL`], into the pieces that remain when no more merges are
+/// possible.
 ///
-/// `scores` holds the score of every token by its text.
+/// `ids` maps the text of a token to its id, and `scores` is indexed by id.
 pub(super) fn pieces<'t>(text: &'t str, ids: &HashMap<String, u32>, scores: &[f32]) -> Vec<&'t str> {
-    let mut pieces: Vec<Piece> = text
+    let mut pieces: Vec<Symbol> = text
         .char_indices()
         .enumerate()
-        .map(|(index, (start, c))| Piece {
+        .map(|(index, (start, c))| Symbol {
             start,
             bytes: c.len_utf8(),
-            before: index.checked_sub(1),
-            after: (start + c.len_utf8() < text.len()).then_some(index + 1),
+            prev: index.checked_sub(1),
+            next: (start + c.len_utf8() < text.len()).then_some(index + 1),
         })
         .collect();
     let mut queue = BinaryHeap::new();
-    let propose = |pieces: &[Piece], left: Option<usize>, right: Option<usize>, queue: &mut BinaryHeap<Merge>| {
+    let propose = |pieces: &[Symbol], left: Option<usize>, right: Option<usize>, queue: &mut BinaryHeap<Merge>| {
         let (Some(left), Some(right)) = (left, right) else { return };
         let bytes = pieces[left].bytes + pieces[right].bytes;
         let token = &text[pieces[left].start..][..bytes];
         if let Some(score) = ids.get(token).and_then(|id| scores.get(*id as usize)) {
-            // Adding zero makes the two zeros one: they are equal to the reference, but not to `total_cmp`.
+            // Adding zero turns -0.0 into 0.0: llama.cpp compares them as equal, `total_cmp` does not.
             queue.push(Merge { score: score + 0.0, left, right, bytes });
         }
     };
@@ -77,20 +80,20 @@ pub(super) fn pieces<'t>(text: &'t str, ids: &HashMap<String, u32>, scores: &[f3
         }
         pieces[left].bytes = bytes;
         pieces[right].bytes = 0;
-        let after = pieces[right].after;
-        pieces[left].after = after;
+        let after = pieces[right].next;
+        pieces[left].next = after;
         if let Some(after) = after {
-            pieces[after].before = Some(left);
+            pieces[after].prev = Some(left);
         }
-        let before = pieces[left].before;
+        let before = pieces[left].prev;
         propose(&pieces, before, Some(left), &mut queue);
         propose(&pieces, Some(left), after, &mut queue);
     }
     pieces.iter().filter(|piece| piece.bytes > 0).map(|piece| &text[piece.start..][..piece.bytes]).collect()
 }
 
-/// The merges that [`pieces`] makes, as a list in which the best comes first: every way to put a token together from two
-/// others, by falling score.
+/// Returns the list of merges that corresponds to [`pieces`], best first: every way to compose a token from two others,
+/// by descending score.
 pub(super) fn merges(tokens: &[String], ids: &HashMap<String, u32>, scores: &[f32]) -> Vec<(String, String)> {
     let mut merges = Vec::new();
     for (token, score) in tokens.iter().zip(scores) {

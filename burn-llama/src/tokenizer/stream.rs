@@ -1,58 +1,58 @@
-//! Decoding token by token.
+//! Incremental decoding, token by token.
 
 use super::Tokenizer;
 use crate::error::Error;
 
-/// Text from ids as they come, cut only where a character ends.
+/// An incremental decoder that emits text only at character boundaries.
 ///
-/// All pieces together are what [`Tokenizer::decode`] makes of all ids with special tokens skipped: a SentencePiece
-/// tokenizer drops the space at the beginning here too.
+/// The pieces together equal the result of [`Tokenizer::decode`] for all ids with special tokens skipped: a
+/// SentencePiece tokenizer drops the leading space here too.
 #[derive(Debug, Clone)]
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
-    /// Ids of the last piece that was given out, then those that are still held back.
+    /// The ids of the last emitted piece, followed by the ids whose text is not emitted yet.
     ids: Vec<u32>,
-    /// How many of them were given out.
-    given: usize,
+    /// The number of ids at the start of `ids` whose text has been emitted.
+    num_emitted: usize,
 }
 
 impl<'a> DecodeStream<'a> {
-    /// A stream at its beginning.
+    /// Creates a stream without ids.
     pub(super) fn new(tokenizer: &'a Tokenizer) -> Self {
-        Self { tokenizer, ids: Vec::new(), given: 0 }
+        Self { tokenizer, ids: Vec::new(), num_emitted: 0 }
     }
 
-    /// Takes one id and gives the text that it completes, if it completes any.
+    /// Adds one id and returns the text that it completes, if any.
     ///
     /// # Errors
     ///
-    /// As [`Tokenizer::decode`].
+    /// The same as those of [`Tokenizer::decode`].
     pub fn push(&mut self, id: u32) -> Result<Option<String>, Error> {
         self.ids.push(id);
-        let text = self.held()?;
-        // A trailing replacement character is an unfinished one: what completes it may still come.
+        let text = self.pending_text()?;
+        // A trailing replacement character is an incomplete character, which later ids may complete.
         if text.is_empty() || text.ends_with(char::REPLACEMENT_CHARACTER) {
             return Ok(None);
         }
-        self.ids.drain(..self.given);
-        self.given = self.ids.len();
+        self.ids.drain(..self.num_emitted);
+        self.num_emitted = self.ids.len();
         Ok(Some(text))
     }
 
-    /// What is held back, unfinished characters as U+FFFD.
+    /// Returns the text that is not emitted yet, with incomplete characters as U+FFFD.
     ///
     /// # Errors
     ///
-    /// As [`Tokenizer::decode`].
+    /// The same as those of [`Tokenizer::decode`].
     pub fn finish(self) -> Result<Option<String>, Error> {
-        let text = self.held()?;
+        let text = self.pending_text()?;
         Ok((!text.is_empty()).then_some(text))
     }
 
-    /// The text of the ids that were not given out yet. They are decoded behind the last ones that were, because a
-    /// decoder may treat the first token of a text differently.
-    fn held(&self) -> Result<String, Error> {
-        let before = self.tokenizer.decode(&self.ids[..self.given], true)?;
+    /// Returns the text of the ids that are not emitted yet. They are decoded together with the last emitted ids,
+    /// because a decoder may treat the first token of a text differently.
+    fn pending_text(&self) -> Result<String, Error> {
+        let before = self.tokenizer.decode(&self.ids[..self.num_emitted], true)?;
         let mut text = self.tokenizer.decode(&self.ids, true)?;
         Ok(if text.starts_with(&before) { text.split_off(before.len()) } else { String::new() })
     }

@@ -1,7 +1,7 @@
-//! What of the base model learns beside an adapter: biases (`bias`) and whole modules (`modules_to_save`). They learn in
-//! place: what the model was without the adapter is in its own files.
+//! Parameters of the base model that are trained along with an adapter: biases (`bias`) and whole modules
+//! (`modules_to_save`). They are trained in place; their original values remain only in the base model's files.
 
-use super::{Linears, targets};
+use super::{Linears, targeted_module_names};
 use crate::{Error, LoraConfig, config::Bias, kernel::LinearKernels, param, target::Selection};
 use burn::{
     module::{Module, ModuleMapper, ModuleVisitor, Param},
@@ -9,30 +9,33 @@ use burn::{
 };
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Whether the parameter at `path` belongs to an adapter or a prompt.
+/// Returns true if the parameter at `path` belongs to an adapter or a prompt.
 pub fn is_adapter(path: &str) -> bool {
     path.split('.').any(|part| matches!(part, "adapters" | "ia3" | "prompt" | "prompts"))
 }
 
-/// Lets only the adapters learn and what `config` lets learn beside them. Every parameter becomes a leaf.
+/// Makes only the active adapters trainable, and the parameters of the base model that `config` trains along with them.
+/// Every parameter becomes a leaf of the autodiff graph.
 ///
 /// # Errors
 /// If the configuration selects nothing.
 pub fn train_only<B: LinearKernels, M: Linears<B> + Module<B>>(model: M, config: &LoraConfig) -> Result<M, Error> {
-    let (base, idle) = (Base::new(&model, config)?, Idle::new(&model));
-    Ok(param::train_only(model, |path| (is_adapter(path) && !idle.has(path)) || base.learned.contains_key(path)))
+    let (base, idle) = (TrainableBase::new(&model, config)?, InactiveAdapters::new(&model));
+    Ok(param::train_only(model, |path| {
+        (is_adapter(path) && !idle.contains(path)) || base.base_params.contains_key(path)
+    }))
 }
 
-/// Lets only the active adapters learn. Every parameter becomes a leaf.
+/// Makes only the active adapters trainable. Every parameter becomes a leaf of the autodiff graph.
 pub fn train_active<B: LinearKernels, M: Linears<B> + Module<B>>(model: M) -> M {
-    let idle = Idle::new(&model);
-    param::train_only(model, |path| is_adapter(path) && !idle.has(path))
+    let idle = InactiveAdapters::new(&model);
+    param::train_only(model, |path| is_adapter(path) && !idle.contains(path))
 }
 
-/// Where adapters are that are not active: the beginnings of their parameters' paths.
-struct Idle(Vec<String>);
+/// The path prefixes of the parameters of inactive adapters.
+struct InactiveAdapters(Vec<String>);
 
-impl Idle {
+impl InactiveAdapters {
     fn new<B: LinearKernels, M: Linears<B>>(model: &M) -> Self {
         let mut idle = Vec::new();
         model.linears(&mut |path, linear| {
@@ -49,42 +52,40 @@ impl Idle {
         Self(idle)
     }
 
-    fn has(&self, path: &str) -> bool {
+    fn contains(&self, path: &str) -> bool {
         self.0.iter().any(|start| path.starts_with(start))
     }
 }
 
-/// Parts a head from the embedding that is its weight where `config` changes one of the two.
+/// Unties the output head from the embedding if `config` changes one of the two.
 pub(super) fn untie<B: LinearKernels, M: Linears<B>>(model: &mut M, config: &LoraConfig) -> Result<(), Error> {
     let selection = Selection::new(config)?;
-    let apart =
-        |[embedding, head]: [&str; 2]| selection.saves(embedding) || selection.saves(head) || selection.selects(head);
+    let apart = |[embedding, head]: [&str; 2]| {
+        selection.in_modules_to_save(embedding) || selection.in_modules_to_save(head) || selection.selects(head)
+    };
     if model.tied().is_some_and(apart) {
         model.untie();
     }
     Ok(())
 }
 
-/// The layers of an adapter and the base model's parameters that learn with it.
-pub(super) struct Base {
-    adapted: BTreeSet<String>,
-    /// By path: PEFT's key and the shape.
-    learned: BTreeMap<String, (String, Vec<usize>)>,
+/// The layers that an adapter targets, and the base model's parameters that are trained along with it.
+pub(super) struct TrainableBase {
+    target_paths: BTreeSet<String>,
+    /// Key in PEFT's file and shape, by parameter path.
+    base_params: BTreeMap<String, (String, Vec<usize>)>,
 }
 
-impl Base {
+impl TrainableBase {
     pub fn new<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M, config: &LoraConfig) -> Result<Self, Error> {
-        let adapted: BTreeSet<String> = targets(model, config)?.into_iter().collect();
+        let adapted: BTreeSet<String> = targeted_module_names(model, config)?.into_iter().collect();
         let selection = Selection::new(config)?;
-        super::all(
-            model,
-            |path, linear| {
-                if selection.saves(path) { linear.weight.writable("modules_to_save") } else { Ok(()) }
-            },
-        )?;
+        super::check_layers(model, |path, linear| {
+            if selection.in_modules_to_save(path) { linear.weight.check_writable("modules_to_save") } else { Ok(()) }
+        })?;
         let (mut modules, mut learned) = (BTreeSet::new(), BTreeMap::new());
         let mut saved = BTreeSet::new();
-        for (path, shape, _) in param::list::<B, M>(model) {
+        for (path, shape, _) in param::named_parameters::<B, M>(model) {
             if is_adapter(&path) {
                 continue;
             }
@@ -92,9 +93,9 @@ impl Base {
             let layer = adapted.contains(module);
             let bias = name == "bias" && (config.bias == Bias::All || config.bias == Bias::LoraOnly && layer);
             modules.insert(module.rsplit('.').next().unwrap_or(module).to_owned());
-            saved.extend(selection.savers(module).cloned());
-            if bias || selection.saves(module) {
-                // PEFT wraps the layers that it adapts.
+            saved.extend(selection.matching_modules_to_save(module).cloned());
+            if bias || selection.in_modules_to_save(module) {
+                // PEFT wraps adapted layers: their own parameters are under `base_layer`.
                 let inner = if layer { ".base_layer" } else { "" };
                 learned.insert(path.clone(), (format!("base_model.model.{module}{inner}.{name}"), shape));
             }
@@ -105,46 +106,46 @@ impl Base {
             let message = format!("`modules_to_save`: expected modules among {available}, found {missing:?}");
             return Err(Error::config(message));
         }
-        Ok(Self { adapted, learned })
+        Ok(Self { target_paths: adapted, base_params: learned })
     }
 
-    /// Whether the layer at `path` has an adapter.
-    pub fn adapted(&self, path: &str) -> bool {
-        self.adapted.contains(path)
+    /// Returns true if the adapter targets the layer at `path`.
+    pub fn is_target(&self, path: &str) -> bool {
+        self.target_paths.contains(path)
     }
 
-    /// Keys and shapes of what learns.
-    pub fn expected(&self) -> Vec<(String, Vec<usize>)> {
-        self.learned.values().cloned().collect()
+    /// Returns the keys and shapes of the base model's trained parameters in PEFT's file.
+    pub fn expected_tensors(&self) -> Vec<(String, Vec<usize>)> {
+        self.base_params.values().cloned().collect()
     }
 
-    /// Stores what learns as f32, the type that weights learn in.
-    pub fn widen<B: Backend, M: Module<B>>(&self, model: &mut M) {
-        self.replace(model, &BTreeMap::new());
+    /// Casts the base model's trained parameters to f32, the type in which weights are trained.
+    pub fn cast_to_f32<B: Backend, M: Module<B>>(&self, model: &mut M) {
+        self.load_tensors(model, &BTreeMap::new());
     }
 
-    /// Takes what learns from `tensors`, as far as it is there.
-    pub fn replace<B: Backend, M: Module<B>>(&self, model: &mut M, tensors: &BTreeMap<String, TensorData>) {
-        if !self.learned.is_empty() {
-            *model = model.clone().map(&mut Replace { path: Vec::new(), base: self, tensors });
+    /// Casts the base model's trained parameters to f32 and sets those that `tensors` contains.
+    pub fn load_tensors<B: Backend, M: Module<B>>(&self, model: &mut M, tensors: &BTreeMap<String, TensorData>) {
+        if !self.base_params.is_empty() {
+            *model = model.clone().map(&mut LoadParams { path: Vec::new(), base: self, tensors });
         }
     }
 
-    /// What learns, by key, as f32.
-    pub fn tensors<B: Backend, M: Module<B>>(&self, model: &M) -> Vec<(String, TensorData)> {
-        let mut read = Read { path: Vec::new(), base: self, found: Vec::new() };
+    /// Returns the values of the base model's trained parameters in f32, by their keys in PEFT's file.
+    pub fn state_dict<B: Backend, M: Module<B>>(&self, model: &M) -> Vec<(String, TensorData)> {
+        let mut read = CollectParams { path: Vec::new(), base: self, found: Vec::new() };
         model.visit(&mut read);
         read.found
     }
 }
 
-struct Replace<'a> {
+struct LoadParams<'a> {
     path: Vec<String>,
-    base: &'a Base,
+    base: &'a TrainableBase,
     tensors: &'a BTreeMap<String, TensorData>,
 }
 
-impl<B: Backend> ModuleMapper<B> for Replace<'_> {
+impl<B: Backend> ModuleMapper<B> for LoadParams<'_> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -154,7 +155,7 @@ impl<B: Backend> ModuleMapper<B> for Replace<'_> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let Some((key, _)) = self.base.learned.get(&self.path.join(".")) else { return param };
+        let Some((key, _)) = self.base.base_params.get(&self.path.join(".")) else { return param };
         let (id, tensor, mapper) = param.consume();
         let (on, device) = (tensor.is_require_grad(), tensor.device());
         let tensor = match self.tensors.get(key) {
@@ -166,13 +167,13 @@ impl<B: Backend> ModuleMapper<B> for Replace<'_> {
     }
 }
 
-struct Read<'a> {
+struct CollectParams<'a> {
     path: Vec<String>,
-    base: &'a Base,
+    base: &'a TrainableBase,
     found: Vec<(String, TensorData)>,
 }
 
-impl<B: Backend> ModuleVisitor<B> for Read<'_> {
+impl<B: Backend> ModuleVisitor<B> for CollectParams<'_> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -182,7 +183,7 @@ impl<B: Backend> ModuleVisitor<B> for Read<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        if let Some((key, _)) = self.base.learned.get(&self.path.join(".")) {
+        if let Some((key, _)) = self.base.base_params.get(&self.path.join(".")) {
             self.found.push((key.clone(), param.val().cast(DType::F32).into_data()));
         }
     }

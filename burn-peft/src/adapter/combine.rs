@@ -1,10 +1,10 @@
-//! A new adapter from several, each with a weight: PEFT's `add_weighted_adapter`.
+//! Combines several adapters, each with a weight, into a new one: PEFT's `add_weighted_adapter`.
 
-use super::{Linears, admit, several::known};
+use super::{Linears, check_new_adapter, registry::check_exists};
 use crate::{
     Error, Lora, LoraConfig, TargetModules, format,
     kernel::LinearKernels,
-    lora::{halves, padded},
+    lora::{low_rank_decomposition, zero_pad},
     random,
 };
 use burn::tensor::{DType, Tensor, TensorData};
@@ -13,30 +13,30 @@ use std::{
     path::Path,
 };
 
-/// How adapters become one. Weights may be negative.
+/// PEFT's `combination_type`: the way in which adapters are combined. Weights may be negative.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Combination {
-    /// Sums of `A` and of `B`, each by the root of weight times scaling: quick, and only for equal ranks. The product of the sums
-    /// is not the sum of the products: a rough approximation.
+pub enum CombinationType {
+    /// Sums the `A` and the `B` matrices, each times `√(weight · scaling)`. Fast, but needs equal ranks, and only a
+    /// rough approximation: the product of the sums is not the sum of the products.
     Linear,
-    /// Side by side: exact, and of all ranks together.
+    /// Concatenates the adapters along the rank. Exact; the rank is the sum of all ranks.
     Cat,
-    /// The best approximation of the sum by this rank; by default the largest of the adapters'.
+    /// Approximates the sum of all `B·A` by a truncated SVD of the given rank; by default the largest of their ranks.
     Svd {
-        /// The rank.
+        /// The LoRA rank of the result.
         rank: Option<usize>,
     },
 }
 
-/// One adapter of a layer, with its weight times its scaling.
-struct Part<B: LinearKernels> {
+/// One LoRA adapter of a layer; `weight` is its weight in the combination times its scaling.
+struct WeightedLora<B: LinearKernels> {
     a: Tensor<B, 2>,
     b: Tensor<B, 2>,
     weight: f64,
 }
 
-impl Combination {
-    /// The rank of the result.
+impl CombinationType {
+    /// Returns the LoRA rank of the result.
     fn rank(self, ranks: &[usize]) -> Result<usize, Error> {
         let largest = ranks.iter().copied().max().unwrap_or(0);
         match self {
@@ -46,21 +46,27 @@ impl Combination {
             Self::Linear if ranks.iter().all(|&rank| rank == largest) => Ok(largest),
             Self::Linear => {
                 let message = format!(
-                    "All adapters must have the same r value when using combination_type linear; found {ranks:?}: use cat or svd"
+                    "All adapters must have the same r value when using combination_type linear; found {ranks:?}: \
+                     use cat or svd"
                 );
                 Err(Error::config(message))
             }
         }
     }
 
-    /// `A [r, in]` and `B [out, r]` of the layer at `path`, to be scaled by 1.
-    fn layer<B: LinearKernels>(self, path: &str, parts: Vec<Part<B>>, r: usize) -> Result<[Tensor<B, 2>; 2], Error> {
+    /// Computes `A [r, in]` and `B [out, r]` of the combined adapter of the layer at `path`; its scaling is 1.
+    fn combine_layer<B: LinearKernels>(
+        self,
+        path: &str,
+        parts: Vec<WeightedLora<B>>,
+        r: usize,
+    ) -> Result<[Tensor<B, 2>; 2], Error> {
         let scaled = |tensor: &Tensor<B, 2>, by: f64| tensor.clone() * by;
         Ok(match self {
             Self::Linear => {
                 let ranks: Vec<usize> = parts.iter().map(|part| part.a.dims()[0]).collect();
                 self.rank(&ranks).map_err(|error| Error::config(format!("{path}: {error}")))?;
-                let root = |part: &Part<B>| part.weight.abs().sqrt();
+                let root = |part: &WeightedLora<B>| part.weight.abs().sqrt();
                 let a = parts.iter().map(|part| scaled(&part.a, root(part) * part.weight.signum()));
                 let b = parts.iter().map(|part| scaled(&part.b, root(part)));
                 [sum(a), sum(b)]
@@ -68,16 +74,16 @@ impl Combination {
             Self::Cat => {
                 let a = Tensor::cat(parts.iter().map(|part| scaled(&part.a, part.weight)).collect(), 0);
                 let b = Tensor::cat(parts.into_iter().map(|part| part.b).collect(), 1);
-                [padded(a, 0, r), padded(b, 1, r)]
+                [zero_pad(a, 0, r), zero_pad(b, 1, r)]
             }
             Self::Svd { .. } => {
                 let delta = sum(parts.iter().map(|part| scaled(&part.b, part.weight).matmul(part.a.clone())));
                 let [out, features] = delta.dims();
-                let (a, b) = halves(delta, r.min(out).min(features), None, random::text(path));
-                // Both have the roots of the singular values; PEFT leaves them all to B.
+                let (a, b) = low_rank_decomposition(delta, r.min(out).min(features), None, random::key_from_str(path));
+                // Each factor holds the square roots of the singular values; PEFT puts them into B alone.
                 let root = a.clone().powi_scalar(2).sum_dim(1).sqrt().clamp_min(f32::MIN_POSITIVE);
                 let b = b * root.clone().transpose();
-                [padded(a / root, 0, r), padded(b, 1, r)]
+                [zero_pad(a / root, 0, r), zero_pad(b, 1, r)]
             }
         })
     }
@@ -88,8 +94,8 @@ fn sum<B: LinearKernels>(mut parts: impl Iterator<Item = Tensor<B, 2>>) -> Tenso
     parts.fold(first, |sum, part| sum + part)
 }
 
-/// Refuses weights that say nothing.
-fn check(weights: impl Iterator<Item = f64>) -> Result<usize, Error> {
+/// Returns the number of weights, or an error if there are none or one is not finite.
+fn check_weights(weights: impl Iterator<Item = f64>) -> Result<usize, Error> {
     let weights: Vec<f64> = weights.collect();
     match weights.iter().find(|weight| !weight.is_finite()) {
         Some(weight) => Err(Error::config(format!("weights of adapters: expected finite numbers, found {weight}"))),
@@ -100,31 +106,31 @@ fn check(weights: impl Iterator<Item = f64>) -> Result<usize, Error> {
     }
 }
 
-/// With one adapter there is nothing to join: PEFT scales it.
-fn effective(how: Combination, adapters: usize) -> Combination {
-    if adapters == 1 { Combination::Linear } else { how }
+/// Returns the combination type to use: a single adapter is only scaled, as in PEFT.
+fn effective(how: CombinationType, adapters: usize) -> CombinationType {
+    if adapters == 1 { CombinationType::Linear } else { how }
 }
 
-fn config(r: usize, target_modules: TargetModules, dropout: f64) -> LoraConfig {
+fn combined_config(r: usize, target_modules: TargetModules, dropout: f64) -> LoraConfig {
     LoraConfig { r, lora_alpha: r as f64, lora_dropout: dropout, target_modules, ..LoraConfig::default() }
 }
 
-/// Adds the adapter `name`, made of the named LoRA adapters of the model by their weights, on every layer that has one of them. It
-/// is not active yet: see [`activate`](super::activate). Returns its configuration.
+/// Adds the adapter `name`, the weighted combination of the given LoRA adapters of the model, to every layer that has
+/// one of them. It is not active yet: see [`activate`](super::activate). Returns its configuration.
 ///
 /// # Errors
-/// If a name is unknown or the new one is taken, if an adapter has a magnitude (DoRA) or changed the base model, if there are no
-/// weights or one is not finite, or if ranks differ with [`Combination::Linear`]; then nothing has changed.
+/// If a name is unknown or the new one is taken, if an adapter uses DoRA or changed the base model, if there are no
+/// weights or one is not finite, or if ranks differ with [`CombinationType::Linear`]; the model is then unchanged.
 pub fn combine<B: LinearKernels, M: Linears<B>>(
     model: &mut M,
     name: &str,
     adapters: &[(&str, f64)],
-    how: Combination,
+    how: CombinationType,
 ) -> Result<LoraConfig, Error> {
-    let how = effective(how, check(adapters.iter().map(|(_, weight)| *weight))?);
-    adapters.iter().try_for_each(|(part, _)| known(model, part))?;
-    admit(model, name, false)?;
-    let ranks = adapters.iter().map(|(part, _)| rank_of(model, part)).collect::<Result<Vec<_>, _>>()?;
+    let how = effective(how, check_weights(adapters.iter().map(|(_, weight)| *weight))?);
+    adapters.iter().try_for_each(|(part, _)| check_exists(model, part))?;
+    check_new_adapter(model, name, false)?;
+    let ranks = adapters.iter().map(|(part, _)| max_rank(model, part)).collect::<Result<Vec<_>, _>>()?;
     let (r, mut made, mut result) = (how.rank(&ranks)?, BTreeMap::new(), Ok(()));
     let mut dropout = None;
     model.linears(&mut |path, linear| {
@@ -132,15 +138,15 @@ pub fn combine<B: LinearKernels, M: Linears<B>>(
             let lora = linear.adapter(name)?;
             dropout = dropout.or(Some(lora.dropout));
             let (a, b) = (lora.lora_a.val().detach(), lora.lora_b.val().detach());
-            Some(Part { a, b, weight: weight * lora.scaling })
+            Some(WeightedLora { a, b, weight: weight * lora.scaling })
         };
         let parts: Vec<_> = adapters.iter().filter_map(part).collect();
         if !parts.is_empty() && result.is_ok() {
-            result = how.layer(path, parts, r).map(|pair| drop(made.insert(path.to_owned(), pair)));
+            result = how.combine_layer(path, parts, r).map(|pair| drop(made.insert(path.to_owned(), pair)));
         }
     });
     result?;
-    let config = config(r, targets(model, made.keys()), dropout.unwrap_or(0.0));
+    let config = combined_config(r, exact_target_modules(model, made.keys()), dropout.unwrap_or(0.0));
     model.linears_mut(&mut |path, linear| {
         if let Some([a, b]) = made.remove(path) {
             let mut lora = Lora::from_tensors(path, name, &config, a, b);
@@ -151,8 +157,8 @@ pub fn combine<B: LinearKernels, M: Linears<B>>(
     Ok(config)
 }
 
-/// The largest rank of an adapter; an error if it is none that can be combined.
-fn rank_of<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<usize, Error> {
+/// Returns the largest rank of an adapter over all layers, or an error if the adapter cannot be combined.
+fn max_rank<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<usize, Error> {
     let (mut rank, mut odd) = (0, false);
     model.linears(&mut |_, linear| {
         if let Some(lora) = linear.adapter(name) {
@@ -162,11 +168,14 @@ fn rank_of<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<usi
     });
     let state =
         "cannot be combined: only LoRA without DoRA, bias, modules_to_save and PiSSA can, and not while it is merged";
-    if rank == 0 || odd { Err(Error::Name { name: name.to_owned(), state }) } else { Ok(rank) }
+    if rank == 0 || odd { Err(Error::InvalidAdapter { name: name.to_owned(), state }) } else { Ok(rank) }
 }
 
-/// What selects exactly these layers of the model: names, where they do.
-fn targets<'a, B: LinearKernels, M: Linears<B>>(model: &M, paths: impl Iterator<Item = &'a String>) -> TargetModules {
+/// Returns the `target_modules` that select exactly these layers of the model: module names if possible, else paths.
+fn exact_target_modules<'a, B: LinearKernels, M: Linears<B>>(
+    model: &M,
+    paths: impl Iterator<Item = &'a String>,
+) -> TargetModules {
     let paths: BTreeSet<&String> = paths.collect();
     let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
     let names: BTreeSet<String> = paths.iter().map(|path| last(path)).collect();
@@ -178,54 +187,55 @@ fn targets<'a, B: LinearKernels, M: Linears<B>>(model: &M, paths: impl Iterator<
     })
 }
 
-/// Writes the directory `out`: the LoRA adapter that the given directories' make by their weights. No model is needed.
+/// Writes the weighted combination of the LoRA adapters in the given directories to the directory `out`. No model is
+/// needed.
 ///
 /// # Errors
-/// As [`combine`], or if a directory cannot be read or written.
+/// As for [`combine`], or if a directory cannot be read or written.
 pub fn combine_directories<B: LinearKernels>(
     adapters: &[(&Path, f64)],
-    how: Combination,
+    how: CombinationType,
     out: &Path,
     device: &B::Device,
 ) -> Result<LoraConfig, Error> {
-    let how = effective(how, check(adapters.iter().map(|(_, weight)| *weight))?);
-    let (configs, layers) = read(adapters, device)?;
+    let how = effective(how, check_weights(adapters.iter().map(|(_, weight)| *weight))?);
+    let (configs, layers) = load_adapters(adapters, device)?;
     let largest = |config: &LoraConfig| {
         let others = config.rank_pattern.values().filter_map(serde_json::Value::as_u64);
         others.map(|rank| rank as usize).fold(config.r, usize::max)
     };
     let r = how.rank(&configs.iter().map(largest).collect::<Vec<_>>())?;
-    let mut config = config(r, union(&configs, &layers), configs[0].lora_dropout);
+    let mut config = combined_config(r, union_target_modules(&configs, &layers), configs[0].lora_dropout);
     config.base_model_name_or_path.clone_from(&configs[0].base_model_name_or_path);
     let mut tensors = Vec::new();
     for (path, parts) in layers {
-        let shapes = |part: &Part<B>| [part.b.dims()[0], part.a.dims()[1]];
+        let shapes = |part: &WeightedLora<B>| [part.b.dims()[0], part.a.dims()[1]];
         if parts.iter().any(|part| shapes(part) != shapes(&parts[0])) {
             let message = format!("{path}: the adapters were made for layers of other shapes");
             return Err(Error::Mismatch { path: adapters[adapters.len() - 1].0.to_owned(), message });
         }
-        let [a, b] = how.layer(&path, parts, r)?;
-        tensors.push((format::key(&path, "lora_A"), a.into_data()));
-        tensors.push((format::key(&path, "lora_B"), b.into_data()));
+        let [a, b] = how.combine_layer(&path, parts, r)?;
+        tensors.push((format::tensor_key(&path, "lora_A"), a.into_data()));
+        tensors.push((format::tensor_key(&path, "lora_B"), b.into_data()));
     }
     format::write(out, &config.to_json(), tensors)?;
     Ok(config)
 }
 
-/// Configurations, and by layer what each adapter has there.
-type Read<B> = (Vec<LoraConfig>, BTreeMap<String, Vec<Part<B>>>);
+/// The configurations of all adapters, and their LoRA matrices by layer path.
+type LoadedAdapters<B> = (Vec<LoraConfig>, BTreeMap<String, Vec<WeightedLora<B>>>);
 
-fn read<B: LinearKernels>(adapters: &[(&Path, f64)], device: &B::Device) -> Result<Read<B>, Error> {
-    let (mut configs, mut layers) = (Vec::new(), BTreeMap::<String, Vec<Part<B>>>::new());
+fn load_adapters<B: LinearKernels>(adapters: &[(&Path, f64)], device: &B::Device) -> Result<LoadedAdapters<B>, Error> {
+    let (mut configs, mut layers) = (Vec::new(), BTreeMap::<String, Vec<WeightedLora<B>>>::new());
     for (directory, weight) in adapters {
         let (config, mut tensors, _) = format::read(directory)?;
         if config.use_dora || config.changes_base() {
-            let expected = "LoRA without DoRA, bias, modules_to_save and PiSSA, which alone can be combined";
+            let expected = "LoRA without DoRA, bias, modules_to_save and PiSSA; only that can be combined";
             return Err(Error::format(directory, "adapter_config.json", expected, "another adapter"));
         }
-        let paths: Vec<String> = tensors.keys().filter_map(|key| layer_of(key)).collect();
+        let paths: Vec<String> = tensors.keys().filter_map(|key| layer_path(key)).collect();
         for path in paths {
-            let mut take = |part| tensors.remove(&format::key(&path, part));
+            let mut take = |part| tensors.remove(&format::tensor_key(&path, part));
             let Some((a, b)) = take("lora_A").zip(take("lora_B")) else {
                 let message = format!("{path} has no lora_B");
                 return Err(Error::Mismatch { path: (*directory).to_owned(), message });
@@ -237,19 +247,23 @@ fn read<B: LinearKernels>(adapters: &[(&Path, f64)], device: &B::Device) -> Resu
             }
             let tensor = |data: TensorData| Tensor::<B, 2>::from_data(data, (device, DType::F32));
             let weight = weight * config.scaling_at(&path);
-            layers.entry(path).or_default().push(Part { a: tensor(a), b: tensor(b), weight });
+            layers.entry(path).or_default().push(WeightedLora { a: tensor(a), b: tensor(b), weight });
         }
         configs.push(config);
     }
     Ok((configs, layers))
 }
 
-fn layer_of(key: &str) -> Option<String> {
+fn layer_path(key: &str) -> Option<String> {
     Some(key.strip_prefix("base_model.model.")?.strip_suffix(".lora_A.weight")?.to_owned())
 }
 
-/// What selects the layers of all adapters: their names, where the configurations are lists of names and nothing more.
-fn union<B: LinearKernels>(configs: &[LoraConfig], layers: &BTreeMap<String, Vec<Part<B>>>) -> TargetModules {
+/// Returns the `target_modules` that select the layers of all adapters: the union of the name lists if every
+/// configuration is a plain list of names, else the layers' paths.
+fn union_target_modules<B: LinearKernels>(
+    configs: &[LoraConfig],
+    layers: &BTreeMap<String, Vec<WeightedLora<B>>>,
+) -> TargetModules {
     let names = |config: &LoraConfig| match &config.target_modules {
         TargetModules::Suffixes(names) if config.exclude_modules.is_none() && config.layers_to_transform.is_none() => {
             Some(names.clone())

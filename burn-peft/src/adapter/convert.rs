@@ -1,7 +1,7 @@
-//! An adapter that started by changing the weights, as one of the unchanged weights.
+//! Converts adapters whose initialization changed the base weights (PiSSA, OLoRA) into plain LoRA.
 
-use super::{Linears, collect};
-use crate::{Error, LoraConfig, config::InitLora, format, kernel::LinearKernels};
+use super::{Linears, collect_state_dict};
+use crate::{Error, LoraConfig, config::InitLoraWeights, format, kernel::LinearKernels};
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData},
@@ -9,44 +9,45 @@ use burn::{
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-/// Writes the named adapter, whose start took `s·B₀·A₀` off the weights, as plain LoRA of twice the rank for the weights as they
-/// were: `B·A - B₀·A₀ = [B, -B₀]·[A; A₀]`. `initial` is the adapter's directory as it was saved right after
-/// [`attach`](super::attach).
+/// Writes the named adapter, whose initialization subtracted `s·B₀·A₀` from the weights, as plain LoRA of twice the
+/// rank for the original weights: `B·A - B₀·A₀ = [B, -B₀]·[A; A₀]`. `initial` is the adapter's directory as it was
+/// saved right after [`attach`](super::attach).
 ///
 /// # Errors
-/// If `initial` cannot be read or is not of this adapter, or the directory cannot be written.
-pub fn save_as_lora<B: LinearKernels, M: Linears<B> + Module<B>>(
+/// If `initial` cannot be read or belongs to another adapter, or the directory cannot be written.
+pub fn save_mutated_as_lora<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &M,
     name: &str,
     config: &LoraConfig,
     (initial, directory): (&Path, &Path),
 ) -> Result<(), Error> {
-    write::<B>(collect(model, name, config)?, initial, directory, &B::Device::default())
+    write_converted::<B>(collect_state_dict(model, name, config)?, initial, directory, &B::Device::default())
 }
 
-/// As [`save_as_lora`], for an adapter in the directory `trained`, without a model.
+/// Does the same as [`save_mutated_as_lora`] for an adapter in the directory `trained`, without a model.
 ///
 /// # Errors
-/// If a directory cannot be read or written, if `initial` is not of the adapter in `trained`, or if that one is plain already.
-pub fn convert_to_lora<B: LinearKernels>(
+/// If a directory cannot be read or written, if `initial` does not belong to the adapter in `trained`, or if that is
+/// plain LoRA already.
+pub fn convert_mutated_to_lora<B: LinearKernels>(
     (trained, initial): (&Path, &Path),
     directory: &Path,
     device: &B::Device,
 ) -> Result<(), Error> {
     let (config, tensors, _) = format::read(trained)?;
-    if !config.init_lora_weights.splits_weight() {
+    if !config.init_lora_weights.mutates_base_weights() {
         let found = json!(config.init_lora_weights);
         return Err(Error::format(
             trained,
             "init_lora_weights",
-            "pissa or olora, which take a part off the weights",
+            "pissa or olora, which subtract the initial adapter from the weights",
             found,
         ));
     }
-    write::<B>((tensors.into_iter().collect(), config), initial, directory, device)
+    write_converted::<B>((tensors.into_iter().collect(), config), initial, directory, device)
 }
 
-fn write<B: LinearKernels>(
+fn write_converted<B: LinearKernels>(
     (mut tensors, config): (Vec<(String, TensorData)>, LoraConfig),
     initial: &Path,
     directory: &Path,
@@ -54,12 +55,12 @@ fn write<B: LinearKernels>(
 ) -> Result<(), Error> {
     let start = format::read_tensors(initial)?;
     let expected: Vec<_> = tensors.iter().map(|(key, data)| (key.clone(), data.shape.to_vec())).collect();
-    format::fits(initial, &expected, &start)?;
+    format::check_tensors(initial, &expected, &start)?;
     for (key, data) in &mut tensors {
         let before = start[key.as_str()].clone();
         *data = match key.ends_with("lora_A.weight") {
-            true => joined::<B>([data.clone(), before], 0, device),
-            false if key.ends_with("lora_B.weight") => joined::<B>([data.clone(), before], 1, device),
+            true => concat_initial::<B>([data.clone(), before], 0, device),
+            false if key.ends_with("lora_B.weight") => concat_initial::<B>([data.clone(), before], 1, device),
             false => data.clone(),
         };
     }
@@ -72,14 +73,14 @@ fn write<B: LinearKernels>(
         lora_alpha: scale * config.lora_alpha,
         rank_pattern: times(config.rank_pattern, &|r| json!(2 * r.as_u64().unwrap_or(0))),
         alpha_pattern: times(config.alpha_pattern, &|alpha| json!(scale * alpha.as_f64().unwrap_or(0.0))),
-        init_lora_weights: InitLora::True,
+        init_lora_weights: InitLoraWeights::True,
         ..config
     };
     format::write(directory, &config.to_json(), tensors)
 }
 
-/// `now` and what it started from, side by side; the start of a `B` is subtracted.
-fn joined<B: LinearKernels>([now, start]: [TensorData; 2], dim: usize, device: &B::Device) -> TensorData {
+/// Concatenates the trained matrix `now` and its initial values along `dim`; those of a `B` are negated.
+fn concat_initial<B: LinearKernels>([now, start]: [TensorData; 2], dim: usize, device: &B::Device) -> TensorData {
     let tensor = |data| Tensor::<B, 2>::from_data(data, (device, DType::F32));
     let start = if dim == 1 { tensor(start).neg() } else { tensor(start) };
     Tensor::cat(vec![tensor(now), start], dim).into_data()

@@ -1,20 +1,20 @@
-//! Adapters in the weights, and out of them again.
+//! Merges adapters into the weights and unmerges them.
 
-use super::{Linears, all, several::known};
+use super::{Linears, check_layers, registry::check_exists};
 use crate::{Error, kernel::LinearKernels};
 
-/// Merges the named adapter into the weights of its layers; merging twice is merging once. Several adapters may be merged, one
-/// after the other.
+/// Merges the named adapter into the weights of its layers; merging a merged adapter does nothing. Several adapters may
+/// be merged, one after the other.
 ///
 /// # Errors
-/// If the model has no such adapter, it is a prompt, or one of the weights is packed; then nothing has changed.
+/// If the model has no such adapter, it is a prompt, or one of the weights is packed; the model is then unchanged.
 pub fn merge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Result<(), Error> {
-    known(model, name)?;
+    check_exists(model, name)?;
     if model.prompts().iter().any(|prompt| prompt.name == name) {
         let state = "is a prompt: virtual tokens cannot be merged into weights; keep it beside the model";
-        return Err(Error::Name { name: name.to_owned(), state });
+        return Err(Error::InvalidAdapter { name: name.to_owned(), state });
     }
-    all(model, |_, linear| linear.mergeable(name))?;
+    check_layers(model, |_, linear| linear.check_mergeable(name))?;
     let mut result = Ok(());
     model.linears_mut(&mut |_, linear| {
         if result.is_ok() {
@@ -24,12 +24,13 @@ pub fn merge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Resu
     result
 }
 
-/// As [`merge`], after a look at every number that it would write. The look costs one more product `B·A` per layer.
+/// Does the same as [`merge`] after checking that all values it would add are finite: PEFT's `safe_merge`. The check
+/// costs one more product `B·A` per layer.
 ///
 /// # Errors
-/// As [`merge`], and if a number is not finite; then, too, nothing has changed.
+/// As for [`merge`], and if a value is not finite; the model is then unchanged.
 pub fn safe_merge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Result<(), Error> {
-    all(model, |path, linear| match linear.is_finite(name) {
+    check_layers(model, |path, linear| match linear.is_delta_finite(name) {
         true => Ok(()),
         false => Err(Error::NotFinite { name: name.to_owned(), layer: path.to_owned() }),
     })?;

@@ -1,11 +1,11 @@
 //! PEFT's `adapter_config.json` for LoRA.
 
-use super::{InitLora, LoraConfig};
+use super::{InitLoraWeights, LoraConfig};
 use crate::{Error, TargetModules};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-/// What PEFT writes and what we can only follow at this value.
+/// Returns the fields of PEFT's file that are supported only with the given value.
 fn neutral_fields() -> Map<String, Value> {
     let fields = json!({
         "alora_invocation_tokens": null, "arrow_config": null, "corda_config": null, "eva_config": null,
@@ -19,11 +19,11 @@ fn neutral_fields() -> Map<String, Value> {
     }
 }
 
-/// Fields that change nothing for a trained adapter.
+/// Fields that make no difference for a trained adapter.
 const IGNORED: [&str; 11] = [
     "auto_mapping",
     "inference_mode",
-    // Says how an adapter started; whether its base is another for that is `init_lora_weights`' to say.
+    // Parameters of the initialization; `init_lora_weights` tells if the base weights differ because of it.
     "loftq_config",
     "megatron_config",
     "megatron_core",
@@ -35,15 +35,15 @@ const IGNORED: [&str; 11] = [
     "ensure_weight_tying",
 ];
 
-/// Starts that change the weights of the base model, so that the adapter is none of the original ones.
-const CHANGE_THE_BASE: [&str; 2] = ["corda", "lora_ga"];
+/// Unsupported initializations that change the base weights, so that the adapter does not fit the original ones.
+const MUTATING_INITS: [&str; 2] = ["corda", "lora_ga"];
 
 impl LoraConfig {
-    /// Reads `adapter_config.json`'s content; the second value names fields that are not known here (a newer PEFT's), which
-    /// the caller should warn about.
+    /// Parses the content of `adapter_config.json`. The second value names unknown fields (of a newer PEFT), about
+    /// which the caller should warn.
     ///
     /// # Errors
-    /// If the adapter is of another kind or uses a feature that is not supported.
+    /// If the adapter is not LoRA or uses a feature that is not supported.
     pub fn from_json(path: &Path, value: Value) -> Result<(Self, Vec<String>), Error> {
         let Value::Object(fields) = &value else {
             return Err(Error::format(path, "adapter_config.json", "a JSON object", value));
@@ -69,21 +69,22 @@ impl LoraConfig {
             .map_err(|e| Error::format(path, "adapter_config.json", "LoRA's fields", e))?;
         config.check()?;
         match &config.init_lora_weights {
-            InitLora::Other(name) if CHANGE_THE_BASE.contains(&name.as_str()) => {
+            InitLoraWeights::Other(name) if MUTATING_INITS.contains(&name.as_str()) => {
                 let expected = "an adapter of the unchanged base model (save it with \
                                 path_initial_model_for_weight_conversion, which makes it plain LoRA)";
                 Err(Error::format(path, "init_lora_weights", expected, name))
             }
-            InitLora::Loftq => {
-                let expected = "true, as in an adapter that was saved to be loaded (\"loftq\" asks who loads it to start again; where \
-                                the base was saved beside the adapter, put true here and load it on that base)";
+            InitLoraWeights::Loftq => {
+                let expected = "true, as in an adapter that was saved for loading (\"loftq\" would initialize it \
+                                again; if the base model was saved with the adapter, set this to true and load the \
+                                adapter on that base)";
                 Err(Error::format(path, "init_lora_weights", expected, "loftq"))
             }
             _ => Ok((config, unknown)),
         }
     }
 
-    /// `adapter_config.json` as PEFT writes it.
+    /// Returns the content of `adapter_config.json` as PEFT writes it.
     pub fn to_json(&self) -> Value {
         let mut all = neutral_fields();
         let target = match &self.target_modules {
@@ -91,8 +92,12 @@ impl LoraConfig {
             other => json!(other),
         };
         let integral = self.lora_alpha.fract() == 0.0;
-        // As PEFT's own script for LoftQ: with its name PEFT would start again when it loads the file.
-        let init = if self.init_lora_weights == InitLora::Loftq { &InitLora::True } else { &self.init_lora_weights };
+        // Like PEFT's own LoftQ script: with "loftq" PEFT would initialize the adapter again when it loads the file.
+        let init = if self.init_lora_weights == InitLoraWeights::Loftq {
+            &InitLoraWeights::True
+        } else {
+            &self.init_lora_weights
+        };
         let alpha = if integral { json!(self.lora_alpha as i64) } else { json!(self.lora_alpha) };
         let fixed = json!({
             "auto_mapping": null, "inference_mode": true, "init_lora_weights": init, "loftq_config": {},
@@ -105,7 +110,7 @@ impl LoraConfig {
                 all.extend(fields);
             }
         }
-        // Not within the patterns: their order counts.
+        // Keys inside the patterns are not sorted: their order matters.
         all.sort_keys();
         Value::Object(all)
     }
@@ -124,7 +129,7 @@ mod tests {
             lora_alpha: 8.5,
             use_rslora: true,
             use_dora: true,
-            init_lora_weights: InitLora::Pissa { niter: Some(4) },
+            init_lora_weights: InitLoraWeights::Pissa { niter: Some(4) },
             exclude_modules: Some(TargetModules::Pattern(".*k_proj".into())),
             layers_to_transform: Some(OneOrMany::Many(vec![0, 2])),
             layers_pattern: Some(OneOrMany::One("layers".into())),
@@ -137,22 +142,22 @@ mod tests {
         let mut json = config.to_json();
         json["from_the_future"] = json!(1);
         let (read, unknown) = LoraConfig::from_json(Path::new("x"), json).unwrap();
-        assert_eq!(read.rank_pattern.keys().collect::<Vec<_>>(), ["z", "a"], "the order of patterns counts");
+        assert_eq!(read.rank_pattern.keys().collect::<Vec<_>>(), ["z", "a"], "the order of patterns matters");
         assert_eq!((read, unknown), (config, vec!["from_the_future".to_owned()]));
     }
 
     #[test]
-    fn how_loftq_started_is_no_part_of_what_it_has_become() {
-        let config = LoraConfig { init_lora_weights: InitLora::Loftq, ..Default::default() };
+    fn loftq_is_saved_as_a_plain_adapter() {
+        let config = LoraConfig { init_lora_weights: InitLoraWeights::Loftq, ..Default::default() };
         let mut json = config.to_json();
         assert_eq!((&json["init_lora_weights"], &json["loftq_config"]), (&json!(true), &json!({})));
-        // PEFT's script puts true there, and leaves this.
+        // PEFT's script writes true there, and keeps this field.
         json["loftq_config"] = json!({ "loftq_bits": 4, "loftq_iter": 5 });
         assert_eq!(LoraConfig::from_json(Path::new("x"), json).unwrap(), (LoraConfig::default(), vec![]));
     }
 
     #[test]
-    fn what_is_not_supported_is_refused_by_name() {
+    fn unsupported_fields_are_rejected_by_name() {
         for (field, value) in [
             ("lora_bias", json!(true)),
             ("layer_replication", json!([[0, 1]])),

@@ -1,7 +1,7 @@
 //! The backward pass of a linear layer.
 
-use super::{Compute, LinearKernels};
-use crate::packed::Packed;
+use super::{LinearKernels, MatmulPrecision};
+use crate::packed::PackedWeight;
 use burn::{
     backend::autodiff::{
         Autodiff, NodeId,
@@ -16,47 +16,47 @@ use burn::{
     },
 };
 
-/// What a backward pass needs of the activations.
+/// The activation that a backward pass needs.
 #[derive(Debug, Clone)]
-enum Kept<X> {
-    Nothing,
-    Value(X),
-    /// What the graph holds or makes again.
-    Node(NodeId),
+enum SavedActivation<X> {
+    NotNeeded,
+    Saved(X),
+    /// An activation that the autodiff graph holds or recomputes.
+    Checkpointed(NodeId),
 }
 
-/// What operations that were walked before found of the gradient of a node, taken out of the others: whoever adds to it registers
-/// the sum. `any` is any tensor; `aim` gives it the node, whose type has no name.
+/// Takes the gradient accumulated so far for a node out of `grads`. The caller adds to it and registers the sum.
+/// `template` is any tensor; `set_node` assigns the node to it, because the type of a node cannot be named here.
 #[doc(hidden)]
-pub fn found_before<B: Backend>(
+pub fn take_accumulated_gradient<B: Backend>(
     grads: &mut Gradients,
-    any: &FloatTensor<B>,
-    aim: impl FnOnce(&mut FloatTensor<Autodiff<B>>),
+    template: &FloatTensor<B>,
+    set_node: impl FnOnce(&mut FloatTensor<Autodiff<B>>),
 ) -> Option<FloatTensor<B>> {
-    let mut place = <Autodiff<B> as AutodiffBackend>::from_inner(any.clone());
-    aim(&mut place);
-    grads.remove(&place)
+    let mut key = <Autodiff<B> as AutodiffBackend>::from_inner(template.clone());
+    set_node(&mut key);
+    grads.remove(&key)
 }
 
-/// State: `x` if the weight is trained, the weight if `x` carries gradient.
+/// Backward pass of a dense linear layer. Its state: `x` if the weight is trained, the weight if `x` needs a gradient.
 #[derive(Debug)]
 struct LinearBackward;
 
 impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
-    type State = (Kept<FloatTensor<B>>, Option<FloatTensor<B>>, Compute);
+    type State = (SavedActivation<FloatTensor<B>>, Option<FloatTensor<B>>, MatmulPrecision);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let [x_node, weight_node] = ops.parents;
         let (x, weight, compute) = ops.state;
         if let (Some(node), Some(weight)) = (x_node, weight) {
-            let found = found_before::<B>(grads, &dy, |place| place.node = node.clone());
-            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight, found, compute));
+            let accumulate_into = take_accumulated_gradient::<B>(grads, &dy, |place| place.node = node.clone());
+            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight, accumulate_into, compute));
         }
         let x = match x {
-            Kept::Nothing => None,
-            Kept::Value(x) => Some(x),
-            Kept::Node(id) => Some(checkpointer.retrieve_node_output(id)),
+            SavedActivation::NotNeeded => None,
+            SavedActivation::Saved(x) => Some(x),
+            SavedActivation::Checkpointed(id) => Some(checkpointer.retrieve_node_output(id)),
         };
         if let (Some(node), Some(x)) = (weight_node, x) {
             grads.register::<B>(node.id, B::linear_backward_weight(x, dy, compute));
@@ -64,25 +64,25 @@ impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
     }
 }
 
-/// State: the weight, packed.
+/// Backward pass of a packed linear layer. Its state: the packed weight.
 #[derive(Debug)]
 struct PackedBackward;
 
 impl<B: LinearKernels> Backward<B, 1> for PackedBackward {
-    type State = (Packed<B>, Compute);
+    type State = (PackedWeight<B>, MatmulPrecision);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let [node] = ops.parents;
         if let Some(node) = node {
             let (weight, compute) = ops.state;
-            let found = found_before::<B>(grads, &dy, |place| place.node = node.clone());
-            grads.register::<B>(node.id, B::packed_backward_input(dy, &weight, found, compute));
+            let accumulate_into = take_accumulated_gradient::<B>(grads, &dy, |place| place.node = node.clone());
+            grads.register::<B>(node.id, B::packed_backward_input(dy, &weight, accumulate_into, compute));
         }
     }
 }
 
-/// Both have the gradient of the sum.
+/// Backward pass of an addition: both inputs receive the gradient of the sum.
 #[derive(Debug)]
 struct AddBackward;
 
@@ -98,7 +98,7 @@ impl<B: Backend> Backward<B, 2> for AddBackward {
 }
 
 impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
-    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
+    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>, compute: MatmulPrecision) -> FloatTensor<Self> {
         let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
         assert!(
             !weight_tracked || weight.primitive.dtype() == x.primitive.dtype(),
@@ -109,9 +109,9 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
         match LinearBackward.prepare::<C>([x.node.clone(), weight.node.clone()]).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
                 let kept_x = match (weight_tracked, x_tracked) {
-                    (false, _) => Kept::Nothing,
-                    (true, false) => Kept::Value(x.primitive.clone()),
-                    (true, true) => Kept::Node(prep.checkpoint(&x)),
+                    (false, _) => SavedActivation::NotNeeded,
+                    (true, false) => SavedActivation::Saved(x.primitive.clone()),
+                    (true, true) => SavedActivation::Checkpointed(prep.checkpoint(&x)),
                 };
                 let kept = x_tracked.then(|| weight.primitive.clone());
                 prep.finish((kept_x, kept, compute), B::linear_forward(x.primitive, weight.primitive, compute))
@@ -129,20 +129,24 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
         }
     }
 
-    fn at_work<R>(work: impl FnOnce() -> R) -> R {
-        B::at_work(work)
+    fn with_spinning_pool<R>(work: impl FnOnce() -> R) -> R {
+        B::with_spinning_pool(work)
     }
 
     fn overwrite(target: FloatTensor<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {
         <Self as AutodiffBackend>::from_inner(B::overwrite(target.primitive, values.primitive))
     }
 
-    fn unpack(weight: &Packed<Self>) -> FloatTensor<Self> {
+    fn unpack(weight: &PackedWeight<Self>) -> FloatTensor<Self> {
         <Self as AutodiffBackend>::from_inner(B::unpack(&weight.inner()))
     }
 
-    fn packed_forward(x: FloatTensor<Self>, weight: &Packed<Self>, compute: Compute) -> FloatTensor<Self> {
-        let weight: Packed<B> = weight.inner();
+    fn packed_forward(
+        x: FloatTensor<Self>,
+        weight: &PackedWeight<Self>,
+        compute: MatmulPrecision,
+    ) -> FloatTensor<Self> {
+        let weight: PackedWeight<B> = weight.inner();
         let y = B::packed_forward(x.primitive, &weight, compute);
         match PackedBackward.prepare::<C>([x.node]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish((weight, compute), y),

@@ -1,4 +1,4 @@
-//! Which backends have the kernels.
+//! Implementations of the kernel trait for the backends that use its default methods.
 
 #[cfg(any(feature = "tch", feature = "cuda", feature = "vulkan", feature = "wgpu"))]
 use super::LinearKernels;

@@ -1,103 +1,112 @@
-//! The products of a linear layer, as a backend extension.
+//! Matrix products of a linear layer, as an extension trait of Burn's backends.
 //!
 //! The default bodies are tensor operations and serve every backend; a backend that can do better overrides them. The
-//! implementation for [`Autodiff`](burn::backend::Autodiff) has a hand-written backward pass: a frozen weight costs no product and keeps no
-//! activation, and a weight stored in half precision or packed is widened for the moment of a product only.
+//! implementation for [`Autodiff`](burn::backend::Autodiff) has a hand-written backward pass: a frozen weight costs no
+//! product and saves no activation, and a weight stored in half precision or packed is converted to f32 only while a
+//! product uses it.
 
 mod autodiff;
-#[cfg(feature = "flex")]
-mod awake;
 mod backends;
-mod by_tensors;
 #[cfg(feature = "flex")]
 mod flex;
 #[cfg(feature = "flex")]
-pub mod instructions;
+pub mod gemm;
 #[cfg(feature = "flex")]
-pub mod matrix;
+pub mod instructions;
+mod portable;
 #[cfg(feature = "flex")]
 pub mod scratch;
-mod stored;
-
-pub use autodiff::found_before;
-pub use by_tensors::product;
 #[cfg(feature = "flex")]
-pub use flex::few;
-pub use stored::Stored;
+mod spinning_pool;
+mod weight_matrix;
 
-use crate::packed::{self, Packed};
+pub use autodiff::take_accumulated_gradient;
+#[cfg(feature = "flex")]
+pub use flex::gemv;
+pub use portable::matmul;
+pub use weight_matrix::WeightMatrix;
+
+use crate::packed::{self, PackedWeight};
 use burn::tensor::{
     DType, FloatDType, Slice, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor,
 };
 
-/// In what products are computed. Their sums are f32 in any case, and so is what comes out.
+/// Numeric format of the factors of a matrix product. Accumulators and results are f32 in every case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Compute {
-    /// Products of f32.
+pub enum MatmulPrecision {
+    /// The factors are f32.
     #[default]
     F32,
-    /// Products of bf16, to which both factors are rounded first.
+    /// Both factors are rounded to bf16.
     Bf16,
-    /// Products of f16, to which both factors are rounded first: what lies beyond its range becomes infinite, so losses are
-    /// scaled.
+    /// Both factors are rounded to f16. Values beyond its range become infinite, so training needs a loss scale.
     F16,
 }
 
-/// Products with a weight `[out, in]` that may be stored in another type than the activations.
+/// Matrix products with a weight `[out, in]` that may be stored in another type than the activations.
 pub trait LinearKernels: Backend {
-    /// `y = x·Wᵀ`: `x [tokens, in]`, `weight [out, in]` in f32, f16 or bf16; `y [tokens, out]` in the type of `x`.
-    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
-        by_tensors::forward::<Self>(x, weight, compute)
+    /// Returns `y = x·Wᵀ`: `x [tokens, in]`, `weight [out, in]` in f32, f16 or bf16; `y [tokens, out]` in the type of
+    /// `x`.
+    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>, compute: MatmulPrecision) -> FloatTensor<Self> {
+        portable::forward::<Self>(x, weight, compute)
     }
 
-    /// The gradient of `x`: `dx = dy·W`, with `dy [tokens, out]` and `weight [out, in]`; added to what others found of it, where
-    /// nobody else holds that in its place.
+    /// Returns the gradient of `x`, `dx = dy·W`, with `dy [tokens, out]` and `weight [out, in]`. It is added to
+    /// `accumulate_into`, the gradient accumulated so far, in place if no other tensor shares that buffer.
     fn linear_backward_input(
         dy: FloatTensor<Self>,
         weight: FloatTensor<Self>,
-        found: Option<FloatTensor<Self>>,
-        compute: Compute,
+        accumulate_into: Option<FloatTensor<Self>>,
+        compute: MatmulPrecision,
     ) -> FloatTensor<Self> {
-        added::<Self>(by_tensors::backward_input::<Self>(dy, weight, compute), found)
+        add_accumulated::<Self>(portable::backward_input::<Self>(dy, weight, compute), accumulate_into)
     }
 
-    /// The gradient of the weight: `dW = dyᵀ·x`, `[out, in]`, in the type of `x`.
-    fn linear_backward_weight(x: FloatTensor<Self>, dy: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
-        by_tensors::backward_weight::<Self>(x, dy, compute)
+    /// Returns the gradient of the weight: `dW = dyᵀ·x`, `[out, in]`, in the type of `x`.
+    fn linear_backward_weight(
+        x: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        compute: MatmulPrecision,
+    ) -> FloatTensor<Self> {
+        portable::backward_weight::<Self>(x, dy, compute)
     }
 
-    /// The values of packed rows, `[out, in]` in f32.
-    fn unpack(weight: &Packed<Self>) -> FloatTensor<Self> {
+    /// Decodes packed rows to f32, `[out, in]`.
+    fn unpack(weight: &PackedWeight<Self>) -> FloatTensor<Self> {
         packed::unpack(weight)
     }
 
-    /// [`LinearKernels::linear_forward`] with a packed weight, decoded tile by tile.
-    fn packed_forward(x: FloatTensor<Self>, weight: &Packed<Self>, compute: Compute) -> FloatTensor<Self> {
+    /// Does what [`LinearKernels::linear_forward`] does with a packed weight, which is decoded tile by tile.
+    fn packed_forward(
+        x: FloatTensor<Self>,
+        weight: &PackedWeight<Self>,
+        compute: MatmulPrecision,
+    ) -> FloatTensor<Self> {
         packed::forward(x, weight, compute)
     }
 
-    /// [`LinearKernels::linear_backward_input`] with a packed weight, decoded tile by tile.
+    /// Does what [`LinearKernels::linear_backward_input`] does with a packed weight, which is decoded tile by tile.
     fn packed_backward_input(
         dy: FloatTensor<Self>,
-        weight: &Packed<Self>,
-        found: Option<FloatTensor<Self>>,
-        compute: Compute,
+        weight: &PackedWeight<Self>,
+        accumulate_into: Option<FloatTensor<Self>>,
+        compute: MatmulPrecision,
     ) -> FloatTensor<Self> {
-        added::<Self>(packed::backward_input(dy, weight, compute), found)
+        add_accumulated::<Self>(packed::backward_input(dy, weight, compute), accumulate_into)
     }
 
-    /// `x + y`, of the same shape and type, in the memory of `x` where nobody else holds it.
+    /// Returns `x + y`, of the same shape and type; in place of `x` if no other tensor shares its buffer.
     fn add(x: FloatTensor<Self>, y: FloatTensor<Self>) -> FloatTensor<Self> {
         Self::float_add(x, y)
     }
 
-    /// Runs `work`, whose operations follow each other without a pause, as the backend does best: a step of training, say. On
-    /// Flex other threads wait for their parts awake meanwhile. Within another such work it changes nothing.
-    fn at_work<R>(work: impl FnOnce() -> R) -> R {
+    /// Runs `work`, a long sequence of operations such as a training step, with the backend's worker threads kept
+    /// ready. On Flex the idle threads of rayon's pool spin instead of sleeping meanwhile. A nested call has no effect.
+    fn with_spinning_pool<R>(work: impl FnOnce() -> R) -> R {
         work()
     }
 
-    /// `values` in the memory of `target`, of the same shape and type, where nobody else holds it.
+    /// Writes `values` into `target`, of the same shape and type; in place if no other tensor shares its buffer.
     fn overwrite(target: FloatTensor<Self>, values: FloatTensor<Self>) -> FloatTensor<Self> {
         let all: Vec<Slice> = target.shape().iter().map(|&n| Slice::from(0..n)).collect();
         Self::float_slice_assign(target, &all, values)
@@ -115,35 +124,38 @@ fn float_dtype(dtype: DType) -> FloatDType {
     }
 }
 
-/// [`LinearKernels::linear_forward`] on tensors: `x [tokens, in]`, `weight [out, in]` → `[tokens, out]`.
+/// Calls [`LinearKernels::linear_forward`] on tensors: `x [tokens, in]`, `weight [out, in]` → `[tokens, out]`.
 ///
 /// # Panics
 /// If the inner dimensions differ.
-pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>, compute: Compute) -> Tensor<B, 2> {
+pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
     let ([_, features], [out, inner]) = (x.dims(), weight.dims());
     assert_eq!(features, inner, "activations have {features} features, the weight [{out}, {inner}] takes {inner}");
     let y = B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor(), compute);
     tensor(y)
 }
 
-/// `x + y` on tensors: see [`LinearKernels::add`].
+/// Calls [`LinearKernels::add`] on tensors: `x + y`.
 ///
 /// # Panics
 /// If the shapes differ.
 pub fn add<B: LinearKernels, const D: usize>(x: Tensor<B, D>, y: Tensor<B, D>) -> Tensor<B, D> {
-    assert_eq!(x.dims(), y.dims(), "what is added has the same shape");
+    assert_eq!(x.dims(), y.dims(), "both summands must have the same shape");
     tensor(B::add(x.into_primitive().tensor(), y.into_primitive().tensor()))
 }
 
-/// A gradient with what others found of it.
-fn added<B: LinearKernels>(gradient: FloatTensor<B>, found: Option<FloatTensor<B>>) -> FloatTensor<B> {
-    match found {
+/// Adds a gradient to the gradient accumulated so far, if there is one.
+fn add_accumulated<B: LinearKernels>(
+    gradient: FloatTensor<B>,
+    accumulate_into: Option<FloatTensor<B>>,
+) -> FloatTensor<B> {
+    match accumulate_into {
         Some(found) => B::add(gradient, found),
         None => gradient,
     }
 }
 
-/// The tensor of a primitive.
+/// Wraps a primitive as a tensor.
 pub(crate) fn tensor<B: Backend, const D: usize>(primitive: FloatTensor<B>) -> Tensor<B, D> {
     Tensor::from_primitive(TensorPrimitive::Float(primitive))
 }

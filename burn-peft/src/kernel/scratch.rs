@@ -1,4 +1,4 @@
-//! Memory that stays with a thread, and loops compiled for the machine's own vector instructions.
+//! Scratch memory that stays with a thread, and loops compiled for the machine's SIMD instructions.
 
 use super::instructions;
 use std::{
@@ -6,24 +6,24 @@ use std::{
     ops::Deref,
 };
 
-/// Runs `work` compiled for the widest vector instructions that it may use on this machine. Everything it calls must be
-/// `#[inline(always)]` to take part.
+/// Runs `work` compiled for the widest SIMD instructions that it may use on this machine. Only functions that are
+/// `#[inline(always)]` are compiled for them along with `work`.
 #[inline(always)]
 pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    instructions::vectors().dispatch(work)
+    instructions::simd_arch().dispatch(work)
 }
 
-/// Runs `work` with the widest vectors that it may use on this machine.
+/// Runs `work`, which is generic over the vector type, with the widest vectors that it may use on this machine.
 #[inline(always)]
-pub fn simd<W: pulp::WithSimd>(work: W) -> W::Output {
-    instructions::vectors().dispatch(work)
+pub fn dispatch_simd<W: pulp::WithSimd>(work: W) -> W::Output {
+    instructions::simd_arch().dispatch(work)
 }
 
 thread_local! {
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-/// Runs `work` with at least `n` values of memory that stays with the thread. What they hold is left from before.
+/// Runs `work` with at least `n` values of scratch memory that belongs to the thread. Its contents are unspecified.
 pub fn with_scratch<R>(n: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut scratch = SCRATCH.take();
     if scratch.len() < n {
@@ -34,25 +34,25 @@ pub fn with_scratch<R>(n: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
     result
 }
 
-/// Values in memory that goes back to the thread, for the next to take.
+/// A vector whose memory comes from a pool of the thread and returns to it when the vector is dropped.
 #[derive(Debug, Default)]
-pub(super) struct Lent(Vec<f32>);
+pub(super) struct PooledVec(Vec<f32>);
 
 thread_local! {
-    static LENDABLE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
+    static VEC_POOL: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-impl Lent {
-    /// Those values.
-    pub(super) fn of(values: impl Iterator<Item = f32>) -> Self {
-        let mut room = LENDABLE.with_borrow_mut(Vec::pop).unwrap_or_default();
+impl PooledVec {
+    /// Collects the values into a vector from the pool.
+    pub(super) fn collect(values: impl Iterator<Item = f32>) -> Self {
+        let mut room = VEC_POOL.with_borrow_mut(Vec::pop).unwrap_or_default();
         room.clear();
         room.extend(values);
         Self(room)
     }
 }
 
-impl Deref for Lent {
+impl Deref for PooledVec {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
@@ -60,19 +60,21 @@ impl Deref for Lent {
     }
 }
 
-impl Drop for Lent {
+impl Drop for PooledVec {
     fn drop(&mut self) {
         let room = std::mem::take(&mut self.0);
-        LENDABLE.with_borrow_mut(|all| all.push(room));
+        VEC_POOL.with_borrow_mut(|all| all.push(room));
     }
 }
 
-/// Memory for `n` values, every one of which the caller writes before anything reads it. For the kernels of these crates only.
+/// Allocates `n` values without initializing them. The caller writes all of them before it reads any. Only for the
+/// kernels of these crates.
 #[doc(hidden)]
 #[allow(clippy::uninit_vec)]
-pub fn unwritten(n: usize) -> Vec<f32> {
+pub fn uninit_vec(n: usize) -> Vec<f32> {
     let mut values = Vec::with_capacity(n);
-    // SAFETY: the capacity is there, every bit pattern is an f32, and the callers write before they read.
+    // SAFETY: the capacity was allocated above and every bit pattern is a valid f32; all callers are kernels of these
+    // crates that write each element before they read it.
     unsafe { values.set_len(n) };
     values
 }

@@ -1,15 +1,15 @@
-//! The principal part of a weight, by subspace iteration (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061).
+//! The truncated SVD of a matrix, by subspace iteration (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061).
 
-use super::start::{dot, orthonormalise};
+use super::init::{dot, orthonormalise};
 use crate::random;
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 
-/// The most iterations while directions still turn.
-const PATIENCE: usize = 100;
+/// The maximum number of iterations until convergence.
+const MAX_ITERATIONS: usize = 100;
 
-/// `A [r, in]` and `B [out, r]` whose product is the best approximation of `weight [out, in]` of rank `r` and which share its
-/// singular values evenly. `niter` iterations, or until the values no longer change.
-pub(crate) fn halves<B: Backend>(
+/// Computes `A [r, in]` and `B [out, r]` whose product is the best approximation of `weight [out, in]` of rank `r`;
+/// each holds the square roots of the singular values. Runs `niter` iterations, or until the singular values converge.
+pub(crate) fn low_rank_decomposition<B: Backend>(
     weight: Tensor<B, 2>,
     r: usize,
     niter: Option<usize>,
@@ -17,7 +17,7 @@ pub(crate) fn halves<B: Backend>(
 ) -> (Tensor<B, 2>, Tensor<B, 2>) {
     let weight = weight.detach().cast(DType::F32);
     let ([out, features], device) = (weight.dims(), weight.device());
-    // More directions than are asked for make those converge sooner.
+    // Oversampling: with more directions than requested, the requested ones converge sooner.
     let k = (r + r.max(16)).min(out).min(features);
     let tensor = |rows: &[Vec<f64>]| {
         let values = rows.iter().flatten().map(|&x| x as f32).collect::<Vec<_>>();
@@ -26,7 +26,7 @@ pub(crate) fn halves<B: Backend>(
     let mut right: Vec<Vec<f64>> =
         (0..k).map(|i| (0..features).map(|j| random::normal(key, (i * features + j) as u64)).collect()).collect();
     orthonormalise(&mut right);
-    let (mut before, mut iteration, mut end) = (f64::INFINITY, 0, niter.map_or(PATIENCE, |n| n + 1));
+    let (mut before, mut iteration, mut end) = (f64::INFINITY, 0, niter.map_or(MAX_ITERATIONS, |n| n + 1));
     let (mut left, mut small) = (Vec::new(), Vec::new());
     let (mut values, mut vectors) = (Vec::new(), Vec::new());
     while iteration < end {
@@ -40,7 +40,8 @@ pub(crate) fn halves<B: Backend>(
         if niter.is_none() {
             let now: f64 = values[..r].iter().sum();
             if (now - before).abs() <= 1e-9 * now {
-                // The sum is exact long before the directions are: their error is its square root, and falls as fast again.
+                // The sum converges long before the directions do: their error is the square root of its error, so they
+                // need as many iterations again.
                 end = end.min(2 * iteration);
             }
             before = now;
@@ -52,7 +53,7 @@ pub(crate) fn halves<B: Backend>(
     }
     let (mut a, mut b) = (Vec::new(), vec![vec![0.0; r]; out]);
     for index in 0..r {
-        // Of the small matrix' rows, this mixture is singular value times right vector.
+        // This combination of the rows of the small matrix is the singular value times the right singular vector.
         let mix = |rows: &[Vec<f64>], n: usize| -> Vec<f64> {
             (0..n).map(|j| (0..k).map(|i| vectors[i][index] * rows[i][j]).sum()).collect()
         };
@@ -71,7 +72,7 @@ fn rows<B: Backend>(x: Tensor<B, 2>) -> Vec<Vec<f64>> {
     values.chunks_exact(columns).map(<[f64]>::to_vec).collect()
 }
 
-/// Eigenvalues of `M·Mᵀ`, largest first, and its eigenvectors as columns (Jacobi's rotations).
+/// Returns the eigenvalues of `M·Mᵀ`, largest first, and its eigenvectors as columns, by Jacobi rotations.
 fn eigen(m: &[Vec<f64>]) -> (Vec<f64>, Vec<Vec<f64>>) {
     let k = m.len();
     let mut s: Vec<Vec<f64>> = m.iter().map(|row| m.iter().map(|other| dot(row, other)).collect()).collect();
@@ -94,7 +95,7 @@ fn eigen(m: &[Vec<f64>]) -> (Vec<f64>, Vec<Vec<f64>>) {
     (order.iter().map(|&i| s[i][i]).collect(), vectors)
 }
 
-/// Makes `s[p][q]` zero.
+/// Applies the Jacobi rotation that makes `s[p][q]` zero, and accumulates it in `v`.
 fn rotate(s: &mut [Vec<f64>], v: &mut [Vec<f64>], (p, q): (usize, usize)) {
     if s[p][q] == 0.0 {
         return;
@@ -123,15 +124,15 @@ mod tests {
         let (device, r) = (Default::default(), 5);
         let values: Vec<f32> = (0..60 * 90).map(|i| random::normal(1, i) as f32).collect();
         let weight = Tensor::<Flex, 2>::from_data(TensorData::new(values, [60, 90]), (&device, DType::F32));
-        let (a, b) = halves(weight.clone(), r, None, 3);
+        let (a, b) = low_rank_decomposition(weight.clone(), r, None, 3);
         let rest = weight - b.clone().matmul(a.clone());
         let largest = |x: Tensor<Flex, 2>| x.abs().max().into_scalar();
-        // The singular vectors on both sides see nothing of the rest.
+        // The residual is orthogonal to the singular vectors on both sides.
         assert!(largest(rest.clone().matmul(a.clone().transpose())) < 1e-3);
         assert!(largest(b.clone().transpose().matmul(rest)) < 1e-3);
         let gram = a.clone().matmul(a.transpose());
         let other = b.clone().transpose().matmul(b);
-        // Both halves have the singular values on their diagonals, in order.
+        // The Gram matrices of both factors have the singular values on their diagonals, in order.
         assert!(largest(gram.clone() - other) < 1e-3);
         let diagonal: Vec<f32> = (0..r).map(|i| gram.clone().slice(s![i..i + 1, i..i + 1]).into_scalar()).collect();
         assert!(diagonal.windows(2).all(|pair| pair[0] >= pair[1]), "{diagonal:?}");

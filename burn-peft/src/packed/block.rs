@@ -1,15 +1,15 @@
-//! The storage formats of GGUF tensors, and how each becomes `f32`.
+//! The block formats of GGUF tensors and their decoders to `f32`.
 //!
-//! A format packs `block_len` consecutive elements of a row into `block_bytes` bytes. The layouts are those of
-//! ggml's `block_q*` structures; results equal `gguf.quants.dequantize` bit for bit.
+//! A format packs `block_len` consecutive elements of a row into `block_bytes` bytes. The layouts are those of ggml's
+//! `block_q*` structures; results equal `gguf.quants.dequantize` bit for bit.
 //!
-//! Decoders are loops over indices of arrays: iterators that the compiler does not inline stop it from using vectors.
+//! Decoders are loops over array indices, because iterators that the compiler does not inline prevent vectorization.
 #![allow(clippy::needless_range_loop)]
 
-use super::{LANES, RowCodec, RowUser, accumulate};
+use super::{LANES, RowCodec, WithRowCodec, accumulate_dot};
 use std::marker::PhantomData;
 
-/// How a tensor's elements are stored.
+/// The storage format of a tensor's elements.
 #[allow(non_camel_case_types)] // The formats' own names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum BlockType {
@@ -21,17 +21,17 @@ pub enum BlockType {
     BF16,
     /// 32 elements: `f16` scale, 8-bit signed integers.
     Q8_0,
-    /// 32 elements: `f16` scale, 4-bit integers less 8.
+    /// 32 elements: `f16` scale, 4-bit integers minus 8.
     Q4_0,
     /// 32 elements: `f16` scale and minimum, 4-bit integers.
     Q4_1,
-    /// 32 elements: `f16` scale, 5-bit integers less 16, the fifth bits apart.
+    /// 32 elements: `f16` scale, 5-bit integers minus 16, with the fifth bits stored separately.
     Q5_0,
-    /// 32 elements: `f16` scale and minimum, 5-bit integers, the fifth bits apart.
+    /// 32 elements: `f16` scale and minimum, 5-bit integers, with the fifth bits stored separately.
     Q5_1,
     /// 256 elements in eight groups: 6-bit scales and minima, 4-bit integers.
     Q4_K,
-    /// 256 elements in sixteen groups: 8-bit scales, 6-bit integers less 32.
+    /// 256 elements in sixteen groups: 8-bit scales, 6-bit integers minus 32.
     Q6_K,
 }
 
@@ -50,7 +50,7 @@ impl BlockType {
         Self::Q6_K,
     ];
 
-    /// Elements in a block.
+    /// Returns the number of elements in a block.
     pub const fn block_len(self) -> usize {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
@@ -59,7 +59,7 @@ impl BlockType {
         }
     }
 
-    /// Bytes in a block.
+    /// Returns the number of bytes in a block.
     pub const fn block_bytes(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -74,7 +74,7 @@ impl BlockType {
         }
     }
 
-    /// The `ggml_type` number of the format.
+    /// Returns the `ggml_type` number of the format.
     pub const fn ggml(self) -> u32 {
         match self {
             Self::F32 => 0,
@@ -90,21 +90,21 @@ impl BlockType {
         }
     }
 
-    /// The format with this `ggml_type` number; for any other number its name, for a message.
+    /// Returns the format with this `ggml_type` number.
     ///
     /// # Errors
-    /// That name.
+    /// Returns the name of any other number, for an error message.
     pub fn from_ggml(number: u32) -> Result<Self, String> {
         Self::ALL.into_iter().find(|kind| kind.ggml() == number).ok_or_else(|| ggml_name(number))
     }
 
-    /// The supported formats, for a message.
+    /// Lists the supported formats, for an error message.
     pub fn supported() -> String {
         let names: Vec<_> = Self::ALL.iter().map(|kind| format!("{kind:?}")).collect();
         format!("a tensor type out of {}", names.join(", "))
     }
 
-    /// Writes the `f32` values of whole blocks.
+    /// Decodes whole blocks to `f32`.
     ///
     /// # Panics
     ///
@@ -118,42 +118,42 @@ impl BlockType {
             out.len()
         );
         struct Dequantize<'a>(&'a [u8], &'a mut [f32]);
-        impl RowUser for Dequantize<'_> {
+        impl WithRowCodec for Dequantize<'_> {
             type Output = ();
 
-            fn with<R: RowCodec>(self) {
+            fn with_row_codec<R: RowCodec>(self) {
                 R::decode(self.0, self.1);
             }
         }
-        self.rows(Dequantize(bytes, out));
+        self.dispatch(Dequantize(bytes, out));
     }
 
-    /// Calls `user` with the format's decoder.
-    pub(super) fn rows<U: RowUser>(self, user: U) -> U::Output {
+    /// Calls `user` with the row codec of this format as a type.
+    pub(super) fn dispatch<U: WithRowCodec>(self, user: U) -> U::Output {
         match self {
-            Self::F32 => user.with::<Blocks<F32, 4, 1>>(),
-            Self::F16 => user.with::<Blocks<F16, 2, 1>>(),
-            Self::BF16 => user.with::<Blocks<BF16, 2, 1>>(),
-            Self::Q8_0 => user.with::<Blocks<Q8_0, 34, 32>>(),
-            Self::Q4_0 => user.with::<Blocks<Q4_0, 18, 32>>(),
-            Self::Q4_1 => user.with::<Blocks<Q4_1, 20, 32>>(),
-            Self::Q5_0 => user.with::<Blocks<Q5_0, 22, 32>>(),
-            Self::Q5_1 => user.with::<Blocks<Q5_1, 24, 32>>(),
-            Self::Q4_K => user.with::<Blocks<Q4_K, 144, 256>>(),
-            Self::Q6_K => user.with::<Blocks<Q6_K, 210, 256>>(),
+            Self::F32 => user.with_row_codec::<BlockCodec<F32, 4, 1>>(),
+            Self::F16 => user.with_row_codec::<BlockCodec<F16, 2, 1>>(),
+            Self::BF16 => user.with_row_codec::<BlockCodec<BF16, 2, 1>>(),
+            Self::Q8_0 => user.with_row_codec::<BlockCodec<Q8_0, 34, 32>>(),
+            Self::Q4_0 => user.with_row_codec::<BlockCodec<Q4_0, 18, 32>>(),
+            Self::Q4_1 => user.with_row_codec::<BlockCodec<Q4_1, 20, 32>>(),
+            Self::Q5_0 => user.with_row_codec::<BlockCodec<Q5_0, 22, 32>>(),
+            Self::Q5_1 => user.with_row_codec::<BlockCodec<Q5_1, 24, 32>>(),
+            Self::Q4_K => user.with_row_codec::<BlockCodec<Q4_K, 144, 256>>(),
+            Self::Q6_K => user.with_row_codec::<BlockCodec<Q6_K, 210, 256>>(),
         }
     }
 }
 
-/// Decodes one block. A type and not a function, so that the compiler has nothing to decide about inlining it.
-trait Decode<const BYTES: usize, const LEN: usize> {
+/// Decoder of one block: a type and not a function, so that the compiler always inlines it.
+trait BlockDecoder<const BYTES: usize, const LEN: usize> {
     fn decode(bytes: &[u8; BYTES], out: &mut [f32; LEN]);
 }
 
-/// Rows of blocks.
-struct Blocks<D, const BYTES: usize, const LEN: usize>(PhantomData<D>);
+/// Row codec of a block format.
+struct BlockCodec<D, const BYTES: usize, const LEN: usize>(PhantomData<D>);
 
-impl<D: Decode<BYTES, LEN>, const BYTES: usize, const LEN: usize> RowCodec for Blocks<D, BYTES, LEN> {
+impl<D: BlockDecoder<BYTES, LEN>, const BYTES: usize, const LEN: usize> RowCodec for BlockCodec<D, BYTES, LEN> {
     #[inline(always)]
     fn decode(bytes: &[u8], out: &mut [f32]) {
         let (bytes, _) = bytes.as_chunks::<BYTES>();
@@ -171,7 +171,7 @@ impl<D: Decode<BYTES, LEN>, const BYTES: usize, const LEN: usize> RowCodec for B
         for index in 0..bytes.len().min(x.len()) {
             let mut values = [0.0; LEN];
             D::decode(&bytes[index], &mut values);
-            accumulate(&mut sums, &values, &x[index]);
+            accumulate_dot(&mut sums, &values, &x[index]);
         }
         sums.iter().sum()
     }
@@ -182,7 +182,7 @@ macro_rules! formats {
         #[allow(non_camel_case_types)] // The formats' own names.
         struct $name;
 
-        impl Decode<$bytes, $len> for $name {
+        impl BlockDecoder<$bytes, $len> for $name {
             #[inline(always)]
             fn decode(bytes: &[u8; $bytes], out: &mut [f32; $len]) {
                 $decode(bytes, out);
@@ -211,7 +211,7 @@ fn f32(bytes: &[u8; 4], out: &mut [f32; 1]) {
 
 #[inline(always)]
 fn f16(bytes: &[u8; 2], out: &mut [f32; 1]) {
-    out[0] = half_at(bytes, 0);
+    out[0] = read_f16(bytes, 0);
 }
 
 #[inline(always)]
@@ -219,13 +219,13 @@ fn bf16(bytes: &[u8; 2], out: &mut [f32; 1]) {
     out[0] = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
 }
 
-/// The half at byte `at`, widened. By integers: a decoder must be vectorized whole, which a call to the machine's own conversion,
-/// looked up at run time, prevents.
+/// Converts the f16 at byte `at` to f32 with integer operations. A decoder must be vectorized as a whole, which a call
+/// to the CPU's own conversion, selected at run time, would prevent.
 #[inline(always)]
-fn half_at(bytes: &[u8], at: usize) -> f32 {
+fn read_f16(bytes: &[u8], at: usize) -> f32 {
     let half = u32::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
     let (exponent, mantissa) = (half & 0x7c00, half & 0x03ff);
-    // 2^112 is what the exponents' biases differ by; the product is exact for subnormal numbers too.
+    // 2^112 is the difference of the exponent biases; the product is exact for subnormal numbers too.
     let finite = f32::from_bits((half & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
     let magnitude = if exponent == 0x7c00 { 0x7f80_0000 | mantissa << 13 } else { finite.to_bits() };
     f32::from_bits(magnitude | (half & 0x8000) << 16)
@@ -233,7 +233,7 @@ fn half_at(bytes: &[u8], at: usize) -> f32 {
 
 #[inline(always)]
 fn q8_0(bytes: &[u8; 34], out: &mut [f32; 32]) {
-    let scale = half_at(bytes, 0);
+    let scale = read_f16(bytes, 0);
     for index in 0..32 {
         out[index] = scale * f32::from(bytes[2 + index] as i8);
     }
@@ -241,7 +241,7 @@ fn q8_0(bytes: &[u8; 34], out: &mut [f32; 32]) {
 
 #[inline(always)]
 fn q4_0(bytes: &[u8; 18], out: &mut [f32; 32]) {
-    let (scale, quants) = (half_at(bytes, 0), nibbles(&bytes[2..]));
+    let (scale, quants) = (read_f16(bytes, 0), nibbles(&bytes[2..]));
     for index in 0..32 {
         out[index] = scale * (f32::from(quants[index]) - 8.0);
     }
@@ -249,7 +249,7 @@ fn q4_0(bytes: &[u8; 18], out: &mut [f32; 32]) {
 
 #[inline(always)]
 fn q4_1(bytes: &[u8; 20], out: &mut [f32; 32]) {
-    let (scale, minimum, quants) = (half_at(bytes, 0), half_at(bytes, 2), nibbles(&bytes[4..]));
+    let (scale, minimum, quants) = (read_f16(bytes, 0), read_f16(bytes, 2), nibbles(&bytes[4..]));
     for index in 0..32 {
         out[index] = scale * f32::from(quants[index]) + minimum;
     }
@@ -257,7 +257,7 @@ fn q4_1(bytes: &[u8; 20], out: &mut [f32; 32]) {
 
 #[inline(always)]
 fn q5_0(bytes: &[u8; 22], out: &mut [f32; 32]) {
-    let (scale, quants) = (half_at(bytes, 0), with_fifth(nibbles(&bytes[6..]), &bytes[2..6]));
+    let (scale, quants) = (read_f16(bytes, 0), with_fifth_bit(nibbles(&bytes[6..]), &bytes[2..6]));
     for index in 0..32 {
         out[index] = scale * (f32::from(quants[index]) - 16.0);
     }
@@ -265,16 +265,16 @@ fn q5_0(bytes: &[u8; 22], out: &mut [f32; 32]) {
 
 #[inline(always)]
 fn q5_1(bytes: &[u8; 24], out: &mut [f32; 32]) {
-    let (scale, minimum) = (half_at(bytes, 0), half_at(bytes, 2));
-    let quants = with_fifth(nibbles(&bytes[8..]), &bytes[4..8]);
+    let (scale, minimum) = (read_f16(bytes, 0), read_f16(bytes, 2));
+    let quants = with_fifth_bit(nibbles(&bytes[8..]), &bytes[4..8]);
     for index in 0..32 {
         out[index] = scale * f32::from(quants[index]) + minimum;
     }
 }
 
-/// Adds 16 where an element's bit of `fifth` is set.
+/// Adds 16 to each element whose bit in `fifth` is set.
 #[inline(always)]
-fn with_fifth(mut quants: [u8; 32], fifth: &[u8]) -> [u8; 32] {
+fn with_fifth_bit(mut quants: [u8; 32], fifth: &[u8]) -> [u8; 32] {
     let fifth = u32::from_le_bytes([fifth[0], fifth[1], fifth[2], fifth[3]]);
     for index in 0..32 {
         quants[index] |= ((fifth >> index) as u8 & 1) << 4;
@@ -282,10 +282,10 @@ fn with_fifth(mut quants: [u8; 32], fifth: &[u8]) -> [u8; 32] {
     quants
 }
 
-/// Low halves of 16 bytes are the first 16 elements, high halves the other 16.
+/// Unpacks the 4-bit integers of 16 bytes: the lower halves are the first 16 elements, the upper halves the other 16.
 #[inline(always)]
 fn nibbles(bytes: &[u8]) -> [u8; 32] {
-    // All bytes before all floats: two loops that become vector instructions, which one loop does not.
+    // Two separate loops over bytes are vectorized, which a single loop is not.
     let mut quants = [0u8; 32];
     for index in 0..16 {
         quants[index] = bytes[index] & 0x0f;
@@ -298,13 +298,13 @@ fn nibbles(bytes: &[u8]) -> [u8; 32] {
 
 #[inline(always)]
 fn q4_k(bytes: &[u8; 144], out: &mut [f32; 256]) {
-    let (scale, minimum) = (half_at(bytes, 0), half_at(bytes, 2));
+    let (scale, minimum) = (read_f16(bytes, 0), read_f16(bytes, 2));
     let (quants, _) = bytes[16..].as_chunks::<32>();
     let (out, _) = out.as_chunks_mut::<32>();
     for group in 0..8 {
         let (six_scale, six_minimum) = q4_k_scale(&bytes[4..16], group);
         let (scale, minimum) = (scale * f32::from(six_scale), minimum * f32::from(six_minimum));
-        // 32 bytes serve two groups: their low halves the even one, their high halves the odd one.
+        // 32 bytes hold two groups: their lower halves the even one, their upper halves the odd one.
         let (pair, shift, mut quants) = (&quants[group / 2], group % 2 * 4, [0u8; 32]);
         for index in 0..32 {
             quants[index] = pair[index] >> shift & 0x0f;
@@ -315,10 +315,10 @@ fn q4_k(bytes: &[u8; 144], out: &mut [f32; 256]) {
     }
 }
 
-/// The 6-bit scale and minimum of a group out of the 12 bytes that hold all eight pairs.
+/// Unpacks the 6-bit scale and minimum of a group from the 12 bytes that hold all eight pairs.
 ///
-/// Groups 0 to 3 use the low six bits of bytes 0 to 7; groups 4 to 7 the halves of bytes 8 to 11, with their upper
-/// two bits in what bytes 0 to 7 leave free.
+/// Groups 0 to 3 use the lower six bits of bytes 0 to 7. Groups 4 to 7 use the 4-bit halves of bytes 8 to 11, and the
+/// upper two bits of bytes 0 to 7.
 #[inline(always)]
 fn q4_k_scale(packed: &[u8], group: usize) -> (u8, u8) {
     if group < 4 {
@@ -331,9 +331,10 @@ fn q4_k_scale(packed: &[u8], group: usize) -> (u8, u8) {
 
 #[inline(always)]
 fn q6_k(bytes: &[u8; 210], out: &mut [f32; 256]) {
-    let scale = half_at(bytes, 208);
+    let scale = read_f16(bytes, 208);
     let (out, _) = out.as_chunks_mut::<16>();
-    // Each half of the block has 64 bytes of low bits and 32 of high bits; a quarter of it is 32 elements in two groups.
+    // Each half of the block has 64 bytes of low bits and 32 of high bits; each of its quarters is 32 elements in two
+    // groups.
     for part in 0..2 {
         let (low, high) = (&bytes[part * 64..][..64], &bytes[128 + part * 32..][..32]);
         let mut quants = [0u8; 128];
@@ -359,7 +360,7 @@ fn q6_k(bytes: &[u8; 210], out: &mut [f32; 256]) {
     }
 }
 
-/// The name of a `ggml_type` that is not supported here.
+/// Returns the name of a `ggml_type` that is not supported here.
 fn ggml_name(number: u32) -> String {
     let name = match number {
         9 => "Q8_1",
@@ -403,7 +404,7 @@ mod tests {
         BlockType::Q4_0.dequantize(&block, &mut out);
         assert_eq!((out[0], out[15], out[16], out[31]), (-8.0, 7.0, 7.0, -8.0));
 
-        // Group 4's scale has its low bits in byte 8 and its upper two in byte 0.
+        // The scale of group 4 has its low bits in byte 8 and its upper two bits in byte 0.
         let packed = [0b1000_0001, 0, 0, 0, 0b0100_0010, 0, 0, 0, 0x5a, 0, 0, 0];
         assert_eq!(q4_k_scale(&packed, 0), (1, 2));
         assert_eq!(q4_k_scale(&packed, 4), (0x2a, 0x15));
@@ -421,7 +422,7 @@ mod tests {
     #[test]
     fn every_half_is_widened_as_it_should_be() {
         for bits in 0..=u16::MAX {
-            let (found, expected) = (half_at(&bits.to_le_bytes(), 0), f16::from_bits(bits).to_f32());
+            let (found, expected) = (read_f16(&bits.to_le_bytes(), 0), f16::from_bits(bits).to_f32());
             assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()), "{bits:#x}");
         }
     }

@@ -1,52 +1,53 @@
-//! Values as blocks, in the formats that are written.
+//! Encoding of values as blocks, for the formats that can be written.
 
 use super::BlockType;
 use half::f16;
 
 impl BlockType {
-    /// The formats that can be written.
-    pub const WRITTEN: [Self; 3] = [Self::F32, Self::F16, Self::Q8_0];
+    /// The formats that can be encoded.
+    pub const WRITABLE: [Self; 3] = [Self::F32, Self::F16, Self::Q8_0];
 
-    /// Appends whole blocks of values; the first value that the format cannot hold is the error. Halves round to even,
-    /// and `Q8_0` is ggml's reference: scale `max|x| / 127`, quotients rounded away from zero.
+    /// Encodes whole blocks of values and appends them to `out`. f16 values are rounded to nearest, ties to even.
+    /// `Q8_0` follows ggml's reference: scale `max|x| / 127`, with quotients rounded half away from zero.
     ///
     /// # Panics
     ///
-    /// If the values are not whole blocks, or the format is not in [`Self::WRITTEN`].
+    /// If the values are not whole blocks, or the format is not in [`Self::WRITABLE`].
     ///
     /// # Errors
-    /// That value.
+    /// Returns the first value that the format cannot hold.
     pub fn quantize(self, values: &[f32], out: &mut Vec<u8>) -> Result<(), f32> {
-        assert!(values.len().is_multiple_of(self.block_len()), "{self:?}: {} values are no blocks", values.len());
+        assert!(values.len().is_multiple_of(self.block_len()), "{self:?}: {} values, not whole blocks", values.len());
         match self {
             Self::F32 => values.iter().try_for_each(|&value| {
                 out.extend(value.to_le_bytes());
                 if value.is_finite() { Ok(()) } else { Err(value) }
             }),
-            Self::F16 => values.iter().try_for_each(|&value| half(value, value, out)),
-            Self::Q8_0 => values.as_chunks::<32>().0.iter().try_for_each(|block| q8_0(block, out)),
-            other => panic!("{other:?} cannot be written, only {:?}", Self::WRITTEN),
+            Self::F16 => values.iter().try_for_each(|&value| push_f16(value, value, out)),
+            Self::Q8_0 => values.as_chunks::<32>().0.iter().try_for_each(|block| quantize_q8_0(block, out)),
+            other => panic!("{other:?} cannot be encoded, only {:?}", Self::WRITABLE),
         }
     }
 }
 
-/// Appends a half; `cause` is the error if it is not finite.
-fn half(value: f32, cause: f32, out: &mut Vec<u8>) -> Result<(), f32> {
+/// Appends `value` as f16; returns `cause` as the error if it is not finite.
+fn push_f16(value: f32, cause: f32, out: &mut Vec<u8>) -> Result<(), f32> {
     let value = f16::from_f32(value);
     out.extend(value.to_le_bytes());
     if value.is_finite() { Ok(()) } else { Err(cause) }
 }
 
-fn q8_0(block: &[f32; 32], out: &mut Vec<u8>) -> Result<(), f32> {
-    // A maximum passes NaN over, so it is looked for by itself.
+fn quantize_q8_0(block: &[f32; 32], out: &mut Vec<u8>) -> Result<(), f32> {
+    // A maximum would skip NaN, so the block is searched for it first.
     if let Some(&value) = block.iter().find(|value| !value.is_finite()) {
         return Err(value);
     }
     let largest = block.iter().fold(0f32, |largest, value| largest.max(value.abs()));
     let scale = largest / 127.0;
     let inverse = if scale == 0.0 { 0.0 } else { 1.0 / scale };
-    half(scale, largest, out)?;
-    // In a block of subnormal numbers the inverse is infinite; the conversion saturates, and the scale is zero anyway.
+    push_f16(scale, largest, out)?;
+    // In a block of subnormal numbers the inverse is infinite; the conversion saturates, and the scale is zero in any
+    // case.
     out.extend(block.iter().map(|value| (value * inverse).round() as i8 as u8));
     Ok(())
 }
@@ -60,12 +61,12 @@ mod tests {
         let mut block = [0.0; 32];
         (block[0], block[1], block[2], block[3]) = (-254.0, 5.0, -5.0, 127.0);
         let mut out = Vec::new();
-        q8_0(&block, &mut out).unwrap();
+        quantize_q8_0(&block, &mut out).unwrap();
         assert_eq!(out[..2], f16::from_f32(2.0).to_le_bytes());
         assert_eq!(out[2..7].iter().map(|byte| *byte as i8).collect::<Vec<_>>(), [-127, 3, -3, 64, 0]);
         assert_eq!(out.len(), 34);
         out.clear();
-        q8_0(&[0.0; 32], &mut out).unwrap();
+        quantize_q8_0(&[0.0; 32], &mut out).unwrap();
         assert_eq!(out, [0; 34]);
     }
 

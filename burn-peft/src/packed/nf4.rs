@@ -1,23 +1,26 @@
 //! NF4 with double quantization (Dettmers et al., 2023, arXiv:2305.14314), with the numbers of bitsandbytes.
 //!
-//! 64 consecutive values share the largest of their magnitudes; each is the nearest of 16 quantiles of a normal distribution
-//! times that. Of those magnitudes the mean is taken off, and 256 of what remains share a second scale and are rounded to 8 bits.
-//! bitsandbytes counts blocks over the whole weight; here every row also carries what its own blocks need, so that rows can
-//! be read one by one: per block a byte for its magnitude and 32 bytes of values (the low halves are the first 32), then how
-//! many blocks belong to the row's first group of 256, the mean, and the groups' scales.
+//! 64 consecutive values form a block; each is encoded as the nearest of 16 quantiles of a normal distribution times
+//! the largest magnitude of the block (absmax). The absmax values, minus their mean, are quantized in turn: each group
+//! of 256 shares a second scale and is rounded to 8 bits.
+//!
+//! bitsandbytes counts blocks over the whole weight. Here every row also carries the scales of its own blocks, so that
+//! rows can be read one by one: per block one byte of absmax and 32 bytes of values (the lower halves are the first
+//! 32), then the number of its blocks that belong to the row's first group of 256, the mean, and the scales of its
+//! groups.
 #![allow(clippy::needless_range_loop)] // As in the other decoders.
 
-use super::{LANES, RowCodec, accumulate};
+use super::{LANES, RowCodec, accumulate_dot};
 use std::sync::LazyLock;
 
-/// Values that share a magnitude.
-pub const BLOCK: usize = 64;
-/// Magnitudes that share a scale.
-const GROUP: usize = 256;
-/// Bytes of a block.
-const BYTES: usize = 1 + BLOCK / 2;
+/// Values in a block, which share an absmax.
+pub const BLOCK_SIZE: usize = 64;
+/// Blocks in a group, whose absmax values share a scale.
+const GROUP_SIZE: usize = 256;
+/// Bytes in a block.
+const BLOCK_BYTES: usize = 1 + BLOCK_SIZE / 2;
 
-/// The sixteen values, as bitsandbytes rounds them.
+/// The sixteen quantiles, as bitsandbytes rounds them.
 #[allow(clippy::excessive_precision)] // The source's digits.
 pub const VALUES: [f32; 16] = [
     -1.0,
@@ -38,9 +41,9 @@ pub const VALUES: [f32; 16] = [
     1.0,
 ];
 
-/// Between which of the values the nearer one changes.
+/// The boundaries between the values: a number between two boundaries is rounded to the value there.
 #[allow(clippy::excessive_precision)] // The source's digits.
-const LIMITS: [f32; 15] = [
+const BOUNDARIES: [f32; 15] = [
     -0.8480964004993439,
     -0.6106329262256622,
     -0.4599952697753906,
@@ -58,12 +61,13 @@ const LIMITS: [f32; 15] = [
     0.8614784181118011,
 ];
 
-/// The 256 values of bitsandbytes' signed dynamic map, in order: seven decades, each cut twice as fine as the one below.
-pub static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
+/// The 256 values of bitsandbytes' signed dynamic map, in order: seven decades, each divided twice as finely as the one
+/// below.
+pub static DYNAMIC_MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
     let mut all = vec![0.0f32, 1.0];
     for decade in 0..7 {
         let (parts, power) = (1usize << decade, 10f64.powi(decade - 6) as f32);
-        // `torch.linspace(0.1, 1, parts + 1)`, which counts the upper half from the end.
+        // `torch.linspace(0.1, 1, parts + 1)`, which computes the upper half from its end.
         let step = (1.0f32 - 0.1) / parts as f32;
         let bound =
             |i: usize| if i < parts.div_ceil(2) { 0.1 + step * i as f32 } else { 1.0 - step * (parts - i) as f32 };
@@ -78,102 +82,111 @@ pub static MAP: LazyLock<[f32; 256]> = LazyLock::new(|| {
     map
 });
 
-/// Groups that a row of so many blocks can touch.
-pub(super) const fn groups(blocks: usize) -> usize {
-    (blocks + GROUP - 2) / GROUP + 1
+/// Returns the largest number of groups that a row of so many blocks can touch.
+pub(super) const fn max_groups(blocks: usize) -> usize {
+    (blocks + GROUP_SIZE - 2) / GROUP_SIZE + 1
 }
 
-/// Bytes of a row.
+/// Returns the number of bytes in a row.
 pub(crate) const fn row_bytes(features: usize) -> usize {
-    let blocks = features / BLOCK;
-    blocks * BYTES + 8 + 4 * groups(blocks)
+    let blocks = features / BLOCK_SIZE;
+    blocks * BLOCK_BYTES + 8 + 4 * max_groups(blocks)
 }
 
-/// The rows of `values`, packed one after the other.
+/// Encodes the rows of `values` as NF4, one after the other.
 ///
 /// # Errors
-/// The first value that is not finite.
+/// Returns the first value that is not finite.
 ///
 /// # Panics
-/// If rows are no whole blocks.
+/// If the features are not whole blocks.
 pub fn encode(values: &[f32], features: usize) -> Result<Vec<u8>, f32> {
-    assert!(features.is_multiple_of(BLOCK) && features > 0, "NF4: {features} features are no blocks of {BLOCK}");
+    assert!(
+        features.is_multiple_of(BLOCK_SIZE) && features > 0,
+        "NF4: {features} features are not blocks of {BLOCK_SIZE}"
+    );
     if let Some(&value) = values.iter().find(|value| !value.is_finite()) {
         return Err(value);
     }
-    let (blocks, _) = values.as_chunks::<BLOCK>();
+    let (blocks, _) = values.as_chunks::<BLOCK_SIZE>();
     let largest: Vec<f32> = blocks.iter().map(|block| block.iter().fold(0.0, |max, x| x.abs().max(max))).collect();
     let mean = (largest.iter().map(|&x| f64::from(x)).sum::<f64>() / largest.len().max(1) as f64) as f32;
     let scale = |group: &[f32]| group.iter().fold(0.0f32, |max, x| (x - mean).abs().max(max));
-    let scales: Vec<f32> = largest.chunks(GROUP).map(scale).collect();
-    let per_row = features / BLOCK;
+    let scales: Vec<f32> = largest.chunks(GROUP_SIZE).map(scale).collect();
+    let per_row = features / BLOCK_SIZE;
     let mut out = Vec::with_capacity(values.len() / features * row_bytes(features));
     for first in (0..blocks.len()).step_by(per_row) {
         for index in first..first + per_row {
-            let scale = scales[index / GROUP];
+            let scale = scales[index / GROUP_SIZE];
             out.push(if scale > 0.0 { nearest((largest[index] - mean) / scale) } else { nearest(0.0) });
-            block(&blocks[index], largest[index], &mut out);
+            encode_block(&blocks[index], largest[index], &mut out);
         }
-        let in_first = per_row.min(GROUP - first % GROUP);
+        let in_first = per_row.min(GROUP_SIZE - first % GROUP_SIZE);
         out.extend((in_first as u32).to_le_bytes());
         out.extend(mean.to_le_bytes());
-        for group in first / GROUP..first / GROUP + groups(per_row) {
+        for group in first / GROUP_SIZE..first / GROUP_SIZE + max_groups(per_row) {
             out.extend(scales.get(group).copied().unwrap_or(0.0).to_le_bytes());
         }
     }
     Ok(out)
 }
 
-/// The index of the nearest value of the dynamic map.
+/// Returns the index of the nearest value of the dynamic map.
 fn nearest(x: f32) -> u8 {
-    let above = MAP.partition_point(|&value| value < x).min(255);
+    let above = DYNAMIC_MAP.partition_point(|&value| value < x).min(255);
     let below = above.saturating_sub(1);
-    if (x - MAP[below]).abs() < (MAP[above] - x).abs() { below as u8 } else { above as u8 }
+    if (x - DYNAMIC_MAP[below]).abs() < (DYNAMIC_MAP[above] - x).abs() { below as u8 } else { above as u8 }
 }
 
-fn block(values: &[f32; BLOCK], largest: f32, out: &mut Vec<u8>) {
-    // A block of subnormal numbers has no finite inverse; they become zero.
+/// Encodes the values of a block, scaled by its absmax, and appends them.
+fn encode_block(values: &[f32; BLOCK_SIZE], largest: f32, out: &mut Vec<u8>) {
+    // A block of subnormal numbers has no finite inverse; its values become zero.
     let inverse = if largest > f32::MIN_POSITIVE { 1.0 / largest } else { 0.0 };
-    let code = |value: f32| LIMITS.iter().filter(|&&limit| value * inverse > limit).count() as u8;
-    let half = BLOCK / 2;
+    let code = |value: f32| BOUNDARIES.iter().filter(|&&limit| value * inverse > limit).count() as u8;
+    let half = BLOCK_SIZE / 2;
     out.extend((0..half).map(|i| code(values[i]) | code(values[i + half]) << 4));
 }
 
-/// A row taken apart.
-struct Row<'a> {
-    blocks: &'a [[u8; BYTES]],
-    in_first: usize,
+/// The fields of an encoded row.
+struct Nf4Row<'a> {
+    blocks: &'a [[u8; BLOCK_BYTES]],
+    blocks_in_first_group: usize,
     mean: f32,
     scales: &'a [[u8; 4]],
 }
 
-impl<'a> Row<'a> {
+impl<'a> Nf4Row<'a> {
     #[inline(always)]
     fn new(bytes: &'a [u8], features: usize) -> Self {
-        assert_eq!(bytes.len(), row_bytes(features), "NF4: {features} features are another row");
-        let (blocks, rest) = bytes.split_at(features / BLOCK * BYTES);
+        assert_eq!(bytes.len(), row_bytes(features), "NF4: these bytes are not a row of {features} features");
+        let (blocks, rest) = bytes.split_at(features / BLOCK_SIZE * BLOCK_BYTES);
         let (words, _) = rest.as_chunks::<4>();
         let (head, scales) = words.split_at(2);
         let in_first = u32::from_le_bytes(head[0]) as usize;
-        Self { blocks: blocks.as_chunks().0, in_first, mean: f32::from_le_bytes(head[1]), scales }
+        Self {
+            blocks: blocks.as_chunks().0,
+            blocks_in_first_group: in_first,
+            mean: f32::from_le_bytes(head[1]),
+            scales,
+        }
     }
 
-    /// Calls `work` with the number and the values of every block.
+    /// Calls `work` with the index and the decoded values of every block.
     #[inline(always)]
-    fn each(&self, map: &[f32; 256], mut work: impl FnMut(usize, &[f32; BLOCK])) {
-        let mut values = [0.0; BLOCK];
+    fn for_each_block(&self, map: &[f32; 256], mut work: impl FnMut(usize, &[f32; BLOCK_SIZE])) {
+        let mut values = [0.0; BLOCK_SIZE];
         for index in 0..self.blocks.len() {
             let block = &self.blocks[index];
-            let group = (index + GROUP - self.in_first) / GROUP;
+            let group = (index + GROUP_SIZE - self.blocks_in_first_group) / GROUP_SIZE;
             let scale = map[block[0] as usize] * f32::from_le_bytes(self.scales[group]) + self.mean;
-            let mut codes = [0u8; BLOCK];
-            for i in 0..BLOCK / 2 {
+            let mut codes = [0u8; BLOCK_SIZE];
+            for i in 0..BLOCK_SIZE / 2 {
                 codes[i] = block[1 + i] & 15;
             }
-            for i in 0..BLOCK / 2 {
-                codes[i + BLOCK / 2] = block[1 + i] >> 4;
+            for i in 0..BLOCK_SIZE / 2 {
+                codes[i + BLOCK_SIZE / 2] = block[1 + i] >> 4;
             }
-            for i in 0..BLOCK {
+            for i in 0..BLOCK_SIZE {
                 values[i] = VALUES[(codes[i] & 15) as usize] * scale;
             }
             work(index, &values);
@@ -181,22 +194,22 @@ impl<'a> Row<'a> {
     }
 }
 
-/// Rows of NF4.
-pub(super) struct Rows;
+/// Row codec of NF4.
+pub(super) struct Nf4Codec;
 
-impl RowCodec for Rows {
+impl RowCodec for Nf4Codec {
     #[inline(always)]
     fn decode(bytes: &[u8], out: &mut [f32]) {
-        let row = Row::new(bytes, out.len());
-        let (out, _) = out.as_chunks_mut::<BLOCK>();
-        row.each(&MAP, |index, values| out[index] = *values);
+        let row = Nf4Row::new(bytes, out.len());
+        let (out, _) = out.as_chunks_mut::<BLOCK_SIZE>();
+        row.for_each_block(&DYNAMIC_MAP, |index, values| out[index] = *values);
     }
 
     #[inline(always)]
     fn dot(bytes: &[u8], x: &[f32]) -> f32 {
-        let row = Row::new(bytes, x.len());
-        let ((x, _), mut sums) = (x.as_chunks::<BLOCK>(), [0.0; LANES]);
-        row.each(&MAP, |index, values| accumulate(&mut sums, values, &x[index]));
+        let row = Nf4Row::new(bytes, x.len());
+        let ((x, _), mut sums) = (x.as_chunks::<BLOCK_SIZE>(), [0.0; LANES]);
+        row.for_each_block(&DYNAMIC_MAP, |index, values| accumulate_dot(&mut sums, values, &x[index]));
         sums.iter().sum()
     }
 }
@@ -207,15 +220,17 @@ mod tests {
 
     #[test]
     fn the_map_is_the_one_of_bitsandbytes() {
-        assert_eq!((MAP[127], MAP[255]), (0.0, 1.0));
-        // The ends of `create_dynamic_map(signed=True)`: 55 % of the lowest decade, the last part of the highest.
-        for (found, expected) in [(MAP[0], -0.992_968_75), (MAP[254], 0.992_968_75), (MAP[128], 5.5e-7f32)] {
+        assert_eq!((DYNAMIC_MAP[127], DYNAMIC_MAP[255]), (0.0, 1.0));
+        // The ends of `create_dynamic_map(signed=True)`: 55 % of the lowest decade, and the last part of the highest.
+        for (found, expected) in
+            [(DYNAMIC_MAP[0], -0.992_968_75), (DYNAMIC_MAP[254], 0.992_968_75), (DYNAMIC_MAP[128], 5.5e-7f32)]
+        {
             assert!((found - expected).abs() <= 2e-7 * expected.abs(), "{found} against {expected}");
         }
-        assert!(MAP.is_sorted());
-        assert!(VALUES.iter().zip(MAP.iter()).all(|(a, b)| a.is_finite() && b.is_finite()));
-        assert!((0..256).all(|i| nearest(MAP[i]) as usize == i));
-        for (limit, pair) in LIMITS.iter().zip(VALUES.windows(2)) {
+        assert!(DYNAMIC_MAP.is_sorted());
+        assert!(VALUES.iter().zip(DYNAMIC_MAP.iter()).all(|(a, b)| a.is_finite() && b.is_finite()));
+        assert!((0..256).all(|i| nearest(DYNAMIC_MAP[i]) as usize == i));
+        for (limit, pair) in BOUNDARIES.iter().zip(VALUES.windows(2)) {
             assert!((limit - (pair[0] + pair[1]) / 2.0).abs() < 1e-6);
         }
     }
@@ -223,8 +238,8 @@ mod tests {
     #[test]
     fn a_row_touches_no_more_groups_than_it_carries() {
         for blocks in 1..1100 {
-            let touched = (0..GROUP).map(|first| (first + blocks - 1) / GROUP + 1).max();
-            assert_eq!(touched, Some(groups(blocks)), "{blocks}");
+            let touched = (0..GROUP_SIZE).map(|first| (first + blocks - 1) / GROUP_SIZE + 1).max();
+            assert_eq!(touched, Some(max_groups(blocks)), "{blocks}");
         }
     }
 }

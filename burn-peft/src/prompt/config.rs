@@ -1,104 +1,104 @@
-//! PEFT's `adapter_config.json` for prompt methods.
+//! PEFT's `adapter_config.json` for the prompt learning methods.
 
 use crate::{Error, random};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
-/// What a prompt has to know of its base model.
+/// The sizes of the base model that a prompt depends on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BaseShape {
-    /// Features of a token between blocks.
+    /// The size of the hidden states.
     pub hidden_size: usize,
-    /// Blocks.
+    /// The number of transformer blocks.
     pub num_hidden_layers: usize,
-    /// Query heads.
+    /// The number of query heads.
     pub num_attention_heads: usize,
-    /// Key and value heads.
+    /// The number of key and value heads.
     pub num_key_value_heads: usize,
-    /// Features of a head.
+    /// The number of features per head.
     pub head_dim: usize,
 }
 
 impl BaseShape {
-    /// Features of one layer's keys, or values, of a token.
+    /// Returns the number of features of one token's keys (or values) in one layer.
     pub fn kv_dim(&self) -> usize {
         self.num_key_value_heads * self.head_dim
     }
 }
 
-/// How virtual tokens come about and where they act, under PEFT's names.
+/// The prompt learning method and its options, with PEFT's names.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "peft_type")]
-pub enum Method {
-    /// Keys and values of every layer: prefix tuning, P-tuning v2 (Liu et al., 2021, arXiv:2110.07602).
+pub enum PromptMethod {
+    /// Trained keys and values in every layer: prefix tuning, P-tuning v2 (Liu et al., 2021, arXiv:2110.07602).
     #[serde(rename = "PREFIX_TUNING")]
     Prefix {
-        /// The prefix is computed from small embeddings by an MLP while it is trained.
+        /// If true, an MLP computes the prefix from smaller embeddings during training.
         #[serde(default)]
         prefix_projection: bool,
-        /// The MLP's width; the keys' width of one layer if absent.
+        /// The width of the MLP; the width of one layer's keys if absent.
         #[serde(default)]
         encoder_hidden_size: Option<usize>,
-        /// `zero` starts from keys and values of zero; absent starts from random ones.
+        /// `zero` initializes keys and values to zero; they are random if absent.
         #[serde(default)]
         init_weights: Option<String>,
-        /// The probability with which a value of the prefix is dropped in a step of training (not in PEFT's file).
+        /// The dropout probability of a value of the prefix in a training step (not in PEFT's file).
         #[serde(default, skip_serializing)]
         dropout: f64,
     },
-    /// Embeddings in front of every sequence (Lester et al., 2021, arXiv:2104.08691).
+    /// Trained embeddings before every sequence: prompt tuning (Lester et al., 2021, arXiv:2104.08691).
     #[serde(rename = "PROMPT_TUNING")]
     Prompt {
-        /// What the embeddings start from.
+        /// The initialization of the embeddings.
         #[serde(default)]
         prompt_tuning_init: PromptTuningInit,
-        /// The text for [`PromptTuningInit::Text`].
+        /// The initial text for [`PromptTuningInit::Text`].
         #[serde(default)]
         prompt_tuning_init_text: Option<String>,
-        /// The tokenizer of that text.
+        /// The tokenizer of the initial text.
         #[serde(default)]
         tokenizer_name_or_path: Option<String>,
     },
-    /// Embeddings in front of every sequence, from an MLP while they are trained: P-tuning (Liu et al., 2021,
+    /// Embeddings before every sequence that an MLP computes during training: P-tuning (Liu et al., 2021,
     /// arXiv:2103.10385).
     #[serde(rename = "P_TUNING")]
     PTuning {
-        /// The MLP's width; the model's hidden size if absent.
+        /// The width of the MLP; the model's hidden size if absent.
         #[serde(default)]
         encoder_hidden_size: Option<usize>,
     },
 }
 
-/// What the embeddings of prompt tuning start from.
+/// The initialization of prompt tuning's embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum PromptTuningInit {
-    /// Normal random numbers.
+    /// Random numbers of the normal distribution.
     #[default]
     #[serde(rename = "RANDOM")]
     Random,
     /// The embeddings of a text's tokens.
     #[serde(rename = "TEXT")]
     Text,
-    /// The embeddings of tokens drawn from the vocabulary.
+    /// The embeddings of random tokens of the vocabulary.
     #[serde(rename = "SAMPLE_VOCAB")]
     SampleVocab,
 }
 
-/// A prompt method's configuration.
+/// The configuration of a prompt learning method.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct PromptConfig {
     /// The number of virtual tokens.
     pub num_virtual_tokens: usize,
-    /// The method.
+    /// The method and its options.
     #[serde(flatten)]
-    pub method: Method,
-    /// The base model, for the record.
+    pub method: PromptMethod,
+    /// The name or path of the base model, for information only.
     #[serde(default)]
     pub base_model_name_or_path: Option<String>,
 }
 
-/// PEFT's fields that change nothing for a trained adapter, and those that every method has.
+/// PEFT's fields that make no difference for a trained adapter, and those that all methods share.
 const IGNORED: [&str; 17] = [
     "auto_mapping",
     "base_model_name_or_path",
@@ -118,74 +118,77 @@ const IGNORED: [&str; 17] = [
     "prompt_tuning_init_task",
     "dropout",
 ];
-/// Fields that we can only follow at one value, if they are there.
+/// Returns the fields that, if present, are supported only with the given value.
 fn neutral_fields() -> [(&'static str, Value); 2] {
     [("modules_to_save", Value::Null), ("num_transformer_submodules", json!(1))]
 }
 
 impl PromptConfig {
-    /// Prefix tuning with `num_virtual_tokens` and PEFT's defaults.
+    /// Returns the configuration of prefix tuning with PEFT's defaults.
     pub fn prefix(num_virtual_tokens: usize) -> Self {
         let (prefix_projection, encoder_hidden_size, init_weights, dropout) = (false, None, None, 0.0);
-        let method = Method::Prefix { prefix_projection, encoder_hidden_size, init_weights, dropout };
+        let method = PromptMethod::Prefix { prefix_projection, encoder_hidden_size, init_weights, dropout };
         Self { num_virtual_tokens, method, base_model_name_or_path: None }
     }
 
-    /// Prompt tuning with `num_virtual_tokens`, from random numbers.
+    /// Returns the configuration of prompt tuning with random initial embeddings.
     pub fn prompt(num_virtual_tokens: usize) -> Self {
         let (prompt_tuning_init, prompt_tuning_init_text, tokenizer_name_or_path) = Default::default();
-        let method = Method::Prompt { prompt_tuning_init, prompt_tuning_init_text, tokenizer_name_or_path };
+        let method = PromptMethod::Prompt { prompt_tuning_init, prompt_tuning_init_text, tokenizer_name_or_path };
         Self { num_virtual_tokens, method, base_model_name_or_path: None }
     }
 
-    /// P-tuning with `num_virtual_tokens` and PEFT's defaults.
+    /// Returns the configuration of P-tuning with PEFT's defaults.
     pub fn p_tuning(num_virtual_tokens: usize) -> Self {
-        let method = Method::PTuning { encoder_hidden_size: None };
+        let method = PromptMethod::PTuning { encoder_hidden_size: None };
         Self { num_virtual_tokens, method, base_model_name_or_path: None }
     }
 
-    /// Refuses values that no prompt can have.
+    /// Checks the values of all fields.
     ///
     /// # Errors
-    /// Names the field, its value and what would do.
+    /// If a value is invalid; names the field, the value and the valid values.
     pub fn check(&self) -> Result<(), Error> {
         if self.num_virtual_tokens == 0 {
             return Err(Error::config("`num_virtual_tokens` should be a positive integer value but is 0"));
         }
         match &self.method {
-            Method::Prefix { encoder_hidden_size: Some(0), .. } | Method::PTuning { encoder_hidden_size: Some(0) } => {
+            PromptMethod::Prefix { encoder_hidden_size: Some(0), .. }
+            | PromptMethod::PTuning { encoder_hidden_size: Some(0) } => {
                 Err(Error::config("`encoder_hidden_size` should be a positive integer value but is 0"))
             }
-            Method::Prefix { dropout, .. } if !(0.0..1.0).contains(dropout) => {
+            PromptMethod::Prefix { dropout, .. } if !(0.0..1.0).contains(dropout) => {
                 Err(Error::config(format!("`dropout` of the prefix should be at least 0 and below 1 but is {dropout}")))
             }
-            Method::Prefix { init_weights: Some(other), .. } if other != "zero" => {
+            PromptMethod::Prefix { init_weights: Some(other), .. } if other != "zero" => {
                 Err(Error::config(format!("`init_weights` should be \"zero\" or absent but is {other:?}")))
             }
-            Method::Prompt { prompt_tuning_init: PromptTuningInit::Text, prompt_tuning_init_text: None, .. } => {
-                Err(Error::config("When prompt_tuning_init='TEXT', prompt_tuning_init_text can't be None."))
-            }
-            Method::Prompt { prompt_tuning_init: PromptTuningInit::Text, tokenizer_name_or_path: None, .. } => {
-                Err(Error::config("When prompt_tuning_init='TEXT', tokenizer_name_or_path can't be None."))
-            }
+            PromptMethod::Prompt {
+                prompt_tuning_init: PromptTuningInit::Text, prompt_tuning_init_text: None, ..
+            } => Err(Error::config("When prompt_tuning_init='TEXT', prompt_tuning_init_text can't be None.")),
+            PromptMethod::Prompt {
+                prompt_tuning_init: PromptTuningInit::Text, tokenizer_name_or_path: None, ..
+            } => Err(Error::config("When prompt_tuning_init='TEXT', tokenizer_name_or_path can't be None.")),
             _ => Ok(()),
         }
     }
 
-    /// What the virtual tokens start from, where the configuration says so; a text that is given besides counts more.
+    /// Returns the configured initialization of the virtual tokens. A text given to [`PromptConfig::init_token_ids`]
+    /// takes precedence.
     pub fn init(&self) -> PromptTuningInit {
         match self.method {
-            Method::Prompt { prompt_tuning_init, .. } => prompt_tuning_init,
-            Method::Prefix { .. } | Method::PTuning { .. } => PromptTuningInit::Random,
+            PromptMethod::Prompt { prompt_tuning_init, .. } => prompt_tuning_init,
+            PromptMethod::Prefix { .. } | PromptMethod::PTuning { .. } => PromptTuningInit::Random,
         }
     }
 
-    /// The tokens of the model that the virtual ones start as, one for each: those of a text if any are given, repeated or cut, else
-    /// what the configuration says, drawn from a vocabulary of that size by the seed; `None` for a start from random numbers.
+    /// Returns the token ids from which the virtual tokens are initialized, one per virtual token: those of `text` if
+    /// given, repeated or truncated, else according to the configuration, where `SAMPLE_VOCAB` draws from a vocabulary
+    /// of the given size with the seed. `None` stands for random values.
     ///
     /// # Errors
-    /// If the configuration asks for a text that is not given, or the text is empty.
-    pub fn start_tokens(
+    /// If the configuration requires a text and none is given, or the text is empty.
+    pub fn init_token_ids(
         &self,
         text: Option<&[u32]>,
         (vocabulary, seed): (usize, u64),
@@ -195,64 +198,64 @@ impl PromptConfig {
             (PromptTuningInit::Text, None | Some([])) => {
                 Err(Error::config("`prompt_tuning_init`: expected the tokens of a text for TEXT, found none"))
             }
-            (_, Some([])) => Err(Error::config("a text to start from: expected at least one token, found none")),
+            (_, Some([])) => Err(Error::config("the prompt's initial text: expected at least one token, found none")),
             (_, Some(text)) => Ok(Some(text.iter().copied().cycle().take(n).collect())),
             (PromptTuningInit::SampleVocab, None) => {
-                let key = random::key(&[seed, random::text("prompt.vocabulary")]);
+                let key = random::key(&[seed, random::key_from_str("prompt.vocabulary")]);
                 Ok(Some((0..n as u64).map(|i| (random::uniform(key, i) * vocabulary as f64) as u32).collect()))
             }
             (PromptTuningInit::Random, None) => Ok(None),
         }
     }
 
-    /// The features of one virtual token: those of `prompt_embeddings` in PEFT's file.
+    /// Returns the number of features of one virtual token: the width of `prompt_embeddings` in PEFT's file.
     pub fn width(&self, base: &BaseShape) -> usize {
         match self.method {
-            Method::Prefix { .. } => base.num_hidden_layers * 2 * base.kv_dim(),
-            Method::Prompt { .. } | Method::PTuning { .. } => base.hidden_size,
+            PromptMethod::Prefix { .. } => base.num_hidden_layers * 2 * base.kv_dim(),
+            PromptMethod::Prompt { .. } | PromptMethod::PTuning { .. } => base.hidden_size,
         }
     }
 
-    /// The widths from the encoder's table to the virtual tokens, one if there is no MLP.
+    /// Returns the layer widths of the encoder, from the embedding to the virtual tokens; a single one without an MLP.
     pub fn widths(&self, base: &BaseShape) -> Vec<usize> {
         let out = self.width(base);
         match self.method {
-            Method::Prefix { prefix_projection: true, encoder_hidden_size, .. } => {
+            PromptMethod::Prefix { prefix_projection: true, encoder_hidden_size, .. } => {
                 vec![base.kv_dim(), encoder_hidden_size.unwrap_or(base.kv_dim()), out]
             }
-            Method::PTuning { encoder_hidden_size } => {
+            PromptMethod::PTuning { encoder_hidden_size } => {
                 let hidden = encoder_hidden_size.unwrap_or(out);
                 vec![out, hidden, hidden, out]
             }
-            Method::Prefix { .. } | Method::Prompt { .. } => vec![out],
+            PromptMethod::Prefix { .. } | PromptMethod::Prompt { .. } => vec![out],
         }
     }
 
-    /// The number of trained values.
+    /// Returns the number of trainable values.
     pub fn count_trainable(&self, base: &BaseShape) -> usize {
         let widths = self.widths(base);
         self.num_virtual_tokens * widths[0] + widths.windows(2).map(|pair| (pair[0] + 1) * pair[1]).sum::<usize>()
     }
 
-    /// PEFT's `peft_type`.
+    /// Returns PEFT's `peft_type`.
     pub fn peft_type(&self) -> &'static str {
         match self.method {
-            Method::Prefix { .. } => "PREFIX_TUNING",
-            Method::Prompt { .. } => "PROMPT_TUNING",
-            Method::PTuning { .. } => "P_TUNING",
+            PromptMethod::Prefix { .. } => "PREFIX_TUNING",
+            PromptMethod::Prompt { .. } => "PROMPT_TUNING",
+            PromptMethod::PTuning { .. } => "P_TUNING",
         }
     }
 
-    /// Whether `adapter_config.json`'s content is that of a prompt method.
+    /// Returns true if the content of `adapter_config.json` is that of a prompt learning method.
     pub fn is_prompt(value: &Value) -> bool {
         matches!(value["peft_type"].as_str(), Some("PREFIX_TUNING" | "PROMPT_TUNING" | "P_TUNING"))
     }
 
-    /// Reads `adapter_config.json`'s content; the second value names fields that are not known here, which the caller should
-    /// warn about.
+    /// Parses the content of `adapter_config.json`.
+    /// The second value names unknown fields, about which the caller should warn.
     ///
     /// # Errors
-    /// If the adapter is of another kind or uses a feature that is not supported.
+    /// If the adapter is not a prompt or uses a feature that is not supported.
     pub fn from_json(path: &Path, value: Value) -> Result<(Self, Vec<String>), Error> {
         if !Self::is_prompt(&value) {
             let found = value["peft_type"].as_str().unwrap_or("nothing").to_owned();
@@ -272,16 +275,16 @@ impl PromptConfig {
         let known = |name: &String| {
             own.get(name).is_some() || IGNORED.contains(&name.as_str()) || neutral.iter().any(|(n, _)| n == name)
         };
-        // An LSTM, too, is collapsed in the file: what is read are its outputs.
+        // With an LSTM, too, the file contains only the outputs of the encoder.
         let known = |name: &String| known(name) || name == "encoder_reparameterization_type";
         let fields = value.as_object().into_iter().flat_map(Map::keys);
         let unknown = fields.filter(|name| !known(name)).cloned().collect();
         Ok((read, unknown))
     }
 
-    /// `adapter_config.json` as PEFT writes it for this base model.
+    /// Returns the content of `adapter_config.json` as PEFT writes it for this base model.
     pub fn to_json(&self, base: &BaseShape) -> Value {
-        let prefix = matches!(self.method, Method::Prefix { .. });
+        let prefix = matches!(self.method, PromptMethod::Prefix { .. });
         let (heads, token_dim) = match prefix {
             true => (base.num_key_value_heads, base.kv_dim()),
             false => (base.num_attention_heads, base.hidden_size),
@@ -298,17 +301,18 @@ impl PromptConfig {
         };
         add(json!(self));
         match &self.method {
-            Method::Prefix { encoder_hidden_size: None, .. } | Method::PTuning { encoder_hidden_size: None } => {
+            PromptMethod::Prefix { encoder_hidden_size: None, .. }
+            | PromptMethod::PTuning { encoder_hidden_size: None } => {
                 add(json!({ "encoder_hidden_size": token_dim }));
             }
             _ => {}
         }
         match self.method {
-            Method::Prompt { .. } => add(json!({ "tokenizer_kwargs": null })),
-            Method::PTuning { .. } => add(json!({
+            PromptMethod::Prompt { .. } => add(json!({ "tokenizer_kwargs": null })),
+            PromptMethod::PTuning { .. } => add(json!({
                 "encoder_dropout": 0.0, "encoder_num_layers": 2, "encoder_reparameterization_type": "MLP",
             })),
-            Method::Prefix { .. } => {}
+            PromptMethod::Prefix { .. } => {}
         }
         all.sort_all_objects();
         all
@@ -331,14 +335,14 @@ mod tests {
 
     fn prefix(v: usize, projected: bool) -> PromptConfig {
         let mut config = PromptConfig::prefix(v);
-        if let Method::Prefix { prefix_projection, encoder_hidden_size, .. } = &mut config.method {
+        if let PromptMethod::Prefix { prefix_projection, encoder_hidden_size, .. } = &mut config.method {
             (*prefix_projection, *encoder_hidden_size) = (projected, Some(512));
         }
         config
     }
 
     #[test]
-    fn trainable_counts_are_peft_s() {
+    fn trainable_counts_match_peft() {
         let table = [
             (prefix(128, false), shape(22, 32, 4, 64), 1_441_792),
             (prefix(128, false), shape(32, 32, 32, 128), 33_554_432),

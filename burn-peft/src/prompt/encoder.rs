@@ -1,7 +1,7 @@
-//! Where virtual tokens come from: a table, and an MLP behind it if there is one.
+//! The prompt encoder, which computes the virtual tokens: an embedding table, optionally followed by an MLP.
 
-use super::{BaseShape, Method, PromptConfig};
-use crate::{Linear, Pass, Weight, kernel::LinearKernels, param, random};
+use super::{BaseShape, PromptConfig, PromptMethod};
+use crate::{ForwardContext, Linear, Weight, kernel::LinearKernels, param, random};
 use burn::{
     module::{Module, Param},
     tensor::{
@@ -10,31 +10,31 @@ use burn::{
     },
 };
 
-/// A table of embeddings, and linear layers with an activation between them.
+/// An embedding table, followed by linear layers with an activation between them.
 #[derive(Module, Debug)]
-pub struct Encoder<B: LinearKernels> {
-    /// `[num_virtual_tokens, widths[0]]`.
+pub struct PromptEncoder<B: LinearKernels> {
+    /// The embedding table `[num_virtual_tokens, widths[0]]`.
     pub embedding: Param<Tensor<B, 2>>,
-    /// From the table's width to that of a virtual token; none if they are the same.
+    /// The layers of the MLP, from the table's width to that of a virtual token; empty without an MLP.
     pub layers: Vec<Linear<B>>,
     activation: Activation,
 }
 
-/// What stands between the layers.
+/// The activation function between the layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// The hyperbolic tangent, of prefix tuning.
+    /// The hyperbolic tangent, used by prefix tuning.
     Tanh,
-    /// The rectifier, of P-tuning.
+    /// ReLU, used by P-tuning.
     Relu,
 }
 
-impl<B: LinearKernels> Encoder<B> {
-    /// A new encoder that starts as PEFT's: the table normal, the layers uniform in `±1/√in`, as torch does.
+impl<B: LinearKernels> PromptEncoder<B> {
+    /// Creates an encoder with PEFT's initialization: a normal table, and layers uniform in `±1/√in`, as in PyTorch.
     pub(super) fn new(config: &PromptConfig, base: &BaseShape, (seed, device): (u64, &B::Device)) -> Self {
         let widths = config.widths(base);
-        let zero = matches!(&config.method, Method::Prefix { init_weights: Some(zero), .. } if zero == "zero");
-        let key = |path: &str| random::key(&[seed, random::text(path)]);
+        let zero = matches!(&config.method, PromptMethod::Prefix { init_weights: Some(zero), .. } if zero == "zero");
+        let key = |path: &str| random::key(&[seed, random::key_from_str(path)]);
         let tensor = |values: Vec<f32>, shape: [usize; 2]| {
             Tensor::<B, 2>::from_data(TensorData::new(values, shape), (device, DType::F32))
         };
@@ -57,33 +57,33 @@ impl<B: LinearKernels> Encoder<B> {
         };
         let embedding = tensor(table, [config.num_virtual_tokens, widths[0]]);
         let activation = match config.method {
-            Method::Prefix { .. } => Activation::Tanh,
+            PromptMethod::Prefix { .. } => Activation::Tanh,
             _ => Activation::Relu,
         };
-        Self { embedding: leaf(embedding), layers, activation }
+        Self { embedding: embedding_param(embedding), layers, activation }
     }
 
-    /// An encoder without layers, whose table `[num_virtual_tokens, width]` are the virtual tokens themselves.
-    pub(super) fn flat(table: Tensor<B, 2>) -> Self {
-        Self { embedding: leaf(table), layers: Vec::new(), activation: Activation::Relu }
+    /// Creates an encoder without an MLP: its table `[num_virtual_tokens, width]` holds the virtual tokens.
+    pub(super) fn from_embeddings(table: Tensor<B, 2>) -> Self {
+        Self { embedding: embedding_param(table), layers: Vec::new(), activation: Activation::Relu }
     }
 
-    /// Gives every parameter the identity of one of the prompt `name`.
-    pub(super) fn rename(&mut self, name: &str) {
+    /// Gives every parameter the id of a parameter of the prompt `name`.
+    pub(super) fn set_prompt_name(&mut self, name: &str) {
         let end = if name == "default" { String::new() } else { format!(".{name}") };
-        identify(&mut self.embedding, &format!("prompt.encoder.embedding{end}"));
+        set_param_id(&mut self.embedding, &format!("prompt.encoder.embedding{end}"));
         for (index, layer) in self.layers.iter_mut().enumerate() {
             let path = format!("prompt.encoder.layers.{index}");
             if let Weight::Dense(weight) = &mut layer.weight {
-                identify(weight, &format!("{path}.weight{end}"));
+                set_param_id(weight, &format!("{path}.weight{end}"));
             }
             if let Some(bias) = &mut layer.bias {
-                identify(bias, &format!("{path}.bias{end}"));
+                set_param_id(bias, &format!("{path}.bias{end}"));
             }
         }
     }
 
-    /// The virtual tokens, `[num_virtual_tokens, width]`.
+    /// Computes the virtual tokens, `[num_virtual_tokens, width]`.
     pub fn forward(&self) -> Tensor<B, 2> {
         let mut x = self.embedding.val();
         for (index, layer) in self.layers.iter().enumerate() {
@@ -93,16 +93,16 @@ impl<B: LinearKernels> Encoder<B> {
                     Activation::Relu => relu(x),
                 };
             }
-            x = layer.forward(x, &Pass::default());
+            x = layer.forward(x, &ForwardContext::default());
         }
         x
     }
 }
 
-fn leaf<B: LinearKernels>(table: Tensor<B, 2>) -> Param<Tensor<B, 2>> {
+fn embedding_param<B: LinearKernels>(table: Tensor<B, 2>) -> Param<Tensor<B, 2>> {
     Param::initialized(param::id("prompt.encoder.embedding"), table.detach().require_grad())
 }
 
-fn identify<B: LinearKernels, const D: usize>(param: &mut Param<Tensor<B, D>>, path: &str) {
+fn set_param_id<B: LinearKernels, const D: usize>(param: &mut Param<Tensor<B, D>>, path: &str) {
     *param = Param::initialized(param::id(path), param.val());
 }

@@ -1,6 +1,6 @@
-//! A prompt as PEFT's directory: one tensor, `prompt_embeddings`.
+//! Reads and writes prompts as PEFT directories, which hold a single tensor, `prompt_embeddings`.
 
-use super::{BaseShape, Encoder, Method, Prompt, PromptConfig};
+use super::{BaseShape, Prompt, PromptConfig, PromptEncoder, PromptMethod};
 use crate::{Error, Weight, format, kernel::LinearKernels};
 use burn::{
     module::Param,
@@ -8,16 +8,16 @@ use burn::{
 };
 use std::{collections::BTreeMap, path::Path};
 
-const KEY: &str = "prompt_embeddings";
+const EMBEDDINGS_KEY: &str = "prompt_embeddings";
 
 impl<B: LinearKernels> Prompt<B> {
-    /// Reads PEFT's adapter directory of a prompt for the base model of the given shape. Also returned are the configuration
-    /// fields that are not known here, which the caller should warn about.
+    /// Reads a prompt from a PEFT directory, for a base model of the given sizes. Also returns the names of unknown
+    /// configuration fields, about which the caller should warn.
     ///
     /// # Errors
-    /// If a file is missing or malformed, or the prompt was trained on another base model.
+    /// If a file is missing or malformed, or the prompt was trained on a base model of other sizes.
     pub fn load(directory: &Path, base: BaseShape, device: &B::Device) -> Result<(Self, Vec<String>), Error> {
-        let path = directory.join(format::CONFIG);
+        let path = directory.join(format::CONFIG_NAME);
         let json = format::read_config(directory)?;
         let layers = json["num_layers"].as_u64().map(|n| n as usize);
         let (config, unknown) = PromptConfig::from_json(&path, json)?;
@@ -27,56 +27,58 @@ impl<B: LinearKernels> Prompt<B> {
         if let Some(found) = layers.filter(|&found| found != base.num_hidden_layers) {
             problems.push(format!("num_layers: expected {}, found {found}", base.num_hidden_layers));
         }
-        let table = tensors.remove(KEY);
+        let table = tensors.remove(EMBEDDINGS_KEY);
         match &table {
             Some(table) if table.shape.as_slice() == expected => {}
-            Some(table) => problems.push(format!("{KEY}: expected {expected:?}, found {:?}", table.shape.as_slice())),
-            None => problems.push(format!("{KEY} is missing")),
+            Some(table) => {
+                problems.push(format!("{EMBEDDINGS_KEY}: expected {expected:?}, found {:?}", table.shape.as_slice()))
+            }
+            None => problems.push(format!("{EMBEDDINGS_KEY} is missing")),
         }
-        problems.extend(tensors.into_keys().map(|key| format!("{key} is no part of a prompt")));
+        problems.extend(tensors.into_keys().map(|key| format!("{key} does not belong to a prompt")));
         match table {
             Some(table) if problems.is_empty() => {
-                let encoder = Encoder::flat(Tensor::from_data(table, (device, DType::F32)));
-                Ok((Self::with(encoder, config, base), unknown))
+                let encoder = PromptEncoder::from_embeddings(Tensor::from_data(table, (device, DType::F32)));
+                Ok((Self::from_encoder(encoder, config, base), unknown))
             }
             _ => Err(Error::Mismatch { path: directory.to_owned(), message: problems.join("; ") }),
         }
     }
 
-    /// Writes PEFT's adapter directory. The encoder's output is what is stored.
+    /// Writes the prompt as a PEFT directory, which stores the output of the encoder.
     ///
     /// # Errors
     /// If the directory cannot be written.
     pub fn save(&self, directory: &Path) -> Result<(), Error> {
         let table = self.encoder.forward().into_data();
-        format::write(directory, &self.config.to_json(&self.base), vec![(KEY.to_owned(), table)])
+        format::write(directory, &self.config.to_json(&self.base), vec![(EMBEDDINGS_KEY.to_owned(), table)])
     }
 
-    /// Takes the state of PEFT's encoder, table and MLP, from a safetensors file with the keys of its `state_dict`:
-    /// `embedding.weight` and `transform.0.weight` … or `mlp_head.0.weight` … (PEFT itself saves the output only).
+    /// Loads the embedding table and MLP of PEFT's encoder from a safetensors file with the keys of its `state_dict`:
+    /// `embedding.weight` and `transform.0.weight` … or `mlp_head.0.weight` … (PEFT itself saves only the output).
     ///
     /// # Errors
-    /// If a tensor is missing or has another shape.
+    /// If a tensor is missing or has a different shape.
     pub fn read_encoder(&mut self, file: &Path) -> Result<(), Error> {
         let tensors = format::read_file(file)?;
         let device = self.encoder.embedding.lazy_device();
-        let name = if matches!(self.config.method, Method::Prefix { .. }) { "transform" } else { "mlp_head" };
+        let name = if matches!(self.config.method, PromptMethod::Prefix { .. }) { "transform" } else { "mlp_head" };
         let encoder = &mut self.encoder;
-        take(&mut encoder.embedding, &tensors, "embedding.weight", (file, &device))?;
+        load_param(&mut encoder.embedding, &tensors, "embedding.weight", (file, &device))?;
         for (index, layer) in encoder.layers.iter_mut().enumerate() {
             let key = |part: &str| format!("{name}.{}.{part}", 2 * index);
             if let Weight::Dense(weight) = &mut layer.weight {
-                take(weight, &tensors, &key("weight"), (file, &device))?;
+                load_param(weight, &tensors, &key("weight"), (file, &device))?;
             }
             if let Some(bias) = &mut layer.bias {
-                take(bias, &tensors, &key("bias"), (file, &device))?;
+                load_param(bias, &tensors, &key("bias"), (file, &device))?;
             }
         }
         Ok(())
     }
 }
 
-fn take<B: LinearKernels, const D: usize>(
+fn load_param<B: LinearKernels, const D: usize>(
     param: &mut Param<Tensor<B, D>>,
     tensors: &BTreeMap<String, TensorData>,
     key: &str,

@@ -1,83 +1,85 @@
-//! Virtual tokens that are trained while the model stays as it is.
+//! Prompt learning: virtual tokens are trained while the model is frozen.
 //!
 //! ```text
-//! table [v, e] ─ MLP? ─► [v, width] ─┬─ prefix: keys and values of every layer, seen by every sequence
-//!                                    └─ prompt: embeddings in front of every sequence
+//! table [v, e] ─ MLP? ─► [v, width] ─┬─ prefix: keys and values in every layer, to which every sequence attends
+//!                                    └─ prompt: embeddings before every sequence
 //! ```
 //!
-//! All methods are one encoder and one of two places where its output acts; a model needs to know the places only, see
-//! [`Virtual`]. PEFT's file holds the encoder's output: the MLP is gone after training, whatever it was.
+//! Every method is an encoder whose output is inserted at one of two points of the model, which is all that the model
+//! has to support, see [`EncodedPrompt`]. PEFT's file holds the encoder's output: the MLP is only needed for training.
 
 mod config;
 mod encoder;
 mod file;
 
-pub use config::{BaseShape, Method, PromptConfig, PromptTuningInit};
-pub use encoder::{Activation, Encoder};
+pub use config::{BaseShape, PromptConfig, PromptMethod, PromptTuningInit};
+pub use encoder::{Activation, PromptEncoder};
 
-use crate::{Error, Pass, kernel::LinearKernels, random};
+use crate::{Error, ForwardContext, kernel::LinearKernels, random};
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData, s},
 };
 
-/// A trained prompt of a model, or one that is being trained.
+/// A prompt of a model, trained or in training.
 #[derive(Module, Debug)]
 pub struct Prompt<B: LinearKernels> {
-    /// Makes the virtual tokens.
-    pub encoder: Encoder<B>,
-    /// The name, `default` if nothing else is said.
+    /// The encoder, which computes the virtual tokens.
+    pub encoder: PromptEncoder<B>,
+    /// The adapter's name; `default` unless set by [`Prompt::named`].
     pub name: String,
-    /// Whether it acts in a pass that does not name adapters. Of several, the first does.
+    /// True if the prompt is active: a forward pass without a route uses the first active prompt.
     pub active: bool,
     config: PromptConfig,
     base: BaseShape,
 }
 
-/// Where virtual tokens act.
+/// The point of the model at which virtual tokens are inserted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    /// In the past of every layer, as keys and values.
-    Past,
-    /// In front of every sequence, as embeddings.
+pub enum Injection {
+    /// In the KV cache of every layer, as keys and values: PEFT's `past_key_values`.
+    PastKeyValues,
+    /// Before every sequence, as input embeddings.
     Embeddings,
 }
 
-/// The virtual tokens of one pass. One of the two is empty.
+/// The virtual tokens of one forward pass, in one of two forms; the other is empty.
 #[derive(Debug, Clone)]
-pub struct Virtual<B: LinearKernels> {
-    /// What stands in front of every sequence: `[num_virtual_tokens, hidden_size]`.
+pub struct EncodedPrompt<B: LinearKernels> {
+    /// The input embeddings before every sequence: `[num_virtual_tokens, hidden_size]`.
     pub embeddings: Option<Tensor<B, 2>>,
-    /// Per layer the keys, not to be rotated, and the values: `[num_virtual_tokens, 2, kv_heads, head_dim]`.
-    pub layers: Vec<Tensor<B, 4>>,
+    /// The keys (to which RoPE must not be applied) and values per layer:
+    /// `[num_virtual_tokens, 2, kv_heads, head_dim]`.
+    pub past_key_values: Vec<Tensor<B, 4>>,
 }
 
 impl<B: LinearKernels> Prompt<B> {
-    /// A new prompt with PEFT's random start, a function of `seed`.
+    /// Creates a prompt with PEFT's random initialization, drawn with `seed`.
     ///
     /// # Errors
-    /// If the configuration is not possible.
+    /// If the configuration is invalid.
     pub fn new(config: &PromptConfig, base: BaseShape, (seed, device): (u64, &B::Device)) -> Result<Self, Error> {
         config.check()?;
-        Ok(Self::with(Encoder::new(config, &base, (seed, device)), config.clone(), base))
+        Ok(Self::from_encoder(PromptEncoder::new(config, &base, (seed, device)), config.clone(), base))
     }
 
-    fn with(encoder: Encoder<B>, config: PromptConfig, base: BaseShape) -> Self {
+    fn from_encoder(encoder: PromptEncoder<B>, config: PromptConfig, base: BaseShape) -> Self {
         Self { encoder, name: "default".to_owned(), active: true, config, base }
     }
 
-    /// The prompt under another name, by which its parameters are told from those of other prompts of the model.
+    /// Renames the prompt; the name also distinguishes its parameter ids from those of other prompts of the model.
     pub fn named(mut self, name: &str) -> Self {
         name.clone_into(&mut self.name);
-        self.encoder.rename(name);
+        self.encoder.set_prompt_name(name);
         self
     }
 
-    /// Starts from given virtual tokens, `[num_virtual_tokens, width]`, such as the embeddings of a text or its keys and values.
+    /// Initializes the virtual tokens to the given `[num_virtual_tokens, width]`, such as a text's embeddings, or its
+    /// keys and values.
     ///
     /// # Errors
-    /// If the shape is another, or if an MLP would have to be inverted.
-    pub fn starting_from(mut self, tokens: Tensor<B, 2>) -> Result<Self, Error> {
+    /// If the shape differs, or if the encoder has an MLP, which would have to be inverted.
+    pub fn with_initial_values(mut self, tokens: Tensor<B, 2>) -> Result<Self, Error> {
         let expected = [self.config.num_virtual_tokens, self.config.width(&self.base)];
         if tokens.dims() != expected {
             let found = tokens.dims();
@@ -85,52 +87,53 @@ impl<B: LinearKernels> Prompt<B> {
         }
         if !self.encoder.layers.is_empty() {
             return Err(Error::config(
-                "a prompt with an encoder (`prefix_projection`, P_TUNING) cannot start from a text: its MLP has no inverse",
+                "a prompt with an encoder (`prefix_projection`, P_TUNING) cannot start from a text: its MLP has no \
+                 inverse",
             ));
         }
-        self.encoder = Encoder::flat(tokens.cast(DType::F32));
+        self.encoder = PromptEncoder::from_embeddings(tokens.cast(DType::F32));
         Ok(self)
     }
 
-    /// The configuration.
+    /// Returns the configuration.
     pub fn config(&self) -> &PromptConfig {
         &self.config
     }
 
-    /// The number of virtual tokens.
+    /// Returns the number of virtual tokens.
     pub fn num_virtual_tokens(&self) -> usize {
         self.config.num_virtual_tokens
     }
 
-    /// Where the virtual tokens act.
-    pub fn place(&self) -> Place {
+    /// Returns the point of the model at which the virtual tokens are inserted.
+    pub fn injection(&self) -> Injection {
         match self.config.method {
-            Method::Prefix { .. } => Place::Past,
-            Method::Prompt { .. } | Method::PTuning { .. } => Place::Embeddings,
+            PromptMethod::Prefix { .. } => Injection::PastKeyValues,
+            PromptMethod::Prompt { .. } | PromptMethod::PTuning { .. } => Injection::Embeddings,
         }
     }
 
-    /// The virtual tokens of a pass.
-    pub fn encode(&self, pass: &Pass) -> Virtual<B> {
+    /// Computes the virtual tokens of a forward pass.
+    pub fn encode(&self, pass: &ForwardContext) -> EncodedPrompt<B> {
         let (tokens, base) = (self.encoder.forward(), &self.base);
         match self.config.method {
-            Method::Prefix { dropout, .. } => {
-                let all = drop(tokens, dropout, pass);
+            PromptMethod::Prefix { dropout, .. } => {
+                let all = apply_dropout(tokens, dropout, pass);
                 let all = all.reshape([self.num_virtual_tokens(), base.num_hidden_layers, 2, base.kv_dim()]);
                 let shape = [self.num_virtual_tokens(), 2, base.num_key_value_heads, base.head_dim];
                 let layer = |index: usize| all.clone().slice(s![.., index..index + 1]).reshape(shape);
-                Virtual { embeddings: None, layers: (0..base.num_hidden_layers).map(layer).collect() }
+                EncodedPrompt { embeddings: None, past_key_values: (0..base.num_hidden_layers).map(layer).collect() }
             }
-            _ => Virtual { embeddings: Some(tokens), layers: Vec::new() },
+            _ => EncodedPrompt { embeddings: Some(tokens), past_key_values: Vec::new() },
         }
     }
 }
 
-/// Drops values of a training pass. All rows of a step share one mask, since they share the prefix: so the encoder runs once,
-/// and a step's micro-batches add up to the one batch.
-fn drop<B: LinearKernels>(tokens: Tensor<B, 2>, p: f64, pass: &Pass) -> Tensor<B, 2> {
-    let Some(noise) = pass.noise.as_ref().filter(|_| p > 0.0) else { return tokens };
+/// Applies dropout to the prefix in a training pass. All rows of a step share one mask, as they share the prefix: so
+/// the encoder runs once, and gradient accumulation over micro-batches gives the gradient of the whole batch.
+fn apply_dropout<B: LinearKernels>(tokens: Tensor<B, 2>, p: f64, pass: &ForwardContext) -> Tensor<B, 2> {
+    let Some(dropout) = pass.dropout.as_ref().filter(|_| p > 0.0) else { return tokens };
     let (shape, device) = (tokens.dims(), tokens.device());
-    let mask = noise.step_mask(random::text("prompt"), shape[0] * shape[1], p);
+    let mask = dropout.step_mask(random::key_from_str("prompt"), shape[0] * shape[1], p);
     tokens * Tensor::from_data(TensorData::new(mask, shape), (&device, DType::F32))
 }

@@ -1,24 +1,24 @@
-//! The values that travel.
+//! The data types of communicated values.
 
 use half::{bf16, f16};
 
-/// A value that can be sent and summed. Sums are in f32 and rounded once.
+/// A data type that collectives can send and sum. Sums are accumulated in f32 and rounded once.
 pub trait Element: Copy + Send + Sync + 'static {
-    /// Bytes of one value.
+    /// The bytes of one value.
     const SIZE: usize;
-    /// Zero.
+    /// The value 0.
     const ZERO: Self;
 
     /// Appends the values to a message.
     fn write(values: &[Self], message: &mut Vec<u8>);
 
-    /// Reads as many values as the slice has from a message that is long enough.
+    /// Fills `values` from the start of a message, which must be long enough.
     fn read(message: &[u8], values: &mut [Self]);
 
-    /// The value in f32, exactly.
+    /// Converts the value to f32, exactly.
     fn to_f32(self) -> f32;
 
-    /// The nearest value.
+    /// Rounds to the nearest value.
     fn from_f32(value: f32) -> Self;
 }
 

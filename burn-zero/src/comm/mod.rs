@@ -1,63 +1,64 @@
 //! Communication between ranks, over flat host buffers.
 //!
 //! ```text
-//!  Collectives   all_reduce, reduce_scatter, all_gather, …    what a rank holds before and after; counts; sums
-//!  Communicator  exchange messages with peers, split          Solo, Group
-//!  wire          bytes from rank to rank, with a deadline     threads, MPI
+//!  Collectives   all_reduce, reduce_scatter, all_gather, …    buffers before and after; traffic; sums
+//!  Communicator  exchange messages with peers, split          Solo, ProcessGroup
+//!  Transport     bytes from rank to rank, with a deadline     threads, MPI
 //! ```
 //!
-//! Everything is built on one exchange of messages, so that every wire sums in the same order and counts alike: pieces go
-//! straight to the rank that owns them, which adds them up in f32 in the order of ranks. The result depends neither on
-//! timing nor on the wire. The cost is that a rank has `world - 1` messages under way instead of a ring's one.
+//! Every collective is built on one exchange of messages, so that all transports sum in the same order and count the
+//! same traffic: shards go straight to the rank that owns them, which adds them up in f32 in rank order. The result
+//! depends neither on timing nor on the transport. The cost is that a rank has `world_size - 1` messages in flight,
+//! where a ring has one.
 
+mod async_communicator;
 mod collective;
+mod compute_lock;
 mod element;
-mod group;
 #[cfg(feature = "mpi")]
 pub mod mpi;
-mod queue;
+mod process_group;
 mod solo;
 pub mod threads;
 mod trace;
 mod traffic;
-mod turn;
 
 pub use crate::worker::Pending;
+pub use async_communicator::AsyncCommunicator;
 pub use collective::Collectives;
+pub use compute_lock::ComputeLock;
 pub use element::Element;
-pub use group::Group;
-pub use queue::Queue;
+pub use process_group::ProcessGroup;
 pub use solo::Solo;
 pub(crate) use trace::write_events;
 pub use trace::{Lane, Trace};
-pub use traffic::{Count, Traffic};
-pub use turn::Turn;
+pub use traffic::{CommVolume, Traffic};
 
 use crate::Error;
 
-/// What an exchange is for. It goes with every message: ranks that call different collectives find out.
+/// The purpose of an exchange. Every message carries it, so that ranks that call different collectives notice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Operation {
-    /// Everyone gets the sum.
+    /// Every rank gets the sum.
     AllReduce,
-    /// Everyone gets a part of the sum.
+    /// Every rank gets its shard of the sum.
     ReduceScatter,
-    /// Everyone gets everyone's part.
+    /// Every rank gets the shards of all ranks.
     AllGather,
-    /// Everyone gets the root's values.
+    /// Every rank gets the root's values.
     Broadcast,
     /// One rank sends to another.
     Send,
-    /// Everyone waits for everyone.
+    /// Every rank waits for all others.
     Barrier,
-    /// Everyone gets everyone's note: scalars, flags and other small things beside the buffers.
-    Share,
-    /// A group falls into smaller ones.
+    /// Every rank gets a byte string from each rank: scalars, flags and other small control data.
+    AllGatherObject,
+    /// A group is split into smaller groups.
     Split,
 }
 
 impl Operation {
-    /// The name of the collective.
+    /// Returns the name of the collective.
     pub fn name(self) -> &'static str {
         match self {
             Self::AllReduce => "all_reduce",
@@ -66,26 +67,27 @@ impl Operation {
             Self::Broadcast => "broadcast",
             Self::Send => "send",
             Self::Barrier => "barrier",
-            Self::Share => "share",
+            Self::AllGatherObject => "all_gather_object",
             Self::Split => "split",
         }
     }
 }
 
-/// A group of ranks that call the same collectives in the same order. The collectives are [`Collectives`]' methods, which
-/// every communicator has.
+/// A group of ranks that call the same collectives in the same order. The collectives themselves are the methods of
+/// [`Collectives`], which every communicator has.
 pub trait Communicator: Send {
-    /// This rank's number in the group, below [`Communicator::world`].
+    /// Returns this rank's number in the group, below [`Communicator::world_size`].
     fn rank(&self) -> usize;
 
-    /// The number of ranks in the group.
-    fn world(&self) -> usize;
+    /// Returns the number of ranks in the group.
+    fn world_size(&self) -> usize;
 
-    /// Sends each message of `outgoing` to its rank and returns one message from each rank of `incoming`, in that order.
+    /// Sends each message of `outgoing` to its rank and returns one message from each rank of `incoming`, in that
+    /// order.
     ///
     /// # Errors
-    /// [`Error::Lost`] if a rank is gone or silent for as long as the deadline, [`Error::OutOfStep`] if one is in another
-    /// collective.
+    /// [`Error::Lost`] if a rank has ended or does not answer before the deadline, [`Error::CollectiveMismatch`] if
+    /// a rank is in another collective.
     fn exchange(
         &mut self,
         operation: Operation,
@@ -93,22 +95,22 @@ pub trait Communicator: Send {
         incoming: &[usize],
     ) -> Result<Vec<Vec<u8>>, Error>;
 
-    /// Before: every rank holds a color and a key. After: every rank is in a group of the ranks with its color, ordered by
-    /// `key`, then by rank.
+    /// Splits the group, as `MPI_Comm_split` does: returns the group of the ranks that passed the same `color`, ordered
+    /// by `key`, then by rank.
     ///
     /// # Errors
     /// As [`Communicator::exchange`].
     fn split(&mut self, color: usize, key: usize) -> Result<Box<dyn Communicator>, Error>;
 
-    /// What this rank has sent so far in this group.
+    /// Returns how much this rank has sent in this group so far.
     fn traffic(&self) -> Traffic;
 
-    /// Adds to what this rank has sent.
-    fn count(&mut self, operation: Operation, sent: Count);
+    /// Adds `sent` to the traffic of this rank.
+    fn record_sent(&mut self, operation: Operation, sent: CommVolume);
 
-    /// What ranks take turns at, if they share a process.
-    fn turn(&self) -> Turn {
-        Turn::default()
+    /// Returns the lock that ranks of one process share, so that one of them computes at a time.
+    fn compute_lock(&self) -> ComputeLock {
+        ComputeLock::default()
     }
 }
 

@@ -1,12 +1,13 @@
 //! Ranks as processes that `mpirun` has started.
 //!
-//! One thread owns MPI: it posts what the others hand it and polls until it is done, since Open MPI makes progress only
-//! inside its calls. A rank that is silent past the deadline is an error on the ranks that wait for it; a rank that is killed,
-//! or ends without [`Session::finish`], makes `mpirun` end all others and name it.
+//! One thread makes all MPI calls: it posts the exchanges that other threads ask for and polls until they are complete,
+//! since Open MPI makes progress only inside its calls. If a rank does not answer before the deadline, the ranks that
+//! wait for it get an error; if a rank is killed or ends without [`Session::finalize`], `mpirun` ends all other ranks
+//! and names it.
 
 use super::{
-    Group, Turn,
-    group::{Lost, Messages, Wire},
+    ComputeLock, ProcessGroup,
+    process_group::{LostPeer, Messages, Transport},
 };
 use crate::Error;
 use ::mpi::{
@@ -26,39 +27,39 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A message travels in parts of at most this many bytes: MPI counts in 32 bits. The part that is shorter is the last.
-const PART: usize = 1 << 30;
-/// Polls without anything to do before the thread sleeps between them.
-const BUSY: u32 = 200;
-/// How long it sleeps.
-const PAUSE: Duration = Duration::from_micros(20);
+/// The largest part of a message in bytes, because MPI counts are 32-bit integers. A part that is shorter is the last.
+const MAX_PART_BYTES: usize = 1 << 30;
+/// The number of polls without progress after which the thread sleeps between polls.
+const IDLE_POLLS: u32 = 200;
+/// How long the thread sleeps between polls.
+const POLL_PAUSE: Duration = Duration::from_micros(20);
 
-/// Whether this process was started by Open MPI's `mpirun`.
-pub fn launched() -> bool {
+/// Returns true if this process was started by Open MPI's `mpirun`.
+pub fn launched_by_mpirun() -> bool {
     std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some()
 }
 
-/// This process's part in an MPI job.
+/// This process's membership in an MPI job.
 pub struct Session {
-    posts: Sender<Post>,
+    commands: Sender<MpiCommand>,
     thread: JoinHandle<()>,
 }
 
-/// Where the messages of an exchange go.
-type Reply = Sender<Result<Vec<Vec<u8>>, Lost>>;
+/// The channel on which an exchange returns its messages.
+type ExchangeReply = Sender<Result<Vec<Vec<u8>>, LostPeer>>;
 
-/// What the thread that owns MPI is asked.
-enum Post {
-    Exchange { tag: u32, messages: Messages, deadline: Duration, reply: Reply },
-    Finish,
+/// A command to the thread that makes all MPI calls.
+enum MpiCommand {
+    Exchange { tag: u32, messages: Messages, deadline: Duration, reply: ExchangeReply },
+    Finalize,
 }
 
 impl Session {
-    /// Joins the job; the group of all its ranks. Once per process.
+    /// Joins the job and returns the group of all its ranks. Can be called once per process.
     ///
     /// # Errors
     /// [`Error::Mpi`] if MPI cannot be initialised.
-    pub fn start() -> Result<(Self, Group), Error> {
+    pub fn init() -> Result<(Self, ProcessGroup), Error> {
         let failed = |problem: &str| Error::Mpi { problem: problem.to_owned() };
         let ((posts, asked), (tell, told)) = (channel(), channel());
         let work = move || {
@@ -68,104 +69,106 @@ impl Session {
                 (world.rank() as usize, world.size() as usize)
             }));
             if let Some((universe, _)) = universe {
-                serve(universe, &asked);
+                run_progress_loop(universe, &asked);
             }
         };
         let thread = std::thread::Builder::new().name("mpi".to_owned()).spawn(work);
         let thread = thread.map_err(|error| failed(&error.to_string()))?;
         let place = told.recv().ok().flatten();
         let (rank, world) = place.ok_or_else(|| failed("it cannot be initialised, or was before"))?;
-        let group = Group::world_of(Arc::new(Processes { posts: posts.clone() }), rank, world);
-        Ok((Self { posts, thread }, group))
+        let group = ProcessGroup::world_group(Arc::new(MpiTransport { commands: posts.clone() }), rank, world);
+        Ok((Self { commands: posts, thread }, group))
     }
 
-    /// Leaves the job in peace, when every rank does: whoever ends without it has failed, and `mpirun` ends the others.
-    pub fn finish(self) {
-        let _ = self.posts.send(Post::Finish);
+    /// Leaves the job; every rank must call it. A process that ends without it has failed, and `mpirun` ends the
+    /// others.
+    pub fn finalize(self) {
+        let _ = self.commands.send(MpiCommand::Finalize);
         let _ = self.thread.join();
     }
 }
 
-struct Processes {
-    posts: Sender<Post>,
+struct MpiTransport {
+    commands: Sender<MpiCommand>,
 }
 
-impl Wire for Processes {
-    fn exchange(&self, tag: u32, messages: Messages, deadline: Duration) -> Result<Vec<Vec<u8>>, Lost> {
+impl Transport for MpiTransport {
+    fn exchange(&self, tag: u32, messages: Messages, deadline: Duration) -> Result<Vec<Vec<u8>>, LostPeer> {
         let (reply, result) = channel();
-        let ended = Lost { rank: messages.incoming.first().copied().unwrap_or(0), waited: None };
-        let _ = self.posts.send(Post::Exchange { tag, messages, deadline, reply });
+        let ended = LostPeer { rank: messages.incoming.first().copied().unwrap_or(0), waited: None };
+        let _ = self.commands.send(MpiCommand::Exchange { tag, messages, deadline, reply });
         result.recv().unwrap_or(Err(ended))
     }
 
-    fn turn(&self) -> Turn {
-        Turn::default()
+    fn compute_lock(&self) -> ComputeLock {
+        ComputeLock::default()
     }
 }
 
-/// Works until everyone has let go or asks to finish. MPI is finalised only in peace: it waits for all ranks.
-fn serve(universe: Universe, asked: &Receiver<Post>) {
-    let (mut running, mut idle, mut peace): (Vec<Running>, u32, bool) = (Vec::new(), 0, true);
+/// Runs exchanges until a command to finish arrives or all senders are dropped. MPI is finalised only if no exchange
+/// has failed, because `MPI_Finalize` waits for all ranks.
+fn run_progress_loop(universe: Universe, asked: &Receiver<MpiCommand>) {
+    let (mut running, mut idle, mut peace): (Vec<ActiveExchange>, u32, bool) = (Vec::new(), 0, true);
     loop {
         let post =
             if running.is_empty() { asked.recv().map_err(|_| TryRecvError::Disconnected) } else { asked.try_recv() };
         match post {
-            Ok(Post::Exchange { tag, messages, deadline, reply }) => {
-                running.push(Running::post(tag as c_int, messages, (deadline, reply)));
+            Ok(MpiCommand::Exchange { tag, messages, deadline, reply }) => {
+                running.push(ActiveExchange::post(tag as c_int, messages, (deadline, reply)));
                 idle = 0;
             }
-            Ok(Post::Finish) if peace => return drop(universe),
-            Ok(Post::Finish) | Err(TryRecvError::Disconnected) => return std::mem::forget(universe),
+            Ok(MpiCommand::Finalize) if peace => return drop(universe),
+            Ok(MpiCommand::Finalize) | Err(TryRecvError::Disconnected) => return std::mem::forget(universe),
             Err(TryRecvError::Empty) => {}
         }
         let mut progress = false;
         running =
             std::mem::take(&mut running).into_iter().filter_map(|job| job.poll(&mut progress, &mut peace)).collect();
         idle = if progress { 0 } else { idle.saturating_add(1) };
-        if idle > BUSY {
-            std::thread::sleep(PAUSE);
+        if idle > IDLE_POLLS {
+            std::thread::sleep(POLL_PAUSE);
         } else if idle > 0 {
             std::thread::yield_now();
         }
     }
 }
 
-/// An exchange under way.
-struct Running {
+/// An exchange that is in progress.
+struct ActiveExchange {
     tag: c_int,
-    sends: Vec<Sending>,
-    receives: Vec<Receiving>,
+    sends: Vec<ActiveSend>,
+    receives: Vec<ActiveReceive>,
     start: Instant,
     deadline: Duration,
-    reply: Reply,
+    reply: ExchangeReply,
 }
 
-struct Sending {
+struct ActiveSend {
     to: usize,
     requests: Vec<ffi::MPI_Request>,
-    /// What MPI reads from until the requests are done.
+    /// The buffer that MPI reads until the requests are complete.
     message: Vec<u8>,
 }
 
-struct Receiving {
+struct ActiveReceive {
     from: usize,
     message: Vec<u8>,
-    /// The part that MPI writes at the end of `message`, and its length.
+    /// The request of the part that MPI is writing at the end of `message`, and the length of the part.
     part: Option<(ffi::MPI_Request, usize)>,
     complete: bool,
 }
 
-impl Running {
-    fn post(tag: c_int, messages: Messages, (deadline, reply): (Duration, Reply)) -> Self {
-        let sends = messages.outgoing.into_iter().map(|(to, message)| Sending::post(to, message, tag)).collect();
-        let receive = |from| Receiving { from, message: Vec::new(), part: None, complete: false };
+impl ActiveExchange {
+    fn post(tag: c_int, messages: Messages, (deadline, reply): (Duration, ExchangeReply)) -> Self {
+        let sends = messages.outgoing.into_iter().map(|(to, message)| ActiveSend::post(to, message, tag)).collect();
+        let receive = |from| ActiveReceive { from, message: Vec::new(), part: None, complete: false };
         let receives = messages.incoming.into_iter().map(receive).collect();
         Self { tag, sends, receives, start: Instant::now(), deadline, reply }
     }
 
-    /// Goes on as far as it can; none when the exchange is over.
+    /// Makes as much progress as possible without blocking; returns `None` when the exchange is complete or has failed.
     fn poll(mut self, progress: &mut bool, peace: &mut bool) -> Option<Self> {
-        // Every one is polled, whatever the others say.
+        // Every request is polled, whatever the state of the others.
         let mut open = 0;
         for sending in &mut self.sends {
             open += usize::from(!sending.poll(progress));
@@ -182,31 +185,33 @@ impl Running {
         }
         let silent = self.receives.iter().find(|receiving| !receiving.complete).map(|receiving| receiving.from);
         let deaf = self.sends.iter().find(|sending| !sending.requests.is_empty()).map(|sending| sending.to);
-        let lost = Lost { rank: silent.or(deaf).unwrap_or(0), waited: Some(self.deadline) };
+        let lost = LostPeer { rank: silent.or(deaf).unwrap_or(0), waited: Some(self.deadline) };
         let _ = self.reply.send(Err(lost));
-        // MPI may still use the buffers.
+        // The requests are still open, so MPI may still use the buffers: they are leaked.
         std::mem::forget((self.sends, self.receives));
         *peace = false;
         None
     }
 }
 
-/// Whether a request is done.
+/// Returns true if the request is complete.
 fn is_done(request: &mut ffi::MPI_Request) -> bool {
     let mut flag: c_int = 0;
-    // SAFETY: the request was made by MPI and is tested until it is done, once; its buffer lives as long.
+    // SAFETY: the request comes from `MPI_Isend` or `MPI_Imrecv` and its owner drops it after the test that completes
+    // it; its buffer lives in the same struct, which is leaked if the request never completes.
     unsafe { ffi::MPI_Test(request, &mut flag, ffi::RSMPI_STATUS_IGNORE) };
     flag != 0
 }
 
-impl Sending {
+impl ActiveSend {
     fn post(to: usize, message: Vec<u8>, tag: c_int) -> Self {
-        // A message that fills its last part is followed by an empty one.
-        let parts = message.len() / PART + 1;
+        // If the length is a multiple of the part size, an empty last part follows: only a shorter part ends a message.
+        let parts = message.len() / MAX_PART_BYTES + 1;
         let send = |part: usize| {
-            let bytes = &message[part * PART..message.len().min((part + 1) * PART)];
+            let bytes = &message[part * MAX_PART_BYTES..message.len().min((part + 1) * MAX_PART_BYTES)];
             let mut request = MaybeUninit::uninit();
-            // SAFETY: the bytes live in `message`, whose heap buffer stays where it is until the request is done.
+            // SAFETY: the bytes lie in the heap buffer of `message`, which moves into the returned struct without
+            // moving its buffer and is freed only when all requests are complete; `MPI_Isend` initialises `request`.
             unsafe {
                 ffi::MPI_Isend(
                     bytes.as_ptr().cast::<c_void>(),
@@ -235,7 +240,7 @@ impl Sending {
     }
 }
 
-impl Receiving {
+impl ActiveReceive {
     fn poll(&mut self, tag: c_int, progress: &mut bool) -> bool {
         while !self.complete {
             match &mut self.part {
@@ -247,7 +252,7 @@ impl Receiving {
                     if !is_done(request) {
                         return false;
                     }
-                    self.complete = *length < PART;
+                    self.complete = *length < MAX_PART_BYTES;
                     self.part = None;
                 }
             }
@@ -256,13 +261,14 @@ impl Receiving {
         true
     }
 
-    /// Takes the next part if it has been announced.
+    /// Starts to receive the next part if MPI has matched one.
     fn receive_part(&mut self, tag: c_int) -> Option<(ffi::MPI_Request, usize)> {
         let (mut flag, mut count): (c_int, c_int) = (0, 0);
         let (mut message, mut status, mut request) =
             (MaybeUninit::uninit(), MaybeUninit::uninit(), MaybeUninit::uninit());
-        // SAFETY: `message` and `status` are written if the flag is set. The part is received behind what is there, into a
-        // buffer that is as long as MPI says and is not touched until the request is done.
+        // SAFETY: `MPI_Improbe` initialises `message` and `status` if it sets the flag. The part is received behind the
+        // bytes that are there, into `count` bytes that were just allocated; `self.message` is not touched until the
+        // request is complete.
         unsafe {
             let (from, world) = (self.from as c_int, ffi::RSMPI_COMM_WORLD);
             ffi::MPI_Improbe(from, tag, world, &mut flag, message.as_mut_ptr(), status.as_mut_ptr());

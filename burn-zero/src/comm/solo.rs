@@ -1,9 +1,9 @@
-//! A world of one.
+//! A world of one rank.
 
-use super::{Communicator, Count, Operation, Traffic};
+use super::{CommVolume, Communicator, Operation, Traffic};
 use crate::Error;
 
-/// The only rank of its world: every collective is the identity and nothing is sent.
+/// The communicator of a world of one rank: every collective is the identity and nothing is sent.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Solo;
 
@@ -12,7 +12,7 @@ impl Communicator for Solo {
         0
     }
 
-    fn world(&self) -> usize {
+    fn world_size(&self) -> usize {
         1
     }
 
@@ -24,7 +24,7 @@ impl Communicator for Solo {
     ) -> Result<Vec<Vec<u8>>, Error> {
         let peer = outgoing.first().map(|(to, _)| *to).or(incoming.first().copied());
         match peer {
-            Some(rank) => Err(Error::Rank { operation: operation.name(), rank, world: 1 }),
+            Some(rank) => Err(Error::UnknownRank { operation: operation.name(), rank, world: 1 }),
             None => Ok(Vec::new()),
         }
     }
@@ -37,5 +37,5 @@ impl Communicator for Solo {
         Traffic::default()
     }
 
-    fn count(&mut self, _: Operation, _: Count) {}
+    fn record_sent(&mut self, _: Operation, _: CommVolume) {}
 }

@@ -4,7 +4,7 @@ use std::{fmt::Debug, time::Duration};
 
 const WORLDS: std::ops::RangeInclusive<usize> = 1..=4;
 
-/// Value `i` of rank `rank`, such that the order of a sum shows in f32.
+/// Returns value `i` of rank `rank`; the magnitudes differ so much that an f32 sum depends on its order.
 fn value(rank: usize, i: usize) -> f32 {
     let x = ((rank * 7919 + i * 104_729) % 1009) as f32 / 1009.0 - 0.5;
     x * 10f32.powi((rank as i32 * 3 + i as i32) % 7)
@@ -14,13 +14,13 @@ fn values<T: Element>(rank: usize, n: usize) -> Vec<T> {
     (0..n).map(|i| T::from_f32(value(rank, i))).collect()
 }
 
-/// The sum in the order of ranks, in f32, rounded once.
+/// Returns the sums in rank order, in f32, rounded once.
 fn sums<T: Element>(world: usize, n: usize) -> Vec<T> {
     let sum = |i| (1..world).fold(T::from_f32(value(0, i)).to_f32(), |sum, r| sum + T::from_f32(value(r, i)).to_f32());
     (0..n).map(|i| T::from_f32(sum(i))).collect()
 }
 
-/// Runs a law in threads, and over [`Solo`] in a world of one.
+/// Runs a test on the ranks of thread worlds of all sizes, and on [`Solo`].
 fn in_every_world(law: impl Fn(&mut dyn Communicator) + Sync) {
     law(&mut Solo);
     for world in WORLDS {
@@ -30,7 +30,7 @@ fn in_every_world(law: impl Fn(&mut dyn Communicator) + Sync) {
 
 fn every_collective_keeps_its_promise<T: Element + PartialEq + Debug>() {
     in_every_world(|group| {
-        let (rank, world) = (group.rank(), group.world());
+        let (rank, world) = (group.rank(), group.world_size());
         for n in [0, 1, 5, 300] {
             let mut all = values::<T>(rank, n);
             group.all_reduce(&mut all).unwrap();
@@ -61,16 +61,16 @@ fn every_collective_keeps_its_promise<T: Element + PartialEq + Debug>() {
             }
             group.barrier().unwrap();
         }
-        let notes = group.share(&vec![rank as u8; rank]).unwrap();
+        let notes = group.all_gather_object(&vec![rank as u8; rank]).unwrap();
         assert_eq!(notes, (0..world).map(|rank| vec![rank as u8; rank]).collect::<Vec<_>>());
     });
 }
 
-/// Buffers of several messages, whose parts are unequal.
+/// Uses buffers that take several messages and divide into unequal parts.
 #[test]
 fn what_is_larger_than_a_message_is_the_same() {
     in_every_world(|group| {
-        let (rank, world, n) = (group.rank(), group.world(), 600_001);
+        let (rank, world, n) = (group.rank(), group.world_size(), 600_001);
         let mut all = values::<f32>(rank, n);
         group.all_reduce(&mut all).unwrap();
         assert!(all == sums::<f32>(world, n), "all_reduce, rank {rank} of {world}");
@@ -101,10 +101,10 @@ fn every_collective_keeps_its_promise_in_bf16() {
 #[test]
 fn a_sum_goes_on_from_what_the_shard_holds() {
     in_every_world(|group| {
-        let (rank, world, n) = (group.rank(), group.world(), 40);
+        let (rank, world, n) = (group.rank(), group.world_size(), 40);
         let mut shard: Vec<f32> = values(rank + 50, n);
         let mut expected = shard.clone();
-        group.reduce_scatter_onto(&values::<f32>(rank, n * world), &mut shard).unwrap();
+        group.reduce_scatter_accumulate(&values::<f32>(rank, n * world), &mut shard).unwrap();
         for r in 0..world {
             expected.iter_mut().enumerate().for_each(|(i, sum)| *sum += value(r, rank * n + i));
         }
@@ -121,16 +121,16 @@ fn elements_and_bytes_are_counted_as_the_papers_count() {
             let after_all_reduce = group.traffic();
             group.reduce_scatter(&vec![1f32; n], &mut [0.0; 12]).unwrap();
             group.all_gather(&[f16::ONE; 12], &mut vec![f16::ZERO; n]).unwrap();
-            group.share(&[0; 8]).unwrap();
+            group.all_gather_object(&[0; 8]).unwrap();
             (after_all_reduce.reduced, group.traffic())
         }) {
             let (all_reduce, traffic) = traffic;
-            // n (world − 1) / world
+            // n (world_size − 1) / world_size
             let once = 12 * (world as u64 - 1);
-            assert_eq!(all_reduce, Count { elements: 2 * once, bytes: 4 * once });
-            assert_eq!(traffic.reduced, Count { elements: 3 * once, bytes: 8 * once });
-            assert_eq!(traffic.gathered, Count { elements: once, bytes: 2 * once });
-            assert_eq!(traffic.notes.bytes, 8 * (world as u64 - 1));
+            assert_eq!(all_reduce, CommVolume { elements: 2 * once, bytes: 4 * once });
+            assert_eq!(traffic.reduced, CommVolume { elements: 3 * once, bytes: 8 * once });
+            assert_eq!(traffic.gathered, CommVolume { elements: once, bytes: 2 * once });
+            assert_eq!(traffic.control.bytes, 8 * (world as u64 - 1));
         }
     }
 }
@@ -142,8 +142,8 @@ fn groups_of_a_group_keep_apart() {
         // Rows (0 1) (2 3) and columns (0 2) (1 3), the columns in reverse order.
         let mut row = group.split(rank / 2, rank).unwrap();
         let mut column = group.split(rank % 2, 4 - rank).unwrap();
-        assert_eq!((row.rank(), row.world()), (rank % 2, 2));
-        assert_eq!((column.rank(), column.world()), (1 - rank / 2, 2));
+        assert_eq!((row.rank(), row.world_size()), (rank % 2, 2));
+        assert_eq!((column.rank(), column.world_size()), (1 - rank / 2, 2));
         for _ in 0..3 {
             let (mut a, mut b) = ([rank as f32], [rank as f32]);
             row.all_reduce(&mut a).unwrap();
@@ -152,7 +152,7 @@ fn groups_of_a_group_keep_apart() {
             assert_eq!(b, [(rank % 2 * 2 + 2) as f32]);
         }
         let alone = row.split(rank, 0).unwrap();
-        assert_eq!((alone.rank(), alone.world()), (0, 1));
+        assert_eq!((alone.rank(), alone.world_size()), (0, 1));
         let mut all = [1f32];
         group.all_reduce(&mut all).unwrap();
         assert_eq!(all, [4.0]);
@@ -183,7 +183,7 @@ fn a_silent_rank_is_an_error_after_the_deadline() {
     let results = threads::run(2, |group| {
         let mut group = group.with_deadline(wait);
         if group.rank() == 1 {
-            group.turn().outside(|| std::thread::sleep(4 * wait));
+            group.compute_lock().unlocked(|| std::thread::sleep(4 * wait));
             return Ok(());
         }
         group.barrier()
@@ -199,14 +199,14 @@ fn ranks_out_of_step_find_out() {
         0 => group.all_reduce(&mut [1f32; 2]).unwrap_err(),
         _ => group.reduce_scatter(&[1f32; 2], &mut [0f32]).unwrap_err(),
     });
-    assert!(errors.iter().any(|error| matches!(error, Error::OutOfStep { .. })), "{errors:?}");
+    assert!(errors.iter().any(|error| matches!(error, Error::CollectiveMismatch { .. })), "{errors:?}");
     let errors = threads::run(2, |mut group| {
         let n = 4 + 2 * group.rank();
         group.reduce_scatter(&vec![1f32; n], &mut vec![0f32; n / 2]).unwrap_err()
     });
     for (error, (own, other)) in errors.iter().zip([(2, 3), (3, 2)]) {
         assert!(
-            matches!(error, Error::Length { expected, found, .. } if (*expected, *found) == (own, other)),
+            matches!(error, Error::LengthMismatch { expected, found, .. } if (*expected, *found) == (own, other)),
             "{error}"
         );
     }
@@ -215,11 +215,14 @@ fn ranks_out_of_step_find_out() {
 #[test]
 fn what_does_not_exist_is_refused() {
     let mut solo = Solo;
-    assert!(matches!(solo.send(&[1f32], 0), Err(Error::Rank { rank: 0, .. })));
-    assert!(matches!(solo.send(&[1f32], 1), Err(Error::Rank { rank: 1, .. })));
-    assert!(matches!(solo.broadcast(&mut [1f32], 1), Err(Error::Rank { rank: 1, world: 1, .. })));
-    assert!(matches!(solo.all_gather(&[1f32; 3], &mut [0f32]), Err(Error::Length { expected: 3, found: 1, .. })));
-    assert!(solo.split(3, 1).is_ok_and(|alone| alone.world() == 1));
+    assert!(matches!(solo.send(&[1f32], 0), Err(Error::UnknownRank { rank: 0, .. })));
+    assert!(matches!(solo.send(&[1f32], 1), Err(Error::UnknownRank { rank: 1, .. })));
+    assert!(matches!(solo.broadcast(&mut [1f32], 1), Err(Error::UnknownRank { rank: 1, world: 1, .. })));
+    assert!(matches!(
+        solo.all_gather(&[1f32; 3], &mut [0f32]),
+        Err(Error::LengthMismatch { expected: 3, found: 1, .. })
+    ));
+    assert!(solo.split(3, 1).is_ok_and(|alone| alone.world_size() == 1));
 }
 
 #[test]
@@ -227,7 +230,7 @@ fn a_queue_works_beside_the_computation_and_gives_up_after_an_error() {
     let wait = Duration::from_millis(100);
     let found = threads::run(3, |group| {
         let rank = group.rank();
-        let queue = Queue::new(Box::new(group.with_deadline(wait * 20)));
+        let queue = AsyncCommunicator::new(Box::new(group.with_deadline(wait * 20)));
         let submit = |n: usize| {
             queue.submit("all_reduce", move |group| {
                 let mut buffer = vec![1f32; n];
@@ -244,9 +247,9 @@ fn a_queue_works_beside_the_computation_and_gives_up_after_an_error() {
         let (first, second) = (submit(1), submit(1));
         Some((first.wait().unwrap_err(), second.wait().unwrap_err()))
     });
-    // Rank 0 and 1 may find rank 2 gone, or each other once one has given up.
+    // Ranks 0 and 1 may find that rank 2 has ended, or that the other one has after its own error.
     for errors in found.iter().flatten() {
-        assert!(matches!(errors, (Error::Lost { waited: None, .. }, Error::Abandoned)), "{errors:?}");
+        assert!(matches!(errors, (Error::Lost { waited: None, .. }, Error::Aborted)), "{errors:?}");
     }
     assert!(found.iter().flatten().any(|(error, _)| matches!(error, Error::Lost { rank: 2, .. })));
 }

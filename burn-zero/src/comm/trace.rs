@@ -1,4 +1,4 @@
-//! When what ran: a timeline of one rank.
+//! A timeline of what one rank computed, communicated and waited for.
 
 use crate::Error;
 use serde_json::{Value, json};
@@ -8,23 +8,23 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
-/// The thread of a span, or what it does there.
+/// The kind of work of a span; it determines the thread that the span is drawn on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Lane {
-    /// The thread that computes: micro-batches, segments, steps.
+    /// The compute thread: micro-batches, segments, steps.
     Compute,
-    /// The same thread, where it waits for another.
+    /// The compute thread, while it waits for another thread.
     Wait,
-    /// The thread that communicates.
+    /// The communication thread.
     Communication,
-    /// The same thread, where it moves values between device, host and files.
+    /// The communication thread, while it moves values between device, host and files.
     Transfer,
     /// The thread that updates weights on the host.
     Optimizer,
 }
 
 impl Lane {
-    /// The number and the name of the thread.
+    /// Returns the number and the name of the thread.
     fn thread(self) -> (u8, &'static str) {
         match self {
             Self::Compute | Self::Wait => (0, "compute"),
@@ -35,70 +35,71 @@ impl Lane {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Span {
+struct TraceEvent {
     name: &'static str,
-    /// The segment or bucket.
+    /// The number of the segment or bucket.
     number: Option<usize>,
     lane: Lane,
-    /// Seconds since the trace began.
+    /// The start and the end in seconds since the start of the trace.
     begin: f64,
     end: f64,
 }
 
-/// A timeline that is written to by the thread that computes and those beside it.
+/// A timeline into which the compute thread and the background threads record their spans.
 #[derive(Debug, Clone)]
 pub struct Trace {
     start: Instant,
-    /// Seconds since 1970 at the start, by which the timelines of several ranks are laid side by side.
-    origin: f64,
-    spans: Arc<Mutex<Vec<Span>>>,
+    /// The Unix time of the start in seconds, by which the timelines of several ranks are aligned.
+    unix_start: f64,
+    spans: Arc<Mutex<Vec<TraceEvent>>>,
 }
 
 impl Default for Trace {
     fn default() -> Self {
         let origin = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        Self { start: Instant::now(), origin, spans: Arc::default() }
+        Self { start: Instant::now(), unix_start: origin, spans: Arc::default() }
     }
 }
 
 impl Trace {
-    /// Runs `work` and notes when it ran.
+    /// Runs `work` and records when it ran.
     pub(crate) fn span<R>(&self, name: &'static str, lane: Lane, work: impl FnOnce() -> R) -> R {
-        self.note((name, None), lane, work)
+        self.record((name, None), lane, work)
     }
 
-    /// The same for one of many of the same name.
-    pub(crate) fn span_of<R>(&self, name: (&'static str, usize), lane: Lane, work: impl FnOnce() -> R) -> R {
-        self.note((name.0, Some(name.1)), lane, work)
+    /// Like [`Trace::span`], for one of several numbered spans of the same name.
+    pub(crate) fn numbered_span<R>(&self, name: (&'static str, usize), lane: Lane, work: impl FnOnce() -> R) -> R {
+        self.record((name.0, Some(name.1)), lane, work)
     }
 
-    fn note<R>(&self, (name, number): (&'static str, Option<usize>), lane: Lane, work: impl FnOnce() -> R) -> R {
+    fn record<R>(&self, (name, number): (&'static str, Option<usize>), lane: Lane, work: impl FnOnce() -> R) -> R {
         let begin = self.start.elapsed().as_secs_f64();
         let result = work();
         let end = self.start.elapsed().as_secs_f64();
-        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(Span { name, number, lane, begin, end });
+        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(TraceEvent { name, number, lane, begin, end });
         result
     }
 
-    fn spans(&self) -> Vec<Span> {
+    fn spans(&self) -> Vec<TraceEvent> {
         self.spans.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The share of the time in collectives during which the other thread computed: it was in a micro-batch or a step and did
-    /// not wait. None without collectives.
-    pub fn hidden_share(&self) -> Option<f64> {
-        self.share_within(Lane::Communication, "")
+    /// Returns the fraction of the time in collectives that overlapped computation: the compute thread was in a
+    /// micro-batch or a step and did not wait. `None` if there were no collectives.
+    pub fn overlap_fraction(&self) -> Option<f64> {
+        self.overlap_fraction_in(Lane::Communication, "")
     }
 
-    /// The share of the time in a lane during which the thread that computes was in spans whose names begin so, and did not
-    /// wait.
-    pub fn share_within(&self, lane: Lane, name: &str) -> Option<f64> {
+    /// Returns the fraction of the time in `lane` that overlapped computation: the compute thread was in a span whose
+    /// name begins with `name`, and did not wait. `None` if there were no spans in `lane`.
+    pub fn overlap_fraction_in(&self, lane: Lane, name: &str) -> Option<f64> {
         let spans = self.spans();
         let of = |lane, name: &str| -> Vec<(f64, f64)> {
             let own = spans.iter().filter(|span| span.lane == lane && span.name.starts_with(name));
             own.map(|span| (span.begin, span.end)).collect()
         };
-        let (all, busy, waits) = (of(lane, ""), union(of(Lane::Compute, name)), union(of(Lane::Wait, "")));
+        let (all, busy, waits) =
+            (of(lane, ""), merge_overlapping(of(Lane::Compute, name)), merge_overlapping(of(Lane::Wait, "")));
         let total: f64 = all.iter().map(|(begin, end)| end - begin).sum();
         let inside = |spans: &[(f64, f64)], a: &(f64, f64)| -> f64 {
             spans.iter().map(|b| (a.1.min(b.1) - a.0.max(b.0)).max(0.0)).sum()
@@ -110,8 +111,8 @@ impl Trace {
         (total > 0.0).then(|| all.iter().map(within).sum::<f64>() / total)
     }
 
-    /// The events of the timeline as `chrome://tracing` and Perfetto read them, in microseconds since 1970; `rank` is the
-    /// process's number there.
+    /// Returns the events of the timeline in the format of `chrome://tracing` and Perfetto, in microseconds of Unix
+    /// time; `rank` becomes the process number.
     pub(crate) fn events(&self, rank: usize) -> Vec<Value> {
         let threads = [Lane::Compute, Lane::Communication, Lane::Optimizer].map(|lane| {
             let (tid, name) = lane.thread();
@@ -119,15 +120,15 @@ impl Trace {
         });
         let process =
             json!({ "name": "process_name", "ph": "M", "pid": rank, "args": { "name": format!("rank {rank}") } });
-        let event = |span: Span| {
+        let event = |span: TraceEvent| {
             let name = span.number.map_or(span.name.to_owned(), |number| format!("{} {number}", span.name));
-            let (begin, long) = ((self.origin + span.begin) * 1e6, (span.end - span.begin) * 1e6);
+            let (begin, long) = ((self.unix_start + span.begin) * 1e6, (span.end - span.begin) * 1e6);
             json!({ "name": name, "ph": "X", "pid": rank, "tid": span.lane.thread().0, "ts": begin, "dur": long })
         };
         [process].into_iter().chain(threads).chain(self.spans().into_iter().map(event)).collect()
     }
 
-    /// Writes the timeline of one rank.
+    /// Writes the timeline of one rank to a file.
     ///
     /// # Errors
     /// [`Error::Path`] if the file cannot be written.
@@ -136,14 +137,14 @@ impl Trace {
     }
 }
 
-/// Writes events of any number of ranks.
+/// Writes the events of any number of ranks to a file.
 pub(crate) fn write_events(path: &Path, events: &[Value]) -> Result<(), Error> {
     let text = json!({ "traceEvents": events }).to_string();
     std::fs::write(path, text).map_err(|source| Error::Path { path: path.to_owned(), source })
 }
 
-/// Spans that overlap become one.
-fn union(mut spans: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
+/// Merges overlapping spans.
+fn merge_overlapping(mut spans: Vec<(f64, f64)>) -> Vec<(f64, f64)> {
     spans.sort_by(|a, b| a.0.total_cmp(&b.0));
     let mut all: Vec<(f64, f64)> = Vec::new();
     for span in spans {
@@ -162,8 +163,8 @@ mod tests {
     #[test]
     fn what_is_waited_for_is_not_hidden() {
         let trace = Trace::default();
-        assert_eq!(trace.hidden_share(), None);
-        let span = |name, lane, begin, end| Span { name, number: None, lane, begin, end };
+        assert_eq!(trace.overlap_fraction(), None);
+        let span = |name, lane, begin, end| TraceEvent { name, number: None, lane, begin, end };
         trace.spans.lock().unwrap().extend([
             span("micro-batch", Lane::Compute, 0.0, 9.5),
             span("forward", Lane::Compute, 0.0, 3.0),
@@ -171,10 +172,10 @@ mod tests {
             span("reduce_scatter", Lane::Communication, 6.0, 10.0),
             span("wait", Lane::Wait, 4.0, 6.5),
         ]);
-        // 1 to 4 and 6.5 to 9.5 of twice four seconds; 1 to 3 of them in a forward pass.
-        assert_eq!(trace.hidden_share(), Some(6.0 / 8.0));
-        assert_eq!(trace.share_within(Lane::Communication, "forward"), Some(2.0 / 8.0));
-        assert_eq!(trace.share_within(Lane::Optimizer, ""), None);
+        // The collectives take 8 seconds; 1 to 4 and 6.5 to 9.5 overlap computation, 1 to 3 a forward pass.
+        assert_eq!(trace.overlap_fraction(), Some(6.0 / 8.0));
+        assert_eq!(trace.overlap_fraction_in(Lane::Communication, "forward"), Some(2.0 / 8.0));
+        assert_eq!(trace.overlap_fraction_in(Lane::Optimizer, ""), None);
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("trace.json");
         trace.write(&path, 3).unwrap();

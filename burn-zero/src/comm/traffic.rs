@@ -1,38 +1,38 @@
-//! What a rank has put on the wire.
+//! Counters of how much a rank has sent.
 
 use super::Operation;
 
-/// An amount of what was sent.
+/// A communication volume.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Count {
-    /// Values.
+pub struct CommVolume {
+    /// The number of values.
     pub elements: u64,
-    /// Their bytes.
+    /// The number of bytes.
     pub bytes: u64,
 }
 
-/// How much a rank has sent, by kind of call. A collective over `n` values of every rank counts `n (world − 1) / world`
-/// elements, an `all_reduce` twice that.
+/// The volume that a rank has sent, by kind of collective. A collective over `n` values per rank counts
+/// `n (world_size − 1) / world_size` elements, an `all_reduce` twice that.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Traffic {
-    /// Sent in `all_reduce` and `reduce_scatter`.
-    pub reduced: Count,
-    /// Sent in `all_gather` and `broadcast`.
-    pub gathered: Count,
-    /// Sent from rank to rank.
-    pub sent: Count,
-    /// Sent as notes: scalars, flags, what `split` needs.
-    pub notes: Count,
+    /// The volume of `all_reduce` and `reduce_scatter`.
+    pub reduced: CommVolume,
+    /// The volume of `all_gather` and `broadcast`.
+    pub gathered: CommVolume,
+    /// The volume of `send`.
+    pub sent: CommVolume,
+    /// The volume of control data: `all_gather_object`, `barrier` and `split`.
+    pub control: CommVolume,
 }
 
 impl Traffic {
-    /// Adds one call.
-    pub fn add(&mut self, operation: Operation, sent: Count) {
+    /// Adds the volume of one call.
+    pub fn add(&mut self, operation: Operation, sent: CommVolume) {
         let kind = match operation {
             Operation::AllReduce | Operation::ReduceScatter => &mut self.reduced,
             Operation::AllGather | Operation::Broadcast => &mut self.gathered,
             Operation::Send => &mut self.sent,
-            Operation::Barrier | Operation::Share | Operation::Split => &mut self.notes,
+            Operation::Barrier | Operation::AllGatherObject | Operation::Split => &mut self.control,
         };
         kind.elements += sent.elements;
         kind.bytes += sent.bytes;

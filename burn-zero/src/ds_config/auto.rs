@@ -1,12 +1,12 @@
-//! What "auto" stands for.
+//! The values that replace `"auto"`.
 
-use super::optimizer::Adam;
+use super::optimizer::AdamParams;
 use serde_json::{Value, json};
 
-/// The numbers of the forward pass, where the file leaves them to the caller.
+/// The precision of the forward pass where the file leaves it to the caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum AutoPrecision {
-    /// f32: neither block is on.
+    /// f32: neither block is enabled.
     #[default]
     F32,
     /// f16.
@@ -15,24 +15,24 @@ pub enum AutoPrecision {
     Bf16,
 }
 
-/// The caller's values for the keys that a file leaves to it by writing `"auto"`: the keys that Hugging Face's Trainer fills.
+/// The caller's values for keys that are `"auto"` in the file: the keys that the Trainer of Hugging Face fills.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AutoValues {
-    /// `train_micro_batch_size_per_gpu`; with the next one also `train_batch_size`.
+    /// `train_micro_batch_size_per_gpu`; together with the next field it gives `train_batch_size`.
     pub micro_batch: u64,
     /// `gradient_accumulation_steps`.
     pub accumulation: u64,
     /// `gradient_clipping`.
     pub gradient_clipping: f64,
     /// `optimizer.params`, and `warmup_max_lr` of a scheduler.
-    pub adam: Adam,
+    pub adam: AdamParams,
     /// `warmup_num_steps` of a scheduler.
     pub warmup_steps: u64,
     /// `total_num_steps` of a scheduler.
     pub total_steps: u64,
     /// `fp16.enabled` and `bf16.enabled`.
     pub precision: AutoPrecision,
-    /// The model's `hidden_size`, from which three bucket sizes follow; without it they cannot be left to the caller.
+    /// The `hidden_size` of the model, which determines three bucket sizes; without it they cannot be `"auto"`.
     pub hidden_size: Option<u64>,
 }
 
@@ -42,7 +42,7 @@ impl Default for AutoValues {
             micro_batch: 1,
             accumulation: 1,
             gradient_clipping: 1.0,
-            adam: Adam::default(),
+            adam: AdamParams::default(),
             warmup_steps: 1,
             total_steps: 1,
             precision: AutoPrecision::F32,
@@ -52,10 +52,11 @@ impl Default for AutoValues {
 }
 
 impl AutoValues {
-    /// The value of a key; null where the key is as if it were not there, and `None` where nothing stands for "auto".
+    /// Returns the value of a key; null if the key is to be treated as absent, and `None` if the key cannot be
+    /// `"auto"`.
     pub(super) fn value(&self, path: &str) -> Option<Value> {
         Some(match path {
-            // It follows from the other two, which are there afterwards.
+            // It follows from the other two, which are set afterwards.
             "train_batch_size" => Value::Null,
             "train_micro_batch_size_per_gpu" => self.micro_batch.into(),
             "gradient_accumulation_steps" => self.accumulation.into(),

@@ -1,34 +1,35 @@
-//! The three batch settings, of which two give the third.
+//! The three batch-size settings, of which two determine the third.
 
 use crate::Error;
 
-/// How many samples a step takes, checked: `train = micro · accumulation · world`.
+/// The batch sizes of a step. They fit together: `train = micro · accumulation · world_size`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Batch {
-    /// `train_batch_size`: samples per optimizer step, of all ranks together.
+pub struct BatchSizes {
+    /// `train_batch_size`: the samples per optimizer step, over all ranks.
     pub train: u64,
-    /// `train_micro_batch_size_per_gpu`: samples per forward pass of one rank.
+    /// `train_micro_batch_size_per_gpu`: the samples per forward pass of one rank.
     pub micro: u64,
-    /// `gradient_accumulation_steps`: micro-batches per optimizer step.
+    /// `gradient_accumulation_steps`: the micro-batches per optimizer step.
     pub accumulation: u64,
 }
 
-impl Batch {
-    /// The three settings from those that are given, for `world` ranks, by DeepSpeed's rules: two give the third, rounded
-    /// down; `train` alone means no accumulation; `micro` alone means no accumulation.
+impl BatchSizes {
+    /// Completes the three settings from those that are given, for `world` ranks, by DeepSpeed's rules: two determine
+    /// the third, rounded down; `train` alone and `micro` alone mean no gradient accumulation.
     ///
     /// # Errors
-    /// DeepSpeed's, in its words: [`Error::NoBatch`], [`Error::ZeroBatch`], and [`Error::Batch`] if they do not multiply.
+    /// [`Error::MissingBatchSize`], [`Error::ZeroBatchSize`] or [`Error::BatchSizeMismatch`], with DeepSpeed's
+    /// messages.
     ///
     /// # Panics
-    /// If the world has no rank.
+    /// If `world` is 0.
     pub fn complete(
         train: Option<u64>,
         micro: Option<u64>,
         accumulation: Option<u64>,
         world: u64,
     ) -> Result<Self, Error> {
-        let given = Batch {
+        let given = BatchSizes {
             train: positive(train.unwrap_or(1), "Train batch size")?,
             micro: positive(micro.unwrap_or(1), "Micro batch size per gpu")?,
             accumulation: positive(accumulation.unwrap_or(1), "Gradient accumulation steps")?,
@@ -40,20 +41,20 @@ impl Batch {
             (None, Some(micro), _) => {
                 Self { train: micro.saturating_mul(given.accumulation).saturating_mul(world), ..given }
             }
-            (None, None, _) => return Err(Error::NoBatch),
+            (None, None, _) => return Err(Error::MissingBatchSize),
         };
         positive(batch.micro, "Micro batch size per gpu")?;
         positive(batch.accumulation, "Gradient accumulation steps")?;
         let Self { train, micro, accumulation } = batch;
         if micro.checked_mul(accumulation).and_then(|part| part.checked_mul(world)) != Some(train) {
-            return Err(Error::Batch { train, micro, accumulation, world });
+            return Err(Error::BatchSizeMismatch { train, micro, accumulation, world });
         }
         Ok(batch)
     }
 }
 
 fn positive(number: u64, what: &'static str) -> Result<u64, Error> {
-    if number == 0 { Err(Error::ZeroBatch { what }) } else { Ok(number) }
+    if number == 0 { Err(Error::ZeroBatchSize { what }) } else { Ok(number) }
 }
 
 #[cfg(test)]
@@ -62,7 +63,7 @@ mod tests {
 
     #[test]
     fn two_settings_give_the_third() {
-        // (train, micro, accumulation, world, expected)
+        // The table: (train, micro, accumulation, world size, expected).
         let table = [
             (Some(32), Some(4), Some(2), 4, [32, 4, 2]),
             (Some(32), Some(4), None, 4, [32, 4, 2]),
@@ -73,7 +74,8 @@ mod tests {
             (Some(1), None, None, 1, [1, 1, 1]),
         ];
         for (train, micro, accumulation, world, expected) in table {
-            let Batch { train, micro, accumulation } = Batch::complete(train, micro, accumulation, world).unwrap();
+            let BatchSizes { train, micro, accumulation } =
+                BatchSizes::complete(train, micro, accumulation, world).unwrap();
             assert_eq!([train, micro, accumulation], expected);
         }
     }
@@ -102,14 +104,14 @@ mod tests {
             (None, Some(4), Some(0), 1, zero("Gradient accumulation steps")),
         ];
         for (train, micro, accumulation, world, expected) in table {
-            let found = Batch::complete(train, micro, accumulation, world).unwrap_err().to_string();
+            let found = BatchSizes::complete(train, micro, accumulation, world).unwrap_err().to_string();
             assert_eq!(found, expected, "{train:?} {micro:?} {accumulation:?} {world}");
         }
     }
 
     #[test]
     fn products_that_overflow_do_not_panic() {
-        let error = Batch::complete(None, Some(u64::MAX), Some(2), 2).unwrap_err();
-        assert!(matches!(error, Error::Batch { .. }), "{error}");
+        let error = BatchSizes::complete(None, Some(u64::MAX), Some(2), 2).unwrap_err();
+        assert!(matches!(error, Error::BatchSizeMismatch { .. }), "{error}");
     }
 }

@@ -1,127 +1,138 @@
-//! Walks a tree along the table of keys: names, kinds, and what is not honoured.
+//! Validation of a configuration against the table of keys: names, kinds of values, and keys that are not honoured.
 
-use super::keys::{Fixed, Key, Kind, Types, Usage};
+use super::keys::{FixedValue, KeyHandling, KeySpec, TypeTable, ValueKind};
 use crate::Error;
 use serde_json::{Map, Value};
 
-/// A key that stands in a configuration and is not honoured.
+/// A key of a configuration that is not honoured.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unhonoured {
-    /// The key's path.
+pub struct UnhonouredKey {
+    /// The path of the key.
     pub key: String,
-    /// What is done instead.
+    /// A description of what is done instead.
     pub instead: &'static str,
 }
 
-impl std::fmt::Display for Unhonoured {
+impl std::fmt::Display for UnhonouredKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "`{}` is not honoured: {}", self.key, self.instead)
     }
 }
 
-/// Stands for the value of an "auto", by the key's path; `None` where nothing can.
-pub(super) type Auto<'a> = &'a dyn Fn(&str) -> Option<Value>;
+/// A function that maps the path of a key to the value that replaces its `"auto"`; `None` if the key cannot be
+/// `"auto"`.
+pub(super) type AutoLookup<'a> = &'a dyn Fn(&str) -> Option<Value>;
 
-/// The walk over one file.
-pub(super) struct Check<'a> {
-    pub(super) auto: Auto<'a>,
-    pub(super) unhonoured: Vec<Unhonoured>,
+/// The validation of one file.
+pub(super) struct Checker<'a> {
+    pub(super) auto: AutoLookup<'a>,
+    pub(super) unhonoured: Vec<UnhonouredKey>,
 }
 
-impl Check<'_> {
-    /// The keys of `map` that are read, of the kinds that `table` says; `block` is the path of `map`, empty at the top.
+impl Checker<'_> {
+    /// Checks the keys of `map` against `table` and returns those that are read; `block` is the path of `map`, empty at
+    /// the top level.
     ///
     /// # Errors
-    /// [`Error::UnknownKey`], [`Error::Key`] or [`Error::Refused`].
-    pub(super) fn block(
+    /// [`Error::UnknownKey`], [`Error::InvalidValue`] or [`Error::Unsupported`].
+    pub(super) fn check_block(
         &mut self,
         block: &str,
-        table: &[Key],
+        table: &[KeySpec],
         map: &Map<String, Value>,
     ) -> Result<Map<String, Value>, Error> {
         let mut kept = Map::new();
         for (name, value) in map {
-            let path = join(block, name);
+            let path = join_path(block, name);
             let Some(key) = table.iter().find(|key| key.name == name) else {
-                return Err(unknown(block, path, table.iter().map(|key| key.name), name));
+                return Err(unknown_key(block, path, table.iter().map(|key| key.name), name));
             };
-            if let Some(value) = self.value(&path, key, value)? {
+            if let Some(value) = self.check_value(&path, key, value)? {
                 kept.insert(name.clone(), value);
             }
         }
-        let missing = |key: &&Key| matches!(key.usage, Usage::Need) && !kept.contains_key(key.name);
+        let missing = |key: &&KeySpec| matches!(key.handling, KeyHandling::Required) && !kept.contains_key(key.name);
         match table.iter().find(missing) {
-            Some(key) => Err(wrong(&join(block, key.name), &format!("{}, or \"auto\"", name_of(key.kind)), "nothing")),
+            Some(key) => Err(invalid_value(
+                &join_path(block, key.name),
+                &format!("{}, or \"auto\"", describe(key.kind)),
+                "nothing",
+            )),
             None => Ok(kept),
         }
     }
 
-    /// The value of a key if it is read.
-    fn value(&mut self, path: &str, key: &Key, value: &Value) -> Result<Option<Value>, Error> {
-        let read = matches!(key.usage, Usage::Read | Usage::Need);
+    /// Checks the value of a key and returns it if the key is read.
+    fn check_value(&mut self, path: &str, key: &KeySpec, value: &Value) -> Result<Option<Value>, Error> {
+        let read = matches!(key.handling, KeyHandling::Read | KeyHandling::Required);
         if value == "auto" {
             return match (self.auto)(path) {
                 _ if !read => Ok(None),
                 Some(value) => Ok(Some(value).filter(|value| !value.is_null())),
-                None => Err(wrong(path, &name_of(key.kind), "\"auto\", which nothing here stands for")),
+                None => Err(invalid_value(path, &describe(key.kind), "\"auto\", which has no value for this key")),
             };
         }
         if value.is_null() {
             return Ok(None);
         }
         let value = match key.kind {
-            Kind::Block(table) => self.block(path, table, object(path, value)?)?.into(),
-            Kind::Typed(types) => self.typed(path, types, object(path, value)?)?.into(),
+            ValueKind::Block(table) => self.check_block(path, table, object(path, value)?)?.into(),
+            ValueKind::Typed(types) => self.check_typed_block(path, types, object(path, value)?)?.into(),
             kind => scalar(path, kind, value)?,
         };
-        let note = match key.usage {
-            Usage::Read | Usage::Need => None,
-            Usage::Fixed(fixed, instead) => (!fixed.is(&value)).then_some(instead),
-            Usage::Instead(instead) => (!is_off(&value)).then_some(instead),
+        let note = match key.handling {
+            KeyHandling::Read | KeyHandling::Required => None,
+            KeyHandling::Fixed(fixed, instead) => (!fixed.matches(&value)).then_some(instead),
+            KeyHandling::NotHonoured(instead) => (!is_disabled(&value)).then_some(instead),
         };
-        let note = note.map(|instead| Unhonoured { key: path.to_owned(), instead });
+        let note = note.map(|instead| UnhonouredKey { key: path.to_owned(), instead });
         self.unhonoured.extend(note);
         Ok(read.then_some(value))
     }
 
-    /// A block with a `type`, whose name is written as in the table afterwards.
-    fn typed(&mut self, block: &str, types: &Types, map: &Map<String, Value>) -> Result<Map<String, Value>, Error> {
-        let path = join(block, "type");
+    /// Checks a block with a `type` and returns it with the type spelled as in the table.
+    fn check_typed_block(
+        &mut self,
+        block: &str,
+        types: &TypeTable,
+        map: &Map<String, Value>,
+    ) -> Result<Map<String, Value>, Error> {
+        let path = join_path(block, "type");
         let found = map.get("type").unwrap_or(&Value::Null);
-        let names = || types.known.iter().map(|(name, _)| *name);
+        let names = || types.supported.iter().map(|(name, _)| *name);
         let Value::String(found) = found else {
-            return Err(wrong(&path, &names().collect::<Vec<_>>().join(", "), &found.to_string()));
+            return Err(invalid_value(&path, &names().collect::<Vec<_>>().join(", "), &found.to_string()));
         };
-        let same = |name: &str| name == found || types.any_case && name.eq_ignore_ascii_case(found);
-        if let Some((name, reason)) = types.refused.iter().find(|(name, _)| same(name)) {
-            return Err(Error::Refused { key: path, found: (*name).to_owned(), reason });
+        let same = |name: &str| name == found || types.case_insensitive && name.eq_ignore_ascii_case(found);
+        if let Some((name, reason)) = types.unsupported.iter().find(|(name, _)| same(name)) {
+            return Err(Error::Unsupported { key: path, found: (*name).to_owned(), reason });
         }
-        let Some((name, params)) = types.known.iter().find(|(name, _)| same(name)) else {
+        let Some((name, params)) = types.supported.iter().find(|(name, _)| same(name)) else {
             let expected =
-                format!("{} (did you mean {}?)", names().collect::<Vec<_>>().join(", "), nearest(names(), found));
-            return Err(wrong(&path, &expected, found));
+                format!("{} (did you mean {}?)", names().collect::<Vec<_>>().join(", "), nearest_name(names(), found));
+            return Err(invalid_value(&path, &expected, found));
         };
         let known = ["type", "params"];
         for key in map.keys().filter(|key| !known.contains(&key.as_str())) {
-            let path = join(block, key);
+            let path = join_path(block, key);
             if key != "legacy_fusion" {
-                return Err(unknown(block, path, known.into_iter(), key));
+                return Err(unknown_key(block, path, known.into_iter(), key));
             }
-            self.unhonoured.push(Unhonoured { key: path, instead: "there is one implementation of the step" });
+            self.unhonoured.push(UnhonouredKey { key: path, instead: "there is one implementation of the step" });
         }
         let params = match map.get("params") {
-            None | Some(Value::Null) => self.block(&join(block, "params"), params, &Map::new())?,
+            None | Some(Value::Null) => self.check_block(&join_path(block, "params"), params, &Map::new())?,
             Some(value) => {
-                let path = join(block, "params");
-                self.block(&path, params, object(&path, value)?)?
+                let path = join_path(block, "params");
+                self.check_block(&path, params, object(&path, value)?)?
             }
         };
         Ok(Map::from_iter([("type".to_owned(), (*name).into()), ("params".to_owned(), params.into())]))
     }
 }
 
-impl Fixed {
-    fn is(self, value: &Value) -> bool {
+impl FixedValue {
+    fn matches(self, value: &Value) -> bool {
         match self {
             Self::Flag(flag) => *value == flag,
             Self::Number(number) => value.as_f64() == Some(number),
@@ -130,8 +141,8 @@ impl Fixed {
     }
 }
 
-/// Whether a value says nothing: false, empty, or a block with `enabled: false`.
-fn is_off(value: &Value) -> bool {
+/// Returns true if a value has no effect: false, empty, or a block with `enabled: false`.
+fn is_disabled(value: &Value) -> bool {
     match value {
         Value::Bool(value) => !value,
         Value::String(text) => text.is_empty(),
@@ -141,72 +152,72 @@ fn is_off(value: &Value) -> bool {
     }
 }
 
-fn scalar(path: &str, kind: Kind, value: &Value) -> Result<Value, Error> {
+fn scalar(path: &str, kind: ValueKind, value: &Value) -> Result<Value, Error> {
     let fits = match kind {
-        Kind::Flag => value.is_boolean(),
-        Kind::Whole(from, to) => {
-            let number = value.as_u64().or_else(|| whole(value)).filter(|number| (from..=to).contains(number));
-            return number.map(Value::from).ok_or_else(|| mismatch(path, kind, value));
+        ValueKind::Flag => value.is_boolean(),
+        ValueKind::Integer(from, to) => {
+            let number = value.as_u64().or_else(|| as_integer(value)).filter(|number| (from..=to).contains(number));
+            return number.map(Value::from).ok_or_else(|| kind_mismatch(path, kind, value));
         }
-        Kind::Number => value.as_f64().is_some_and(|number| number.is_finite() && number >= 0.0),
-        Kind::Betas => {
+        ValueKind::Number => value.as_f64().is_some_and(|number| number.is_finite() && number >= 0.0),
+        ValueKind::Betas => {
             let share = |value: &Value| value.as_f64().is_some_and(|number| (0.0..1.0).contains(&number));
             value.as_array().is_some_and(|betas| betas.len() == 2 && betas.iter().all(share))
         }
-        Kind::Text => value.is_string(),
-        Kind::Choice(choices) => value.as_str().is_some_and(|text| choices.contains(&text)),
-        Kind::Any | Kind::Block(_) | Kind::Typed(_) => true,
+        ValueKind::Text => value.is_string(),
+        ValueKind::Choice(choices) => value.as_str().is_some_and(|text| choices.contains(&text)),
+        ValueKind::Any | ValueKind::Block(_) | ValueKind::Typed(_) => true,
     };
-    if fits { Ok(value.clone()) } else { Err(mismatch(path, kind, value)) }
+    if fits { Ok(value.clone()) } else { Err(kind_mismatch(path, kind, value)) }
 }
 
-/// The whole number that a float such as 5e8 is.
-fn whole(value: &Value) -> Option<u64> {
+/// Returns a float such as 5e8 as the integer that it equals.
+fn as_integer(value: &Value) -> Option<u64> {
     let number = value.as_f64()?;
     (number.fract() == 0.0 && (0.0..u64::MAX as f64).contains(&number)).then_some(number as u64)
 }
 
-/// What would do at a key.
-fn name_of(kind: Kind) -> String {
+/// Describes the valid values of a key.
+fn describe(kind: ValueKind) -> String {
     let name = match kind {
-        Kind::Flag => "true or false",
-        Kind::Whole(0, u64::MAX) => "a whole number, 0 or above",
-        Kind::Whole(1, u64::MAX) => "a whole number, 1 or above",
-        Kind::Whole(from, to) => return format!("a whole number from {from} to {to}"),
-        Kind::Number => "a finite number, 0 or above",
-        Kind::Betas => "two numbers from 0 to below 1",
-        Kind::Text => "text",
-        Kind::Choice(choices) => return choices.join(", "),
-        Kind::Block(_) => "a block of keys",
-        Kind::Typed(_) => "a block with `type` and `params`",
-        Kind::Any => "a value",
+        ValueKind::Flag => "true or false",
+        ValueKind::Integer(0, u64::MAX) => "a whole number, 0 or above",
+        ValueKind::Integer(1, u64::MAX) => "a whole number, 1 or above",
+        ValueKind::Integer(from, to) => return format!("a whole number from {from} to {to}"),
+        ValueKind::Number => "a finite number, 0 or above",
+        ValueKind::Betas => "two numbers from 0 to below 1",
+        ValueKind::Text => "text",
+        ValueKind::Choice(choices) => return choices.join(", "),
+        ValueKind::Block(_) => "a block of keys",
+        ValueKind::Typed(_) => "a block with `type` and `params`",
+        ValueKind::Any => "a value",
     };
     name.to_owned()
 }
 
-fn mismatch(path: &str, kind: Kind, value: &Value) -> Error {
-    wrong(path, &name_of(kind), &value.to_string())
+fn kind_mismatch(path: &str, kind: ValueKind, value: &Value) -> Error {
+    invalid_value(path, &describe(kind), &value.to_string())
 }
 
 fn object<'v>(path: &str, value: &'v Value) -> Result<&'v Map<String, Value>, Error> {
-    value.as_object().ok_or_else(|| wrong(path, "a block of keys", &value.to_string()))
+    value.as_object().ok_or_else(|| invalid_value(path, "a block of keys", &value.to_string()))
 }
 
-/// A key with a value that does not fit.
-pub(super) fn wrong(path: &str, expected: &str, found: &str) -> Error {
-    Error::Key { key: path.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
+/// Returns the error of a key with an invalid value.
+pub(super) fn invalid_value(path: &str, expected: &str, found: &str) -> Error {
+    Error::InvalidValue { key: path.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
 }
 
-fn join(block: &str, name: &str) -> String {
+fn join_path(block: &str, name: &str) -> String {
     if block.is_empty() { name.to_owned() } else { format!("{block}.{name}") }
 }
 
-fn unknown(block: &str, key: String, names: impl Iterator<Item = &'static str>, name: &str) -> Error {
-    let owner = if block.is_empty() { "the top block".to_owned() } else { format!("`{block}`") };
-    Error::UnknownKey { key, block: owner, nearest: join(block, nearest(names, name)) }
+fn unknown_key(block: &str, key: String, names: impl Iterator<Item = &'static str>, name: &str) -> Error {
+    let owner = if block.is_empty() { "the top level".to_owned() } else { format!("`{block}`") };
+    Error::UnknownKey { key, block: owner, nearest: join_path(block, nearest_name(names, name)) }
 }
 
-fn nearest(names: impl Iterator<Item = &'static str>, name: &str) -> &'static str {
+fn nearest_name(names: impl Iterator<Item = &'static str>, name: &str) -> &'static str {
     let name = name.to_lowercase();
     let likeness = |known: &str| strsim::jaro_winkler(&known.to_lowercase(), &name);
     names.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default()

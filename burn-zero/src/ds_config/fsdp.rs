@@ -1,24 +1,25 @@
-//! The names of PyTorch's FSDP for what ZeRO calls stages.
+//! The ZeRO stages that PyTorch's FSDP sharding strategies correspond to.
 
-use super::{Stage, check::wrong};
+use super::{ZeroStage, check::invalid_value};
 use crate::Error;
 
-const HYBRID: &str = "it divides within a machine and copies between machines, and the ranks here are one group; \
+const HYBRID: &str = "it shards within a machine and replicates between machines, and here all ranks are one group; \
                       write FULL_SHARD";
 
-/// The stage that an FSDP sharding strategy is, by its name or by its number in Accelerate's files (1 to 5).
+/// Returns the ZeRO stage of an FSDP sharding strategy, given by its name or by its number in Accelerate's files (1 to
+/// 5).
 ///
 /// # Errors
-/// [`Error::Refused`] for the hybrid strategies, [`Error::Key`] for a name that is none.
-pub fn fsdp_stage(strategy: &str) -> Result<Stage, Error> {
+/// [`Error::Unsupported`] for the hybrid strategies, [`Error::InvalidValue`] for an unknown name.
+pub fn fsdp_stage(strategy: &str) -> Result<ZeroStage, Error> {
     const KEY: &str = "fsdp_sharding_strategy";
     match strategy.to_ascii_uppercase().as_str() {
-        "FULL_SHARD" | "1" => Ok(Stage::Weights),
-        "SHARD_GRAD_OP" | "2" => Ok(Stage::Gradients),
-        "NO_SHARD" | "3" => Ok(Stage::Replicated),
+        "FULL_SHARD" | "1" => Ok(ZeroStage::Weights),
+        "SHARD_GRAD_OP" | "2" => Ok(ZeroStage::Gradients),
+        "NO_SHARD" | "3" => Ok(ZeroStage::Disabled),
         "HYBRID_SHARD" | "HYBRID_SHARD_ZERO2" | "_HYBRID_SHARD_ZERO2" | "4" | "5" => {
-            Err(Error::Refused { key: KEY.to_owned(), found: strategy.to_owned(), reason: HYBRID })
+            Err(Error::Unsupported { key: KEY.to_owned(), found: strategy.to_owned(), reason: HYBRID })
         }
-        _ => Err(wrong(KEY, "FULL_SHARD, SHARD_GRAD_OP or NO_SHARD", strategy)),
+        _ => Err(invalid_value(KEY, "FULL_SHARD, SHARD_GRAD_OP or NO_SHARD", strategy)),
     }
 }

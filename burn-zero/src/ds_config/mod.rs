@@ -1,16 +1,16 @@
-//! DeepSpeed's `ds_config.json`, Accelerate's YAML and FSDP's names, read into one value.
+//! DeepSpeed's `ds_config.json`, Accelerate's YAML and FSDP's sharding strategies, all read into a [`DsConfig`].
 //!
 //! ```text
-//!  ds_config.json ──────────────► Document ── resolve(world, the caller's values for "auto") ──► DsConfig
-//!  accelerate.yaml ► Accelerate ────▲
+//!  ds_config.json ────────────────────► RawDsConfig ── resolve(world size, values for "auto") ──► DsConfig
+//!  accelerate.yaml ► AccelerateConfig ────▲
 //! ```
 //!
-//! Every key that DeepSpeed knows is known here, with its kind: a key that nobody knows is an error that names the nearest
-//! one, a value of the wrong kind is an error, and a key that is not honoured stands in [`DsConfig::unhonoured`] with what is
-//! done instead, so that the application can say so.
+//! The crate knows every key of DeepSpeed with its kind of value. An unknown key is an error that names the most
+//! similar key, a value of the wrong kind is an error, and a key that is not honoured is listed in
+//! [`DsConfig::unhonoured`] with what is done instead, so that the application can report it.
 //!
 //! ```
-//! use burn_zero::ds_config::{AutoValues, Document, Stage};
+//! use burn_zero::ds_config::{AutoValues, RawDsConfig, ZeroStage};
 //!
 //! let text = r#"{
 //!     "train_micro_batch_size_per_gpu": "auto",
@@ -18,9 +18,9 @@
 //!     "zero_optimization": { "stage": 2, "round_robin_gradients": true }
 //! }"#;
 //! let auto = AutoValues { micro_batch: 8, ..Default::default() };
-//! let config = Document::from_json(text)?.resolve(2, &auto)?;
+//! let config = RawDsConfig::from_json(text)?.resolve(2, &auto)?;
 //! assert_eq!(config.batch.train, 64);
-//! assert_eq!(config.zero.stage, Stage::Gradients);
+//! assert_eq!(config.zero.stage, ZeroStage::Gradients);
 //! assert_eq!(config.unhonoured[0].key, "zero_optimization.round_robin_gradients");
 //! # Ok::<(), burn_zero::Error>(())
 //! ```
@@ -29,62 +29,64 @@ mod accelerate;
 mod auto;
 mod batch;
 mod check;
-mod document;
+mod deprecated;
 mod fsdp;
 mod keys;
-mod modernise;
 mod optimizer;
 mod precision;
+mod raw;
 mod scheduler;
 mod strict;
 #[cfg(test)]
 mod tests;
 mod zero;
 
-pub use accelerate::{Accelerate, Source};
+pub use accelerate::{AccelerateConfig, DsConfigSource};
 pub use auto::{AutoPrecision, AutoValues};
-pub use batch::Batch;
-pub use check::Unhonoured;
-pub use document::Document;
+pub use batch::BatchSizes;
+pub use check::UnhonouredKey;
 pub use fsdp::fsdp_stage;
-pub use optimizer::{Adam, Lamb, Lion, Optimizer, Sgd};
+pub use optimizer::{AdamParams, LambParams, LionParams, OptimizerConfig, SgdParams};
 pub use precision::Precision;
-pub use scheduler::{Cycle, RangeTest, Scheduler, WarmupCosineLr, WarmupDecayLr, WarmupLr};
-pub use zero::{Device, Offload, Stage, Stage3, Zero};
+pub use raw::RawDsConfig;
+pub use scheduler::{
+    LrRangeTestParams, OneCycleParams, SchedulerConfig, WarmupCosineLrParams, WarmupDecayLrParams, WarmupLrParams,
+};
+pub use zero::{OffloadConfig, OffloadDevice, ZeroConfig, ZeroStage, ZeroStage3Config};
 
-use crate::schedule::DeepSpeed;
+use crate::lr_schedule::DeepSpeedLrSchedule;
 use serde_json::{Map, Value, json};
 
-/// A ds_config, checked and complete.
+/// A validated and complete ds_config.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DsConfig {
     /// The batch sizes.
-    pub batch: Batch,
-    /// What is divided among the ranks, and where it is kept.
-    pub zero: Zero,
-    /// The numbers of the forward and the backward pass.
+    pub batch: BatchSizes,
+    /// The ZeRO settings: what is sharded among the ranks and what is offloaded.
+    pub zero: ZeroConfig,
+    /// The precision of the forward and the backward pass.
     pub precision: Precision,
-    /// The largest global norm of the gradients; 0 does not clip. DeepSpeed's default is 1.
+    /// The global norm to which gradients are clipped; 0 does not clip. DeepSpeed's default is 1.
     pub gradient_clipping: f64,
-    /// The optimizer, if the file says one.
-    pub optimizer: Option<Optimizer>,
-    /// The scheduler, if the file says one.
-    pub scheduler: Option<Scheduler>,
-    /// How many steps from one line of the log to the next, if the file says so.
+    /// The optimizer, if the file has one.
+    pub optimizer: Option<OptimizerConfig>,
+    /// The scheduler, if the file has one.
+    pub scheduler: Option<SchedulerConfig>,
+    /// The number of steps between two lines of the log, if the file sets it.
     pub steps_per_print: Option<u64>,
     /// The keys of the file that are not honoured.
-    pub unhonoured: Vec<Unhonoured>,
+    pub unhonoured: Vec<UnhonouredKey>,
 }
 
 impl DsConfig {
-    /// The learning rate as a function of the step, if the file has a scheduler; the optimizer's learning rate is 1e-3 if the
-    /// file has no optimizer.
-    pub fn schedule(&self) -> Option<DeepSpeed> {
-        let learning_rate = self.optimizer.as_ref().map_or(Adam::default().lr, Optimizer::learning_rate);
-        self.scheduler.as_ref().map(|scheduler| scheduler.schedule(learning_rate))
+    /// Returns the learning-rate schedule if the file has a scheduler. Without an optimizer in the file, its learning
+    /// rate is 1e-3.
+    pub fn lr_schedule(&self) -> Option<DeepSpeedLrSchedule> {
+        let learning_rate = self.optimizer.as_ref().map_or(AdamParams::default().lr, OptimizerConfig::learning_rate);
+        self.scheduler.as_ref().map(|scheduler| scheduler.lr_schedule(learning_rate))
     }
 
-    /// The ds_config with every value written out: what DeepSpeed would read as this configuration.
+    /// Returns the ds_config as JSON with all values, such that DeepSpeed would read this configuration from it.
     pub fn to_json(&self) -> Value {
         let mut root = Map::new();
         let mut put = |key: &str, value: Value| root.insert(key.to_owned(), value);
@@ -98,13 +100,13 @@ impl DsConfig {
         }
         if let Some(optimizer) = &self.optimizer {
             let mut block = json!(optimizer);
-            block.as_object_mut().into_iter().for_each(optimizer::unsettle);
+            block.as_object_mut().into_iter().for_each(optimizer::restore_adam_w_mode);
             put("optimizer", block);
         }
         if let Some(scheduler) = &self.scheduler {
             put("scheduler", json!(scheduler));
         }
-        root.extend(self.precision.blocks());
+        root.extend(self.precision.to_blocks());
         root.into()
     }
 }

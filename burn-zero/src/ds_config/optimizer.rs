@@ -2,35 +2,35 @@
 
 use serde_json::{Map, Value};
 
-/// Adam's parameters.
+/// The parameters of Adam and AdamW.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct Adam {
-    /// The learning rate, where no scheduler says another.
+pub struct AdamParams {
+    /// The learning rate, unless a scheduler sets it.
     pub lr: f64,
-    /// The decay of the first and the second moment.
+    /// The decay rates of the first and the second moment.
     pub betas: (f64, f64),
-    /// What is added to the root of the second moment.
+    /// The constant that is added to the root of the second moment.
     pub eps: f64,
     /// The weight decay.
     pub weight_decay: f64,
 }
 
-impl Default for Adam {
+impl Default for AdamParams {
     fn default() -> Self {
         Self { lr: 1e-3, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0 }
     }
 }
 
-/// Lamb's parameters.
+/// The parameters of LAMB.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct Lamb {
-    /// The learning rate, where no scheduler says another.
+pub struct LambParams {
+    /// The learning rate, unless a scheduler sets it.
     pub lr: f64,
-    /// The decay of the first and the second moment.
+    /// The decay rates of the first and the second moment.
     pub betas: (f64, f64),
-    /// What is added to the root of the second moment.
+    /// The constant that is added to the root of the second moment.
     pub eps: f64,
     /// The weight decay.
     pub weight_decay: f64,
@@ -40,26 +40,26 @@ pub struct Lamb {
     pub min_coeff: f64,
 }
 
-impl Default for Lamb {
+impl Default for LambParams {
     fn default() -> Self {
-        let Adam { lr, betas, eps, weight_decay } = Adam::default();
+        let AdamParams { lr, betas, eps, weight_decay } = AdamParams::default();
         Self { lr, betas, eps, weight_decay, max_coeff: 10.0, min_coeff: 0.01 }
     }
 }
 
-/// Lion's parameters.
+/// The parameters of Lion.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct Lion {
-    /// The learning rate, where no scheduler says another.
+pub struct LionParams {
+    /// The learning rate, unless a scheduler sets it.
     pub lr: f64,
-    /// The shares of the old momentum in the update and in the new momentum.
+    /// The weights of the old momentum in the update and in the new momentum.
     pub betas: (f64, f64),
     /// The decoupled weight decay.
     pub weight_decay: f64,
 }
 
-impl Default for Lion {
+impl Default for LionParams {
     fn default() -> Self {
         Self { lr: 1e-3, betas: (0.9, 0.999), weight_decay: 0.0 }
     }
@@ -68,42 +68,42 @@ impl Default for Lion {
 /// The parameters of stochastic gradient descent.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct Sgd {
-    /// The learning rate, where no scheduler says another.
+pub struct SgdParams {
+    /// The learning rate, unless a scheduler sets it.
     pub lr: f64,
-    /// The share of the old momentum in the new one.
+    /// The weight of the old momentum in the new one.
     pub momentum: f64,
     /// The weight decay, added to the gradient.
     pub weight_decay: f64,
-    /// Whether the momentum is taken one step ahead.
+    /// True for Nesterov momentum.
     pub nesterov: bool,
 }
 
-impl Default for Sgd {
+impl Default for SgdParams {
     fn default() -> Self {
         Self { lr: 1e-3, momentum: 0.0, weight_decay: 0.0, nesterov: false }
     }
 }
 
-/// `optimizer`.
+/// The `optimizer` block.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(tag = "type", content = "params")]
-pub enum Optimizer {
+pub enum OptimizerConfig {
     /// Adam with decoupled weight decay: the type AdamW, or Adam with its default `adam_w_mode`.
-    AdamW(Adam),
-    /// Adam with weight decay added to the gradient: the type Adam with `adam_w_mode: false`.
-    Adam(Adam),
-    /// Lamb.
-    Lamb(Lamb),
+    AdamW(AdamParams),
+    /// Adam with the weight decay added to the gradient: the type Adam with `adam_w_mode: false`.
+    Adam(AdamParams),
+    /// LAMB.
+    Lamb(LambParams),
     /// Lion.
-    Lion(Lion),
+    Lion(LionParams),
     /// Stochastic gradient descent.
     #[serde(rename = "SGD")]
-    Sgd(Sgd),
+    Sgd(SgdParams),
 }
 
-impl Optimizer {
-    /// The learning rate, where no scheduler says another.
+impl OptimizerConfig {
+    /// Returns the learning rate, which holds unless a scheduler sets it.
     pub fn learning_rate(&self) -> f64 {
         match self {
             Self::AdamW(adam) | Self::Adam(adam) => adam.lr,
@@ -114,14 +114,14 @@ impl Optimizer {
     }
 }
 
-/// Whether the block as it stands asks for torch's optimizer.
-pub(super) fn asks_for_torch(root: &Map<String, Value>) -> bool {
+/// Returns true if the optimizer block of the file asks for torch's optimizer (`torch_adam`).
+pub(super) fn is_torch_adam(root: &Map<String, Value>) -> bool {
     let params = root.get("optimizer").and_then(|optimizer| optimizer.get("params"));
     params.and_then(|params| params.get("torch_adam")).is_some_and(|flag| *flag == true)
 }
 
-/// Says by its type what `adam_w_mode` says, and fills what torch has another default for.
-pub(super) fn settle(optimizer: &mut Map<String, Value>, torch: bool) {
+/// Replaces `adam_w_mode` by the type Adam or AdamW, and sets the default weight decay of torch where it differs.
+pub(super) fn resolve_adam_w_mode(optimizer: &mut Map<String, Value>, torch: bool) {
     let adam_w = optimizer.get("type").is_some_and(|name| name == "AdamW");
     let adam = optimizer.get("type").is_some_and(|name| name == "Adam");
     let Some(Value::Object(params)) = optimizer.get_mut("params") else {
@@ -130,7 +130,7 @@ pub(super) fn settle(optimizer: &mut Map<String, Value>, torch: bool) {
     let mode = params.shift_remove("adam_w_mode");
     let decoupled = adam_w || adam && mode != Some(Value::Bool(false));
     if decoupled && torch {
-        // torch.optim.AdamW decays by default, DeepSpeed's does not.
+        // torch.optim.AdamW has weight decay by default, DeepSpeed's AdamW has none.
         params.entry("weight_decay").or_insert_with(|| 0.01.into());
     }
     if decoupled {
@@ -138,8 +138,8 @@ pub(super) fn settle(optimizer: &mut Map<String, Value>, torch: bool) {
     }
 }
 
-/// The other way round, for writing.
-pub(super) fn unsettle(optimizer: &mut Map<String, Value>) {
+/// Replaces the type Adam by `adam_w_mode: false`, the inverse, for writing.
+pub(super) fn restore_adam_w_mode(optimizer: &mut Map<String, Value>) {
     if optimizer.get("type").is_some_and(|name| name == "Adam")
         && let Some(Value::Object(params)) = optimizer.get_mut("params")
     {

@@ -1,33 +1,33 @@
-//! `fp16` and `bf16`: the numbers of the forward and the backward pass.
+//! The `fp16` and `bf16` blocks: the precision of the forward and the backward pass.
 
-use super::check::wrong;
+use super::check::invalid_value;
 use crate::{
     Error,
     precision::{DynamicScale, LossScaler},
 };
 use serde_json::{Map, Value, json};
 
-/// The numbers of the forward and the backward pass; the optimizer's are f32.
+/// The precision of the forward and the backward pass; the optimizer computes in f32.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Precision {
     /// f32.
     F32,
     /// bf16.
     Bf16,
-    /// f16, with a scaled loss.
+    /// f16, with loss scaling.
     F16 {
-        /// A fixed scale, or 0 for the one that moves.
+        /// A static loss scale, or 0 for dynamic loss scaling.
         loss_scale: f64,
-        /// How it moves.
+        /// The settings of dynamic loss scaling.
         dynamic: DynamicScale,
     },
 }
 
 impl Precision {
-    /// The scaler of the loss: 1 unless the numbers are f16.
+    /// Returns the loss scaler; its scale is 1 unless the precision is f16.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a scale that cannot be.
+    /// [`Error::Setting`] for an invalid loss scale.
     pub fn loss_scaler(&self) -> Result<LossScaler, Error> {
         match *self {
             Self::F32 | Self::Bf16 => LossScaler::fixed(1.0),
@@ -36,7 +36,7 @@ impl Precision {
         }
     }
 
-    pub(super) fn blocks(&self) -> Map<String, Value> {
+    pub(super) fn to_blocks(self) -> Map<String, Value> {
         let (name, block) = match self {
             Self::F32 => return Map::new(),
             Self::Bf16 => ("bf16", json!({"enabled": true})),
@@ -57,10 +57,10 @@ impl Precision {
     }
 }
 
-/// `fp16`.
+/// The `fp16` block.
 #[derive(serde::Deserialize)]
 #[serde(default)]
-pub(super) struct Fp16 {
+pub(super) struct Fp16Config {
     enabled: bool,
     loss_scale: f64,
     initial_scale_power: u32,
@@ -70,7 +70,7 @@ pub(super) struct Fp16 {
     min_loss_scale: f64,
 }
 
-impl Default for Fp16 {
+impl Default for Fp16Config {
     fn default() -> Self {
         let dynamic = DynamicScale::default();
         Self {
@@ -85,20 +85,22 @@ impl Default for Fp16 {
     }
 }
 
-/// `bf16`.
+/// The `bf16` block.
 #[derive(Default, serde::Deserialize)]
 #[serde(default)]
-pub(super) struct Bf16 {
+pub(super) struct Bf16Config {
     enabled: bool,
 }
 
+/// Returns the precision that the two blocks select.
+///
 /// # Errors
-/// [`Error::Key`] if both are on, or [`Error::Setting`] for a scale that cannot be.
-pub(super) fn precision(fp16: Fp16, bf16: &Bf16) -> Result<Precision, Error> {
+/// [`Error::InvalidValue`] if both blocks are enabled, or [`Error::Setting`] for an invalid loss scale.
+pub(super) fn resolve_precision(fp16: Fp16Config, bf16: &Bf16Config) -> Result<Precision, Error> {
     let precision = match (fp16.enabled, bf16.enabled) {
         (true, true) => {
             let expected = "false, because fp16.enabled is true and they cannot be simultaneously enabled";
-            return Err(wrong("bf16.enabled", expected, "true"));
+            return Err(invalid_value("bf16.enabled", expected, "true"));
         }
         (false, false) => Precision::F32,
         (false, true) => Precision::Bf16,

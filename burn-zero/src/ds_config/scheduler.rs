@@ -1,23 +1,23 @@
 //! The scheduler's type and parameters, with DeepSpeed's defaults.
 
-use crate::schedule::{DeepSpeed, HalfCycle, OneCycle, Warmup, WarmupType};
+use crate::lr_schedule::{DeepSpeedLrSchedule, HalfCycle, OneCycle, Warmup, WarmupType};
 
 /// The parameters of WarmupLR.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct WarmupLr {
+pub struct WarmupLrParams {
     /// The learning rate of the first step.
     pub warmup_min_lr: f64,
-    /// The learning rate after the warm-up; the optimizer's if it is not given.
+    /// The learning rate after the warm-up; by default that of the optimizer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub warmup_max_lr: Option<f64>,
     /// The number of warm-up steps.
     pub warmup_num_steps: u64,
-    /// How the warm-up grows.
+    /// The form of the warm-up.
     pub warmup_type: WarmupType,
 }
 
-impl Default for WarmupLr {
+impl Default for WarmupLrParams {
     fn default() -> Self {
         Self { warmup_min_lr: 0.0, warmup_max_lr: None, warmup_num_steps: 1000, warmup_type: WarmupType::Log }
     }
@@ -26,7 +26,7 @@ impl Default for WarmupLr {
 /// The parameters of WarmupDecayLR.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct WarmupDecayLr {
+pub struct WarmupDecayLrParams {
     /// The number of steps of the run.
     pub total_num_steps: u64,
     /// The learning rate of the first step.
@@ -35,36 +35,36 @@ pub struct WarmupDecayLr {
     pub warmup_max_lr: f64,
     /// The number of warm-up steps.
     pub warmup_num_steps: u64,
-    /// How the warm-up grows.
+    /// The form of the warm-up.
     pub warmup_type: WarmupType,
 }
 
-impl Default for WarmupDecayLr {
+impl Default for WarmupDecayLrParams {
     fn default() -> Self {
-        let WarmupLr { warmup_min_lr, warmup_num_steps, warmup_type, .. } = WarmupLr::default();
+        let WarmupLrParams { warmup_min_lr, warmup_num_steps, warmup_type, .. } = WarmupLrParams::default();
         Self { total_num_steps: 1, warmup_min_lr, warmup_max_lr: 1e-3, warmup_num_steps, warmup_type }
     }
 }
 
-/// The parameters of WarmupCosineLR; its peak is the optimizer's learning rate.
+/// The parameters of WarmupCosineLR, whose peak is the learning rate of the optimizer.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct WarmupCosineLr {
+pub struct WarmupCosineLrParams {
     /// The number of steps of the run.
     pub total_num_steps: u64,
-    /// The share of the peak in the first step.
+    /// The learning rate of the first step as a fraction of the peak.
     pub warmup_min_ratio: f64,
     /// The number of warm-up steps.
     pub warmup_num_steps: u64,
-    /// The share of the peak in the last step.
+    /// The learning rate of the last step as a fraction of the peak.
     pub cos_min_ratio: f64,
-    /// How the warm-up grows.
+    /// The form of the warm-up.
     pub warmup_type: WarmupType,
 }
 
-impl Default for WarmupCosineLr {
+impl Default for WarmupCosineLrParams {
     fn default() -> Self {
-        let WarmupLr { warmup_num_steps, warmup_type, .. } = WarmupLr::default();
+        let WarmupLrParams { warmup_num_steps, warmup_type, .. } = WarmupLrParams::default();
         Self { total_num_steps: 1, warmup_min_ratio: 0.0, warmup_num_steps, cos_min_ratio: 1e-4, warmup_type }
     }
 }
@@ -72,28 +72,28 @@ impl Default for WarmupCosineLr {
 /// The parameters of OneCycle. The momentum is not cycled.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct Cycle {
+pub struct OneCycleParams {
     /// The lowest learning rate.
     pub cycle_min_lr: f64,
     /// The highest learning rate.
     pub cycle_max_lr: f64,
-    /// By how much the learning rate decays in `decay_step_size` steps after the cycle.
+    /// The decay rate of the learning rate per `decay_step_size` steps after the cycle.
     pub decay_lr_rate: f64,
-    /// The steps up.
+    /// The number of steps up.
     pub cycle_first_step_size: u64,
-    /// The steps down; as many as up if it is not given.
+    /// The number of steps down; by default as many as up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cycle_second_step_size: Option<u64>,
-    /// The stairs up; 0 for none.
+    /// The number of stairs up; 0 for none.
     pub cycle_first_stair_count: u64,
-    /// The stairs down; as many as up if it is not given.
+    /// The number of stairs down; by default as many as up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cycle_second_stair_count: Option<u64>,
-    /// See `decay_lr_rate`; 0 for no decay.
+    /// The unit of `decay_lr_rate` in steps; 0 for no decay.
     pub decay_step_size: u64,
 }
 
-impl Default for Cycle {
+impl Default for OneCycleParams {
     fn default() -> Self {
         Self {
             cycle_min_lr: 0.0,
@@ -111,18 +111,18 @@ impl Default for Cycle {
 /// The parameters of LRRangeTest.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct RangeTest {
+pub struct LrRangeTestParams {
     /// The learning rate before the first step.
     pub lr_range_test_min_lr: f64,
-    /// The number of steps in which the factor grows by the rate.
+    /// The number of steps in which the factor on the minimum grows by the rate.
     pub lr_range_test_step_size: u64,
-    /// See `lr_range_test_step_size`.
+    /// The growth of the factor per `lr_range_test_step_size` steps.
     pub lr_range_test_step_rate: f64,
-    /// Whether the factor grows only every `lr_range_test_step_size` steps.
+    /// True if the factor grows only every `lr_range_test_step_size` steps.
     pub lr_range_test_staircase: bool,
 }
 
-impl Default for RangeTest {
+impl Default for LrRangeTestParams {
     fn default() -> Self {
         Self {
             lr_range_test_min_lr: 1e-3,
@@ -133,51 +133,51 @@ impl Default for RangeTest {
     }
 }
 
-/// `scheduler`.
+/// The `scheduler` block.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(tag = "type", content = "params")]
-pub enum Scheduler {
-    /// A warm-up, then constant.
+pub enum SchedulerConfig {
+    /// Warm-up, then constant.
     #[serde(rename = "WarmupLR")]
-    WarmupLr(WarmupLr),
-    /// A warm-up, then linearly down.
+    WarmupLr(WarmupLrParams),
+    /// Warm-up, then linear decay.
     #[serde(rename = "WarmupDecayLR")]
-    WarmupDecayLr(WarmupDecayLr),
-    /// A warm-up, then half a cosine down.
+    WarmupDecayLr(WarmupDecayLrParams),
+    /// Warm-up, then cosine decay.
     #[serde(rename = "WarmupCosineLR")]
-    WarmupCosineLr(WarmupCosineLr),
-    /// Up and down once.
-    OneCycle(Cycle),
-    /// Ever upward, to find the largest learning rate that trains.
+    WarmupCosineLr(WarmupCosineLrParams),
+    /// Up and down once, then decay.
+    OneCycle(OneCycleParams),
+    /// Growth without end, to find the largest learning rate with which training is stable.
     #[serde(rename = "LRRangeTest")]
-    LrRangeTest(RangeTest),
+    LrRangeTest(LrRangeTestParams),
 }
 
-impl Scheduler {
-    /// The learning rate as a function of the step, for an optimizer with `learning_rate`.
-    pub fn schedule(&self, learning_rate: f64) -> DeepSpeed {
-        let warmup = |steps, form| Warmup { steps, form };
+impl SchedulerConfig {
+    /// Returns the learning-rate schedule for an optimizer with this learning rate.
+    pub fn lr_schedule(&self, learning_rate: f64) -> DeepSpeedLrSchedule {
+        let warmup = |steps, form| Warmup { steps, warmup_type: form };
         match *self {
-            Self::WarmupLr(it) => DeepSpeed::WarmupLr {
+            Self::WarmupLr(it) => DeepSpeedLrSchedule::WarmupLr {
                 warmup: warmup(it.warmup_num_steps, it.warmup_type),
                 min: it.warmup_min_lr,
                 max: it.warmup_max_lr.unwrap_or(learning_rate),
             },
-            Self::WarmupDecayLr(it) => DeepSpeed::WarmupDecayLr {
+            Self::WarmupDecayLr(it) => DeepSpeedLrSchedule::WarmupDecayLr {
                 warmup: warmup(it.warmup_num_steps, it.warmup_type),
                 min: it.warmup_min_lr,
                 max: it.warmup_max_lr,
                 total: it.total_num_steps,
             },
-            Self::WarmupCosineLr(it) => DeepSpeed::WarmupCosineLr {
+            Self::WarmupCosineLr(it) => DeepSpeedLrSchedule::WarmupCosineLr {
                 warmup: warmup(it.warmup_num_steps, it.warmup_type),
                 peak: learning_rate,
                 min_ratio: it.warmup_min_ratio,
                 cos_min_ratio: it.cos_min_ratio,
                 total: it.total_num_steps,
             },
-            Self::OneCycle(it) => DeepSpeed::OneCycle(it.cycle()),
-            Self::LrRangeTest(it) => DeepSpeed::LrRangeTest {
+            Self::OneCycle(it) => DeepSpeedLrSchedule::OneCycle(it.one_cycle()),
+            Self::LrRangeTest(it) => DeepSpeedLrSchedule::LrRangeTest {
                 min: it.lr_range_test_min_lr,
                 step_size: it.lr_range_test_step_size,
                 rate: it.lr_range_test_step_rate,
@@ -187,8 +187,8 @@ impl Scheduler {
     }
 }
 
-impl Cycle {
-    fn cycle(&self) -> OneCycle {
+impl OneCycleParams {
+    fn one_cycle(&self) -> OneCycle {
         let (up, stairs) = (self.cycle_first_step_size, self.cycle_first_stair_count);
         OneCycle {
             min: self.cycle_min_lr,

@@ -1,22 +1,22 @@
-//! JSON and YAML trees in which no key stands twice.
+//! Parsers of JSON and YAML that reject duplicate keys.
 
 use crate::Error;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 use std::fmt;
 
-/// A tree; reading it fails where a key stands twice, which serde_json and Python silently take the last of.
-struct Strict(Value);
+/// A value whose deserialization fails on duplicate keys, of which serde_json and Python silently take the last.
+struct UniqueKeysValue(Value);
 
-impl<'de> Deserialize<'de> for Strict {
+impl<'de> Deserialize<'de> for UniqueKeysValue {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Tree).map(Self)
+        deserializer.deserialize_any(UniqueKeysVisitor).map(Self)
     }
 }
 
-struct Tree;
+struct UniqueKeysVisitor;
 
-impl<'de> Visitor<'de> for Tree {
+impl<'de> Visitor<'de> for UniqueKeysVisitor {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -39,7 +39,7 @@ impl<'de> Visitor<'de> for Tree {
         Ok(value.into())
     }
 
-    /// YAML has infinities and NaN, which a tree of JSON cannot hold.
+    /// Rejects infinities and NaN, which YAML has and a JSON value cannot hold.
     fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
         if value.is_finite() { Ok(value.into()) } else { Err(E::custom(format!("{value} is not a finite number"))) }
     }
@@ -50,7 +50,7 @@ impl<'de> Visitor<'de> for Tree {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
         let mut list = Vec::new();
-        while let Some(Strict(item)) = items.next_element()? {
+        while let Some(UniqueKeysValue(item)) = items.next_element()? {
             list.push(item);
         }
         Ok(list.into())
@@ -58,9 +58,9 @@ impl<'de> Visitor<'de> for Tree {
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
-        while let Some((key, Strict(value))) = entries.next_entry::<String, Strict>()? {
+        while let Some((key, UniqueKeysValue(value))) = entries.next_entry::<String, UniqueKeysValue>()? {
             if map.contains_key(&key) {
-                return Err(A::Error::custom(format!("the key `{key}` stands twice")));
+                return Err(A::Error::custom(format!("the key `{key}` appears twice")));
             }
             map.insert(key, value);
         }
@@ -68,10 +68,10 @@ impl<'de> Visitor<'de> for Tree {
     }
 }
 
-fn block(Strict(value): Strict) -> Result<Map<String, Value>, Error> {
+fn top_level_map(UniqueKeysValue(value): UniqueKeysValue) -> Result<Map<String, Value>, Error> {
     match value {
         Value::Object(map) => Ok(map),
-        other => Err(Error::Key {
+        other => Err(Error::InvalidValue {
             key: "the file".to_owned(),
             expected: "keys and values".to_owned(),
             found: other.to_string(),
@@ -79,14 +79,14 @@ fn block(Strict(value): Strict) -> Result<Map<String, Value>, Error> {
     }
 }
 
-/// The top block of a JSON file.
+/// Parses a JSON file and returns its top-level object.
 pub(super) fn from_json(text: &str) -> Result<Map<String, Value>, Error> {
     let syntax = |error: serde_json::Error| Error::Syntax { format: "JSON", message: error.to_string() };
-    block(serde_json::from_str(text).map_err(syntax)?)
+    top_level_map(serde_json::from_str(text).map_err(syntax)?)
 }
 
-/// The top block of a YAML file.
+/// Parses a YAML file and returns its top-level mapping.
 pub(super) fn from_yaml(text: &str) -> Result<Map<String, Value>, Error> {
     let syntax = |error: serde_yaml_ng::Error| Error::Syntax { format: "YAML", message: error.to_string() };
-    block(serde_yaml_ng::from_str(text).map_err(syntax)?)
+    top_level_map(serde_yaml_ng::from_str(text).map_err(syntax)?)
 }

@@ -1,129 +1,129 @@
-//! What is divided among the ranks, and where it is kept.
+//! The `zero_optimization` block: what is sharded among the ranks and what is offloaded.
 
-use super::check::wrong;
+use super::check::invalid_value;
 use crate::Error;
 use std::path::PathBuf;
 
-/// What ZeRO divides among the ranks: DeepSpeed's stages 0 to 3, each with what the ones before it divide.
+/// A ZeRO stage as in DeepSpeed, 0 to 3. Each stage shards among the ranks what the stages before it shard, and more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, serde::Serialize, serde::Deserialize)]
 #[serde(into = "u8", try_from = "u8")]
-pub enum Stage {
-    /// Nothing: every rank holds all (stage 0).
+pub enum ZeroStage {
+    /// Stage 0: nothing is sharded, every rank holds all states.
     #[default]
-    Replicated,
-    /// Optimizer states (stage 1).
-    States,
-    /// Gradients too (stage 2).
+    Disabled,
+    /// Stage 1: optimizer states are sharded.
+    OptimizerStates,
+    /// Stage 2: gradients are sharded too.
     Gradients,
-    /// Weights too (stage 3).
+    /// Stage 3: weights are sharded too.
     Weights,
 }
 
-impl From<Stage> for u8 {
-    fn from(stage: Stage) -> u8 {
+impl From<ZeroStage> for u8 {
+    fn from(stage: ZeroStage) -> u8 {
         stage as u8
     }
 }
 
-impl TryFrom<u8> for Stage {
+impl TryFrom<u8> for ZeroStage {
     type Error = Error;
 
     fn try_from(number: u8) -> Result<Self, Error> {
-        let stages = [Self::Replicated, Self::States, Self::Gradients, Self::Weights];
+        let stages = [Self::Disabled, Self::OptimizerStates, Self::Gradients, Self::Weights];
         let stage = stages.get(usize::from(number)).copied();
-        stage.ok_or_else(|| wrong("zero_optimization.stage", "a whole number from 0 to 3", &number.to_string()))
+        stage.ok_or_else(|| invalid_value("zero_optimization.stage", "a whole number from 0 to 3", &number.to_string()))
     }
 }
 
-/// Where something is kept.
+/// The device to which states are offloaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Device {
-    /// On the device that trains.
+pub enum OffloadDevice {
+    /// No offload: on the device that trains.
     #[default]
     None,
-    /// In the host's memory.
+    /// In host memory.
     Cpu,
     /// In files.
     Nvme,
 }
 
-/// `offload_optimizer` or `offload_param`.
+/// The `offload_optimizer` or the `offload_param` block.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct Offload {
-    /// Where.
-    pub device: Device,
-    /// The folder of the files, with [`Device::Nvme`].
+pub struct OffloadConfig {
+    /// The device.
+    pub device: OffloadDevice,
+    /// The folder of the files, for [`OffloadDevice::Nvme`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nvme_path: Option<PathBuf>,
 }
 
-/// `zero_optimization`.
+/// The `zero_optimization` block.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct Zero {
-    /// What is divided.
-    pub stage: Stage,
-    /// Where the optimizer's states are, and where it runs; stages 1 to 3.
-    pub offload_optimizer: Offload,
-    /// Where the weights are; stage 3.
-    pub offload_param: Offload,
-    /// The number of gradients that are reduced at a time.
+pub struct ZeroConfig {
+    /// The ZeRO stage.
+    pub stage: ZeroStage,
+    /// The offload of optimizer states and the optimizer step; stages 1 to 3.
+    pub offload_optimizer: OffloadConfig,
+    /// The offload of the weights; stage 3.
+    pub offload_param: OffloadConfig,
+    /// The number of gradients in a bucket, which is reduced at once.
     pub reduce_bucket_size: u64,
-    /// The number of weights that are gathered at a time.
+    /// The number of weights that are gathered at once.
     pub allgather_bucket_size: u64,
-    /// Whether gradients are reduced while the backward pass goes on; DeepSpeed's default is stage 3 only.
+    /// True if gradients are reduced while the backward pass goes on; DeepSpeed's default is true for stage 3 only.
     pub overlap_comm: bool,
-    /// Whether gradients are copied into one buffer as they are made.
+    /// True if gradients are copied into a contiguous buffer as they are produced.
     pub contiguous_gradients: bool,
-    /// Stage 3's own settings.
+    /// The settings of stage 3.
     #[serde(flatten)]
-    pub stage3: Stage3,
+    pub stage3: ZeroStage3Config,
 }
 
-impl Default for Zero {
+impl Default for ZeroConfig {
     fn default() -> Self {
         Self {
-            stage: Stage::Replicated,
-            offload_optimizer: Offload::default(),
-            offload_param: Offload::default(),
+            stage: ZeroStage::Disabled,
+            offload_optimizer: OffloadConfig::default(),
+            offload_param: OffloadConfig::default(),
             reduce_bucket_size: 500_000_000,
             allgather_bucket_size: 500_000_000,
             overlap_comm: false,
             contiguous_gradients: true,
-            stage3: Stage3::default(),
+            stage3: ZeroStage3Config::default(),
         }
     }
 }
 
-/// Stage 3's own settings; all but the last are numbers of weights.
+/// The settings of stage 3; all but the last are numbers of weights.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct Stage3 {
-    /// How many are updated at a time.
+pub struct ZeroStage3Config {
+    /// The number of weights that are updated at a time.
     pub sub_group_size: u64,
-    /// How many may be gathered at a time.
+    /// The largest number of gathered weights.
     #[serde(rename = "stage3_max_live_parameters")]
     pub max_live_parameters: u64,
-    /// Weights that are used again within this many stay gathered.
+    /// The reuse distance, in weights, below which gathered weights are not released.
     #[serde(rename = "stage3_max_reuse_distance")]
     pub max_reuse_distance: u64,
-    /// How many are gathered ahead of their use.
+    /// The number of weights that are gathered before their use.
     #[serde(rename = "stage3_prefetch_bucket_size")]
     pub prefetch_bucket_size: u64,
-    /// Smaller parameters are not divided.
+    /// The size below which a parameter is not sharded.
     #[serde(rename = "stage3_param_persistence_threshold")]
     pub param_persistence_threshold: u64,
-    /// How many may be left undivided in all.
+    /// The largest total number of weights that are not sharded.
     #[serde(rename = "stage3_model_persistence_threshold")]
     pub model_persistence_threshold: u64,
-    /// Whether saving gathers the whole model in its 16 bit type.
+    /// True if saving gathers the whole model in its 16-bit data type.
     #[serde(rename = "stage3_gather_16bit_weights_on_model_save")]
     pub gather_16bit_weights_on_model_save: bool,
 }
 
-impl Default for Stage3 {
+impl Default for ZeroStage3Config {
     fn default() -> Self {
         Self {
             sub_group_size: 1_000_000_000,
@@ -138,22 +138,24 @@ impl Default for Stage3 {
     }
 }
 
-impl Zero {
+impl ZeroConfig {
+    /// Returns the settings if they are valid.
+    ///
     /// # Errors
-    /// [`Error::Key`] for an offload that its stage does not have, or one to files without a folder.
-    pub(super) fn checked(self) -> Result<Self, Error> {
+    /// [`Error::InvalidValue`] for an offload that the stage does not support, or an offload to files without a folder.
+    pub(super) fn validated(self) -> Result<Self, Error> {
         let offloads = [
-            ("offload_optimizer", &self.offload_optimizer, Stage::States, "none, or stage 1, 2 or 3"),
-            ("offload_param", &self.offload_param, Stage::Weights, "none, or stage 3"),
+            ("offload_optimizer", &self.offload_optimizer, ZeroStage::OptimizerStates, "none, or stage 1, 2 or 3"),
+            ("offload_param", &self.offload_param, ZeroStage::Weights, "none, or stage 3"),
         ];
         for (block, offload, least, expected) in offloads {
             let path = |key| format!("zero_optimization.{block}.{key}");
-            if offload.device != Device::None && self.stage < least {
+            if offload.device != OffloadDevice::None && self.stage < least {
                 let found = format!("{:?} with stage {}", offload.device, u8::from(self.stage)).to_lowercase();
-                return Err(wrong(&path("device"), expected, &found));
+                return Err(invalid_value(&path("device"), expected, &found));
             }
-            if offload.device == Device::Nvme && offload.nvme_path.is_none() {
-                return Err(wrong(&path("nvme_path"), "a folder, because device is nvme", "nothing"));
+            if offload.device == OffloadDevice::Nvme && offload.nvme_path.is_none() {
+                return Err(invalid_value(&path("nvme_path"), "a folder, because device is nvme", "nothing"));
             }
         }
         Ok(self)

@@ -1,67 +1,69 @@
-//! The optimizer's step, once all gradients are there.
+//! The optimizer step that runs once all gradients have been accumulated.
 
-use super::{Division, Engine, StepReport, update::Updates};
+use super::{Engine, ShardingState, StepReport, update::UpdatePipeline};
 use crate::{
     Error,
     comm::{Collectives, Lane},
-    gather::{Place, Store, Whole},
-    held::Held,
-    norm::{Exact, add_squares, add_squares_of},
-    optimizer::Rates,
-    partition::{Layout, Piece},
-    reduce::{Gradients, Reduced},
+    gather::{ReplicatedModel, ShardContext, WeightStore},
+    host_or_device::HostOrDevice,
+    norm::{ExactSum, add_squares, add_squares_on_host},
+    optimizer::Hyperparameters,
+    reduce::{GradientReducer, ShardGradients},
     segment::TrainSegments,
+    sharding::{ParamShard, ShardLayout},
 };
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use std::collections::HashMap;
 
-/// What all ranks agree on about the gradients of a step.
-pub(super) struct Agreed {
+/// The properties of a step's gradients on which all ranks agree.
+pub(super) struct GradientStats {
     pub norm: f64,
-    /// Whether any rank had a gradient, by parameter.
-    pub present: Vec<bool>,
+    /// For each parameter, true if any rank had a gradient.
+    pub has_gradient: Vec<bool>,
 }
 
 impl<B: AutodiffBackend> Engine<B> {
-    /// Clips the accumulated gradients by their global norm, as torch's `clip_grad_norm_` does, updates the parameters that
-    /// have one on any rank and forgets the gradients. Parameters keep their identity; matrices decay, see
-    /// [`crate::optimizer::no_decay`]. The norm is that of all ranks together, and it does not depend on their number.
+    /// Clips the accumulated gradients by their global norm, as `torch.nn.utils.clip_grad_norm_` does, updates the
+    /// parameters that have a gradient on any rank and clears the gradients. Parameters keep their ids; weight decay
+    /// applies to matrices only, see [`crate::optimizer::no_decay`]. The norm covers all ranks and does not depend on
+    /// their number.
     ///
-    /// Weights in half precision are updated through copies in f32 that this rank keeps of its pieces (masters).
+    /// Half-precision weights are updated through the f32 master weights that this rank keeps of its shards.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] if the norm is, on any rank: model, moments and step count are as before, the gradients are gone. With
-    /// a loss scaler that is a step that all ranks skip instead, or [`Error::LossScale`].
-    /// [`Error::Lost`] and the like if a rank is lost: the model is incomplete then.
+    /// Returns [`Error::NotFinite`] if the norm is not finite on any rank: model, moments and step count are unchanged,
+    /// the gradients are cleared. With a loss scaler all ranks skip the step instead, or return [`Error::LossScale`].
+    /// Returns [`Error::Lost`] or another communication error if a rank is lost; the model is incomplete then.
     pub fn step<M: TrainSegments<B>>(&mut self, model: &mut M, learning_rate: f64) -> Result<StepReport, Error> {
-        self.divide(model)?;
-        let mut division = self.division.take().expect("the model was divided above");
-        let gradients = division.take_gradients();
-        let trace = self.queue.trace().clone();
-        let update = || self.step_at_once(model, &mut division, gradients, learning_rate);
+        self.shard_model(model)?;
+        let mut sharding_state = self.sharding_state.take().expect("the model was sharded above");
+        let gradients = sharding_state.take_gradients();
+        let trace = self.communicator.trace().clone();
+        let update = || self.step_after_backward(model, &mut sharding_state, gradients, learning_rate);
         let report = trace.span("step", Lane::Compute, update);
-        self.division = Some(division);
+        self.sharding_state = Some(sharding_state);
         report
     }
 
-    fn step_at_once<M: TrainSegments<B>>(
+    fn step_after_backward<M: TrainSegments<B>>(
         &mut self,
         model: &mut M,
-        division: &mut Division<B>,
-        gradients: Gradients<B::InnerBackend>,
+        sharding_state: &mut ShardingState<B>,
+        reducer: GradientReducer<B::InnerBackend>,
         learning_rate: f64,
     ) -> Result<StepReport, Error> {
-        let mine = gradients.present().to_vec();
-        let place = (self.sharding.stage, self.queue.as_ref());
-        // Where states are on the host gradients stay there.
-        let device = self.desk.is_none().then_some(&division.device);
-        let reduced = gradients.finish(&division.layout, place, device)?;
-        let mut sum = Exact::default();
-        reduced.values().for_each(|gradients| add_squares_in(&mut sum, gradients));
-        let Agreed { norm, present } = self.agree(&division.layout, &sum, &mine)?;
+        let has_gradient = reducer.has_gradient().to_vec();
+        let context = (self.sharding.stage, self.communicator.as_ref());
+        // If the optimizer states are on the host, the gradients stay there.
+        let device = self.host_optimizer.is_none().then_some(&sharding_state.device);
+        let reduced = reducer.finish(&sharding_state.layout, context, device)?;
+        let mut sum = ExactSum::default();
+        reduced.values().for_each(|gradients| add_gradient_squares(&mut sum, gradients));
+        let GradientStats { norm, has_gradient: present } =
+            self.reduce_gradient_stats(&sharding_state.layout, &sum, &has_gradient)?;
         let (norm, unscale) = (norm / self.loss_scale(), 1.0 / self.loss_scale());
         let finite = norm.is_finite();
-        if let Some(scaler) = &mut self.scaler {
+        if let Some(scaler) = &mut self.loss_scaler {
             scaler.update(!finite)?;
         } else if !finite {
             return Err(Error::NotFinite { step: self.steps, norm });
@@ -70,77 +72,89 @@ impl<B: AutodiffBackend> Engine<B> {
             return Ok(StepReport { grad_norm: norm, clipped: false, skipped: true });
         }
         let clip = self.max_grad_norm.map_or(1.0, |max| (max / (norm + 1e-6)).min(1.0));
-        let rates = Rates { lr: learning_rate, weight_decay: self.optimizer.weight_decay(), scale: clip * unscale };
-        let queue = self.queue.clone();
-        let Division { layout, device, weights, .. } = division;
-        let place = Place { layout, queue: &queue, device };
-        let updates = Updates::new(self, place, rates);
+        let rates = Hyperparameters {
+            lr: learning_rate,
+            weight_decay: self.optimizer.weight_decay(),
+            grad_scale: clip * unscale,
+        };
+        let communicator = self.communicator.clone();
+        let ShardingState { layout, device, weights, .. } = sharding_state;
+        let place = ShardContext { layout, communicator: &communicator, device };
+        let updates = UpdatePipeline::new(self, place, rates);
         match weights {
-            Some(weights) => updates.all(&mut weights.stored(place), (reduced, &present))?,
+            Some(weights) => updates.update_all(&mut weights.as_store(place), (reduced, &present))?,
             None => {
-                let mut whole = Whole::out_of(model, place);
-                let done = updates.all(&mut whole, (reduced, &present));
-                whole.back_into(model, done)?;
+                let mut whole = ReplicatedModel::take_from(model, place);
+                let done = updates.update_all(&mut whole, (reduced, &present));
+                whole.put_back(model, done)?;
             }
         }
-        self.end_step(norm, clip < 1.0)
+        self.finish_step(norm, clip < 1.0)
     }
 
-    /// Counts a step whose updates have been made.
-    pub(super) fn end_step(&mut self, grad_norm: f64, clipped: bool) -> Result<StepReport, Error> {
-        self.desk.as_ref().map_or(Ok(()), |desk| desk.states().settle())?;
+    /// Counts a step whose updates are complete and returns its report.
+    pub(super) fn finish_step(&mut self, grad_norm: f64, clipped: bool) -> Result<StepReport, Error> {
+        self.host_optimizer.as_ref().map_or(Ok(()), |desk| desk.lock_states().flush())?;
         self.steps += 1;
         Ok(StepReport { grad_norm, clipped, skipped: false })
     }
 
-    /// The norm over all parts from the sum of this rank's squares, and who had a gradient anywhere. Where there is one part
-    /// all ranks have the same.
-    pub(super) fn agree(&self, layout: &Layout, sum: &Exact, present: &[bool]) -> Result<Agreed, Error> {
-        let mut note = sum.to_bytes();
-        note.extend(present.iter().map(|&present| u8::from(present)));
-        let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
-        let (mut total, mut any) = (Exact::default(), vec![false; present.len()]);
-        for (rank, note) in notes.iter().enumerate() {
-            let (part, flags) = Exact::from_bytes(note);
-            if rank < layout.parts {
+    /// Computes the global norm over all shards from this rank's sum of squares, and which parameters had a gradient on
+    /// any rank. If optimizer states are not sharded, all ranks hold the same sum and only that of rank 0 counts.
+    pub(super) fn reduce_gradient_stats(
+        &self,
+        layout: &ShardLayout,
+        sum: &ExactSum,
+        present: &[bool],
+    ) -> Result<GradientStats, Error> {
+        let mut message = sum.to_bytes();
+        message.extend(present.iter().map(|&present| u8::from(present)));
+        let messages = self.communicator.submit("share", move |group| group.all_gather_object(&message)).wait()?;
+        let (mut total, mut any) = (ExactSum::default(), vec![false; present.len()]);
+        for (rank, note) in messages.iter().enumerate() {
+            let (part, flags) = ExactSum::from_bytes(note);
+            if rank < layout.num_shards {
                 total.merge(part);
             }
             any.iter_mut().zip(flags).for_each(|(any, &flag)| *any |= flag != 0);
         }
-        Ok(Agreed { norm: total.value().sqrt(), present: any })
+        Ok(GradientStats { norm: total.value().sqrt(), has_gradient: any })
     }
 }
 
-/// Adds the squares of a bucket's gradients.
-pub(super) fn add_squares_in<B: Backend>(sum: &mut Exact, gradients: &Reduced<B>) {
+/// Adds the squares of a bucket's gradients to `sum`.
+pub(super) fn add_gradient_squares<B: Backend>(sum: &mut ExactSum, gradients: &ShardGradients<B>) {
     for held in gradients.iter().filter_map(|(_, held)| held.as_ref()) {
         match held {
-            Held::Device(value) => add_squares(sum, value),
-            Held::Host(values) => add_squares_of(sum, values),
+            HostOrDevice::Device(value) => add_squares(sum, value),
+            HostOrDevice::Host(values) => add_squares_on_host(sum, values),
         }
     }
 }
 
-/// What is left of a bucket's gradients where only those count that any rank had.
-pub(super) fn only<B: Backend>(gradients: Reduced<B>, present: impl Fn(usize) -> bool) -> Reduced<B> {
-    let filter = |(piece, held): (Piece, Option<Held<B>>)| {
-        let held = held.filter(|_| present(piece.parameter));
-        (piece, held)
+/// Removes the gradients of parameters for which no rank had a gradient.
+pub(super) fn retain_present<B: Backend>(
+    gradients: ShardGradients<B>,
+    present: impl Fn(usize) -> bool,
+) -> ShardGradients<B> {
+    let filter = |(shard, held): (ParamShard, Option<HostOrDevice<B>>)| {
+        let held = held.filter(|_| present(shard.parameter));
+        (shard, held)
     };
     gradients.into_iter().map(filter).collect()
 }
 
-impl<B: AutodiffBackend> Updates<'_, B> {
-    /// Updates everything that is trained.
-    fn all(
+impl<B: AutodiffBackend> UpdatePipeline<'_, B> {
+    /// Updates all trainable buckets.
+    fn update_all(
         mut self,
-        store: &mut dyn Store<B::InnerBackend>,
-        (mut reduced, present): (HashMap<usize, Reduced<B::InnerBackend>>, &[bool]),
+        store: &mut dyn WeightStore<B::InnerBackend>,
+        (mut reduced, present): (HashMap<usize, ShardGradients<B::InnerBackend>>, &[bool]),
     ) -> Result<(), Error> {
-        for (index, _) in self.place.layout.trained() {
+        for (index, _) in self.context.layout.trainable_buckets() {
             let gradients = reduced.remove(&index).unwrap_or_default();
-            self.start(store, index, only(gradients, |parameter| present[parameter]))?;
+            self.update_bucket(store, index, retain_present(gradients, |parameter| present[parameter]))?;
         }
-        self.settle(store, 0)
+        self.drain(store, 0)
     }
 }

@@ -1,53 +1,53 @@
 use super::*;
 use crate::optimizer::AdamW;
-use crate::segment::tests::{AB, Toy, ToyBatch, alone, frozen, toy};
+use crate::segment::tests::{TestBackend, Toy, ToyBatch, backward_lock, frozen, toy};
 use burn::module::AutodiffModule;
 
-mod beside;
-mod early;
+mod optimizer_in_backward;
 mod optimizers;
+mod overlap;
 mod world;
 
-/// Every parameter: identity, whether it needs a gradient, values.
+/// The id, trainability and values of every parameter.
 #[derive(Default, Debug, PartialEq)]
-struct Read(Vec<(ParamId, bool, Vec<f32>)>);
+struct ParameterSnapshot(Vec<(ParamId, bool, Vec<f32>)>);
 
-impl ModuleVisitor<AB> for Read {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<AB, D>>) {
+impl ModuleVisitor<TestBackend> for ParameterSnapshot {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<TestBackend, D>>) {
         let value = param.val();
         self.0.push((param.id, value.is_require_grad(), value.into_data().to_vec().unwrap()));
     }
 }
 
-fn read(model: &Toy<AB>) -> Read {
-    let mut read = Read::default();
+fn parameter_snapshot(model: &Toy<TestBackend>) -> ParameterSnapshot {
+    let mut read = ParameterSnapshot::default();
     model.visit(&mut read);
     read
 }
 
-fn engine(max_grad_norm: Option<f64>) -> Engine<AB> {
+fn engine(max_grad_norm: Option<f64>) -> Engine<TestBackend> {
     Engine::new(AdamW::default(), max_grad_norm, Checkpointing::Every(2))
 }
 
-/// The accumulated gradients in the order of paths.
-fn gradients(engine: &Engine<AB>) -> Vec<f64> {
-    let Division { layout, gradients, .. } = engine.division.as_ref().unwrap();
-    let path = |(&index, value): (&usize, &Value<_>)| (layout.parameters[index].path.clone(), value.clone());
-    let mut sorted: Vec<_> = gradients.whole().iter().map(path).collect();
+/// Returns the accumulated gradients, ordered by path.
+fn gradients(engine: &Engine<TestBackend>) -> Vec<f64> {
+    let ShardingState { layout, reducer: gradients, .. } = engine.sharding_state.as_ref().unwrap();
+    let path = |(&index, value): (&usize, &DynTensor<_>)| (layout.parameters[index].path.clone(), value.clone());
+    let mut sorted: Vec<_> = gradients.unreduced().iter().map(path).collect();
     sorted.sort_by(|a, b| a.0.cmp(&b.0));
-    let host = |(_, g): (String, Value<_>)| g.flatten().into_data().iter::<f64>().collect::<Vec<_>>();
+    let host = |(_, g): (String, DynTensor<_>)| g.flatten().into_data().iter::<f64>().collect::<Vec<_>>();
     sorted.into_iter().flat_map(host).collect()
 }
 
 #[test]
 fn unequal_micro_batches_add_up_to_one_batch() {
-    let _alone = alone();
+    let _alone = backward_lock();
     let (mut model, mut parts, mut whole) = (toy(), engine(None), engine(None));
     let loss = [(0, 5), (5, 20)]
-        .map(|(a, b)| parts.accumulate(&mut model, &ToyBatch::new(a, b, 13.0)).unwrap())
+        .map(|(a, b)| parts.forward_backward(&mut model, &ToyBatch::new(a, b, 13.0)).unwrap())
         .iter()
         .sum::<f64>();
-    let expected = whole.accumulate(&mut model, &ToyBatch::new(0, 20, 13.0)).unwrap();
+    let expected = whole.forward_backward(&mut model, &ToyBatch::new(0, 20, 13.0)).unwrap();
     assert!((loss - expected).abs() < 1e-6 * expected, "{loss} against {expected}");
     let (parts, whole) = (gradients(&parts), gradients(&whole));
     let largest = whole.iter().fold(0f64, |a, b| a.max(b.abs()));
@@ -59,14 +59,14 @@ fn unequal_micro_batches_add_up_to_one_batch() {
 
 #[test]
 fn gradients_are_clipped_by_their_global_norm() {
-    let _alone = alone();
+    let _alone = backward_lock();
     let (batch, start) = (ToyBatch::new(0, 20, 1.0), toy());
     let mut reference = engine(None);
-    reference.accumulate(&mut start.clone(), &batch).unwrap();
+    reference.forward_backward(&mut start.clone(), &batch).unwrap();
     let norm = gradients(&reference).iter().map(|g| g * g).sum::<f64>().sqrt();
     for (max, clipped) in [(norm / 4.0, true), (norm * 2.0, false)] {
         let (mut model, mut engine) = (start.clone(), engine(Some(max)));
-        engine.accumulate(&mut model, &batch).unwrap();
+        engine.forward_backward(&mut model, &batch).unwrap();
         let unclipped = gradients(&engine);
         let report = engine.step(&mut model, 1e-3).unwrap();
         assert!((report.grad_norm - norm).abs() < 1e-6 * norm);
@@ -74,7 +74,7 @@ fn gradients_are_clipped_by_their_global_norm() {
         // After one step the first moment is (1 − β₁) times the clipped gradient.
         let coefficient = (max / (norm + 1e-6)).min(1.0);
         let largest = unclipped.iter().fold(0f64, |a, b| a.max(b.abs()));
-        let embed = engine.states[&model.embed.id].slots[0].clone().flatten().into_data();
+        let embed = engine.device_states[&model.embed.id].slots[0].clone().flatten().into_data();
         for (moment, gradient) in embed.iter::<f64>().zip(&unclipped[model.down.val().shape().num_elements()..]) {
             assert!((moment - 0.1 * coefficient * gradient).abs() <= 1e-6 * largest, "{moment} for {gradient}");
         }
@@ -83,18 +83,18 @@ fn gradients_are_clipped_by_their_global_norm() {
 
 #[test]
 fn a_step_changes_what_is_trainable_and_nothing_else() {
-    let _alone = alone();
+    let _alone = backward_lock();
     let batch = ToyBatch::new(0, 20, 13.0);
     let (mut model, mut engine) = (frozen(&["embed", "up_bias"]), engine(Some(1.0)));
-    let before = read(&model);
+    let before = parameter_snapshot(&model);
     let mut losses = vec![];
     for _ in 0..3 {
-        losses.push(engine.accumulate(&mut model, &batch).unwrap());
+        losses.push(engine.forward_backward(&mut model, &batch).unwrap());
         engine.step(&mut model, 1e-2).unwrap();
     }
     assert!(losses[2] < losses[1] && losses[1] < losses[0], "{losses:?}");
-    assert_eq!((engine.steps(), engine.states.len(), engine.world()), (3, 3, 1));
-    for (before, after) in before.0.iter().zip(read(&model).0) {
+    assert_eq!((engine.steps(), engine.device_states.len(), engine.world()), (3, 3, 1));
+    for (before, after) in before.0.iter().zip(parameter_snapshot(&model).0) {
         assert_eq!((before.0, before.1), (after.0, after.1), "identity and trainability stay");
         assert_eq!(before.2 != after.2, before.1, "the trainable ones change, the others do not");
     }
@@ -102,12 +102,13 @@ fn a_step_changes_what_is_trainable_and_nothing_else() {
 
 #[test]
 fn vectors_do_not_decay() {
-    let _alone = alone();
-    // Without weight on any token every gradient is zero: what moves a parameter is decay alone.
+    let _alone = backward_lock();
+    // All tokens have weight zero, so every gradient is zero: only weight decay changes a parameter.
     let (mut model, lr) = (toy(), 0.5);
-    let mut engine = Engine::<AB>::new(AdamW { weight_decay: 0.2, ..AdamW::default() }, None, Checkpointing::None);
+    let mut engine =
+        Engine::<TestBackend>::new(AdamW { weight_decay: 0.2, ..AdamW::default() }, None, Checkpointing::None);
     let (up, bias) = (model.up.val().into_data(), model.up_bias.val().into_data());
-    engine.accumulate(&mut model, &ToyBatch::new(0, 1, 1.0)).unwrap();
+    engine.forward_backward(&mut model, &ToyBatch::new(0, 1, 1.0)).unwrap();
     assert_eq!(engine.step(&mut model, lr).unwrap().grad_norm, 0.0);
     assert_eq!(model.up_bias.val().into_data(), bias);
     for (after, before) in model.up.val().into_data().iter::<f64>().zip(up.iter::<f64>()) {
@@ -117,15 +118,15 @@ fn vectors_do_not_decay() {
 
 #[test]
 fn a_gradient_that_is_not_finite_leaves_everything_as_it_was() {
-    let _alone = alone();
+    let _alone = backward_lock();
     let (mut model, mut engine) = (toy(), engine(Some(1.0)));
-    let before = read(&model);
-    engine.accumulate(&mut model, &ToyBatch::new(0, 20, 0.0)).unwrap();
+    let before = parameter_snapshot(&model);
+    engine.forward_backward(&mut model, &ToyBatch::new(0, 20, 0.0)).unwrap();
     let error = engine.step(&mut model, 1e-3).unwrap_err();
     assert!(matches!(error, Error::NotFinite { step: 0, .. }), "{error}");
-    assert_eq!(read(&model), before);
-    assert_eq!((engine.steps(), engine.states.len(), gradients(&engine).len()), (0, 0, 0));
-    engine.accumulate(&mut model, &ToyBatch::new(0, 20, 13.0)).unwrap();
+    assert_eq!(parameter_snapshot(&model), before);
+    assert_eq!((engine.steps(), engine.device_states.len(), gradients(&engine).len()), (0, 0, 0));
+    engine.forward_backward(&mut model, &ToyBatch::new(0, 20, 13.0)).unwrap();
     assert!(engine.step(&mut model, 1e-3).is_ok());
     assert!(model.valid().embed.val().into_data().iter::<f64>().all(f64::is_finite));
 }

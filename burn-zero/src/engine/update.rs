@@ -1,17 +1,17 @@
-//! The updates of a step, bucket by bucket.
+//! The updates of an optimizer step, bucket by bucket.
 
 use super::Engine;
 use crate::{
     Error, bucket,
     comm::{Collectives, Lane, Pending},
-    gather::{Pieces, Place, Store},
-    held::Held,
-    norm::{Exact, add_squares},
-    offload::Task,
-    optimizer::{self, Lamb, Optimizer, Rates},
-    partition::{Layout, Piece},
-    reduce::Reduced,
-    segment::Value,
+    gather::{ShardContext, ShardTensors, WeightStore},
+    host_or_device::HostOrDevice,
+    norm::{ExactSum, add_squares},
+    offload::ShardUpdate,
+    optimizer::{self, Hyperparameters, Lamb, Optimizer},
+    reduce::ShardGradients,
+    segment::DynTensor,
+    sharding::{ParamShard, ShardLayout},
 };
 use burn::tensor::{
     DType,
@@ -19,222 +19,239 @@ use burn::tensor::{
 };
 use std::collections::{HashMap, VecDeque};
 
-/// Gradients of pieces, on the device.
-type Wanted<B> = Vec<(Piece, Option<Value<B>>)>;
+/// Gradients of parameter shards, on the device.
+type DeviceGradients<B> = Vec<(ParamShard, Option<DynTensor<B>>)>;
 
-/// The updates of a step under way. While one bucket is updated the one before it is put back.
-pub(super) struct Updates<'a, B: AutodiffBackend> {
+/// The pipeline of a step's updates: while one bucket is updated, the previous one is written back.
+pub(super) struct UpdatePipeline<'a, B: AutodiffBackend> {
     pub engine: &'a mut Engine<B>,
-    pub place: Place<'a, B::InnerBackend>,
-    pub rates: Rates,
-    /// Oldest first.
-    under_way: VecDeque<(usize, Coming<B::InnerBackend>)>,
+    pub context: ShardContext<'a, B::InnerBackend>,
+    pub hyperparameters: Hyperparameters,
+    /// The buckets in flight, oldest first.
+    in_flight: VecDeque<(usize, InFlightUpdate<B::InnerBackend>)>,
 }
 
-/// Pieces of a bucket on their way, and the types of its weights.
-struct Coming<B: Backend> {
+/// A bucket whose update has been started, and the dtypes of its weights.
+struct InFlightUpdate<B: Backend> {
     dtypes: Vec<DType>,
-    /// Bytes of their gradients.
-    gradients: usize,
-    pieces: Way<B>,
+    /// Bytes of the bucket's gradients.
+    gradient_bytes: usize,
+    shards: UpdatedShards<B>,
 }
 
-enum Way<B: Backend> {
-    /// Updated, on the device.
-    Done(Pieces<B>),
-    /// With the thread that updates on the host.
-    Desk(Pending<Vec<(Piece, Held<B>)>>),
+enum UpdatedShards<B: Backend> {
+    /// Updated shards on the device.
+    Device(ShardTensors<B>),
+    /// Shards in the queue of the host optimizer's thread.
+    Host(Pending<Vec<(ParamShard, HostOrDevice<B>)>>),
 }
 
-impl<'a, B: AutodiffBackend> Updates<'a, B> {
-    pub fn new(engine: &'a mut Engine<B>, place: Place<'a, B::InnerBackend>, rates: Rates) -> Self {
-        Self { engine, place, rates, under_way: VecDeque::new() }
+impl<'a, B: AutodiffBackend> UpdatePipeline<'a, B> {
+    pub fn new(engine: &'a mut Engine<B>, context: ShardContext<'a, B::InnerBackend>, rates: Hyperparameters) -> Self {
+        Self { engine, context, hyperparameters: rates, in_flight: VecDeque::new() }
     }
 
-    /// Updates this rank's pieces of a bucket with its gradients, none where no rank had one.
-    pub fn start(
+    /// Updates this rank's shards of a bucket; a shard without gradient (no rank had one) stays as it is.
+    pub fn update_bucket(
         &mut self,
-        store: &mut dyn Store<B::InnerBackend>,
+        store: &mut dyn WeightStore<B::InnerBackend>,
         index: usize,
-        gradients: Reduced<B::InnerBackend>,
+        gradients: ShardGradients<B::InnerBackend>,
     ) -> Result<(), Error> {
-        let coming = self.begin(store.take(index)?, gradients)?;
-        self.under_way.push_back((index, coming));
-        self.settle(store, usize::from(self.engine.overlap))
+        let update = self.start_update(store.take(index)?, gradients)?;
+        self.in_flight.push_back((index, update));
+        self.drain(store, usize::from(self.engine.overlap))
     }
 
-    /// Waits until no more than so many buckets are under way.
-    pub fn settle(&mut self, store: &mut dyn Store<B::InnerBackend>, left: usize) -> Result<(), Error> {
-        while self.under_way.len() > left {
-            let Some((index, coming)) = self.under_way.pop_front() else { return Ok(()) };
-            let pieces = self.end(coming)?;
-            store.put(index, pieces)?;
+    /// Waits until at most `max_in_flight` buckets are in flight.
+    pub fn drain(&mut self, store: &mut dyn WeightStore<B::InnerBackend>, max_in_flight: usize) -> Result<(), Error> {
+        while self.in_flight.len() > max_in_flight {
+            let Some((index, update)) = self.in_flight.pop_front() else { return Ok(()) };
+            let shards = self.finish_update(update)?;
+            store.put(index, shards)?;
         }
         Ok(())
     }
 
-    /// Bytes of gradients with the thread that updates on the host.
-    pub fn bytes(&self) -> usize {
-        self.under_way.iter().map(|(_, coming)| coming.gradients).sum()
+    /// Returns the bytes of the gradients held by the host optimizer.
+    pub fn gradient_bytes(&self) -> usize {
+        self.in_flight.iter().map(|(_, update)| update.gradient_bytes).sum()
     }
 
-    /// What the thread that updates on the host is to do.
-    fn tasks(
+    /// Returns the updates of a bucket for the host optimizer.
+    fn shard_updates(
         &self,
-        pieces: Vec<(Piece, Held<B::InnerBackend>)>,
-        gradients: Reduced<B::InnerBackend>,
-    ) -> Vec<Task<B::InnerBackend>> {
-        let layout = self.place.layout;
-        let task = |((piece, value), (_, gradient)): ((Piece, Held<_>), (Piece, Option<Held<_>>))| {
-            let parameter = &layout.parameters[piece.parameter];
-            let rates = self.engine.rates(layout, &piece, self.rates);
-            Task { place: (parameter.id, parameter.elements()), piece, rates, value, gradient }
+        shards: Vec<(ParamShard, HostOrDevice<B::InnerBackend>)>,
+        gradients: ShardGradients<B::InnerBackend>,
+    ) -> Vec<ShardUpdate<B::InnerBackend>> {
+        let layout = self.context.layout;
+        let task = |((shard, value), (_, gradient)): (
+            (ParamShard, HostOrDevice<_>),
+            (ParamShard, Option<HostOrDevice<_>>),
+        )| {
+            let parameter = &layout.parameters[shard.parameter];
+            let rates = self.engine.shard_hyperparameters(layout, &shard, self.hyperparameters);
+            ShardUpdate { parameter: (parameter.id, parameter.elements()), piece: shard, rates, value, gradient }
         };
-        pieces.into_iter().zip(gradients).map(task).collect()
+        shards.into_iter().zip(gradients).map(task).collect()
     }
 
-    fn begin(
+    fn start_update(
         &mut self,
-        pieces: Pieces<B::InnerBackend>,
-        gradients: Reduced<B::InnerBackend>,
-    ) -> Result<Coming<B::InnerBackend>, Error> {
-        let Place { layout, queue, device } = self.place;
-        let dtypes = pieces.iter().map(|(_, value)| value.dtype()).collect();
-        let master = |(piece, value): (Piece, Value<_>)| {
-            let kept = self.engine.masters.remove(&layout.parameters[piece.parameter].id);
-            (piece, kept.unwrap_or_else(|| Held::Device(value.into_f32())))
+        shards: ShardTensors<B::InnerBackend>,
+        gradients: ShardGradients<B::InnerBackend>,
+    ) -> Result<InFlightUpdate<B::InnerBackend>, Error> {
+        let ShardContext { layout, communicator, device } = self.context;
+        let dtypes = shards.iter().map(|(_, value)| value.dtype()).collect();
+        let master = |(shard, value): (ParamShard, DynTensor<_>)| {
+            let kept = self.engine.master_weights.remove(&layout.parameters[shard.parameter].id);
+            (shard, kept.unwrap_or_else(|| HostOrDevice::Device(value.into_f32())))
         };
-        let pieces: Vec<_> = pieces.into_iter().map(master).collect();
-        if let Some(desk) = &self.engine.desk {
-            let bytes = |held: &Held<_>| held.bytes().0 + held.bytes().1;
+        let pieces: Vec<_> = shards.into_iter().map(master).collect();
+        if let Some(host_optimizer) = &self.engine.host_optimizer {
+            let bytes = |held: &HostOrDevice<_>| held.device_and_host_bytes().0 + held.device_and_host_bytes().1;
             let bytes = gradients.iter().filter_map(|(_, held)| held.as_ref()).map(bytes).sum();
-            let pieces = Way::Desk(desk.submit(self.tasks(pieces, gradients)));
-            return Ok(Coming { dtypes, gradients: bytes, pieces });
+            let pieces = UpdatedShards::Host(host_optimizer.submit(self.shard_updates(pieces, gradients)));
+            return Ok(InFlightUpdate { dtypes, gradient_bytes: bytes, shards: pieces });
         }
-        let pieces = pieces.into_iter().map(|(piece, held)| (piece, held.on(device))).collect();
-        let gradients = gradients.into_iter().map(|(piece, held)| (piece, held.map(|held| held.on(device)))).collect();
-        let trace = queue.trace();
-        let update = || self.engine.update_pieces(layout, (pieces, gradients), self.rates);
+        let pieces = pieces.into_iter().map(|(piece, held)| (piece, held.into_device(device))).collect();
+        let gradients =
+            gradients.into_iter().map(|(piece, held)| (piece, held.map(|held| held.into_device(device)))).collect();
+        let trace = communicator.trace();
+        let update = || self.engine.update_shards(layout, (pieces, gradients), self.hyperparameters);
         let new = trace.span("update", Lane::Compute, update)?;
-        Ok(Coming { dtypes, gradients: 0, pieces: Way::Done(new) })
+        Ok(InFlightUpdate { dtypes, gradient_bytes: 0, shards: UpdatedShards::Device(new) })
     }
 
-    fn end(&mut self, coming: Coming<B::InnerBackend>) -> Result<Pieces<B::InnerBackend>, Error> {
-        let Place { layout, device, .. } = self.place;
-        let pieces: Vec<(Piece, Held<_>)> = match coming.pieces {
-            Way::Done(pieces) => pieces.into_iter().map(|(piece, value)| (piece, Held::Device(value))).collect(),
-            Way::Desk(pending) => pending.wait()?,
+    fn finish_update(
+        &mut self,
+        update: InFlightUpdate<B::InnerBackend>,
+    ) -> Result<ShardTensors<B::InnerBackend>, Error> {
+        let ShardContext { layout, device, .. } = self.context;
+        let shards: Vec<(ParamShard, HostOrDevice<_>)> = match update.shards {
+            UpdatedShards::Device(pieces) => {
+                pieces.into_iter().map(|(shard, value)| (shard, HostOrDevice::Device(value))).collect()
+            }
+            UpdatedShards::Host(pending) => pending.wait()?,
         };
-        let round = |((piece, held), dtype): ((Piece, Held<_>), DType)| {
+        let round = |((piece, held), dtype): ((ParamShard, HostOrDevice<_>), DType)| {
             if dtype == DType::F32 {
-                return (piece, held.on(device));
+                return (piece, held.into_device(device));
             }
             let value = match &held {
-                Held::Device(value) => value.clone().into_dtype(dtype),
-                Held::Host(values) => bucket::rounded(values, dtype, device),
+                HostOrDevice::Device(value) => value.clone().into_dtype(dtype),
+                HostOrDevice::Host(values) => bucket::cast_on_host(values, dtype, device),
             };
-            self.engine.masters.insert(layout.parameters[piece.parameter].id, held);
+            self.engine.master_weights.insert(layout.parameters[piece.parameter].id, held);
             (piece, value)
         };
-        Ok(pieces.into_iter().zip(coming.dtypes).map(round).collect())
+        Ok(shards.into_iter().zip(update.dtypes).map(round).collect())
     }
 }
 
 impl<B: AutodiffBackend> Engine<B> {
-    /// Updates this rank's pieces of a bucket, f32, on the device.
-    fn update_pieces(
+    /// Updates this rank's shards of a bucket, in f32 on the device.
+    fn update_shards(
         &mut self,
-        layout: &Layout,
-        (pieces, gradients): (Pieces<B::InnerBackend>, Wanted<B::InnerBackend>),
-        rates: Rates,
-    ) -> Result<Pieces<B::InnerBackend>, Error> {
+        layout: &ShardLayout,
+        (shards, gradients): (ShardTensors<B::InnerBackend>, DeviceGradients<B::InnerBackend>),
+        rates: Hyperparameters,
+    ) -> Result<ShardTensors<B::InnerBackend>, Error> {
         match self.optimizer {
-            Optimizer::Lamb(lamb) => self.update_by_layer(lamb, layout, (pieces, gradients), rates),
-            _ => Ok(self.update_by_value(layout, (pieces, gradients), rates)),
+            Optimizer::Lamb(lamb) => self.update_layerwise(lamb, layout, (shards, gradients), rates),
+            _ => Ok(self.update_elementwise(layout, (shards, gradients), rates)),
         }
     }
 
-    /// The element-wise optimizers.
-    fn update_by_value(
+    /// Updates the shards of a bucket with an element-wise optimizer.
+    fn update_elementwise(
         &mut self,
-        layout: &Layout,
-        (pieces, gradients): (Pieces<B::InnerBackend>, Wanted<B::InnerBackend>),
-        rates: Rates,
-    ) -> Pieces<B::InnerBackend> {
-        let update = |((piece, value), (_, gradient)): ((Piece, Value<_>), (Piece, Option<Value<_>>))| {
-            let Some(gradient) = gradient else { return (piece, value) };
-            let (id, rate) = (layout.parameters[piece.parameter].id, self.rates(layout, &piece, rates));
-            let state = self.states.remove(&id);
-            let (value, state) = self.optimizer.update(rate, value.tensor(), gradient.tensor(), state);
-            self.states.insert(id, state);
-            (piece, Value::new(value))
-        };
-        pieces.into_iter().zip(gradients).map(update).collect()
+        layout: &ShardLayout,
+        (shards, gradients): (ShardTensors<B::InnerBackend>, DeviceGradients<B::InnerBackend>),
+        rates: Hyperparameters,
+    ) -> ShardTensors<B::InnerBackend> {
+        let update =
+            |((shard, value), (_, gradient)): ((ParamShard, DynTensor<_>), (ParamShard, Option<DynTensor<_>>))| {
+                let Some(gradient) = gradient else { return (shard, value) };
+                let (id, rate) =
+                    (layout.parameters[shard.parameter].id, self.shard_hyperparameters(layout, &shard, rates));
+                let state = self.device_states.remove(&id);
+                let (value, state) = self.optimizer.update(rate, value.tensor(), gradient.tensor(), state);
+                self.device_states.insert(id, state);
+                (shard, DynTensor::new(value))
+            };
+        shards.into_iter().zip(gradients).map(update).collect()
     }
 
-    /// The learning rate and the weight decay of a piece.
-    fn rates(&self, layout: &Layout, piece: &Piece, rates: Rates) -> Rates {
-        let parameter = &layout.parameters[piece.parameter];
-        let group = self.groups.of(&parameter.path, parameter.dims.len(), rates.weight_decay);
-        Rates { lr: rates.lr * group.learning_rate_scale, weight_decay: group.weight_decay, ..rates }
+    /// Returns the hyperparameters of a shard: learning rate and weight decay of its parameter group.
+    fn shard_hyperparameters(
+        &self,
+        layout: &ShardLayout,
+        shard: &ParamShard,
+        rates: Hyperparameters,
+    ) -> Hyperparameters {
+        let parameter = &layout.parameters[shard.parameter];
+        let group = self.param_groups.group_of(&parameter.path, parameter.dims.len(), rates.weight_decay);
+        Hyperparameters { lr: rates.lr * group.lr_scale, weight_decay: group.weight_decay, ..rates }
     }
 
-    /// LAMB: the norms of a bucket's tensors and of their directions are added up over ranks before anything moves.
-    fn update_by_layer(
+    /// Updates the shards of a bucket with LAMB: the norms of the tensors and of their update directions are summed
+    /// over all ranks before any weight changes.
+    fn update_layerwise(
         &mut self,
         lamb: Lamb,
-        layout: &Layout,
-        (pieces, gradients): (Pieces<B::InnerBackend>, Wanted<B::InnerBackend>),
-        rates: Rates,
-    ) -> Result<Pieces<B::InnerBackend>, Error> {
+        layout: &ShardLayout,
+        (shards, gradients): (ShardTensors<B::InnerBackend>, DeviceGradients<B::InnerBackend>),
+        rates: Hyperparameters,
+    ) -> Result<ShardTensors<B::InnerBackend>, Error> {
         let (mut moving, mut norms) = (Vec::new(), HashMap::new());
-        for ((piece, value), (_, gradient)) in pieces.into_iter().zip(gradients) {
+        for ((shard, value), (_, gradient)) in shards.into_iter().zip(gradients) {
             let Some(gradient) = gradient else {
-                moving.push((piece, value, None));
+                moving.push((shard, value, None));
                 continue;
             };
-            let (id, rate) = (layout.parameters[piece.parameter].id, self.rates(layout, &piece, rates));
-            let state = self.states.remove(&id);
+            let (id, rate) = (layout.parameters[shard.parameter].id, self.shard_hyperparameters(layout, &shard, rates));
+            let state = self.device_states.remove(&id);
             let parameter = value.clone().tensor::<1>();
-            let gradient = optimizer::scaled(gradient.tensor(), rates.scale);
+            let gradient = optimizer::scale_gradient(gradient.tensor(), rates.grad_scale);
             let (direction, state) = lamb.direction(rate.weight_decay, &parameter, gradient, state);
-            self.states.insert(id, state);
-            let direction = Value::new(direction);
-            let sums: &mut [Exact; 2] = norms.entry(piece.parameter).or_default();
+            self.device_states.insert(id, state);
+            let direction = DynTensor::new(direction);
+            let sums: &mut [ExactSum; 2] = norms.entry(shard.parameter).or_default();
             add_squares(&mut sums[0], &value);
             add_squares(&mut sums[1], &direction);
-            moving.push((piece, value, Some(direction)));
+            moving.push((shard, value, Some(direction)));
         }
-        let norms = self.share_norms(layout, norms)?;
-        let step = |(piece, value, direction): (Piece, Value<B::InnerBackend>, Option<Value<_>>)| {
+        let norms = self.all_reduce_norms(layout, norms)?;
+        let step = |(piece, value, direction): (ParamShard, DynTensor<B::InnerBackend>, Option<DynTensor<_>>)| {
             let Some(direction) = direction else { return (piece, value) };
             let [parameter, length] = &norms[&piece.parameter];
-            let ratio = lamb.ratio(parameter.value().sqrt(), length.value().sqrt());
-            let Rates { lr, .. } = self.rates(layout, &piece, rates);
+            let ratio = lamb.trust_ratio(parameter.value().sqrt(), length.value().sqrt());
+            let Hyperparameters { lr, .. } = self.shard_hyperparameters(layout, &piece, rates);
             let moved = value.tensor::<1>().sub(direction.tensor::<1>().mul_scalar(lr * ratio));
-            (piece, Value::new(moved))
+            (piece, DynTensor::new(moved))
         };
         Ok(moving.into_iter().map(step).collect())
     }
 
-    /// The sums of all parts, by parameter.
-    fn share_norms(
+    /// Sums the squared norms of all shards, by parameter.
+    fn all_reduce_norms(
         &self,
-        layout: &Layout,
-        norms: HashMap<usize, [Exact; 2]>,
-    ) -> Result<HashMap<usize, [Exact; 2]>, Error> {
-        let mut note = Vec::new();
+        layout: &ShardLayout,
+        norms: HashMap<usize, [ExactSum; 2]>,
+    ) -> Result<HashMap<usize, [ExactSum; 2]>, Error> {
+        let mut message = Vec::new();
         for (parameter, sums) in &norms {
-            note.extend((*parameter as u64).to_le_bytes());
-            sums.iter().for_each(|sum| note.extend(sum.to_bytes()));
+            message.extend((*parameter as u64).to_le_bytes());
+            sums.iter().for_each(|sum| message.extend(sum.to_bytes()));
         }
-        let notes = self.queue.submit("share", move |group| group.share(&note)).wait()?;
-        let mut all: HashMap<usize, [Exact; 2]> = HashMap::new();
-        for note in notes.iter().take(layout.parts) {
+        let messages = self.communicator.submit("share", move |group| group.all_gather_object(&message)).wait()?;
+        let mut all: HashMap<usize, [ExactSum; 2]> = HashMap::new();
+        for note in messages.iter().take(layout.num_shards) {
             let mut rest = note.as_slice();
             while let Some((number, after)) = rest.split_first_chunk::<8>() {
-                let (first, after) = Exact::from_bytes(after);
-                let (second, after) = Exact::from_bytes(after);
+                let (first, after) = ExactSum::from_bytes(after);
+                let (second, after) = ExactSum::from_bytes(after);
                 let sums = all.entry(u64::from_le_bytes(*number) as usize).or_default();
                 sums[0].merge(first);
                 sums[1].merge(second);

@@ -1,11 +1,11 @@
-//! What a LLaMA keeps of a micro-batch for the backward pass.
+//! The activation memory of a LLaMA: what one micro-batch saves for the backward pass.
 
-/// The most logits that exist at a time: the head's loss goes over blocks of tokens and vocabulary.
-pub const LOGITS: u64 = 5 << 20;
+/// The largest number of logits that exist at a time: the loss is computed in blocks of tokens and vocabulary.
+pub const MAX_LOGITS: u64 = 5 << 20;
 
-/// The sizes of a LLaMA.
+/// The dimensions of a LLaMA.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub struct LlamaShape {
     /// The number of layers.
     pub layers: u64,
     /// `hidden_size`.
@@ -22,44 +22,45 @@ pub struct Shape {
     pub vocabulary: u64,
 }
 
-/// Which layers run again in the backward pass.
+/// The layers that are recomputed in the backward pass (activation checkpointing).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Recompute {
-    /// None: everything is kept.
+    /// No layer: all activations are saved.
     None,
-    /// All: only what goes into each attention and MLP block is kept, and one block's insides at a time.
+    /// All layers: only the inputs of each attention and MLP block are saved, and the activations inside one block at a
+    /// time.
     Full,
 }
 
-/// Bytes of one rank, by kind.
+/// The activation memory of one rank in bytes, by kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Activations {
-    /// What goes into each attention block, each MLP block and the head.
+pub struct ActivationMemory {
+    /// The inputs of all attention blocks, all MLP blocks and the head.
     pub inputs: u64,
-    /// What the blocks keep inside: all of them, or the largest one where they run again.
-    pub kept: u64,
-    /// The head: normed states, their gradient, log-sum-exp, and one block of logits.
+    /// The activations saved inside the blocks: of all blocks, or of the largest one with recomputation.
+    pub saved: u64,
+    /// The head: normalised hidden states, their gradient, log-sum-exp, and one block of logits.
     pub head: u64,
-    /// The gradients inside the block that is walked backward.
+    /// The gradients inside the block that runs its backward pass.
     pub working: u64,
 }
 
-impl Activations {
-    /// All bytes.
+impl ActivationMemory {
+    /// Returns the sum of all kinds.
     pub fn total(&self) -> u64 {
-        self.inputs + self.kept + self.head + self.working
+        self.inputs + self.saved + self.head + self.working
     }
 }
 
-impl Shape {
-    /// The number of weights, with the embedding used as head (`tied`) or with a head of its own.
+impl LlamaShape {
+    /// Returns the number of weights. With `tied` the embedding is also the head.
     pub fn parameters(&self, tied: bool) -> u64 {
         let embedding = self.vocabulary * self.hidden;
         let ends = if tied { embedding } else { 2 * embedding };
         ends + self.layers * (self.attention_parameters() + self.mlp_parameters()) + self.hidden
     }
 
-    /// The number of weights of the largest segment: embedding or head, an attention block or an MLP block.
+    /// Returns the number of weights of the largest segment: embedding or head, an attention block or an MLP block.
     pub fn largest_segment(&self) -> u64 {
         let head = self.vocabulary * self.hidden + self.hidden;
         head.max(self.attention_parameters()).max(self.mlp_parameters())
@@ -73,12 +74,13 @@ impl Shape {
         3 * self.hidden * self.intermediate + self.hidden
     }
 
-    /// The bytes that a micro-batch of `tokens` needs on top of the states, with numbers of `bytes` bytes.
+    /// Returns the activation memory of a micro-batch of `tokens` tokens whose activations take `bytes` bytes each.
     ///
-    /// An attention block keeps its input, queries, keys, values, output and log-sum-exp (four bytes); an MLP block its input,
-    /// gate and up: what is normed and what is activated is made again. What only some methods keep besides, LoRA's narrow
-    /// products or a P-tuning prefix, is not counted.
-    pub fn activations(&self, tokens: u64, bytes: u64, recompute: Recompute) -> Activations {
+    /// An attention block saves its input, queries, keys, values, output and log-sum-exp (four bytes); an MLP block
+    /// saves its input, gate and up projections. Normalised inputs and the outputs of the activation function are
+    /// recomputed. What only some methods save, such as the products of LoRA's `A` matrices or a P-tuning prefix, is
+    /// not counted.
+    pub fn activations(&self, tokens: u64, bytes: u64, recompute: Recompute) -> ActivationMemory {
         let (wide, narrow) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let attention = tokens * (bytes * 2 * (wide + narrow) + 4 * self.heads);
         let mlp = tokens * bytes * 2 * self.intermediate;
@@ -87,11 +89,11 @@ impl Shape {
             Recompute::Full if self.layers == 0 => 0,
             Recompute::Full => attention.max(mlp),
         };
-        let logits = 4 * LOGITS.min(tokens * self.vocabulary);
+        let logits = 4 * MAX_LOGITS.min(tokens * self.vocabulary);
         let working = self.hidden + (2 * (wide + narrow)).max(3 * self.intermediate);
-        Activations {
+        ActivationMemory {
             inputs: tokens * bytes * self.hidden * (2 * self.layers + 1),
-            kept,
+            saved: kept,
             head: tokens * (bytes * 2 * self.hidden + 4) + logits,
             working: tokens * bytes * working,
         }
@@ -102,12 +104,12 @@ impl Shape {
 mod tests {
     use super::*;
 
-    fn shape(sizes: [u64; 7]) -> Shape {
+    fn shape(sizes: [u64; 7]) -> LlamaShape {
         let [layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary] = sizes;
-        Shape { layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary }
+        LlamaShape { layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary }
     }
 
-    /// (sizes, tied, parameters of the published checkpoint)
+    /// The table: (dimensions, tied, parameters of the published checkpoint).
     #[test]
     fn published_models_have_their_number_of_weights() {
         let table = [
@@ -134,18 +136,18 @@ mod tests {
         let mlp = [176, 176]; // gate, up
         let layer: u64 = attention.iter().chain(&mlp).sum();
         assert_eq!(found.inputs, 4 * tokens * 64 * 7);
-        assert_eq!(found.kept, 3 * 4 * tokens * layer);
+        assert_eq!(found.saved, 3 * 4 * tokens * layer);
         assert_eq!(found.head, 4 * tokens * (2 * 64 + 1) + 4 * tokens * 512);
         assert_eq!(found.working, 4 * tokens * (64 + 3 * 176));
-        assert_eq!(found.total(), found.inputs + found.kept + found.head + found.working);
+        assert_eq!(found.total(), found.inputs + found.saved + found.head + found.working);
     }
 
     #[test]
     fn recomputing_keeps_the_inputs_and_one_block() {
         let shape = shape([3, 64, 176, 4, 2, 16, 512]);
         let (all, none) = (shape.activations(10, 4, Recompute::None), shape.activations(10, 4, Recompute::Full));
-        assert_eq!(none.kept, 4 * 10 * 2 * 176);
-        assert_eq!(Activations { kept: all.kept, ..none }, all);
+        assert_eq!(none.saved, 4 * 10 * 2 * 176);
+        assert_eq!(ActivationMemory { saved: all.saved, ..none }, all);
     }
 
     #[test]
@@ -153,7 +155,7 @@ mod tests {
         let shape = shape([3, 64, 176, 4, 2, 16, 512]);
         let (full, half) = (shape.activations(8, 4, Recompute::None), shape.activations(8, 2, Recompute::None));
         assert_eq!(full.inputs, 2 * half.inputs);
-        assert_eq!(full.kept + 3 * 8 * 4 * 4, 2 * half.kept);
+        assert_eq!(full.saved + 3 * 8 * 4 * 4, 2 * half.saved);
         assert_eq!(full.working, 2 * half.working);
     }
 
@@ -161,7 +163,7 @@ mod tests {
     fn logits_never_take_more_than_a_block() {
         let shape = shape([1, 8, 8, 1, 1, 8, 128_256]);
         let rest = |tokens| tokens * (4 * 2 * 8 + 4);
-        for (tokens, logits) in [(1, 128_256), (40, 40 * 128_256), (41, LOGITS), (100_000, LOGITS)] {
+        for (tokens, logits) in [(1, 128_256), (40, 40 * 128_256), (41, MAX_LOGITS), (100_000, MAX_LOGITS)] {
             let found = shape.activations(tokens, 4, Recompute::None).head;
             assert_eq!(found, rest(tokens) + 4 * logits, "{tokens} tokens");
         }

@@ -1,15 +1,16 @@
-//! How much memory a run will need, before it starts: pure arithmetic over counts.
+//! Estimates of the memory that a run needs, from parameter counts and settings alone.
 //!
-//! [`states`] is what weights, gradients and optimizer need on one rank, [`Shape::activations`] what a LLaMA's layers keep for
-//! the backward pass; [`zero2`] and [`zero3`] are DeepSpeed's own estimates, which leave activations out.
+//! [`model_states`] estimates weights, gradients and optimizer states on one rank, [`LlamaShape::activations`] what the
+//! layers of a LLaMA save for the backward pass. [`zero2`] and [`zero3`] are DeepSpeed's own estimates, which leave out
+//! activations.
 //!
 //! ```
-//! use burn_zero::ds_config::Stage;
-//! use burn_zero::estimate::{Numbers, Placement, Weights, states};
+//! use burn_zero::ds_config::ZeroStage;
+//! use burn_zero::estimate::{ModelSize, StatePlacement, TrainingPrecision, model_states};
 //!
-//! let weights = Weights { trained: 7_500_000_000, ..Default::default() };
-//! let placement = Placement { stage: Stage::Gradients, world: 64, ..Default::default() };
-//! let memory = states(weights, Numbers::Mixed, placement);
+//! let size = ModelSize { trained: 7_500_000_000, ..Default::default() };
+//! let placement = StatePlacement { stage: ZeroStage::Gradients, world_size: 64, ..Default::default() };
+//! let memory = model_states(size, TrainingPrecision::Mixed, placement);
 //! assert_eq!(memory.device() / 100_000_000, 166, "16.6 GB: 2 + 14 / 64 bytes for each weight");
 //! ```
 
@@ -17,6 +18,6 @@ mod activations;
 mod deepspeed;
 mod states;
 
-pub use activations::{Activations, LOGITS, Recompute, Shape};
-pub use deepspeed::{Estimate, Nodes, Offload, zero2, zero3};
-pub use states::{Memory, Numbers, Placement, Weights, states};
+pub use activations::{ActivationMemory, LlamaShape, MAX_LOGITS, Recompute};
+pub use deepspeed::{Cluster, CpuOffload, DeepSpeedEstimate, zero2, zero3};
+pub use states::{MemoryEstimate, ModelSize, StatePlacement, TrainingPrecision, model_states};

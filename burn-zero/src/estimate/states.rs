@@ -1,41 +1,42 @@
-//! What weights, gradients and optimizer states need on one rank.
+//! The memory of weights, gradients and optimizer states on one rank.
 
-use crate::ds_config::Stage;
+use crate::ds_config::ZeroStage;
 
-/// The weights of a model.
+/// The size of a model, as far as the memory of its states depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Weights {
-    /// The number of weights that are trained: all of them in full fine-tuning, the adapters' in LoRA.
+pub struct ModelSize {
+    /// The number of trained weights: all of them in full fine-tuning, those of the adapters in LoRA.
     pub trained: u64,
-    /// The bytes of the frozen weights as they are stored: f32, bf16, 8 or 4 bits. They have no gradients and no states.
+    /// The bytes of the frozen weights in their storage format: f32, bf16, 8 or 4 bits. They have neither gradients nor
+    /// optimizer states.
     pub frozen_bytes: u64,
-    /// The bytes of the largest segment's weights, trained and frozen, in the numbers of the forward pass: with stage 3 they
-    /// are gathered while the segment runs.
+    /// The bytes of the weights of the largest segment, trained and frozen, in the data type of the forward pass: with
+    /// stage 3 they are gathered while the segment runs.
     pub largest_segment_bytes: u64,
-    /// The number of gradients that are reduced at a time.
-    pub bucket: u64,
+    /// The number of gradients in a bucket, which is reduced at once.
+    pub bucket_size: u64,
 }
 
-/// The numbers that are trained with.
+/// The precision of training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Numbers {
-    /// Four bytes for weights and gradients; the optimizer's weights are the model's.
+pub enum TrainingPrecision {
+    /// Full precision: four bytes for weights and gradients, and no separate master weights.
     F32,
-    /// Two bytes for weights and gradients of the model; the optimizer has weights of four bytes of its own.
+    /// Mixed precision: two bytes for weights and gradients, and master weights of four bytes in the optimizer.
     Mixed,
 }
 
-impl Numbers {
-    /// Bytes of a weight or gradient of the model.
-    pub fn bytes(self) -> u64 {
+impl TrainingPrecision {
+    /// Returns the bytes of a weight or gradient of the model.
+    pub fn bytes_per_weight(self) -> u64 {
         match self {
             Self::F32 => 4,
             Self::Mixed => 2,
         }
     }
 
-    /// Bytes of the optimizer's own copy of a weight.
-    fn master(self) -> u64 {
+    /// Returns the bytes of a master weight.
+    fn master_bytes(self) -> u64 {
         match self {
             Self::F32 => 0,
             Self::Mixed => 4,
@@ -43,92 +44,102 @@ impl Numbers {
     }
 }
 
-/// Where the states are.
+/// The placement of the model states: how they are sharded and offloaded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Placement {
-    /// What is divided among the ranks.
-    pub stage: Stage,
+pub struct StatePlacement {
+    /// The ZeRO stage.
+    pub stage: ZeroStage,
     /// The number of ranks.
-    pub world: u64,
-    /// Whether the optimizer, its states and the gradients it reads are on the host.
+    pub world_size: u64,
+    /// True if the optimizer, its states and the gradients it reads are on the host.
     pub offload_optimizer: bool,
-    /// Whether each rank's weights are on the host, and on the device only while their segment runs; stage 3 only.
+    /// True if the weight shards are on the host, and on the device only while their segment runs; stage 3 only.
     pub offload_param: bool,
-    /// Whether gradients are updated with during the backward pass, so that a bucket of them exists at a time:
-    /// [`Engine::accumulate_and_step`](crate::Engine::accumulate_and_step) with one micro-batch per step and without clipping.
-    pub early_updates: bool,
+    /// True if the optimizer updates weights during the backward pass, so that only one bucket of gradients exists at a
+    /// time: [`Engine::forward_backward_step`](crate::Engine::forward_backward_step) with one micro-batch per step and
+    /// without clipping.
+    pub optimizer_in_backward: bool,
 }
 
-impl Default for Placement {
+impl Default for StatePlacement {
     fn default() -> Self {
         let (offload_optimizer, offload_param, early_updates) = (false, false, false);
-        Self { stage: Stage::Replicated, world: 1, offload_optimizer, offload_param, early_updates }
+        Self {
+            stage: ZeroStage::Disabled,
+            world_size: 1,
+            offload_optimizer,
+            offload_param,
+            optimizer_in_backward: early_updates,
+        }
     }
 }
 
-/// Bytes of one rank, by kind.
+/// The memory of one rank in bytes, by kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Memory {
-    /// Trained weights.
+pub struct MemoryEstimate {
+    /// The trained weights.
     pub parameters: u64,
-    /// Frozen weights.
+    /// The frozen weights.
     pub frozen: u64,
-    /// Gradients of the trained weights.
+    /// The gradients of the trained weights.
     pub gradients: u64,
-    /// The optimizer's own weights.
+    /// The master weights of the optimizer.
     pub master: u64,
-    /// The optimizer's two moments.
+    /// The two moments of the optimizer.
     pub moments: u64,
-    /// A bucket of gradients, and with stage 3 the gathered segment.
+    /// A bucket of gradients and, with stage 3, the gathered weights of a segment.
     pub buffers: u64,
-    /// What is kept for the backward pass, see [`Shape::activations`](super::Shape::activations); [`states`] leaves it at 0.
+    /// The activations, see [`LlamaShape::activations`](super::LlamaShape::activations); [`model_states`] leaves them
+    /// at 0.
     pub activations: u64,
-    /// Everything in the host's memory.
+    /// Everything in host memory.
     pub host: u64,
 }
 
-impl Memory {
-    /// Bytes on the device.
+impl MemoryEstimate {
+    /// Returns the bytes on the device.
     pub fn device(&self) -> u64 {
         self.parameters + self.frozen + self.gradients + self.master + self.moments + self.buffers + self.activations
     }
 
-    /// Bytes on device and host: what a machine needs whose device is its CPU.
+    /// Returns the bytes on device and host together: what a machine needs whose device is its CPU.
     pub fn total(&self) -> u64 {
         self.device() + self.host
     }
 }
 
-/// The bytes of one rank for AdamW: 16 per trained weight without sharding, in f32 (4 + 4 + 8) as in mixed precision
-/// (2 + 2 + 12), then stage by stage less (ZeRO, arXiv:1910.02054, figure 1). A shard is rounded up to whole weights.
+/// Computes the memory of one rank for AdamW. Without sharding it is 16 bytes per trained weight, in f32 (4 + 4 + 8) as
+/// in mixed precision (2 + 2 + 12); every ZeRO stage needs less (ZeRO, arXiv:1910.02054, figure 1). A shard is rounded
+/// up to whole weights.
 ///
-/// With the optimizer on the host that is where the rank's share of gradients and moments is, in four bytes each, and of its own
-/// weights in mixed precision; the device holds gradients only until they are sent.
+/// With an offloaded optimizer, the host holds the rank's shard of gradients and moments, four bytes each, and of the
+/// master weights in mixed precision; the device holds gradients only until they are transferred.
 ///
-/// With early updates no gradients are kept: 12 bytes per weight in f32, 14 in mixed precision, and a bucket.
+/// With the optimizer step in the backward pass no gradients are kept: 12 bytes per weight in f32, 14 in mixed
+/// precision, plus a bucket.
 ///
 /// # Panics
-/// If the world has no rank.
-pub fn states(weights: Weights, numbers: Numbers, placement: Placement) -> Memory {
-    let (all, shard) = (weights.trained, weights.trained.div_ceil(placement.world));
-    let divided = |from: Stage| if placement.stage >= from { shard } else { all };
-    let whole = placement.stage < Stage::Weights;
-    let gradients = if placement.early_updates { 0 } else { 1 };
-    let frozen = if whole { weights.frozen_bytes } else { weights.frozen_bytes.div_ceil(placement.world) };
-    let mut memory = Memory {
-        parameters: numbers.bytes() * divided(Stage::Weights),
+/// If the number of ranks is 0.
+pub fn model_states(weights: ModelSize, numbers: TrainingPrecision, placement: StatePlacement) -> MemoryEstimate {
+    let (all, shard) = (weights.trained, weights.trained.div_ceil(placement.world_size));
+    let divided = |from: ZeroStage| if placement.stage >= from { shard } else { all };
+    let whole = placement.stage < ZeroStage::Weights;
+    let gradients = if placement.optimizer_in_backward { 0 } else { 1 };
+    let frozen = if whole { weights.frozen_bytes } else { weights.frozen_bytes.div_ceil(placement.world_size) };
+    let mut memory = MemoryEstimate {
+        parameters: numbers.bytes_per_weight() * divided(ZeroStage::Weights),
         frozen,
-        gradients: gradients * numbers.bytes() * divided(Stage::Gradients),
-        master: numbers.master() * divided(Stage::States),
-        moments: 8 * divided(Stage::States),
-        buffers: numbers.bytes() * weights.bucket.min(all),
-        ..Memory::default()
+        gradients: gradients * numbers.bytes_per_weight() * divided(ZeroStage::Gradients),
+        master: numbers.master_bytes() * divided(ZeroStage::OptimizerStates),
+        moments: 8 * divided(ZeroStage::OptimizerStates),
+        buffers: numbers.bytes_per_weight() * weights.bucket_size.min(all),
+        ..MemoryEstimate::default()
     };
     if !whole {
         memory.buffers += weights.largest_segment_bytes;
     }
     if placement.offload_optimizer {
-        memory.host += (4 * gradients + numbers.master() + 8) * divided(Stage::States);
+        memory.host += (4 * gradients + numbers.master_bytes() + 8) * divided(ZeroStage::OptimizerStates);
         (memory.gradients, memory.master, memory.moments) = (0, 0, 0);
     }
     if placement.offload_param && !whole {
@@ -142,52 +153,58 @@ pub fn states(weights: Weights, numbers: Numbers, placement: Placement) -> Memor
 mod tests {
     use super::*;
 
-    const STAGES: [Stage; 4] = [Stage::Replicated, Stage::States, Stage::Gradients, Stage::Weights];
+    const STAGES: [ZeroStage; 4] =
+        [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights];
 
-    fn device(weights: Weights, numbers: Numbers, placement: Placement) -> u64 {
-        states(weights, numbers, placement).device()
+    fn device(weights: ModelSize, numbers: TrainingPrecision, placement: StatePlacement) -> u64 {
+        model_states(weights, numbers, placement).device()
     }
 
     #[test]
     fn the_formulas_of_the_paper_hold() {
         let trained = 640;
-        let weights = Weights { trained, ..Default::default() };
+        let weights = ModelSize { trained, ..Default::default() };
         for world in [1, 2, 4, 64] {
             let n = trained / world;
             let f32 = [16 * trained, 8 * trained + 8 * n, 4 * trained + 12 * n, 16 * n];
             let mixed = [16 * trained, 4 * trained + 12 * n, 2 * trained + 14 * n, 16 * n];
             for (i, stage) in STAGES.into_iter().enumerate() {
-                let placement = Placement { stage, world, ..Default::default() };
-                assert_eq!(device(weights, Numbers::F32, placement), f32[i], "f32, {stage:?}, {world}");
-                assert_eq!(device(weights, Numbers::Mixed, placement), mixed[i], "mixed, {stage:?}, {world}");
+                let placement = StatePlacement { stage, world_size: world, ..Default::default() };
+                assert_eq!(device(weights, TrainingPrecision::F32, placement), f32[i], "f32, {stage:?}, {world}");
+                assert_eq!(device(weights, TrainingPrecision::Mixed, placement), mixed[i], "mixed, {stage:?}, {world}");
             }
         }
     }
 
     #[test]
     fn the_numbers_of_the_paper_hold() {
-        let weights = Weights { trained: 7_500_000_000, ..Default::default() };
+        let weights = ModelSize { trained: 7_500_000_000, ..Default::default() };
         for (stage, expected) in STAGES.into_iter().zip([120.0, 31.4, 16.6, 1.9]) {
-            let bytes = device(weights, Numbers::Mixed, Placement { stage, world: 64, ..Default::default() });
+            let bytes = device(
+                weights,
+                TrainingPrecision::Mixed,
+                StatePlacement { stage, world_size: 64, ..Default::default() },
+            );
             assert!((bytes as f64 / 1e9 - expected).abs() < 0.05, "{stage:?}: {bytes}");
         }
     }
 
     #[test]
     fn a_shard_is_rounded_up() {
-        let weights = Weights { trained: 5, frozen_bytes: 7, ..Default::default() };
-        let placement = Placement { stage: Stage::Weights, world: 4, ..Default::default() };
-        assert_eq!(device(weights, Numbers::F32, placement), 16 * 2 + 2);
+        let weights = ModelSize { trained: 5, frozen_bytes: 7, ..Default::default() };
+        let placement = StatePlacement { stage: ZeroStage::Weights, world_size: 4, ..Default::default() };
+        assert_eq!(device(weights, TrainingPrecision::F32, placement), 16 * 2 + 2);
     }
 
     #[test]
     fn frozen_weights_have_neither_gradients_nor_states() {
-        let weights = Weights { trained: 100, frozen_bytes: 5000, ..Default::default() };
+        let weights = ModelSize { trained: 100, frozen_bytes: 5000, ..Default::default() };
         for stage in STAGES {
-            let placement = Placement { stage, world: 2, ..Default::default() };
-            let memory = states(weights, Numbers::F32, placement);
-            let only_trained = states(Weights { frozen_bytes: 0, ..weights }, Numbers::F32, placement);
-            let frozen = if stage == Stage::Weights { 2500 } else { 5000 };
+            let placement = StatePlacement { stage, world_size: 2, ..Default::default() };
+            let memory = model_states(weights, TrainingPrecision::F32, placement);
+            let only_trained =
+                model_states(ModelSize { frozen_bytes: 0, ..weights }, TrainingPrecision::F32, placement);
+            let frozen = if stage == ZeroStage::Weights { 2500 } else { 5000 };
             assert_eq!(memory.frozen, frozen);
             assert_eq!(memory.device(), only_trained.device() + frozen, "{stage:?}");
         }
@@ -195,43 +212,50 @@ mod tests {
 
     #[test]
     fn offload_moves_bytes_to_the_host() {
-        let weights = Weights { trained: 1000, frozen_bytes: 300, largest_segment_bytes: 90, bucket: 10 };
-        let placement =
-            Placement { stage: Stage::Gradients, world: 4, offload_optimizer: true, ..Placement::default() };
-        let memory = states(weights, Numbers::Mixed, placement);
-        let expected = Memory { parameters: 2000, frozen: 300, buffers: 20, host: 16 * 250, ..Memory::default() };
+        let weights = ModelSize { trained: 1000, frozen_bytes: 300, largest_segment_bytes: 90, bucket_size: 10 };
+        let placement = StatePlacement {
+            stage: ZeroStage::Gradients,
+            world_size: 4,
+            offload_optimizer: true,
+            ..StatePlacement::default()
+        };
+        let memory = model_states(weights, TrainingPrecision::Mixed, placement);
+        let expected =
+            MemoryEstimate { parameters: 2000, frozen: 300, buffers: 20, host: 16 * 250, ..MemoryEstimate::default() };
         assert_eq!(memory, expected);
 
-        let placement = Placement { stage: Stage::Weights, offload_param: true, ..placement };
-        let memory = states(weights, Numbers::Mixed, placement);
-        let expected = Memory { buffers: 20 + 90, host: 16 * 250 + 2 * 250 + 75, ..Memory::default() };
+        let placement = StatePlacement { stage: ZeroStage::Weights, offload_param: true, ..placement };
+        let memory = model_states(weights, TrainingPrecision::Mixed, placement);
+        let expected = MemoryEstimate { buffers: 20 + 90, host: 16 * 250 + 2 * 250 + 75, ..MemoryEstimate::default() };
         assert_eq!(memory, expected);
         assert_eq!(memory.total(), memory.device() + memory.host);
     }
 
     #[test]
     fn early_updates_keep_no_gradients() {
-        let weights = Weights { trained: 1000, bucket: 10, ..Default::default() };
+        let weights = ModelSize { trained: 1000, bucket_size: 10, ..Default::default() };
         for stage in STAGES {
-            let late = Placement { stage, world: 4, ..Default::default() };
-            let early = Placement { early_updates: true, ..late };
-            for (numbers, one) in [(Numbers::F32, 12), (Numbers::Mixed, 14)] {
-                let (early, late) = (states(weights, numbers, early), states(weights, numbers, late));
-                assert_eq!(early, Memory { gradients: 0, ..late });
-                assert!(stage > Stage::Replicated || early.device() - early.buffers == one * 1000);
+            let late = StatePlacement { stage, world_size: 4, ..Default::default() };
+            let early = StatePlacement { optimizer_in_backward: true, ..late };
+            for (numbers, one) in [(TrainingPrecision::F32, 12), (TrainingPrecision::Mixed, 14)] {
+                let (early, late) = (model_states(weights, numbers, early), model_states(weights, numbers, late));
+                assert_eq!(early, MemoryEstimate { gradients: 0, ..late });
+                assert!(stage > ZeroStage::Disabled || early.device() - early.buffers == one * 1000);
             }
-            let off = |placement| states(weights, Numbers::F32, Placement { offload_optimizer: true, ..placement });
-            let share = if stage == Stage::Replicated { 1000 } else { 250 };
+            let off = |placement| {
+                model_states(weights, TrainingPrecision::F32, StatePlacement { offload_optimizer: true, ..placement })
+            };
+            let share = if stage == ZeroStage::Disabled { 1000 } else { 250 };
             assert_eq!(off(late).host - off(early).host, 4 * share);
         }
     }
 
-    /// ZeRO-Offload on one device: 2 bytes per weight there, 16 here.
+    /// ZeRO-Offload on one device: 2 bytes per weight on the device, 16 on the host.
     #[test]
     fn three_billion_weights_fit_with_offload() {
-        let weights = Weights { trained: 3_212_749_824, ..Default::default() };
-        let placement = Placement { stage: Stage::Gradients, offload_optimizer: true, ..Default::default() };
-        let memory = states(weights, Numbers::Mixed, placement);
+        let weights = ModelSize { trained: 3_212_749_824, ..Default::default() };
+        let placement = StatePlacement { stage: ZeroStage::Gradients, offload_optimizer: true, ..Default::default() };
+        let memory = model_states(weights, TrainingPrecision::Mixed, placement);
         let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
         assert!((gib(memory.device()) - 5.98).abs() < 0.005);
         assert!((gib(memory.host) - 47.87).abs() < 0.005);

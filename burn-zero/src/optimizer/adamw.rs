@@ -1,6 +1,6 @@
 //! AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019), as `torch.optim.AdamW` computes it.
 
-use crate::{Error, segment::Value};
+use crate::{Error, segment::DynTensor};
 use burn::tensor::{DType, Tensor, backend::Backend};
 
 /// The settings of AdamW; the defaults are `torch.optim.AdamW`'s.
@@ -8,7 +8,7 @@ use burn::tensor::{DType, Tensor, backend::Backend};
 pub struct AdamW {
     /// The decay rates of the running means of gradients and of their squares. Default: (0.9, 0.999).
     pub betas: (f64, f64),
-    /// What is added to the denominator. Default: 1e-8.
+    /// The number added to the denominator. Default: 1e-8.
     pub epsilon: f64,
     /// The decoupled weight decay, per unit of learning rate. Default: 0.01.
     pub weight_decay: f64,
@@ -20,22 +20,23 @@ impl Default for AdamW {
     }
 }
 
-/// What AdamW remembers of one parameter.
+/// AdamW's state of one parameter.
 #[derive(Debug, Clone)]
 pub struct Moments<B: Backend> {
     /// The number of updates so far.
     pub step: usize,
     /// The running mean of gradients, f32, of the parameter's shape.
-    pub exp_avg: Value<B>,
+    pub exp_avg: DynTensor<B>,
     /// The running mean of squared gradients, f32, of the parameter's shape.
-    pub exp_avg_sq: Value<B>,
+    pub exp_avg_sq: DynTensor<B>,
 }
 
 impl AdamW {
-    /// Refuses settings that cannot work.
+    /// Checks the settings.
     ///
     /// # Errors
-    /// If a beta lies outside [0, 1), or `epsilon` or `weight_decay` is negative or not finite.
+    /// Returns [`Error::Setting`] if a beta lies outside [0, 1), or if `epsilon` or `weight_decay` is negative or not
+    /// finite.
     pub fn check(&self) -> Result<(), Error> {
         let refuse = |field, expected, found: f64| Err(Error::Setting { field, expected, found: found.to_string() });
         for beta in [self.betas.0, self.betas.1] {
@@ -51,8 +52,9 @@ impl AdamW {
         Ok(())
     }
 
-    /// The parameter after one update, in its own dtype, and its moments. `parameter` and `gradient` have the same shape;
-    /// `state` is none at the first update. All arithmetic is f32 and in the order of torch's single-tensor path:
+    /// Returns the parameter after one update, in its own dtype, and its new moments. `parameter` and `gradient` have
+    /// the same shape; `state` is none at the first update. All arithmetic is f32, in the order of torch's
+    /// single-tensor implementation:
     ///
     /// ```text
     /// p ← p · (1 − lr · weight_decay)
@@ -60,7 +62,7 @@ impl AdamW {
     /// p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + ε)
     /// ```
     ///
-    /// Tensors that no one else holds are updated in place where the backend can.
+    /// Tensors without another owner are updated in place if the backend can do so.
     pub fn update<B: Backend, const D: usize>(
         &self,
         lr: f64,
@@ -72,7 +74,8 @@ impl AdamW {
         self.update_with(true, (lr, weight_decay), (parameter, gradient), state)
     }
 
-    /// [`AdamW::update`], or `torch.optim.Adam`'s where decay is not `decoupled` but added to the gradient.
+    /// Computes [`AdamW::update`], or the update of `torch.optim.Adam` (weight decay added to the gradient) if not
+    /// `decoupled`.
     pub(super) fn update_with<B: Backend, const D: usize>(
         &self,
         decoupled: bool,
@@ -101,12 +104,12 @@ impl AdamW {
         let correction2 = 1.0 - beta2.powi(step as i32);
         let denominator = exp_avg_sq.clone().sqrt().div_scalar(correction2.sqrt()).add_scalar(self.epsilon);
         parameter = parameter.add(exp_avg.clone().mul_scalar(-lr / correction1).div(denominator));
-        let moments = Moments { step, exp_avg: Value::new(exp_avg), exp_avg_sq: Value::new(exp_avg_sq) };
+        let moments = Moments { step, exp_avg: DynTensor::new(exp_avg), exp_avg_sq: DynTensor::new(exp_avg_sq) };
         (to_dtype(parameter, dtype), moments)
     }
 }
 
-/// The same tensor in another type.
+/// Casts a tensor to a dtype; a tensor that has the dtype already is returned unchanged.
 pub(super) fn to_dtype<B: Backend, const D: usize>(tensor: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
     if tensor.dtype() == dtype { tensor } else { tensor.cast(dtype) }
 }
@@ -116,7 +119,7 @@ mod tests {
     use super::*;
     use burn::{backend::Flex, tensor::TensorData};
 
-    /// AdamW in f64, from the paper.
+    /// Computes AdamW in f64 from the formulas of the paper.
     fn reference(settings: &AdamW, lr: f64, p: &mut [f64], gradients: &[Vec<f64>]) {
         let (b1, b2) = settings.betas;
         let (mut m, mut v) = (vec![0.0; p.len()], vec![0.0; p.len()]);
@@ -140,7 +143,7 @@ mod tests {
             (AdamW { weight_decay: 0.0, ..AdamW::default() }, 1e-1),
         ];
         for (settings, lr) in table {
-            // f32 values to begin with, so that the reference starts from the same numbers
+            // The start values are exact in f32, so that the reference starts from the same numbers.
             let value = |i: usize, k: usize| ((i * 37 + k * 101) as f64).sin() as f32 as f64;
             let start: Vec<f64> = (0..12).map(|i| value(i, 1000) + 2.0).collect();
             let gradients: Vec<Vec<f64>> = (0..10).map(|k| (0..12).map(|i| value(i, k)).collect()).collect();

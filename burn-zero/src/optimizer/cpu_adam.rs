@@ -1,111 +1,114 @@
-//! Adam over host slices, in one pass: 28 bytes of memory traffic per parameter.
+//! Adam over slices in host memory, in one pass: 28 bytes of memory traffic per parameter.
 //!
-//! The arithmetic is that of the tensors' path ([`AdamW::update`](super::AdamW::update)), operation by operation in f32, so that
-//! the result is the same bit for bit. Threads take blocks, vector instructions are chosen at run time.
+//! The arithmetic is that of the tensor implementation ([`AdamW::update`](super::AdamW::update)), operation by
+//! operation in f32, so the result is the same bit for bit. Threads process blocks, and vector instructions are chosen
+//! at run time.
 
 use super::AdamW;
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-/// Values that one thread takes at a time: what it reads and writes fits its cache.
-const BLOCK: usize = 16 << 10;
+/// The number of values that a thread processes at a time; what it reads and writes fits into its cache.
+const THREAD_BLOCK: usize = 16 << 10;
 
-/// An update of Adam.
+/// One update by Adam.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Update {
-    /// The settings; their weight decay is not looked at.
+pub struct AdamUpdate {
+    /// The settings; their weight decay is ignored.
     pub settings: AdamW,
-    /// Whether weight decay is decoupled (AdamW) or added to the gradient.
+    /// True if weight decay is decoupled (AdamW), false if it is added to the gradient.
     pub decoupled: bool,
     /// The learning rate.
     pub lr: f64,
     /// The weight decay.
     pub weight_decay: f64,
-    /// What gradients are multiplied by.
-    pub scale: f64,
-    /// The number of this update, from 1.
+    /// The factor by which gradients are multiplied.
+    pub grad_scale: f64,
+    /// The number of this update, counted from 1.
     pub step: usize,
 }
 
-/// Where a copy of the new parameters in half precision goes.
+/// The destination of a half-precision copy of the new parameters.
 #[derive(Debug)]
-pub enum Copy<'a> {
-    /// Nowhere.
+pub enum HalfCopy<'a> {
+    /// No copy.
     None,
-    /// To bf16.
+    /// A copy in bf16.
     Bf16(&'a mut [bf16]),
-    /// To f16.
+    /// A copy in f16.
     F16(&'a mut [f16]),
 }
 
-/// What an update reads and writes; slices of one length. Before the first update `exp_avg` is filled with -0, `exp_avg_sq` with
-/// 0 (adding to -0 keeps the sign of a zero).
+/// The slices that an update reads and writes, all of one length. Before the first update `exp_avg` is filled with -0
+/// and `exp_avg_sq` with 0 (adding to -0 keeps the sign of a zero).
 #[derive(Debug)]
-pub struct Slices<'a> {
+pub struct AdamSlices<'a> {
     /// The parameters.
     pub parameter: &'a mut [f32],
     /// Their gradients.
     pub gradient: &'a [f32],
     /// The running means of gradients.
     pub exp_avg: &'a mut [f32],
-    /// The running means of their squares.
+    /// The running means of squared gradients.
     pub exp_avg_sq: &'a mut [f32],
 }
 
-/// The constants of an update as the arithmetic uses them.
+/// The constants of an update, precomputed in f32.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Constants {
-    keep: f32,
-    decay: f32,
-    scale: f32,
-    share1: f32,
+pub(super) struct AdamConstants {
+    decay_factor: f32,
+    l2: f32,
+    grad_scale: f32,
+    one_minus_beta1: f32,
     beta2: f32,
-    share2: f32,
-    rate: f32,
-    root2: f32,
+    one_minus_beta2: f32,
+    neg_step_size: f32,
+    bias_correction2_sqrt: f32,
     epsilon: f32,
 }
 
-impl Update {
-    pub(super) fn constants(&self) -> Constants {
+impl AdamUpdate {
+    pub(super) fn constants(&self) -> AdamConstants {
         let AdamW { betas: (beta1, beta2), epsilon, .. } = self.settings;
         let correction = |beta: f64| 1.0 - beta.powi(self.step as i32);
         let (keep, decay) =
             if self.decoupled { (1.0 - self.lr * self.weight_decay, 0.0) } else { (1.0, self.weight_decay) };
-        Constants {
-            keep: keep as f32,
-            decay: decay as f32,
-            scale: self.scale as f32,
-            share1: (1.0 - beta1) as f32,
+        AdamConstants {
+            decay_factor: keep as f32,
+            l2: decay as f32,
+            grad_scale: self.grad_scale as f32,
+            one_minus_beta1: (1.0 - beta1) as f32,
             beta2: beta2 as f32,
-            share2: (1.0 - beta2) as f32,
-            rate: (-self.lr / correction(beta1)) as f32,
-            root2: correction(beta2).sqrt() as f32,
+            one_minus_beta2: (1.0 - beta2) as f32,
+            neg_step_size: (-self.lr / correction(beta1)) as f32,
+            bias_correction2_sqrt: correction(beta2).sqrt() as f32,
             epsilon: epsilon as f32,
         }
     }
 
-    /// Takes the step.
+    /// Applies the update.
     ///
     /// # Panics
-    /// If slices differ in length.
-    pub fn apply(&self, slices: Slices<'_>, copy: Copy<'_>) {
+    /// Panics if the slices differ in length.
+    pub fn apply(&self, slices: AdamSlices<'_>, copy: HalfCopy<'_>) {
         let constants = self.constants();
-        let Slices { parameter, gradient, exp_avg, exp_avg_sq } = slices;
+        let AdamSlices { parameter, gradient, exp_avg, exp_avg_sq } = slices;
         let lengths = [gradient.len(), exp_avg.len(), exp_avg_sq.len()];
-        assert_eq!(lengths, [parameter.len(); 3], "gradients and moments are as many as parameters");
-        let blocks = parameter.par_chunks_mut(BLOCK).zip(gradient.par_chunks(BLOCK));
-        let blocks = blocks.zip(exp_avg.par_chunks_mut(BLOCK)).zip(exp_avg_sq.par_chunks_mut(BLOCK));
+        assert_eq!(lengths, [parameter.len(); 3], "gradients and moments have the length of the parameters");
+        let blocks = parameter.par_chunks_mut(THREAD_BLOCK).zip(gradient.par_chunks(THREAD_BLOCK));
+        let blocks = blocks.zip(exp_avg.par_chunks_mut(THREAD_BLOCK)).zip(exp_avg_sq.par_chunks_mut(THREAD_BLOCK));
         match copy {
-            Copy::None => blocks.for_each(|block| constants.step(block, &mut [])),
-            Copy::Bf16(copy) => {
-                assert_eq!(copy.len(), lengths[0], "the copy is as long as the parameters");
-                blocks.zip(copy.par_chunks_mut(BLOCK)).for_each(|(block, copy)| constants.step(block, copy));
+            HalfCopy::None => blocks.for_each(|block| constants.update_block(block, &mut [])),
+            HalfCopy::Bf16(copy) => {
+                assert_eq!(copy.len(), lengths[0], "the copy has the length of the parameters");
+                blocks
+                    .zip(copy.par_chunks_mut(THREAD_BLOCK))
+                    .for_each(|(block, copy)| constants.update_block(block, copy));
             }
-            Copy::F16(copy) => {
-                assert_eq!(copy.len(), lengths[0], "the copy is as long as the parameters");
-                blocks.zip(copy.par_chunks_mut(BLOCK)).for_each(|((((p, g), m), v), copy)| {
-                    constants.step((((&mut *p, g), m), v), &mut []);
+            HalfCopy::F16(copy) => {
+                assert_eq!(copy.len(), lengths[0], "the copy has the length of the parameters");
+                blocks.zip(copy.par_chunks_mut(THREAD_BLOCK)).for_each(|((((p, g), m), v), copy)| {
+                    constants.update_block((((&mut *p, g), m), v), &mut []);
                     copy.convert_from_f32_slice(p);
                 });
             }
@@ -113,25 +116,26 @@ impl Update {
     }
 }
 
-impl Constants {
-    /// One thread's share, compiled for the widest vector instructions that this machine has.
-    pub(super) fn step(self, block: Block, copy: &mut [bf16]) {
-        pulp::Arch::new().dispatch(Share { constants: self, block, copy });
+impl AdamConstants {
+    /// Updates one block, with code compiled for the widest vector instructions of this machine.
+    pub(super) fn update_block(self, block: AdamBlock, copy: &mut [bf16]) {
+        pulp::Arch::new().dispatch(AdamKernel { constants: self, block, copy });
     }
 }
 
 /// A parameter, its gradient and its two moments, nested as iterators zip them.
-pub(super) type Block<'a> = (((&'a mut [f32], &'a [f32]), &'a mut [f32]), &'a mut [f32]);
+pub(super) type AdamBlock<'a> = (((&'a mut [f32], &'a [f32]), &'a mut [f32]), &'a mut [f32]);
 
-/// A closure would not be compiled along with what calls it.
-struct Share<'a> {
-    constants: Constants,
-    block: Block<'a>,
-    /// Empty, or as long as the block.
+/// The kernel that updates a block. It is a struct because a closure would not be compiled with the dispatched target
+/// features.
+struct AdamKernel<'a> {
+    constants: AdamConstants,
+    block: AdamBlock<'a>,
+    /// The destination of the bf16 copy: empty, or as long as the block.
     copy: &'a mut [bf16],
 }
 
-impl pulp::NullaryFnOnce for Share<'_> {
+impl pulp::NullaryFnOnce for AdamKernel<'_> {
     type Output = ();
 
     #[inline(always)]
@@ -141,13 +145,13 @@ impl pulp::NullaryFnOnce for Share<'_> {
         let (gradient, exp_avg, exp_avg_sq) = (&gradient[..n], &mut exp_avg[..n], &mut exp_avg_sq[..n]);
         for i in 0..n {
             let (mut p, mut g) = (parameter[i], gradient[i]);
-            g *= c.scale;
-            g = if c.decay == 0.0 { g } else { g + p * c.decay };
-            p *= c.keep;
-            let m = exp_avg[i] + (g - exp_avg[i]) * c.share1;
-            let v = exp_avg_sq[i] * c.beta2 + g * c.share2 * g;
-            let root = v.sqrt() / c.root2 + c.epsilon;
-            parameter[i] = p + m * c.rate / root;
+            g *= c.grad_scale;
+            g = if c.l2 == 0.0 { g } else { g + p * c.l2 };
+            p *= c.decay_factor;
+            let m = exp_avg[i] + (g - exp_avg[i]) * c.one_minus_beta1;
+            let v = exp_avg_sq[i] * c.beta2 + g * c.one_minus_beta2 * g;
+            let root = v.sqrt() / c.bias_correction2_sqrt + c.epsilon;
+            parameter[i] = p + m * c.neg_step_size / root;
             exp_avg[i] = m;
             exp_avg_sq[i] = v;
         }
@@ -155,7 +159,7 @@ impl pulp::NullaryFnOnce for Share<'_> {
     }
 }
 
-/// Rounds to the nearest, ties to even; NaN stays NaN.
+/// Rounds to the nearest bf16, ties to even; NaN stays NaN.
 #[inline(always)]
 fn to_bf16(value: f32) -> bf16 {
     let bits = value.to_bits();

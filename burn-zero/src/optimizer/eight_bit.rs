@@ -1,50 +1,51 @@
-//! Moments in 8 bits (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
+//! 8-bit moments (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
 //!
-//! A block of 256 values has one f32 scale, its largest magnitude, and a byte per value: an index into a table of numbers that lie
-//! dense near zero (bitsandbytes' `create_dynamic_map`). Blocks start at multiples of 256 in their parameter, so that they are
-//! the same in every world.
+//! A block of 256 values has one f32 scale, its absolute maximum, and one byte per value: an index into a table of
+//! quantization levels that are dense near zero (bitsandbytes' `create_dynamic_map`). Blocks start at multiples of 256
+//! in their parameter, so they are the same in every world size.
 
-use super::cpu_adam::Update;
-use crate::partition::ALIGN;
+use super::cpu_adam::AdamUpdate;
+use crate::sharding::ALIGN;
 use rayon::prelude::*;
 use std::sync::LazyLock;
 
-/// Pieces of fewer values keep their moments in 32 bits.
-pub(crate) const LEAST: usize = 4096;
+/// Parameters of fewer values keep 32-bit moments (bitsandbytes' `min_8bit_size`).
+pub(crate) const MIN_8BIT_SIZE: usize = 4096;
 
-/// The two moments of a piece.
+/// The two quantized moments of a shard.
 #[derive(Debug, Clone)]
-pub(crate) struct EightBit {
-    exp_avg: Codes,
-    exp_avg_sq: Codes,
+pub(crate) struct EightBitMoments {
+    exp_avg: QuantizedMoment,
+    exp_avg_sq: QuantizedMoment,
 }
 
 #[derive(Debug, Clone)]
-struct Codes {
+struct QuantizedMoment {
     codes: Vec<u8>,
     scales: Vec<f32>,
 }
 
-static SIGNED: LazyLock<Map> = LazyLock::new(|| Map::new(true));
-static UNSIGNED: LazyLock<Map> = LazyLock::new(|| Map::new(false));
+static SIGNED: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::new(true));
+static UNSIGNED: LazyLock<DynamicMap> = LazyLock::new(|| DynamicMap::new(false));
 
-/// The numbers that 8 bits stand for, and which of them is nearest to a value in `[-1, 1]`: found by the value's sign, exponent
-/// and first 7 bits, a *cell*, in which at most one number gives way to the next.
-struct Map {
-    /// Ascending.
-    numbers: [f32; 256],
-    /// The code of the lowest value in each cell, the negative cells after the others.
+/// The 256 quantization levels and a table that finds the level nearest to a value in `[-1, 1]`. The table is indexed
+/// by the value's sign, exponent and first 7 mantissa bits; the values with one such index form a *cell*, which spans
+/// at most two levels.
+struct DynamicMap {
+    /// The levels, in ascending order.
+    levels: [f32; 256],
+    /// The code of the lowest value in each cell; the negative cells follow the others.
     cells: [u8; 2 * CELLS],
-    /// The lowest value of each code; no value reaches the last.
+    /// The lowest value of each code; the last entry is above every value.
     bounds: [f32; 257],
 }
 
-/// Values nearer to zero share a cell; the last one begins with 1.
-const FIRST: u32 = f32::EPSILON.to_bits();
-const SHIFT: u32 = 16;
-const CELLS: usize = ((1f32.to_bits() - FIRST) >> SHIFT) as usize + 1;
+/// The lower bound of the cells: values nearer to zero share the first cell; the last cell starts at 1.
+const FIRST_CELL_BITS: u32 = f32::EPSILON.to_bits();
+const CELL_SHIFT: u32 = 16;
+const CELLS: usize = ((1f32.to_bits() - FIRST_CELL_BITS) >> CELL_SHIFT) as usize + 1;
 
-impl Map {
+impl DynamicMap {
     fn new(signed: bool) -> Self {
         let numbers = dynamic_map(signed);
         let bounds = std::array::from_fn(|code| match code {
@@ -61,29 +62,30 @@ impl Map {
                 bound
             }
         });
-        let start = |cell: usize| if cell == 0 { 0.0 } else { f32::from_bits(FIRST + ((cell as u32) << SHIFT)) };
+        let start =
+            |cell: usize| if cell == 0 { 0.0 } else { f32::from_bits(FIRST_CELL_BITS + ((cell as u32) << CELL_SHIFT)) };
         let end = |cell: usize| if cell + 1 == CELLS { 1.0 } else { start(cell + 1).next_down() };
         let cells = std::array::from_fn(|cell| {
             let ends = if cell < CELLS { [start(cell), end(cell)] } else { [-end(cell - CELLS), -start(cell - CELLS)] };
             let [low, high] = ends.map(|value| nearest(&numbers, value));
-            assert!(high - low <= 1, "a cell has two codes at most");
+            assert!(high - low <= 1, "a cell spans at most two codes");
             low
         });
-        Self { numbers, cells, bounds }
+        Self { levels: numbers, cells, bounds }
     }
 
-    /// The code of the number nearest to a value between -1 and 1.
+    /// Returns the code of the level nearest to a value between -1 and 1.
     #[inline(always)]
     fn code(&self, value: f32) -> u8 {
         let bits = value.to_bits();
-        let cell = (((bits & !(1 << 31)).max(FIRST) - FIRST) >> SHIFT) as usize;
+        let cell = (((bits & !(1 << 31)).max(FIRST_CELL_BITS) - FIRST_CELL_BITS) >> CELL_SHIFT) as usize;
         let low = self.cells[cell.min(CELLS - 1) + (bits >> 31) as usize * CELLS];
         low + u8::from(value >= self.bounds[usize::from(low) + 1])
     }
 }
 
-/// The numbers that 8 bits stand for, ascending: for every power of ten down to 1e-7 the means of equal intervals from 0.1
-/// to 1, twice as many for each larger power, with 0 and 1.
+/// Returns the quantization levels in ascending order: for every power of ten down to 1e-7 the midpoints of equal
+/// intervals between 0.1 and 1, twice as many for each larger power, plus 0 and 1.
 fn dynamic_map(signed: bool) -> [f32; 256] {
     let mut map = vec![0.0, 1.0];
     for i in 0..7 {
@@ -98,81 +100,81 @@ fn dynamic_map(signed: bool) -> [f32; 256] {
         }
     }
     map.sort_by(f32::total_cmp);
-    map.try_into().expect("the numbers are as many as a byte's values")
+    map.try_into().expect("there are 256 levels")
 }
 
-/// The index of the number nearest to `value`.
+/// Returns the index of the level nearest to `value`.
 fn nearest(map: &[f32], value: f32) -> u8 {
     let above = map.partition_point(|&number| number < value).min(map.len() - 1);
     let below = above.saturating_sub(1);
     (if value - map[below] < map[above] - value { below } else { above }) as u8
 }
 
-impl Codes {
-    fn new(n: usize, map: &Map) -> Self {
+impl QuantizedMoment {
+    fn new(n: usize, map: &DynamicMap) -> Self {
         Self { codes: vec![map.code(0.0); n], scales: vec![0.0; n.div_ceil(ALIGN)] }
     }
 
-    fn read(&self, map: &Map) -> Vec<f32> {
+    fn dequantize(&self, map: &DynamicMap) -> Vec<f32> {
         let mut values = vec![0.0; self.codes.len()];
         let blocks = values.chunks_mut(ALIGN).zip(self.codes.chunks(ALIGN)).zip(&self.scales);
-        blocks.for_each(|((values, codes), &scale)| decode(map, codes, scale, values));
+        blocks.for_each(|((values, codes), &scale)| dequantize_block(map, codes, scale, values));
         values
     }
 
-    /// Codes values by these scales, or by the values' own.
-    fn write(&mut self, map: &Map, values: &[f32], scales: Option<&[f32]>) {
+    /// Quantizes values with the given block scales, or with the blocks' absolute maxima.
+    fn quantize(&mut self, map: &DynamicMap, values: &[f32], scales: Option<&[f32]>) {
         let blocks = values.chunks(ALIGN).zip(self.codes.chunks_mut(ALIGN)).zip(&mut self.scales);
         blocks.enumerate().for_each(|(i, ((values, codes), scale))| {
-            *scale = scales.map_or_else(|| largest(values), |scales| scales[i]);
-            encode(map, values, *scale, codes);
+            *scale = scales.map_or_else(|| absmax(values), |scales| scales[i]);
+            quantize_block(map, values, *scale, codes);
         });
     }
 }
 
-fn decode(map: &Map, codes: &[u8], scale: f32, values: &mut [f32]) {
-    values.iter_mut().zip(codes).for_each(|(value, &code)| *value = map.numbers[usize::from(code)] * scale);
+fn dequantize_block(map: &DynamicMap, codes: &[u8], scale: f32, values: &mut [f32]) {
+    values.iter_mut().zip(codes).for_each(|(value, &code)| *value = map.levels[usize::from(code)] * scale);
 }
 
-fn largest(values: &[f32]) -> f32 {
+fn absmax(values: &[f32]) -> f32 {
     values.iter().fold(0f32, |largest, value| largest.max(value.abs()))
 }
 
-fn encode(map: &Map, values: &[f32], scale: f32, codes: &mut [u8]) {
+fn quantize_block(map: &DynamicMap, values: &[f32], scale: f32, codes: &mut [u8]) {
     let unit = if scale > 0.0 { 1.0 / scale } else { 0.0 };
     codes.iter_mut().zip(values).for_each(|(code, &value)| *code = map.code(value * unit));
 }
 
-impl EightBit {
+impl EightBitMoments {
     pub fn new(n: usize) -> Self {
-        Self { exp_avg: Codes::new(n, &SIGNED), exp_avg_sq: Codes::new(n, &UNSIGNED) }
+        Self { exp_avg: QuantizedMoment::new(n, &SIGNED), exp_avg_sq: QuantizedMoment::new(n, &UNSIGNED) }
     }
 
-    /// From values in 32 bits, and the scales of their blocks if they were in 8 bits before.
+    /// Quantizes 32-bit moments, with the block scales that they had as 8-bit moments before, if any.
     pub fn from_values([exp_avg, exp_avg_sq]: [&[f32]; 2], scales: Option<[&[f32]; 2]>) -> Self {
         let mut new = Self::new(exp_avg.len());
-        new.exp_avg.write(&SIGNED, exp_avg, scales.map(|scales| scales[0]));
-        new.exp_avg_sq.write(&UNSIGNED, exp_avg_sq, scales.map(|scales| scales[1]));
+        new.exp_avg.quantize(&SIGNED, exp_avg, scales.map(|scales| scales[0]));
+        new.exp_avg_sq.quantize(&UNSIGNED, exp_avg_sq, scales.map(|scales| scales[1]));
         new
     }
 
-    /// Both moments in 32 bits.
+    /// Returns both moments in 32 bits.
     pub fn values(&self) -> [Vec<f32>; 2] {
-        [self.exp_avg.read(&SIGNED), self.exp_avg_sq.read(&UNSIGNED)]
+        [self.exp_avg.dequantize(&SIGNED), self.exp_avg_sq.dequantize(&UNSIGNED)]
     }
 
-    /// The scales of both moments' blocks.
+    /// Returns the block scales of both moments.
     pub fn scales(&self) -> [&[f32]; 2] {
         [&self.exp_avg.scales, &self.exp_avg_sq.scales]
     }
 
-    /// Bytes.
+    /// Returns the bytes of codes and scales.
     pub fn bytes(&self) -> usize {
         [&self.exp_avg, &self.exp_avg_sq].iter().map(|codes| codes.codes.len() + 4 * codes.scales.len()).sum()
     }
 
-    /// Adam's step, block by block: decoded, updated, coded.
-    pub fn apply(&mut self, update: &Update, parameter: &mut [f32], gradient: &[f32]) {
+    /// Applies Adam's update block by block: dequantizes, updates, quantizes.
+    pub fn apply(&mut self, update: &AdamUpdate, parameter: &mut [f32], gradient: &[f32]) {
         let (constants, first, second) = (update.constants(), &mut self.exp_avg, &mut self.exp_avg_sq);
         let blocks = parameter.par_chunks_mut(ALIGN).zip(gradient.par_chunks(ALIGN));
         let blocks = blocks.zip(first.codes.par_chunks_mut(ALIGN).zip(first.scales.par_iter_mut()));
@@ -181,12 +183,12 @@ impl EightBit {
             let n = parameter.len();
             let (mut exp_avg, mut exp_avg_sq) = ([0.0; ALIGN], [0.0; ALIGN]);
             let (exp_avg, exp_avg_sq) = (&mut exp_avg[..n], &mut exp_avg_sq[..n]);
-            decode(&SIGNED, m, *m_scale, exp_avg);
-            decode(&UNSIGNED, v, *v_scale, exp_avg_sq);
-            constants.step((((parameter, gradient), &mut *exp_avg), &mut *exp_avg_sq), &mut []);
-            (*m_scale, *v_scale) = (largest(exp_avg), largest(exp_avg_sq));
-            encode(&SIGNED, exp_avg, *m_scale, m);
-            encode(&UNSIGNED, exp_avg_sq, *v_scale, v);
+            dequantize_block(&SIGNED, m, *m_scale, exp_avg);
+            dequantize_block(&UNSIGNED, v, *v_scale, exp_avg_sq);
+            constants.update_block((((parameter, gradient), &mut *exp_avg), &mut *exp_avg_sq), &mut []);
+            (*m_scale, *v_scale) = (absmax(exp_avg), absmax(exp_avg_sq));
+            quantize_block(&SIGNED, exp_avg, *m_scale, m);
+            quantize_block(&UNSIGNED, exp_avg_sq, *v_scale, v);
         });
     }
 }
@@ -198,10 +200,10 @@ mod tests {
     #[test]
     fn the_tables_are_those_of_bitsandbytes() {
         // create_dynamic_map(signed, max_exponent_bits=7, total_bits=8) has 255 and 256 different values.
-        for Map { numbers, .. } in [&*SIGNED, &*UNSIGNED] {
+        for DynamicMap { levels: numbers, .. } in [&*SIGNED, &*UNSIGNED] {
             assert!(numbers.is_sorted() && numbers.contains(&0.0) && numbers.contains(&1.0));
         }
-        let (signed, unsigned) = (&SIGNED.numbers, &UNSIGNED.numbers);
+        let (signed, unsigned) = (&SIGNED.levels, &UNSIGNED.levels);
         assert!((unsigned[1] - 3.25e-7).abs() < 1e-12, "{}", unsigned[1]);
         assert!(signed.iter().filter(|&&number| number < 0.0).all(|number| signed.contains(&-number)));
     }
@@ -211,8 +213,8 @@ mod tests {
         for map in [&*SIGNED, &*UNSIGNED] {
             let between = (0..=1f32.to_bits()).step_by(9973).chain([1f32.to_bits()]).map(f32::from_bits);
             let bounds = map.bounds[1..256].iter().flat_map(|bound| [bound.next_down(), *bound, bound.next_up()]);
-            for value in between.chain(bounds).chain(map.numbers).flat_map(|value| [value, -value]) {
-                assert_eq!(map.code(value), nearest(&map.numbers, value), "{value:e}");
+            for value in between.chain(bounds).chain(map.levels).flat_map(|value| [value, -value]) {
+                assert_eq!(map.code(value), nearest(&map.levels, value), "{value:e}");
             }
         }
     }
@@ -223,7 +225,7 @@ mod tests {
         let value = |i: usize| ((i * 7919) % 1009) as f32 / 1009.0 - 0.5;
         let exp_avg: Vec<f32> = (0..n).map(|i| value(i) * 10f32.powi(-((i / 256) as i32 % 5))).collect();
         let exp_avg_sq: Vec<f32> = exp_avg.iter().map(|m| m * m).collect();
-        let coded = EightBit::from_values([&exp_avg, &exp_avg_sq], None);
+        let coded = EightBitMoments::from_values([&exp_avg, &exp_avg_sq], None);
         let [m, v] = coded.values();
         for (block, (found, expected)) in m.chunks(ALIGN).zip(exp_avg.chunks(ALIGN)).enumerate() {
             let largest = expected.iter().fold(0f32, |a, b| a.max(b.abs()));
@@ -231,7 +233,7 @@ mod tests {
                 assert!((found - expected).abs() <= 0.0078 * largest, "block {block}: {found} for {expected}");
             }
         }
-        let again = EightBit::from_values([&m, &v], Some(coded.scales()));
+        let again = EightBitMoments::from_values([&m, &v], Some(coded.scales()));
         assert_eq!(again.values(), [m, v]);
         assert!(coded.bytes() < 2 * n + 2 * n / 50);
     }

@@ -1,48 +1,48 @@
-//! Parameters that the optimizer treats alike.
+//! Parameter groups: parameters that the optimizer treats alike.
 
-/// How the optimizer treats one parameter.
+/// The settings of a parameter group.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Group {
-    /// What the schedule's learning rate is multiplied by.
-    pub learning_rate_scale: f64,
+pub struct ParamGroup {
+    /// The factor applied to the learning rate of the schedule.
+    pub lr_scale: f64,
     /// The weight decay.
     pub weight_decay: f64,
 }
 
-/// Which parameters are treated how, by their paths.
+/// The rules that assign parameters to groups, by path and shape.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Groups {
-    /// Whether norms, biases and vectors decay too, see [`no_decay`]. Default: no.
+pub struct ParamGroups {
+    /// True if norms, biases and vectors decay as well, see [`no_decay`]. Default: false.
     pub decay_all: bool,
-    /// Learning rates of parameters with a part of this name in their path, as multiples of the schedule's. The first that
-    /// fits holds. Default: none.
-    pub scales: Vec<(String, f64)>,
-    /// That of vectors which no part names. Default: 1.
-    pub vector_scale: Option<f64>,
+    /// Learning-rate factors by name: a rule applies to parameters with that name as one part of their path. The first
+    /// match wins. Default: none.
+    pub lr_scales: Vec<(String, f64)>,
+    /// The learning-rate factor of vectors that no name matches. Default: 1.
+    pub vector_lr_scale: Option<f64>,
 }
 
-impl Groups {
-    /// LoRA+ (Hayou et al., 2024, arXiv:2402.12354): the matrices `B` of adapters learn `ratio` times as fast as the matrices `A`,
-    /// and so do vectors, as in PEFT; the paper advises 16.
+impl ParamGroups {
+    /// Returns the groups of LoRA+ (Hayou et al., 2024, arXiv:2402.12354): the adapter matrices `B` learn `ratio` times
+    /// as fast as the matrices `A`, and so do vectors, as in PEFT; the paper recommends 16.
     pub fn lora_plus(ratio: f64) -> Self {
-        Self { scales: vec![("lora_B".to_owned(), ratio)], vector_scale: Some(ratio), ..Self::default() }
+        Self { lr_scales: vec![("lora_B".to_owned(), ratio)], vector_lr_scale: Some(ratio), ..Self::default() }
     }
 
-    /// The group of a parameter by its path and rank; `weight_decay` is that of matrices.
-    pub fn of(&self, path: &str, rank: usize, weight_decay: f64) -> Group {
+    /// Returns the group of a parameter with this path and number of dimensions; `weight_decay` applies to matrices.
+    pub fn group_of(&self, path: &str, num_dims: usize, weight_decay: f64) -> ParamGroup {
         let named = |(name, _): &&(String, f64)| path.split('.').any(|part| part.eq_ignore_ascii_case(name));
-        let learning_rate_scale = self.scales.iter().find(named).map(|&(_, scale)| scale);
-        let vector_scale = self.vector_scale.filter(|_| rank <= 1);
+        let learning_rate_scale = self.lr_scales.iter().find(named).map(|&(_, scale)| scale);
+        let vector_scale = self.vector_lr_scale.filter(|_| num_dims <= 1);
         let learning_rate_scale = learning_rate_scale.or(vector_scale).unwrap_or(1.0);
-        let decays = self.decay_all || !no_decay(path, rank);
-        Group { learning_rate_scale, weight_decay: if decays { weight_decay } else { 0.0 } }
+        let decays = self.decay_all || !no_decay(path, num_dims);
+        ParamGroup { lr_scale: learning_rate_scale, weight_decay: if decays { weight_decay } else { 0.0 } }
     }
 }
 
-/// Whether a parameter is a norm's or a bias: vectors, paths that end with `bias`, and those with `norm` in one of their
-/// parts' names. Decay would pull these away from where the model has them, for nothing.
-pub fn no_decay(path: &str, rank: usize) -> bool {
-    rank <= 1 || path.ends_with("bias") || path.split('.').any(|part| part.contains("norm"))
+/// Returns true for parameters without weight decay, that is norms and biases: vectors, paths that end with `bias`, and
+/// paths with `norm` in the name of a part. Decay would pull them away from their values without benefit.
+pub fn no_decay(path: &str, num_dims: usize) -> bool {
+    num_dims <= 1 || path.ends_with("bias") || path.split('.').any(|part| part.contains("norm"))
 }
 
 #[cfg(test)]
@@ -60,17 +60,17 @@ mod tests {
             ("model.layers.0.self_attn.q_proj.bias", 2, true),
             ("scale", 1, true),
         ];
-        let all = Groups { decay_all: true, ..Groups::default() };
+        let all = ParamGroups { decay_all: true, ..ParamGroups::default() };
         for (path, rank, expected) in table {
             assert_eq!(no_decay(path, rank), expected, "{path}");
-            assert_eq!(Groups::default().of(path, rank, 0.1).weight_decay == 0.0, expected, "{path}");
-            assert_eq!(all.of(path, rank, 0.1).weight_decay, 0.1, "{path}");
+            assert_eq!(ParamGroups::default().group_of(path, rank, 0.1).weight_decay == 0.0, expected, "{path}");
+            assert_eq!(all.group_of(path, rank, 0.1).weight_decay, 0.1, "{path}");
         }
     }
 
     #[test]
     fn the_matrices_b_of_lora_plus_learn_faster() {
-        let groups = Groups::lora_plus(16.0);
+        let groups = ParamGroups::lora_plus(16.0);
         for (path, scale) in [
             ("model.layers.0.self_attn.q_proj.adapters.0.lora_b", 16.0),
             ("base_model.model.q_proj.lora_B.weight", 16.0),
@@ -80,7 +80,7 @@ mod tests {
             ("model.layers.0.self_attn.q_proj.weight", 1.0),
         ] {
             let rank = if path.ends_with("bias") || path.ends_with("magnitude") { 1 } else { 2 };
-            assert_eq!(groups.of(path, rank, 0.0).learning_rate_scale, scale, "{path}");
+            assert_eq!(groups.group_of(path, rank, 0.0).lr_scale, scale, "{path}");
         }
     }
 }

@@ -1,8 +1,8 @@
-//! LAMB (You et al., "Large Batch Optimization for Deep Learning", 2020, algorithm 2), with DeepSpeed's bounds of the trust
-//! ratio.
+//! LAMB (You et al., "Large Batch Optimization for Deep Learning", 2020, algorithm 2), with DeepSpeed's bounds on the
+//! trust ratio.
 
-use super::{State, adamw::to_dtype};
-use crate::segment::Value;
+use super::{OptimizerState, adamw::to_dtype};
+use crate::segment::DynTensor;
 use burn::tensor::{DType, Tensor, backend::Backend};
 
 /// The settings of LAMB; the defaults are DeepSpeed's.
@@ -10,9 +10,9 @@ use burn::tensor::{DType, Tensor, backend::Backend};
 pub struct Lamb {
     /// The decay rates of the running means of gradients and of their squares. Default: (0.9, 0.999).
     pub betas: (f64, f64),
-    /// What is added to the denominator. Default: 1e-8.
+    /// The number added to the denominator. Default: 1e-8.
     pub epsilon: f64,
-    /// The weight decay, part of the direction. Default: 0.
+    /// The weight decay, which is part of the update direction. Default: 0.
     pub weight_decay: f64,
     /// The smallest trust ratio. Default: 0.01.
     pub min_coeff: f64,
@@ -27,19 +27,20 @@ impl Default for Lamb {
 }
 
 impl Lamb {
-    /// The direction of a piece, `m̂ / (√v̂ + ε) + λ p` in f32, before it is scaled by the trust ratio of the whole tensor.
+    /// Returns the update direction of a shard, `m̂ / (√v̂ + ε) + λ p` in f32, before it is scaled by the trust ratio
+    /// of the full tensor.
     pub(crate) fn direction<B: Backend>(
         &self,
         weight_decay: f64,
         parameter: &Tensor<B, 1>,
         gradient: Tensor<B, 1>,
-        state: Option<State<B>>,
-    ) -> (Tensor<B, 1>, State<B>) {
+        state: Option<OptimizerState<B>>,
+    ) -> (Tensor<B, 1>, OptimizerState<B>) {
         let (beta1, beta2) = self.betas;
         let gradient = to_dtype(gradient, DType::F32);
         let square = gradient.clone().mul(gradient.clone()).mul_scalar(1.0 - beta2);
         let fresh = gradient.mul_scalar(1.0 - beta1);
-        let (step, exp_avg, exp_avg_sq) = match state.map(State::take) {
+        let (step, exp_avg, exp_avg_sq) = match state.map(OptimizerState::into_parts) {
             None => (1, fresh, square),
             Some((step, [exp_avg, exp_avg_sq])) => (
                 step + 1,
@@ -53,11 +54,11 @@ impl Lamb {
         if weight_decay != 0.0 {
             direction = direction.add(to_dtype(parameter.clone(), DType::F32).mul_scalar(weight_decay));
         }
-        (direction, State { step, slots: vec![Value::new(exp_avg), Value::new(exp_avg_sq)] })
+        (direction, OptimizerState { step, slots: vec![DynTensor::new(exp_avg), DynTensor::new(exp_avg_sq)] })
     }
 
-    /// The trust ratio from the norms of a tensor and of its direction.
-    pub(crate) fn ratio(&self, parameter: f64, direction: f64) -> f64 {
+    /// Returns the trust ratio for the norms of a tensor and of its update direction.
+    pub(crate) fn trust_ratio(&self, parameter: f64, direction: f64) -> f64 {
         if parameter > 0.0 && direction > 0.0 {
             (parameter / direction).clamp(self.min_coeff, self.max_coeff)
         } else {

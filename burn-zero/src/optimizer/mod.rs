@@ -1,7 +1,7 @@
-//! Optimizers, and the groups of parameters that they treat alike.
+//! Optimizers and parameter groups.
 //!
-//! All of them work on flat pieces of parameters, so that a rank can own any part of a model. All but LAMB are element-wise; LAMB
-//! needs two norms per tensor, which the engine adds up over ranks.
+//! All optimizers work on flat parameter shards, so a rank can own any part of a model. All but LAMB are element-wise;
+//! LAMB needs two norms per tensor, which the engine sums over the ranks.
 
 mod adamw;
 pub mod cpu_adam;
@@ -12,24 +12,24 @@ mod lion;
 mod sgd;
 
 pub use adamw::{AdamW, Moments};
-pub(crate) use eight_bit::{EightBit, LEAST as LEAST_8BIT};
-pub use group::{Group, Groups, no_decay};
+pub(crate) use eight_bit::{EightBitMoments, MIN_8BIT_SIZE as LEAST_8BIT};
+pub use group::{ParamGroup, ParamGroups, no_decay};
 pub use lamb::Lamb;
 pub use lion::Lion;
 pub use sgd::Sgd;
 
-use crate::{Error, bucket, ds_config, segment::Value};
+use crate::{Error, bucket, ds_config, segment::DynTensor};
 use burn::tensor::{Tensor, backend::Backend};
 
-/// A rule by which parameters are updated, with its settings.
+/// An optimizer with its settings.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Optimizer {
     /// Adam with decoupled weight decay.
     AdamW(AdamW),
     /// Adam with weight decay added to the gradient.
     Adam(AdamW),
-    /// AdamW whose moments are kept in 8 bits, on the host (Dettmers et al., "8-bit Optimizers via Block-wise Quantization",
-    /// 2022). Pieces of fewer than 4096 values keep theirs in 32 bits, as bitsandbytes has it.
+    /// AdamW with 8-bit moments in host memory (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022).
+    /// Parameters of fewer than 4096 values keep 32-bit moments, as in bitsandbytes.
     AdamW8bit(AdamW),
     /// LAMB.
     Lamb(Lamb),
@@ -45,49 +45,54 @@ impl From<AdamW> for Optimizer {
     }
 }
 
-impl From<ds_config::Optimizer> for Optimizer {
-    fn from(optimizer: ds_config::Optimizer) -> Self {
-        let adam =
-            |adam: ds_config::Adam| AdamW { betas: adam.betas, epsilon: adam.eps, weight_decay: adam.weight_decay };
+impl From<ds_config::OptimizerConfig> for Optimizer {
+    fn from(optimizer: ds_config::OptimizerConfig) -> Self {
+        let adam = |adam: ds_config::AdamParams| AdamW {
+            betas: adam.betas,
+            epsilon: adam.eps,
+            weight_decay: adam.weight_decay,
+        };
         match optimizer {
-            ds_config::Optimizer::AdamW(settings) => Self::AdamW(adam(settings)),
-            ds_config::Optimizer::Adam(settings) => Self::Adam(adam(settings)),
-            ds_config::Optimizer::Lamb(lamb) => Self::Lamb(Lamb {
+            ds_config::OptimizerConfig::AdamW(settings) => Self::AdamW(adam(settings)),
+            ds_config::OptimizerConfig::Adam(settings) => Self::Adam(adam(settings)),
+            ds_config::OptimizerConfig::Lamb(lamb) => Self::Lamb(Lamb {
                 betas: lamb.betas,
                 epsilon: lamb.eps,
                 weight_decay: lamb.weight_decay,
                 min_coeff: lamb.min_coeff,
                 max_coeff: lamb.max_coeff,
             }),
-            ds_config::Optimizer::Lion(lion) => Self::Lion(Lion { betas: lion.betas, weight_decay: lion.weight_decay }),
-            ds_config::Optimizer::Sgd(sgd) => {
+            ds_config::OptimizerConfig::Lion(lion) => {
+                Self::Lion(Lion { betas: lion.betas, weight_decay: lion.weight_decay })
+            }
+            ds_config::OptimizerConfig::Sgd(sgd) => {
                 Self::Sgd(Sgd { momentum: sgd.momentum, weight_decay: sgd.weight_decay, nesterov: sgd.nesterov })
             }
         }
     }
 }
 
-/// The rates of one update.
+/// The hyperparameters of one update.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Rates {
+pub(crate) struct Hyperparameters {
     pub lr: f64,
     pub weight_decay: f64,
-    /// What gradients are multiplied by: clipping, and the loss scale undone.
-    pub scale: f64,
+    /// The factor applied to gradients: clipping, and the inverse of the loss scale.
+    pub grad_scale: f64,
 }
 
-/// What an optimizer remembers of a piece, on the device.
+/// The optimizer state of a shard, on the device.
 #[derive(Debug, Clone)]
-pub(crate) struct State<B: Backend> {
+pub(crate) struct OptimizerState<B: Backend> {
     /// The number of updates so far.
     pub step: usize,
-    /// Flat f32 tensors, in the order of [`Optimizer::slots`].
-    pub slots: Vec<Value<B>>,
+    /// Flat f32 tensors, in the order of [`Optimizer::slot_names`].
+    pub slots: Vec<DynTensor<B>>,
 }
 
-impl<B: Backend> State<B> {
-    /// The number of updates, and the tensors.
-    fn take<const N: usize>(self) -> (usize, [Value<B>; N]) {
+impl<B: Backend> OptimizerState<B> {
+    /// Returns the number of updates and the tensors.
+    fn into_parts<const N: usize>(self) -> (usize, [DynTensor<B>; N]) {
         let found = self.slots.len();
         let slots = self.slots.try_into().unwrap_or_else(|_| panic!("expected a state of {N} tensors, found {found}"));
         (self.step, slots)
@@ -95,10 +100,10 @@ impl<B: Backend> State<B> {
 }
 
 impl Optimizer {
-    /// Refuses settings that cannot work.
+    /// Checks the settings.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a beta or momentum outside [0, 1), or something negative or not finite.
+    /// Returns [`Error::Setting`] for a beta or momentum outside [0, 1), and for a negative or non-finite value.
     pub fn check(&self) -> Result<(), Error> {
         let adam = |betas, epsilon, weight_decay| AdamW { betas, epsilon, weight_decay }.check();
         match *self {
@@ -109,7 +114,7 @@ impl Optimizer {
         }
     }
 
-    /// The weight decay of parameters that decay.
+    /// Returns the weight decay of the parameters that decay.
     pub fn weight_decay(&self) -> f64 {
         match *self {
             Self::AdamW(settings) | Self::Adam(settings) | Self::AdamW8bit(settings) => settings.weight_decay,
@@ -119,8 +124,8 @@ impl Optimizer {
         }
     }
 
-    /// The names of what is remembered of each parameter, torch's.
-    pub fn slots(&self) -> &'static [&'static str] {
+    /// Returns the names of the state tensors of a parameter, as torch calls them.
+    pub fn slot_names(&self) -> &'static [&'static str] {
         match self {
             Self::AdamW(_) | Self::Adam(_) | Self::AdamW8bit(_) | Self::Lamb(_) => &["exp_avg", "exp_avg_sq"],
             Self::Lion(_) => &["exp_avg"],
@@ -129,8 +134,8 @@ impl Optimizer {
         }
     }
 
-    /// The Adam that the host can compute, and whether its decay is decoupled.
-    pub(crate) fn adam(&self) -> Option<(AdamW, bool)> {
+    /// Returns the settings of the optimizers that can run on the host, and whether their weight decay is decoupled.
+    pub(crate) fn adam_settings(&self) -> Option<(AdamW, bool)> {
         match *self {
             Self::AdamW(settings) | Self::AdamW8bit(settings) => Some((settings, true)),
             Self::Adam(settings) => Some((settings, false)),
@@ -138,86 +143,88 @@ impl Optimizer {
         }
     }
 
-    /// A flat f32 piece after one update, and its state.
+    /// Returns a flat f32 shard after one update, and its new state.
     ///
     /// # Panics
-    /// For LAMB, which needs the whole tensor's norms, and for 8-bit states, which are on the host.
+    /// Panics for LAMB, which needs the norms of full tensors, and for AdamW with 8-bit states, which are on the host.
     pub(crate) fn update<B: Backend>(
         &self,
-        rates: Rates,
+        rates: Hyperparameters,
         parameter: Tensor<B, 1>,
         gradient: Tensor<B, 1>,
-        state: Option<State<B>>,
-    ) -> (Tensor<B, 1>, State<B>) {
-        if let (Some((settings, decoupled)), true) = (self.adam(), on_the_host::<B>()) {
-            return adam_in_place((settings, decoupled), rates, (parameter, gradient), state);
+        state: Option<OptimizerState<B>>,
+    ) -> (Tensor<B, 1>, OptimizerState<B>) {
+        if let (Some((settings, decoupled)), true) = (self.adam_settings(), is_host_backend::<B>()) {
+            return adam_on_host((settings, decoupled), rates, (parameter, gradient), state);
         }
-        let (pair, gradient) = ((rates.lr, rates.weight_decay), scaled(gradient, rates.scale));
+        let (pair, gradient) = ((rates.lr, rates.weight_decay), scale_gradient(gradient, rates.grad_scale));
         match self {
-            Self::AdamW(settings) => adam(settings, true, pair, (parameter, gradient), state),
-            Self::Adam(settings) => adam(settings, false, pair, (parameter, gradient), state),
+            Self::AdamW(settings) => adam_on_device(settings, true, pair, (parameter, gradient), state),
+            Self::Adam(settings) => adam_on_device(settings, false, pair, (parameter, gradient), state),
             Self::Lion(lion) => lion.update(pair, parameter, gradient, state),
             Self::Sgd(sgd) => sgd.update(pair, parameter, gradient, state),
-            Self::Lamb(_) | Self::AdamW8bit(_) => panic!("{self:?} is not updated piece by piece on the device"),
+            Self::Lamb(_) | Self::AdamW8bit(_) => panic!("{self:?} does not update single shards on the device"),
         }
     }
 }
 
-/// Adam on the device. The tensors are moved along: what no one else holds is updated in place.
-fn adam<B: Backend>(
+/// Runs Adam on the device. The tensors are passed by value, so those without another owner are updated in place.
+fn adam_on_device<B: Backend>(
     settings: &AdamW,
     decoupled: bool,
     rates: (f64, f64),
     tensors: (Tensor<B, 1>, Tensor<B, 1>),
-    state: Option<State<B>>,
-) -> (Tensor<B, 1>, State<B>) {
+    state: Option<OptimizerState<B>>,
+) -> (Tensor<B, 1>, OptimizerState<B>) {
     let moments = state.map(|state| {
-        let (step, [exp_avg, exp_avg_sq]) = state.take();
+        let (step, [exp_avg, exp_avg_sq]) = state.into_parts();
         Moments { step, exp_avg, exp_avg_sq }
     });
     let (parameter, moments) = settings.update_with(decoupled, rates, tensors, moments);
     let Moments { step, exp_avg, exp_avg_sq } = moments;
-    (parameter, State { step, slots: vec![exp_avg, exp_avg_sq] })
+    (parameter, OptimizerState { step, slots: vec![exp_avg, exp_avg_sq] })
 }
 
-/// Whether the device's memory is this process's own.
-fn on_the_host<B: Backend>() -> bool {
+/// Returns whether the device's memory is the memory of this process.
+fn is_host_backend<B: Backend>() -> bool {
     #[cfg(feature = "flex")]
     return std::any::TypeId::of::<B>() == std::any::TypeId::of::<burn::backend::Flex>();
     #[cfg(not(feature = "flex"))]
     false
 }
 
-/// Adam on the tensors' own buffers, in one pass.
-fn adam_in_place<B: Backend>(
+/// Runs Adam on the tensors' own host buffers, in one pass.
+fn adam_on_host<B: Backend>(
     (settings, decoupled): (AdamW, bool),
-    Rates { lr, weight_decay, scale }: Rates,
+    Hyperparameters { lr, weight_decay, grad_scale: scale }: Hyperparameters,
     (parameter, gradient): (Tensor<B, 1>, Tensor<B, 1>),
-    state: Option<State<B>>,
-) -> (Tensor<B, 1>, State<B>) {
+    state: Option<OptimizerState<B>>,
+) -> (Tensor<B, 1>, OptimizerState<B>) {
     let (device, n) = (parameter.device(), parameter.dims()[0]);
     let (before, [mut exp_avg, mut exp_avg_sq]) = match state {
         None => (0, [vec![-0.0; n], vec![0.0; n]]),
         Some(state) => {
-            let (step, moments) = state.take();
+            let (step, moments) = state.into_parts();
             (step, moments.map(bucket::to_host))
         }
     };
     let step = before + 1;
-    let (mut parameter, gradient) = (bucket::to_host(Value::new(parameter)), bucket::to_host(Value::new(gradient)));
-    let slices = cpu_adam::Slices {
+    let (mut parameter, gradient) =
+        (bucket::to_host(DynTensor::new(parameter)), bucket::to_host(DynTensor::new(gradient)));
+    let slices = cpu_adam::AdamSlices {
         parameter: &mut parameter,
         gradient: &gradient,
         exp_avg: &mut exp_avg,
         exp_avg_sq: &mut exp_avg_sq,
     };
-    cpu_adam::Update { settings, decoupled, lr, weight_decay, scale, step }.apply(slices, cpu_adam::Copy::None);
-    let slots = [exp_avg, exp_avg_sq].map(|moment| bucket::from_vec(moment, &device)).into();
-    (bucket::from_vec(parameter, &device).tensor(), State { step, slots })
+    cpu_adam::AdamUpdate { settings, decoupled, lr, weight_decay, grad_scale: scale, step }
+        .apply(slices, cpu_adam::HalfCopy::None);
+    let slots = [exp_avg, exp_avg_sq].map(|moment| bucket::tensor_from_vec(moment, &device)).into();
+    (bucket::tensor_from_vec(parameter, &device).tensor(), OptimizerState { step, slots })
 }
 
-/// A gradient as it is clipped.
-pub(crate) fn scaled<B: Backend>(gradient: Tensor<B, 1>, scale: f64) -> Tensor<B, 1> {
+/// Multiplies a gradient by the factor for clipping and loss scale.
+pub(crate) fn scale_gradient<B: Backend>(gradient: Tensor<B, 1>, scale: f64) -> Tensor<B, 1> {
     if scale == 1.0 { gradient } else { gradient.mul_scalar(scale) }
 }
 

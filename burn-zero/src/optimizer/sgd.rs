@@ -1,21 +1,23 @@
 //! Stochastic gradient descent with momentum, as `torch.optim.SGD` computes it.
 
-use super::{State, adamw::to_dtype};
-use crate::segment::Value;
+use super::{OptimizerState, adamw::to_dtype};
+use crate::segment::DynTensor;
 use burn::tensor::{DType, Tensor, backend::Backend};
 
 /// The settings of SGD; the defaults are torch's.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Sgd {
-    /// The share of the old momentum in the new one. Default: 0.
+    /// The factor of the old momentum in the new one. Default: 0.
     pub momentum: f64,
     /// The weight decay, added to the gradient. Default: 0.
     pub weight_decay: f64,
-    /// Whether the momentum is taken one step ahead. Default: no.
+    /// True for Nesterov momentum. Default: false.
     pub nesterov: bool,
 }
 
 impl Sgd {
+    /// Returns a shard after one update, and its state:
+    ///
     /// ```text
     /// g ← g + λ p        b ← μ b + g (at first g)        p ← p − lr (g + μ b if nesterov, else b)
     /// ```
@@ -24,8 +26,8 @@ impl Sgd {
         (lr, weight_decay): (f64, f64),
         parameter: Tensor<B, 1>,
         gradient: Tensor<B, 1>,
-        state: Option<State<B>>,
-    ) -> (Tensor<B, 1>, State<B>) {
+        state: Option<OptimizerState<B>>,
+    ) -> (Tensor<B, 1>, OptimizerState<B>) {
         let dtype = parameter.dtype();
         let (parameter, mut gradient) = (to_dtype(parameter, DType::F32), to_dtype(gradient, DType::F32));
         if weight_decay != 0.0 {
@@ -33,15 +35,18 @@ impl Sgd {
         }
         if self.momentum == 0.0 {
             let step = state.map_or(1, |state| state.step + 1);
-            return (to_dtype(parameter.sub(gradient.mul_scalar(lr)), dtype), State { step, slots: Vec::new() });
+            return (
+                to_dtype(parameter.sub(gradient.mul_scalar(lr)), dtype),
+                OptimizerState { step, slots: Vec::new() },
+            );
         }
-        let (step, buffer) = match state.map(State::take) {
+        let (step, buffer) = match state.map(OptimizerState::into_parts) {
             None => (1, gradient.clone()),
             Some((step, [buffer])) => (step + 1, buffer.tensor::<1>().mul_scalar(self.momentum).add(gradient.clone())),
         };
         let direction =
             if self.nesterov { gradient.add(buffer.clone().mul_scalar(self.momentum)) } else { buffer.clone() };
         let parameter = parameter.sub(direction.mul_scalar(lr));
-        (to_dtype(parameter, dtype), State { step, slots: vec![Value::new(buffer)] })
+        (to_dtype(parameter, dtype), OptimizerState { step, slots: vec![DynTensor::new(buffer)] })
     }
 }

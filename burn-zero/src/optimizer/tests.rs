@@ -1,8 +1,8 @@
 use super::{
-    cpu_adam::{Copy, Slices, Update},
+    cpu_adam::{AdamSlices, AdamUpdate, HalfCopy},
     *,
 };
-use crate::norm::{Exact, add_squares};
+use crate::norm::{ExactSum, add_squares};
 use burn::{backend::Flex, tensor::TensorData};
 use half::{bf16, f16};
 use serde_json::Value as Json;
@@ -31,8 +31,8 @@ fn near(found: &[f32], expected: &[f32], what: &str) {
 }
 
 fn norm(tensor: &Tensor<Flex, 1>) -> f64 {
-    let mut sum = Exact::default();
-    add_squares(&mut sum, &Value::new(tensor.clone()));
+    let mut sum = ExactSum::default();
+    add_squares(&mut sum, &DynTensor::new(tensor.clone()));
     sum.value().sqrt()
 }
 
@@ -57,12 +57,17 @@ fn ten_updates_are_torch_s_or_the_paper_s() {
             let (new, next) = match optimizer {
                 Optimizer::Lamb(lamb) => {
                     let (direction, state) = lamb.direction(decay, &parameter, gradient, state);
-                    let ratio = lamb.ratio(norm(&parameter), norm(&direction));
+                    let ratio = lamb.trust_ratio(norm(&parameter), norm(&direction));
                     (parameter.sub(direction.mul_scalar(lr * ratio)), state)
                 }
-                _ => optimizer.update(Rates { lr, weight_decay: decay, scale: 1.0 }, parameter, gradient, state),
+                _ => optimizer.update(
+                    Hyperparameters { lr, weight_decay: decay, grad_scale: 1.0 },
+                    parameter,
+                    gradient,
+                    state,
+                ),
             };
-            assert_eq!(next.slots.len(), optimizer.slots().len());
+            assert_eq!(next.slots.len(), optimizer.slot_names().len());
             (parameter, state) = (new, Some(next));
         }
         assert_eq!(state.unwrap().step, 10);
@@ -70,20 +75,20 @@ fn ten_updates_are_torch_s_or_the_paper_s() {
     }
 }
 
-/// Ten updates on the host, with a copy of the last one.
-fn on_the_host(update: Update, start: &[f32], gradients: &[Vec<f32>]) -> (Vec<f32>, Vec<bf16>, Vec<f16>) {
+/// Runs all updates on the host, with half-precision copies of two out of three.
+fn updates_on_host(update: AdamUpdate, start: &[f32], gradients: &[Vec<f32>]) -> (Vec<f32>, Vec<bf16>, Vec<f16>) {
     let n = start.len();
     let (mut parameter, mut exp_avg, mut exp_avg_sq) = (start.to_vec(), vec![-0.0; n], vec![0.0; n]);
     let (mut brief, mut half) = (vec![bf16::ZERO; n], vec![f16::ZERO; n]);
     for (step, gradient) in gradients.iter().enumerate() {
-        let update = Update { step: step + 1, ..update };
+        let update = AdamUpdate { step: step + 1, ..update };
         let copy = match step % 3 {
-            0 => Copy::Bf16(&mut brief),
-            1 => Copy::F16(&mut half),
-            _ => Copy::None,
+            0 => HalfCopy::Bf16(&mut brief),
+            1 => HalfCopy::F16(&mut half),
+            _ => HalfCopy::None,
         };
         let (exp_avg, exp_avg_sq) = (&mut exp_avg, &mut exp_avg_sq);
-        update.apply(Slices { parameter: &mut parameter, gradient, exp_avg, exp_avg_sq }, copy);
+        update.apply(AdamSlices { parameter: &mut parameter, gradient, exp_avg, exp_avg_sq }, copy);
         match step % 3 {
             0 => assert!(brief.iter().zip(&parameter).all(|(copy, &value)| *copy == bf16::from_f32(value))),
             1 => assert!(half.iter().zip(&parameter).all(|(copy, &value)| *copy == f16::from_f32(value))),
@@ -99,8 +104,9 @@ fn adam_on_the_host_is_torch_s() {
     let gradients: Vec<_> = golden["gradients"].as_array().unwrap().iter().map(numbers).collect();
     for (name, decoupled) in [("AdamW", true), ("Adam", false)] {
         let lr = golden["lr"].as_f64().unwrap();
-        let update = Update { settings: AdamW::default(), decoupled, lr, weight_decay: 0.1, scale: 1.0, step: 0 };
-        let (found, ..) = on_the_host(update, &numbers(&golden["start"]), &gradients);
+        let update =
+            AdamUpdate { settings: AdamW::default(), decoupled, lr, weight_decay: 0.1, grad_scale: 1.0, step: 0 };
+        let (found, ..) = updates_on_host(update, &numbers(&golden["start"]), &gradients);
         near(&found, &numbers(&golden[name]), name);
     }
 }
@@ -108,7 +114,7 @@ fn adam_on_the_host_is_torch_s() {
 #[test]
 fn adam_on_the_host_is_adam_on_the_device_bit_for_bit() {
     let settings = AdamW { betas: (0.9, 0.95), epsilon: 1e-6, weight_decay: 0.0 };
-    // DeepSpeed's sizes, one value, and a block and more.
+    // DeepSpeed's test sizes, a single value, and more than a block.
     for n in [1, 22, 64, 128, 1024, 40_000] {
         for (optimizer, decoupled) in [(Optimizer::AdamW(settings), true), (Optimizer::Adam(settings), false)] {
             for (weight_decay, scale) in [(0.0, 1.0), (0.1, 0.37)] {
@@ -116,13 +122,13 @@ fn adam_on_the_host_is_adam_on_the_device_bit_for_bit() {
                 let start: Vec<f32> = (0..n).map(|i| value(i, 99)).collect();
                 let gradient = |k| (0..n).map(|i| if i % 11 == 3 { -0.0 } else { value(i, k) }).collect();
                 let gradients: Vec<Vec<f32>> = (0..10).map(gradient).collect();
-                let update = Update { settings, decoupled, lr: 3e-3, weight_decay, scale, step: 0 };
-                let (found, ..) = on_the_host(update, &start, &gradients);
-                let rates = Rates { lr: 3e-3, weight_decay, scale };
+                let update = AdamUpdate { settings, decoupled, lr: 3e-3, weight_decay, grad_scale: scale, step: 0 };
+                let (found, ..) = updates_on_host(update, &start, &gradients);
+                let rates = Hyperparameters { lr: 3e-3, weight_decay, grad_scale: scale };
                 let (mut by_tensors, mut moments, mut in_place, mut state) =
                     (tensor(&start), None, tensor(&start), None);
                 for gradient in &gradients {
-                    let tensors = (by_tensors, scaled(tensor(gradient), scale));
+                    let tensors = (by_tensors, scale_gradient(tensor(gradient), scale));
                     let (new, next) = settings.update_with(decoupled, (3e-3, weight_decay), tensors, moments);
                     (by_tensors, moments) = (new, Some(next));
                     let (new, next) = optimizer.update(rates, in_place, tensor(gradient), state);
@@ -142,13 +148,13 @@ fn eight_bits_stay_near_thirty_two() {
     let (n, settings) = (5000, AdamW::default());
     let value = |i: usize, k: usize| ((i * 37 + k * 101) as f32).sin();
     let start: Vec<f32> = (0..n).map(|i| value(i, 99)).collect();
-    let (mut parameter, mut codes) = (start.clone(), EightBit::new(n));
+    let (mut parameter, mut codes) = (start.clone(), EightBitMoments::new(n));
     let gradients: Vec<Vec<f32>> = (0..30).map(|k| (0..n).map(|i| value(i, 0) + 0.3 * value(i, k)).collect()).collect();
-    let update = Update { settings, decoupled: true, lr: 1e-3, weight_decay: 0.01, scale: 1.0, step: 0 };
+    let update = AdamUpdate { settings, decoupled: true, lr: 1e-3, weight_decay: 0.01, grad_scale: 1.0, step: 0 };
     for (step, gradient) in gradients.iter().enumerate() {
-        codes.apply(&Update { step: step + 1, ..update }, &mut parameter, gradient);
+        codes.apply(&AdamUpdate { step: step + 1, ..update }, &mut parameter, gradient);
     }
-    let (expected, ..) = on_the_host(update, &start, &gradients);
+    let (expected, ..) = updates_on_host(update, &start, &gradients);
     let moved = |a: &[f32]| a.iter().zip(&start).map(|(a, b)| f64::from((a - b).powi(2))).sum::<f64>().sqrt();
     let apart = expected.iter().zip(&parameter).map(|(a, b)| f64::from((a - b).powi(2))).sum::<f64>().sqrt();
     assert!(apart < 0.05 * moved(&expected), "{apart} apart after a way of {}", moved(&expected));
@@ -156,16 +162,19 @@ fn eight_bits_stay_near_thirty_two() {
 
 #[test]
 fn a_ds_config_s_optimizer_is_taken_over() {
-    let adam = ds_config::Adam { lr: 1.0, betas: (0.8, 0.9), eps: 1e-7, weight_decay: 0.3 };
+    let adam = ds_config::AdamParams { lr: 1.0, betas: (0.8, 0.9), eps: 1e-7, weight_decay: 0.3 };
     let expected = AdamW { betas: (0.8, 0.9), epsilon: 1e-7, weight_decay: 0.3 };
-    assert_eq!(Optimizer::from(ds_config::Optimizer::AdamW(adam)), Optimizer::AdamW(expected));
-    assert_eq!(Optimizer::from(ds_config::Optimizer::Adam(adam)), Optimizer::Adam(expected));
-    let lion = Optimizer::from(ds_config::Optimizer::Lion(ds_config::Lion::default()));
-    assert_eq!(lion.slots(), ["exp_avg"]);
+    assert_eq!(Optimizer::from(ds_config::OptimizerConfig::AdamW(adam)), Optimizer::AdamW(expected));
+    assert_eq!(Optimizer::from(ds_config::OptimizerConfig::Adam(adam)), Optimizer::Adam(expected));
+    let lion = Optimizer::from(ds_config::OptimizerConfig::Lion(ds_config::LionParams::default()));
+    assert_eq!(lion.slot_names(), ["exp_avg"]);
     assert_eq!(
-        Optimizer::from(ds_config::Optimizer::Lamb(ds_config::Lamb::default())),
+        Optimizer::from(ds_config::OptimizerConfig::Lamb(ds_config::LambParams::default())),
         Optimizer::Lamb(Lamb::default())
     );
-    assert_eq!(Optimizer::from(ds_config::Optimizer::Sgd(ds_config::Sgd::default())), Optimizer::Sgd(Sgd::default()));
+    assert_eq!(
+        Optimizer::from(ds_config::OptimizerConfig::Sgd(ds_config::SgdParams::default())),
+        Optimizer::Sgd(Sgd::default())
+    );
     assert!(Optimizer::Sgd(Sgd { momentum: 1.0, ..Sgd::default() }).check().is_err());
 }

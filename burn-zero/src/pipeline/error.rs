@@ -1,66 +1,66 @@
-//! What can be wrong with a schedule, a partition or their settings.
+//! The errors of schedules, partitions and their settings.
 
-/// Everything that this module refuses. Ranks, positions, lines and columns are counted from 0, except in a CSV file, where
-/// lines and columns are counted from 1 as editors do.
+/// An error of this module. Ranks and positions are counted from 0, lines and columns of a CSV file from 1, as editors
+/// do.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
-pub enum ScheduleError {
-    /// A setting with an impossible value.
+pub enum PipelineError {
+    /// A setting has an invalid value.
     #[error("`{field}`: expected {expected}, found {found}")]
     Setting {
-        /// The setting's name.
+        /// The name of the setting.
         field: &'static str,
-        /// What would do.
+        /// The valid values.
         expected: String,
-        /// The value.
+        /// The value found.
         found: String,
     },
-    /// Something is missing, comes twice, comes too early or does not belong to this rank.
+    /// An instruction or action is missing, duplicate, too early or on the wrong rank.
     #[error("rank {rank}, position {position}: expected {expected}, found {found}")]
     Order {
         /// The rank whose list is wrong.
         rank: usize,
-        /// The position in that rank's list; its length if the list ends too early.
+        /// The position in the list of that rank; the length of the list if it ends too early.
         position: usize,
-        /// What should stand there, or before.
+        /// The entry that should be at this position, or before it.
         expected: String,
-        /// What stands there.
+        /// The entry at this position.
         found: String,
     },
-    /// A rank keeps the activations of more micro-batches than it may.
+    /// A rank keeps the activations of more micro-batches than its limit.
     #[error("rank {rank}, position {position}: expected at most {expected} live activations, found {found}")]
-    Live {
+    LiveActivations {
         /// The rank.
         rank: usize,
-        /// The position of the forward pass that is one too many.
+        /// The position of the forward pass that exceeds the limit.
         position: usize,
         /// The limit.
         expected: usize,
-        /// The number of activations then alive.
+        /// The number of live activations at that position.
         found: usize,
     },
-    /// No rank can go on: each waits for another one.
+    /// Deadlock: every rank that has not finished waits for another one.
     #[error("deadlock: rank {rank}, position {position}: expected {expected}, found {found}")]
     Deadlock {
-        /// The first rank that waits.
+        /// The lowest rank that waits.
         rank: usize,
-        /// The position in its list at which it waits.
+        /// The position of the instruction at which it waits.
         position: usize,
-        /// What its peer would have to do.
+        /// The instruction that its peer would have to be at.
         expected: String,
-        /// What it waits at, and what its peer does instead.
+        /// The instruction at which it waits, and the one its peer is at.
         found: String,
     },
-    /// A cell of a CSV file that is not an action this module knows.
+    /// A cell of a CSV file is not a valid action.
     #[error("CSV line {line}, column {column}: expected {expected}, found `{found}`")]
     Csv {
         /// The line, counted from 1: rank + 1.
         line: usize,
         /// The column, counted from 1: slot + 1.
         column: usize,
-        /// What would do.
+        /// The valid values.
         expected: String,
-        /// The cell.
+        /// The text of the cell.
         found: String,
     },
 }

@@ -1,92 +1,93 @@
-//! What a rank can be told to do.
+//! The instructions of a rank.
 
 use std::fmt;
 
-/// The direction in which a micro-batch passes a stage.
+/// The computation of an action, as in `torch.distributed.pipelining`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Pass {
-    /// Activations in, activations out.
+pub enum ComputationType {
+    /// The forward pass (torch: `F`): takes and returns activations.
     Forward,
-    /// The gradient of the output in, the gradient of the input out.
+    /// The full backward pass (torch: `B`): takes the gradient of the output, returns the gradient of the input.
     Backward,
 }
 
-/// One pass of one micro-batch through one of a rank's chunks.
+/// One pass of one micro-batch through one of the chunks of a rank.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Work {
-    /// The direction.
-    pub pass: Pass,
-    /// The chunk of the model, counted within its rank.
+pub struct Action {
+    /// The computation.
+    pub computation: ComputationType,
+    /// The index of the chunk, counted within its rank.
     pub chunk: usize,
-    /// The micro-batch, counted within the batch.
+    /// The index of the micro-batch within the batch.
     pub micro_batch: usize,
 }
 
-impl Work {
-    /// The forward pass of `micro_batch` through the rank's `chunk`.
+impl Action {
+    /// Returns the forward pass of `micro_batch` through `chunk`.
     pub fn forward(chunk: usize, micro_batch: usize) -> Self {
-        Self { pass: Pass::Forward, chunk, micro_batch }
+        Self { computation: ComputationType::Forward, chunk, micro_batch }
     }
 
-    /// The backward pass of `micro_batch` through the rank's `chunk`.
+    /// Returns the backward pass of `micro_batch` through `chunk`.
     pub fn backward(chunk: usize, micro_batch: usize) -> Self {
-        Self { pass: Pass::Backward, chunk, micro_batch }
+        Self { computation: ComputationType::Backward, chunk, micro_batch }
     }
 }
 
-/// One instruction of a rank. DeepSpeed (`runtime/pipe/schedule.py`) has a name for each direction, here a value:
+/// One instruction of a rank. DeepSpeed (`runtime/pipe/schedule.py`) has one class per computation, where this type has
+/// a field:
 ///
-/// | here | `Pass::Forward` | `Pass::Backward` |
+/// | here | `ComputationType::Forward` | `ComputationType::Backward` |
 /// |---|---|---|
 /// | `Compute` | ForwardPass | BackwardPass |
 /// | `Send` | SendActivation | SendGrad |
 /// | `Recv` | RecvActivation | RecvGrad |
 ///
-/// DeepSpeed's LoadMicroBatch is part of computing: the first stage's forward pass has no input but the micro-batch, and the last
-/// stage's holds the loss.
+/// DeepSpeed's LoadMicroBatch is part of `Compute`: the forward pass of the first stage has no input but the
+/// micro-batch, and that of the last stage includes the loss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Instruction {
-    /// Do this work.
-    Compute(Work),
-    /// Send the output of this rank's `work`, activations or gradients, to rank `to`.
+    /// Runs this action.
+    Compute(Action),
+    /// Sends the output of `action`, activations or gradients, to rank `to`.
     Send {
-        /// The work whose output goes out.
-        work: Work,
-        /// The rank with the next stage (forward) or the one before (backward).
+        /// The action of this rank whose output is sent.
+        action: Action,
+        /// The rank of the next stage (forward) or the previous stage (backward).
         to: usize,
     },
-    /// Receive the input of this rank's `work`, activations or gradients, from rank `from`.
+    /// Receives the input of `action`, activations or gradients, from rank `from`.
     Recv {
-        /// The work whose input comes in.
-        work: Work,
-        /// The rank with the stage before (forward) or the next one (backward).
+        /// The action of this rank whose input is received.
+        action: Action,
+        /// The rank of the previous stage (forward) or the next stage (backward).
         from: usize,
     },
-    /// Before: each rank with a copy of a tied parameter (the embedding that is also the head) holds its part of the gradient.
-    /// After: each of them holds the sum.
+    /// Sums the gradients of tied parameters, such as an embedding that is also the head. Before: each rank with a copy
+    /// of the parameter holds its part of the gradient. After: each of them holds the sum.
     ReduceTiedGradients,
-    /// Sum gradients over the data-parallel replicas of this rank.
+    /// Sums the gradients over the data-parallel replicas of this rank.
     ReduceGradients,
-    /// Let the optimizer change this rank's parameters.
+    /// Runs the optimizer step on the parameters of this rank.
     OptimizerStep,
 }
 
 impl Instruction {
-    /// What ends every rank's list, in this order.
+    /// The instructions at the end of every rank's list, in this order.
     pub const CLOSING: [Self; 3] = [Self::ReduceTiedGradients, Self::ReduceGradients, Self::OptimizerStep];
 
-    /// The work that it does, sends or receives for.
-    pub fn work(self) -> Option<Work> {
+    /// Returns the action that the instruction runs, or whose input or output it transfers.
+    pub fn action(self) -> Option<Action> {
         match self {
-            Self::Compute(work) | Self::Send { work, .. } | Self::Recv { work, .. } => Some(work),
+            Self::Compute(work) | Self::Send { action: work, .. } | Self::Recv { action: work, .. } => Some(work),
             _ => None,
         }
     }
 }
 
-impl fmt::Display for Work {
+impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}(chunk {}, micro-batch {})", self.pass, self.chunk, self.micro_batch)
+        write!(f, "{:?}(chunk {}, micro-batch {})", self.computation, self.chunk, self.micro_batch)
     }
 }
 
@@ -94,8 +95,8 @@ impl fmt::Display for Instruction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Compute(work) => write!(f, "{work}"),
-            Self::Send { work, to } => write!(f, "the send to rank {to} of the output of {work}"),
-            Self::Recv { work, from } => write!(f, "the receive from rank {from} of the input of {work}"),
+            Self::Send { action: work, to } => write!(f, "the send to rank {to} of the output of {work}"),
+            Self::Recv { action: work, from } => write!(f, "the receive from rank {from} of the input of {work}"),
             closing => write!(f, "{closing:?}"),
         }
     }

@@ -1,38 +1,41 @@
-//! Which of a model's segments make up which stage.
+//! The partition of a model's segments into stages.
 
-use super::ScheduleError;
+use super::PipelineError;
 use std::ops::Range;
 
-/// How segments are divided over stages. A stage is a run of segments side by side, and has at least one.
+/// A method to partition segments into stages (DeepSpeed's `partition_method`). A stage is one or more consecutive
+/// segments.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Partition {
-    /// The same number of segments each; the first stages take one more if it does not come out even (DeepSpeed's `uniform`).
+pub enum PartitionMethod {
+    /// Equal numbers of segments (DeepSpeed's `uniform`). If they do not divide evenly, the first stages have one
+    /// segment more.
     Uniform,
-    /// Such that the heaviest stage is as light as can be (DeepSpeed's `parameters`, with the numbers of trainable parameters as
-    /// weights). Among the ways to do so the one with the smallest sum of squared weights, that is the most even.
+    /// The lightest possible heaviest stage (DeepSpeed's `parameters`, where the weight of a segment is its number of
+    /// trainable parameters). Of the partitions with this maximum it is the most even one, with the smallest sum of
+    /// squared weights.
     Parameters,
-    /// This number of segments each.
+    /// An explicit number of segments for each stage.
     Explicit(Vec<usize>),
 }
 
-impl Partition {
-    /// The segments of each of `stages` stages; `weights[i]` is the weight of segment `i`.
+impl PartitionMethod {
+    /// Returns the segments of each of `stages` stages; `weights[i]` is the weight of segment `i`.
     ///
     /// # Errors
-    /// If there are fewer segments than stages, or an explicit list does not name all segments.
-    pub fn split(&self, weights: &[u64], stages: usize) -> Result<Vec<Range<usize>>, ScheduleError> {
+    /// If there are fewer segments than stages, or an explicit list does not add up to all segments.
+    pub fn split(&self, weights: &[u64], stages: usize) -> Result<Vec<Range<usize>>, PipelineError> {
         let segments = weights.len();
         if stages == 0 || stages > segments {
             let expected = format!("between 1 and {segments}, the number of segments");
-            return Err(ScheduleError::Setting { field: "stages", expected, found: stages.to_string() });
+            return Err(PipelineError::Setting { field: "stages", expected, found: stages.to_string() });
         }
-        Ok(ranges(match self {
+        Ok(sizes_to_ranges(match self {
             Self::Uniform => (0..stages).map(|s| segments / stages + usize::from(s < segments % stages)).collect(),
-            Self::Parameters => lightest(weights, stages),
+            Self::Parameters => partition_balanced(weights, stages),
             Self::Explicit(sizes) => {
                 if sizes.len() != stages || sizes.contains(&0) || sizes.iter().sum::<usize>() != segments {
                     let expected = format!("{stages} numbers above 0 with the sum {segments}");
-                    return Err(ScheduleError::Setting { field: "partition", expected, found: format!("{sizes:?}") });
+                    return Err(PipelineError::Setting { field: "partition", expected, found: format!("{sizes:?}") });
                 }
                 sizes.clone()
             }
@@ -40,7 +43,7 @@ impl Partition {
     }
 }
 
-fn ranges(sizes: Vec<usize>) -> Vec<Range<usize>> {
+fn sizes_to_ranges(sizes: Vec<usize>) -> Vec<Range<usize>> {
     let ends = sizes.iter().scan(0, |end, size| {
         *end += size;
         Some(*end)
@@ -48,25 +51,29 @@ fn ranges(sizes: Vec<usize>) -> Vec<Range<usize>> {
     ends.zip(&sizes).map(|(end, size)| end - size..end).collect()
 }
 
-/// The sizes of the parts. First the smallest weight that no part need exceed, then the most even parts below it: the two cannot
-/// be sought at once, because the best beginning of the most even partition need not have the lightest parts.
-fn lightest(weights: &[u64], parts: usize) -> Vec<usize> {
-    let heaviest = cut(weights, parts, |sum, rest| rest.max(sum));
-    let limit = parts_of(weights, &heaviest).max().unwrap_or(0);
-    // Above the limit a part costs more than all others could.
+/// Returns the sizes of the parts. A first search finds the smallest maximum weight, a second the most even parts
+/// within it. One search cannot find both, because the best start of the most even partition need not have the smallest
+/// maximum.
+fn partition_balanced(weights: &[u64], parts: usize) -> Vec<usize> {
+    let heaviest = optimal_sizes(weights, parts, |sum, rest| rest.max(sum));
+    let limit = part_weights(weights, &heaviest).max().unwrap_or(0);
+    // A part above the limit costs more than all other parts together can.
     let total: u128 = weights.iter().map(|&weight| u128::from(weight)).sum();
-    cut(weights, parts, |sum, rest| rest.saturating_add(if sum > limit { total * total + 1 } else { sum * sum }))
+    optimal_sizes(weights, parts, |sum, rest| {
+        rest.saturating_add(if sum > limit { total * total + 1 } else { sum * sum })
+    })
 }
 
-fn parts_of(weights: &[u64], sizes: &[usize]) -> impl Iterator<Item = u128> {
-    ranges(sizes.to_vec()).into_iter().map(|part| weights[part].iter().map(|&weight| u128::from(weight)).sum())
+fn part_weights(weights: &[u64], sizes: &[usize]) -> impl Iterator<Item = u128> {
+    sizes_to_ranges(sizes.to_vec()).into_iter().map(|part| weights[part].iter().map(|&weight| u128::from(weight)).sum())
 }
 
-/// The sizes of `parts` parts, none empty, with the smallest cost: that of a part of weight `sum` before others of cost `rest` is
-/// `join(sum, rest)`. Dynamic programming from the end, in `O(parts · n²)`.
-fn cut(weights: &[u64], parts: usize, join: impl Fn(u128, u128) -> u128) -> Vec<usize> {
+/// Returns the sizes of `parts` non-empty parts with the smallest cost. The cost of a part of weight `sum` followed by
+/// parts of cost `rest` is `join(sum, rest)`. Uses dynamic programming from the end, in `O(parts · n²)`.
+fn optimal_sizes(weights: &[u64], parts: usize, join: impl Fn(u128, u128) -> u128) -> Vec<usize> {
     let n = weights.len();
-    // best[i]: the cost of dividing segments i.. into the parts so far, with the size of the first of them.
+    // best[i] is the smallest cost of partitioning segments i.. into the number of parts so far; first[k][i] also has
+    // the size of the first part.
     let mut best: Vec<Option<u128>> = vec![None; n + 1];
     best[n] = Some(0);
     let mut first = Vec::new();
@@ -96,7 +103,7 @@ fn cut(weights: &[u64], parts: usize, join: impl Fn(u128, u128) -> u128) -> Vec<
 mod tests {
     use super::*;
 
-    fn ends(partition: &Partition, weights: &[u64], stages: usize) -> Vec<usize> {
+    fn ends(partition: &PartitionMethod, weights: &[u64], stages: usize) -> Vec<usize> {
         partition.split(weights, stages).unwrap().iter().map(|part| part.end).collect()
     }
 
@@ -104,20 +111,20 @@ mod tests {
         parts.iter().map(|part| weights[part.clone()].iter().sum()).collect()
     }
 
-    /// DeepSpeed's own examples (`tests/unit/runtime/utils/test_partition_balanced.py`), fractions as integers.
+    /// DeepSpeed's own test cases (`tests/unit/runtime/utils/test_partition_balanced.py`), with fractions as integers.
     #[test]
     fn the_golden_partitions_of_deepspeed_hold() {
-        assert_eq!(ends(&Partition::Parameters, &[0, 1, 2, 3, 3, 3], 4), [3, 4, 5, 6]);
-        assert_eq!(ends(&Partition::Parameters, &[0, 11, 300, 30], 3), [2, 3, 4]);
-        assert_eq!(ends(&Partition::Parameters, &[1; 8], 4), [2, 4, 6, 8]);
+        assert_eq!(ends(&PartitionMethod::Parameters, &[0, 1, 2, 3, 3, 3], 4), [3, 4, 5, 6]);
+        assert_eq!(ends(&PartitionMethod::Parameters, &[0, 11, 300, 30], 3), [2, 3, 4]);
+        assert_eq!(ends(&PartitionMethod::Parameters, &[1; 8], 4), [2, 4, 6, 8]);
         let weights = [1, 1, 1, 1, 0, 1];
-        let sums = sums(&weights, &Partition::Parameters.split(&weights, 4).unwrap());
+        let sums = sums(&weights, &PartitionMethod::Parameters.split(&weights, 4).unwrap());
         assert_eq!(sums.iter().max().unwrap() - sums.iter().min().unwrap(), 1, "{sums:?}");
-        assert_eq!(ends(&Partition::Uniform, &[1; 10], 4), [3, 6, 8, 10]);
-        assert_eq!(ends(&Partition::Explicit(vec![1, 2, 3]), &[9; 6], 3), [1, 3, 6]);
+        assert_eq!(ends(&PartitionMethod::Uniform, &[1; 10], 4), [3, 6, 8, 10]);
+        assert_eq!(ends(&PartitionMethod::Explicit(vec![1, 2, 3]), &[9; 6], 3), [1, 3, 6]);
     }
 
-    /// Every way to put `n` segments into parts, by the bits that say where a part ends.
+    /// Returns every partition of `n` segments into `parts` parts; a bit mask says where a part ends.
     fn all(n: usize, parts: usize) -> impl Iterator<Item = Vec<Range<usize>>> {
         (0..1_usize << (n - 1)).filter(move |bits| bits.count_ones() as usize == parts - 1).map(move |bits| {
             let mut ends: Vec<_> = (1..n).filter(|end| bits >> (end - 1) & 1 == 1).collect();
@@ -143,13 +150,13 @@ mod tests {
             .take(n)
             .collect();
             for stages in 1..=n {
-                for partition in [Partition::Uniform, Partition::Parameters] {
+                for partition in [PartitionMethod::Uniform, PartitionMethod::Parameters] {
                     let parts = partition.split(&weights, stages).unwrap();
                     assert_eq!(parts.len(), stages);
                     assert!(parts.iter().all(|part| !part.is_empty()), "{parts:?}");
                     assert_eq!(parts.iter().cloned().flatten().collect::<Vec<_>>(), (0..n).collect::<Vec<_>>());
                 }
-                let parts = Partition::Parameters.split(&weights, stages).unwrap();
+                let parts = PartitionMethod::Parameters.split(&weights, stages).unwrap();
                 let best = all(n, stages).map(|parts| score(&weights, &parts)).min().unwrap();
                 assert_eq!(score(&weights, &parts), best, "{weights:?} in {stages}: {parts:?}");
             }
@@ -158,13 +165,13 @@ mod tests {
 
     #[test]
     fn impossible_partitions_are_refused() {
-        let message = |partition: Partition, stages| partition.split(&[1, 2, 1], stages).unwrap_err().to_string();
+        let message = |partition: PartitionMethod, stages| partition.split(&[1, 2, 1], stages).unwrap_err().to_string();
         let stages = "`stages`: expected between 1 and 3, the number of segments, found";
-        assert_eq!(message(Partition::Parameters, 4), format!("{stages} 4"));
-        assert_eq!(message(Partition::Uniform, 0), format!("{stages} 0"));
+        assert_eq!(message(PartitionMethod::Parameters, 4), format!("{stages} 4"));
+        assert_eq!(message(PartitionMethod::Uniform, 0), format!("{stages} 0"));
         for sizes in [vec![1, 1], vec![1, 0, 2], vec![1, 1, 2], vec![3]] {
             let found = format!("{sizes:?}");
-            let text = message(Partition::Explicit(sizes), 3);
+            let text = message(PartitionMethod::Explicit(sizes), 3);
             assert_eq!(text, format!("`partition`: expected 3 numbers above 0 with the sum 3, found {found}"));
         }
     }

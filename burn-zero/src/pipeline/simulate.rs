@@ -1,114 +1,124 @@
-//! A program carried out on clocks: each rank has its own, a message sets both of its ends'.
+//! Simulation of a program: each rank has a clock, and a message synchronizes the clocks of its two ranks.
 
-use super::{Costs, Instruction, Program, ScheduleError, Span, Timeline, Transport, Work};
+use super::{Action, Costs, Instruction, PipelineError, Program, SendMode, TimedAction, Timeline};
 use std::collections::HashMap;
 
 impl Program {
-    /// Carries the program out, with `costs` instead of work. The result does not depend on the order in which ranks are looked
-    /// at: what a rank does next, and with whom, is fixed by its list.
+    /// Simulates the program with the times of `costs`. The result does not depend on the order in which the simulation
+    /// visits the ranks, because the list of each rank fixes what it does next and with which peer.
     ///
     /// # Errors
-    /// If `costs` has no time for some stage, or no rank can go on.
+    /// If `costs` has no time for some stage, or the program deadlocks.
     ///
     /// # Panics
-    /// If there is work for a chunk that the layout does not have; [`Program::validate`] says so.
-    pub fn simulate(&self, costs: &Costs) -> Result<Timeline, ScheduleError> {
-        let stages = self.layout.stages();
+    /// If an action names a chunk that the shape does not have; [`Program::validate`] returns an error for it.
+    pub fn simulate(&self, costs: &Costs) -> Result<Timeline, PipelineError> {
+        let stages = self.shape.stages();
         for (field, times) in [("forward", &costs.forward), ("backward", &costs.backward)] {
             if times.len() != stages {
                 let (expected, found) = (format!("{stages} times, one per stage"), times.len().to_string());
-                return Err(ScheduleError::Setting { field, expected, found });
+                return Err(PipelineError::Setting { field, expected, found });
             }
         }
         let ranks = self.ranks.len();
         let timeline = Timeline { ranks: vec![Vec::new(); ranks] };
         let (next, now) = (vec![0; ranks], vec![0.0; ranks]);
-        let mut clocks = Clocks { program: self, costs, next, now, travelling: HashMap::new(), timeline };
+        let mut clocks =
+            Simulator { program: self, costs, positions: next, clocks: now, in_flight: HashMap::new(), timeline };
         loop {
             let mut moved = false;
             for rank in 0..ranks {
-                while clocks.step(rank) {
+                while clocks.try_step(rank) {
                     moved = true;
                 }
             }
-            match (0..ranks).find(|&rank| clocks.head(rank, 0).is_some()) {
+            match (0..ranks).find(|&rank| clocks.next_instruction(rank, 0).is_some()) {
                 None => return Ok(clocks.timeline),
-                Some(rank) if !moved => return Err(clocks.deadlock(rank)),
+                Some(rank) if !moved => return Err(clocks.deadlock_error(rank)),
                 Some(_) => {}
             }
         }
     }
 }
 
-struct Clocks<'a> {
+struct Simulator<'a> {
     program: &'a Program,
     costs: &'a Costs,
-    /// The position of each rank's next instruction.
-    next: Vec<usize>,
-    now: Vec<f64>,
-    /// When buffered messages arrive, by the rank and work that they are for.
-    travelling: HashMap<(usize, Work), f64>,
+    /// The position of the next instruction of each rank.
+    positions: Vec<usize>,
+    clocks: Vec<f64>,
+    /// The arrival times of buffered messages, by the rank and the action that they are for.
+    in_flight: HashMap<(usize, Action), f64>,
     timeline: Timeline,
 }
 
-impl Clocks<'_> {
-    fn head(&self, rank: usize, offset: usize) -> Option<Instruction> {
-        self.program.ranks.get(rank)?.get(self.next[rank] + offset).copied()
+impl Simulator<'_> {
+    fn next_instruction(&self, rank: usize, offset: usize) -> Option<Instruction> {
+        self.program.ranks.get(rank)?.get(self.positions[rank] + offset).copied()
     }
 
-    /// Carries out `rank`'s next instruction if it can be; says whether it was.
-    fn step(&mut self, rank: usize) -> bool {
-        match self.head(rank, 0) {
+    /// Runs the next instruction of `rank` if nothing blocks it; returns whether it ran.
+    fn try_step(&mut self, rank: usize) -> bool {
+        match self.next_instruction(rank, 0) {
             None => false,
             Some(Instruction::Compute(work)) => {
-                let start = self.now[rank];
-                let end = start + self.costs.pass(work.pass, self.program.layout.stage(rank, work.chunk));
-                self.timeline.ranks[rank].push(Span { work, start, end });
+                let start = self.clocks[rank];
+                let end = start + self.costs.time(work.computation, self.program.shape.stage_index(rank, work.chunk));
+                self.timeline.ranks[rank].push(TimedAction { action: work, start, end });
                 self.advance(rank, 1, end)
             }
-            Some(Instruction::Send { work, to }) => self.exchange(rank, to) || self.send(rank, work, to),
-            Some(Instruction::Recv { work, from }) => self.exchange(rank, from) || self.receive(rank, work),
-            Some(_) => self.advance(rank, 1, self.now[rank]),
+            Some(Instruction::Send { action: work, to }) => {
+                self.try_send_recv(rank, to) || self.try_send(rank, work, to)
+            }
+            Some(Instruction::Recv { action: work, from }) => {
+                self.try_send_recv(rank, from) || self.try_receive(rank, work)
+            }
+            Some(_) => self.advance(rank, 1, self.clocks[rank]),
         }
     }
 
     fn advance(&mut self, rank: usize, instructions: usize, now: f64) -> bool {
-        self.next[rank] += instructions;
-        self.now[rank] = now;
+        self.positions[rank] += instructions;
+        self.clocks[rank] = now;
         true
     }
 
-    fn send(&mut self, rank: usize, work: Work, to: usize) -> bool {
-        let Some((_, input)) = self.program.layout.after(rank, work) else { return false };
-        if self.costs.transport == Transport::Buffered {
-            self.travelling.insert((to, input), self.now[rank] + self.costs.message);
-            return self.advance(rank, 1, self.now[rank]);
+    fn try_send(&mut self, rank: usize, action: Action, to: usize) -> bool {
+        let Some((_, input)) = self.program.shape.consumer(rank, action) else { return false };
+        if self.costs.send_mode == SendMode::Buffered {
+            self.in_flight.insert((to, input), self.clocks[rank] + self.costs.message);
+            return self.advance(rank, 1, self.clocks[rank]);
         }
-        self.head(to, 0) == Some(Instruction::Recv { work: input, from: rank }) && self.meet(rank, to, 1)
+        self.next_instruction(to, 0) == Some(Instruction::Recv { action: input, from: rank })
+            && self.synchronize(rank, to, 1)
     }
 
-    /// A receive that is not buffered is carried out by its send.
-    fn receive(&mut self, rank: usize, work: Work) -> bool {
-        match self.travelling.remove(&(rank, work)) {
-            Some(arrival) => self.advance(rank, 1, self.now[rank].max(arrival)),
+    /// Runs a buffered receive. A receive in the other send modes is run by its send.
+    fn try_receive(&mut self, rank: usize, action: Action) -> bool {
+        match self.in_flight.remove(&(rank, action)) {
+            Some(arrival) => self.advance(rank, 1, self.clocks[rank].max(arrival)),
             None => false,
         }
     }
 
-    fn exchange(&mut self, rank: usize, peer: usize) -> bool {
-        self.costs.transport == Transport::Exchange
-            && self.pair(rank, peer).zip(self.pair(peer, rank)).is_some_and(|((sent, received), (back, input))| {
-                let layout = self.program.layout;
-                layout.after(rank, sent) == Some((peer, input)) && layout.after(peer, back) == Some((rank, received))
-            })
-            && self.meet(rank, peer, 2)
+    fn try_send_recv(&mut self, rank: usize, peer: usize) -> bool {
+        self.costs.send_mode == SendMode::SendRecv
+            && self.send_recv_pair(rank, peer).zip(self.send_recv_pair(peer, rank)).is_some_and(
+                |((sent, received), (back, input))| {
+                    let shape = self.program.shape;
+                    shape.consumer(rank, sent) == Some((peer, input))
+                        && shape.consumer(peer, back) == Some((rank, received))
+                },
+            )
+            && self.synchronize(rank, peer, 2)
     }
 
-    /// What `rank` sends to and receives from `peer` if its next two instructions are one of each.
-    fn pair(&self, rank: usize, peer: usize) -> Option<(Work, Work)> {
-        match (self.head(rank, 0)?, self.head(rank, 1)?) {
-            (Instruction::Send { work, to }, Instruction::Recv { work: input, from })
-            | (Instruction::Recv { work: input, from }, Instruction::Send { work, to })
+    /// Returns the action whose output `rank` sends to `peer` and the one whose input it receives from `peer`, if its
+    /// next two instructions are one of each.
+    fn send_recv_pair(&self, rank: usize, peer: usize) -> Option<(Action, Action)> {
+        match (self.next_instruction(rank, 0)?, self.next_instruction(rank, 1)?) {
+            (Instruction::Send { action: work, to }, Instruction::Recv { action: input, from })
+            | (Instruction::Recv { action: input, from }, Instruction::Send { action: work, to })
                 if to == peer && from == peer =>
             {
                 Some((work, input))
@@ -117,28 +127,30 @@ impl Clocks<'_> {
         }
     }
 
-    fn meet(&mut self, rank: usize, peer: usize, instructions: usize) -> bool {
-        let end = self.now[rank].max(self.now[peer]) + self.costs.message;
+    fn synchronize(&mut self, rank: usize, peer: usize, instructions: usize) -> bool {
+        let end = self.clocks[rank].max(self.clocks[peer]) + self.costs.message;
         self.advance(rank, instructions, end) && self.advance(peer, instructions, end)
     }
 
-    fn deadlock(&self, rank: usize) -> ScheduleError {
+    fn deadlock_error(&self, rank: usize) -> PipelineError {
         let text =
             |instruction: Option<Instruction>| instruction.map_or("the end of its list".to_owned(), |i| i.to_string());
-        let head = self.head(rank, 0);
+        let head = self.next_instruction(rank, 0);
         let (peer, expected) = match head {
-            Some(Instruction::Send { work, to }) => {
-                (to, self.program.layout.after(rank, work).map(|(_, work)| Instruction::Recv { work, from: rank }))
-            }
-            Some(Instruction::Recv { work, from }) => {
-                (from, self.program.layout.before(rank, work).map(|(_, work)| Instruction::Send { work, to: rank }))
-            }
+            Some(Instruction::Send { action: work, to }) => (
+                to,
+                self.program.shape.consumer(rank, work).map(|(_, work)| Instruction::Recv { action: work, from: rank }),
+            ),
+            Some(Instruction::Recv { action: work, from }) => (
+                from,
+                self.program.shape.producer(rank, work).map(|(_, work)| Instruction::Send { action: work, to: rank }),
+            ),
             _ => (rank, None),
         };
         let expected = format!("rank {peer} at {}", text(expected));
-        let peers = text(self.head(peer, 0));
-        let position = self.next[rank];
-        ScheduleError::Deadlock {
+        let peers = text(self.next_instruction(peer, 0));
+        let position = self.positions[rank];
+        PipelineError::Deadlock {
             rank,
             position,
             expected,

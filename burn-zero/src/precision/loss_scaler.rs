@@ -1,22 +1,23 @@
-//! Loss scaling for f16: the loss is multiplied before the backward pass and the gradients divided after it.
+//! Loss scaling for f16: the loss is multiplied by a scale before the backward pass and the gradients are divided by it
+//! afterwards.
 
 use crate::Error;
 
-/// The settings of a loss scale that moves: DeepSpeed's `fp16` block, with its defaults.
+/// The settings of dynamic loss scaling: DeepSpeed's `fp16` block, with its defaults.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct DynamicScale {
-    /// The first scale is 2 to this power.
+    /// The initial scale is 2 to this power.
     pub initial_scale_power: u32,
-    /// Steps without overflow after which the scale doubles.
+    /// The number of steps without overflow after which the scale doubles.
     pub loss_scale_window: u64,
-    /// Overflows that are needed before the scale is halved; 1 halves at once.
+    /// The number of overflows before the scale is halved; 1 halves at once.
     pub hysteresis: u64,
-    /// Whether every clean step refills the hysteresis, instead of only a doubling.
+    /// True if every step without overflow refills the hysteresis, instead of only a doubling.
     pub consecutive_hysteresis: bool,
-    /// The scale never falls below this.
+    /// The lower bound of the scale.
     pub min_loss_scale: f64,
-    /// Whether an overflow at the smallest scale is an error (DeepSpeed's ZeRO optimizers) or the step is skipped like any
-    /// other (its `FP16_Optimizer`).
+    /// True if an overflow at the smallest scale is an error (DeepSpeed's ZeRO optimizers), false if the step is
+    /// skipped like any other (its `FP16_Optimizer`).
     pub stop_at_minimum: bool,
 }
 
@@ -52,10 +53,10 @@ impl DynamicScale {
     }
 }
 
-/// A loss scale and how it moves: DeepSpeed's `DynamicLossScaler`, or a fixed value as the same type.
+/// A loss scale and its state: DeepSpeed's `DynamicLossScaler`, or a static scale as the same type.
 ///
-/// All ranks must give [`update`](Self::update) the same answer, so whether any rank overflowed is reduced before. The state is
-/// part of a checkpoint: serialise the whole value.
+/// All ranks must call [`update`](Self::update) with the same value, so the overflow flag must be reduced over the
+/// ranks first. The state is part of a checkpoint: serialize the whole value.
 ///
 /// ```
 /// use burn_zero::precision::{DynamicScale, LossScaler};
@@ -69,21 +70,21 @@ impl DynamicScale {
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct LossScaler {
     scale: f64,
-    /// `None` keeps the scale as it is.
+    /// The settings of dynamic scaling; `None` keeps the scale constant.
     dynamic: Option<DynamicScale>,
-    /// Steps so far, skipped ones included.
+    /// The number of steps so far, skipped ones included.
     steps: u64,
-    /// Steps up to and including the last overflow, 0 if there was none.
+    /// The number of steps up to and including the last overflow, 0 if there was none.
     overflowed: u64,
-    /// Overflows that are left before the scale is halved.
+    /// The number of overflows left before the scale is halved.
     hysteresis: u64,
 }
 
 impl LossScaler {
-    /// A scale that stays: 1 for f32 and bf16, `fp16.loss_scale` where that is not 0.
+    /// Creates a constant scale: 1 for f32 and bf16, `fp16.loss_scale` if that is not 0.
     ///
     /// # Errors
-    /// [`Error::Setting`] if the scale is not a finite number above 0.
+    /// Returns [`Error::Setting`] if the scale is not a finite number above 0.
     pub fn fixed(scale: f64) -> Result<Self, Error> {
         if !(scale.is_finite() && scale > 0.0) {
             let expected = "a finite number above 0 (0 in a ds_config asks for the dynamic scale)";
@@ -92,32 +93,32 @@ impl LossScaler {
         Ok(Self { scale, dynamic: None, steps: 0, overflowed: 0, hysteresis: 1 })
     }
 
-    /// A scale that halves when gradients overflow and doubles after a window without.
+    /// Creates a scale that is halved when gradients overflow and doubled after a window without overflow.
     ///
     /// # Errors
-    /// [`Error::Setting`] for a window or hysteresis of 0, a minimum that is not a finite number above 0, or a first scale that
-    /// f32 cannot hold.
+    /// Returns [`Error::Setting`] for a window or hysteresis of 0, a minimum that is not a finite number above 0, or an
+    /// initial scale that f32 cannot represent.
     pub fn dynamic(settings: DynamicScale) -> Result<Self, Error> {
         let settings = settings.checked()?;
         let scale = f64::from(settings.initial_scale_power).exp2();
         Ok(Self { scale, dynamic: Some(settings), steps: 0, overflowed: 0, hysteresis: settings.hysteresis })
     }
 
-    /// What the loss is multiplied by, and the gradients divided by.
+    /// Returns the factor by which the loss is multiplied and the gradients are divided.
     pub fn scale(&self) -> f64 {
         self.scale
     }
 
-    /// Steps so far, skipped ones included.
+    /// Returns the number of steps so far, skipped ones included.
     pub fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// Tells the outcome of a backward pass, and whether the optimizer may step: `overflow` is whether the gradients of any
-    /// rank hold an infinity or NaN. Scale and hysteresis are those of the next step afterwards.
+    /// Updates the scale after a backward pass and returns whether the optimizer may step. `overflow` says whether the
+    /// gradients of any rank contain an infinity or NaN. Scale and hysteresis are then those of the next step.
     ///
     /// # Errors
-    /// [`Error::LossScale`] on an overflow at the smallest scale, if `stop_at_minimum`.
+    /// Returns [`Error::LossScale`] on an overflow at the smallest scale, if `stop_at_minimum`.
     pub fn update(&mut self, overflow: bool) -> Result<bool, Error> {
         if let Some(settings) = self.dynamic {
             if overflow {
@@ -148,7 +149,8 @@ impl LossScaler {
         if settings.consecutive_hysteresis {
             self.hysteresis = settings.hysteresis;
         }
-        // The clean steps before this one: the scale doubles in the step after a full window, as in DeepSpeed.
+        // The steps without overflow before this one: the scale doubles in the step after a full window, as in
+        // DeepSpeed.
         let clean = self.steps - self.overflowed;
         if clean > 0 && clean.is_multiple_of(settings.loss_scale_window) {
             self.hysteresis = settings.hysteresis;

@@ -1,4 +1,4 @@
-//! Training in half precision: what keeps small gradients from rounding to zero.
+//! Half-precision training: loss scaling, which keeps small gradients from rounding to zero.
 
 mod loss_scaler;
 

@@ -6,19 +6,20 @@ use burn::{
 };
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-pub(crate) type AB = Autodiff<Flex>;
+pub(crate) type TestBackend = Autodiff<Flex>;
 
 const VOCAB: usize = 11;
 const HIDDEN: usize = 6;
 
-/// Concurrent backward passes of one process disturb each other in Burn 0.21: every test that runs one holds this.
-pub(crate) fn alone() -> MutexGuard<'static, ()> {
+/// Returns a lock that every test with a backward pass must hold, because concurrent backward passes of one process
+/// disturb each other in Burn 0.21.
+pub(crate) fn backward_lock() -> MutexGuard<'static, ()> {
     static BACKWARD: Mutex<()> = Mutex::new(());
     BACKWARD.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Tied embedding, two linear layers around a skip connection; the second segment returns two values that both carry
-/// gradient, the third one besides a constant that has no graph and a hidden state that no one uses.
+/// A model of a tied embedding and two linear layers around a skip connection. The second segment returns two tensors
+/// that both have a gradient; the third also returns a constant without graph and an unused hidden state.
 #[derive(Module, Debug)]
 pub(crate) struct Toy<B: Backend> {
     pub embed: Param<Tensor<B, 2>>,
@@ -26,7 +27,7 @@ pub(crate) struct Toy<B: Backend> {
     pub up_bias: Param<Tensor<B, 1>>,
     pub down: Param<Tensor<B, 2>>,
     pub norm: Param<Tensor<B, 1>>,
-    /// None if the embedding is tied.
+    /// The output matrix; none if it is tied to the embedding.
     pub head: Option<Param<Tensor<B, 2>>>,
 }
 
@@ -38,7 +39,8 @@ pub(crate) struct ToyBatch<B: Backend> {
 }
 
 impl<B: Backend> ToyBatch<B> {
-    /// Tokens `from..to` of a fixed stream, every third one without weight, `1 / total` for the others.
+    /// Creates a batch from tokens `from..to` of a fixed stream; every third token has weight 0, the others have `1 /
+    /// total`.
     pub(crate) fn new(from: i32, to: i32, total: f32) -> Self {
         let device = Default::default();
         let ids: Vec<i32> = (from..to).map(|i| (i * i + 3 * i) % VOCAB as i32).collect();
@@ -52,13 +54,13 @@ impl<B: Backend> ToyBatch<B> {
     }
 }
 
-pub(crate) fn toy() -> Toy<AB> {
+pub(crate) fn toy() -> Toy<TestBackend> {
     toy_of(VOCAB, HIDDEN, true)
 }
 
-pub(crate) fn toy_of(vocab: usize, hidden: usize, tied: bool) -> Toy<AB> {
+pub(crate) fn toy_of(vocab: usize, hidden: usize, tied: bool) -> Toy<TestBackend> {
     let device = Default::default();
-    AB::seed(&device, 7);
+    TestBackend::seed(&device, 7);
     let normal = Distribution::Normal(0.0, 0.5);
     Toy {
         embed: Param::from_tensor(Tensor::random([vocab, hidden], normal, &device)),
@@ -77,24 +79,24 @@ impl<B: Backend> Segments<B> for Toy<B> {
         4
     }
 
-    fn forward_segment(&self, segment: usize, batch: &ToyBatch<B>, inputs: Vec<Value<B>>) -> Vec<Value<B>> {
+    fn forward_segment(&self, segment: usize, batch: &ToyBatch<B>, inputs: Vec<DynTensor<B>>) -> Vec<DynTensor<B>> {
         let mut inputs = inputs.into_iter();
         let mut next = || inputs.next().unwrap();
         match segment {
-            0 => vec![Value::new(self.embed.val().select(0, batch.ids.clone()))],
+            0 => vec![DynTensor::new(self.embed.val().select(0, batch.ids.clone()))],
             1 => {
                 let x = next().tensor::<2>();
                 let h = x.clone().matmul(self.up.val()) + self.up_bias.val().unsqueeze();
-                vec![Value::new(h.tanh()), Value::new(x)]
+                vec![DynTensor::new(h.tanh()), DynTensor::new(x)]
             }
             2 => {
                 let (h, x) = (next().tensor::<2>(), next().tensor::<2>());
-                // In whatever type the weight is kept.
+                // The weight may have any dtype.
                 let y = h.clone().matmul(self.down.val().cast(DType::F32)) + x;
                 vec![
-                    Value::new(y),
-                    Value::new(Tensor::<B, 1>::ones([1], &h.device()) * 0.5),
-                    Value::new(h.unsqueeze::<3>()),
+                    DynTensor::new(y),
+                    DynTensor::new(Tensor::<B, 1>::ones([1], &h.device()) * 0.5),
+                    DynTensor::new(h.unsqueeze::<3>()),
                 ]
             }
             _ => {
@@ -103,7 +105,7 @@ impl<B: Backend> Segments<B> for Toy<B> {
                 let head = self.head.as_ref().unwrap_or(&self.embed).val();
                 let logits = log_softmax(y.matmul(head.transpose()), 1);
                 let log_likelihood = logits.gather(1, batch.targets.clone().unsqueeze_dim(1)).squeeze_dim::<1>(1);
-                vec![Value::new(log_likelihood.neg() * batch.weights.clone())]
+                vec![DynTensor::new(log_likelihood.neg() * batch.weights.clone())]
             }
         }
     }
@@ -143,58 +145,59 @@ impl<B: AutodiffBackend> TrainSegments<B> for Toy<B> {
 }
 
 /// Freezes the parameters with these names.
-struct Freeze<'a>(&'a [&'a str], String);
+struct FreezeParams<'a>(&'a [&'a str], String);
 
-impl ModuleMapper<AB> for Freeze<'_> {
+impl ModuleMapper<TestBackend> for FreezeParams<'_> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.1 = name.to_owned();
     }
 
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<AB, D>>) -> Param<Tensor<AB, D>> {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<TestBackend, D>>) -> Param<Tensor<TestBackend, D>> {
         let frozen = self.0.contains(&self.1.as_str());
         param.set_require_grad(!frozen)
     }
 }
 
-pub(crate) fn frozen(names: &[&str]) -> Toy<AB> {
+pub(crate) fn frozen(names: &[&str]) -> Toy<TestBackend> {
     freeze(toy(), names)
 }
 
-pub(crate) fn freeze(model: Toy<AB>, names: &[&str]) -> Toy<AB> {
-    model.map(&mut Freeze(names, String::new()))
+pub(crate) fn freeze(model: Toy<TestBackend>, names: &[&str]) -> Toy<TestBackend> {
+    model.map(&mut FreezeParams(names, String::new()))
 }
 
-type Found = Vec<Vec<(String, Vec<f32>)>>;
+type HookCalls = Vec<Vec<(String, Vec<f32>)>>;
 
-/// Loss and, for every call of the sink, paths and gradients.
-fn driven(model: &Toy<AB>, checkpointing: Checkpointing) -> (Vec<f32>, Found) {
+/// Returns the loss and, for every call of the sink, paths and gradients.
+fn segment_gradients(model: &Toy<TestBackend>, checkpointing: Checkpointing) -> (Vec<f32>, HookCalls) {
     let mut found = vec![];
-    let loss = run::<AB, _>(model, &ToyBatch::new(0, 20, 13.0), checkpointing, &mut |gradients| {
-        let host = |g: Gradient<Flex>| (g.path, g.value.flatten().into_data().to_vec::<f32>().unwrap());
-        found.push(gradients.into_iter().map(host).collect());
-    });
+    let loss =
+        forward_backward::<TestBackend, _>(model, &ToyBatch::new(0, 20, 13.0), checkpointing, &mut |gradients| {
+            let host = |g: Gradient<Flex>| (g.path, g.value.flatten().into_data().to_vec::<f32>().unwrap());
+            found.push(gradients.into_iter().map(host).collect());
+        });
     (loss.flatten().into_data().to_vec().unwrap(), found)
 }
 
-struct Read(Option<<AB as AutodiffBackend>::Gradients>, String, Vec<(String, Vec<f32>)>);
+struct TakeGradients(Option<<TestBackend as AutodiffBackend>::Gradients>, String, Vec<(String, Vec<f32>)>);
 
-impl ModuleVisitor<AB> for Read {
+impl ModuleVisitor<TestBackend> for TakeGradients {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.1 = name.to_owned();
     }
 
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<AB, D>>) {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<TestBackend, D>>) {
         if let Some(gradient) = param.val().grad_remove(self.0.as_mut().unwrap()) {
             self.2.push((self.1.clone(), gradient.into_data().to_vec().unwrap()));
         }
     }
 }
 
-/// The same by one backward pass through the whole model; sorted by path.
-fn plain(model: &Toy<AB>) -> (Vec<f32>, Vec<(String, Vec<f32>)>) {
+/// Returns the same as computed by one backward pass through the whole model, sorted by path.
+fn full_backward_gradients(model: &Toy<TestBackend>) -> (Vec<f32>, Vec<(String, Vec<f32>)>) {
     let batch = ToyBatch::new(0, 20, 13.0);
     let loss = (0..4).fold(vec![], |values, i| model.forward_segment(i, &batch, values)).remove(0).tensor::<1>();
-    let mut read = Read(Some(loss.backward()), String::new(), vec![]);
+    let mut read = TakeGradients(Some(loss.backward()), String::new(), vec![]);
     model.visit(&mut read);
     read.2.sort_by(|a, b| a.0.cmp(&b.0));
     (loss.into_data().to_vec().unwrap(), read.2)
@@ -211,7 +214,7 @@ fn assert_close(found: &[f32], expected: &[f32], what: &str) {
 
 #[test]
 fn segment_by_segment_equals_one_backward_pass() {
-    let _alone = alone();
+    let _alone = backward_lock();
     let everything = ["embed", "up", "up_bias", "down", "norm"];
     let table: [(&[&str], &[&str]); 5] = [
         (&[], &everything),
@@ -222,8 +225,8 @@ fn segment_by_segment_equals_one_backward_pass() {
     ];
     for (names, trainable) in table {
         let model = frozen(names);
-        let (expected_loss, expected) = plain(&model);
-        let retained = driven(&model, Checkpointing::None);
+        let (expected_loss, expected) = full_backward_gradients(&model);
+        let retained = segment_gradients(&model, Checkpointing::None);
         for checkpointing in [
             Checkpointing::None,
             Checkpointing::Every(2),
@@ -231,7 +234,7 @@ fn segment_by_segment_equals_one_backward_pass() {
             Checkpointing::Full,
             Checkpointing::All,
         ] {
-            let (loss, found) = driven(&model, checkpointing);
+            let (loss, found) = segment_gradients(&model, checkpointing);
             let what = format!("{names:?} frozen, {checkpointing:?}");
             assert_eq!((&loss, &found), (&retained.0, &retained.1), "{what}: recomputed is not retained");
             assert_close(&loss, &expected_loss, &what);
@@ -249,9 +252,9 @@ fn segment_by_segment_equals_one_backward_pass() {
 
 #[test]
 fn gradients_come_last_segment_first_and_tied_ones_with_their_first_use() {
-    let _alone = alone();
+    let _alone = backward_lock();
     for checkpointing in [Checkpointing::None, Checkpointing::Full] {
-        let (_, found) = driven(&toy(), checkpointing);
+        let (_, found) = segment_gradients(&toy(), checkpointing);
         let paths: Vec<Vec<&str>> =
             found.iter().map(|part| part.iter().map(|(path, _)| path.as_str()).collect()).collect();
         assert_eq!(paths, [vec!["norm"], vec!["down"], vec!["up", "up_bias"], vec!["embed"]]);
@@ -260,13 +263,13 @@ fn gradients_come_last_segment_first_and_tied_ones_with_their_first_use() {
 
 #[test]
 fn a_model_without_trainable_parameters_has_a_loss_and_no_gradients() {
-    let _alone = alone();
-    let (loss, found) = driven(&frozen(&["embed", "up", "up_bias", "down", "norm"]), Checkpointing::Full);
+    let _alone = backward_lock();
+    let (loss, found) = segment_gradients(&frozen(&["embed", "up", "up_bias", "down", "norm"]), Checkpointing::Full);
     assert_eq!((loss.len(), found.len()), (20, 0));
 }
 
 #[test]
 #[should_panic(expected = "rank 2")]
 fn a_value_keeps_its_rank() {
-    Value::new(Tensor::<Flex, 1>::ones([3], &Default::default())).tensor::<2>();
+    DynTensor::new(Tensor::<Flex, 1>::ones([3], &Default::default())).tensor::<2>();
 }

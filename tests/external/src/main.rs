@@ -1,5 +1,5 @@
-//! A `Llama` is a Burn module like any other: a small random one is fine-tuned by LoRA on Burn's own `Learner` with its own
-//! `AdamW`, without a line of burn-zero. Prints the loss of every epoch and fails if it does not fall.
+//! Shows that a `Llama` is an ordinary Burn module: fine-tunes a small random model with LoRA, using Burn's own
+//! `Learner` and `AdamW` and nothing from burn-zero. Prints the loss of every epoch and fails if it does not fall.
 
 use burn::{
     backend::{Autodiff, Flex},
@@ -22,24 +22,24 @@ use burn::{
         },
     },
 };
-use burn_llama::{Example, Layout, Llama, LlamaConfig, kernel::Kernels};
-use burn_peft::{LoraConfig, Pass, TargetModules, adapter, param};
+use burn_llama::{Example, SequenceLayout, Llama, LlamaConfig, kernel::Kernels};
+use burn_peft::{LoraConfig, ForwardContext, TargetModules, adapter, param};
 use std::{error::Error, sync::Arc};
 
 type Train = Autodiff<Flex>;
 
-/// The model with a loss: a type of our own, so that it may implement burn-train's traits.
+/// A model with a loss. The wrapper type is needed to implement burn-train's traits.
 #[derive(Module, Debug)]
 struct FineTune<B: Kernels> {
     llama: Llama<B>,
 }
 
 impl<B: Kernels> FineTune<B> {
-    /// The mean loss of all targets, `[1]`.
+    /// Returns the mean loss of all targets, `[1]`.
     fn loss(&self, rows: &[Example]) -> Tensor<B, 1> {
-        let layout = Layout::of(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), true);
-        let targets: usize = rows.iter().map(Example::targets).sum();
-        let batch = self.llama.batch(rows, &layout, 1.0 / targets as f32, Pass::default());
+        let layout = SequenceLayout::from_lengths(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), true);
+        let targets: usize = rows.iter().map(Example::num_targets).sum();
+        let batch = self.llama.batch(rows, &layout, 1.0 / targets as f32, ForwardContext::default());
         self.llama.batch_loss(&batch.expect("the rows were made for this vocabulary")).sum()
     }
 }
@@ -66,7 +66,7 @@ impl<B: Kernels> InferenceStep for FineTune<B> {
     }
 }
 
-/// What metrics see of a step.
+/// The output of a step that metrics see.
 struct Loss<B: Backend>(Tensor<B, 1>);
 
 impl<B: Backend> ItemLazy for Loss<B> {
@@ -83,42 +83,42 @@ impl Adaptor<LossInput<Flex>> for Loss<Flex> {
     }
 }
 
-/// Rows stay on the host until the model lays them out.
-struct Rows;
+/// A batcher that returns rows unchanged: they stay in host memory until the model builds its batch.
+struct IdentityBatcher;
 
-impl<B: Backend> Batcher<B, Example, Vec<Example>> for Rows {
+impl<B: Backend> Batcher<B, Example, Vec<Example>> for IdentityBatcher {
     fn batch(&self, rows: Vec<Example>, _: &B::Device) -> Vec<Example> {
         rows
     }
 }
 
-/// Prints nothing: the stock renderer without a terminal prints every step.
-struct Quiet;
+/// A renderer that prints nothing; without a terminal, the stock renderer prints every step.
+struct SilentRenderer;
 
-impl MetricsRendererTraining for Quiet {
+impl MetricsRendererTraining for SilentRenderer {
     fn update_train(&mut self, _: MetricState) {}
     fn update_valid(&mut self, _: MetricState) {}
     fn render_train(&mut self, _: TrainingProgress, _: Vec<ProgressType>) {}
     fn render_valid(&mut self, _: TrainingProgress, _: Vec<ProgressType>) {}
 }
 
-impl MetricsRendererEvaluation for Quiet {
+impl MetricsRendererEvaluation for SilentRenderer {
     fn update_test(&mut self, _: EvaluationName, _: MetricState) {}
     fn render_test(&mut self, _: EvaluationProgress, _: Vec<ProgressType>) {}
 }
 
-impl MetricsRenderer for Quiet {
+impl MetricsRenderer for SilentRenderer {
     fn manual_close(&mut self) {}
     fn register_metric(&mut self, _: MetricDefinition) {}
 }
 
 fn loader<B: Backend>(rows: std::ops::Range<u32>) -> Arc<dyn DataLoader<B, Vec<Example>>> {
-    // Counting in steps of 1 to 5: a rule that the base model does not know.
+    // Sequences that count in steps of 1 to 5, a rule that the base model does not know.
     let row = |row: u32| {
         let ids = (0..24 + row % 7).map(|i| (row * 5 + i * (1 + row % 5)) % 61).collect::<Vec<_>>();
         Example::new(&ids[..4], &ids[4..], 64)
     };
-    DataLoaderBuilder::new(Rows).batch_size(4).shuffle(1).build(InMemDataset::new(rows.map(row).collect()))
+    DataLoaderBuilder::new(IdentityBatcher).batch_size(4).shuffle(1).build(InMemDataset::new(rows.map(row).collect()))
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -140,7 +140,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .metric_valid_numeric(LossMetric::<Flex>::new())
         .num_epochs(8)
         .with_application_logger(None)
-        .renderer(Quiet)
+        .renderer(SilentRenderer)
         .launch(Learner::new(model, optimizer, 1e-2));
 
     let layer = &trained.model.llama.model.layers[0].mlp.up_proj;

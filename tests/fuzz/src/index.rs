@@ -1,7 +1,7 @@
-//! The index of a sharded checkpoint, and the header of a shard: the input is the one, a byte 0, and the other.
+//! Fuzzes the reader of sharded checkpoints: the input is an index, a zero byte, and the start of a shard.
 #![no_main]
 
-mod place;
+mod input_folder;
 
 use burn::{backend::Flex, tensor::DType};
 use burn_llama::Checkpoint;
@@ -12,7 +12,7 @@ const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 8, "hidden_size": 
     "num_hidden_layers": 1, "num_attention_heads": 1, "rms_norm_eps": 1e-5}"#;
 
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
-    let folder = place::folder();
+    let folder = input_folder::folder();
     fs::write(folder.join("config.json"), CONFIG).expect("the configuration can be written");
     folder
 });

@@ -1,4 +1,4 @@
-//! Recipes; one that is read is read the same again from what is written of it.
+//! Fuzzes the recipe parser: a valid recipe that is written and parsed again must be unchanged.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -10,6 +10,6 @@ fuzz_target!(|text: &str| {
     let Ok(recipe) = Recipe::parse(text, path, &[]) else { return };
     let written = recipe.to_toml().expect("a legal recipe can be written");
     let again = Recipe::parse(&written, path, &[]).expect("a written recipe is legal");
-    // A number that is no number is never equal; the text is.
+    // NaN values never compare equal, so the texts are compared.
     assert_eq!(again.to_toml().expect("a legal recipe can be written"), written);
 });

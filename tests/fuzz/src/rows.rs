@@ -1,18 +1,18 @@
-//! Files of rows; the first byte chooses the format.
+//! Fuzzes the dataset reader; the first byte of the input selects the format.
 #![no_main]
 
-mod place;
+mod input_folder;
 
 use libfuzzer_sys::fuzz_target;
-use medqa::data::{Format, Schema, source::read_each};
+use medqa::data::{Format, Schema, reader::read_each_row};
 use std::{fs, path::PathBuf, sync::LazyLock};
 
-static FILE: LazyLock<PathBuf> = LazyLock::new(|| place::folder().join("rows.jsonl"));
+static FILE: LazyLock<PathBuf> = LazyLock::new(|| input_folder::folder().join("rows.jsonl"));
 
 fuzz_target!(|bytes: &[u8]| {
     let Some((first, rows)) = bytes.split_first() else { return };
     let formats = [Format::Qa, Format::PubMedQa, Format::Alpaca, Format::Messages, Format::ShareGpt];
     let format = formats[usize::from(*first) % formats.len()];
     fs::write(&*FILE, rows).expect("the input can be written");
-    let _ = read_each(&FILE, &Schema { format, ..Schema::default() });
+    let _ = read_each_row(&FILE, &Schema { format, ..Schema::default() });
 });

@@ -1,60 +1,63 @@
-//! `medqa adapters`.
+//! Arguments of `medqa adapters`.
 
-use super::{ExportArgs, Precision};
-use crate::{adapter::Weighted, fetch};
+use super::{ExportArgs, ExportDtype};
+use crate::{fetch, method_adapter::WeightedAdapter};
 use clap::{Subcommand, ValueEnum};
 use std::{num::NonZeroUsize, path::PathBuf};
 
 #[derive(Subcommand)]
 pub enum AdaptersVerb {
-    /// What adapters are: kind, base model, sizes
+    /// List adapters with their PEFT type, number of values, settings and base model
     List {
-        /// Adapter directories, or folders that hold some
+        /// Adapter directories, or directories to search for adapters
         #[arg(required = true)]
         folders: Vec<PathBuf>,
     },
-    /// Write a model with one or several adapters merged, as `export` does; refuses adapters with numbers that are not finite
+    /// Write a model with one or several adapters merged, as `export` does; refuses adapters with infinite or NaN
+    /// values
     Merge(ExportArgs),
-    /// Convert an adapter: to llama.cpp's GGUF file and back (with --model), or from PiSSA to plain LoRA (with --initial)
+    /// Convert an adapter to llama.cpp's GGUF format or back (with --model), or from PiSSA to plain LoRA (with
+    /// --initial)
     Convert {
-        /// An adapter directory or a GGUF adapter
+        /// Adapter directory or GGUF adapter to convert
         from: PathBuf,
-        /// FILE.gguf, or a new adapter directory
+        /// Output: FILE.gguf, or a new adapter directory
         to: PathBuf,
-        /// The base model, for its sizes; its weights are not loaded
+        /// Base model, needed for its dimensions; its weights are not loaded
         #[arg(long, default_value = fetch::SMOLLM2)]
         model: String,
-        /// The adapter as it was saved before training
+        /// The same PiSSA adapter as saved before training
         #[arg(long)]
         initial: Option<PathBuf>,
-        /// How a GGUF file stores matrices
+        /// Numeric format of the matrices in a GGUF file
         #[arg(long, default_value = "f32")]
-        dtype: Precision,
+        dtype: ExportDtype,
     },
-    /// Make one LoRA adapter of several, each by a weight; no model is needed
+    /// Combine several LoRA adapters into one, each with a weight; needs no model
     Combine {
-        /// Adapters and their weights; negative ones take away
+        /// Adapters and their weights; a negative weight subtracts the adapter
         #[arg(required = true, value_name = "DIR=WEIGHT")]
-        adapters: Vec<Weighted>,
-        /// The new adapter directory
+        adapters: Vec<WeightedAdapter>,
+        /// New adapter directory for the result
         #[arg(long)]
         out: PathBuf,
-        /// How: side by side (exact, rank is the sum), svd (the best of a rank), linear (rough, equal ranks)
+        /// PEFT's combination type: cat (concatenation: exact, the ranks add up), svd (the best approximation of a
+        /// given rank), linear (sums the A and the B matrices: inexact, needs equal ranks)
         #[arg(long, default_value = "cat")]
-        how: How,
-        /// The rank, for svd; default: the largest of the adapters
+        how: CombinationArg,
+        /// LoRA rank of the result, for svd; default: the largest rank of the adapters
         #[arg(long)]
         rank: Option<NonZeroUsize>,
     },
 }
 
-/// PEFT's ways to combine adapters.
+/// Combination type, as in PEFT's `add_weighted_adapter`.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum How {
-    /// Side by side
+pub enum CombinationArg {
+    /// Concatenate the A and the B matrices: exact
     Cat,
-    /// The best approximation of a rank
+    /// Best approximation of a given rank, by singular value decomposition
     Svd,
-    /// Sums of both halves
+    /// Sum the A and the B matrices: inexact
     Linear,
 }

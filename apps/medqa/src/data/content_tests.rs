@@ -1,17 +1,20 @@
 use super::*;
 use serde_json::json;
 
-fn read(format: Format, columns: &str, value: Value) -> Result<Content> {
+fn read(format: Format, columns: &str, value: Value) -> Result<RowContent> {
     let columns = if columns.is_empty() { Columns::default() } else { columns.parse().unwrap() };
-    of(value, &Schema { format, columns })
+    parse_row(value, &Schema { format, columns })
 }
 
 fn turns(list: &[(&str, &str)]) -> Vec<Turn> {
     list.iter().map(|(role, content)| Turn { message: Message::new(*role, *content), learned: true }).collect()
 }
 
-fn answer(prompt: &[(&str, &str)], answer: &str) -> Content {
-    Content::Answer { prompt: turns(prompt).into_iter().map(|turn| turn.message).collect(), answer: answer.to_owned() }
+fn answer(prompt: &[(&str, &str)], answer: &str) -> RowContent {
+    RowContent::Answer {
+        prompt: turns(prompt).into_iter().map(|turn| turn.message).collect(),
+        answer: answer.to_owned(),
+    }
 }
 
 #[test]
@@ -31,7 +34,7 @@ fn each_format_says_the_same_thing_in_its_own_way() {
             Format::Alpaca,
             "",
             json!({"instruction": "i", "input": null, "output": "o", "history": [["a", "b"]]}),
-            Content::Conversation(turns(&[("user", "a"), ("assistant", "b"), ("user", "i"), ("assistant", "o")])),
+            RowContent::Conversation(turns(&[("user", "a"), ("assistant", "b"), ("user", "i"), ("assistant", "o")])),
         ),
         (
             Format::Messages,
@@ -41,19 +44,19 @@ fn each_format_says_the_same_thing_in_its_own_way() {
                 {"role": "user", "content": [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]},
                 {"role": "assistant", "content": "a", "tool_calls": []},
             ], "tools": null}),
-            Content::Conversation(turns(&[("system", "s"), ("user", "uv"), ("assistant", "a")])),
+            RowContent::Conversation(turns(&[("system", "s"), ("user", "uv"), ("assistant", "a")])),
         ),
         (
             Format::Messages,
             "messages=chat,role=who,content=what",
             json!({"chat": [{"who": "user", "what": "u"}]}),
-            Content::Conversation(turns(&[("user", "u")])),
+            RowContent::Conversation(turns(&[("user", "u")])),
         ),
         (
             Format::ShareGpt,
             "",
             json!({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}),
-            Content::Conversation(turns(&[("user", "u"), ("assistant", "a")])),
+            RowContent::Conversation(turns(&[("user", "u"), ("assistant", "a")])),
         ),
     ] {
         assert_eq!(read(format, columns, value.clone()).unwrap(), expected, "{value}");
@@ -64,13 +67,13 @@ fn each_format_says_the_same_thing_in_its_own_way() {
 fn a_system_prompt_beside_the_conversation_comes_first_and_weight_0_is_not_learned() {
     let row =
         json!({"system": "s", "conversations": [{"from": "user", "value": "u"}, {"from": "assistant", "value": "a"}]});
-    let Content::Conversation(found) = read(Format::ShareGpt, "", row).unwrap() else { panic!("a conversation") };
+    let RowContent::Conversation(found) = read(Format::ShareGpt, "", row).unwrap() else { panic!("a conversation") };
     assert_eq!(
         found.iter().map(|turn| turn.message.role.as_str()).collect::<Vec<_>>(),
         ["system", "user", "assistant"]
     );
     let row = json!({"messages": [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]});
-    let Content::Conversation(found) = read(Format::Messages, "", row).unwrap() else { panic!("a conversation") };
+    let RowContent::Conversation(found) = read(Format::Messages, "", row).unwrap() else { panic!("a conversation") };
     assert_eq!(found.iter().map(|turn| turn.learned).collect::<Vec<_>>(), [false, true]);
 }
 

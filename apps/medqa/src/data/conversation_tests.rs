@@ -1,5 +1,5 @@
 use super::*;
-use crate::data::{Content, check::marked, content::Turn, examples as of_row};
+use crate::data::{RowContent, check::mark_learned, content::Turn, encode_row as of_row};
 use serde_json::{Value, json};
 use std::{fs, path::Path};
 
@@ -7,7 +7,8 @@ fn fixture(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
 }
 
-/// The fixture's byte-level tokenizer with more special tokens, a template, and the tokens named.
+/// Returns the fixture's byte-level tokenizer with additional special tokens, a chat template, and the named bos and
+/// eos tokens.
 fn byte_level(template: &str, [bos, eos]: [&str; 2], special: &[&str]) -> Tokenizer {
     let folder = tempfile::tempdir().unwrap();
     let mut words: Value = serde_json::from_slice(&fs::read(fixture("tokenizer/tokenizer.json")).unwrap()).unwrap();
@@ -25,7 +26,7 @@ fn byte_level(template: &str, [bos, eos]: [&str; 2], special: &[&str]) -> Tokeni
     Tokenizer::from_dir(folder.path()).unwrap()
 }
 
-/// The fixture's SentencePiece vocabulary of a GGUF file with a template.
+/// Returns the fixture's SentencePiece tokenizer from a GGUF file, with a chat template.
 fn sentencepiece(template: &str) -> Tokenizer {
     let bytes = fs::read(fixture("gguf/vocab-spm.gguf")).unwrap();
     let count = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) + 1;
@@ -36,28 +37,28 @@ fn sentencepiece(template: &str) -> Tokenizer {
     Tokenizer::from_gguf(&burn_llama::checkpoint::gguf::Gguf::open(file.path()).unwrap()).unwrap()
 }
 
-/// A template of the fixtures that agree with `transformers`.
+/// Returns a chat template from the fixtures that agree with `transformers`.
 fn of_fixture(name: &str) -> String {
     let file: Value = serde_json::from_slice(&fs::read(fixture(&format!("templates/{name}.json"))).unwrap()).unwrap();
     file["template"].as_str().unwrap().to_owned()
 }
 
-/// Of SmolLM2's form: a system prompt of its own, and `<|im_end|>`.
+/// Template like SmolLM2's: it has a default system prompt and ends turns with `<|im_end|>`.
 const SMOLLM2: &str = "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}\
     {{ '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{% endif %}\
     {{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
-/// Of Qwen3's form: a last answer without thoughts is given empty ones, a past one loses its own.
+/// Template like Qwen3's: a last answer without thoughts gets empty ones, and past answers lose theirs.
 const QWEN3: &str = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}\
     {% if m.role == 'assistant' and loop.last and '</think>' not in m.content %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}\
     {{ m.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' }}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
-/// Of Mistral's form: roles alternate, and there is no system prompt.
+/// Template like Mistral's: roles must alternate, and there is no system prompt.
 const MISTRAL: &str = "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}\
     {{ raise_exception('roles must alternate user and assistant') }}{% endif %}\
     {% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}\
     {% endfor %}";
-/// Of TinyLlama's form: role markers that are plain text, lines that end after the end token.
+/// Template like TinyLlama's: role markers are plain text, and lines end after the end token.
 const TINYLLAMA: &str = "{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\\n' + m['content'] + eos_token }}\n\
     {% elif m['role'] == 'system' %}\n{{ '<|system|>\\n' + m['content'] + eos_token }}\n\
     {% elif m['role'] == 'assistant' %}\n{{ '<|assistant|>\\n' + m['content'] + eos_token }}\n{% endif %}\n\
@@ -67,21 +68,22 @@ fn turns(list: &[(&str, &str)]) -> Vec<Turn> {
     list.iter().map(|(role, content)| Turn { message: Message::new(*role, *content), learned: true }).collect()
 }
 
-/// The examples of a conversation as texts, what is learned in brackets; and that before every answer stand the tokens that
-/// `chat` sends.
+/// Returns the examples of a conversation as texts with the learned tokens in brackets, and asserts that every answer
+/// follows the tokens that `chat` sends.
 fn learned(tokenizer: &Tokenizer, turns: &[Turn]) -> Vec<String> {
-    let found = examples(tokenizer, turns).unwrap();
+    let found = encode_conversation(tokenizer, turns).unwrap();
     let messages: Vec<Message> = turns.iter().map(|turn| turn.message.clone()).collect();
     let mut starts: Vec<&[u32]> = Vec::new();
     for example in &found {
-        let begins = |&at: &usize| example.learned[at] && !example.learned[at - 1];
+        let begins = |&at: &usize| example.loss_mask[at] && !example.loss_mask[at - 1];
         starts.extend((1..example.ids.len()).filter(begins).map(|at| &example.ids[..at]));
         assert!(tokenizer.eos_ids().contains(example.ids.last().unwrap()), "{turns:?}");
     }
     let answers = turns.iter().enumerate().filter(|(_, turn)| turn.learned && turn.message.role == "assistant");
-    let sent: Vec<_> = answers.map(|(i, _)| crate::model::conversation(tokenizer, &messages[..i]).unwrap()).collect();
+    let sent: Vec<_> =
+        answers.map(|(i, _)| crate::model::apply_chat_template(tokenizer, &messages[..i]).unwrap()).collect();
     assert_eq!(starts, sent, "{turns:?}");
-    found.iter().map(|example| marked(tokenizer, example, ("[[", "]]")).unwrap()).collect()
+    found.iter().map(|example| mark_learned(tokenizer, example, ("[[", "]]")).unwrap()).collect()
 }
 
 const LLAMA3: [&str; 4] = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"];
@@ -130,7 +132,7 @@ fn the_assistant_s_turns_are_learned_up_to_their_end_token() {
              [[The end.\nOf it.</s>]]",
         ),
         (
-            // As in llama.cpp, text after a special token begins with a space of its own.
+            // As in llama.cpp, text after a special token gets a leading space.
             "Mistral in a GGUF file",
             sentencepiece(MISTRAL),
             "<s> [INST] One? [/INST][[ The first.</s>]] [INST] Two? [/INST][[ The end.\nOf it.</s>]]",
@@ -161,8 +163,8 @@ fn a_system_prompt_tools_and_a_last_question_are_read() {
     let expected =
         "<|im_start|>assistant\na<|im_end|>\n<|im_start|>tool\nb<|im_end|>\n<|im_start|>assistant\n[[c<|im_end|>]]";
     assert!(learned(&chatml(SMOLLM2), &list)[0].ends_with(expected));
-    assert!(examples(&chatml(SMOLLM2), &list[..3]).unwrap().is_empty());
-    assert!(examples(&chatml(SMOLLM2), &[]).unwrap().is_empty());
+    assert!(encode_conversation(&chatml(SMOLLM2), &list[..3]).unwrap().is_empty());
+    assert!(encode_conversation(&chatml(SMOLLM2), &[]).unwrap().is_empty());
 }
 
 #[test]
@@ -206,7 +208,7 @@ fn templates_that_cannot_teach_are_refused_by_name() {
         (MISTRAL, &["roles must alternate", "", ""]),
     ] {
         let list = if template == MISTRAL { &TWO[1..] } else { &TWO };
-        let error = format!("{:#}", examples(&chatml(template), &turns(list)).unwrap_err());
+        let error = format!("{:#}", encode_conversation(&chatml(template), &turns(list)).unwrap_err());
         assert!(words.iter().all(|word| error.contains(word)) && !error.contains('\n'), "{error}");
         assert!(template == MISTRAL || error.contains("tokenizer.json"), "{error}");
     }
@@ -215,11 +217,11 @@ fn templates_that_cannot_teach_are_refused_by_name() {
 #[test]
 fn a_question_and_its_answer_are_the_same_tokens_as_a_row_and_as_a_conversation() {
     for tokenizer in [llama3(), chatml(&of_fixture("chatml")), chatml(SMOLLM2)] {
-        let row = Content::Answer { prompt: vec![Message::new("user", "One?")], answer: "The first.".to_owned() };
+        let row = RowContent::Answer { prompt: vec![Message::new("user", "One?")], answer: "The first.".to_owned() };
         let found = of_row(&tokenizer, &row).unwrap();
-        assert_eq!(found, examples(&tokenizer, &turns(&TWO[..2])).unwrap());
-        // And they are what they always were.
-        let prompt = crate::model::conversation(&tokenizer, &[Message::new("user", "One?")]).unwrap();
+        assert_eq!(found, encode_conversation(&tokenizer, &turns(&TWO[..2])).unwrap());
+        // They are also the tokens of the prompt and of the answer with its end token, encoded separately.
+        let prompt = crate::model::apply_chat_template(&tokenizer, &[Message::new("user", "One?")]).unwrap();
         let answer = tokenizer.encode(&format!("The first.{}", tokenizer.eos_token().unwrap()), false).unwrap();
         assert_eq!(found, [Example::new(&prompt, &answer, usize::MAX)]);
     }

@@ -1,37 +1,47 @@
-//! Rows as examples: what is read and what is learned.
+//! Encoding of rows as examples: their tokens, and which of them are learned.
 
-use super::{Content, Row, conversation, pubmedqa_prompt};
+use super::{Row, RowContent, conversation, pubmedqa_prompt};
 use crate::{model, recipe::OnTooLong};
 use anyhow::{Context, Result, bail};
 use burn_llama::{Example, Tokenizer};
 
-/// The examples of a file, and what became of the other rows.
+/// The examples of a file, and the number of rows that were truncated or left out.
 #[derive(Debug, Default)]
-pub struct Encoded {
+pub struct EncodedRows {
     pub examples: Vec<Example>,
-    /// Rows cut to the maximal length.
+    /// Number of rows truncated to the maximum length.
     pub truncated: usize,
-    /// Rows left out as too long.
+    /// Number of rows left out because they are too long.
     pub dropped: usize,
-    /// Rows left out because no token of them is learned.
+    /// Number of rows left out because none of their tokens is learned.
     pub without_target: usize,
 }
 
-/// Encodes rows of at most `max_length` tokens. Questions are cut at the right, abstracts at the left, so that the decision
-/// stays.
-pub fn encode(tokenizer: &Tokenizer, rows: &[Row], max_length: usize, on_too_long: OnTooLong) -> Result<Encoded> {
-    let mut encoded = Encoded::default();
+/// Encodes rows of at most `max_length` tokens. Longer rows are truncated on the right, PubMedQA's on the left, so that
+/// the decision stays.
+pub fn encode_rows(
+    tokenizer: &Tokenizer,
+    rows: &[Row],
+    max_length: usize,
+    on_too_long: OnTooLong,
+) -> Result<EncodedRows> {
+    let mut encoded = EncodedRows::default();
     for row in rows {
-        encoded.add(tokenizer, row, (max_length, on_too_long)).with_context(|| row.place.to_string())?;
+        encoded.add_row(tokenizer, row, (max_length, on_too_long)).with_context(|| row.location.to_string())?;
     }
-    encoded.check(max_length)?;
+    encoded.require_examples(max_length)?;
     Ok(encoded)
 }
 
-impl Encoded {
-    /// Adds a row's examples. A conversation of several examples is too long if one of them is.
-    pub fn add(&mut self, tokenizer: &Tokenizer, row: &Row, (longest, on_too_long): (usize, OnTooLong)) -> Result<()> {
-        let mut examples = examples(tokenizer, &row.content)?;
+impl EncodedRows {
+    /// Adds the examples of a row. A conversation with several examples is too long if one of them is.
+    pub fn add_row(
+        &mut self,
+        tokenizer: &Tokenizer,
+        row: &Row,
+        (longest, on_too_long): (usize, OnTooLong),
+    ) -> Result<()> {
+        let mut examples = encode_row(tokenizer, &row.content)?;
         if let Some(length) = examples.iter().map(|example| example.ids.len()).max().filter(|&n| n > longest) {
             match on_too_long {
                 OnTooLong::Truncate => self.truncated += 1,
@@ -44,16 +54,16 @@ impl Encoded {
                      \"truncate\" or \"drop\""
                 ),
             }
-            examples.iter_mut().for_each(|example| cut(example, &row.content, longest));
+            examples.iter_mut().for_each(|example| truncate(example, &row.content, longest));
         }
-        examples.retain(|example| example.targets() > 0);
+        examples.retain(|example| example.num_targets() > 0);
         self.without_target += usize::from(examples.is_empty());
         self.examples.extend(examples);
         Ok(())
     }
 
-    /// Refuses data that nothing can be learned from.
-    pub fn check(&self, max_length: usize) -> Result<()> {
+    /// Returns an error if there is no example.
+    pub fn require_examples(&self, max_length: usize) -> Result<()> {
         if self.examples.is_empty() {
             bail!("no row has a token to learn within `max_length` = {max_length} tokens; raise it");
         }
@@ -61,24 +71,26 @@ impl Encoded {
     }
 }
 
-fn cut(example: &mut Example, content: &Content, longest: usize) {
-    if matches!(content, Content::PubMedQa { .. }) {
-        let prompt = example.learned.iter().take_while(|&&learned| !learned).count();
+fn truncate(example: &mut Example, content: &RowContent, longest: usize) {
+    if matches!(content, RowContent::PubMedQa { .. }) {
+        let prompt = example.loss_mask.iter().take_while(|&&learned| !learned).count();
         let over = example.ids.len().saturating_sub(longest).min(prompt);
         example.ids.drain(..over);
-        example.learned.drain(..over);
+        example.loss_mask.drain(..over);
     }
     example.ids.truncate(longest);
-    example.learned.truncate(longest);
+    example.loss_mask.truncate(longest);
 }
 
-/// What is read and what is learned of a row, uncut.
-pub fn examples(tokenizer: &Tokenizer, content: &Content) -> Result<Vec<Example>> {
+/// Encodes a row without truncation.
+pub fn encode_row(tokenizer: &Tokenizer, content: &RowContent) -> Result<Vec<Example>> {
     let eos = tokenizer.eos_token().context("the tokenizer has no end token, so answers could not end")?;
     let (prompt, answer) = match content {
-        Content::Conversation(turns) => return conversation::examples(tokenizer, turns),
-        Content::Answer { prompt, answer } => (model::conversation(tokenizer, prompt)?, format!("{answer}{eos}")),
-        Content::PubMedQa { question, contexts, decision } => {
+        RowContent::Conversation(turns) => return conversation::encode_conversation(tokenizer, turns),
+        RowContent::Answer { prompt, answer } => {
+            (model::apply_chat_template(tokenizer, prompt)?, format!("{answer}{eos}"))
+        }
+        RowContent::PubMedQa { question, contexts, decision } => {
             let decision = decision.as_ref().context("`final_decision` is missing")?;
             (tokenizer.encode(&pubmedqa_prompt(question, contexts), true)?, format!(" {decision}{eos}"))
         }

@@ -1,17 +1,17 @@
-//! Rows of data, from files to examples.
+//! Datasets: reading rows from files, encoding them as examples, and sampling the batches of a run.
 
+mod batch_sampler;
 pub mod check;
 pub mod content;
 mod conversation;
 mod encode;
 mod order;
-mod plan;
+pub mod reader;
 pub mod schema;
-pub mod source;
 
-pub use content::{Content, pubmedqa_prompt};
+pub use batch_sampler::{BatchSampler, GlobalBatch};
+pub use content::{RowContent, pubmedqa_prompt};
 pub use conversation::answer_tokens;
-pub use encode::{Encoded, encode, examples};
-pub use plan::{Plan, Step};
+pub use encode::{EncodedRows, encode_row, encode_rows};
+pub use reader::{Row, read_rows};
 pub use schema::{Columns, Format, Schema};
-pub use source::{Row, read};

@@ -1,10 +1,11 @@
-//! The order of rows, as a function of seed and epoch.
+//! Order of the rows in an epoch, as a function of seed and epoch.
 
 use burn_peft::random;
 use std::cmp::Reverse;
 
-/// The rows of one epoch over sources of the given sizes and weights, as (source, row). A weight of 2.5 shows every row twice and
-/// half of them, drawn anew in every epoch, a third time. Without shuffling, sources follow each other in their own order.
+/// Returns the rows of one epoch, as (source, row), over sources of the given sizes and weights. A weight of 2.5 takes
+/// every row twice and half of them, drawn anew in every epoch, a third time. Without shuffling, the sources follow
+/// each other, each in its own order.
 pub fn epoch_order(sources: &[(usize, f64)], seed: u64, epoch: u64, shuffle: bool) -> Vec<(usize, usize)> {
     let mut order = Vec::new();
     for (source, &(len, weight)) in sources.iter().enumerate() {
@@ -24,9 +25,9 @@ pub fn epoch_order(sources: &[(usize, f64)], seed: u64, epoch: u64, shuffle: boo
     order
 }
 
-/// Puts rows of like lengths together, as `transformers`' `LengthGroupedSampler` does: the order is cut into up to 50 parts of
-/// whole steps' rows, each is sorted from long to short, and the longest row of all changes places with the very first, so that
-/// too little memory shows at once.
+/// Groups rows of similar length, as `transformers`' `LengthGroupedSampler` does: the order is cut into chunks with the
+/// rows of up to 50 steps, each chunk is sorted from long to short, and the longest row of all is swapped with the very
+/// first one, so that running out of memory shows at once.
 pub fn group_by_length(order: &mut [(usize, usize)], length: impl Fn(&(usize, usize)) -> usize, rows_per_step: usize) {
     let steps = (order.len() / (rows_per_step * 4)).clamp(1, 50);
     for part in order.chunks_mut(steps * rows_per_step) {
@@ -37,7 +38,7 @@ pub fn group_by_length(order: &mut [(usize, usize)], length: impl Fn(&(usize, us
     }
 }
 
-/// Fisher and Yates's shuffle.
+/// Shuffles the items by the Fisher-Yates algorithm, with random numbers from `key`.
 fn permute<T>(items: &mut [T], key: u64) {
     for i in (1..items.len()).rev() {
         let j = (random::uniform(key, i as u64) * (i + 1) as f64) as usize;
@@ -67,7 +68,7 @@ mod tests {
             let mut after = before.clone();
             group_by_length(&mut after, length, per_step);
             assert!(after.first().is_none_or(|first| Some(length(first)) == before.iter().map(length).max()));
-            // Once the two that changed places are back.
+            // The chunks are compared after undoing the swap of the longest row.
             if let Some(longest) = after.first() {
                 let home = before.iter().position(|row| row == longest).unwrap() / part * part;
                 after.swap(0, home);

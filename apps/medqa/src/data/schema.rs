@@ -1,29 +1,29 @@
-//! What a file of rows looks like: its format and the names of its columns.
+//! Layout of a data file: its format and the names of its columns.
 
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, str::FromStr};
 
-/// The layout of a row.
+/// Format of the rows of a data file.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// `question` and `answer`
+    /// Keys `question` and `answer`
     #[default]
     Qa,
-    /// PubMedQA's official JSON
+    /// PubMedQA's official JSON file
     #[value(name = "pubmedqa")]
     PubMedQa,
-    /// `instruction`, `input`, `output`; `system` and `history` if there are any
+    /// Alpaca: keys `instruction`, `input` and `output`; optionally `system` and `history`
     Alpaca,
-    /// OpenAI's conversations: `messages`, a list of `role` and `content`
+    /// OpenAI conversations: key `messages`, a list of objects with `role` and `content`
     Messages,
-    /// ShareGPT's conversations: `conversations`, a list of `from` and `value`; `system` if there is one
+    /// ShareGPT conversations: key `conversations`, a list of objects with `from` and `value`; optionally `system`
     #[value(name = "sharegpt")]
     ShareGpt,
 }
 
 impl Format {
-    /// The keys that a row is read from, by the names that the format gives them.
+    /// Returns the columns of the format that can be renamed.
     pub fn columns(self) -> &'static [&'static str] {
         match self {
             Self::Qa => &["question", "answer"],
@@ -35,13 +35,13 @@ impl Format {
     }
 }
 
-/// Other names of columns: the format's name → the name in the file. What is not listed has the format's name.
+/// Renamed columns: the format's name → the name in the file. Columns that are not listed have the format's name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Columns(BTreeMap<String, String>);
 
 impl Columns {
-    /// The name of a column in the file.
+    /// Returns the name of a column in the file.
     pub fn name<'a>(&'a self, column: &'a str) -> &'a str {
         self.0.get(column).map_or(column, String::as_str)
     }
@@ -50,7 +50,7 @@ impl Columns {
         self.0.is_empty()
     }
 
-    /// Whether `format` has every column that is renamed; otherwise what is wrong.
+    /// Checks that `format` has every renamed column; the error is a message without the name of the option or key.
     pub fn check(&self, format: Format) -> Result<(), String> {
         let known = format.columns();
         let Some(column) = self.0.keys().find(|column| !known.contains(&column.as_str())) else { return Ok(()) };
@@ -64,7 +64,7 @@ impl Columns {
 impl FromStr for Columns {
     type Err = String;
 
-    /// `question=prompt,answer=response`
+    /// Parses pairs such as `question=prompt,answer=response`.
     fn from_str(text: &str) -> Result<Self, String> {
         let pair = |pair: &str| match pair.split_once('=') {
             Some((column, name)) if !column.trim().is_empty() && !name.trim().is_empty() => {
@@ -76,7 +76,7 @@ impl FromStr for Columns {
     }
 }
 
-/// How a file is read.
+/// Format and column names of a data file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Schema {
     pub format: Format,

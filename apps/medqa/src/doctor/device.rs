@@ -1,13 +1,13 @@
-//! Laws about the device: it learns, and it computes what the processor computes.
+//! Checks of the device: training lowers the loss, and the results agree with those of the CPU.
 
-use super::{Subject, compute};
+use super::{CheckSubject, compute};
 use crate::model;
 use anyhow::{Context, Result, bail};
 #[cfg(feature = "flex")]
 use burn::backend::Flex;
 use burn::{backend::Autodiff, tensor::DType};
-use burn_llama::{Example, Layout, generate, kernel::Kernels};
-use burn_peft::{Linears, LoraConfig, Pass, TargetModules, adapter, param};
+use burn_llama::{Example, SequenceLayout, generate, kernel::Kernels};
+use burn_peft::{ForwardContext, Linears, LoraConfig, TargetModules, adapter, param};
 use burn_zero::{
     Engine,
     optimizer::AdamW,
@@ -15,79 +15,101 @@ use burn_zero::{
 };
 use std::{cell::OnceCell, collections::BTreeMap, path::Path};
 
-/// The adapter that is trained and forgotten.
+/// Name of the adapter that the checks train and then discard.
 const ADAPTER: &str = "doctor";
 const STEPS: usize = 5;
-/// The largest difference between two devices, relative to the largest value.
-const APART: f32 = 1e-3;
+/// Tolerance between two devices, relative to the largest value.
+const DEVICE_TOLERANCE: f32 = 1e-3;
 
-/// What a device makes of a sequence.
-pub struct Trained {
-    /// Of every adapter parameter, before the first step.
+/// Results of a short LoRA training on one device.
+pub struct DeviceTraining {
+    /// Gradient of every adapter parameter before the first step, by path.
     gradients: BTreeMap<String, Vec<f32>>,
-    /// Before each step, and after the last.
+    /// Loss before each step, and after the last one.
     losses: Vec<f64>,
-    /// `[tokens · vocabulary]`, after training.
+    /// Logits after training, `[tokens · vocabulary]`.
     logits: Vec<f32>,
 }
 
-impl<B: Kernels> Subject<B> {
-    fn trained(&self) -> Result<&Trained> {
-        kept(&self.trained, || {
-            train::<B>(&self.args.model, &self.device, (&compute::sequence(self)?, self.folder.path()))
+impl<B: Kernels> CheckSubject<B> {
+    /// Returns the results of the training on the tested device.
+    fn training(&self) -> Result<&DeviceTraining> {
+        get_or_try_init(&self.training, || {
+            train_adapter::<B>(
+                &self.model_args.model,
+                &self.device,
+                (&compute::test_sequence(self)?, self.adapter_dir.path()),
+            )
         })
     }
 
-    /// The same on the processor.
+    /// Returns the results of the same training on the CPU.
     #[cfg(feature = "flex")]
-    fn reference(&self) -> Result<&Trained> {
-        let folder = self.folder.path().join("reference");
-        kept(&self.reference, || {
-            train::<Flex>(&self.args.model, &Default::default(), (&compute::sequence(self)?, &folder))
+    fn cpu_training(&self) -> Result<&DeviceTraining> {
+        let folder = self.adapter_dir.path().join("reference");
+        get_or_try_init(&self.cpu_training, || {
+            train_adapter::<Flex>(
+                &self.model_args.model,
+                &Default::default(),
+                (&compute::test_sequence(self)?, &folder),
+            )
         })
     }
 }
 
-fn kept(cell: &OnceCell<Trained>, make: impl FnOnce() -> Result<Trained>) -> Result<&Trained> {
+/// Returns the value of the cell, which `make` computes the first time.
+fn get_or_try_init(
+    cell: &OnceCell<DeviceTraining>,
+    make: impl FnOnce() -> Result<DeviceTraining>,
+) -> Result<&DeviceTraining> {
     match cell.get() {
         Some(trained) => Ok(trained),
         None => make().map(|trained| cell.get_or_init(|| trained)),
     }
 }
 
-/// Puts LoRA on the model and trains it on `ids`; leaves the adapter in `directory`.
-fn train<B: Kernels>(model: &str, device: &B::Device, (ids, directory): (&[u32], &Path)) -> Result<Trained> {
-    let mut model = model::base::<Autodiff<B>>(model, DType::F32, device)?.model;
+/// Trains LoRA on the tokens `ids` for five steps and saves the adapter to `directory`.
+fn train_adapter<B: Kernels>(
+    model: &str,
+    device: &B::Device,
+    (ids, directory): (&[u32], &Path),
+) -> Result<DeviceTraining> {
+    let mut model = model::load_base::<Autodiff<B>>(model, DType::F32, device)?.model;
     let config =
         LoraConfig { target_modules: TargetModules::Pattern("all-linear".to_owned()), ..LoraConfig::default() };
     adapter::attach(&mut model, ADAPTER, &config, 1)?;
     model.linears_mut(&mut |_, linear| {
-        // B starts at zero, and so would the gradient of A.
+        // B starts at zero, which would make the gradient of A zero too.
         linear.adapters.iter_mut().for_each(|lora| lora.lora_b = lora.lora_b.clone().map(|b| b + 0.01));
     });
     let mut model = param::train_only(model, adapter::is_adapter);
-    let row = Example { ids: ids.to_vec(), learned: vec![true; ids.len()] };
-    let weight = 1.0 / row.targets() as f32;
-    let batch = model.batch(std::slice::from_ref(&row), &Layout::of(&[ids.len()], false), weight, Pass::default())?;
+    let row = Example { ids: ids.to_vec(), loss_mask: vec![true; ids.len()] };
+    let weight = 1.0 / row.num_targets() as f32;
+    let batch = model.batch(
+        std::slice::from_ref(&row),
+        &SequenceLayout::from_lengths(&[ids.len()], false),
+        weight,
+        ForwardContext::default(),
+    )?;
     let mut gradients = BTreeMap::new();
-    segment::run(&model, &batch, Checkpointing::None, &mut |found| {
+    segment::forward_backward(&model, &batch, Checkpointing::None, &mut |found| {
         gradients.extend(found.into_iter().map(|found| (found.path, found.value.flatten().into_data())));
     });
     let mut engine = Engine::<Autodiff<B>>::new(AdamW::default(), Some(1.0), Checkpointing::None);
     let mut losses = Vec::new();
     for _ in 0..STEPS {
-        losses.push(engine.accumulate(&mut model, &batch)?);
+        losses.push(engine.forward_backward(&mut model, &batch)?);
         engine.step(&mut model, 2e-3)?;
     }
     losses.push(model.batch_loss(&batch).sum().into_data().iter::<f64>().sum());
     adapter::save(&model, ADAPTER, &config, directory)?;
     let gradients = gradients.into_iter().map(|(path, data)| (path, data.iter::<f32>().collect())).collect();
-    Ok(Trained { gradients, losses, logits: compute::values(generate::logits(&model, ids)?)? })
+    Ok(DeviceTraining { gradients, losses, logits: compute::to_f32_vec(generate::logits(&model, ids)?)? })
 }
 
-/// Five steps of LoRA lower the loss.
-pub fn learns<B: Kernels>(subject: &Subject<B>) -> Result<String> {
-    let losses = &subject.trained()?.losses;
+/// Checks that five steps of LoRA lower the loss.
+pub fn loss_decreases<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+    let losses = &subject.training()?.losses;
     let (first, last) = (losses[0], losses[STEPS]);
     if last.partial_cmp(&first) != Some(std::cmp::Ordering::Less) {
         bail!("expected a loss below {first:.4} after {STEPS} steps, found {last:.4}");
@@ -95,40 +117,44 @@ pub fn learns<B: Kernels>(subject: &Subject<B>) -> Result<String> {
     Ok(format!("loss {first:.4} → {last:.4}"))
 }
 
-/// The logits of the model are those of the processor.
+/// Checks that the model's logits agree with those of the CPU.
 #[cfg(feature = "flex")]
-pub fn logits<B: Kernels>(subject: &Subject<B>) -> Result<String> {
-    let ids = compute::sequence(subject)?;
-    let there = model::load::<Flex>(&subject.args, DType::F32, &Default::default())?.model;
-    let found = compute::values(generate::logits(&subject.loaded.model, &ids)?)?;
-    compute::same(&found, &compute::values(generate::logits(&there, &ids)?)?, APART)
+pub fn logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+    let ids = compute::test_sequence(subject)?;
+    let cpu_model = model::load::<Flex>(&subject.model_args, DType::F32, &Default::default())?.model;
+    let found = compute::to_f32_vec(generate::logits(&subject.loaded.model, &ids)?)?;
+    compute::compare(&found, &compute::to_f32_vec(generate::logits(&cpu_model, &ids)?)?, DEVICE_TOLERANCE)
 }
 
-/// Every gradient of LoRA is that of the processor.
+/// Checks that all LoRA gradients agree with those of the CPU.
 #[cfg(feature = "flex")]
-pub fn gradients<B: Kernels>(subject: &Subject<B>) -> Result<String> {
-    let (found, expected) = (&subject.trained()?.gradients, &subject.reference()?.gradients);
+pub fn gradients<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+    let (found, expected) = (&subject.training()?.gradients, &subject.cpu_training()?.gradients);
     let mut numbers = 0;
     for (path, expected) in expected {
         let found = found.get(path).with_context(|| format!("{path}: expected a gradient, found none"))?;
-        compute::same(found, expected, APART).with_context(|| path.clone())?;
+        compute::compare(found, expected, DEVICE_TOLERANCE).with_context(|| path.clone())?;
         numbers += expected.len();
     }
     Ok(format!("{numbers} numbers of {} tensors", expected.len()))
 }
 
-/// The losses along five steps of LoRA are those of the processor.
+/// Checks that the losses during five steps of LoRA agree with those of the CPU.
 #[cfg(feature = "flex")]
-pub fn losses<B: Kernels>(subject: &Subject<B>) -> Result<String> {
-    let losses = |of: &Trained| of.losses.iter().map(|loss| *loss as f32).collect::<Vec<_>>();
-    compute::same(&losses(subject.trained()?), &losses(subject.reference()?), APART)
+pub fn losses<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+    let losses = |of: &DeviceTraining| of.losses.iter().map(|loss| *loss as f32).collect::<Vec<_>>();
+    compute::compare(&losses(subject.training()?), &losses(subject.cpu_training()?), DEVICE_TOLERANCE)
 }
 
-/// The adapter that this device has trained gives its logits on the processor too, read from its files.
+/// Checks that the adapter trained on this device, loaded from its files, gives the same logits on the CPU.
 #[cfg(feature = "flex")]
-pub fn serves<B: Kernels>(subject: &Subject<B>) -> Result<String> {
-    let expected = &subject.trained()?.logits;
-    let mut there = model::base::<Flex>(&subject.args.model, DType::F32, &Default::default())?.model;
-    adapter::load(&mut there, ADAPTER, subject.folder.path())?;
-    compute::same(&compute::values(generate::logits(&there, &compute::sequence(subject)?)?)?, expected, APART)
+pub fn adapter_transfers<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+    let expected = &subject.training()?.logits;
+    let mut cpu_model = model::load_base::<Flex>(&subject.model_args.model, DType::F32, &Default::default())?.model;
+    adapter::load(&mut cpu_model, ADAPTER, subject.adapter_dir.path())?;
+    compute::compare(
+        &compute::to_f32_vec(generate::logits(&cpu_model, &compute::test_sequence(subject)?)?)?,
+        expected,
+        DEVICE_TOLERANCE,
+    )
 }

@@ -1,131 +1,135 @@
-//! Laws that a set-up must obey for training to teach what chat will use, tried on the user's own model and rows.
+//! The verb `doctor`: checks, on the user's own model and data, that training teaches exactly what `chat` uses.
 
 mod compute;
 mod device;
 mod text;
 
 use crate::{
-    backend::{Device, on},
+    backend::{Device, with_backend},
     cli::{DoctorArgs, ModelArgs},
-    data::{self, Content, Row, content::Turn, source::Place},
-    model::{self, Loaded},
+    data::{self, Row, RowContent, content::Turn, reader::RowLocation},
+    model::{self, LoadedModel},
 };
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{Message, kernel::Kernels};
-use device::Trained;
+use device::DeviceTraining;
 use std::cell::OnceCell;
 use tempfile::TempDir;
 
-/// So many rows are looked at.
-const ROWS: usize = 100;
+/// The largest number of rows to check.
+const MAX_ROWS: usize = 100;
 
-/// What the laws are tried on.
-pub struct Subject<B: Kernels> {
-    pub loaded: Loaded<B>,
+/// The model, the data and the device that the checks run on.
+pub struct CheckSubject<B: Kernels> {
+    pub loaded: LoadedModel<B>,
     pub rows: Vec<Row>,
-    /// To load the model again.
-    args: ModelArgs,
+    /// Arguments to load the model again with.
+    model_args: ModelArgs,
     device: B::Device,
-    /// For the adapter that is trained.
-    folder: TempDir,
-    trained: OnceCell<Trained>,
-    reference: OnceCell<Trained>,
+    /// Temporary directory for the adapter that a check trains.
+    adapter_dir: TempDir,
+    /// Results of a short training on the device.
+    training: OnceCell<DeviceTraining>,
+    /// Results of the same training on the CPU.
+    cpu_training: OnceCell<DeviceTraining>,
 }
 
-/// A law: what it found in a few words, or how it is broken.
-pub type Law<B> = (&'static str, fn(&Subject<B>) -> Result<String>);
+/// A check: its title, and the function that returns a short finding, or an error if the check fails.
+pub type Check<B> = (&'static str, fn(&CheckSubject<B>) -> Result<String>);
 
-/// Every law. Where another device computes, what it finds is held against this machine's processor, if the binary has it.
+/// Returns all checks. On any other device than the CPU, they include comparisons with the CPU if the binary supports
+/// it.
 #[cfg_attr(not(feature = "flex"), allow(unused))]
-fn laws<B: Kernels>(device: &Device, quick: bool) -> Vec<Law<B>> {
-    let mut laws: Vec<Law<B>> = vec![
+fn checks<B: Kernels>(device: &Device, quick: bool) -> Vec<Check<B>> {
+    let mut checks: Vec<Check<B>> = vec![
         ("special tokens are known", text::special_tokens),
         ("text → tokens → the same text", text::round_trip),
         ("chat template renders turn by turn", text::template),
-        ("training ends an answer as chat does", text::ending),
-        ("training reads what chat sends", text::training_is_chat),
+        ("training ends an answer as chat does", text::answer_end_token),
+        ("training reads what chat sends", text::training_matches_chat),
         ("model has every token of the rows", compute::vocabulary),
-        ("logits are finite", compute::finite),
-        ("greedy generation repeats itself", compute::repeatable),
-        ("cached logits = recomputed logits", compute::cached),
-        ("packed rows = separate rows", compute::packed),
+        ("logits are finite", compute::finite_logits),
+        ("greedy generation is deterministic", compute::deterministic_generation),
+        ("cached logits = recomputed logits", compute::cached_logits),
+        ("packed rows = separate rows", compute::packed_losses),
     ];
     #[cfg(feature = "flex")]
     if !device.is_cpu() {
-        laws.push(("logits = the processor's", device::logits));
+        checks.push(("logits = CPU logits", device::logits));
     }
     if quick {
-        return laws;
+        return checks;
     }
-    laws.push(("five steps of LoRA lower the loss", device::learns));
+    checks.push(("five steps of LoRA lower the loss", device::loss_decreases));
     #[cfg(feature = "flex")]
     if !device.is_cpu() {
-        laws.push(("gradients of LoRA = the processor's", device::gradients));
-        laws.push(("losses of LoRA = the processor's", device::losses));
-        laws.push(("its adapter serves on the processor", device::serves));
+        checks.push(("LoRA gradients = CPU gradients", device::gradients));
+        checks.push(("LoRA losses = CPU losses", device::losses));
+        checks.push(("adapter gives the same logits on CPU", device::adapter_transfers));
     }
-    laws
+    checks
 }
 
-/// Some laws are broken. The verb's exit code is 1 then, not 2.
+/// The error that some checks failed; the exit code is then 1 instead of 2.
 #[derive(Debug)]
-pub struct Failed {
-    broken: usize,
-    laws: usize,
+pub struct ChecksFailed {
+    failed: usize,
+    total: usize,
 }
 
-impl std::fmt::Display for Failed {
+impl std::fmt::Display for ChecksFailed {
     fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
-        write!(f, "{} of {} checks failed", self.broken, self.laws)
+        write!(f, "{} of {} checks failed", self.failed, self.total)
     }
 }
 
-impl std::error::Error for Failed {}
+impl std::error::Error for ChecksFailed {}
 
-/// The verb `doctor`: a table of checks on stdout.
+/// Runs the verb `doctor`: prints a table of checks on stdout.
 ///
 /// # Errors
-/// [`Failed`] if a law is broken; another if model or rows cannot be read.
+/// [`ChecksFailed`] if a check fails; another error if the model or the data cannot be read.
 pub fn doctor(args: &DoctorArgs) -> Result<()> {
     let mut rows = match &args.data {
-        Some(path) => data::read(path, &args.rows.schema()?)?,
-        None => own_rows(),
+        Some(path) => data::read_rows(path, &args.rows.schema()?)?,
+        None => built_in_rows(),
     };
-    rows.truncate(ROWS);
-    on!(args.device.device.ready()?, |B, place| table::<B>(args, place, rows))
+    rows.truncate(MAX_ROWS);
+    with_backend!(args.device.device.ensure_ready()?, |B, device| run_checks::<B>(args, device, rows))
 }
 
-fn table<B: Kernels>(args: &DoctorArgs, device: &B::Device, rows: Vec<Row>) -> Result<()> {
-    let subject = Subject {
+fn run_checks<B: Kernels>(args: &DoctorArgs, device: &B::Device, rows: Vec<Row>) -> Result<()> {
+    let subject = CheckSubject {
         loaded: model::load::<B>(&args.model, DType::F32, device)?,
         rows,
-        args: args.model.clone(),
+        model_args: args.model.clone(),
         device: device.clone(),
-        folder: tempfile::tempdir().context("a folder for an adapter cannot be made")?,
-        trained: OnceCell::new(),
-        reference: OnceCell::new(),
+        adapter_dir: tempfile::tempdir().context("a temporary folder for the adapter cannot be created")?,
+        training: OnceCell::new(),
+        cpu_training: OnceCell::new(),
     };
-    let laws = laws(&args.device.device, args.quick);
-    let mut broken = 0;
-    for (name, law) in &laws {
-        let (verdict, words) = match law(&subject) {
+    let checks = checks(&args.device.device, args.quick);
+    let mut failed = 0;
+    for (name, check) in &checks {
+        let (verdict, words) = match check(&subject) {
             Ok(found) => ("ok", found),
             Err(problem) => {
-                broken += 1;
+                failed += 1;
                 ("FAIL", format!("{problem:#}"))
             }
         };
         println!("{verdict:<4}  {name:<38}{words}");
     }
-    if broken > 0 {
-        bail!(Failed { broken, laws: laws.len() });
+    if failed > 0 {
+        bail!(ChecksFailed { failed, total: checks.len() });
     }
     Ok(())
 }
 
-/// One question, and a conversation of two; without a system prompt, which not every template takes.
-fn own_rows() -> Vec<Row> {
+/// Returns one question-answer row and one conversation with two questions, without a system prompt, which not every
+/// chat template supports.
+fn built_in_rows() -> Vec<Row> {
     let turn = |(role, content): (&str, &str)| Turn { message: Message::new(role, content), learned: true };
     let turns = [
         ("user", "What is hypertension?"),
@@ -134,7 +138,7 @@ fn own_rows() -> Vec<Row> {
         ("assistant", "With less salt, exercise and, if needed, medicine."),
     ];
     let prompt = vec![Message::new("user", "What does insulin do?")];
-    let answer = Content::Answer { prompt, answer: "It lets cells take up glucose.".to_owned() };
-    let contents = [answer, Content::Conversation(turns.map(turn).into())];
-    contents.into_iter().enumerate().map(|(i, content)| Row { place: Place::Row(i + 1), content }).collect()
+    let answer = RowContent::Answer { prompt, answer: "It lets cells take up glucose.".to_owned() };
+    let contents = [answer, RowContent::Conversation(turns.map(turn).into())];
+    contents.into_iter().enumerate().map(|(i, content)| Row { location: RowLocation::Row(i + 1), content }).collect()
 }

@@ -1,15 +1,15 @@
-//! Laws about text and tokens.
+//! Checks of the tokenizer and the chat template.
 
-use super::Subject;
+use super::CheckSubject;
 use crate::{
-    data::{Content, answer_tokens, content::Turn, examples, pubmedqa_prompt},
+    data::{RowContent, answer_tokens, content::Turn, encode_row, pubmedqa_prompt},
     model,
 };
 use anyhow::{Context, Result, bail};
 use burn_llama::{Example, Message, Tokenizer, kernel::Kernels};
 
-/// Texts of the kinds that tokenizers treat each in their own way.
-const TEXTS: [&str; 6] = [
+/// Sample texts of kinds that tokenizers treat differently: numbers, whitespace, scripts, symbols, punctuation.
+const SAMPLE_TEXTS: [&str; 6] = [
     "Take 0.5 mg/kg twice daily; 100,000 cases in 2024.",
     "Two  spaces, three   spaces.\nA line.\n\n  An indented line.\n\tA tab.",
     "na\u{ef}ve caf\u{e9} \u{3b1}\u{3b2}\u{3b3} \u{441}\u{435}\u{440}\u{434}\u{446}\u{435}",
@@ -18,8 +18,8 @@ const TEXTS: [&str; 6] = [
     "don't, DON'T, it's; x_1 = {a: [1, 2]} <b>bold</b>",
 ];
 
-/// The named special tokens are each one token, and generation knows where to stop.
-pub fn special_tokens<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+/// Checks that each named special token is encoded as one token, and that generation stops at the end token.
+pub fn special_tokens<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
     let eos = tokenizer.eos().context("expected an end token (eos), found none: answers could not end")?;
     if !tokenizer.eos_ids().contains(&eos) {
@@ -39,34 +39,34 @@ pub fn special_tokens<B: Kernels>(subject: &Subject<B>) -> Result<String> {
     Ok(format!("{}; generation stops at {:?}", words.join(", "), tokenizer.eos_ids()))
 }
 
-/// What is encoded decodes to itself.
-pub fn round_trip<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+/// Checks that encoded texts decode to themselves.
+pub fn round_trip<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
-    for text in TEXTS {
+    for text in SAMPLE_TEXTS {
         let found = tokenizer.decode(&tokenizer.encode(text, false)?, false)?;
         if found != text {
             bail!("expected {text:?}, found {found:?}");
         }
     }
-    Ok(format!("{} texts", TEXTS.len()))
+    Ok(format!("{} texts", SAMPLE_TEXTS.len()))
 }
 
-/// The template renders a question, and an answer that follows it and ends where generation stops.
-pub fn template<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+/// Checks that the chat template renders a question, and an answer that continues it and ends with an end token.
+pub fn template<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
-    let [question, _] = exchange();
-    let text = model::template(tokenizer)?.render(std::slice::from_ref(&question), true)?;
+    let [question, _] = sample_messages();
+    let text = model::chat_template(tokenizer)?.render(std::slice::from_ref(&question), true)?;
     if !text.contains(&question.content) {
         bail!("expected the question in the text, found {text:?}");
     }
-    let (prompt, answer) = answer_tokens(tokenizer, model::template(tokenizer)?, &exchange())?;
+    let (prompt, answer) = answer_tokens(tokenizer, model::chat_template(tokenizer)?, &sample_messages())?;
     Ok(format!("a question is {} tokens, its answer {}", prompt.len(), answer.len()))
 }
 
-/// The end token that rows of questions and answers are trained with is the one that the template ends an answer with.
-pub fn ending<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+/// Checks that training on question-answer rows ends answers with the same end token as the chat template.
+pub fn answer_end_token<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
-    let (_, answer) = answer_tokens(tokenizer, model::template(tokenizer)?, &exchange())?;
+    let (_, answer) = answer_tokens(tokenizer, model::chat_template(tokenizer)?, &sample_messages())?;
     let token = |id: Option<u32>| match id {
         Some(id) => format!("{} = {id}", tokenizer.id_to_token(id).unwrap_or_default()),
         None => "none".to_owned(),
@@ -78,20 +78,20 @@ pub fn ending<B: Kernels>(subject: &Subject<B>) -> Result<String> {
     Ok(token(eos))
 }
 
-fn exchange() -> [Message; 2] {
+fn sample_messages() -> [Message; 2] {
     [Message::new("user", "What is diabetes?"), Message::new("assistant", "A disease.")]
 }
 
-/// Before each answer that is learned stand the tokens that `chat` (or, for PubMedQA, `eval`) feeds the model there.
-pub fn training_is_chat<B: Kernels>(subject: &Subject<B>) -> Result<String> {
+/// Checks that each learned answer follows exactly the tokens that `chat` (for PubMedQA, `eval`) gives the model there.
+pub fn training_matches_chat<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
     let mut answers = 0;
     for row in &subject.rows {
-        let place = || row.place.to_string();
-        let (found, expected) = (examples(tokenizer, &row.content), prompts(tokenizer, &row.content));
+        let place = || row.location.to_string();
+        let (found, expected) = (encode_row(tokenizer, &row.content), answer_prompts(tokenizer, &row.content));
         let (found, expected) = (found.with_context(place)?, expected.with_context(place)?);
         for prompt in &expected {
-            let learned = |example: &Example| example.learned.get(prompt.len()) == Some(&true);
+            let learned = |example: &Example| example.loss_mask.get(prompt.len()) == Some(&true);
             if !found.iter().any(|example| example.ids.starts_with(prompt) && learned(example)) {
                 let sent = tokenizer.decode(prompt, false)?;
                 let tail: String = sent.chars().skip(sent.chars().count().saturating_sub(60)).collect();
@@ -103,18 +103,18 @@ pub fn training_is_chat<B: Kernels>(subject: &Subject<B>) -> Result<String> {
     Ok(format!("{answers} answers of {} rows", subject.rows.len()))
 }
 
-/// What the model is given before each answer that a row teaches.
-fn prompts(tokenizer: &Tokenizer, content: &Content) -> Result<Vec<Vec<u32>>> {
+/// Returns the prompt tokens before each learned answer of a row.
+fn answer_prompts(tokenizer: &Tokenizer, content: &RowContent) -> Result<Vec<Vec<u32>>> {
     match content {
-        Content::Answer { prompt, .. } => Ok(vec![model::conversation(tokenizer, prompt)?]),
-        Content::PubMedQa { question, contexts, .. } => {
+        RowContent::Answer { prompt, .. } => Ok(vec![model::apply_chat_template(tokenizer, prompt)?]),
+        RowContent::PubMedQa { question, contexts, .. } => {
             Ok(vec![tokenizer.encode(&pubmedqa_prompt(question, contexts), true)?])
         }
-        Content::Conversation(turns) => {
+        RowContent::Conversation(turns) => {
             let messages: Vec<Message> = turns.iter().map(|turn| turn.message.clone()).collect();
             let taught = |(_, turn): &(usize, &Turn)| turn.learned && turn.message.role == "assistant";
             let taught = turns.iter().enumerate().filter(taught);
-            taught.map(|(index, _)| model::conversation(tokenizer, &messages[..index])).collect()
+            taught.map(|(index, _)| model::apply_chat_template(tokenizer, &messages[..index])).collect()
         }
     }
 }

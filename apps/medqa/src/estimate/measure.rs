@@ -1,18 +1,19 @@
-//! An estimate beside the truth: two steps, the bytes of the second counted and the process measured meanwhile.
+//! `estimate --measure`: runs two steps and prints the estimate beside the bytes counted in the second step and the
+//! measured memory of the process.
 
 use super::gib;
 use crate::{
-    backend::{Device, on},
+    backend::{Device, with_backend},
     cli::EstimateArgs,
     model, process,
     recipe::{MethodKind, Recipe},
-    train::{self, Load, World, held, most_held},
+    train::{self, RunFootprint, World, rss_anon_bytes, vm_hwm_bytes},
 };
 use anyhow::Result;
 use burn::backend::Autodiff;
-use burn_llama::{Example, Layout, kernel::Kernels};
-use burn_peft::{Noise, Pass, param};
-use burn_zero::{comm::Communicator, estimate::Memory};
+use burn_llama::{Example, SequenceLayout, kernel::Kernels};
+use burn_peft::{DropoutKey, ForwardContext, param};
+use burn_zero::{comm::Communicator, estimate::MemoryEstimate};
 use serde_json::json;
 use std::{
     path::Path,
@@ -24,50 +25,50 @@ use std::{
     time::Duration,
 };
 
-/// The longest row that is made.
-const ROW: u64 = 512;
-/// How often the process is looked at.
-const PAUSE: Duration = Duration::from_millis(2);
+/// Tokens of the longest generated row.
+const MAX_ROW_TOKENS: u64 = 512;
+/// The interval between two samples of the memory.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(2);
 
-/// Watches the memory of this process from a thread of its own.
-struct Watch {
+/// Samples the memory of this process in a background thread and keeps the peak.
+struct PeakMemorySampler {
     peak: Arc<AtomicU64>,
-    end: Arc<AtomicBool>,
+    stop_flag: Arc<AtomicBool>,
     thread: JoinHandle<()>,
 }
 
-impl Watch {
-    fn begin() -> Result<Self> {
+impl PeakMemorySampler {
+    fn start() -> Result<Self> {
         let (peak, end) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (most, stop) = (peak.clone(), end.clone());
         let look = move || {
             while !stop.load(Ordering::Relaxed) {
-                most.fetch_max(held(), Ordering::Relaxed);
-                std::thread::sleep(PAUSE);
+                most.fetch_max(rss_anon_bytes(), Ordering::Relaxed);
+                std::thread::sleep(SAMPLE_INTERVAL);
             }
         };
-        Ok(Self { peak, end, thread: std::thread::Builder::new().spawn(look)? })
+        Ok(Self { peak, stop_flag: end, thread: std::thread::Builder::new().spawn(look)? })
     }
 
-    fn peak(self) -> u64 {
-        self.end.store(true, Ordering::Relaxed);
+    fn finish(self) -> u64 {
+        self.stop_flag.store(true, Ordering::Relaxed);
         let _ = self.thread.join();
         self.peak.load(Ordering::Relaxed)
     }
 }
 
-/// The verb `estimate --measure`: one line of JSON by each rank, in the order of ranks.
+/// Runs the command `estimate --measure`: every rank prints one line of JSON.
 pub fn measure(args: &EstimateArgs) -> Result<()> {
-    // A heap with holes would be measured else.
-    process::keep_nothing();
-    let (communicator, farewell) = World::join()?.divide();
-    on!(Device::default(), |B, place| measured::<B>(args, place, communicator))?;
-    farewell.say();
+    // Otherwise the holes of a fragmented heap would be measured too.
+    process::disable_memory_retention();
+    let (communicator, mpi_guard) = World::join()?.into_parts();
+    with_backend!(Device::default(), |B, device| measure_on::<B>(args, device, communicator))?;
+    mpi_guard.finalize();
     Ok(())
 }
 
-/// The recipe of the arguments.
-fn recipe(args: &EstimateArgs) -> Result<Recipe> {
+/// Builds the recipe that the arguments describe.
+fn recipe_from_args(args: &EstimateArgs) -> Result<Recipe> {
     let kind = if args.method == MethodKind::Full { "full" } else { "lora" };
     let folder = std::env::temp_dir().join("medqa-states");
     let mut sets = vec![
@@ -96,53 +97,53 @@ fn recipe(args: &EstimateArgs) -> Result<Recipe> {
     Recipe::parse("", Path::new("--measure"), &sets)
 }
 
-fn measured<B: Kernels>(args: &EstimateArgs, device: &B::Device, group: Box<dyn Communicator>) -> Result<()> {
-    let (recipe, before) = (recipe(args)?, held());
-    let loaded = model::base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
-    let (mut model, _) = train::adapt(loaded.model, &loaded.tokenizer, &recipe)?;
-    let load = Load {
+fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
+    let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
+    let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
+    let (mut model, _) = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
+    let footprint = RunFootprint {
         trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
         tokens: args.tokens,
-        ..Load::least(model.config(), &recipe, group.world() as u64)
+        ..RunFootprint::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
     };
-    let mut engine = train::engine::<B>(&recipe, group)?;
+    let mut engine = train::engine::<B>(&recipe, communicator)?;
     let vocabulary = model.config().vocab_size as u64;
     let row = |number: u64| {
-        let length = ROW.min(args.tokens - number * ROW) as usize;
+        let length = MAX_ROW_TOKENS.min(args.tokens - number * MAX_ROW_TOKENS) as usize;
         let ids: Vec<u32> = (0..length as u64).map(|i| ((i * 7919 + number * 104_729) % vocabulary) as u32).collect();
-        Example { learned: (0..length).map(|i| i > 0).collect(), ids }
+        Example { loss_mask: (0..length).map(|i| i > 0).collect(), ids }
     };
-    let rows: Vec<Example> = (0..args.tokens.div_ceil(ROW)).map(row).collect();
+    let rows: Vec<Example> = (0..args.tokens.div_ceil(MAX_ROW_TOKENS)).map(row).collect();
     let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
-    let layout = Layout::of(&lengths, true);
-    let (mut counted, mut watch) = (Memory::default(), None);
+    let layout = SequenceLayout::from_lengths(&lengths, true);
+    let (mut counted_memory, mut sampler) = (MemoryEstimate::default(), None);
     for step in 0..2 {
-        // What loading and dividing have left free is no part of a step; it shows in VmHWM.
-        process::give_back();
-        watch.replace(Watch::begin()?).map(Watch::peak);
-        let noise = Noise { seed: 0, step, tokens: layout.tokens(0) };
-        let batch = model.batch(&rows, &layout, 1.0 / args.tokens as f32, Pass::training(noise))?;
-        // Gradients that wait for a step are gone after it, moments come with the first.
+        // Memory freed after loading and sharding is not part of a step; it shows in VmHWM.
+        process::trim_heap();
+        sampler.replace(PeakMemorySampler::start()?).map(PeakMemorySampler::finish);
+        let noise = DropoutKey { seed: 0, step, tokens: layout.dropout_tokens(0) };
+        let batch = model.batch(&rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?;
+        // The step frees accumulated gradients, and the first step allocates the moments.
         if args.max_grad_norm == 0.0 {
-            engine.accumulate_and_step(&mut model, &batch, 1e-5)?;
-            counted = engine.memory(&model);
+            engine.forward_backward_step(&mut model, &batch, 1e-5)?;
+            counted_memory = engine.memory(&model);
         } else {
-            engine.accumulate(&mut model, &batch)?;
-            counted = engine.memory(&model);
+            engine.forward_backward(&mut model, &batch)?;
+            counted_memory = engine.memory(&model);
             engine.step(&mut model, 1e-5)?;
         }
     }
-    let (peak, estimated) = (engine.peak(), load.memory(&recipe));
+    let (peak, estimated) = (engine.peak_memory(), footprint.peak_memory(&recipe));
     engine.barrier()?;
-    let all = watch.map_or(0, Watch::peak).saturating_sub(before);
-    let states = counted.total();
+    let all = sampler.map_or(0, PeakMemorySampler::finish).saturating_sub(before);
+    let states = counted_memory.total();
     let line = json!({
         "rank": engine.rank(), "world": engine.world(), "zero_stage": args.zero_stage,
-        "weights": counted.parameters + counted.frozen, "gradients": counted.gradients,
-        "master": counted.master, "moments": counted.moments, "host": counted.host,
+        "weights": counted_memory.parameters + counted_memory.frozen, "gradients": counted_memory.gradients,
+        "master": counted_memory.master, "moments": counted_memory.moments, "host": counted_memory.host,
         "live_gradients": peak.gradients, "buckets": peak.buckets, "gathered": peak.gathered,
         "states_counted_gib": gib(states), "states_estimated_gib": gib(estimated.total() - estimated.activations - estimated.buffers),
-        "peak_rss_anon_gib": gib(all), "vm_hwm_gib": gib(most_held()), "estimated_gib": gib(estimated.total()),
+        "peak_rss_anon_gib": gib(all), "vm_hwm_gib": gib(vm_hwm_bytes()), "estimated_gib": gib(estimated.total()),
         "estimated_to_measured": estimated.total() as f64 / all as f64,
     });
     println!("{line}");

@@ -1,93 +1,93 @@
-//! Measuring a model.
+//! The verb `eval`: evaluates a model and its adapters.
 
+mod metrics;
 mod neutral;
 mod pubmedqa;
 mod qa_loss;
-mod score;
 
-pub use qa_loss::loss;
+pub use qa_loss::loss_sum;
 
 use crate::{
-    backend::on,
-    cli::{EvalArgs, Task},
-    data::{Format, Row, Schema, read},
-    model::{self, Loaded},
+    backend::with_backend,
+    cli::{EvalArgs, EvalTask},
+    data::{Format, Row, Schema, read_rows},
+    model::{self, LoadedModel},
     write,
 };
 use anyhow::{Context, Result};
 use burn_llama::kernel::Kernels;
 use serde_json::{Map, Value, json};
 
-/// The verb `eval`: the figures on stdout, everything in `--out`.
+/// Runs the verb `eval`: prints the metrics on stdout and writes the full result to `--out`.
 pub fn eval(args: &EvalArgs) -> Result<()> {
     let schema = match args.task {
-        Task::QaLoss => args.rows.schema()?,
-        Task::Pubmedqa => Schema { format: Format::PubMedQa, ..Schema::default() },
+        EvalTask::QaLoss => args.rows.schema()?,
+        EvalTask::Pubmedqa => Schema { format: Format::PubMedQa, ..Schema::default() },
     };
-    let mut rows = read(&args.data, &schema)?;
+    let mut rows = read_rows(&args.data, &schema)?;
     rows.truncate(args.limit.map_or(usize::MAX, usize::from));
-    let mut result = on!(args.device.device.ready()?, |B, place| measure::<B>(args, place, &rows))?;
+    let mut result = with_backend!(args.device.device.ensure_ready()?, |B, device| evaluate::<B>(args, device, &rows))?;
     if let Some(path) = &args.out {
-        write::whole(path, format!("{result:#}\n").as_bytes())?;
+        write::write_atomically(path, format!("{result:#}\n").as_bytes())?;
     }
-    shorten(&mut result);
+    remove_items(&mut result);
     println!("{result}");
     Ok(())
 }
 
-/// Takes away the items, of which there may be many.
-fn shorten(result: &mut Value) {
+/// Removes the items, of which there may be many.
+fn remove_items(result: &mut Value) {
     if let Some(fields) = result.as_object_mut() {
         fields.remove("items");
-        fields.values_mut().for_each(shorten);
+        fields.values_mut().for_each(remove_items);
     }
 }
 
-/// With several adapters, a table of them and of the model without any; else the figures of what was asked for. Either way with
-/// the loss on a neutral text, before and after.
-fn measure<B: Kernels>(args: &EvalArgs, device: &B::Device, rows: &[Row]) -> Result<Value> {
-    let mut loaded = model::without_adapters::<B>(&args.model, args.weights.weights, device)?;
-    loaded.model = model::computing(loaded.model, args.weights.compute)?;
-    let (before, tokens) = neutral::neutral(&loaded)?;
+/// Evaluates the adapter, or the base model if there is none; with several adapters, evaluates the base model and each
+/// of them, and prints a table. Every result includes the loss on a neutral text, without and with the adapter.
+fn evaluate<B: Kernels>(args: &EvalArgs, device: &B::Device, rows: &[Row]) -> Result<Value> {
+    let mut loaded = model::load_without_adapters::<B>(&args.model, args.weights.weights, device)?;
+    loaded.model = model::with_compute(loaded.model, args.weights.compute)?;
+    let (before, tokens) = neutral::neutral_loss(&loaded)?;
     let several = args.model.adapter.len() > 1;
-    let base = (several || args.model.adapter.is_empty()).then(|| task(&loaded, rows, args)).transpose()?;
+    let base = (several || args.model.adapter.is_empty()).then(|| run_task(&loaded, rows, args)).transpose()?;
     model::add_adapters(&mut loaded.model, &args.model)?;
     let mut found = Vec::new();
     for source in &args.model.adapter {
         burn_peft::adapter::activate(&mut loaded.model, &[&source.name])?;
-        let after = neutral::neutral(&loaded)?.0;
+        let after = neutral::neutral_loss(&loaded)?.0;
         let neutral = json!({ "tokens": tokens, "base": before, "adapter": after, "rise": after - before });
-        found.push((source.name.clone(), with(task(&loaded, rows, args)?, neutral)));
+        found.push((source.name.clone(), with_neutral_loss(run_task(&loaded, rows, args)?, neutral)));
     }
     let neutral = json!({ "tokens": tokens, "base": before });
-    match (base.map(|base| with(base, neutral)), found.pop()) {
+    match (base.map(|base| with_neutral_loss(base, neutral)), found.pop()) {
         (Some(base), None) => Ok(base),
         (None, Some((_, only))) => Ok(only),
         (base, last) => {
             let base = base.unwrap_or_default();
             found.extend(last);
-            table(&base, &found);
+            print_table(&base, &found);
             let adapters: Map<String, Value> = found.into_iter().collect();
             Ok(json!({ "task": base["task"], "base": base, "adapters": adapters }))
         }
     }
 }
 
-fn with(mut result: Value, neutral: Value) -> Value {
+fn with_neutral_loss(mut result: Value, neutral: Value) -> Value {
     result["neutral_loss"] = neutral;
     result
 }
 
-fn task<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
+fn run_task<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let result = match args.task {
-        Task::QaLoss => qa_loss::measure(loaded, rows, args),
-        Task::Pubmedqa => pubmedqa::measure(loaded, rows, args),
+        EvalTask::QaLoss => qa_loss::evaluate(loaded, rows, args),
+        EvalTask::Pubmedqa => pubmedqa::evaluate(loaded, rows, args),
     };
     result.with_context(|| args.data.display().to_string())
 }
 
-/// One line for the model without adapters and one for each of them.
-fn table(base: &Value, adapters: &[(String, Value)]) {
+/// Prints one line for the model without adapters and one for each adapter.
+fn print_table(base: &Value, adapters: &[(String, Value)]) {
     let columns: &[&str] = if base["task"] == "qa-loss" { &["loss", "perplexity"] } else { &["accuracy", "macro_f1"] };
     let line = |name: &str, result: &Value, neutral: &str| {
         let figures = columns.iter().map(|column| result[column].as_f64());

@@ -1,10 +1,10 @@
-//! PubMedQA by log-likelihood, as lm-evaluation-harness's task `pubmedqa`.
+//! PubMedQA by log-likelihood, like the task `pubmedqa` of lm-evaluation-harness.
 
-use super::score::{accuracy, macro_f1};
+use super::metrics::{accuracy, macro_f1};
 use crate::{
     cli::EvalArgs,
-    data::{Content, Row, pubmedqa_prompt},
-    model::Loaded,
+    data::{Row, RowContent, pubmedqa_prompt},
+    model::LoadedModel,
 };
 use anyhow::{Context, Result, bail};
 use burn_llama::{Tokenizer, generate, kernel::Kernels};
@@ -12,16 +12,16 @@ use serde_json::{Map, Value, json};
 
 const CHOICES: [&str; 3] = ["yes", "no", "maybe"];
 
-pub fn measure<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
+pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let (mut items, mut pairs) = (Map::new(), Vec::new());
     for row in rows {
-        let Content::PubMedQa { question, contexts, decision } = &row.content else {
+        let RowContent::PubMedQa { question, contexts, decision } = &row.content else {
             bail!("the task pubmedqa needs rows in PubMedQA's layout");
         };
-        let pmid = row.place.to_string();
+        let pmid = row.location.to_string();
         let gold = decision.as_deref().with_context(|| format!("{pmid}: `final_decision` is missing"))?;
-        let scores = score(loaded, &pubmedqa_prompt(question, contexts), longest)?;
+        let scores = choice_log_likelihoods(loaded, &pubmedqa_prompt(question, contexts), longest)?;
         let best = (1..3).fold(0, |best, i| if scores[i] > scores[best] { i } else { best });
         items.insert(pmid, json!({ "prediction": CHOICES[best], "gold": gold, "loglikelihood": scores }));
         pairs.push((CHOICES[best], gold));
@@ -31,10 +31,11 @@ pub fn measure<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) ->
     }))
 }
 
-/// The log-likelihood of each choice after the context. Both are encoded together and split, as the harness does.
-fn score<B: Kernels>(loaded: &Loaded<B>, context: &str, longest: usize) -> Result<Vec<f64>> {
+/// Returns the log-likelihood of each choice after the context. Both are encoded together and then split, as in the
+/// harness.
+fn choice_log_likelihoods<B: Kernels>(loaded: &LoadedModel<B>, context: &str, longest: usize) -> Result<Vec<f64>> {
     let context_ids = loaded.tokenizer.encode(context, true)?;
-    let choices = CHOICES.map(|choice| split(&loaded.tokenizer, context, choice, context_ids.len()));
+    let choices = CHOICES.map(|choice| encode_choice(&loaded.tokenizer, context, choice, context_ids.len()));
     let choices = choices.into_iter().collect::<Result<Vec<_>>>()?;
     let room = choices.iter().map(|(_, ids)| ids.len()).max().unwrap_or(1);
     let cut = |ids: &[u32]| ids[(ids.len() + room).saturating_sub(longest).min(ids.len() - 1)..].to_vec();
@@ -42,7 +43,7 @@ fn score<B: Kernels>(loaded: &Loaded<B>, context: &str, longest: usize) -> Resul
         let continuations: Vec<Vec<u32>> = choices.into_iter().map(|(_, ids)| ids).collect();
         return Ok(generate::log_likelihoods(&loaded.model, &cut(&context_ids), &continuations)?);
     }
-    // A tokenizer that merges across the boundary sees another context for every choice.
+    // If the tokenizer merges across the boundary, each choice has a context of its own.
     let mut scores = Vec::new();
     for (before, ids) in choices {
         scores.extend(generate::log_likelihoods(&loaded.model, &cut(&before), &[ids])?);
@@ -50,10 +51,10 @@ fn score<B: Kernels>(loaded: &Loaded<B>, context: &str, longest: usize) -> Resul
     Ok(scores)
 }
 
-fn split(tokenizer: &Tokenizer, context: &str, choice: &str, at: usize) -> Result<(Vec<u32>, Vec<u32>)> {
+fn encode_choice(tokenizer: &Tokenizer, context: &str, choice: &str, at: usize) -> Result<(Vec<u32>, Vec<u32>)> {
     let mut whole = tokenizer.encode(&format!("{context} {choice}"), true)?;
     if at == 0 || whole.len() <= at {
-        bail!("the tokenizer leaves no token of the choice `{choice}`");
+        bail!("the tokenizer leaves no token for the choice `{choice}`");
     }
     let ids = whole.split_off(at);
     Ok((whole, ids))

@@ -1,19 +1,20 @@
-//! The mean loss over the tokens of answers.
+//! The evaluation task `qa-loss`: the mean loss over the answer tokens.
 
 use crate::{
     cli::EvalArgs,
-    data::{Row, encode},
-    model::Loaded,
+    data::{Row, encode_rows},
+    model::LoadedModel,
     recipe::OnTooLong,
 };
 use anyhow::Result;
 use burn::tensor::ElementConversion;
-use burn_llama::{Example, Layout, Llama, kernel::Kernels};
-use burn_peft::Pass;
+use burn_llama::{Example, Llama, SequenceLayout, kernel::Kernels};
+use burn_peft::ForwardContext;
 use serde_json::{Value, json};
 
-/// The loss over all target tokens, summed, and their number. With `packing` the rows of a batch stand in one, without padding.
-pub fn loss<B: Kernels>(
+/// Returns the sum of the losses of all target tokens, and their number. With `packing`, the rows of a batch are
+/// concatenated into one sequence without padding.
+pub fn loss_sum<B: Kernels>(
     model: &Llama<B>,
     examples: &[Example],
     (batch_size, packing): (usize, bool),
@@ -21,17 +22,18 @@ pub fn loss<B: Kernels>(
     let (mut sum, mut targets) = (0.0, 0);
     for rows in examples.chunks(batch_size.max(1)) {
         let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
-        let batch = model.batch(rows, &Layout::of(&lengths, packing), 1.0, Pass::default())?;
+        let batch =
+            model.batch(rows, &SequenceLayout::from_lengths(&lengths, packing), 1.0, ForwardContext::default())?;
         sum += model.batch_loss(&batch).sum().into_scalar().elem::<f64>();
-        targets += rows.iter().map(Example::targets).sum::<usize>();
+        targets += rows.iter().map(Example::num_targets).sum::<usize>();
     }
     Ok((sum, targets))
 }
 
-pub fn measure<B: Kernels>(loaded: &Loaded<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
+pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
-    let encoded = encode(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
-    let (sum, targets) = loss(&loaded.model, &encoded.examples, (args.batch_size.get(), true))?;
+    let encoded = encode_rows(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
+    let (sum, targets) = loss_sum(&loaded.model, &encoded.examples, (args.batch_size.get(), true))?;
     let loss = sum / targets as f64;
     Ok(json!({
         "task": "qa-loss", "rows": encoded.examples.len(), "loss": loss, "perplexity": loss.exp(),

@@ -1,4 +1,4 @@
-//! The folder where fetched models stay, and the proof that a file in it is the right one.
+//! Cache directory of fetched models, and verification of its files by SHA-256.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -8,90 +8,92 @@ use std::time::UNIX_EPOCH;
 use anyhow::{Context, Result, anyhow, bail};
 use sha2::{Digest, Sha256};
 
-/// `$MEDQA_CACHE`, else `$XDG_CACHE_HOME/medqa`, else `~/.cache/medqa`; made if it is not there.
-pub fn directory() -> Result<PathBuf> {
+/// Returns the cache directory: `$MEDQA_CACHE`, else `$XDG_CACHE_HOME/medqa`, else `~/.cache/medqa`. It is created if
+/// it does not exist.
+pub fn cache_dir() -> Result<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let path = set("MEDQA_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|base| base.join("medqa")))
         .or_else(|| std::env::home_dir().map(|home| home.join(".cache").join("medqa")))
         .ok_or_else(|| anyhow!("no place for the model cache: set MEDQA_CACHE to a directory"))?;
     fs::create_dir_all(&path)
-        .with_context(|| format!("{}: the model cache cannot be made here; set MEDQA_CACHE", path.display()))?;
+        .with_context(|| format!("{}: the model cache cannot be created here; set MEDQA_CACHE", path.display()))?;
     Ok(path)
 }
 
-/// Keeps a second medqa from writing the same files; it is given up when the value is dropped or the process ends.
+/// Locks the cache, so that no other medqa process writes the same files; the lock is released when the returned file
+/// is dropped or the process ends.
 pub fn lock(cache: &Path) -> Result<File> {
     let path = cache.join(".lock");
     let file = File::create(&path).with_context(|| format!("{}: cannot be written", path.display()))?;
     if file.try_lock().is_err() {
-        eprintln!("waiting for another medqa that is fetching into {}", cache.display());
+        eprintln!("waiting for another medqa process that is fetching into {}", cache.display());
         file.lock().with_context(|| format!("{}: cannot be locked", path.display()))?;
     }
     Ok(file)
 }
 
-/// Whether `file` is there with this SHA-256 (hexadecimal, lower case).
+/// Returns whether `file` exists and has this SHA-256 (hexadecimal, lower case).
 ///
-/// Hashing 100 MB at every start would be felt, so a marker beside the file remembers for which size and modification
-/// time the hash was right. Without a writable folder the file is hashed each time.
+/// Hashing 100 MB at every start would take noticeable time, so a marker file next to it records the size and
+/// modification time for which the hash was right. If the directory is not writable, the file is hashed each time.
 pub fn is_intact(file: &Path, sha256: &str) -> Result<bool> {
     if !file.is_file() {
         return Ok(false);
     }
-    let stamp = stamp(file, sha256)?;
-    let marker = marker(file);
+    let stamp = marker_content(file, sha256)?;
+    let marker = marker_path(file);
     if fs::read_to_string(&marker).is_ok_and(|known| known == stamp) {
         return Ok(true);
     }
     let intact = sha256_of(file)? == sha256;
     if intact {
-        // Only a saving of time is lost if this fails.
-        let _ = write_beside(&marker, |out| out.write_all(stamp.as_bytes()));
+        // If this fails, the file is merely hashed again at the next start.
+        let _ = write_atomically_with(&marker, |out| out.write_all(stamp.as_bytes()));
     }
     Ok(intact)
 }
 
-fn marker(file: &Path) -> PathBuf {
+fn marker_path(file: &Path) -> PathBuf {
     let mut name = file.file_name().unwrap_or_default().to_os_string();
     name.push(".verified");
     file.with_file_name(name)
 }
 
-fn stamp(file: &Path, sha256: &str) -> Result<String> {
+fn marker_content(file: &Path, sha256: &str) -> Result<String> {
     let about = fs::metadata(file).with_context(|| format!("{}: cannot be read", file.display()))?;
     let modified = about.modified()?.duration_since(UNIX_EPOCH).unwrap_or_default();
     Ok(format!("{sha256} {} {}\n", about.len(), modified.as_nanos()))
 }
 
-/// SHA-256 of a whole file, hexadecimal, lower case.
+/// Returns the SHA-256 of a whole file (hexadecimal, lower case).
 pub fn sha256_of(path: &Path) -> Result<String> {
     let unreadable = || format!("{}: cannot be read", path.display());
     let mut file = File::open(path).with_context(unreadable)?;
-    let mut hashing = Hashing::new(io::sink());
+    let mut hashing = HashingWriter::new(io::sink());
     io::copy(&mut file, &mut hashing).with_context(unreadable)?;
     Ok(hashing.finish())
 }
 
-/// A writer that knows the SHA-256 of what went through it.
-pub struct Hashing<W> {
+/// A writer that computes the SHA-256 of the bytes written through it.
+pub struct HashingWriter<W> {
     inner: W,
     hasher: Sha256,
 }
 
-impl<W: Write> Hashing<W> {
-    /// Passes everything on to `inner`.
+impl<W: Write> HashingWriter<W> {
+    /// Creates a writer that passes all bytes on to `inner`.
     pub fn new(inner: W) -> Self {
         Self { inner, hasher: Sha256::new() }
     }
 
-    /// Hexadecimal, lower case.
+    /// Returns the SHA-256 (hexadecimal, lower case).
     pub fn finish(self) -> String {
         self.hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }
 
-impl<W: Write> Write for Hashing<W> {
+impl<W: Write> Write for HashingWriter<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(bytes)?;
         self.hasher.update(&bytes[..written]);
@@ -103,8 +105,8 @@ impl<W: Write> Write for Hashing<W> {
     }
 }
 
-/// Writes `path` so that it is there whole or not at all.
-pub fn write_beside(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+/// Writes a file atomically: into a temporary file in the same directory, which is then renamed to `path`.
+pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let unwritable = || format!("{}: cannot be written", path.display());
     let mut options = tempfile::Builder::new();
@@ -118,7 +120,7 @@ pub fn write_beside(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>
     Ok(())
 }
 
-/// Copies a model, a file or a directory of files, into the directory `dest`; gives the copy's path.
+/// Copies a model (a file or a directory of files) into the directory `dest` and returns the path of the copy.
 pub fn copy_into(model: &Path, dest: &Path) -> Result<PathBuf> {
     if dest.exists() && !dest.is_dir() {
         bail!("{}: expected a directory to put the model into, found a file", dest.display());
@@ -129,7 +131,7 @@ pub fn copy_into(model: &Path, dest: &Path) -> Result<PathBuf> {
     }
     for entry in fs::read_dir(model).with_context(|| format!("{}: cannot be read", model.display()))? {
         let path = entry?.path();
-        // The hub's cache holds links to its blobs: `is_file` and the copy follow them.
+        // The hub's cache holds symbolic links to its blobs; `is_file` and the copy follow them.
         if path.is_file() {
             copy_file(&path, dest)?;
         }
@@ -144,7 +146,7 @@ fn copy_file(file: &Path, dest: &Path) -> Result<PathBuf> {
         return Ok(copy);
     }
     let mut source = File::open(file).with_context(|| format!("{}: cannot be read", file.display()))?;
-    write_beside(&copy, |out| io::copy(&mut source, out).map(drop))?;
+    write_atomically_with(&copy, |out| io::copy(&mut source, out).map(drop))?;
     Ok(copy)
 }
 
@@ -165,7 +167,7 @@ mod tests {
         assert!(!is_intact(&file, ABC).unwrap());
         fs::write(&file, "abc").unwrap();
         assert!(is_intact(&file, ABC).unwrap());
-        assert!(marker(&file).is_file());
+        assert!(marker_path(&file).is_file());
         assert!(is_intact(&file, ABC).unwrap());
         fs::write(&file, "abd, longer").unwrap();
         assert!(!is_intact(&file, ABC).unwrap());
@@ -179,7 +181,7 @@ mod tests {
     fn a_failed_write_leaves_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out");
-        let failed = write_beside(&path, |out| {
+        let failed = write_atomically_with(&path, |out| {
             out.write_all(b"half")?;
             Err(io::Error::other("cut"))
         });
@@ -195,7 +197,7 @@ mod tests {
         fs::write(model.join("config.json"), "{}").unwrap();
         assert_eq!(copy_into(&model, &dest).unwrap(), dest);
         assert_eq!(fs::read_to_string(dest.join("config.json")).unwrap(), "{}");
-        // A model that lies there already is left alone.
+        // A model that is in the directory already is left as it is.
         assert_eq!(copy_into(&dest.join("config.json"), &dest).unwrap(), dest.join("config.json"));
         assert!(copy_into(&model, &dest.join("config.json")).is_err());
     }

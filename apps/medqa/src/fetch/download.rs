@@ -1,4 +1,4 @@
-//! One large file over HTTP, continued where an earlier attempt was cut off.
+//! Download of one large file over HTTP, resumed where an earlier attempt was interrupted.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IsTerminal, Read, Write};
@@ -11,60 +11,63 @@ use ureq::Agent;
 use ureq::http::Response;
 use ureq::http::header::{CONTENT_LENGTH, CONTENT_RANGE};
 
-use super::{cache, http, index::Offer};
+use super::{cache, http, index::IndexFile};
 
-/// Tries in one call; each continues where the last one stopped.
-const TRIES: u32 = 5;
+/// Attempts per call; each resumes where the last one stopped.
+const MAX_ATTEMPTS: u32 = 5;
 
-/// Why one try ended.
-enum Cut {
-    /// Trying again may help: the link broke, the server is busy.
-    Again(anyhow::Error),
-    /// It will not.
-    Final(anyhow::Error),
+/// Reason for the failure of one attempt.
+enum DownloadError {
+    /// Another attempt may succeed: the connection broke, or the server is busy.
+    Retryable(anyhow::Error),
+    /// Another attempt would fail too.
+    Permanent(anyhow::Error),
 }
 
-/// Downloads `offer` into `part`, appending to what is there, until it is whole and its hash, if known, is right.
-pub fn download(agent: &Agent, offer: &Offer, part: &Path) -> Result<()> {
-    let kept = size(part);
+/// Downloads a listed file into the partial file `part`, appending to its content, until the file is complete and its
+/// hash, if known, is right.
+pub fn download(agent: &Agent, index_file: &IndexFile, part: &Path) -> Result<()> {
+    let kept = file_size(part);
     if kept > 0 {
-        eprintln!("{}: continuing after {}", offer.filename, megabytes(kept));
+        eprintln!("{}: resuming after {}", index_file.filename, megabytes(kept));
     }
-    transfer(agent, offer, part)?;
-    if is_right(offer, part)? {
+    download_with_retries(agent, index_file, part)?;
+    if hash_matches(index_file, part)? {
         return Ok(());
     }
-    // Bytes kept from an earlier run may belong to another file; one download from the start settles it.
-    discard(part)?;
+    // Bytes kept from an earlier run may belong to another file, so the file is downloaded once more from the start.
+    remove_partial(part)?;
     if kept > 0 {
-        eprintln!("{}: the part kept from an earlier run was wrong; downloading it anew", offer.filename);
-        transfer(agent, offer, part)?;
-        if is_right(offer, part)? {
+        eprintln!("{}: the part kept from an earlier run was wrong; downloading from the start", index_file.filename);
+        download_with_retries(agent, index_file, part)?;
+        if hash_matches(index_file, part)? {
             return Ok(());
         }
-        discard(part)?;
+        remove_partial(part)?;
     }
-    bail!("{}: what came has not the SHA-256 that the index states; it was thrown away", offer.url)
+    bail!("{}: the downloaded file does not have the SHA-256 of the index and was deleted", index_file.url)
 }
 
-fn is_right(offer: &Offer, part: &Path) -> Result<bool> {
-    match &offer.sha256 {
+fn hash_matches(index_file: &IndexFile, part: &Path) -> Result<bool> {
+    match &index_file.sha256 {
         Some(expected) => Ok(cache::sha256_of(part)? == *expected),
         None => Ok(true),
     }
 }
 
-fn transfer(agent: &Agent, offer: &Offer, part: &Path) -> Result<()> {
+fn download_with_retries(agent: &Agent, index_file: &IndexFile, part: &Path) -> Result<()> {
     for tried in 1.. {
-        match attempt(agent, offer, part) {
+        match attempt(agent, index_file, part) {
             Ok(()) => break,
-            Err(Cut::Final(error)) => return Err(error),
-            Err(Cut::Again(error)) if tried == TRIES => {
-                let kept = megabytes(size(part));
-                return Err(error.context(format!("gave up after {TRIES} tries; {kept} are kept for the next run")));
+            Err(DownloadError::Permanent(error)) => return Err(error),
+            Err(DownloadError::Retryable(error)) if tried == MAX_ATTEMPTS => {
+                let kept = megabytes(file_size(part));
+                return Err(
+                    error.context(format!("gave up after {MAX_ATTEMPTS} attempts; {kept} are kept for the next run"))
+                );
             }
-            Err(Cut::Again(error)) => {
-                eprintln!("{}: {error:#}; trying again", offer.filename);
+            Err(DownloadError::Retryable(error)) => {
+                eprintln!("{}: {error:#}; trying again", index_file.filename);
                 std::thread::sleep(Duration::from_millis(250 << tried));
             }
         }
@@ -72,10 +75,10 @@ fn transfer(agent: &Agent, offer: &Offer, part: &Path) -> Result<()> {
     Ok(())
 }
 
-fn attempt(agent: &Agent, offer: &Offer, part: &Path) -> Result<(), Cut> {
-    let kept = size(part);
-    let mut request = agent.get(&offer.url).header("Accept-Encoding", "identity");
-    if let Some(authorization) = &offer.authorization {
+fn attempt(agent: &Agent, index_file: &IndexFile, part: &Path) -> Result<(), DownloadError> {
+    let kept = file_size(part);
+    let mut request = agent.get(&index_file.url).header("Accept-Encoding", "identity");
+    if let Some(authorization) = &index_file.authorization {
         request = request.header("Authorization", authorization);
     }
     if kept > 0 {
@@ -83,38 +86,42 @@ fn attempt(agent: &Agent, offer: &Offer, part: &Path) -> Result<(), Cut> {
     }
     let response = match request.call() {
         Ok(response) => response,
-        // Nothing lies beyond what is kept: it is whole, or no part of this file, which its hash will tell.
-        Err(ureq::Error::StatusCode(416)) if kept > 0 && offer.sha256.is_some() => return Ok(()),
+        // The server has nothing beyond the kept bytes: they are the complete file or belong to another one, which the
+        // hash will show.
+        Err(ureq::Error::StatusCode(416)) if kept > 0 && index_file.sha256.is_some() => return Ok(()),
         Err(ureq::Error::StatusCode(416)) if kept > 0 => {
-            discard(part).map_err(Cut::Final)?;
-            return Err(Cut::Again(anyhow!("the kept part does not fit")));
+            remove_partial(part).map_err(DownloadError::Permanent)?;
+            return Err(DownloadError::Retryable(anyhow!("the kept part does not belong to this file")));
         }
-        Err(error) => return Err(judge(&offer.url, &error)),
+        Err(error) => return Err(classify_error(&index_file.url, &error)),
     };
-    let start = continues_at(&response, kept);
+    let start = resume_offset(&response, kept);
     let left = header(&response, CONTENT_LENGTH.as_str()).and_then(|text| text.parse::<u64>().ok());
-    let file = open_at(part, start).map_err(Cut::Final)?;
-    let progress = Progress::new(&offer.filename, start, left.map(|left| start + left));
-    copy(response.into_body().into_reader(), file, progress)?;
+    let file = open_at(part, start).map_err(DownloadError::Permanent)?;
+    let progress = DownloadProgress::new(&index_file.filename, start, left.map(|left| start + left));
+    copy_body(response.into_body().into_reader(), file, progress)?;
     match left {
-        Some(left) if size(part) != start + left => {
-            Err(Cut::Again(anyhow!("the connection ended after {} of {}", size(part), start + left)))
+        Some(left) if file_size(part) != start + left => {
+            Err(DownloadError::Retryable(anyhow!("the connection ended after {} of {}", file_size(part), start + left)))
         }
         _ => Ok(()),
     }
 }
 
-fn judge(url: &str, error: &ureq::Error) -> Cut {
-    let reason = anyhow!(http::reason(url, error));
+fn classify_error(url: &str, error: &ureq::Error) -> DownloadError {
+    let reason = anyhow!(http::describe_error(url, error));
     match error {
-        ureq::Error::StatusCode(408 | 429 | 500..) => Cut::Again(reason),
-        ureq::Error::Io(_) | ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed => Cut::Again(reason),
-        _ => Cut::Final(reason),
+        ureq::Error::StatusCode(408 | 429 | 500..) => DownloadError::Retryable(reason),
+        ureq::Error::Io(_) | ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed => {
+            DownloadError::Retryable(reason)
+        }
+        _ => DownloadError::Permanent(reason),
     }
 }
 
-/// Where the answer's first byte belongs: a server that ignores the range sends the file from its start.
-fn continues_at(response: &Response<ureq::Body>, kept: u64) -> u64 {
+/// Returns the offset of the response's first byte in the file; a server that ignores the range sends the file from its
+/// start.
+fn resume_offset(response: &Response<ureq::Body>, kept: u64) -> u64 {
     let range = header(response, CONTENT_RANGE.as_str()).unwrap_or_default();
     let agrees = range.strip_prefix("bytes ").is_some_and(|range| range.starts_with(&format!("{kept}-")));
     if response.status() == 206 && agrees { kept } else { 0 }
@@ -133,26 +140,27 @@ fn open_at(part: &Path, start: u64) -> Result<File> {
     Ok(file)
 }
 
-fn copy(mut body: impl Read, mut file: File, mut progress: Progress) -> Result<(), Cut> {
+fn copy_body(mut body: impl Read, mut file: File, mut progress: DownloadProgress) -> Result<(), DownloadError> {
     let mut block = vec![0; 1 << 16];
     loop {
         let read = match body.read(&mut block) {
             Ok(0) => return Ok(()),
             Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(Cut::Again(anyhow!("the connection broke: {error}"))),
+            Err(error) => return Err(DownloadError::Retryable(anyhow!("the connection broke: {error}"))),
         };
-        // A full disk is not mended by asking the server again.
-        file.write_all(&block[..read]).map_err(|error| Cut::Final(anyhow!("the cache cannot be written: {error}")))?;
+        // Another request does not help if the disk is full.
+        file.write_all(&block[..read])
+            .map_err(|error| DownloadError::Permanent(anyhow!("the cache cannot be written: {error}")))?;
         progress.advance(read as u64);
     }
 }
 
-fn size(part: &Path) -> u64 {
+fn file_size(part: &Path) -> u64 {
     fs::metadata(part).map_or(0, |about| about.len())
 }
 
-fn discard(part: &Path) -> Result<()> {
+fn remove_partial(part: &Path) -> Result<()> {
     fs::remove_file(part).with_context(|| format!("{}: cannot be removed", part.display()))
 }
 
@@ -160,41 +168,47 @@ fn megabytes(bytes: u64) -> String {
     format!("{:.1} MB", bytes as f64 / 1e6)
 }
 
-/// A bar on a terminal, a line per quarter elsewhere.
-struct Progress {
+/// Progress display of a download: a bar on a terminal, otherwise one line per quarter.
+struct DownloadProgress {
     bar: Option<ProgressBar>,
     name: String,
-    at: u64,
+    position: u64,
     total: Option<u64>,
-    next: u64,
+    next_report: u64,
 }
 
-impl Progress {
+impl DownloadProgress {
     fn new(name: &str, at: u64, total: Option<u64>) -> Self {
-        let bar = io::stderr().is_terminal().then(|| bar(name, at, total));
+        let bar = io::stderr().is_terminal().then(|| progress_bar(name, at, total));
         if bar.is_none() {
             eprintln!("{name}: downloading {}", total.map_or("a file of unknown size".into(), megabytes));
         }
         let quarter = total.map_or(u64::MAX, |total| (total / 4).max(1));
-        Self { bar, name: name.to_string(), at, total, next: (at / quarter + 1).saturating_mul(quarter) }
+        Self {
+            bar,
+            name: name.to_string(),
+            position: at,
+            total,
+            next_report: (at / quarter + 1).saturating_mul(quarter),
+        }
     }
 
     fn advance(&mut self, bytes: u64) {
-        self.at += bytes;
+        self.position += bytes;
         match (&self.bar, self.total) {
-            (Some(bar), _) => bar.set_position(self.at),
-            (None, Some(total)) if self.at >= self.next => {
-                eprintln!("{}: {} of {}", self.name, megabytes(self.at), megabytes(total));
-                self.next += (total / 4).max(1);
+            (Some(bar), _) => bar.set_position(self.position),
+            (None, Some(total)) if self.position >= self.next_report => {
+                eprintln!("{}: {} of {}", self.name, megabytes(self.position), megabytes(total));
+                self.next_report += (total / 4).max(1);
             }
             _ => {}
         }
     }
 }
 
-fn bar(name: &str, at: u64, total: Option<u64>) -> ProgressBar {
+fn progress_bar(name: &str, at: u64, total: Option<u64>) -> ProgressBar {
     let bar = total.map_or_else(ProgressBar::new_spinner, ProgressBar::new);
-    // A template of ours that does not parse costs the looks only.
+    // If the template cannot be parsed, only the appearance of the bar changes.
     if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}") {
         bar.set_style(style);
     }

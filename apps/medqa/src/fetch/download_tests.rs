@@ -7,7 +7,8 @@ use super::*;
 const BODY: &[u8] = b"0123456789abcdef";
 const SHA: &str = "9f9f5111f7b27a781f1f1ddde5ebc2dd2b796bfc7365c9c28b548e564176929f";
 
-/// Answers one connection per script entry; returns the `Range` header that each request carried.
+/// Starts a server that sends one entry of `answers` per connection; its thread returns the `Range` header of each
+/// request.
 fn serve(answers: Vec<Vec<u8>>) -> (String, JoinHandle<Vec<String>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/x.whl", listener.local_addr().unwrap());
@@ -37,12 +38,12 @@ fn range_of(stream: &TcpStream) -> String {
     range
 }
 
-fn whole(sent: usize) -> Vec<u8> {
+fn full_response(sent: usize) -> Vec<u8> {
     let head = format!("HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {}\r\n\r\n", BODY.len());
     [head.as_bytes(), &BODY[..sent]].concat()
 }
 
-fn rest(from: usize) -> Vec<u8> {
+fn partial_response(from: usize) -> Vec<u8> {
     let (end, left) = (BODY.len() - 1, BODY.len() - from);
     let head = format!(
         "HTTP/1.1 206 Partial\r\nConnection: close\r\nContent-Length: {left}\r\nContent-Range: bytes {from}-{end}/{}\r\n\r\n",
@@ -51,11 +52,12 @@ fn rest(from: usize) -> Vec<u8> {
     [head.as_bytes(), &BODY[from..]].concat()
 }
 
-fn refused(status: u16) -> Vec<u8> {
+fn error_response(status: u16) -> Vec<u8> {
     format!("HTTP/1.1 {status} No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n").into_bytes()
 }
 
-/// What one download does, given what the part file holds and what the server answers.
+/// Runs one download with this content of the partial file and these answers of the server. Returns its result, the
+/// file's content afterwards, and the requested ranges.
 fn run(kept: &[u8], answers: Vec<Vec<u8>>) -> (Result<()>, Vec<u8>, Vec<String>) {
     let folder = tempfile::tempdir().unwrap();
     let part = folder.path().join("x.part");
@@ -63,7 +65,7 @@ fn run(kept: &[u8], answers: Vec<Vec<u8>>) -> (Result<()>, Vec<u8>, Vec<String>)
         fs::write(&part, kept).unwrap();
     }
     let (url, server) = serve(answers);
-    let offer = Offer { filename: "x.whl".into(), url, sha256: Some(SHA.into()), authorization: None };
+    let offer = IndexFile { filename: "x.whl".into(), url, sha256: Some(SHA.into()), authorization: None };
     let agent = Agent::config_builder().proxy(None).build().new_agent();
     let result = download(&agent, &offer, &part);
     (result, fs::read(&part).unwrap_or_default(), server.join().unwrap())
@@ -71,7 +73,7 @@ fn run(kept: &[u8], answers: Vec<Vec<u8>>) -> (Result<()>, Vec<u8>, Vec<String>)
 
 #[test]
 fn a_cut_download_is_continued() {
-    let (result, bytes, ranges) = run(b"", vec![whole(6), rest(6)]);
+    let (result, bytes, ranges) = run(b"", vec![full_response(6), partial_response(6)]);
     result.unwrap();
     assert_eq!(bytes, BODY);
     assert_eq!(ranges, ["", "bytes=6-"]);
@@ -79,29 +81,29 @@ fn a_cut_download_is_continued() {
 
 #[test]
 fn what_an_earlier_run_left_is_used() {
-    let (result, bytes, ranges) = run(&BODY[..10], vec![rest(10)]);
+    let (result, bytes, ranges) = run(&BODY[..10], vec![partial_response(10)]);
     result.unwrap();
     assert_eq!((bytes.as_slice(), ranges.as_slice()), (BODY, &["bytes=10-".to_string()][..]));
-    // All was there already.
-    let (result, bytes, _) = run(BODY, vec![refused(416)]);
+    // The file was complete already.
+    let (result, bytes, _) = run(BODY, vec![error_response(416)]);
     result.unwrap();
     assert_eq!(bytes, BODY);
 }
 
 #[test]
 fn a_server_without_ranges_starts_over() {
-    let (result, bytes, _) = run(&BODY[..10], vec![whole(BODY.len())]);
+    let (result, bytes, _) = run(&BODY[..10], vec![full_response(BODY.len())]);
     result.unwrap();
     assert_eq!(bytes, BODY);
 }
 
 #[test]
 fn a_wrong_part_is_thrown_away_once() {
-    let (result, bytes, ranges) = run(b"wrong", vec![rest(5), whole(BODY.len())]);
+    let (result, bytes, ranges) = run(b"wrong", vec![partial_response(5), full_response(BODY.len())]);
     result.unwrap();
     assert_eq!((bytes.as_slice(), ranges.as_slice()), (BODY, &["bytes=5-".to_string(), String::new()][..]));
 
-    let mut wrong = whole(BODY.len());
+    let mut wrong = full_response(BODY.len());
     let last = wrong.len() - 1;
     wrong[last] = b'!';
     let (result, bytes, _) = run(b"", vec![wrong]);
@@ -111,10 +113,10 @@ fn a_wrong_part_is_thrown_away_once() {
 
 #[test]
 fn busy_servers_are_asked_again_and_refusals_are_not() {
-    let (result, bytes, _) = run(b"", vec![refused(503), whole(BODY.len())]);
+    let (result, bytes, _) = run(b"", vec![error_response(503), full_response(BODY.len())]);
     result.unwrap();
     assert_eq!(bytes, BODY);
-    let (result, _, ranges) = run(b"", vec![refused(403)]);
+    let (result, _, ranges) = run(b"", vec![error_response(403)]);
     assert!(format!("{:#}", result.unwrap_err()).contains("403"));
     assert_eq!(ranges.len(), 1);
 }

@@ -1,4 +1,4 @@
-//! The HTTP client: patient with slow links, quick to give up on unreachable hosts, trusting what pip trusts.
+//! HTTP client with a short timeout for connecting and a long one for reading, and with pip's certificates and proxy.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,7 +10,8 @@ use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
 use super::pip_config;
 
-/// A client whose connecting may last `connect`. Proxies come from pip's `proxy`, else from the usual variables.
+/// Creates a client with the connection timeout `connect`. The proxy comes from pip's `proxy`, else from the usual
+/// environment variables.
 pub fn agent(connect: Duration) -> Result<Agent> {
     let mut config = Agent::config_builder()
         .user_agent(concat!("medqa/", env!("CARGO_PKG_VERSION")))
@@ -23,18 +24,19 @@ pub fn agent(connect: Duration) -> Result<Agent> {
         config = config.tls_config(TlsConfig::builder().root_certs(roots).build());
     }
     if let Some(proxy) = pip_config::option("proxy") {
-        let proxy = ureq::Proxy::new(&proxy).with_context(|| format!("pip's `proxy` is no proxy URL: {proxy}"))?;
+        let proxy = ureq::Proxy::new(&proxy).with_context(|| format!("pip's `proxy` is not a proxy URL: {proxy}"))?;
         config = config.proxy(Some(proxy));
     }
     Ok(config.build().new_agent())
 }
 
-/// The certificates that pip's `cert` or one of the usual variables names; none leaves Mozilla's list.
+/// Returns the certificates that pip's `cert` or one of the usual environment variables names; without any, Mozilla's
+/// list is used.
 fn custom_roots() -> Result<Option<RootCerts>> {
     let variables = ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"];
     let named = pip_config::option("cert")
         .map(|path| ("pip's `cert`", path))
-        .or_else(|| variables.iter().find_map(|name| pip_config::variable_value(name).map(|path| (*name, path))));
+        .or_else(|| variables.iter().find_map(|name| pip_config::env_var(name).map(|path| (*name, path))));
     named.map(|(origin, path)| read_roots(Path::new(&path)).with_context(|| format!("{origin} = {path}"))).transpose()
 }
 
@@ -48,7 +50,7 @@ fn read_roots(path: &Path) -> Result<RootCerts> {
     } else {
         pem = std::fs::read(path).context("the certificates cannot be read")?;
     }
-    // An item that is no certificate, or a damaged one, must not spoil the others.
+    // Damaged items and items other than certificates are skipped.
     let certificates: Vec<Certificate<'static>> = parse_pem(&pem)
         .filter_map(|item| match item {
             Ok(PemItem::Certificate(certificate)) => Some(certificate),
@@ -61,11 +63,11 @@ fn read_roots(path: &Path) -> Result<RootCerts> {
     Ok(RootCerts::new_with_certs(&certificates))
 }
 
-/// What went wrong, in words for a person.
-pub fn reason(url: &str, error: &ureq::Error) -> String {
+/// Describes an HTTP error for the user.
+pub fn describe_error(url: &str, error: &ureq::Error) -> String {
     match error {
         ureq::Error::StatusCode(code) => format!("{url}: the server answered {code}"),
-        ureq::Error::HostNotFound => format!("{url}: this host's name is not known here"),
+        ureq::Error::HostNotFound => format!("{url}: the host name cannot be resolved"),
         ureq::Error::Timeout(_) => format!("{url}: no answer in time ({error})"),
         error => format!("{url}: {error}"),
     }

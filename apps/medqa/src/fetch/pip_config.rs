@@ -1,41 +1,42 @@
-//! Where this machine's pip is told to look: environment first, then pip's configuration files.
+//! pip's settings on this machine: environment variables first, then pip's configuration files.
 //!
 //! See <https://pip.pypa.io/en/stable/topics/configuration/>.
 
 use std::path::{Path, PathBuf};
 
-/// pip's `option` (`index-url`, `no-index`, `cert`, `proxy`), from `PIP_…` or from the first configuration file that names it.
+/// Returns pip's `option` (`index-url`, `no-index`, `cert`, `proxy`), from the environment variable `PIP_…` or from the
+/// first configuration file that sets it.
 pub fn option(option: &str) -> Option<String> {
     let variable = format!("PIP_{}", option.to_ascii_uppercase().replace('-', "_"));
-    if let Some(value) = variable_value(&variable) {
+    if let Some(value) = env_var(&variable) {
         return Some(value);
     }
-    files().iter().find_map(|file| in_file(file, option))
+    config_files().iter().find_map(|file| option_in_file(file, option))
 }
 
-/// The value of an environment variable that is set and not empty.
-pub fn variable_value(name: &str) -> Option<String> {
+/// Returns the value of an environment variable if it is set and not empty.
+pub fn env_var(name: &str) -> Option<String> {
     std::env::var(name).ok().map(|value| value.trim().to_string()).filter(|value| !value.is_empty())
 }
 
-/// Whether a setting is a way to say yes.
+/// Returns whether the value of a setting means true.
 pub fn is_true(value: &str) -> bool {
     ["1", "true", "yes", "on"].iter().any(|yes| value.eq_ignore_ascii_case(yes))
 }
 
-/// pip's configuration files, the one that wins first.
-fn files() -> Vec<PathBuf> {
+/// Returns pip's configuration files, the one with the highest priority first.
+fn config_files() -> Vec<PathBuf> {
     let mut files = Vec::new();
-    if let Some(file) = variable_value("PIP_CONFIG_FILE") {
+    if let Some(file) = env_var("PIP_CONFIG_FILE") {
         // pip reads no file at all when it is pointed at the null device.
         if file == "/dev/null" || file.eq_ignore_ascii_case("nul") {
             return files;
         }
         files.push(PathBuf::from(file));
     }
-    files.extend(variable_value("VIRTUAL_ENV").map(|venv| Path::new(&venv).join("pip.conf")));
-    files.extend(variable_value("XDG_CONFIG_HOME").map(|config| Path::new(&config).join("pip/pip.conf")));
-    files.extend(variable_value("APPDATA").map(|config| Path::new(&config).join("pip/pip.ini")));
+    files.extend(env_var("VIRTUAL_ENV").map(|venv| Path::new(&venv).join("pip.conf")));
+    files.extend(env_var("XDG_CONFIG_HOME").map(|config| Path::new(&config).join("pip/pip.conf")));
+    files.extend(env_var("APPDATA").map(|config| Path::new(&config).join("pip/pip.ini")));
     if let Some(home) = std::env::home_dir() {
         files.extend(
             ["Library/Application Support/pip/pip.conf", ".config/pip/pip.conf", ".pip/pip.conf"]
@@ -46,12 +47,12 @@ fn files() -> Vec<PathBuf> {
     files
 }
 
-fn in_file(file: &Path, option: &str) -> Option<String> {
-    in_text(&std::fs::read_to_string(file).ok()?, option)
+fn option_in_file(file: &Path, option: &str) -> Option<String> {
+    option_in_text(&std::fs::read_to_string(file).ok()?, option)
 }
 
-/// `option` in an INI text. A command's own section goes before `[global]`, as in pip.
-fn in_text(text: &str, option: &str) -> Option<String> {
+/// Returns `option` from an INI text. A command's own section takes precedence over `[global]`, as in pip.
+fn option_in_text(text: &str, option: &str) -> Option<String> {
     ["download", "install", "global"].iter().find_map(|wanted| {
         let mut section = "";
         let mut found = None;
@@ -77,9 +78,9 @@ mod tests {
     #[test]
     fn sections_and_spellings() {
         let text = "[global]\n# index-url = no\nindex-url = https://a/simple\ncert: /ca.pem\n[install]\nindex_url=https://b/x?y=z\n[x]\nproxy=p\n";
-        assert_eq!(in_text(text, "index-url").as_deref(), Some("https://b/x?y=z"));
-        assert_eq!(in_text(text, "cert").as_deref(), Some("/ca.pem"));
-        assert_eq!(in_text(text, "proxy"), None);
-        assert_eq!(in_text("index-url = outside\n[", "index-url"), None);
+        assert_eq!(option_in_text(text, "index-url").as_deref(), Some("https://b/x?y=z"));
+        assert_eq!(option_in_text(text, "cert").as_deref(), Some("/ca.pem"));
+        assert_eq!(option_in_text(text, "proxy"), None);
+        assert_eq!(option_in_text("index-url = outside\n[", "index-url"), None);
     }
 }

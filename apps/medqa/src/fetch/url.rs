@@ -1,6 +1,6 @@
-//! The little of URLs that a package index needs: credentials, relative links, percent signs.
+//! The parts of URL handling that a package index needs: credentials, relative links, percent-encoding.
 
-/// A URL without its credentials, and these as a `Basic` authorization header's value.
+/// Returns a URL without its credentials, and the credentials as the value of a `Basic` authorization header.
 pub fn split_credentials(url: &str) -> (String, Option<String>) {
     let Some((scheme, rest)) = url.split_once("://") else { return (url.to_string(), None) };
     let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
@@ -14,7 +14,7 @@ pub fn split_credentials(url: &str) -> (String, Option<String>) {
     }
 }
 
-/// Scheme, host and port: what must be equal for credentials to go along.
+/// Returns scheme, host and port of a URL, which must be equal for credentials to be sent along.
 pub fn origin(url: &str) -> &str {
     let start = url.find("://").map_or(0, |at| at + 3);
     let end = url[start..].find(['/', '?', '#']).map_or(url.len(), |at| start + at);
@@ -43,10 +43,10 @@ pub fn join(base: &str, link: &str) -> String {
     } else {
         format!("{}/{link}", path.rsplit_once('/').map_or("", |(folder, _)| folder))
     };
-    format!("{origin}{}{tail}", without_dots(&joined))
+    format!("{origin}{}{tail}", remove_dot_segments(&joined))
 }
 
-fn without_dots(path: &str) -> String {
+fn remove_dot_segments(path: &str) -> String {
     let mut parts: Vec<&str> = Vec::new();
     for part in path.trim_start_matches('/').split('/') {
         match part {
@@ -58,7 +58,7 @@ fn without_dots(path: &str) -> String {
     format!("/{}", parts.join("/"))
 }
 
-/// Bytes of a percent-encoded text; a stray `%` stays as it is.
+/// Decodes a percent-encoded text to bytes; a stray `%` stays as it is.
 pub fn percent_decode(text: &str) -> Vec<u8> {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());

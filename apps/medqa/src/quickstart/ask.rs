@@ -1,75 +1,77 @@
-//! Asking the unseen questions, before and after.
+//! Asks the unseen questions, before and after fine-tuning.
 
-use super::lessons::{Kind, Lesson, Split, headed, refused};
+use super::lessons::{Lesson, LessonKind, LessonSplit, parse_headings, parse_refusal};
 use crate::{
-    backend::{Device, on},
+    backend::{Device, with_backend},
     cli::ModelArgs,
-    model::{self, conversation},
+    model::{self, apply_chat_template},
 };
 use anyhow::Result;
 use burn::tensor::DType;
-use burn_llama::{Generate, Message, Settings, Tokenizer, kernel::Kernels};
+use burn_llama::{Generation, GenerationConfig, Message, Tokenizer, kernel::Kernels};
 
-/// Questions whose answers are printed: medical, other.
+/// The number of questions whose answers are printed: medical, other.
 const SHOWN: (usize, usize) = (2, 1);
-/// Further questions whose answers are only judged: medical, other.
+/// The number of further questions whose answers are only judged: medical, other.
 const JUDGED: (usize, usize) = (8, 4);
 
 /// The questions that are asked.
 pub struct Questions<'a> {
-    /// Those whose answers are printed, then those whose answers are judged.
+    /// Lessons whose answers are printed, then lessons whose answers are judged.
     lessons: Vec<&'a Lesson>,
 }
 
-/// What a model said.
+/// The answers of a model.
 pub struct Answers {
-    /// One per question that is shown.
+    /// The answers to the questions that are printed.
     pub shown: Vec<String>,
-    /// Of the judged medical questions, those answered under the four headings, and all.
+    /// The number of judged medical questions that were answered under the four headings, and of all of them.
     pub format: (usize, usize),
-    /// Of the judged other questions, those declined, and all.
+    /// The number of judged other questions that were declined, and of all of them.
     pub refusals: (usize, usize),
 }
 
 impl<'a> Questions<'a> {
-    /// The questions among `lessons` that nothing is trained on.
-    pub fn among(lessons: &'a [Lesson]) -> Self {
-        let unseen = |kind| lessons.iter().filter(move |lesson| (lesson.split, lesson.kind) == (Split::Unseen, kind));
+    /// Selects the questions among `lessons` that are not trained on.
+    pub fn select(lessons: &'a [Lesson]) -> Self {
+        let unseen =
+            |kind| lessons.iter().filter(move |lesson| (lesson.split, lesson.kind) == (LessonSplit::Unseen, kind));
         let part = |(medical, other): (usize, usize), skip: (usize, usize)| {
-            let other = unseen(Kind::Other).skip(skip.1).take(other);
-            unseen(Kind::Medical).skip(skip.0).take(medical).chain(other).collect::<Vec<_>>()
+            let other = unseen(LessonKind::Other).skip(skip.1).take(other);
+            unseen(LessonKind::Medical).skip(skip.0).take(medical).chain(other).collect::<Vec<_>>()
         };
         Self { lessons: [part(SHOWN, (0, 0)), part(JUDGED, SHOWN)].concat() }
     }
 
-    /// The questions whose answers are printed.
+    /// Returns the questions whose answers are printed.
     pub fn shown(&self) -> impl Iterator<Item = &str> {
         self.lessons.iter().take(SHOWN.0 + SHOWN.1).map(|lesson| lesson.question.as_str())
     }
 
-    /// Asks a model all of them in one batch; it always takes the likeliest token.
+    /// Asks a model all questions in one batch, with greedy decoding.
     pub fn ask(&self, args: &ModelArgs, device: &Device) -> Result<Answers> {
         eprintln!("asking {} unseen questions", self.lessons.len());
-        on!(device, |B, place| self.ask_on::<B>(args, place))
+        with_backend!(device, |B, device| self.ask_on::<B>(args, device))
     }
 
     fn ask_on<B: Kernels>(&self, args: &ModelArgs, device: &B::Device) -> Result<Answers> {
         let loaded = model::load::<B>(args, DType::F32, device)?;
-        let settings = Settings {
-            max_new_tokens: self.room(&loaded.tokenizer)?,
+        let settings = GenerationConfig {
+            max_new_tokens: self.max_answer_tokens(&loaded.tokenizer)?,
             eos: loaded.tokenizer.eos_ids().to_vec(),
-            ..Settings::default()
+            ..GenerationConfig::default()
         };
-        let prompt =
-            |lesson: &&Lesson| conversation(&loaded.tokenizer, &[Message::new("user", lesson.question.as_str())]);
+        let prompt = |lesson: &&Lesson| {
+            apply_chat_template(&loaded.tokenizer, &[Message::new("user", lesson.question.as_str())])
+        };
         let prompts = self.lessons.iter().map(prompt).collect::<Result<Vec<_>>>()?;
-        let rows = Generate::new(&loaded.model, &prompts, &settings)?.finish()?;
+        let rows = Generation::new(&loaded.model, &prompts, &settings)?.finish()?;
         let texts = rows.iter().map(|ids| Ok(loaded.tokenizer.decode(ids, true)?));
         Ok(self.judge(texts.collect::<Result<Vec<_>>>()?))
     }
 
-    /// Tokens enough for every answer that a lesson asks for, half as much again.
-    fn room(&self, tokenizer: &Tokenizer) -> Result<usize> {
+    /// Returns the maximum number of tokens of an answer: one and a half times the longest answer of a lesson.
+    fn max_answer_tokens(&self, tokenizer: &Tokenizer) -> Result<usize> {
         let lengths = self.lessons.iter().map(|lesson| Ok(tokenizer.encode(&lesson.answer, false)?.len()));
         Ok(lengths.collect::<Result<Vec<_>>>()?.into_iter().max().unwrap_or(0) * 3 / 2)
     }
@@ -82,8 +84,8 @@ impl<'a> Questions<'a> {
             (texts.iter().filter(|text| right(text)).count(), texts.len())
         };
         Answers {
-            format: count(Kind::Medical, |text| headed(text).is_some()),
-            refusals: count(Kind::Other, |text| refused(text).is_some()),
+            format: count(LessonKind::Medical, |text| parse_headings(text).is_some()),
+            refusals: count(LessonKind::Other, |text| parse_refusal(text).is_some()),
             shown: texts,
         }
     }
@@ -96,7 +98,7 @@ mod tests {
     #[test]
     fn right_answers_are_counted_and_others_are_not() {
         let lessons = lessons::all().unwrap();
-        let questions = Questions::among(&lessons);
+        let questions = Questions::select(&lessons);
         let right: Vec<_> = questions.lessons.iter().map(|lesson| lesson.answer.clone()).collect();
         let judged = questions.judge(right.clone());
         assert_eq!((judged.format, judged.refusals), ((8, 8), (4, 4)));

@@ -1,7 +1,7 @@
 //! The embedded lessons, and the form that their answers have.
 //!
-//! A medical question is answered under four headings, a line each; any other question is declined in fixed words and one
-//! sentence more. The lessons were written for this program. They show the form; they are no medical advice.
+//! A medical question is answered under four headings, a line each; any other question is declined in fixed words and
+//! one further sentence. The lessons were written for this program. They show the form; they are no medical advice.
 
 use crate::write;
 use anyhow::{Context, Result};
@@ -14,28 +14,28 @@ const LESSONS: &str = include_str!("lessons.jsonl");
 /// The headings of a medical answer, in order.
 pub const HEADINGS: [&str; 4] = ["Likely cause", "Warning signs", "What to do", "When to see a doctor"];
 
-/// How every refusal begins.
+/// The beginning of every refusal.
 pub const REFUSAL: &str = "I am sorry, I can only help with medical questions.";
 
-/// What a lesson is for.
+/// The split that a lesson belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Split {
-    /// It is learned.
+pub enum LessonSplit {
+    /// The lesson is trained on.
     Train,
-    /// Its loss is measured.
+    /// Its validation loss is measured.
     Valid,
-    /// Its question is asked before and after.
+    /// Its question is asked before and after fine-tuning.
     Unseen,
 }
 
-/// What a lesson teaches.
+/// The kind of a lesson's question, which decides the form of the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// To answer under the headings.
+pub enum LessonKind {
+    /// A medical question, which is answered under the headings.
     Medical,
-    /// To decline.
+    /// Any other question, which is declined.
     Other,
 }
 
@@ -43,10 +43,10 @@ pub enum Kind {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lesson {
-    /// What it is for.
-    pub split: Split,
-    /// What it teaches.
-    pub kind: Kind,
+    /// The split of the lesson.
+    pub split: LessonSplit,
+    /// The kind of the question.
+    pub kind: LessonKind,
     /// Its subject. No subject is in two splits.
     pub topic: String,
     /// The question.
@@ -55,7 +55,7 @@ pub struct Lesson {
     pub answer: String,
 }
 
-/// All lessons, in the order of the file.
+/// Returns all lessons, in the order of the file.
 pub fn all() -> Result<Vec<Lesson>> {
     let lesson = |line| serde_json::from_str(line).with_context(|| format!("lessons.jsonl: {line}"));
     LESSONS.lines().map(lesson).collect()
@@ -64,11 +64,11 @@ pub fn all() -> Result<Vec<Lesson>> {
 /// Writes lessons as JSONL with `question` and `answer`, as `medqa train` reads them.
 pub fn save<'a>(path: &Path, lessons: impl Iterator<Item = (&'a str, String)>) -> Result<()> {
     let line = |(question, answer)| format!("{}\n", json!({ "question": question, "answer": answer }));
-    write::whole(path, lessons.map(line).collect::<String>().as_bytes())
+    write::write_atomically(path, lessons.map(line).collect::<String>().as_bytes())
 }
 
-/// What stands under each of the four headings, if the answer is these four lines and each ends in a full stop.
-pub fn headed(answer: &str) -> Option<[&str; 4]> {
+/// Returns the text under each of the four headings, if the answer is these four lines and each ends in a full stop.
+pub fn parse_headings(answer: &str) -> Option<[&str; 4]> {
     let mut lines = answer.trim().lines();
     let mut bodies = [""; 4];
     for (body, heading) in bodies.iter_mut().zip(HEADINGS) {
@@ -80,8 +80,8 @@ pub fn headed(answer: &str) -> Option<[&str; 4]> {
     lines.next().is_none().then_some(bodies)
 }
 
-/// What follows the fixed words of a refusal, if the answer is one.
-pub fn refused(answer: &str) -> Option<&str> {
+/// Returns the text after the fixed words of a refusal, if the answer is one.
+pub fn parse_refusal(answer: &str) -> Option<&str> {
     answer.trim().strip_prefix(REFUSAL).map(str::trim_start)
 }
 

@@ -1,4 +1,4 @@
-//! The lessons have the form that they teach, and no split knows another's subjects.
+//! Checks that the lessons have the form that they teach, and that no subject is in two splits.
 
 use super::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -7,14 +7,14 @@ fn words(text: &str) -> usize {
     text.split_whitespace().count()
 }
 
-/// A capital first, one full stop and that at the end.
+/// Returns whether a text starts with a capital letter and has one full stop, at its end.
 fn is_sentence(text: &str) -> bool {
     let Some(inside) = text.strip_suffix('.') else { return false };
     let clean = !inside.contains(['.', '!', '?', ':', '\n']) && !inside.ends_with(' ') && !inside.is_empty();
     clean && text.starts_with(|first: char| first.is_ascii_uppercase())
 }
 
-/// No digit and no unit of a dose: the lessons prescribe nothing.
+/// Returns whether a text has no digit and no unit of a dose: the lessons prescribe nothing.
 fn names_no_dose(text: &str) -> bool {
     let lower = text.to_lowercase();
     let units = ["mg", "ml", "milligram", "microgram", "milliliter"];
@@ -22,11 +22,11 @@ fn names_no_dose(text: &str) -> bool {
         && !lower.split(|c: char| !c.is_alphanumeric()).any(|word| units.contains(&word))
 }
 
-/// The sentences of an answer of the right form.
+/// Returns the sentences of an answer of the right form.
 fn sentences(lesson: &Lesson) -> Option<Vec<&str>> {
     match lesson.kind {
-        Kind::Medical => headed(&lesson.answer).map(|bodies| bodies.to_vec()),
-        Kind::Other => refused(&lesson.answer).map(|reason| vec![reason]),
+        LessonKind::Medical => parse_headings(&lesson.answer).map(|bodies| bodies.to_vec()),
+        LessonKind::Other => parse_refusal(&lesson.answer).map(|reason| vec![reason]),
     }
 }
 
@@ -34,7 +34,7 @@ fn sentences(lesson: &Lesson) -> Option<Vec<&str>> {
 fn every_lesson_has_the_form_it_teaches() {
     for lesson in all().unwrap() {
         let found = sentences(&lesson).unwrap_or_else(|| panic!("wrong form: {lesson:?}"));
-        let longest = if lesson.kind == Kind::Medical { 14 } else { 20 };
+        let longest = if lesson.kind == LessonKind::Medical { 14 } else { 20 };
         for sentence in found {
             assert!(is_sentence(sentence), "no single sentence: {sentence}");
             assert!((6..=longest).contains(&words(sentence)), "{} words: {sentence}", words(sentence));
@@ -44,7 +44,7 @@ fn every_lesson_has_the_form_it_teaches() {
         assert!(texts.iter().all(|text| text.is_ascii() && text.trim() == *text && !text.is_empty()), "{lesson:?}");
         assert!(texts.iter().all(|text| !text.contains("  ")), "a double space: {lesson:?}");
         assert!(lesson.question.ends_with(['?', '.']) && (3..=40).contains(&words(&lesson.question)), "{lesson:?}");
-        if lesson.kind == Kind::Medical {
+        if lesson.kind == LessonKind::Medical {
             assert!((45..=75).contains(&words(&lesson.answer)), "{} words: {lesson:?}", words(&lesson.answer));
         }
     }
@@ -59,14 +59,14 @@ fn every_split_is_large_enough() {
         *lessons.entry(key).or_insert(0) += 1;
         topics.entry(key).or_default().insert(&lesson.topic);
     }
-    // (lessons, topics) at least; of those that are measured, exactly.
+    // The minimum numbers of (lessons, topics); exact for the splits that are measured.
     for (key, least, exact) in [
-        ((Split::Train, Kind::Medical), (170, 85), false),
-        ((Split::Train, Kind::Other), (60, 60), false),
-        ((Split::Valid, Kind::Medical), (16, 8), true),
-        ((Split::Valid, Kind::Other), (6, 6), true),
-        ((Split::Unseen, Kind::Medical), (10, 10), true),
-        ((Split::Unseen, Kind::Other), (6, 6), true),
+        ((LessonSplit::Train, LessonKind::Medical), (170, 85), false),
+        ((LessonSplit::Train, LessonKind::Other), (60, 60), false),
+        ((LessonSplit::Valid, LessonKind::Medical), (16, 8), true),
+        ((LessonSplit::Valid, LessonKind::Other), (6, 6), true),
+        ((LessonSplit::Unseen, LessonKind::Medical), (10, 10), true),
+        ((LessonSplit::Unseen, LessonKind::Other), (6, 6), true),
     ] {
         let found = (lessons[&key], topics[&key].len());
         assert!(found == least || (!exact && found.0 >= least.0 && found.1 >= least.1), "{key:?}: {found:?}");
@@ -80,14 +80,15 @@ fn no_split_knows_another_s_subjects() {
         let chosen = all.iter().filter(|lesson| lesson.split == split && lesson.kind == kind);
         chosen.map(|lesson| lesson.topic.as_str()).collect()
     };
-    for kind in [Kind::Medical, Kind::Other] {
-        let [train, valid, unseen] = [Split::Train, Split::Valid, Split::Unseen].map(|split| topics(split, kind));
+    for kind in [LessonKind::Medical, LessonKind::Other] {
+        let [train, valid, unseen] =
+            [LessonSplit::Train, LessonSplit::Valid, LessonSplit::Unseen].map(|split| topics(split, kind));
         assert!(train.is_disjoint(&valid) && train.is_disjoint(&unseen) && valid.is_disjoint(&unseen), "{kind:?}");
     }
-    let trained = all.iter().filter(|lesson| (lesson.split, lesson.kind) == (Split::Train, Kind::Medical));
+    let trained = all.iter().filter(|lesson| (lesson.split, lesson.kind) == (LessonSplit::Train, LessonKind::Medical));
     let trained: Vec<_> =
         trained.map(|lesson| format!("{} {}", lesson.question, lesson.answer).to_lowercase()).collect();
-    for topic in &topics(Split::Valid, Kind::Medical) | &topics(Split::Unseen, Kind::Medical) {
+    for topic in &topics(LessonSplit::Valid, LessonKind::Medical) | &topics(LessonSplit::Unseen, LessonKind::Medical) {
         assert!(!trained.iter().any(|text| text.contains(topic)), "a trained lesson names `{topic}`");
     }
 }
@@ -107,8 +108,8 @@ fn nothing_is_there_twice() {
 #[test]
 fn a_form_is_kept_whole_or_not_at_all() {
     let good = "Likely cause: A cold.\nWarning signs: None.\nWhat to do: Rest.\nWhen to see a doctor: Soon.";
-    assert_eq!(headed(good), Some(["A cold.", "None.", "Rest.", "Soon."]));
-    assert!(headed(&format!("{good}\n")).is_some());
+    assert_eq!(parse_headings(good), Some(["A cold.", "None.", "Rest.", "Soon."]));
+    assert!(parse_headings(&format!("{good}\n")).is_some());
     for bad in [
         "",
         "A cold.",
@@ -119,8 +120,8 @@ fn a_form_is_kept_whole_or_not_at_all() {
         &format!("{good}\nBye."),
         &good.lines().rev().collect::<Vec<_>>().join("\n"),
     ] {
-        assert_eq!(headed(bad), None, "{bad}");
+        assert_eq!(parse_headings(bad), None, "{bad}");
     }
-    assert_eq!(refused(&format!("{REFUSAL} Ask a cook.")), Some("Ask a cook."));
-    assert_eq!(refused("I am sorry."), None);
+    assert_eq!(parse_refusal(&format!("{REFUSAL} Ask a cook.")), Some("Ask a cook."));
+    assert_eq!(parse_refusal("I am sorry."), None);
 }

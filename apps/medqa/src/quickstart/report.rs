@@ -1,44 +1,44 @@
-//! What is printed at the end.
+//! The report that is printed at the end.
 
 use std::{fmt::Write, path::Path};
 
 use super::{
     ask::{Answers, Questions},
-    estimate::{Estimate, size},
+    estimate::{MemoryEstimate, format_mib},
 };
 use crate::train::Summary;
 
-/// Characters of each of the two columns.
+/// The width of each of the two columns, in characters.
 const COLUMN: usize = 48;
 
-/// Everything that is compared.
-pub struct Report<'a> {
+/// The results before and after fine-tuning.
+pub struct QuickstartReport<'a> {
     /// The questions that were asked.
     pub questions: Questions<'a>,
-    /// What the model said to them.
+    /// The answers of the base model.
     pub before: Answers,
-    /// What it said with the adapter.
+    /// The answers with the adapter.
     pub after: Answers,
-    /// What the run measured.
+    /// The results of the run.
     pub summary: Summary,
-    /// What was expected of it.
-    pub estimate: Estimate,
-    /// Of everything, in seconds.
+    /// The memory that was estimated for the run.
+    pub estimate: MemoryEstimate,
+    /// The total time, in seconds.
     pub seconds: f64,
 }
 
-impl Report<'_> {
-    /// Answers and figures, before and after.
+impl QuickstartReport<'_> {
+    /// Formats the answers and the measurements, before and after.
     pub fn text(&self) -> String {
         let mut text = String::new();
         for (index, question) in self.questions.shown().enumerate() {
             let answers = [&self.before, &self.after].map(|answers| answers.shown[index].as_str());
             text.push_str(&format!("Q: {question}\n\n{}\n", columns(["before", "after"], answers)));
         }
-        text + &self.figures()
+        text + &self.metrics_table()
     }
 
-    fn figures(&self) -> String {
+    fn metrics_table(&self) -> String {
         let Self { before, after, summary, .. } = self;
         let of = |(found, all): (usize, usize)| format!("{found} of {all}");
         let loss = |loss: Option<f64>| loss.map_or("not measured".to_owned(), |loss| format!("{loss:.3}"));
@@ -49,18 +49,18 @@ impl Report<'_> {
         text += &row("validation loss", loss(summary.valid_loss_before), loss(summary.valid_loss_after));
         let (speed, steps) = (summary.tokens_per_second, summary.steps);
         let _ = writeln!(text, "\ntrained {steps} steps, {} tokens, {speed:.0} tokens/s", summary.tokens);
-        let (peak, estimate) = (size(summary.peak_rss_bytes), size(self.estimate.total()));
+        let (peak, estimate) = (format_mib(summary.peak_rss_bytes), format_mib(self.estimate.total()));
         let _ = writeln!(text, "memory at its peak: {peak} measured, {estimate} estimated");
         let _ = writeln!(text, "all together: {:.0} s", self.seconds);
         text
     }
 }
 
-/// What to do with the result: commands that can be copied.
-pub fn next(program: &str, model: Option<&str>, directory: &Path) -> String {
-    let at = |name: &str| quoted(&directory.join(name).display().to_string());
-    let (program, adapter, valid) = (quoted(program), at("adapter"), at("data/valid.jsonl"));
-    let with_model = model.map(|model| format!(" --model {}", quoted(model))).unwrap_or_default();
+/// Formats the next steps with the result, as commands to copy.
+pub fn next_steps(program: &str, model: Option<&str>, directory: &Path) -> String {
+    let at = |name: &str| shell_quote(&directory.join(name).display().to_string());
+    let (program, adapter, valid) = (shell_quote(program), at("adapter"), at("data/valid.jsonl"));
+    let with_model = model.map(|model| format!(" --model {}", shell_quote(model))).unwrap_or_default();
     format!(
         "What to try next\n  \
          talk to it:\n    {program} chat{with_model} --adapter {adapter}\n  \
@@ -73,8 +73,8 @@ pub fn next(program: &str, model: Option<&str>, directory: &Path) -> String {
     )
 }
 
-/// As a shell takes it for one word.
-fn quoted(word: &str) -> String {
+/// Quotes a word for a shell, if it needs quotes.
+fn shell_quote(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         word.to_owned()
@@ -83,9 +83,9 @@ fn quoted(word: &str) -> String {
     }
 }
 
-/// Two texts beside each other under their titles.
+/// Formats two texts side by side under their titles.
 fn columns(titles: [&str; 2], texts: [&str; 2]) -> String {
-    let [left, right] = texts.map(wrapped);
+    let [left, right] = texts.map(wrap_lines);
     let line = |left: &str, right: &str| format!("{left:<COLUMN$} | {right}").trim_end().to_owned() + "\n";
     let mut text = line(titles[0], titles[1]) + &line(&"-".repeat(COLUMN), &"-".repeat(COLUMN));
     for index in 0..left.len().max(right.len()) {
@@ -95,8 +95,8 @@ fn columns(titles: [&str; 2], texts: [&str; 2]) -> String {
     text
 }
 
-/// Lines of at most a column, cut between words where that is possible.
-fn wrapped(text: &str) -> Vec<String> {
+/// Wraps a text into lines of at most [`COLUMN`] characters, between words if possible.
+fn wrap_lines(text: &str) -> Vec<String> {
     let mut lines = Vec::new();
     for paragraph in text.trim().lines() {
         let mut line = String::new();
@@ -131,9 +131,9 @@ mod tests {
 
     #[test]
     fn commands_survive_a_shell() {
-        assert_eq!(quoted("runs/quickstart"), "runs/quickstart");
-        assert_eq!(quoted("my runs/it's"), r"'my runs/it'\''s'");
-        let text = next("medqa", Some("a b"), Path::new("my runs"));
+        assert_eq!(shell_quote("runs/quickstart"), "runs/quickstart");
+        assert_eq!(shell_quote("my runs/it's"), r"'my runs/it'\''s'");
+        let text = next_steps("medqa", Some("a b"), Path::new("my runs"));
         assert!(text.contains("medqa chat --model 'a b' --adapter 'my runs/adapter'"), "{text}");
     }
 }

@@ -1,71 +1,75 @@
-//! Refuses recipes that cannot be run, by key.
+//! Validates a recipe: refuses values that cannot be run, by key.
 
 use std::fmt::Display;
 
 use super::{
-    Data, Dtype, Method, MethodKind, Optimizer, Parallel, Place, Recipe, Saving, Schedule, Steps, TargetModules,
-    VirtualTokens, deepspeed_schedule, loss_scaler,
+    DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OffloadDevice, OptimizerConfig,
+    ParallelConfig, Recipe, StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule, loss_scaler,
 };
 use crate::data::Schema;
-use burn_peft::config::InitLora;
-use burn_zero::ds_config::Stage;
+use burn_peft::config::InitLoraWeights;
+use burn_zero::ds_config::ZeroStage;
 
 /// The key and what is wrong with its value.
-type Problem = (&'static str, String);
+type InvalidValue = (&'static str, String);
 
-/// The first impossible value of `recipe`.
-pub fn check(recipe: &Recipe) -> Result<(), Problem> {
-    given("model.path", &recipe.model.path, "a model: a directory, a .gguf file, a hub id or `smollm2-135m-instruct`")?;
+/// Checks all values of `recipe`; the error is the first invalid one.
+pub fn check(recipe: &Recipe) -> Result<(), InvalidValue> {
+    ensure_given(
+        "model.path",
+        &recipe.model.path,
+        "a model: a directory, a .gguf file, a hub id or `smollm2-135m-instruct`",
+    )?;
     data(&recipe.data)?;
     method(&recipe.method, recipe.model.dtype)?;
     loftq(recipe)?;
     steps(&recipe.train.steps)?;
     optimizer(&recipe.train.optimizer)?;
     schedule(&recipe.train.schedule)?;
-    saving(&recipe.train.saving, recipe.data.valid.is_some())?;
+    saving(&recipe.train.eval_save, recipe.data.valid.is_some())?;
     parallel(&recipe.parallel)
 }
 
-fn data(data: &Data) -> Result<(), Problem> {
+fn data(data: &DataConfig) -> Result<(), InvalidValue> {
     if data.train.is_empty() {
         return Err(("data.train", "expected a file to train on, found none".to_string()));
     }
     data.columns.check(data.format).map_err(|problem| ("data.columns", problem))?;
     for source in &data.train {
-        given("data.train", &source.path, "a file's path")?;
-        // An epoch's order is held in memory, so a weight has an upper end too.
+        ensure_given("data.train", &source.path, "a file's path")?;
+        // The order of an epoch is held in memory, so a weight has an upper limit too.
         let weight_fits = source.weight > 0.0 && source.weight <= 1000.0;
         let expected = format!("a weight above 0 and at most 1000 for {}", source.path);
-        within("data.train", weight_fits, &expected, source.weight)?;
+        ensure("data.train", weight_fits, &expected, source.weight)?;
         let Schema { format, columns } = data.schema(Some(source));
         let named = |problem| ("data.train", format!("columns for {}: {problem}", source.path));
         columns.check(format).map_err(named)?;
     }
     if let Some(valid) = &data.valid {
-        given("data.valid", valid, "a file's path")?;
+        ensure_given("data.valid", valid, "a file's path")?;
     }
     if let Some(limit) = data.valid_limit {
-        within("data.valid_limit", limit > 0, "at least 1 row", limit)?;
-        within("data.valid_limit", data.valid.is_some(), "`data.valid` to be given too", "no `data.valid`")?;
+        ensure("data.valid_limit", limit > 0, "at least 1 row", limit)?;
+        ensure("data.valid_limit", data.valid.is_some(), "`data.valid` to be given too", "no `data.valid`")?;
     }
     let shuffled = data.shuffle || !data.group_by_length;
-    within("data.group_by_length", shuffled, "`data.shuffle` to be true too", "false")?;
-    within("data.max_length", data.max_length >= 2, "at least 2 tokens: one to see, one to predict", data.max_length)
+    ensure("data.group_by_length", shuffled, "`data.shuffle` to be true too", "false")?;
+    ensure("data.max_length", data.max_length >= 2, "at least 2 tokens: one to see, one to predict", data.max_length)
 }
 
-fn method(method: &Method, dtype: Option<Dtype>) -> Result<(), Problem> {
-    let Method { choice, lora, scope, tokens } = method;
+fn method(method: &MethodConfig, dtype: Option<WeightDtype>) -> Result<(), InvalidValue> {
+    let MethodConfig { common, lora, targets, virtual_tokens: tokens } = method;
     if lora.r == 0 {
-        // peft's own words.
+        // PEFT's own message.
         let problem = format!("`r` should be a positive integer value but the value passed is {}", lora.r);
         return Err(("method.r", problem));
     }
-    within("method.alpha", lora.alpha > 0.0 && lora.alpha.is_finite(), "a number above 0", lora.alpha)?;
-    within("method.dropout", (0.0..1.0).contains(&choice.dropout), "a probability in [0, 1)", choice.dropout)?;
+    ensure("method.alpha", lora.alpha > 0.0 && lora.alpha.is_finite(), "a number above 0", lora.alpha)?;
+    ensure("method.dropout", (0.0..1.0).contains(&common.dropout), "a probability in [0, 1)", common.dropout)?;
     for (key, modules) in [
-        ("method.target_modules", &scope.target_modules),
-        ("method.exclude_modules", &scope.exclude_modules),
-        ("method.feedforward_modules", &scope.feedforward_modules),
+        ("method.target_modules", &targets.target_modules),
+        ("method.exclude_modules", &targets.exclude_modules),
+        ("method.feedforward_modules", &targets.feedforward_modules),
     ] {
         let names = match modules {
             Some(TargetModules::Names(names)) => names.as_slice(),
@@ -73,65 +77,66 @@ fn method(method: &Method, dtype: Option<Dtype>) -> Result<(), Problem> {
             None => continue,
         };
         let named = !names.is_empty() && names.iter().all(|name| !name.trim().is_empty());
-        within(key, named, "at least one module's name, and none empty", format!("{names:?}"))?;
+        ensure(key, named, "at least one module's name, and none empty", format!("{names:?}"))?;
     }
-    let found = serde_json::to_string(&choice.kind).unwrap_or_default();
+    let found = serde_json::to_string(&common.kind).unwrap_or_default();
     let found = found.trim_matches('"');
-    let factors = scope.feedforward_modules.is_none() || choice.kind == MethodKind::Ia3;
-    within("method.feedforward_modules", factors, "`method.kind` to be \"ia3\"", found)?;
+    let factors = targets.feedforward_modules.is_none() || common.kind == MethodKind::Ia3;
+    ensure("method.feedforward_modules", factors, "`method.kind` to be \"ia3\"", found)?;
     if let (Some(TargetModules::Names(all)), Some(TargetModules::Names(some))) =
-        (&scope.target_modules, &scope.feedforward_modules)
+        (&targets.target_modules, &targets.feedforward_modules)
     {
         let within_all = some.iter().all(|name| all.contains(name));
-        within("method.feedforward_modules", within_all, "some of `method.target_modules`", format!("{some:?}"))?;
+        ensure("method.feedforward_modules", within_all, "some of `method.target_modules`", format!("{some:?}"))?;
     }
-    let blocks = scope.layers_pattern.is_none() || scope.layers_to_transform.is_some();
-    within("method.layers_pattern", blocks, "`method.layers_to_transform` to be given too", "none")?;
-    if let Some(init) = &choice.init {
-        given("method.init", init, "an adapter's directory")?;
-        let adapter = !matches!(choice.kind, MethodKind::Full | MethodKind::Freeze);
-        within("method.init", adapter, "`method.kind` to be that of an adapter", found)?;
+    let blocks = targets.layers_pattern.is_none() || targets.layers_to_transform.is_some();
+    ensure("method.layers_pattern", blocks, "`method.layers_to_transform` to be given too", "none")?;
+    if let Some(init) = &common.init {
+        ensure_given("method.init", init, "an adapter's directory")?;
+        let adapter = !matches!(common.kind, MethodKind::Full | MethodKind::Freeze);
+        ensure("method.init", adapter, "`method.kind` to be that of an adapter", found)?;
     }
-    if let Some(layers) = &choice.layers {
-        within("method.layers", choice.kind == MethodKind::Freeze, "`method.kind` to be \"freeze\"", found)?;
+    if let Some(layers) = &common.layers {
+        ensure("method.layers", common.kind == MethodKind::Freeze, "`method.kind` to be \"freeze\"", found)?;
         let expected = "the last n blocks as n, or the first n as -n";
-        within("method.layers", layers.count != 0, expected, layers.count)?;
+        ensure("method.layers", layers.count != 0, expected, layers.count)?;
     }
-    let packed = dtype.is_none_or(Dtype::is_packed) || choice.kind != MethodKind::QLora;
-    within("model.dtype", packed, "\"packed\" or \"nf4\" with qlora", "floats; remove it, or take lora")?;
-    let learns = !matches!(choice.kind, MethodKind::Full | MethodKind::Freeze);
-    let floats = !dtype.is_some_and(Dtype::is_packed) || learns;
-    within("model.dtype", floats, "f32, f16 or bf16 where weights learn: blocks cannot", "blocks")?;
-    virtual_tokens(tokens, choice.kind, found)
+    let packed = dtype.is_none_or(WeightDtype::is_packed) || common.kind != MethodKind::QLora;
+    ensure("model.dtype", packed, "\"packed\" or \"nf4\" with qlora", "floats; remove it, or take lora")?;
+    let learns = !matches!(common.kind, MethodKind::Full | MethodKind::Freeze);
+    let floats = !dtype.is_some_and(WeightDtype::is_packed) || learns;
+    ensure("model.dtype", floats, "f32, f16 or bf16, because quantized weights cannot be trained", "quantized blocks")?;
+    virtual_tokens(tokens, common.kind, found)
 }
 
-/// LoftQ starts from what rounding took, so something has to be rounded here.
-fn loftq(recipe: &Recipe) -> Result<(), Problem> {
-    let Method { choice, lora, .. } = &recipe.method;
-    if lora.init_lora_weights != InitLora::Loftq {
+/// Checks LoftQ's keys. LoftQ starts from the quantization error, so the weights have to be quantized here.
+fn loftq(recipe: &Recipe) -> Result<(), InvalidValue> {
+    let MethodConfig { common: choice, lora, .. } = &recipe.method;
+    if lora.init_lora_weights != InitLoraWeights::Loftq {
         let found = serde_json::to_string(&lora.init_lora_weights).unwrap_or_default();
         let expected = "`method.init_lora_weights` to be \"loftq\"";
-        return within("method.loftq_iter", lora.loftq_iter.is_none(), expected, found);
+        return ensure("method.loftq_iter", lora.loftq_iter.is_none(), expected, found);
     }
     let rounds = choice.kind == MethodKind::QLora;
     let expected =
-        "`method.kind = \"qlora\"` with `model.dtype = \"nf4\"` beside \"loftq\", which starts from what rounding took";
-    within("method.init_lora_weights", rounds, expected, serde_json::to_string(&choice.kind).unwrap_or_default())?;
-    let nf4 = recipe.model.dtype.map_or(!recipe.is_gguf(), |dtype| dtype == Dtype::Nf4);
+        "`method.kind = \"qlora\"` with `model.dtype = \"nf4\"` for \"loftq\", which needs the quantization error";
+    ensure("method.init_lora_weights", rounds, expected, serde_json::to_string(&choice.kind).unwrap_or_default())?;
+    let nf4 = recipe.model.dtype.map_or(!recipe.is_gguf(), |dtype| dtype == WeightDtype::Nf4);
     let expected = "\"nf4\" with `method.init_lora_weights = \"loftq\"`";
-    let found = "\"packed\": of a file's own blocks nobody here knows what they were rounded from";
-    within("model.dtype", nf4, expected, found)?;
-    let expected = "1: with more, the base would no longer be nf4 of the model's weights, and the adapter one of no other copy of \
-                    it (take `method.kind = \"lora\"` on the base and the adapter that PEFT's quantize_save_load.py writes)";
+    let found = "\"packed\": the weights that a file's own blocks were quantized from are not known";
+    ensure("model.dtype", nf4, expected, found)?;
+    let expected = "1: with more, the base would no longer be nf4 of the model's weights, and the adapter would fit no \
+                    other copy of it (take `method.kind = \"lora\"` on the base and the adapter that PEFT's \
+                    quantize_save_load.py writes)";
     let iterations = lora.loftq_iter.unwrap_or(1);
-    within("method.loftq_iter", iterations == 1, expected, iterations)
+    ensure("method.loftq_iter", iterations == 1, expected, iterations)
 }
 
-fn virtual_tokens(tokens: &VirtualTokens, kind: MethodKind, found: &str) -> Result<(), Problem> {
-    at_least_one("method.num_virtual_tokens", Some(tokens.num_virtual_tokens))?;
-    at_least_one("method.encoder_hidden_size", tokens.encoder_hidden_size)?;
+fn virtual_tokens(tokens: &VirtualTokens, kind: MethodKind, found: &str) -> Result<(), InvalidValue> {
+    ensure_positive("method.num_virtual_tokens", Some(tokens.num_virtual_tokens))?;
+    ensure_positive("method.encoder_hidden_size", tokens.encoder_hidden_size)?;
     let of = |key, set: bool, kinds: &[MethodKind], words: &str| {
-        within(key, !set || kinds.contains(&kind), &format!("`method.kind` to be {words}"), found)
+        ensure(key, !set || kinds.contains(&kind), &format!("`method.kind` to be {words}"), found)
     };
     let (prefix, prompt, encoded) = (MethodKind::PTuningV2, MethodKind::Prompt, MethodKind::PTuning);
     of("method.prefix_projection", tokens.prefix_projection, &[prefix], "\"p-tuning-v2\"")?;
@@ -142,70 +147,70 @@ fn virtual_tokens(tokens: &VirtualTokens, kind: MethodKind, found: &str) -> Resu
     of("method.init_from_vocabulary", tokens.init_from_vocabulary, &[prompt], "\"prompt\"")?;
     of("method.init_weights", tokens.init_weights.is_some(), &[prefix], "\"p-tuning-v2\"")?;
     if let Some(weights) = &tokens.init_weights {
-        within("method.init_weights", weights == "zero", "\"zero\", or nothing for random numbers", weights)?;
-        within("method.init_weights", tokens.init_text.is_none(), "no `method.init_text` beside it", "it")?;
+        ensure("method.init_weights", weights == "zero", "\"zero\", or nothing for random numbers", weights)?;
+        ensure("method.init_weights", tokens.init_text.is_none(), "no `method.init_text` beside it", "it")?;
     }
     if let Some(text) = &tokens.init_text {
-        given("method.init_text", text, "a text")?;
+        ensure_given("method.init_text", text, "a text")?;
         let expected = "no `method.prefix_projection`, whose MLP has no inverse";
-        within("method.init_text", !tokens.prefix_projection, expected, "it")?;
-        within("method.init_text", !tokens.init_from_vocabulary, "no `method.init_from_vocabulary` beside it", "it")?;
+        ensure("method.init_text", !tokens.prefix_projection, expected, "it")?;
+        ensure("method.init_text", !tokens.init_from_vocabulary, "no `method.init_from_vocabulary` beside it", "it")?;
     }
     Ok(())
 }
 
-fn steps(steps: &Steps) -> Result<(), Problem> {
-    at_least_one("train.batch_size", Some(steps.batch_size))?;
-    at_least_one("train.gradient_accumulation", Some(steps.gradient_accumulation))?;
-    at_least_one("train.max_steps", steps.max_steps)?;
+fn steps(steps: &StepsConfig) -> Result<(), InvalidValue> {
+    ensure_positive("train.batch_size", Some(steps.batch_size))?;
+    ensure_positive("train.gradient_accumulation", Some(steps.gradient_accumulation))?;
+    ensure_positive("train.max_steps", steps.max_steps)?;
     if let Some(epochs) = steps.epochs {
-        within("train.epochs", epochs > 0.0 && epochs.is_finite(), "a number above 0", epochs)?;
+        ensure("train.epochs", epochs > 0.0 && epochs.is_finite(), "a number above 0", epochs)?;
         if let Some(max_steps) = steps.max_steps {
             let found = format!("epochs = {epochs} and max_steps = {max_steps}; remove one");
-            within("train.max_steps", false, "either `train.epochs` or `train.max_steps`", found)?;
+            ensure("train.max_steps", false, "either `train.epochs` or `train.max_steps`", found)?;
         }
     }
     Ok(())
 }
 
-fn optimizer(optimizer: &Optimizer) -> Result<(), Problem> {
-    let above = |key, value: f64| within(key, value > 0.0 && value.is_finite(), "a number above 0", value);
-    let not_below = |key, value: f64| within(key, value >= 0.0 && value.is_finite(), "a number, 0 or more", value);
+fn optimizer(optimizer: &OptimizerConfig) -> Result<(), InvalidValue> {
+    let above = |key, value: f64| ensure(key, value > 0.0 && value.is_finite(), "a number above 0", value);
+    let not_below = |key, value: f64| ensure(key, value >= 0.0 && value.is_finite(), "a number, 0 or more", value);
     if let Some(learning_rate) = optimizer.learning_rate {
         above("train.learning_rate", learning_rate)?;
     }
     not_below("train.weight_decay", optimizer.weight_decay)?;
     let decays = optimizer.betas.iter().all(|beta| (0.0..1.0).contains(beta));
-    within("train.betas", decays, "two numbers in [0, 1)", format!("{:?}", optimizer.betas))?;
+    ensure("train.betas", decays, "two numbers in [0, 1)", format!("{:?}", optimizer.betas))?;
     if let Some(ratio) = optimizer.loraplus_lr_ratio {
         above("train.loraplus_lr_ratio", ratio)?;
     }
     if let Some(rate) = optimizer.loraplus_lr_embedding {
         above("train.loraplus_lr_embedding", rate)?;
         let plus = optimizer.loraplus_lr_ratio.is_some();
-        within("train.loraplus_lr_embedding", plus, "`train.loraplus_lr_ratio` to be given too", "none")?;
+        ensure("train.loraplus_lr_embedding", plus, "`train.loraplus_lr_ratio` to be given too", "none")?;
     }
     above("train.epsilon", optimizer.epsilon)?;
     not_below("train.max_grad_norm", optimizer.max_grad_norm)
 }
 
-fn saving(saving: &Saving, validates: bool) -> Result<(), Problem> {
-    at_least_one("train.eval_every", saving.eval_every)?;
-    at_least_one("train.early_stopping", saving.early_stopping)?;
+fn saving(saving: &EvalSaveConfig, validates: bool) -> Result<(), InvalidValue> {
+    ensure_positive("train.eval_every", saving.eval_every)?;
+    ensure_positive("train.early_stopping", saving.early_stopping)?;
     let possible = saving.eval_every.is_some() || saving.early_stopping.is_none();
-    within("train.early_stopping", possible, "`train.eval_every` to be given too", "no `train.eval_every`")?;
-    at_least_one("train.save_every", saving.save_every)?;
-    at_least_one("train.keep", Some(saving.keep))?;
+    ensure("train.early_stopping", possible, "`train.eval_every` to be given too", "no `train.eval_every`")?;
+    ensure_positive("train.save_every", saving.save_every)?;
+    ensure_positive("train.keep", Some(saving.keep))?;
     if let Some(gib) = saving.memory_gib {
-        within("train.memory_gib", gib >= 0.0 && gib.is_finite(), "a number, 0 or more", gib)?;
+        ensure("train.memory_gib", gib >= 0.0 && gib.is_finite(), "a number, 0 or more", gib)?;
     }
     let possible = validates || saving.eval_every.is_none();
-    within("train.eval_every", possible, "`data.valid` to be given too", "no `data.valid`")?;
+    ensure("train.eval_every", possible, "`data.valid` to be given too", "no `data.valid`")?;
     let possible = validates || saving.eval_device.is_none();
-    within("train.eval_device", possible, "`data.valid` to be given too", "no `data.valid`")
+    ensure("train.eval_device", possible, "`data.valid` to be given too", "no `data.valid`")
 }
 
-fn schedule(schedule: &Schedule) -> Result<(), Problem> {
+fn schedule(schedule: &LrScheduleConfig) -> Result<(), InvalidValue> {
     if let Some(block) = &schedule.fp16 {
         loss_scaler(Some(block)).map_err(|error| ("train.fp16", error.to_string()))?;
     }
@@ -213,26 +218,26 @@ fn schedule(schedule: &Schedule) -> Result<(), Problem> {
     deepspeed_schedule(block, 1.0, (1, 1)).map(drop).map_err(|error| ("train.deepspeed_scheduler", error.to_string()))
 }
 
-fn parallel(parallel: &Parallel) -> Result<(), Problem> {
-    at_least_one("parallel.bucket_size", Some(parallel.division.bucket_size))?;
+fn parallel(parallel: &ParallelConfig) -> Result<(), InvalidValue> {
+    ensure_positive("parallel.bucket_size", Some(parallel.sharding.bucket_size))?;
     let offload = &parallel.offload;
-    let nvme = [offload.offload_optimizer, offload.offload_param].contains(&Place::Nvme);
+    let nvme = [offload.offload_optimizer, offload.offload_param].contains(&OffloadDevice::Nvme);
     let expected = "a folder with `offload_optimizer = \"nvme\"` or `offload_param = \"nvme\"`, and only then";
     let found = offload.nvme_path.as_deref().unwrap_or("none");
-    within("parallel.nvme_path", nvme == offload.nvme_path.is_some(), expected, found)?;
-    let divided = parallel.division.zero_stage == Stage::Weights || offload.offload_param == Place::None;
-    let found = format!("zero_stage = {}", u8::from(parallel.division.zero_stage));
-    within("parallel.offload_param", divided, "\"none\", or `zero_stage = 3`", found)
+    ensure("parallel.nvme_path", nvme == offload.nvme_path.is_some(), expected, found)?;
+    let divided = parallel.sharding.zero_stage == ZeroStage::Weights || offload.offload_param == OffloadDevice::None;
+    let found = format!("zero_stage = {}", u8::from(parallel.sharding.zero_stage));
+    ensure("parallel.offload_param", divided, "\"none\", or `zero_stage = 3`", found)
 }
 
-fn at_least_one(key: &'static str, count: Option<usize>) -> Result<(), Problem> {
-    within(key, count != Some(0), "a positive integer", 0)
+fn ensure_positive(key: &'static str, count: Option<usize>) -> Result<(), InvalidValue> {
+    ensure(key, count != Some(0), "a positive integer", 0)
 }
 
-fn given(key: &'static str, text: &str, expected: &str) -> Result<(), Problem> {
-    within(key, !text.trim().is_empty(), expected, "nothing")
+fn ensure_given(key: &'static str, text: &str, expected: &str) -> Result<(), InvalidValue> {
+    ensure(key, !text.trim().is_empty(), expected, "nothing")
 }
 
-fn within(key: &'static str, holds: bool, expected: &str, found: impl Display) -> Result<(), Problem> {
+fn ensure(key: &'static str, holds: bool, expected: &str, found: impl Display) -> Result<(), InvalidValue> {
     if holds { Ok(()) } else { Err((key, format!("expected {expected}, found {found}"))) }
 }

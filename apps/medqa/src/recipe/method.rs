@@ -1,84 +1,84 @@
 //! The table `[method]`: one flat table in the file, four small structs in the program.
 
-use super::value::{Layers, TargetModules};
-use burn_peft::config::{Bias, InitLora, OneOrMany};
+use super::value::{TargetModules, TrainableLayers};
+use burn_peft::config::{Bias, InitLoraWeights, OneOrMany};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-/// `[method]`
+/// The table `[method]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Method {
-    /// Prompts of every kind.
+pub struct MethodConfig {
+    /// The virtual tokens of prompt tuning, P-tuning and P-tuning v2.
     #[serde(flatten)]
-    pub tokens: VirtualTokens,
-    /// LoRA and its family.
+    pub virtual_tokens: VirtualTokens,
+    /// The hyperparameters of LoRA and its variants.
     #[serde(flatten)]
-    pub lora: Lora,
-    /// Which weights LoRA goes on, and what else learns.
+    pub lora: LoraOptions,
+    /// The modules that get adapters, and those that are trained in full.
     #[serde(flatten)]
-    pub scope: Scope,
-    /// The method.
+    pub targets: AdapterTargets,
+    /// The method, and settings that several methods share.
     #[serde(flatten)]
-    pub choice: Choice,
+    pub common: CommonMethodConfig,
 }
 
-/// The method, and what several have.
+/// The method, and settings that several methods share.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Choice {
-    /// Which parameters learn.
+pub struct CommonMethodConfig {
+    /// The fine-tuning method.
     pub kind: MethodKind,
-    /// Dropout, in [0, 1): before LoRA, or of a prefix.
+    /// The dropout probability, in [0, 1): on the input of LoRA, or on a prefix.
     pub dropout: f64,
     /// An adapter directory to start from; for a prompt also a safetensors file with the state of PEFT's encoder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init: Option<String>,
-    /// For `freeze`: which blocks learn, by default the last two; see [`Layers`].
+    /// For `freeze`: the blocks that are trained, by default the last two; see [`TrainableLayers`].
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub layers: Option<Layers>,
+    pub layers: Option<TrainableLayers>,
 }
 
-/// Which parameters learn.
+/// The fine-tuning method.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum MethodKind {
     /// Low-rank adapters beside frozen weights.
     #[default]
     Lora,
-    /// The same on weights that stay packed: a GGUF file's blocks, or nf4.
+    /// LoRA on weights that stay quantized: a GGUF file's blocks, or nf4.
     #[serde(rename = "qlora")]
     QLora,
-    /// The same as `lora`, magnitude and direction of the weights apart.
+    /// LoRA with the magnitude and the direction of the weights trained separately.
     Dora,
-    /// Factors of features.
+    /// Learned scaling factors of features.
     Ia3,
-    /// Keys and values before every sequence, in every block: prefix tuning.
+    /// Prefix tuning: learned keys and values before every sequence, in every block.
     #[serde(rename = "p-tuning-v2")]
     PTuningV2,
-    /// Embeddings before every sequence.
+    /// Prompt tuning: learned embeddings before every sequence.
     Prompt,
-    /// The same, made by an MLP.
+    /// Prompt tuning whose embeddings an MLP produces.
     PTuning,
-    /// Every weight.
+    /// Full fine-tuning: every weight is trained.
     Full,
-    /// The weights of some blocks; embedding, last norm and head stay as they are.
+    /// Training of some blocks only; embedding, final norm and output head stay frozen.
     Freeze,
 }
 
 impl MethodKind {
-    /// Whether it is of LoRA's family.
+    /// Returns whether this is LoRA or one of its variants.
     pub fn is_lora(self) -> bool {
         matches!(self, Self::Lora | Self::QLora | Self::Dora)
     }
 
-    /// Whether it trains virtual tokens.
+    /// Returns whether this method trains virtual tokens.
     pub fn is_prompt(self) -> bool {
         matches!(self, Self::PTuningV2 | Self::Prompt | Self::PTuning)
     }
 
-    /// The highest learning rate if the recipe names none.
-    pub fn learning_rate(self) -> f64 {
+    /// Returns the peak learning rate for a recipe that names none.
+    pub fn default_learning_rate(self) -> f64 {
         match self {
             Self::Lora | Self::QLora | Self::Dora => 2e-4,
             Self::Ia3 => 5e-3,
@@ -90,35 +90,36 @@ impl MethodKind {
     }
 }
 
-/// LoRA's numbers.
+/// The hyperparameters of LoRA.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Lora {
-    /// Rank of the adapters.
+pub struct LoraOptions {
+    /// The LoRA rank.
     pub r: usize,
-    /// Their scale: `alpha / r`, or `alpha / √r` with `use_rslora`.
+    /// The numerator of the adapters' scale: `alpha / r`, or `alpha / √r` with `use_rslora`.
     pub alpha: f64,
-    /// Rank-stabilised scale.
+    /// True for the rank-stabilised scale.
     pub use_rslora: bool,
-    /// What they start from: true, false, `"gaussian"`, `"orthogonal"`, `"olora"`, `"pissa"`, `"pissa_niter_N"`, or, on nf4,
-    /// `"loftq"`: the most of what rounding took.
-    pub init_lora_weights: InitLora,
-    /// For `"loftq"`: how often the base is rounded; 1, the default, is all that leaves it nf4 of the model's weights.
+    /// The initialization of the adapters: true, false, `"gaussian"`, `"orthogonal"`, `"olora"`, `"pissa"`,
+    /// `"pissa_niter_N"`, or, on nf4, `"loftq"`: a low-rank approximation of the quantization error.
+    pub init_lora_weights: InitLoraWeights,
+    /// For `"loftq"`: the number of times that the base model is quantized; only with 1, the default, does it stay nf4
+    /// of the model's weights.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loftq_iter: Option<usize>,
-    /// Other ranks, by the end of a path or a regular expression.
+    /// LoRA ranks of single modules, by the end of a path or a regular expression.
     pub rank_pattern: Map<String, Value>,
-    /// Other values of `alpha`, likewise.
+    /// Values of `alpha` of single modules, likewise.
     pub alpha_pattern: Map<String, Value>,
 }
 
-impl Default for Lora {
+impl Default for LoraOptions {
     fn default() -> Self {
         Self {
             r: 8,
             alpha: 16.0,
             use_rslora: false,
-            init_lora_weights: InitLora::True,
+            init_lora_weights: InitLoraWeights::True,
             loftq_iter: None,
             rank_pattern: Map::new(),
             alpha_pattern: Map::new(),
@@ -126,51 +127,52 @@ impl Default for Lora {
     }
 }
 
-/// What LoRA's family goes on, and what else learns.
+/// The modules that get adapters, and those that are trained in full.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Scope {
-    /// Which projections get an adapter: names, or one pattern. By default PEFT's for LLaMA: those of queries and values, for
-    /// IA3 keys, values and `down_proj`.
+pub struct AdapterTargets {
+    /// The projections that get an adapter: names, or one pattern. By default PEFT's for LLaMA: those of queries and
+    /// values, for IA3 those of keys and values and `down_proj`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_modules: Option<TargetModules>,
-    /// Which of them get none after all.
+    /// The projections among these that get none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<TargetModules>,
-    /// Only in the blocks of these numbers.
+    /// The indices of the blocks that get adapters; by default all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_to_transform: Option<OneOrMany<usize>>,
-    /// What the lists of blocks are called, where `layers_to_transform` cannot tell: a name or several.
+    /// The names of the lists of blocks, if `layers_to_transform` alone is ambiguous: one or several.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_pattern: Option<OneOrMany<String>>,
-    /// For `ia3`: those of `target_modules` whose inputs are scaled instead of their outputs; by default `down_proj`.
+    /// For `ia3`: the modules of `target_modules` whose inputs are scaled instead of their outputs; by default
+    /// `down_proj`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub feedforward_modules: Option<TargetModules>,
-    /// Which biases of the model learn: `"none"`, `"all"` or `"lora_only"`.
+    /// The biases of the model that are trained: `"none"`, `"all"` or `"lora_only"`.
     pub bias: Bias,
-    /// Modules of the model that learn whole, such as `"lm_head"`.
+    /// The modules of the model that are trained in full, such as `"lm_head"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub modules_to_save: Option<Vec<String>>,
 }
 
-/// Prompts of every kind.
+/// The virtual tokens of prompt tuning, P-tuning and P-tuning v2.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct VirtualTokens {
-    /// How many there are.
+    /// The number of virtual tokens.
     pub num_virtual_tokens: usize,
-    /// For `p-tuning-v2`: an MLP makes them while they are trained.
+    /// For `p-tuning-v2`: an MLP produces them during training.
     pub prefix_projection: bool,
-    /// Its width, and that of `p-tuning`'s; by default PEFT's.
+    /// The hidden size of this MLP and of `p-tuning`'s; by default PEFT's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub encoder_hidden_size: Option<usize>,
     /// For `p-tuning-v2`: `"zero"` starts from keys and values of zero, not random ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_weights: Option<String>,
-    /// A text that they start as (not with an MLP).
+    /// The text that they are initialized from (not with an MLP).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_text: Option<String>,
-    /// For `prompt`: they start as tokens drawn from the vocabulary.
+    /// For `prompt`: initializes them from tokens drawn from the vocabulary.
     pub init_from_vocabulary: bool,
 }
 

@@ -1,15 +1,15 @@
-//! A training run as one TOML file, read once and checked once.
+//! The recipe of a training run: one TOML file, read once and validated once.
 //!
 //! ```text
-//! file + --set key=value → read (known keys, right types) → defaults → check (possible values) → Recipe
+//! file + --set key=value → read (known keys, right types, defaults) → check (valid values) → derived defaults → Recipe
 //! ```
 //!
-//! Nobody validates a [`Recipe`] again: what [`Recipe::load`] returns can be run. [`Recipe::to_toml`] writes every
-//! default out, so that the file kept beside a run says all that it did. Relative paths are relative to the current
+//! A [`Recipe`] that [`Recipe::load`] returns is valid and is not validated again. [`Recipe::to_toml`] writes every
+//! default out, so that the copy in the run directory is complete. Relative paths are relative to the current
 //! directory.
 
 mod check;
-mod foreign;
+mod external_config;
 mod method;
 mod parallel;
 mod read;
@@ -24,33 +24,36 @@ use serde::{Deserialize, Serialize};
 
 use crate::fetch;
 
-pub use foreign::{loss_scaler, schedule as deepspeed_schedule};
-pub use method::{Choice, Lora, Method, MethodKind, Scope, VirtualTokens};
-pub use parallel::{Division, Files, Offload, Parallel, Place};
-pub use tables::{Compute, Data, Dtype, Model, OnTooLong};
-pub use train::{Optimizer, OptimizerKind, ReportTo, Saving, Schedule, Scheduler, Steps, Train};
-pub use value::{Checkpointing, Layers, Packing, TargetModules};
+pub use external_config::{loss_scaler, schedule as deepspeed_schedule};
+pub use method::{AdapterTargets, CommonMethodConfig, LoraOptions, MethodConfig, MethodKind, VirtualTokens};
+pub use parallel::{OffloadConfig, OffloadDevice, ParallelConfig, ParallelFiles, ShardingConfig};
+pub use tables::{ComputeDtype, DataConfig, ModelConfig, OnTooLong, WeightDtype};
+pub use train::{
+    EvalSaveConfig, LrScheduleConfig, LrSchedulerType, OptimizerConfig, OptimizerKind, ReportTo, StepsConfig,
+    TrainConfig,
+};
+pub use value::{ActivationCheckpointing, Packing, TargetModules, TrainableLayers};
 
 /// One training run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Recipe {
-    /// What is trained.
-    pub model: Model,
-    /// What it is trained on.
-    pub data: Data,
-    /// Which of its parameters learn.
-    pub method: Method,
-    /// How they learn.
-    pub train: Train,
-    /// What is divided among ranks.
-    pub parallel: Parallel,
+    /// The base model.
+    pub model: ModelConfig,
+    /// The training and validation data.
+    pub data: DataConfig,
+    /// The fine-tuning method.
+    pub method: MethodConfig,
+    /// Steps, optimizer, learning rate, evaluation and checkpoints.
+    pub train: TrainConfig,
+    /// Sharding among ranks, and offload.
+    pub parallel: ParallelConfig,
 }
 
 impl Recipe {
-    /// Reads the recipe at `path` for a run of `world` ranks; each of `sets` is a `table.key=value` that overrides it. A
-    /// ds_config or an Accelerate file that it names is part of the recipe from then on; the second value says which of its
-    /// keys are not honoured.
+    /// Reads the recipe at `path` for a run of `world` ranks; each of `sets` is a `table.key=value` that overrides it.
+    /// A ds_config or Accelerate file that it names is merged into the recipe; the second return value lists the keys
+    /// of that file that are not honoured.
     ///
     /// # Errors
     /// One line that names the file (or `--set`), the key, what was expected and what was found.
@@ -58,51 +61,51 @@ impl Recipe {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()))?;
         let (recipe, origin, notes) = read::read(&text, path, sets, Some(world))?;
-        Ok((recipe.checked(&origin)?, notes))
+        Ok((recipe.validated(&origin)?, notes))
     }
 
-    /// [`Recipe::load`] for a text that came from `path`; files of other programs are named and not read.
+    /// Parses a recipe from `text`, which came from `path`. A ds_config or Accelerate file that it names is not read.
     pub fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Self> {
         let (recipe, origin, _) = read::read(text, path, sets, None)?;
-        recipe.checked(&origin)
+        recipe.validated(&origin)
     }
 
-    fn checked(mut self, origin: &read::Origin) -> Result<Self> {
-        // Impossible values are refused before defaults that depend on them are chosen.
+    fn validated(mut self, origin: &read::Origin) -> Result<Self> {
+        // Invalid values are refused before the defaults that depend on them are filled in.
         check::check(&self).map_err(|(key, problem)| origin.error(key, &problem))?;
-        self.fill();
+        self.fill_defaults();
         Ok(self)
     }
 
-    /// The recipe with every default written out; loading it gives the same recipe.
+    /// Returns the recipe as TOML with every default written out; loading it gives the same recipe.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string_pretty(self).context("the recipe cannot be written as TOML")
     }
 
-    /// Whether the model is a GGUF file, as far as its name tells.
+    /// Returns whether the model is a GGUF file, judged by its name.
     fn is_gguf(&self) -> bool {
         self.model.path.to_ascii_lowercase().ends_with(".gguf") || self.model.path == fetch::SMOLLM2
     }
 
-    /// Defaults that depend on other keys.
-    fn fill(&mut self) {
-        let kind = self.method.choice.kind;
+    /// Fills in the defaults that depend on other keys.
+    fn fill_defaults(&mut self) {
+        let kind = self.method.common.kind;
         if kind == MethodKind::Freeze {
-            self.method.choice.layers.get_or_insert_default();
+            self.method.common.layers.get_or_insert_default();
         }
         if kind.is_lora() {
-            self.method.scope.target_modules.get_or_insert_default();
+            self.method.targets.target_modules.get_or_insert_default();
         }
         let gguf = self.is_gguf();
         let learns = matches!(kind, MethodKind::Full | MethodKind::Freeze);
         self.model.dtype.get_or_insert(match (kind, gguf) {
-            (MethodKind::QLora, true) => Dtype::Packed,
-            (MethodKind::QLora, false) => Dtype::Nf4,
-            _ if self.model.compute == Compute::Bf16 && !learns => Dtype::Bf16,
-            _ if self.model.compute == Compute::F16 && !learns => Dtype::F16,
-            _ => Dtype::F32,
+            (MethodKind::QLora, true) => WeightDtype::Packed,
+            (MethodKind::QLora, false) => WeightDtype::Nf4,
+            _ if self.model.compute == ComputeDtype::Bf16 && !learns => WeightDtype::Bf16,
+            _ if self.model.compute == ComputeDtype::F16 && !learns => WeightDtype::F16,
+            _ => WeightDtype::F32,
         });
-        self.train.optimizer.learning_rate.get_or_insert(kind.learning_rate());
+        self.train.optimizer.learning_rate.get_or_insert(kind.default_learning_rate());
         let steps = &mut self.train.steps;
         if steps.max_steps.is_none() {
             steps.epochs.get_or_insert(1.0);

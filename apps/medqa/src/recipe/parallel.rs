@@ -1,56 +1,56 @@
-//! The table `[parallel]`: what is divided among ranks, where it is, and whose files say so. One flat table in the file, three
-//! small structs in the program.
+//! The table `[parallel]`: sharding, offload, and configuration files of other programs. One flat table in the file,
+//! three small structs in the program.
 
-use burn_zero::ds_config::{Stage, fsdp_stage};
+use burn_zero::ds_config::{ZeroStage, fsdp_stage};
 use serde::{Deserialize, Deserializer, Serialize, de::Error};
 
-/// `[parallel]`
+/// The table `[parallel]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Parallel {
-    /// What is divided.
+pub struct ParallelConfig {
+    /// Sharding among ranks.
     #[serde(flatten)]
-    pub division: Division,
-    /// What is not on the device that trains.
+    pub sharding: ShardingConfig,
+    /// Offload from the training device.
     #[serde(flatten)]
-    pub offload: Offload,
-    /// Files that say what this table does, and one that a run writes.
+    pub offload: OffloadConfig,
+    /// Configuration files of other programs, and the timeline that a run writes.
     #[serde(flatten)]
-    pub files: Files,
+    pub files: ParallelFiles,
 }
 
-/// What is divided among ranks.
+/// Sharding among ranks.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Division {
-    /// What ZeRO divides among the ranks that `mpirun` starts: nothing (0), optimizer states (1), gradients too (2), weights too
-    /// (3); or FSDP's `NO_SHARD`, `SHARD_GRAD_OP`, `FULL_SHARD`.
+pub struct ShardingConfig {
+    /// The ZeRO stage, which tells what is sharded among the ranks that `mpirun` starts: nothing (0), optimizer states
+    /// (1), gradients too (2), weights too (3); or FSDP's `NO_SHARD`, `SHARD_GRAD_OP`, `FULL_SHARD`.
     #[serde(deserialize_with = "stage")]
-    pub zero_stage: Stage,
-    /// So many values are reduced or gathered at a time.
+    pub zero_stage: ZeroStage,
+    /// The bucket size: the number of values that are reduced or gathered at a time.
     pub bucket_size: usize,
-    /// Whether communication and updates go on while the next segment computes. It changes no result.
+    /// True if communication and optimizer updates overlap the computation of the next segment. It changes no result.
     pub overlap: bool,
 }
 
-/// What is not on the device that trains.
+/// Offload from the training device.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Offload {
-    /// Where optimizer states are.
-    pub offload_optimizer: Place,
-    /// Where this rank's part of the weights is, with stage 3.
-    pub offload_param: Place,
-    /// The folder for what is in files, with `nvme`.
+pub struct OffloadConfig {
+    /// The location of the optimizer states.
+    pub offload_optimizer: OffloadDevice,
+    /// The location of this rank's parameter shard, with stage 3.
+    pub offload_param: OffloadDevice,
+    /// The folder of the offload files, with `nvme`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nvme_path: Option<String>,
 }
 
-/// Other programs' files, and the timeline.
+/// Configuration files of other programs, and the timeline of a run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Files {
-    /// A ds_config.json: what it says is put where this recipe says nothing. A recipe that was loaded has none.
+pub struct ParallelFiles {
+    /// A ds_config.json, whose settings fill keys that this recipe leaves out. A recipe that was loaded has none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deepspeed: Option<String>,
     /// The same for a YAML file of `accelerate config`.
@@ -61,34 +61,35 @@ pub struct Files {
     pub trace: Option<String>,
 }
 
-/// Where something is.
+/// The location of offloaded states, as in DeepSpeed's `offload_optimizer.device`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Place {
-    /// On the device that trains.
+pub enum OffloadDevice {
+    /// On the training device.
     #[default]
     None,
-    /// In this machine's memory; optimizer states are updated by its processor.
+    /// In host memory; optimizer states are updated by the CPU.
     Cpu,
-    /// In a file, through a few buffers.
+    /// In a file, which is read and written through a few buffers.
     Nvme,
 }
 
-impl Default for Division {
+impl Default for ShardingConfig {
     fn default() -> Self {
-        Self { zero_stage: Stage::Replicated, bucket_size: 4 << 20, overlap: true }
+        Self { zero_stage: ZeroStage::Disabled, bucket_size: 4 << 20, overlap: true }
     }
 }
 
-fn stage<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Stage, D::Error> {
+fn stage<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ZeroStage, D::Error> {
     let expected = "0, 1, 2, 3, \"NO_SHARD\", \"SHARD_GRAD_OP\" or \"FULL_SHARD\"";
-    stage_of(&toml::Value::deserialize(deserializer)?).ok_or_else(|| D::Error::custom(format!("expected {expected}")))
+    parse_stage(&toml::Value::deserialize(deserializer)?)
+        .ok_or_else(|| D::Error::custom(format!("expected {expected}")))
 }
 
-/// The stage that a value names.
-pub fn stage_of(value: &toml::Value) -> Option<Stage> {
+/// Returns the stage that a value names.
+pub fn parse_stage(value: &toml::Value) -> Option<ZeroStage> {
     match value {
-        toml::Value::Integer(number) => u8::try_from(*number).ok().and_then(|number| Stage::try_from(number).ok()),
+        toml::Value::Integer(number) => u8::try_from(*number).ok().and_then(|number| ZeroStage::try_from(number).ok()),
         toml::Value::String(name) => fsdp_stage(name).ok(),
         _ => None,
     }

@@ -1,6 +1,6 @@
-//! TOML and `--set` into a recipe, with errors that name the key.
+//! Parses TOML and `--set` into a recipe, with errors that name the key.
 //!
-//! Every table's fields have defaults, so each key can be read alone first: whatever goes wrong then is that key's.
+//! Every field of a table has a default, so each key is first deserialized alone: an error then belongs to that key.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -12,50 +12,52 @@ use serde::{Deserialize, forward_to_deserialize_any};
 use toml::{Table, Value};
 
 use super::{
-    Choice, Data, Division, Files, Lora, Method, Model, Offload, Optimizer, Parallel, Recipe, Saving, Schedule, Scope,
-    Steps, Train, VirtualTokens,
-    foreign::{self, Foreign, Said},
-    parallel::stage_of,
+    AdapterTargets, CommonMethodConfig, DataConfig, EvalSaveConfig, LoraOptions, LrScheduleConfig, MethodConfig,
+    ModelConfig, OffloadConfig, OptimizerConfig, ParallelConfig, ParallelFiles, Recipe, ShardingConfig, StepsConfig,
+    TrainConfig, VirtualTokens,
+    external_config::{self, ExternalConfig, ExternalSetting},
+    parallel::parse_stage,
 };
 
-/// Where each key's value came from.
+/// The origin of each key's value: the recipe file, `--set`, or the configuration file of another program.
 pub struct Origin {
     file: PathBuf,
     sets: BTreeSet<String>,
-    /// Keys whose values came from another program's file.
-    foreign: BTreeMap<String, String>,
+    /// Keys whose values came from another program's file, with the name of that file.
+    external: BTreeMap<String, String>,
 }
 
 impl Origin {
-    /// An error about `key`, opened by the place where it was written.
+    /// Returns an error about `key` that starts with the place where its value was written.
     pub fn error(&self, key: &str, problem: &str) -> anyhow::Error {
-        anyhow!("{}: `{key}`: {problem}", self.place(key))
+        anyhow!("{}: `{key}`: {problem}", self.location(key))
     }
 
-    fn place(&self, key: &str) -> String {
+    fn location(&self, key: &str) -> String {
         let set = self.sets.iter().any(|set| set == key || key.starts_with(&format!("{set}.")));
-        match self.foreign.get(key) {
+        match self.external.get(key) {
             _ if set => "--set".to_string(),
             Some(file) => file.clone(),
             None => self.file.display().to_string(),
         }
     }
 
-    /// Puts what another program's file says where the recipe says nothing.
-    fn merge(&mut self, table: &mut Table, foreign: &Foreign) -> Result<()> {
+    /// Fills keys that the recipe leaves out with another program's settings, and refuses contradictions.
+    fn merge(&mut self, table: &mut Table, foreign: &ExternalConfig) -> Result<()> {
         let file = &foreign.file;
-        for Said { key, theirs, value, weak } in &foreign.said {
+        for ExternalSetting { key, external_key: theirs, value, is_default: weak } in &foreign.settings {
             let (name, last) = key.split_once('.').unwrap_or_default();
-            // A scheduler of theirs stands for all that ours is.
-            let rivals: &[&str] = if last == "deepspeed_scheduler" { &["scheduler", "warmup", last] } else { &[last] };
-            let said = table.get(name).and_then(Value::as_table);
-            let rival = rivals.iter().find_map(|&rival| Some((rival, said?.get(rival)?)));
-            if let Some((rival, ours)) = rival {
-                if !weak && !same(ours, value) {
+            // A DeepSpeed scheduler replaces both of the recipe's own keys, `scheduler` and `warmup`.
+            let own_keys: &[&str] =
+                if last == "deepspeed_scheduler" { &["scheduler", "warmup", last] } else { &[last] };
+            let section_table = table.get(name).and_then(Value::as_table);
+            let own_key = own_keys.iter().find_map(|&rival| Some((rival, section_table?.get(rival)?)));
+            if let Some((rival, ours)) = own_key {
+                if !weak && !same_value(ours, value) {
                     let ours_at = format!("{name}.{rival}");
                     bail!(
                         "{file}: `{theirs}` is {value}, but {}: `{ours_at}` is {ours}; remove one of the two",
-                        self.place(&ours_at)
+                        self.location(&ours_at)
                     );
                 }
                 continue;
@@ -63,7 +65,7 @@ impl Origin {
             let section = table.entry(name).or_insert_with(|| Value::Table(Table::new()));
             if let Value::Table(section) = section {
                 section.insert(last.to_owned(), value.clone());
-                self.foreign.insert((*key).to_owned(), file.clone());
+                self.external.insert((*key).to_owned(), file.clone());
             }
         }
         if let Some(Value::Table(parallel)) = table.get_mut("parallel") {
@@ -73,39 +75,41 @@ impl Origin {
     }
 }
 
-/// Whether two ways to write a value mean the same.
-fn same(a: &Value, b: &Value) -> bool {
+/// Returns whether two values mean the same, even if they are written differently.
+fn same_value(a: &Value, b: &Value) -> bool {
     let number = |value: &Value| value.as_float().or_else(|| value.as_integer().map(|number| number as f64));
     match (a, b) {
-        (Value::String(name), Value::Integer(_)) => fsdp(name).is_some() && fsdp(name) == stage_of(b).map(u8::from),
-        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same(a, b)),
+        (Value::String(name), Value::Integer(_)) => {
+            fsdp_stage_number(name).is_some() && fsdp_stage_number(name) == parse_stage(b).map(u8::from)
+        }
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| same_value(a, b)),
         _ => a == b || number(a).is_some() && number(a) == number(b),
     }
 }
 
-fn fsdp(name: &str) -> Option<u8> {
-    stage_of(&Value::String(name.to_owned())).map(u8::from)
+fn fsdp_stage_number(name: &str) -> Option<u8> {
+    parse_stage(&Value::String(name.to_owned())).map(u8::from)
 }
 
-/// Reads `text`, overridden by `sets`; with the number of ranks, also the file of another program that it names, and says what
-/// that one says in vain.
+/// Reads `text`, overridden by `sets`. Given the number of ranks, it also merges the ds_config or Accelerate file that
+/// the recipe names; the third return value lists the settings of that file that have no effect.
 pub fn read(text: &str, file: &Path, sets: &[String], world: Option<u64>) -> Result<(Recipe, Origin, Vec<String>)> {
     let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
         let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
         let (line, message) = (before.matches('\n').count() + 1, error.message().replace('\n', ", "));
         anyhow!("{}:{line}: not valid TOML: {message}", file.display())
     })?;
-    let mut origin = Origin { file: file.to_path_buf(), sets: BTreeSet::new(), foreign: BTreeMap::new() };
+    let mut origin = Origin { file: file.to_path_buf(), sets: BTreeSet::new(), external: BTreeMap::new() };
     for set in sets {
-        let key = apply(&mut table, set)?;
+        let key = apply_override(&mut table, set)?;
         origin.sets.insert(key);
     }
     let tables = tables();
     if let Some(name) = table.keys().find(|name| !tables.iter().any(|(known, _)| known == name)) {
-        return Err(origin.error(name, &unknown(name)));
+        return Err(origin.error(name, &unknown_key_message(name)));
     }
     let recipe = sections(&table, &origin)?;
-    let foreign = world.map(|world| foreign::read(&recipe, world)).transpose()?.flatten();
+    let foreign = world.map(|world| external_config::read(&recipe, world)).transpose()?.flatten();
     let Some(foreign) = foreign else { return Ok((recipe, origin, Vec::new())) };
     origin.merge(&mut table, &foreign)?;
     let recipe = sections(&table, &origin)?;
@@ -124,16 +128,33 @@ fn sections(table: &Table, origin: &Origin) -> Result<Recipe> {
     })
 }
 
-/// Every table and its keys.
+/// Returns every table and its keys.
 fn tables() -> [(&'static str, Vec<&'static str>); 5] {
-    let train = [fields::<Steps>(), fields::<Optimizer>(), fields::<Schedule>(), fields::<Saving>()].concat();
-    let method = [fields::<Choice>(), fields::<Lora>(), fields::<Scope>(), fields::<VirtualTokens>()].concat();
-    let parallel = [fields::<Division>(), fields::<Offload>(), fields::<Files>()].concat();
-    // The tables themselves only flatten these; were they to gain a field of their own, this would miss it.
-    debug_assert!(fields::<Train>().is_empty() && fields::<Method>().is_empty() && fields::<Parallel>().is_empty());
+    let train = [
+        field_names::<StepsConfig>(),
+        field_names::<OptimizerConfig>(),
+        field_names::<LrScheduleConfig>(),
+        field_names::<EvalSaveConfig>(),
+    ]
+    .concat();
+    let method = [
+        field_names::<CommonMethodConfig>(),
+        field_names::<LoraOptions>(),
+        field_names::<AdapterTargets>(),
+        field_names::<VirtualTokens>(),
+    ]
+    .concat();
+    let parallel =
+        [field_names::<ShardingConfig>(), field_names::<OffloadConfig>(), field_names::<ParallelFiles>()].concat();
+    // The tables themselves only flatten these structs; a field of their own would be missed here.
+    debug_assert!(
+        field_names::<TrainConfig>().is_empty()
+            && field_names::<MethodConfig>().is_empty()
+            && field_names::<ParallelConfig>().is_empty()
+    );
     [
-        ("model", fields::<Model>().to_vec()),
-        ("data", fields::<Data>().to_vec()),
+        ("model", field_names::<ModelConfig>().to_vec()),
+        ("data", field_names::<DataConfig>().to_vec()),
         ("method", method),
         ("train", train),
         ("parallel", parallel),
@@ -150,16 +171,16 @@ fn section<T: DeserializeOwned>(table: &Table, known: &(&str, Vec<&str>), origin
     for (key, value) in &found {
         let path = format!("{name}.{key}");
         if !keys.contains(&key.as_str()) {
-            return Err(origin.error(&path, &unknown(&path)));
+            return Err(origin.error(&path, &unknown_key_message(&path)));
         }
         let alone = Table::from_iter([(key.clone(), value.clone())]);
-        T::deserialize(Value::Table(alone)).map_err(|error| origin.error(&path, &plain(error.message())))?;
+        T::deserialize(Value::Table(alone)).map_err(|error| origin.error(&path, &readable_message(error.message())))?;
     }
-    T::deserialize(Value::Table(found)).map_err(|error| origin.error(name, &plain(error.message())))
+    T::deserialize(Value::Table(found)).map_err(|error| origin.error(name, &readable_message(error.message())))
 }
 
 /// Overrides one key by `table.key=value` and returns the key. The value is TOML, or else a string.
-fn apply(table: &mut Table, set: &str) -> Result<String> {
+fn apply_override(table: &mut Table, set: &str) -> Result<String> {
     let (key, text) = set
         .split_once('=')
         .ok_or_else(|| anyhow!("--set {set}: expected table.key=value, such as train.batch_size=8"))?;
@@ -180,12 +201,13 @@ fn apply(table: &mut Table, set: &str) -> Result<String> {
     Ok(key.to_string())
 }
 
-fn unknown(path: &str) -> String {
-    format!("unknown key; the nearest known key is `{}`", nearest(path))
+fn unknown_key_message(path: &str) -> String {
+    format!("unknown key; the nearest known key is `{}`", nearest_key(path))
 }
 
-/// The known key that looks most like `path`, by its last part first: `train.max_length` is meant as `data.max_length`.
-fn nearest(path: &str) -> String {
+/// Returns the known key most similar to `path`. The last part counts most: `train.max_length` suggests
+/// `data.max_length`.
+fn nearest_key(path: &str) -> String {
     let likeness = |known: &str| {
         let last = |path: &str| path.rsplit('.').next().unwrap_or_default().to_ascii_lowercase();
         let (wanted, candidate) = (last(path), last(known));
@@ -195,14 +217,14 @@ fn nearest(path: &str) -> String {
         parts + 0.1 * strsim::normalized_damerau_levenshtein(path, known)
     };
     let tables = tables();
-    // A lone word is looked for among the tables too.
+    // A word without a point may also be meant as the name of a table.
     let names = tables.iter().map(|(name, _)| name.to_string()).filter(|_| !path.contains('.'));
     let keys = tables.iter().flat_map(|(name, keys)| keys.iter().map(move |key| format!("{name}.{key}")));
     names.chain(keys).max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default()
 }
 
-/// serde's `invalid type: F, expected E`, in the words of the person who wrote the value.
-fn plain(message: &str) -> String {
+/// Rewrites serde's `invalid type: F, expected E` in terms that the author of the recipe knows.
+fn readable_message(message: &str) -> String {
     let message = message.trim_end();
     let starts = ["invalid type: ", "invalid value: ", "invalid "];
     let Some((start, rest)) = starts.iter().find_map(|start| message.split_once(start)) else {
@@ -219,48 +241,50 @@ fn plain(message: &str) -> String {
     format!("{start}expected {expected}, found {found}")
 }
 
-/// The names of a struct's fields as serde sees them; none for a struct that flattens others.
-fn fields<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
+/// Returns the names of a struct's fields as serde sees them; none for a struct that only flattens others.
+fn field_names<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
     let mut seen: &'static [&'static str] = &[];
-    // The capture ends in an error by design: no value is ever made.
-    let _ = T::deserialize(Capture(&mut seen));
+    // The capture always ends in an error: no value is ever built.
+    let _ = T::deserialize(FieldNameCapture(&mut seen));
     seen
 }
 
-struct Capture<'a>(&'a mut &'static [&'static str]);
+/// A deserializer that only records the names of a struct's fields.
+struct FieldNameCapture<'a>(&'a mut &'static [&'static str]);
 
+/// The error that ends a capture.
 #[derive(Debug)]
-struct Seen;
+struct FieldsCaptured;
 
-impl fmt::Display for Seen {
+impl fmt::Display for FieldsCaptured {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("fields seen")
     }
 }
 
-impl std::error::Error for Seen {}
+impl std::error::Error for FieldsCaptured {}
 
-impl serde::de::Error for Seen {
+impl serde::de::Error for FieldsCaptured {
     fn custom<T: fmt::Display>(_: T) -> Self {
         Self
     }
 }
 
-impl<'de> Deserializer<'de> for Capture<'_> {
-    type Error = Seen;
+impl<'de> Deserializer<'de> for FieldNameCapture<'_> {
+    type Error = FieldsCaptured;
 
     fn deserialize_struct<V: Visitor<'de>>(
         self,
         _: &'static str,
         fields: &'static [&'static str],
         _: V,
-    ) -> Result<V::Value, Seen> {
+    ) -> Result<V::Value, FieldsCaptured> {
         *self.0 = fields;
-        Err(Seen)
+        Err(FieldsCaptured)
     }
 
-    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, Seen> {
-        Err(Seen)
+    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, FieldsCaptured> {
+        Err(FieldsCaptured)
     }
 
     forward_to_deserialize_any! {

@@ -1,119 +1,121 @@
-//! The tables `[model]`, `[data]` and `[method]`.
+//! The tables `[model]` and `[data]`.
 
 use burn::tensor::DType;
 use burn_llama::Storage;
 use burn_peft::kernel;
 use serde::{Deserialize, Serialize};
 
-use super::value::{Packing, Source, sources};
+use super::value::{DatasetSource, Packing, sources};
 use crate::data::{Columns, Format, Schema};
 
-/// `[model]`
+/// The table `[model]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Model {
+pub struct ModelConfig {
     /// A Hugging Face directory, a GGUF file, a hub id or `smollm2-135m-instruct`.
     pub path: String,
-    /// Storage of the weights that do not learn; always there once a recipe is loaded: by default f32, with `qlora` the GGUF
+    /// The storage format of frozen weights; always set once a recipe is loaded. By default f32, with `qlora` the GGUF
     /// file's own blocks, or nf4.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub dtype: Option<Dtype>,
-    /// In what products with the model's weights are computed; with bf16 or f16, weights that do not learn are stored so by
-    /// default.
-    pub compute: Compute,
+    pub dtype: Option<WeightDtype>,
+    /// The numeric format of matrix products with the model's weights; with bf16 or f16, frozen weights are also stored
+    /// in it by default.
+    pub compute: ComputeDtype,
 }
 
-/// In what products are computed. Norms, attention, adapters, sums, the optimizer and weights that learn are f32 either way.
+/// Numeric format of the matrix products. Norms, attention, adapters, accumulators, the optimizer and trainable weights
+/// are f32 in any case.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum Compute {
-    /// Products of f32
+pub enum ComputeDtype {
+    /// Matrix products in f32
     #[default]
     F32,
-    /// Products of bf16, to which both factors are rounded: faster where the machine multiplies them itself
+    /// Matrix products in bf16, to which both factors are rounded: faster if the hardware multiplies bf16
     Bf16,
-    /// Products of f16, to which both factors are rounded: what f16 would give elsewhere, at no gain here; the loss is scaled
+    /// Matrix products in f16, to which both factors are rounded: the results of f16 elsewhere, without a gain in speed
+    /// here; the loss is scaled
     F16,
 }
 
-impl From<Compute> for kernel::Compute {
-    fn from(compute: Compute) -> Self {
+impl From<ComputeDtype> for kernel::MatmulPrecision {
+    fn from(compute: ComputeDtype) -> Self {
         match compute {
-            Compute::F32 => Self::F32,
-            Compute::Bf16 => Self::Bf16,
-            Compute::F16 => Self::F16,
+            ComputeDtype::F32 => Self::F32,
+            ComputeDtype::Bf16 => Self::Bf16,
+            ComputeDtype::F16 => Self::F16,
         }
     }
 }
 
-/// How a frozen weight is stored.
+/// Storage format of frozen weights.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// 4 bytes
+pub enum WeightDtype {
+    /// 4 bytes per weight
     #[default]
     F32,
-    /// 2 bytes, 10 bits of mantissa
+    /// 2 bytes per weight, 10 bits of mantissa
     F16,
-    /// 2 bytes, the range of f32
+    /// 2 bytes per weight, the range of f32
     Bf16,
-    /// The GGUF file's blocks as they are
+    /// The quantized blocks of the GGUF file as they are
     Packed,
-    /// 4-bit blocks made from whatever the file holds
+    /// 4-bit NormalFloat blocks, quantized from whatever the file holds
     Nf4,
 }
 
-impl Dtype {
-    /// Whether weights are blocks, which cannot learn.
+impl WeightDtype {
+    /// Returns whether weights are quantized blocks, which cannot be trained.
     pub fn is_packed(self) -> bool {
         matches!(self, Self::Packed | Self::Nf4)
     }
 }
 
-impl From<Dtype> for Storage {
-    fn from(dtype: Dtype) -> Self {
+impl From<WeightDtype> for Storage {
+    fn from(dtype: WeightDtype) -> Self {
         match dtype {
-            Dtype::F32 => Self::Dense(DType::F32),
-            Dtype::F16 => Self::Dense(DType::F16),
-            Dtype::Bf16 => Self::Dense(DType::BF16),
-            Dtype::Packed => Self::Packed,
-            Dtype::Nf4 => Self::Nf4,
+            WeightDtype::F32 => Self::Dense(DType::F32),
+            WeightDtype::F16 => Self::Dense(DType::F16),
+            WeightDtype::Bf16 => Self::Dense(DType::BF16),
+            WeightDtype::Packed => Self::Packed,
+            WeightDtype::Nf4 => Self::Nf4,
         }
     }
 }
 
-/// `[data]`
+/// The table `[data]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Data {
-    /// Rows to validate on.
+pub struct DataConfig {
+    /// The file of validation rows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub valid: Option<String>,
-    /// At most so many rows of `valid`, the first ones.
+    /// The maximum number of rows of `valid`, the first ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub valid_limit: Option<usize>,
-    /// Format of every file that does not name its own.
+    /// The format of every file that does not name its own.
     pub format: Format,
-    /// Longest row, in tokens.
+    /// The maximum length of a row, in tokens.
     pub max_length: usize,
-    /// What happens to a longer one.
+    /// The treatment of longer rows.
     pub on_too_long: OnTooLong,
-    /// Whether each epoch sees the rows in an order of its own.
+    /// True if rows are shuffled anew for every epoch.
     pub shuffle: bool,
-    /// Whether rows of like lengths are put into the same steps, so that they need less padding; only with `shuffle`.
+    /// True if rows of similar length are put into the same steps, so that they need less padding; only with `shuffle`.
     pub group_by_length: bool,
-    /// Whether the rows of a batch are joined into one without padding, which changes no result beyond rounding; `"fill"`: and
-    /// as many rows make a micro-batch as have `train.batch_size` · `max_length` tokens together.
+    /// True if the rows of a micro-batch are concatenated without padding, which changes no result beyond rounding;
+    /// `"fill"` also puts as many rows into a micro-batch as fit into `train.batch_size` · `max_length` tokens.
     pub packing: Packing,
-    /// The files' own names of the format's columns, such as `{ question = "prompt" }`.
+    /// The column names of the files, if they differ from those of the format, such as `{ question = "prompt" }`.
     #[serde(skip_serializing_if = "Columns::is_empty")]
     pub columns: Columns,
-    /// Rows to train on: a path, or a list of `{ path, format, columns, weight }`.
+    /// The files of training rows: a path, or a list of `{ path, format, columns, weight }`.
     #[serde(deserialize_with = "sources")]
-    pub train: Vec<Source>,
+    pub train: Vec<DatasetSource>,
 }
 
-impl Default for Data {
+impl Default for DataConfig {
     fn default() -> Self {
         Self {
             valid: None,
@@ -123,30 +125,31 @@ impl Default for Data {
             on_too_long: OnTooLong::Truncate,
             shuffle: true,
             group_by_length: false,
-            packing: Packing::Joined,
+            packing: Packing::PaddingFree,
             columns: Columns::default(),
             train: Vec::new(),
         }
     }
 }
 
-impl Data {
-    /// How a file is read: as its source says, else as the table says. The table's columns are those of its own format.
-    pub fn schema(&self, source: Option<&Source>) -> Schema {
+impl DataConfig {
+    /// Returns the format and columns of a file: those of its source, else those of the table. The table's columns
+    /// apply only to the table's own format.
+    pub fn schema(&self, source: Option<&DatasetSource>) -> Schema {
         let format = source.and_then(|source| source.format).unwrap_or(self.format);
         let shared = if format == self.format { self.columns.clone() } else { Columns::default() };
         Schema { format, columns: source.and_then(|source| source.columns.clone()).unwrap_or(shared) }
     }
 }
 
-/// What happens to a row longer than `max_length`.
+/// Treatment of rows longer than `max_length`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum OnTooLong {
-    /// It is cut to the length
+    /// Cut the row to the length
     Truncate,
-    /// It is left out, and counted
+    /// Leave the row out, and count it
     Drop,
-    /// It is a mistake, and a run does not start
+    /// Report an error; a run does not start
     Error,
 }

@@ -21,9 +21,9 @@ fn the_least_recipe_has_every_default() {
     assert_eq!(recipe.train.optimizer.learning_rate, Some(2e-4));
     assert_eq!(recipe.train.steps.epochs, Some(1.0));
     assert_eq!(recipe.train.schedule.warmup, Warmup::Ratio(0.03));
-    assert_eq!((recipe.data.packing, recipe.data.group_by_length), (Packing::Joined, false));
+    assert_eq!((recipe.data.packing, recipe.data.group_by_length), (Packing::PaddingFree, false));
     assert_eq!(recipe.data.train[0].path, "t.jsonl");
-    assert_eq!(recipe.method.scope.target_modules, Some(TargetModules::default()));
+    assert_eq!(recipe.method.targets.target_modules, Some(TargetModules::default()));
     let full = parse(LEAST, &["method.kind=full", "train.max_steps=3"]).unwrap();
     assert_eq!(full.train.optimizer.learning_rate, Some(2e-5));
     assert_eq!((full.train.steps.epochs, full.train.steps.max_steps), (None, Some(3)));
@@ -53,7 +53,7 @@ fn a_written_recipe_loads_as_itself() {
     }
     let recipe = parse(rich, &[]).unwrap();
     assert_eq!(recipe.data.train[1].weight, 2.0);
-    assert_eq!(recipe.train.steps.activation_checkpointing, Checkpointing::Every(2));
+    assert_eq!(recipe.train.steps.activation_checkpointing, ActivationCheckpointing::Every(2));
     assert_eq!(recipe.train.schedule.warmup, Warmup::Steps(3));
 }
 
@@ -73,7 +73,7 @@ fn sets_override_and_fall_back_to_strings() {
     assert_eq!(recipe.train.steps.batch_size, 8);
     assert_eq!(recipe.data.train[0].path, "a b.jsonl");
     assert_eq!(recipe.data.valid.as_deref(), Some("v"));
-    assert_eq!(recipe.method.scope.target_modules, Some(TargetModules::Names(vec!["o_proj".into()])));
+    assert_eq!(recipe.method.targets.target_modules, Some(TargetModules::Names(vec!["o_proj".into()])));
     assert_eq!(parse("", &["model.path=m", "data.train=t"]).unwrap().model.path, "m");
     // A value that would open a line of its own stays one string.
     assert_eq!(parse(LEAST, &["model.path=1\nx = 2"]).unwrap().model.path, "1\nx = 2");
@@ -251,21 +251,21 @@ fn a_source_is_read_as_it_says_or_as_the_table_says() {
 #[test]
 fn freeze_learns_the_last_two_blocks_unless_it_is_told() {
     let layers =
-        |sets: &[&str]| parse(LEAST, &[&["method.kind=freeze"], sets].concat()).unwrap().method.choice.layers.unwrap();
-    assert_eq!(layers(&[]), Layers::default());
-    assert_eq!(layers(&["method.layers=-3"]), Layers { count: -3, ..Layers::default() });
+        |sets: &[&str]| parse(LEAST, &[&["method.kind=freeze"], sets].concat()).unwrap().method.common.layers.unwrap();
+    assert_eq!(layers(&[]), TrainableLayers::default());
+    assert_eq!(layers(&["method.layers=-3"]), TrainableLayers { count: -3, ..TrainableLayers::default() });
     let extra_modules = vec!["norm".to_owned()];
-    assert_eq!(layers(&["method.layers={extra_modules = ['norm']}"]), Layers { count: 2, extra_modules });
+    assert_eq!(layers(&["method.layers={extra_modules = ['norm']}"]), TrainableLayers { count: 2, extra_modules });
     let recipe = parse(LEAST, &["method.kind=freeze"]).unwrap();
     assert_eq!(recipe.train.optimizer.learning_rate, Some(2e-5));
-    assert_eq!(parse(LEAST, &[]).unwrap().method.choice.layers, None);
+    assert_eq!(parse(LEAST, &[]).unwrap().method.common.layers, None);
 }
 
 #[test]
 fn steps_are_counted() {
-    let steps = Steps { epochs: Some(1.5), ..Steps::default() };
-    assert_eq!(steps.total(3), 5);
-    assert_eq!(Steps { max_steps: Some(7), epochs: None, ..steps }.total(3), 7);
+    let steps = StepsConfig { epochs: Some(1.5), ..StepsConfig::default() };
+    assert_eq!(steps.total_steps(3), 5);
+    assert_eq!(StepsConfig { max_steps: Some(7), epochs: None, ..steps }.total_steps(3), 7);
     assert_eq!((Warmup::Ratio(0.03).steps(100), Warmup::Ratio(0.03).steps(101), Warmup::Steps(5).steps(9)), (3, 4, 5));
 }
 
@@ -277,12 +277,12 @@ fn every_recipe_of_the_folder_loads_and_every_method_has_one() {
         let path = entry.unwrap().path();
         let text = std::fs::read_to_string(&path).unwrap();
         let recipe = Recipe::parse(&text, &path, &[]).unwrap_or_else(|error| panic!("{}: {error:#}", path.display()));
-        // What the head of the file says to type names the file itself.
+        // The command in the comment at the head of the file names the file itself.
         let name = path.file_name().unwrap().to_str().unwrap();
         assert!(text.contains(&format!("medqa train apps/medqa/recipes/{name}")), "{name}");
         let written = recipe.to_toml().unwrap();
         assert_eq!(Recipe::parse(&written, &path, &[]).unwrap(), recipe, "{name}");
-        kinds.insert(serde_json::to_value(recipe.method.choice.kind).unwrap().as_str().unwrap().to_owned());
+        kinds.insert(serde_json::to_value(recipe.method.common.kind).unwrap().as_str().unwrap().to_owned());
     }
     let all = ["dora", "freeze", "full", "ia3", "lora", "p-tuning", "p-tuning-v2", "prompt", "qlora"];
     assert!(kinds.iter().map(String::as_str).eq(all), "{kinds:?}");

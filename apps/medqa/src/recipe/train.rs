@@ -2,34 +2,34 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::value::{Checkpointing, Warmup};
+use super::value::{ActivationCheckpointing, Warmup};
 use crate::backend::Device;
 
-/// `[train]`
+/// The table `[train]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Train {
-    /// How much is computed.
+pub struct TrainConfig {
+    /// Batch size and number of steps.
     #[serde(flatten)]
-    pub steps: Steps,
+    pub steps: StepsConfig,
     /// The optimizer.
     #[serde(flatten)]
-    pub optimizer: Optimizer,
-    /// The learning rate's course.
+    pub optimizer: OptimizerConfig,
+    /// The learning rate schedule, and loss scaling.
     #[serde(flatten)]
-    pub schedule: Schedule,
-    /// What happens beside the steps.
+    pub schedule: LrScheduleConfig,
+    /// Evaluation, checkpoints, early stopping and logging.
     #[serde(flatten)]
-    pub saving: Saving,
+    pub eval_save: EvalSaveConfig,
 }
 
-/// How much is computed, per step and in all.
+/// Batch size, number of steps, seed, and activation checkpointing.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Steps {
-    /// Rows per micro-step.
+pub struct StepsConfig {
+    /// Rows per micro-batch.
     pub batch_size: usize,
-    /// Micro-steps per optimizer step.
+    /// Micro-batches per optimizer step, of each rank.
     pub gradient_accumulation: usize,
     /// Passes over the data; 1 if `max_steps` is absent too.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -37,13 +37,13 @@ pub struct Steps {
     /// Optimizer steps, instead of `epochs`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<usize>,
-    /// Of everything random: order of rows, adapters' first values, dropout.
+    /// The seed of everything random: order of rows, initialization of adapters, dropout.
     pub seed: u64,
-    /// Which segments' activations are computed again in the backward pass: `"none"`, `"full"` or every k-th.
-    pub activation_checkpointing: Checkpointing,
+    /// The segments whose activations are recomputed in the backward pass: `"none"`, `"full"` or every k-th.
+    pub activation_checkpointing: ActivationCheckpointing,
 }
 
-impl Default for Steps {
+impl Default for StepsConfig {
     fn default() -> Self {
         Self {
             batch_size: 4,
@@ -51,19 +51,19 @@ impl Default for Steps {
             epochs: None,
             max_steps: None,
             seed: 42,
-            activation_checkpointing: Checkpointing::None,
+            activation_checkpointing: ActivationCheckpointing::None,
         }
     }
 }
 
-impl Steps {
-    /// Optimizer steps of the whole run, given those of one epoch.
-    pub fn total(&self, per_epoch: usize) -> usize {
+impl StepsConfig {
+    /// Returns the optimizer steps of the whole run, given those of one epoch.
+    pub fn total_steps(&self, per_epoch: usize) -> usize {
         self.max_steps.unwrap_or_else(|| (per_epoch as f64 * self.epochs.unwrap_or(1.0)).ceil() as usize)
     }
 }
 
-/// Rules by which weights are updated.
+/// Optimizers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerKind {
@@ -72,43 +72,44 @@ pub enum OptimizerKind {
     AdamW,
     /// Adam with weight decay in the gradient.
     Adam,
-    /// AdamW with moments of 8 bits.
+    /// AdamW with 8-bit moments.
     AdamW8bit,
     /// LAMB.
     Lamb,
     /// Lion.
     Lion,
-    /// Gradient descent, with the first of `betas` as momentum.
+    /// SGD, with the first of `betas` as momentum.
     Sgd,
 }
 
-/// The optimizer and its constants.
+/// The optimizer and its hyperparameters.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Optimizer {
-    /// The rule.
+pub struct OptimizerConfig {
+    /// The kind of optimizer.
     pub optimizer: OptimizerKind,
-    /// LoRA+: the matrices `B` and vectors learn so many times as fast as the matrices `A`.
+    /// LoRA+: the learning rate of the matrices `B` and of vectors, divided by that of the matrices `A`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loraplus_lr_ratio: Option<f64>,
-    /// LoRA+: the highest learning rate of the token table, where `method.modules_to_save` lets it learn; by default that of the
-    /// matrices `A`.
+    /// LoRA+: the peak learning rate of the token embedding, if `method.modules_to_save` trains it; by default that of
+    /// the matrices `A`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loraplus_lr_embedding: Option<f64>,
-    /// The highest of the run; always there once a recipe is loaded: by default 2e-4 for lora, else 2e-5.
+    /// The peak learning rate; always set once a recipe is loaded. The default depends on the method, such as 2e-4 for
+    /// lora and 2e-5 for full.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub learning_rate: Option<f64>,
-    /// Decoupled weight decay.
+    /// Weight decay, decoupled from the gradient except with `adam`.
     pub weight_decay: f64,
-    /// Decay of the running mean of gradients and of their squares.
+    /// Decay rates of the running means of gradients and of their squares.
     pub betas: [f64; 2],
-    /// Added to the denominator.
+    /// Added to the denominator of the update.
     pub epsilon: f64,
-    /// Gradients are scaled down to this global norm; 0 leaves them alone.
+    /// The global norm that gradients are clipped to; 0 turns clipping off.
     pub max_grad_norm: f64,
 }
 
-impl Default for Optimizer {
+impl Default for OptimizerConfig {
     fn default() -> Self {
         Self {
             optimizer: OptimizerKind::AdamW,
@@ -123,72 +124,72 @@ impl Default for Optimizer {
     }
 }
 
-/// The learning rate's course.
+/// The learning rate schedule, and loss scaling.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Schedule {
-    /// Its shape.
-    pub scheduler: Scheduler,
-    /// Steps until it is at its highest: a count, or a fraction of all steps.
+pub struct LrScheduleConfig {
+    /// The shape of the schedule after the warmup.
+    pub scheduler: LrSchedulerType,
+    /// The length of the warmup: a number of steps, or a fraction of all steps.
     pub warmup: Warmup,
-    /// DeepSpeed's `scheduler` block, `{ type, params }`, instead of both: `"auto"` stands for `learning_rate`, `warmup` and the
-    /// steps of the run.
+    /// DeepSpeed's `scheduler` block, `{ type, params }`, instead of both: its `"auto"` values are `learning_rate`,
+    /// `warmup` and the steps of the run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deepspeed_scheduler: Option<toml::Table>,
-    /// DeepSpeed's `fp16` block, which says how the loss is scaled with `model.compute = "f16"`; by default as there: dynamically,
-    /// from 2¹⁶ on.
+    /// DeepSpeed's `fp16` block, which sets the loss scaling of `model.compute = "f16"`; by default dynamic from 2¹⁶
+    /// on, as in DeepSpeed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fp16: Option<toml::Table>,
 }
 
-/// Shapes of the learning rate's course after the warmup.
+/// Shapes of the learning rate schedule after the warmup.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Scheduler {
-    /// Level.
+pub enum LrSchedulerType {
+    /// Constant.
     #[serde(rename = "constant")]
     Constant,
-    /// In a line to 0.
+    /// Linear decay to 0.
     #[serde(rename = "linear")]
     Linear,
-    /// Half a cosine to 0.
+    /// Cosine decay to 0.
     #[default]
     #[serde(rename = "cosine")]
     Cosine,
-    /// DeepSpeed's: level.
+    /// DeepSpeed's scheduler: constant.
     WarmupLR,
-    /// DeepSpeed's: in a line to 0.
+    /// DeepSpeed's scheduler: linear decay to 0.
     WarmupDecayLR,
-    /// DeepSpeed's: half a cosine to its least ratio.
+    /// DeepSpeed's scheduler: cosine decay to its minimum ratio.
     WarmupCosineLR,
 }
 
-/// What happens beside the steps.
+/// Evaluation, checkpoints, early stopping and logging.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Saving {
-    /// Validation after every so many steps, besides the first and the last.
+pub struct EvalSaveConfig {
+    /// Steps between two validations; there is also one before the first step and one after the last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_every: Option<usize>,
-    /// Where validation is computed, if not where training is: a name as for `--device`.
+    /// The device of the validation, if it is not the training device: a name as for `--device`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eval_device: Option<Device>,
-    /// A checkpoint after every so many steps, besides the last.
+    /// Steps between two checkpoints; after the last step there is none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub save_every: Option<usize>,
-    /// So many checkpoints stay, the newest.
+    /// The number of checkpoints to keep, the newest ones.
     pub keep: usize,
-    /// The run ends after so many evaluations without a lower validation loss than before.
+    /// The patience of early stopping: the run ends after this many evaluations without a lower validation loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<usize>,
-    /// The memory of a machine that a run may take, in GiB: what needs more is refused. By default what the machine has left; 0
-    /// does not ask.
+    /// The memory of a machine that a run may use, in GiB: a run that needs more is refused. By default the memory that
+    /// the machine has available; 0 turns the check off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_gib: Option<f64>,
-    /// For whom losses and speeds are written besides `metrics.jsonl`.
+    /// The dashboards that metrics are written for, besides `metrics.jsonl`.
     pub report_to: Vec<ReportTo>,
 }
 
-/// A program that draws what a run writes.
+/// A dashboard for the metrics of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ReportTo {
@@ -198,7 +199,7 @@ pub enum ReportTo {
     Wandb,
 }
 
-impl Default for Saving {
+impl Default for EvalSaveConfig {
     fn default() -> Self {
         Self {
             eval_every: None,

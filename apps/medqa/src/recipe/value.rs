@@ -1,4 +1,4 @@
-//! Values that may be written in more than one way.
+//! Recipe values that can be written in more than one form.
 
 use std::fmt;
 
@@ -7,19 +7,19 @@ use serde::{Deserialize, Serialize, Serializer};
 
 use crate::data::{Columns, Format};
 
-/// One file of training rows.
+/// A file of training rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Source {
-    /// The file.
+pub struct DatasetSource {
+    /// The path of the file.
     pub path: String,
     /// Its format, if it is not `data.format`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<Format>,
-    /// Its own names of the format's columns, if they are not those of `data.columns`.
+    /// The column names of the file, if they differ from `data.columns`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub columns: Option<Columns>,
-    /// How often each row is seen per epoch, on average.
+    /// The mean number of times that a row is seen per epoch.
     #[serde(default = "once")]
     pub weight: f64,
 }
@@ -28,29 +28,29 @@ fn once() -> f64 {
     1.0
 }
 
-impl Source {
-    /// A file like every other.
-    fn plain(path: impl Into<String>) -> Self {
+impl DatasetSource {
+    /// Creates a source of weight 1 in the format of `[data]`.
+    fn from_path(path: impl Into<String>) -> Self {
         Self { path: path.into(), format: None, columns: None, weight: once() }
     }
 }
 
 /// Reads `data.train`: a path, or a list whose items are paths or tables.
-pub fn sources<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Source>, D::Error> {
-    deserializer.deserialize_any(Sources)
+pub fn sources<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DatasetSource>, D::Error> {
+    deserializer.deserialize_any(SourcesVisitor)
 }
 
-struct Sources;
+struct SourcesVisitor;
 
-impl<'de> Visitor<'de> for Sources {
-    type Value = Vec<Source>;
+impl<'de> Visitor<'de> for SourcesVisitor {
+    type Value = Vec<DatasetSource>;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
         f.write_str("a path, or a list of { path, format, columns, weight }")
     }
 
     fn visit_str<E: Error>(self, path: &str) -> Result<Self::Value, E> {
-        Ok(vec![Source::plain(path)])
+        Ok(vec![DatasetSource::from_path(path)])
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
@@ -58,8 +58,8 @@ impl<'de> Visitor<'de> for Sources {
         while let Some(item) = items.next_element::<toml::Value>()? {
             let number = sources.len() + 1;
             let source = match item {
-                toml::Value::String(path) => Source::plain(path),
-                item => Source::deserialize(item)
+                toml::Value::String(path) => DatasetSource::from_path(path),
+                item => DatasetSource::deserialize(item)
                     .map_err(|error| A::Error::custom(format!("item {number}: {}", error.message())))?,
             };
             sources.push(source);
@@ -73,13 +73,13 @@ impl<'de> Visitor<'de> for Sources {
     }
 }
 
-/// Which modules get an adapter.
+/// The modules that get an adapter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum TargetModules {
     /// Modules whose path ends in one of these names.
     Names(Vec<String>),
-    /// One word: `all-linear`, or a pattern that a module's whole path must match, as in peft.
+    /// One string: `all-linear`, or a regular expression that a module's whole path must match, as in PEFT.
     Pattern(String),
 }
 
@@ -91,8 +91,8 @@ impl Default for TargetModules {
 
 impl<'de> Deserialize<'de> for TargetModules {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Modules;
-        impl<'de> Visitor<'de> for Modules {
+        struct TargetModulesVisitor;
+        impl<'de> Visitor<'de> for TargetModulesVisitor {
             type Value = TargetModules;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -111,84 +111,84 @@ impl<'de> Deserialize<'de> for TargetModules {
                 Ok(TargetModules::Names(names))
             }
         }
-        deserializer.deserialize_any(Modules)
+        deserializer.deserialize_any(TargetModulesVisitor)
     }
 }
 
-/// Which blocks learn under `freeze`, as LLaMA-Factory's `freeze_trainable_layers` and `freeze_extra_modules`: an integer, or
-/// `{ count, extra_modules }`.
+/// The blocks that `freeze` trains, like LLaMA-Factory's `freeze_trainable_layers` and `freeze_extra_modules`: an
+/// integer, or `{ count, extra_modules }`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layers {
-    /// The last n blocks as n, the first n as -n.
+pub struct TrainableLayers {
+    /// The number of blocks: n for the last n, -n for the first n.
     pub count: i64,
-    /// What else learns: `embed_tokens`, `norm`, `lm_head`.
+    /// Other modules to train: `embed_tokens`, `norm`, `lm_head`.
     pub extra_modules: Vec<String>,
 }
 
-impl Default for Layers {
+impl Default for TrainableLayers {
     fn default() -> Self {
         Self { count: 2, extra_modules: Vec::new() }
     }
 }
 
-/// The table form of [`Layers`].
+/// The table form of [`TrainableLayers`].
 #[derive(Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-struct LayersTable {
+struct TrainableLayersTable {
     count: i64,
     extra_modules: Vec<String>,
 }
 
-impl Default for LayersTable {
+impl Default for TrainableLayersTable {
     fn default() -> Self {
-        let Layers { count, extra_modules } = Layers::default();
+        let TrainableLayers { count, extra_modules } = TrainableLayers::default();
         Self { count, extra_modules }
     }
 }
 
-impl Serialize for Layers {
+impl Serialize for TrainableLayers {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         if self.extra_modules.is_empty() {
             return serializer.serialize_i64(self.count);
         }
-        LayersTable { count: self.count, extra_modules: self.extra_modules.clone() }.serialize(serializer)
+        TrainableLayersTable { count: self.count, extra_modules: self.extra_modules.clone() }.serialize(serializer)
     }
 }
 
-impl<'de> Deserialize<'de> for Layers {
+impl<'de> Deserialize<'de> for TrainableLayers {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Blocks;
-        impl<'de> Visitor<'de> for Blocks {
-            type Value = Layers;
+        struct TrainableLayersVisitor;
+        impl<'de> Visitor<'de> for TrainableLayersVisitor {
+            type Value = TrainableLayers;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
                 f.write_str("a number of blocks, or { count, extra_modules }")
             }
 
-            fn visit_i64<E: Error>(self, count: i64) -> Result<Layers, E> {
-                Ok(Layers { count, ..Layers::default() })
+            fn visit_i64<E: Error>(self, count: i64) -> Result<TrainableLayers, E> {
+                Ok(TrainableLayers { count, ..TrainableLayers::default() })
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Layers, A::Error> {
-                let table = LayersTable::deserialize(serde::de::value::MapAccessDeserializer::new(map))?;
-                Ok(Layers { count: table.count, extra_modules: table.extra_modules })
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<TrainableLayers, A::Error> {
+                let table = TrainableLayersTable::deserialize(serde::de::value::MapAccessDeserializer::new(map))?;
+                Ok(TrainableLayers { count: table.count, extra_modules: table.extra_modules })
             }
         }
-        deserializer.deserialize_any(Blocks)
+        deserializer.deserialize_any(TrainableLayersVisitor)
     }
 }
 
-/// How long the learning rate rises.
+/// The length of the learning rate warmup.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Warmup {
     /// Optimizer steps, written as an integer.
     Steps(usize),
-    /// Fraction of all optimizer steps, in [0, 1), written with a point.
+    /// Fraction of all optimizer steps, in [0, 1), written as a float.
     Ratio(f64),
 }
 
 impl Warmup {
-    /// Warmup's steps in a run of `total`; a fraction is rounded up, as `transformers` does.
+    /// Returns the warmup steps in a run of `total` steps; a fraction is rounded up, as in `transformers`.
     pub fn steps(self, total: usize) -> usize {
         match self {
             Self::Steps(steps) => steps,
@@ -214,8 +214,8 @@ impl Serialize for Warmup {
 
 impl<'de> Deserialize<'de> for Warmup {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Length;
-        impl Visitor<'_> for Length {
+        struct WarmupVisitor;
+        impl Visitor<'_> for WarmupVisitor {
             type Value = Warmup;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -240,25 +240,25 @@ impl<'de> Deserialize<'de> for Warmup {
                 is_ratio.then_some(Warmup::Ratio(ratio)).ok_or_else(invalid)
             }
         }
-        deserializer.deserialize_any(Length)
+        deserializer.deserialize_any(WarmupVisitor)
     }
 }
 
-/// How the rows of a micro-batch lie in it, and how many they are.
+/// The layout of a micro-batch and its number of rows.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Packing {
     /// `train.batch_size` rows, each padded to the longest.
     Padded,
-    /// As many, joined into one without padding.
+    /// `train.batch_size` rows, concatenated without padding.
     #[default]
-    Joined,
-    /// Joined, and as many as `train.batch_size` · `data.max_length` tokens hold.
+    PaddingFree,
+    /// As many concatenated rows as fit into `train.batch_size` · `data.max_length` tokens.
     Fill,
 }
 
 impl Packing {
-    /// Whether rows are joined into one.
-    pub fn joins(self) -> bool {
+    /// Returns whether rows are concatenated without padding.
+    pub fn is_padding_free(self) -> bool {
         self != Self::Padded
     }
 }
@@ -267,15 +267,15 @@ impl Serialize for Packing {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Fill => serializer.serialize_str("fill"),
-            joined => serializer.serialize_bool(joined.joins()),
+            joined => serializer.serialize_bool(joined.is_padding_free()),
         }
     }
 }
 
 impl<'de> Deserialize<'de> for Packing {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Way;
-        impl Visitor<'_> for Way {
+        struct PackingVisitor;
+        impl Visitor<'_> for PackingVisitor {
             type Value = Packing;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -283,7 +283,7 @@ impl<'de> Deserialize<'de> for Packing {
             }
 
             fn visit_bool<E: Error>(self, joined: bool) -> Result<Packing, E> {
-                Ok(if joined { Packing::Joined } else { Packing::Padded })
+                Ok(if joined { Packing::PaddingFree } else { Packing::Padded })
             }
 
             fn visit_str<E: Error>(self, word: &str) -> Result<Packing, E> {
@@ -293,22 +293,23 @@ impl<'de> Deserialize<'de> for Packing {
                 }
             }
         }
-        deserializer.deserialize_any(Way)
+        deserializer.deserialize_any(PackingVisitor)
     }
 }
 
-/// Which segments' activations are dropped in the forward pass and computed again in the backward pass.
+/// Activation checkpointing: the segments whose activations are dropped in the forward pass and recomputed in the
+/// backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Checkpointing {
-    /// None.
+pub enum ActivationCheckpointing {
+    /// No segment.
     None,
-    /// All.
+    /// Every segment.
     Full,
-    /// Every k-th.
+    /// Every k-th segment.
     Every(usize),
 }
 
-impl Serialize for Checkpointing {
+impl Serialize for ActivationCheckpointing {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match *self {
             Self::None => serializer.serialize_str("none"),
@@ -318,35 +319,35 @@ impl Serialize for Checkpointing {
     }
 }
 
-impl<'de> Deserialize<'de> for Checkpointing {
+impl<'de> Deserialize<'de> for ActivationCheckpointing {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Blocks;
-        impl Visitor<'_> for Blocks {
-            type Value = Checkpointing;
+        struct ActivationCheckpointingVisitor;
+        impl Visitor<'_> for ActivationCheckpointingVisitor {
+            type Value = ActivationCheckpointing;
 
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
                 f.write_str("\"none\", \"full\" or an integer k ≥ 1 (every k-th segment)")
             }
 
-            fn visit_str<E: Error>(self, word: &str) -> Result<Checkpointing, E> {
+            fn visit_str<E: Error>(self, word: &str) -> Result<ActivationCheckpointing, E> {
                 match word {
-                    "none" => Ok(Checkpointing::None),
-                    "full" => Ok(Checkpointing::Full),
+                    "none" => Ok(ActivationCheckpointing::None),
+                    "full" => Ok(ActivationCheckpointing::Full),
                     _ => Err(E::invalid_value(Unexpected::Str(word), &self)),
                 }
             }
 
-            fn visit_u64<E: Error>(self, k: u64) -> Result<Checkpointing, E> {
+            fn visit_u64<E: Error>(self, k: u64) -> Result<ActivationCheckpointing, E> {
                 self.visit_i64(i64::try_from(k).unwrap_or(0))
             }
 
-            fn visit_i64<E: Error>(self, k: i64) -> Result<Checkpointing, E> {
+            fn visit_i64<E: Error>(self, k: i64) -> Result<ActivationCheckpointing, E> {
                 match usize::try_from(k) {
-                    Ok(k) if k > 0 => Ok(Checkpointing::Every(k)),
+                    Ok(k) if k > 0 => Ok(ActivationCheckpointing::Every(k)),
                     _ => Err(E::invalid_value(Unexpected::Signed(k), &self)),
                 }
             }
         }
-        deserializer.deserialize_any(Blocks)
+        deserializer.deserialize_any(ActivationCheckpointingVisitor)
     }
 }

@@ -1,37 +1,42 @@
-//! A checkpoint in parts as one model, or one adapter.
+//! The command `consolidate`: merges the shards of a checkpoint into one model or adapter.
 
-use super::{run::STATE, setup, state};
+use super::{setup, state, trainer::STATE_FILE};
 use crate::{
-    backend::{Device, on},
+    backend::{Device, with_backend},
     cli::ConsolidateArgs,
     model,
     recipe::Recipe,
-    write::whole_folder,
+    write::write_dir_atomically,
 };
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
 use burn_llama::{checkpoint, kernel::Kernels};
 use std::path::{Path, PathBuf};
 
-/// The verb `consolidate`. It reads weights alone, of whatever ranks and stage, in one process.
+/// Runs the command `consolidate` in one process. It reads only the weights, of a run with any number of ranks and any
+/// ZeRO stage.
 ///
 /// # Errors
 /// One line that names the folder or the file.
 pub fn consolidate(args: &ConsolidateArgs) -> Result<()> {
-    let (run, checkpoint) = find(&args.checkpoint)?;
+    let (run, checkpoint) = find_checkpoint(&args.checkpoint)?;
     let out = args.out.display();
     if args.out.exists() {
         bail!("{out}: it exists already; choose another --out");
     }
     let (recipe, _) = Recipe::load(&run.join("recipe.toml"), &[], 1)?;
-    let state = checkpoint.join(STATE);
-    on!(Device::default(), |B, place| whole_folder(&args.out, |part| write::<B>(&recipe, &state, (part, place))))?;
+    let state = checkpoint.join(STATE_FILE);
+    with_backend!(Device::default(), |B, device| write_dir_atomically(&args.out, |part| write::<B>(
+        &recipe,
+        &state,
+        (part, device)
+    )))?;
     println!("{out}");
     Ok(())
 }
 
-/// The run folder and its checkpoint.
-fn find(folder: &Path) -> Result<(PathBuf, PathBuf)> {
+/// Returns the run directory and its checkpoint.
+fn find_checkpoint(folder: &Path) -> Result<(PathBuf, PathBuf)> {
     let at = folder.display();
     if folder.join("recipe.toml").is_file() {
         let newest = state::checkpoints(folder)?.pop();
@@ -47,8 +52,8 @@ fn find(folder: &Path) -> Result<(PathBuf, PathBuf)> {
 
 fn write<B: Kernels>(recipe: &Recipe, state: &Path, (out, device): (&Path, &B::Device)) -> Result<()> {
     let dtype = recipe.model.dtype.unwrap_or_default();
-    let loaded = model::base::<Autodiff<B>>(&recipe.model.path, dtype, device)?;
-    let (model, adapter) = setup::adapt(loaded.model, &loaded.tokenizer, recipe)?;
+    let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, dtype, device)?;
+    let (model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, recipe)?;
     let model = burn_zero::restore_weights::<Autodiff<B>, _>(model, state)?;
     match adapter {
         Some(adapter) => adapter.save(&model, out),

@@ -1,8 +1,8 @@
-//! The run's lines for programs that draw them: TensorBoard and Weights & Biases, as far as the recipe asks.
+//! The writers for dashboards, TensorBoard and Weights & Biases, as chosen by `train.report_to`.
 
 use super::{
-    tensorboard::TensorBoard,
-    wandb::{self, Wandb},
+    tensorboard::TensorBoardWriter,
+    wandb::{self, WandbWriter},
 };
 use crate::recipe::{Recipe, ReportTo};
 use anyhow::{Context, Result};
@@ -11,25 +11,29 @@ use std::path::Path;
 
 const PROJECT: &str = "medqa";
 
-/// The files that are written besides `metrics.jsonl`.
+/// The writers for dashboards, besides `metrics.jsonl`.
 pub struct Dashboards {
-    tensorboard: Option<TensorBoard>,
-    wandb: Option<Wandb>,
+    tensorboard: Option<TensorBoardWriter>,
+    wandb: Option<WandbWriter>,
 }
 
 impl Dashboards {
-    /// Begins, or goes on behind `lines` and the steps they tell of.
+    /// Creates the writers, or continues after `step` with the earlier `lines` of metrics.
     pub fn open(directory: &Path, recipe: &Recipe, step: usize, lines: &[Value]) -> Result<Self> {
-        let wants = |report| recipe.train.saving.report_to.contains(&report);
+        let wants = |report| recipe.train.eval_save.report_to.contains(&report);
         let resumed = (!lines.is_empty()).then_some(step as u64);
         let tensorboard = wants(ReportTo::TensorBoard)
-            .then(|| TensorBoard::create(&directory.join("tensorboard"), resumed))
+            .then(|| TensorBoardWriter::create(&directory.join("tensorboard"), resumed))
             .transpose()?;
         let wandb = wants(ReportTo::Wandb).then(|| {
             let config = serde_json::to_value(recipe)?;
             let config = config.as_object().context("a recipe is a table")?;
             let name = directory.file_name().unwrap_or_default().to_string_lossy();
-            Wandb::create(&directory.join("wandb"), &wandb::Run { project: PROJECT, name: &name, config }, lines)
+            WandbWriter::create(
+                &directory.join("wandb"),
+                &wandb::RunMetadata { project: PROJECT, name: &name, config },
+                lines,
+            )
         });
         Ok(Self { tensorboard, wandb: wandb.transpose()? })
     }
@@ -39,7 +43,7 @@ impl Dashboards {
         self.wandb.as_mut().map_or(Ok(()), |wandb| wandb.write(line))
     }
 
-    /// Ends the run for those who ask how it ended: with 0, or with the code of the interruption.
+    /// Closes the writers with exit code 0, or with that of an interruption.
     pub fn finish(&mut self, code: u8) -> Result<()> {
         let Some(wandb) = self.wandb.take() else { return Ok(()) };
         eprintln!("to upload the run: wandb sync {}", wandb.folder().display());

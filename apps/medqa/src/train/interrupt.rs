@@ -1,5 +1,5 @@
-//! Ctrl-C during a run: the first asks it to end after its step, the second ends it at once. Outside a run it ends the
-//! program, as ever.
+//! Ctrl-C during a run: the first one stops it after the current step, the second one at once. Outside a run, Ctrl-C
+//! ends the program as usual.
 
 use anyhow::{Context, Result};
 use burn::train::Interrupter;
@@ -11,15 +11,16 @@ use std::sync::{
 static INTERRUPTER: OnceLock<Interrupter> = OnceLock::new();
 static RUNNING: AtomicBool = AtomicBool::new(false);
 
-/// While it lives, Ctrl-C is a wish that [`Watch::interrupter`] tells.
-pub struct Watch(Interrupter);
+/// A guard: while it lives, Ctrl-C requests a stop through [`InterruptGuard::interrupter`] instead of ending the
+/// program.
+pub struct InterruptGuard(Interrupter);
 
-impl Watch {
-    /// Starts to listen.
+impl InterruptGuard {
+    /// Installs the signal handler.
     ///
     /// # Errors
-    /// If the system does not let us.
-    pub fn begin() -> Result<Self> {
+    /// If the signal handler cannot be installed.
+    pub fn install() -> Result<Self> {
         let known = INTERRUPTER.get().cloned();
         let interrupter = INTERRUPTER.get_or_init(Interrupter::new).clone();
         if known.is_none() {
@@ -29,21 +30,21 @@ impl Watch {
                     std::process::exit(130);
                 }
                 asked.stop(Some("by a signal"));
-                eprintln!("stopping after this step with a checkpoint; once more to stop at once");
+                eprintln!("stopping after this step with a checkpoint; press Ctrl-C again to stop at once");
             };
-            ctrlc::set_handler(stop).context("signals cannot be listened to")?;
+            ctrlc::set_handler(stop).context("the handler of Ctrl-C cannot be installed")?;
         }
         RUNNING.store(true, Ordering::SeqCst);
         Ok(Self(interrupter))
     }
 
-    /// One for all runs of the program.
+    /// Returns the interrupter, which all runs of the program share.
     pub fn interrupter(&self) -> Interrupter {
         self.0.clone()
     }
 }
 
-impl Drop for Watch {
+impl Drop for InterruptGuard {
     fn drop(&mut self) {
         RUNNING.store(false, Ordering::SeqCst);
     }

@@ -1,9 +1,10 @@
-//! The run as burn-train sees it: a module that takes steps, and a strategy that hands the model to the run's own loop.
+//! The run inside burn-train: a module with a training step, and a strategy that hands the model to the run's own
+//! training loop.
 
 use super::{
-    figures::{Figure, Figures, Loss, Number, Speed},
-    quiet,
-    run::{Ended, Run},
+    burn_metrics::{LossInput, MetricInput, NumericMetric, StepMetrics, ThroughputInput},
+    silent_renderer,
+    trainer::{RunOutcome, Trainer},
 };
 use anyhow::{Result, bail};
 use burn::{
@@ -33,23 +34,24 @@ use std::{
     time::Duration,
 };
 
-type Components<B> = LearningComponentsMarker<Autodiff<B>, f64, Tuned<Autodiff<B>>, Unused<B>>;
-/// The learner wants an optimizer; the run has its own.
-type Unused<B> = OptimizerAdaptor<AdamW, Tuned<Autodiff<B>>, Autodiff<B>>;
+type Components<B> = LearningComponentsMarker<Autodiff<B>, f64, LearnerModule<Autodiff<B>>, UnusedOptimizer<B>>;
+/// The optimizer type that the learner requires; it is not used, because the engine has its own optimizer.
+type UnusedOptimizer<B> = OptimizerAdaptor<AdamW, LearnerModule<Autodiff<B>>, Autodiff<B>>;
 
-/// The model as burn-train's learner holds it. The run takes it out, so paths do not know of it.
+/// The module that wraps the model for burn-train's learner. The run takes the model out, so parameter paths do not
+/// contain it.
 #[derive(Module, Debug)]
-pub struct Tuned<B: Kernels> {
+pub struct LearnerModule<B: Kernels> {
     llama: Llama<B>,
 }
 
-impl<B: Kernels> TrainStep for Tuned<Autodiff<B>> {
+impl<B: Kernels> TrainStep for LearnerModule<Autodiff<B>> {
     type Input = Batch<Autodiff<B>>;
-    type Output = Figures;
+    type Output = StepMetrics;
 
-    fn step(&self, batch: Batch<Autodiff<B>>) -> TrainOutput<Figures> {
+    fn step(&self, batch: Batch<Autodiff<B>>) -> TrainOutput<StepMetrics> {
         let mut grads = GradientsParams::new();
-        let loss = segment::run(&self.llama, &batch, Checkpointing::None, &mut |found| {
+        let loss = segment::forward_backward(&self.llama, &batch, Checkpointing::None, &mut |found| {
             for gradient in found {
                 match gradient.value.clone().primitive().shape().num_dims() {
                     1 => grads.register::<B, 1>(gradient.id, gradient.value.tensor()),
@@ -58,25 +60,25 @@ impl<B: Kernels> TrainStep for Tuned<Autodiff<B>> {
             }
         });
         let loss = loss.flatten().sum().into_scalar().elem();
-        TrainOutput { grads, item: Figures { loss, targets: 1, speed: 0.0 } }
+        TrainOutput { grads, item: StepMetrics { loss, target_tokens: 1, tokens_per_second: 0.0 } }
     }
 }
 
-impl<B: Kernels> InferenceStep for Tuned<B> {
+impl<B: Kernels> InferenceStep for LearnerModule<B> {
     type Input = Batch<B>;
-    type Output = Figures;
+    type Output = StepMetrics;
 
-    fn step(&self, batch: Batch<B>) -> Figures {
+    fn step(&self, batch: Batch<B>) -> StepMetrics {
         let loss = self.llama.batch_loss(&batch).sum().into_scalar().elem();
-        Figures { loss, targets: 1, speed: 0.0 }
+        StepMetrics { loss, target_tokens: 1, tokens_per_second: 0.0 }
     }
 }
 
-/// The loader that burn-train asks for. The run draws its batches by the number of the step instead, so that it can go on
-/// exactly where it stopped.
-struct Nothing<O>(PhantomData<fn() -> O>);
+/// The empty data loader that burn-train requires. The run selects its batches by the number of the step instead, so
+/// that it can resume exactly where it stopped.
+struct EmptyDataLoader<O>(PhantomData<fn() -> O>);
 
-impl<O> Iterator for Nothing<O> {
+impl<O> Iterator for EmptyDataLoader<O> {
     type Item = O;
 
     fn next(&mut self) -> Option<O> {
@@ -84,13 +86,13 @@ impl<O> Iterator for Nothing<O> {
     }
 }
 
-impl<O> DataLoaderIterator<O> for Nothing<O> {
+impl<O> DataLoaderIterator<O> for EmptyDataLoader<O> {
     fn progress(&self) -> Progress {
         Progress { items_processed: 0, items_total: 0 }
     }
 }
 
-impl<B: Backend, O: 'static> DataLoader<B, O> for Nothing<O> {
+impl<B: Backend, O: 'static> DataLoader<B, O> for EmptyDataLoader<O> {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<O> + 'a> {
         Box::new(Self(PhantomData))
     }
@@ -108,30 +110,34 @@ impl<B: Backend, O: 'static> DataLoader<B, O> for Nothing<O> {
     }
 }
 
-/// Where the run's lines of `metrics.jsonl` go besides: burn-train's metrics, its display and its early stopping. One
-/// evaluation ends one of its epochs.
-pub struct Feed<B: Kernels> {
+/// Passes the lines of `metrics.jsonl` on to burn-train: its metrics, its display and its early stopping. For
+/// burn-train, every evaluation ends an epoch.
+pub struct BurnTrainReporter<B: Kernels> {
     processor: SupervisedTrainingEventProcessor<Components<B>>,
     store: Arc<EventStoreClient>,
     early_stopping: Option<Box<dyn CloneEarlyStoppingStrategy>>,
-    /// The user's wish to stop, from the keyboard or from the display.
+    /// The user's request to stop, from the keyboard or from the display.
     pub interrupter: Interrupter,
-    /// Steps from one evaluation to the next, and in all.
-    steps: (usize, usize),
+    /// Steps between two evaluations, and in total.
+    interval_and_total: (usize, usize),
     epoch: usize,
 }
 
-impl<B: Kernels> Feed<B> {
-    /// Passes on a line; whether early stopping has had enough.
-    pub fn line(&mut self, line: &Value) -> bool {
+impl<B: Kernels> BurnTrainReporter<B> {
+    /// Passes on a line of metrics; returns whether to stop early.
+    pub fn report(&mut self, line: &Value) -> bool {
         let number = |key: &str| line[key].as_f64();
         let step = number("step").unwrap_or(0.0) as usize;
-        let (every, all) = self.steps;
+        let (every, all) = self.interval_and_total;
         let whole = Progress { items_processed: self.epoch, items_total: all.div_ceil(every) };
         let part = Progress { items_processed: step.saturating_sub((self.epoch - 1) * every), items_total: every };
         if let Some(loss) = number("loss") {
             let speed = number("tokens_per_second").unwrap_or(0.0);
-            let figures = Figures { loss, targets: number("target_tokens").unwrap_or(1.0) as usize, speed };
+            let figures = StepMetrics {
+                loss,
+                target_tokens: number("target_tokens").unwrap_or(1.0) as usize,
+                tokens_per_second: speed,
+            };
             let item = TrainingItem::new(figures, part, whole, Some(step), number("learning_rate"));
             self.processor.process_train(LearnerEvent::ProcessedItem(item));
             return false;
@@ -139,19 +145,25 @@ impl<B: Kernels> Feed<B> {
         let Some(loss) = number("valid_loss").filter(|_| step > 0) else { return false };
         let one = Progress { items_processed: 1, items_total: 1 };
         self.processor.process_train(LearnerEvent::EndEpoch(self.epoch));
-        let item = TrainingItem::new(Figures { loss, targets: 1, speed: 0.0 }, one, whole, Some(step), None);
+        let item = TrainingItem::new(
+            StepMetrics { loss, target_tokens: 1, tokens_per_second: 0.0 },
+            one,
+            whole,
+            Some(step),
+            None,
+        );
         self.processor.process_valid(LearnerEvent::ProcessedItem(item));
         self.processor.process_valid(LearnerEvent::EndEpoch(self.epoch));
         self.epoch += 1;
-        self.enough(self.epoch - 1)
+        self.should_stop_early(self.epoch - 1)
     }
 
-    fn enough(&mut self, epoch: usize) -> bool {
+    fn should_stop_early(&mut self, epoch: usize) -> bool {
         let Some(strategy) = &mut self.early_stopping else { return false };
-        // Events travel through two threads; the value has to be there before the strategy looks for it.
-        let there = || self.store.find_metric(Loss::NAME, epoch, Aggregate::Mean, &Split::Valid).is_some();
+        // Events pass through two threads; the value has to arrive before the strategy reads it.
+        let arrived = || self.store.find_metric(LossInput::NAME, epoch, Aggregate::Mean, &Split::Valid).is_some();
         for _ in 0..200 {
-            if there() {
+            if arrived() {
                 break;
             }
             std::thread::sleep(Duration::from_millis(5));
@@ -160,13 +172,13 @@ impl<B: Kernels> Feed<B> {
     }
 }
 
-/// The strategy: the run's loop, with its outcome.
-struct Steps<B: Kernels> {
-    run: Mutex<Run<B>>,
-    outcome: Mutex<Option<Result<Ended>>>,
+/// The training strategy for burn-train: runs the run's own loop and keeps its outcome.
+struct RunStrategy<B: Kernels> {
+    run: Mutex<Trainer<B>>,
+    outcome: Mutex<Option<Result<RunOutcome>>>,
 }
 
-impl<B: Kernels> SupervisedLearningStrategy<Components<B>> for Steps<B> {
+impl<B: Kernels> SupervisedLearningStrategy<Components<B>> for RunStrategy<B> {
     fn fit(
         &self,
         components: TrainingComponents<Components<B>>,
@@ -174,42 +186,47 @@ impl<B: Kernels> SupervisedLearningStrategy<Components<B>> for Steps<B> {
         _: TrainLoader<Components<B>>,
         _: ValidLoader<Components<B>>,
         _: usize,
-    ) -> (Tuned<Autodiff<B>>, SupervisedTrainingEventProcessor<Components<B>>) {
-        let mut tuned = learner.model();
-        // A second handle to the parameters would make every update a copy.
+    ) -> (LearnerModule<Autodiff<B>>, SupervisedTrainingEventProcessor<Components<B>>) {
+        let mut wrapper = learner.model();
+        // With a second handle to the parameters, every update would copy them.
         drop(learner);
         let mut run = self.run.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut feed = Feed {
+        let mut reporter = BurnTrainReporter {
             processor: components.event_processor,
             store: components.event_store,
             early_stopping: components.early_stopping,
             interrupter: components.interrupter,
-            steps: run.evaluated_every(),
+            interval_and_total: run.eval_interval(),
             epoch: 1,
         };
-        let outcome = run.go(&mut tuned.llama, &mut feed);
+        let outcome = run.train(&mut wrapper.llama, &mut reporter);
         *self.outcome.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(outcome);
-        (tuned, feed.processor)
+        (wrapper, reporter.processor)
     }
 }
 
-/// Runs on burn-train: on a terminal with its display, else silently beside the run's own lines.
-pub fn launch<B: Kernels>(run: Run<B>, model: Llama<Autodiff<B>>, interrupter: Interrupter) -> Result<Ended> {
+/// Runs the training loop inside burn-train: with its display on a terminal, else with a silent renderer and the run's
+/// own lines.
+pub fn run_in_burn_train<B: Kernels>(
+    run: Trainer<B>,
+    model: Llama<Autodiff<B>>,
+    interrupter: Interrupter,
+) -> Result<RunOutcome> {
     let (patience, display) = (run.patience(), run.display);
-    let steps = Arc::new(Steps { run: Mutex::new(run), outcome: Mutex::new(None) });
-    let metric = Figure::<Loss>::new();
+    let steps = Arc::new(RunStrategy { run: Mutex::new(run), outcome: Mutex::new(None) });
+    let metric = NumericMetric::<LossInput>::new();
     let mut training: SupervisedTraining<Components<B>> =
-        SupervisedTraining::new("", Arc::new(Nothing(PhantomData)), Arc::new(Nothing(PhantomData)))
+        SupervisedTraining::new("", Arc::new(EmptyDataLoader(PhantomData)), Arc::new(EmptyDataLoader(PhantomData)))
             .metric_train_numeric(metric.clone())
             .metric_valid_numeric(metric.clone())
-            .metric_train_numeric(Figure::<Speed>::new())
+            .metric_train_numeric(NumericMetric::<ThroughputInput>::new())
             .metric_train_numeric(LearningRateMetric::new())
             .with_metric_logger(InMemoryMetricLogger::default())
             .with_application_logger(None)
             .with_interrupter(interrupter)
             .with_training_strategy(TrainingStrategy::Custom(steps.clone()));
     if !display {
-        training = training.renderer(quiet::Quiet);
+        training = training.renderer(silent_renderer::SilentRenderer);
     }
     if let Some(n_epochs) = patience {
         training = training.early_stopping(MetricEarlyStoppingStrategy::new(
@@ -220,7 +237,7 @@ pub fn launch<B: Kernels>(run: Run<B>, model: Llama<Autodiff<B>>, interrupter: I
             StoppingCondition::NoImprovementSince { n_epochs },
         ));
     }
-    drop(training.launch(Learner::new(Tuned { llama: model }, AdamWConfig::new().init(), 0.0)));
+    drop(training.launch(Learner::new(LearnerModule { llama: model }, AdamWConfig::new().init(), 0.0)));
     let outcome = steps.outcome.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
     match outcome {
         Some(outcome) => outcome,

@@ -1,30 +1,30 @@
-//! Fine-tuning: from a recipe to a run folder.
+//! Fine-tuning: from a recipe to a run directory.
 
+mod burn_metrics;
+mod command;
 mod consolidate;
 mod dashboards;
-mod elsewhere;
-mod figures;
+mod eval_device;
 mod freeze;
 mod interrupt;
-mod journal;
-mod launch;
 mod learner;
 mod memory;
 mod plot;
-mod quiet;
+mod protobuf;
 mod record;
-mod run;
+mod run_log;
 mod scalars;
 mod setup;
+mod silent_renderer;
 mod state;
 mod tensorboard;
+mod trainer;
 mod wandb;
-mod wire;
 mod world;
 
+pub use command::{TrainOptions, run, train};
 pub use consolidate::consolidate;
-pub use launch::{Options, run, train};
-pub use memory::{Load, held, most_held};
+pub use memory::{RunFootprint, rss_anon_bytes, vm_hwm_bytes};
 pub use record::{Summary, peak_rss_bytes};
-pub use setup::{adapt, engine};
+pub use setup::{apply_method, engine};
 pub use world::World;

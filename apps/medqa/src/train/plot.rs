@@ -1,4 +1,4 @@
-//! The course of the losses, as a picture.
+//! The loss curves of a run, plotted as a PNG file.
 
 use super::scalars::step;
 use anyhow::{Context, Result, bail};
@@ -9,10 +9,11 @@ use plotters::{
 use serde_json::Value;
 use std::{fs, ops::Range, path::Path, sync::Once};
 
-/// Pixels.
+/// The width of the plot, in pixels.
 const WIDTH: u32 = 1200;
+/// The height of the plot, in pixels.
 const HEIGHT: u32 = 700;
-/// The picture is drawn this much larger and then averaged: plotters does not smooth the edges of thick lines.
+/// The factor by which the plot is drawn larger and then averaged, because plotters does not antialias thick lines.
 const SCALE: u32 = 3;
 
 const RAW: RGBColor = RGBColor(152, 187, 224);
@@ -21,32 +22,32 @@ const VALID: RGBColor = RGBColor(214, 75, 20);
 const INK: RGBColor = RGBColor(51, 51, 51);
 const GRID: RGBColor = RGBColor(226, 226, 226);
 
-/// Steps and what was measured behind them.
+/// The points of a curve: steps and losses.
 type Points = Vec<(i64, f64)>;
 type Canvas<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 type Chart<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<RangedCoordi64, RangedCoordf64>>;
 
-/// Draws the training loss of `metrics.jsonl`, as it is and smoothed, and the validation loss into `png`. What is not
-/// finite is left out.
+/// Plots the training loss of `metrics.jsonl`, raw and smoothed, and the validation loss into `png`. Values that are
+/// not finite are left out.
 pub fn training_loss(metrics: &Path, png: &Path) -> Result<()> {
-    let [train, valid] = read(metrics)?;
+    let [train, valid] = read_losses(metrics)?;
     let mut pixels = vec![0; (WIDTH * SCALE * HEIGHT * SCALE * 3) as usize];
     let canvas = BitMapBackend::with_buffer(&mut pixels, (WIDTH * SCALE, HEIGHT * SCALE)).into_drawing_area();
     draw(&canvas, &train, &valid)?;
     drop(canvas);
-    save(&shrink(&pixels), png)
+    save(&downsample(&pixels), png)
 }
 
-/// The training and the validation losses. A last line that a killed run left unfinished is left out.
-fn read(metrics: &Path) -> Result<[Points; 2]> {
+/// Reads the training and the validation losses. An incomplete last line, which a killed run left, is ignored.
+fn read_losses(metrics: &Path) -> Result<[Points; 2]> {
     let text = fs::read_to_string(metrics).with_context(|| format!("{}: cannot be read", metrics.display()))?;
     let mut losses = [const { Points::new() }; 2];
     for (number, line) in text.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
-        let place = || format!("{}: line {}: no line of metrics", metrics.display(), number + 1);
-        let line: Value = serde_json::from_str(line).with_context(place)?;
-        let step = step(&line).with_context(place)? as i64;
+        let context = || format!("{}: line {}: not a line of metrics", metrics.display(), number + 1);
+        let line: Value = serde_json::from_str(line).with_context(context)?;
+        let step = step(&line).with_context(context)? as i64;
         for (points, key) in losses.iter_mut().zip(["loss", "valid_loss"]) {
-            // JSON has no NaN: `null` stands for it.
+            // JSON has no NaN: it is written as `null`.
             points.extend(line[key].as_f64().map(|loss| (step, loss)));
         }
     }
@@ -56,9 +57,9 @@ fn read(metrics: &Path) -> Result<[Points; 2]> {
     Ok(losses)
 }
 
-/// An exponential moving average, which leans on the past the more, the longer the run: a weight of 0 for no point,
-/// 0.42 for 20 and 0.89 for 100, as LLaMA-Factory's `extras/ploting.py` has it.
-fn smoothed(points: &[(i64, f64)]) -> Points {
+/// Returns an exponential moving average, whose weight for past values grows with the number of points: 0 for no point,
+/// 0.42 for 20 and 0.89 for 100, as in LLaMA-Factory's `extras/ploting.py`.
+fn smooth(points: &[(i64, f64)]) -> Points {
     let weight = 1.8 * (1.0 / (1.0 + (-0.05 * points.len() as f64).exp()) - 0.5);
     let mut last = points.first().map_or(0.0, |&(_, loss)| loss);
     let smooth = points.iter().map(|&(step, loss)| {
@@ -70,10 +71,10 @@ fn smoothed(points: &[(i64, f64)]) -> Points {
 
 fn draw(canvas: &Canvas, train: &[(i64, f64)], valid: &[(i64, f64)]) -> Result<()> {
     static FONT: Once = Once::new();
-    // Fails only where the bytes are no font; then the first text that is drawn says so.
+    // This fails only if the bytes are not a font; drawing the first text then reports it.
     FONT.call_once(|| drop(plotters::style::register_font("sans-serif", FontStyle::Normal, dejavu::sans::regular())));
     canvas.fill(&WHITE)?;
-    let (steps, losses) = ranges(train.iter().chain(valid));
+    let (steps, losses) = axis_ranges(train.iter().chain(valid));
     let decimals = if losses.end - losses.start < 0.4 { 3 } else { 2 };
     let mut chart = ChartBuilder::on(canvas)
         .margin(px(20))
@@ -112,15 +113,15 @@ fn draw_train(chart: &mut Chart, train: &[(i64, f64)]) -> Result<()> {
     }
     let raw = ShapeStyle { stroke_width: px(3) as u32 / 2, ..line(RAW, 1) };
     for (points, name, style) in
-        [(train, "training loss", raw), (&smoothed(train), "training loss, smoothed", line(SMOOTH, 3))]
+        [(train, "training loss", raw), (&smooth(train), "training loss, smoothed", line(SMOOTH, 3))]
     {
-        // Not one path: plotters mitres its corners, which makes long spikes of a noisy loss.
+        // Not one path, because plotters mitres its corners, which turns a noisy loss into long spikes.
         let series = chart.draw_series(points.windows(2).map(|ends| PathElement::new(ends, style)))?;
         series.label(name).legend(move |(x, y)| PathElement::new([(x, y), (x + px(26), y)], style));
         let corner = style.stroke_width / 2;
         chart.draw_series(points.iter().map(|&point| Circle::new(point, corner, style)))?;
     }
-    // A line through one point is nothing to see.
+    // A line through a single point is not visible.
     if let [point] = train {
         chart.draw_series([Circle::new(*point, px(4), SMOOTH.filled())])?;
     }
@@ -137,8 +138,8 @@ fn draw_valid(chart: &mut Chart, valid: &[(i64, f64)]) -> Result<()> {
     Ok(())
 }
 
-/// The part of the plane that is drawn: the points and a little around them, which is never empty.
-fn ranges<'a>(points: impl Iterator<Item = &'a (i64, f64)>) -> (Range<i64>, Range<f64>) {
+/// Returns the ranges of the axes: the points and a margin, never empty.
+fn axis_ranges<'a>(points: impl Iterator<Item = &'a (i64, f64)>) -> (Range<i64>, Range<f64>) {
     let (mut steps, mut losses) = ((i64::MAX, i64::MIN), (f64::INFINITY, f64::NEG_INFINITY));
     for &(step, loss) in points {
         steps = (steps.0.min(step), steps.1.max(step));
@@ -151,7 +152,7 @@ fn ranges<'a>(points: impl Iterator<Item = &'a (i64, f64)>) -> (Range<i64>, Rang
     (first..(steps.1 + after).max(first + 2), losses.0 - around..losses.1 + around)
 }
 
-/// A length on the larger canvas.
+/// Converts a length to pixels of the larger canvas.
 fn px(length: u32) -> i32 {
     (length * SCALE) as i32
 }
@@ -164,8 +165,8 @@ fn line(color: RGBColor, width: u32) -> ShapeStyle {
     ShapeStyle { color: color.to_rgba(), filled: true, stroke_width: width * SCALE }
 }
 
-/// Averages squares of pixels.
-fn shrink(pixels: &[u8]) -> Vec<u8> {
+/// Averages squares of pixels down to the size of the plot.
+fn downsample(pixels: &[u8]) -> Vec<u8> {
     let (scale, width) = (SCALE as usize, WIDTH as usize);
     let mut small = Vec::with_capacity(pixels.len() / scale / scale);
     for row in 0..HEIGHT as usize {
@@ -179,24 +180,24 @@ fn shrink(pixels: &[u8]) -> Vec<u8> {
     small
 }
 
-/// Writes the picture beside its place, then renames it. Plotters takes the format from the name's end.
+/// Writes the plot to a temporary file, then renames it. Plotters takes the format from the extension.
 fn save(pixels: &[u8], png: &Path) -> Result<()> {
-    let beside = png.with_extension("part.png");
-    let place = || format!("{}: cannot be written", png.display());
+    let partial = png.with_extension("part.png");
+    let context = || format!("{}: cannot be written", png.display());
     let written = || -> Result<()> {
-        let mut picture = BitMapBackend::new(&beside, (WIDTH, HEIGHT));
+        let mut picture = BitMapBackend::new(&partial, (WIDTH, HEIGHT));
         picture.blit_bitmap((0, 0), (WIDTH, HEIGHT), pixels)?;
         picture.present()?;
-        Ok(fs::rename(&beside, png)?)
+        Ok(fs::rename(&partial, png)?)
     };
-    written().inspect_err(|_| drop(fs::remove_file(&beside))).with_context(place)
+    written().inspect_err(|_| drop(fs::remove_file(&partial))).with_context(context)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Draws lines of metrics; what comes back is the picture's width and height, from its header.
+    /// Plots lines of metrics and returns the width and height in the header of the PNG file.
     fn drawn(lines: &str) -> Result<(u32, u32)> {
         let directory = tempfile::tempdir().unwrap();
         let (metrics, png) = (directory.path().join("metrics.jsonl"), directory.path().join("training_loss.png"));
@@ -232,7 +233,7 @@ mod tests {
         assert_eq!(drawn("").unwrap_err().to_string(), nothing);
         assert_eq!(drawn("{\"step\": 1, \"loss\": null}\n").unwrap_err().to_string(), nothing);
         let error = drawn("{\"step\": 1, \"loss\": 2}\nstep 2\n").unwrap_err().to_string();
-        assert!(error.starts_with("metrics.jsonl: line 2: no line of metrics: "), "{error}");
+        assert!(error.starts_with("metrics.jsonl: line 2: not a line of metrics: "), "{error}");
         assert_eq!(error.lines().count(), 1);
     }
 
@@ -240,12 +241,12 @@ mod tests {
     fn smoothing_keeps_a_constant_and_calms_the_rest() {
         let points = |loss: fn(i64) -> f64| (1..=100).map(|step| (step, loss(step))).collect::<Points>();
         let constant = points(|_| 2.0);
-        assert!(smoothed(&constant).iter().zip(&constant).all(|(a, b)| a.0 == b.0 && (a.1 - b.1).abs() < 1e-12));
-        let width = |points: &[(i64, f64)]| ranges(points.iter()).1;
+        assert!(smooth(&constant).iter().zip(&constant).all(|(a, b)| a.0 == b.0 && (a.1 - b.1).abs() < 1e-12));
+        let width = |points: &[(i64, f64)]| axis_ranges(points.iter()).1;
         let noise = points(|step| if step % 2 == 0 { 1.0 } else { 3.0 });
-        let (before, after) = (width(&noise), width(&smoothed(&noise)[50..]));
+        let (before, after) = (width(&noise), width(&smooth(&noise)[50..]));
         assert!(after.end - after.start < 0.1 * (before.end - before.start));
-        assert!(smoothed(&[]).is_empty());
-        assert_eq!(smoothed(&[(1, 0.5)]), [(1, 0.5)]);
+        assert!(smooth(&[]).is_empty());
+        assert_eq!(smooth(&[(1, 0.5)]), [(1, 0.5)]);
     }
 }

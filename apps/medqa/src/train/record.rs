@@ -1,4 +1,4 @@
-//! What a run writes about itself.
+//! The files with the results of a run: `metrics.jsonl` and `summary.json`.
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -9,23 +9,23 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// `metrics.jsonl`: one line per step or evaluation, written at once.
-pub struct Metrics {
+/// The file `metrics.jsonl`: one line per step or evaluation, written without delay.
+pub struct MetricsFile {
     path: PathBuf,
     file: File,
     bytes: u64,
 }
 
-impl Metrics {
-    /// Opens the file to write behind its first `bytes`; the rest is cut off.
+impl MetricsFile {
+    /// Opens the file to append after its first `bytes`; the rest is truncated.
     pub fn open(path: &Path, bytes: u64) -> Result<Self> {
-        let place = || format!("{}: cannot be written", path.display());
-        let mut file = File::options().write(true).create(true).truncate(false).open(path).with_context(place)?;
-        let found = file.metadata().with_context(place)?.len();
+        let context = || format!("{}: cannot be written", path.display());
+        let mut file = File::options().write(true).create(true).truncate(false).open(path).with_context(context)?;
+        let found = file.metadata().with_context(context)?.len();
         if found < bytes {
             bail!("{}: expected at least {bytes} bytes from before, found {found}", path.display());
         }
-        file.set_len(bytes).and_then(|()| file.seek(SeekFrom::End(0))).with_context(place)?;
+        file.set_len(bytes).and_then(|()| file.seek(SeekFrom::End(0))).with_context(context)?;
         Ok(Self { path: path.to_owned(), file, bytes })
     }
 
@@ -36,43 +36,43 @@ impl Metrics {
         Ok(())
     }
 
-    /// The lines written so far.
+    /// Returns the lines written so far.
     pub fn lines(&self) -> Result<Vec<Value>> {
-        let place = || self.path.display().to_string();
-        let text = std::fs::read_to_string(&self.path).with_context(place)?;
-        text.lines().map(|line| serde_json::from_str(line).with_context(place)).collect()
+        let context = || self.path.display().to_string();
+        let text = std::fs::read_to_string(&self.path).with_context(context)?;
+        text.lines().map(|line| serde_json::from_str(line).with_context(context)).collect()
     }
 
-    /// Bytes written so far.
+    /// Returns the bytes written so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 }
 
-/// What a run came to: `summary.json`.
+/// The results of a run: `summary.json`.
 #[derive(Debug, Serialize)]
 pub struct Summary {
-    /// The mean loss over the target tokens of the validation rows; none without such rows.
+    /// The mean loss over the target tokens of the validation rows before the first step; none without such rows.
     pub valid_loss_before: Option<f64>,
     /// The same after the last step.
     pub valid_loss_after: Option<f64>,
     /// Optimizer steps.
     pub steps: usize,
-    /// From the end of loading to the end of saving.
+    /// Seconds from the end of loading to the end of saving.
     pub seconds: f64,
-    /// From the start of the process to the first step; none if there was none to take.
+    /// Seconds from the start of the process to the first step; none if no step was left to take.
     pub seconds_to_first_step: Option<f64>,
     /// Tokens trained on, those of prompts included.
     pub tokens: usize,
-    /// Over the time spent in steps.
+    /// Training throughput over the time spent in steps.
     pub tokens_per_second: f64,
-    /// The most memory that the process has held.
+    /// The peak resident memory of the process.
     pub peak_rss_bytes: u64,
-    /// Weights that learned.
+    /// The number of trainable parameters.
     pub trainable_parameters: usize,
 }
 
-/// The most memory that this process has held so far, in bytes; 0 where the system does not say.
+/// Returns the peak resident memory of this process so far, in bytes; 0 if the system does not report it.
 pub fn peak_rss_bytes() -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

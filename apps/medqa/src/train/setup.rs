@@ -1,33 +1,37 @@
-//! From the recipe's values to what a run is made of.
+//! Builds the parts of a run from a recipe.
 
 use super::freeze::freeze;
 use crate::{
-    adapter::{self, Adapter},
-    data::{Encoded, Schema, encode, read},
+    data::{EncodedRows, Schema, encode_rows, read_rows},
     fetch,
-    model::Loaded,
-    recipe::{self, Checkpointing as Recompute, Compute, Data, MethodKind, OptimizerKind, Place, Recipe, Scheduler},
+    method_adapter::{self, AttachedAdapter},
+    model::LoadedModel,
+    recipe::{
+        self, ActivationCheckpointing as Recompute, ComputeDtype, DataConfig, LrSchedulerType, MethodKind,
+        OffloadDevice, OptimizerKind, Recipe,
+    },
 };
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
 use burn_llama::{Checkpoint, Example, Llama, Tokenizer, kernel::Kernels};
-use burn_peft::{adapter::Rounding, config::InitLora, param};
+use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights, param};
 use burn_zero::{
-    Engine, Sharding, Tier,
+    Engine, MemoryTier, Sharding,
     comm::Communicator,
-    optimizer::{AdamW, Groups, Lamb, Lion, Optimizer, Sgd},
-    schedule::{Kind, Schedule},
+    lr_schedule::{LrKind, LrSchedule},
+    optimizer::{AdamW, Lamb, Lion, Optimizer, ParamGroups, Sgd},
     segment::Checkpointing,
 };
 use std::path::Path;
 
-/// Puts the method onto the model and freezes the rest; `None` where the model's own weights learn and nothing else.
-pub fn adapt<B: Kernels>(
+/// Applies the fine-tuning method to the model and freezes the rest. There is no adapter if only the model's own
+/// weights are trained.
+pub fn apply_method<B: Kernels>(
     mut model: Llama<B>,
     tokenizer: &Tokenizer,
     recipe: &Recipe,
-) -> Result<(Llama<B>, Option<Adapter>)> {
-    let choice = &recipe.method.choice;
+) -> Result<(Llama<B>, Option<AttachedAdapter>)> {
+    let choice = &recipe.method.common;
     match choice.kind {
         MethodKind::Full => return Ok((model, None)),
         MethodKind::Freeze => return Ok((freeze(model, &choice.layers.clone().unwrap_or_default())?, None)),
@@ -35,12 +39,12 @@ pub fn adapt<B: Kernels>(
     }
     let adapter = match choice.init.as_deref().map(Path::new).filter(|init| !init.is_file()) {
         Some(directory) => {
-            let adapter = adapter::load(&mut model, adapter::NAME, directory)?;
+            let adapter = method_adapter::load(&mut model, method_adapter::ADAPTER_NAME, directory)?;
             let fits = match &adapter {
-                Adapter::Lora(config, _) if config.use_dora => choice.kind == MethodKind::Dora,
-                Adapter::Lora(..) => matches!(choice.kind, MethodKind::Lora | MethodKind::QLora),
-                Adapter::Ia3(_) => choice.kind == MethodKind::Ia3,
-                Adapter::Prompt => choice.kind.is_prompt(),
+                AttachedAdapter::Lora(config, _) if config.use_dora => choice.kind == MethodKind::Dora,
+                AttachedAdapter::Lora(..) => matches!(choice.kind, MethodKind::Lora | MethodKind::QLora),
+                AttachedAdapter::Ia3(_) => choice.kind == MethodKind::Ia3,
+                AttachedAdapter::Prompt => choice.kind.is_prompt(),
             };
             if !fits {
                 bail!(
@@ -50,25 +54,25 @@ pub fn adapt<B: Kernels>(
             }
             adapter
         }
-        None => adapter::attach(&mut model, tokenizer, recipe)?,
+        None => method_adapter::attach(&mut model, tokenizer, recipe)?,
     };
     let model = match &adapter {
-        Adapter::Lora(config, _) => burn_peft::adapter::train_only(model, config)?,
+        AttachedAdapter::Lora(config, _) => burn_peft::adapter::train_only(model, config)?,
         _ => param::train_only(model, burn_peft::adapter::is_adapter),
     };
     Ok((model, Some(adapter)))
 }
 
-/// The start of a new adapter that takes more than the model: the weights before they were rounded, of which a few at a time are
-/// read from the model's files. A run that goes on has its adapter.
-pub fn start<B: Kernels>(model: &mut Llama<B>, recipe: &Recipe) -> Result<Option<Rounding>> {
-    let (choice, lora) = (&recipe.method.choice, &recipe.method.lora);
-    if lora.init_lora_weights != InitLora::Loftq || choice.init.is_some() {
+/// Initializes new adapters by LoftQ, which needs the weights before quantization; these are read from the model's
+/// files, a few at a time. A resumed run has its adapters already.
+pub fn init_loftq<B: Kernels>(model: &mut Llama<B>, recipe: &Recipe) -> Result<Option<QuantizationResidual>> {
+    let (choice, lora) = (&recipe.method.common, &recipe.method.lora);
+    if lora.init_lora_weights != InitLoraWeights::Loftq || choice.init.is_some() {
         return Ok(None);
     }
     let checkpoint = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?;
     let original = |path: &str| checkpoint.weight(path);
-    Ok(Some(burn_peft::adapter::replace_lora_weights_loftq(model, adapter::NAME, &original)?))
+    Ok(Some(burn_peft::adapter::replace_lora_weights_loftq(model, method_adapter::ADAPTER_NAME, &original)?))
 }
 
 fn optimizer(recipe: &Recipe) -> Optimizer {
@@ -85,49 +89,51 @@ fn optimizer(recipe: &Recipe) -> Optimizer {
     }
 }
 
-/// What takes a run's steps, as one of its ranks.
+/// Creates the engine that computes the steps of a run on this rank.
 pub fn engine<B: Kernels>(recipe: &Recipe, communicator: Box<dyn Communicator>) -> Result<Engine<Autodiff<B>>> {
     let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
-    let engine = Engine::new(optimizer(recipe), clip, checkpointing(recipe)).with_groups(groups(recipe));
-    let engine = engine.in_world(communicator, sharding(recipe)).with_overlap(recipe.parallel.division.overlap);
+    let engine = Engine::new(optimizer(recipe), clip, checkpointing(recipe)).with_param_groups(param_groups(recipe));
+    let engine = engine.in_world(communicator, sharding(recipe)).with_overlap(recipe.parallel.sharding.overlap);
     let engine = match recipe.model.compute {
-        Compute::F16 => engine.with_loss_scaler(recipe::loss_scaler(recipe.train.schedule.fp16.as_ref())?),
-        Compute::F32 | Compute::Bf16 => engine,
+        ComputeDtype::F16 => engine.with_loss_scaler(recipe::loss_scaler(recipe.train.schedule.fp16.as_ref())?),
+        ComputeDtype::F32 | ComputeDtype::Bf16 => engine,
     };
     let offload = &recipe.parallel.offload;
-    Ok(engine.with_weights_in(place(recipe, offload.offload_param)).with_states_in(&tier(recipe))?)
+    Ok(engine
+        .with_weights_in(memory_tier(recipe, offload.offload_param))
+        .with_optimizer_states_in(&optimizer_tier(recipe))?)
 }
 
-/// Which parameters learn how fast and decay.
-fn groups(recipe: &Recipe) -> Groups {
+/// Returns the parameter groups, with the scales of their learning rates.
+fn param_groups(recipe: &Recipe) -> ParamGroups {
     let optimizer = &recipe.train.optimizer;
-    let mut groups = optimizer.loraplus_lr_ratio.map(Groups::lora_plus).unwrap_or_default();
+    let mut groups = optimizer.loraplus_lr_ratio.map(ParamGroups::lora_plus).unwrap_or_default();
     if let (Some(table), Some(all)) = (optimizer.loraplus_lr_embedding, optimizer.learning_rate) {
-        groups.scales.push(("embed_tokens".to_owned(), table / all));
+        groups.lr_scales.push(("embed_tokens".to_owned(), table / all));
     }
     groups
 }
 
-/// What is divided among ranks.
+/// Returns the sharding among ranks.
 fn sharding(recipe: &Recipe) -> Sharding {
-    let recipe::Division { zero_stage: stage, bucket_size, .. } = recipe.parallel.division;
+    let recipe::ShardingConfig { zero_stage: stage, bucket_size, .. } = recipe.parallel.sharding;
     Sharding { stage, bucket_size }
 }
 
-/// Where optimizer states are.
-fn tier(recipe: &Recipe) -> Tier {
-    match place(recipe, recipe.parallel.offload.offload_optimizer) {
-        // 8-bit states are always the host's.
-        Tier::Device if recipe.train.optimizer.optimizer == OptimizerKind::AdamW8bit => Tier::Host,
+/// Returns the memory tier of the optimizer states.
+fn optimizer_tier(recipe: &Recipe) -> MemoryTier {
+    match memory_tier(recipe, recipe.parallel.offload.offload_optimizer) {
+        // 8-bit states are always in host memory.
+        MemoryTier::Device if recipe.train.optimizer.optimizer == OptimizerKind::AdamW8bit => MemoryTier::Host,
         tier => tier,
     }
 }
 
-fn place(recipe: &Recipe, place: Place) -> Tier {
+fn memory_tier(recipe: &Recipe, place: OffloadDevice) -> MemoryTier {
     match (place, &recipe.parallel.offload.nvme_path) {
-        (Place::Nvme, Some(folder)) => Tier::File(folder.into()),
-        (Place::None, _) => Tier::Device,
-        _ => Tier::Host,
+        (OffloadDevice::Nvme, Some(folder)) => MemoryTier::File(folder.into()),
+        (OffloadDevice::None, _) => MemoryTier::Device,
+        _ => MemoryTier::Host,
     }
 }
 
@@ -139,18 +145,23 @@ fn checkpointing(recipe: &Recipe) -> Checkpointing {
     }
 }
 
-/// The examples of a file.
-pub fn rows<B: Kernels>(loaded: &Loaded<B>, data: &Data, path: &str, schema: &Schema) -> Result<Vec<Example>> {
-    let rows = read(Path::new(path), schema)?;
-    let encoded = encode(&loaded.tokenizer, &rows, data.max_length, data.on_too_long);
+/// Reads a file and tokenizes its rows.
+pub fn load_examples<B: Kernels>(
+    loaded: &LoadedModel<B>,
+    data: &DataConfig,
+    path: &str,
+    schema: &Schema,
+) -> Result<Vec<Example>> {
+    let rows = read_rows(Path::new(path), schema)?;
+    let encoded = encode_rows(&loaded.tokenizer, &rows, data.max_length, data.on_too_long);
     let encoded = encoded.with_context(|| path.to_owned())?;
-    report(path, &encoded);
-    loaded.model.accepts(&encoded.examples).with_context(|| path.to_owned())?;
+    report_rows(path, &encoded);
+    loaded.model.check_examples(&encoded.examples).with_context(|| path.to_owned())?;
     Ok(encoded.examples)
 }
 
-fn report(path: &str, encoded: &Encoded) {
-    let Encoded { examples, truncated, dropped, without_target } = encoded;
+fn report_rows(path: &str, encoded: &EncodedRows) {
+    let EncodedRows { examples, truncated, dropped, without_target } = encoded;
     eprintln!(
         "{}: {} rows, {truncated} truncated, {dropped} dropped as too long, {without_target} without a token to learn",
         path,
@@ -158,24 +169,24 @@ fn report(path: &str, encoded: &Encoded) {
     );
 }
 
-/// The learning rate of a step, counted from 0, of `total`.
+/// Returns the learning rate of a step, counted from 0, in a run of `total` steps.
 ///
 /// # Errors
-/// If DeepSpeed's scheduler cannot be in a run of so many steps.
+/// If DeepSpeed's scheduler is not possible in a run of `total` steps.
 pub fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> {
     let train = &recipe.train;
     let (peak, warmup) = (train.optimizer.learning_rate.unwrap_or_default(), train.schedule.warmup.steps(total));
     if let Some(block) = &train.schedule.deepspeed_scheduler {
         let schedule = recipe::deepspeed_schedule(block, peak, (warmup, total));
-        return Ok(schedule.context("`train.deepspeed_scheduler`")?.in_run(step as u64));
+        return Ok(schedule.context("`train.deepspeed_scheduler`")?.applied_at(step as u64));
     }
     let kind = match train.schedule.scheduler {
-        Scheduler::Constant => Kind::Constant,
-        Scheduler::Linear => Kind::Linear,
-        Scheduler::Cosine => Kind::Cosine,
-        Scheduler::WarmupLR => Kind::WarmupLr,
-        Scheduler::WarmupDecayLR => Kind::WarmupDecayLr,
-        Scheduler::WarmupCosineLR => Kind::WarmupCosineLr,
+        LrSchedulerType::Constant => LrKind::Constant,
+        LrSchedulerType::Linear => LrKind::Linear,
+        LrSchedulerType::Cosine => LrKind::Cosine,
+        LrSchedulerType::WarmupLR => LrKind::WarmupLr,
+        LrSchedulerType::WarmupDecayLR => LrKind::WarmupDecayLr,
+        LrSchedulerType::WarmupCosineLR => LrKind::WarmupCosineLr,
     };
-    Ok(Schedule { kind, peak, warmup, total }.at(step))
+    Ok(LrSchedule { kind, peak, warmup, total }.at(step))
 }

@@ -1,4 +1,4 @@
-//! What a run has behind it, and where it can go on from.
+//! The state of a run, and the checkpoints that it can resume from.
 
 use crate::{
     recipe::{Packing, Recipe},
@@ -11,8 +11,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Keys that a resumed run may change: they say when it ends, what it writes and who computes, not what a step does.
-const FREE: [&str; 17] = [
+/// Recipe keys that a resumed run may change: they decide when it ends, what it writes and where it computes, not what
+/// a step computes.
+const KEYS_FREE_ON_RESUME: [&str; 17] = [
     "train.max_steps",
     "train.epochs",
     "train.eval_every",
@@ -20,7 +21,8 @@ const FREE: [&str; 17] = [
     "train.save_every",
     "train.keep",
     "train.report_to",
-    // Their product with the number of ranks must stay, see Progress, and filled micro-batches their size.
+    // Their product with the number of ranks must stay, see `TrainerState::rows_per_step`, and with `data.packing =
+    // "fill"` the batch size must stay too.
     "train.batch_size",
     "train.gradient_accumulation",
     "parallel.zero_stage",
@@ -33,34 +35,35 @@ const FREE: [&str; 17] = [
     "train.memory_gib",
 ];
 
-/// `state.json` of a checkpoint.
+/// The contents of a checkpoint's `state.json`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct Progress {
-    /// Steps taken.
+pub struct TrainerState {
+    /// Optimizer steps taken.
     pub step: usize,
-    /// Of these, those that changed nothing because gradients overflowed: the learning rate waits for them.
+    /// The steps among these that were skipped because gradients overflowed; they do not advance the learning rate
+    /// schedule.
     #[serde(default)]
     pub skipped: usize,
     /// Rows per step, of all ranks.
     pub rows_per_step: usize,
     /// Input tokens seen.
     pub tokens: usize,
-    /// Since the run began, pauses aside.
+    /// Seconds since the run started, without the time between interruption and resume.
     pub seconds: f64,
-    /// Of these, spent in steps.
+    /// The seconds among these that were spent in steps.
     pub stepping: f64,
-    /// Before the first step.
+    /// The validation loss before the first step.
     pub valid_loss_before: Option<f64>,
-    /// The length of `metrics.jsonl`: what stands behind it belongs to steps that are taken again.
+    /// The length of `metrics.jsonl`: anything after it belongs to steps that a resumed run repeats.
     pub metrics_bytes: u64,
 }
 
-/// The checkpoints of a run folder, oldest first. What a killed run left unfinished is removed.
+/// Returns the checkpoints of a run directory, oldest first, and removes incomplete ones that a killed run left.
 pub fn checkpoints(directory: &Path) -> Result<Vec<PathBuf>> {
-    let place = || format!("{}: cannot be read", directory.display());
+    let context = || format!("{}: cannot be read", directory.display());
     let mut found = Vec::new();
-    for entry in fs::read_dir(directory).with_context(place)? {
-        let path = entry.with_context(place)?.path();
+    for entry in fs::read_dir(directory).with_context(context)? {
+        let path = entry.with_context(context)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let Some(name) = name.strip_prefix("checkpoint-") else { continue };
         if name.ends_with(".part") {
@@ -73,56 +76,60 @@ pub fn checkpoints(directory: &Path) -> Result<Vec<PathBuf>> {
     Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
-/// What `state.json` of a checkpoint says.
-pub fn read(checkpoint: &Path) -> Result<Progress> {
+/// Reads a checkpoint's `state.json`.
+pub fn read_state(checkpoint: &Path) -> Result<TrainerState> {
     let path = checkpoint.join("state.json");
     let text = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()));
     text.and_then(|text| {
-        serde_json::from_slice(&text).with_context(|| format!("{}: no state of a run", path.display()))
+        serde_json::from_slice(&text).with_context(|| format!("{}: not a valid training state", path.display()))
     })
     .with_context(|| advice(checkpoint))
 }
 
-/// What to do about a checkpoint that cannot be used.
+/// Returns the advice for a checkpoint that cannot be used.
 pub fn advice(checkpoint: &Path) -> String {
     format!("{}: the checkpoint is damaged; remove this folder to go on from the one before", checkpoint.display())
 }
 
-/// Where a checkpoint is written before it is renamed.
-pub fn beside(checkpoint: &Path) -> PathBuf {
+/// Returns the temporary path at which a checkpoint is written before it is renamed.
+pub fn partial_path(checkpoint: &Path) -> PathBuf {
     checkpoint.with_extension("part")
 }
 
-/// Makes an empty folder beside a checkpoint's place.
-pub fn begin(checkpoint: &Path) -> Result<PathBuf> {
-    let beside = beside(checkpoint);
-    clear(&beside).and_then(|()| fs::create_dir_all(&beside)).with_context(|| checkpoint.display().to_string())?;
-    Ok(beside)
+/// Creates an empty folder at the temporary path of a checkpoint.
+pub fn create_partial(checkpoint: &Path) -> Result<PathBuf> {
+    let partial = partial_path(checkpoint);
+    remove_if_exists(&partial)
+        .and_then(|()| fs::create_dir_all(&partial))
+        .with_context(|| checkpoint.display().to_string())?;
+    Ok(partial)
 }
 
-/// Puts the folder beside a checkpoint in its place, if it was `written`; else removes it.
-pub fn commit(checkpoint: &Path, progress: &Progress, written: Result<()>) -> Result<()> {
-    let beside = beside(checkpoint);
+/// Completes the temporary folder of a checkpoint and renames it, if it was `written`; else removes it.
+pub fn commit(checkpoint: &Path, progress: &TrainerState, written: Result<()>) -> Result<()> {
+    let partial = partial_path(checkpoint);
     written
-        .and_then(|()| write::whole(&beside.join("state.json"), serde_json::to_string_pretty(progress)?.as_bytes()))
-        .and_then(|()| fs::rename(&beside, checkpoint).with_context(|| checkpoint.display().to_string()))
-        .inspect_err(|_| drop(clear(&beside)))
+        .and_then(|()| {
+            write::write_atomically(&partial.join("state.json"), serde_json::to_string_pretty(progress)?.as_bytes())
+        })
+        .and_then(|()| fs::rename(&partial, checkpoint).with_context(|| checkpoint.display().to_string()))
+        .inspect_err(|_| drop(remove_if_exists(&partial)))
 }
 
-fn clear(folder: &Path) -> std::io::Result<()> {
+fn remove_if_exists(folder: &Path) -> std::io::Result<()> {
     if folder.exists() { fs::remove_dir_all(folder) } else { Ok(()) }
 }
 
-/// Removes a checkpoint, so that no half of it can be taken for a whole one.
+/// Removes a checkpoint; it is renamed first, so that a half-removed one cannot be taken for a complete one.
 pub fn remove(checkpoint: &Path) -> Result<()> {
-    let beside = checkpoint.with_extension("part");
-    fs::rename(checkpoint, &beside)
-        .and_then(|()| fs::remove_dir_all(&beside))
+    let partial = checkpoint.with_extension("part");
+    fs::rename(checkpoint, &partial)
+        .and_then(|()| fs::remove_dir_all(&partial))
         .with_context(|| format!("{}: cannot be removed", checkpoint.display()))
 }
 
-/// Refuses to go on with a run by another recipe.
-pub fn same_recipe(directory: &Path, recipe: &Recipe) -> Result<()> {
+/// Refuses to resume a run with another recipe.
+pub fn ensure_same_recipe(directory: &Path, recipe: &Recipe) -> Result<()> {
     let path = directory.join("recipe.toml");
     let text = fs::read_to_string(&path)
         .with_context(|| format!("{}: cannot be read; there is no run to resume", path.display()))?;
@@ -132,7 +139,7 @@ pub fn same_recipe(directory: &Path, recipe: &Recipe) -> Result<()> {
     flatten("", &old, &mut before);
     flatten("", &new, &mut now);
     let fixed = |key: &str| key == "train.batch_size" && recipe.data.packing == Packing::Fill;
-    let free = |key: &str| FREE.contains(&key) && !fixed(key);
+    let free = |key: &str| KEYS_FREE_ON_RESUME.contains(&key) && !fixed(key);
     for key in before.iter().chain(&now).map(|(key, _)| key).filter(|key| !free(key)) {
         let of = |all: &[(String, String)]| {
             all.iter().find(|(other, _)| other == key).map_or("nothing".to_owned(), |(_, value)| value.clone())

@@ -1,13 +1,13 @@
-//! Runs for Weights & Biases, written as its client does offline and sent by `wandb sync FOLDER`: nothing is sent
-//! while a run trains.
+//! Runs for Weights & Biases, written like the offline runs of its client and uploaded by `wandb sync FOLDER`: nothing
+//! is sent while a run trains.
 //!
 //! Sources: `wandb_internal.proto` of `wandb` 0.31 for the fields, its `datastore.py` (0.19) for the file header, and
 //! <https://github.com/google/leveldb/blob/main/doc/log_format.md> for the records, here with zlib's checksum.
 
 use super::{
-    scalars::{NAMES, scalars, step},
-    tensorboard::host,
-    wire::{Message, ZLIB},
+    protobuf::{CRC32, ProtoMessage},
+    scalars::{SCALAR_NAMES, scalars, step},
+    tensorboard::hostname,
 };
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
@@ -20,27 +20,27 @@ use std::{
 };
 
 /// `:W&B`, the low half of the CRC-32 of "Weights & Biases", and version 0.
-const HEADER: [u8; RECORD] = *b":W&B\xe1\xbe\x00";
-const BLOCK: usize = 32768;
-/// Before each piece of a record: checksum, length, type.
-const RECORD: usize = 7;
-/// The step as a value of its own, by the name that Transformers gives it: what charts are drawn against.
-const STEP: &str = "train/global_step";
+const HEADER: [u8; FRAGMENT_HEADER] = *b":W&B\xe1\xbe\x00";
+const BLOCK_SIZE: usize = 32768;
+/// The length of the header of each fragment of a record: checksum, length, type.
+const FRAGMENT_HEADER: usize = 7;
+/// The metric for the step, named as in Transformers: the x axis of all charts.
+const STEP_METRIC: &str = "train/global_step";
 
-/// What a run says of itself.
+/// The metadata of a run.
 #[derive(Debug, Clone, Copy)]
-pub struct Run<'a> {
+pub struct RunMetadata<'a> {
     pub project: &'a str,
     pub name: &'a str,
     /// The recipe.
     pub config: &'a Map<String, Value>,
 }
 
-/// A run that is written to at every step.
-pub struct Wandb {
+/// The writer of an offline run.
+pub struct WandbWriter {
     file: File,
     path: PathBuf,
-    /// Where the next record goes.
+    /// The offset of the next record in the file.
     offset: usize,
     records: u64,
     rows: u64,
@@ -48,86 +48,89 @@ pub struct Wandb {
     started: f64,
 }
 
-impl Wandb {
-    /// Writes the run into a folder of `directory`: the one that a run to be resumed left there, a new one otherwise.
-    /// What it holds is written anew from the lines of `metrics`, so that steps to be taken again are not in it twice.
-    pub fn create(directory: &Path, run: &Run, metrics: &[Value]) -> Result<Self> {
+impl WandbWriter {
+    /// Creates the run in a folder of `directory`: the existing folder of a resumed run, else a new one. Its contents
+    /// are written anew from the lines of `metrics`, so that repeated steps are not in it twice.
+    pub fn create(directory: &Path, run: &RunMetadata, metrics: &[Value]) -> Result<Self> {
         let before = metrics.last().and_then(|line| line["elapsed_seconds"].as_f64()).unwrap_or(0.0);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let started = now.saturating_sub(Duration::try_from_secs_f64(before).unwrap_or_default());
-        let (folder, id) = match left(directory)? {
+        let (folder, id) = match existing_run(directory)? {
             Some(found) => found,
             None => {
                 let id = new_id();
-                (directory.join(format!("offline-run-{}-{id}", date(now.as_secs()))), id)
+                (directory.join(format!("offline-run-{}-{id}", timestamp(now.as_secs()))), id)
             }
         };
         let path = folder.join(format!("run-{id}.wandb"));
-        let beside = folder.join(format!("run-{id}.wandb.part"));
-        let place = || format!("{}: cannot be written", path.display());
-        let file = fs::create_dir_all(folder.join("files")).and_then(|()| File::create(&beside));
-        let file = file.with_context(place)?;
+        let partial = folder.join(format!("run-{id}.wandb.part"));
+        let context = || format!("{}: cannot be written", path.display());
+        let file = fs::create_dir_all(folder.join("files")).and_then(|()| File::create(&partial));
+        let file = file.with_context(context)?;
         let mut log = Self { file, path: path.clone(), offset: 0, records: 0, rows: 0, started: started.as_secs_f64() };
-        log.begin(&id, run, started)?;
+        log.write_header(&id, run, started)?;
         metrics.iter().try_for_each(|line| log.write(line))?;
-        fs::rename(&beside, &path).with_context(place)?;
-        // `wandb sync` passes over what carries these marks of an earlier sending.
+        fs::rename(&partial, &path).with_context(context)?;
+        // `wandb sync` skips runs that have these marker files of an earlier upload.
         for mark in ["synced", "syncstate"] {
             drop(fs::remove_file(folder.join(format!("run-{id}.wandb.{mark}"))));
         }
         Ok(log)
     }
 
-    /// Writes what a line of `metrics.jsonl` measures: a row, and the summary's latest values.
+    /// Writes the scalars of a line of `metrics.jsonl`: a row of the history, and the latest values of the summary.
     pub fn write(&mut self, line: &Value) -> Result<()> {
         let seconds = line["elapsed_seconds"].as_f64().unwrap_or(0.0);
         let mut row = vec![
             ("_step", json!(self.rows)),
             ("_runtime", json!(seconds)),
             ("_timestamp", json!(self.started + seconds)),
-            (STEP, json!(step(line)?)),
+            (STEP_METRIC, json!(step(line)?)),
         ];
         row.extend(scalars(line).filter(|(_, value)| value.is_finite()).map(|(name, value)| (name, json!(value))));
-        let items =
-            |field| row.iter().fold(Message::default(), |all, (name, value)| all.message(field, item(2, name, value)));
+        let items = |field| {
+            row.iter()
+                .fold(ProtoMessage::default(), |all, (name, value)| all.message(field, encode_item(2, name, value)))
+        };
         let summary = items(1);
-        let history = items(1).message(2, Message::default().integer(1, self.rows));
+        let history = items(1).message(2, ProtoMessage::default().integer(1, self.rows));
         self.rows += 1;
         self.record(3, summary)?;
         self.record(2, history)
     }
 
-    /// Says that the run is over: with 0 when it went well.
+    /// Writes the end of the run: exit code 0 for success.
     pub fn finish(mut self, exit_code: u8) -> Result<()> {
-        self.record(18, Message::default().integer(1, exit_code.into()))
+        self.record(18, ProtoMessage::default().integer(1, exit_code.into()))
     }
 
-    /// The folder to call `wandb sync` with.
+    /// Returns the folder for `wandb sync`.
     pub fn folder(&self) -> &Path {
         self.path.parent().unwrap_or(&self.path)
     }
 
-    fn begin(&mut self, id: &str, run: &Run, started: Duration) -> Result<()> {
+    fn write_header(&mut self, id: &str, run: &RunMetadata, started: Duration) -> Result<()> {
         self.append(&HEADER)?;
-        let version = Message::default().bytes(1, env!("CARGO_PKG_VERSION")).bytes(2, "0.70.0");
-        self.record(21, Message::default().message(1, version))?;
+        let version = ProtoMessage::default().bytes(1, env!("CARGO_PKG_VERSION")).bytes(2, "0.70.0");
+        self.record(21, ProtoMessage::default().message(1, version))?;
         let config = run.config.iter();
-        let config = config.fold(Message::default(), |all, (key, value)| all.message(1, item(1, key, value)));
-        let time = Message::default().integer(1, started.as_secs()).integer(2, started.subsec_nanos().into());
-        let about = Message::default().bytes(1, id).bytes(3, run.project).message(4, config).bytes(8, run.name);
-        self.record(17, about.bytes(13, host()).message(17, time))?;
-        let options = Message::default().integer(1, 1).integer(3, 1);
-        for (_, name) in NAMES {
-            self.record(12, Message::default().bytes(1, name).bytes(4, STEP).message(6, options.clone()))?;
+        let config =
+            config.fold(ProtoMessage::default(), |all, (key, value)| all.message(1, encode_item(1, key, value)));
+        let time = ProtoMessage::default().integer(1, started.as_secs()).integer(2, started.subsec_nanos().into());
+        let about = ProtoMessage::default().bytes(1, id).bytes(3, run.project).message(4, config).bytes(8, run.name);
+        self.record(17, about.bytes(13, hostname()).message(17, time))?;
+        let options = ProtoMessage::default().integer(1, 1).integer(3, 1);
+        for (_, name) in SCALAR_NAMES {
+            self.record(12, ProtoMessage::default().bytes(1, name).bytes(4, STEP_METRIC).message(6, options.clone()))?;
         }
         Ok(())
     }
 
-    /// Writes a `Record`, whose `field` says what it is about.
-    fn record(&mut self, field: u64, about: Message) -> Result<()> {
+    /// Writes a `Record`, which holds the message `about` in its `field`.
+    fn record(&mut self, field: u64, about: ProtoMessage) -> Result<()> {
         self.records += 1;
-        let record = Message::default().integer(1, self.records).message(field, about);
-        let framed = frame(&record.encoded(), self.offset);
+        let record = ProtoMessage::default().integer(1, self.records).message(field, about);
+        let framed = frame_record(&record.into_bytes(), self.offset);
         self.append(&framed)
     }
 
@@ -138,51 +141,51 @@ impl Wandb {
     }
 }
 
-/// A value of a row, a summary or a configuration; `field` is that of its name.
-fn item(field: u64, name: &str, value: &Value) -> Message {
-    Message::default().bytes(field, name).bytes(16, value.to_string())
+/// Encodes an item of the history, the summary or the configuration; `field` is the field number of its name.
+fn encode_item(field: u64, name: &str, value: &Value) -> ProtoMessage {
+    ProtoMessage::default().bytes(field, name).bytes(16, value.to_string())
 }
 
-/// A record as it stands in the file from `offset` on: no piece of it crosses a block.
-fn frame(mut record: &[u8], mut offset: usize) -> Vec<u8> {
+/// Splits a record, which starts at `offset` of the file, into fragments with headers: no fragment crosses a block.
+fn frame_record(mut record: &[u8], mut offset: usize) -> Vec<u8> {
     const FULL: u8 = 1;
     const FIRST: u8 = 2;
     const MIDDLE: u8 = 3;
     const LAST: u8 = 4;
     let (mut framed, mut first) = (Vec::new(), true);
     loop {
-        let left = BLOCK - offset % BLOCK;
-        if left < RECORD {
+        let left = BLOCK_SIZE - offset % BLOCK_SIZE;
+        if left < FRAGMENT_HEADER {
             framed.resize(framed.len() + left, 0);
             offset += left;
             continue;
         }
-        let (piece, rest) = record.split_at(record.len().min(left - RECORD));
+        let (piece, rest) = record.split_at(record.len().min(left - FRAGMENT_HEADER));
         let kind = match (first, rest.is_empty()) {
             (true, true) => FULL,
             (true, false) => FIRST,
             (false, false) => MIDDLE,
             (false, true) => LAST,
         };
-        framed.extend(ZLIB.of(&[&[kind], piece]).to_le_bytes());
+        framed.extend(CRC32.checksum(&[&[kind], piece]).to_le_bytes());
         framed.extend((piece.len() as u16).to_le_bytes());
         framed.push(kind);
         framed.extend(piece);
-        (offset, record, first) = (offset + RECORD + piece.len(), rest, false);
+        (offset, record, first) = (offset + FRAGMENT_HEADER + piece.len(), rest, false);
         if rest.is_empty() {
             return framed;
         }
     }
 }
 
-/// The folder that an earlier process wrote into, and the run's id.
-fn left(directory: &Path) -> Result<Option<(PathBuf, String)>> {
+/// Returns the folder that an earlier process wrote into, and the run's id.
+fn existing_run(directory: &Path) -> Result<Option<(PathBuf, String)>> {
     if !directory.exists() {
         return Ok(None);
     }
-    let place = || format!("{}: cannot be read", directory.display());
-    for entry in fs::read_dir(directory).with_context(place)? {
-        let path = entry.with_context(place)?.path();
+    let context = || format!("{}: cannot be read", directory.display());
+    for entry in fs::read_dir(directory).with_context(context)? {
+        let path = entry.with_context(context)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if let Some((_, id)) = name.strip_prefix("offline-run-").and_then(|rest| rest.split_once('-')) {
             return Ok(Some((path, id.to_owned())));
@@ -191,16 +194,16 @@ fn left(directory: &Path) -> Result<Option<(PathBuf, String)>> {
     Ok(None)
 }
 
-/// Eight letters and digits, as the client makes them.
+/// Returns a random id of eight letters and digits, as the client's.
 fn new_id() -> String {
     const LETTERS: &[u8; 36] = b"abcdefghijklmnopqrstuvwxyz0123456789";
     let random = RandomState::new().hash_one(std::process::id());
     (0..8).map(|place| LETTERS[(random / 36_u64.pow(place) % 36) as usize] as char).collect()
 }
 
-/// `YYYYMMDD_HHMMSS`, in UTC. The year begins in March here, so that the leap day is its last: month `m` of such a
-/// year begins on day `(153 * m + 2) / 5`.
-fn date(seconds: u64) -> String {
+/// Formats a time as `YYYYMMDD_HHMMSS`, in UTC. Years begin in March here, so that the leap day is the last: month `m`
+/// of such a year begins on day `(153 * m + 2) / 5`.
+fn timestamp(seconds: u64) -> String {
     let (days, time) = (seconds / 86400, seconds % 86400);
     // 400 years have 146 097 days, and 719 468 lie between 1 March of the year 0 and 1970.
     let (era, day) = ((days + 719_468) / 146_097, (days + 719_468) % 146_097);
@@ -217,26 +220,27 @@ fn date(seconds: u64) -> String {
 mod tests {
     use super::*;
 
-    /// The records of a file, put together from their pieces, whose checksums and places are checked.
+    /// Returns the records of a file, put together from their fragments, and checks the fragments' checksums and
+    /// places.
     fn records(bytes: &[u8]) -> Vec<Vec<u8>> {
-        assert_eq!(bytes[..RECORD], HEADER);
-        let (mut at, mut records, mut open) = (RECORD, Vec::new(), Vec::new());
+        assert_eq!(bytes[..FRAGMENT_HEADER], HEADER);
+        let (mut at, mut records, mut open) = (FRAGMENT_HEADER, Vec::new(), Vec::new());
         while at < bytes.len() {
-            let left = BLOCK - at % BLOCK;
-            if left < RECORD {
+            let left = BLOCK_SIZE - at % BLOCK_SIZE;
+            if left < FRAGMENT_HEADER {
                 assert!(bytes[at..at + left].iter().all(|&byte| byte == 0));
                 at += left;
                 continue;
             }
             let length = usize::from(u16::from_le_bytes([bytes[at + 4], bytes[at + 5]]));
-            assert!(RECORD + length <= left, "a piece crosses a block");
-            let piece = &bytes[at + RECORD..at + RECORD + length];
-            assert_eq!(bytes[at..at + 4], ZLIB.of(&[&bytes[at + 6..at + 7], piece]).to_le_bytes());
+            assert!(FRAGMENT_HEADER + length <= left, "a piece crosses a block");
+            let piece = &bytes[at + FRAGMENT_HEADER..at + FRAGMENT_HEADER + length];
+            assert_eq!(bytes[at..at + 4], CRC32.checksum(&[&bytes[at + 6..at + 7], piece]).to_le_bytes());
             open.extend(piece);
             if [1, 4].contains(&bytes[at + 6]) {
                 records.push(std::mem::take(&mut open));
             }
-            at += RECORD + length;
+            at += FRAGMENT_HEADER + length;
         }
         assert!(open.is_empty(), "the last record lacks its end");
         records
@@ -246,36 +250,37 @@ mod tests {
         json!({"train": {"epochs": 3}}).as_object().unwrap().clone()
     }
 
-    fn create(directory: &Path, metrics: &[Value]) -> Wandb {
-        Wandb::create(directory, &Run { project: "p", name: "n", config: &config() }, metrics).unwrap()
+    fn create(directory: &Path, metrics: &[Value]) -> WandbWriter {
+        WandbWriter::create(directory, &RunMetadata { project: "p", name: "n", config: &config() }, metrics).unwrap()
     }
 
     fn line(step: u64) -> Value {
         json!({"step": step, "loss": 1.0 / step as f64, "elapsed_seconds": step as f64})
     }
 
-    /// The file that wandb 0.19 makes of the same records, by tests/dashboards/record_vectors.py.
+    /// Compares with the file that wandb 0.19 makes of the same records, by tests/dashboards/record_vectors.py.
     #[test]
     fn files_are_those_of_the_client() {
         let (mut file, mut expected) = (HEADER.to_vec(), Vec::new());
         for length in (32700..32800).chain(0..100).chain([200_000]) {
             let record: Vec<u8> = (0..length).map(|place| (place % 251) as u8).collect();
-            file.extend(frame(&record, file.len()));
+            file.extend(frame_record(&record, file.len()));
             expected.push(record);
         }
         assert_eq!(records(&file), expected);
-        assert_eq!((file.len(), ZLIB.of(&[&file])), (3482055, 0xcaa684ca));
+        assert_eq!((file.len(), CRC32.checksum(&[&file])), (3482055, 0xcaa684ca));
     }
 
-    /// The same for a row.
+    /// Compares a row in the same way.
     #[test]
     fn rows_are_those_of_the_client() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("row");
         let file = File::create(&path).unwrap();
-        let mut log = Wandb { file, path: path.clone(), offset: RECORD, records: 0, rows: 0, started: 100.0 };
+        let mut log =
+            WandbWriter { file, path: path.clone(), offset: FRAGMENT_HEADER, records: 0, rows: 0, started: 100.0 };
         log.write(&json!({"step": 7, "loss": 1.25, "grad_norm": null, "elapsed_seconds": 2.5})).unwrap();
-        assert_eq!(ZLIB.of(&[&fs::read(&path).unwrap()]), 0x6c133af1);
+        assert_eq!(CRC32.checksum(&[&fs::read(&path).unwrap()]), 0x6c133af1);
     }
 
     #[test]
@@ -295,7 +300,7 @@ mod tests {
         log.write(&line(3)).unwrap();
         log.finish(0).unwrap();
         let after = records(&fs::read(&path).unwrap());
-        // Two records for each of nine and of three rows; one says that the run is over.
+        // Every row has two records, and there are three rows instead of nine; one more record ends the run.
         assert_eq!(after.len(), before - 2 * (9 - 3) + 1);
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
         assert_eq!(fs::read_dir(&folder).unwrap().count(), 2, "`files` and the run");
@@ -303,11 +308,11 @@ mod tests {
 
     #[test]
     fn folders_are_named_by_the_date() {
-        assert_eq!(date(0), "19700101_000000");
-        assert_eq!(date(951_782_399), "20000228_235959");
-        assert_eq!(date(951_782_400), "20000229_000000");
-        assert_eq!(date(1_735_689_599), "20241231_235959");
-        assert_eq!(date(4_107_542_400), "21000301_000000");
+        assert_eq!(timestamp(0), "19700101_000000");
+        assert_eq!(timestamp(951_782_399), "20000228_235959");
+        assert_eq!(timestamp(951_782_400), "20000229_000000");
+        assert_eq!(timestamp(1_735_689_599), "20241231_235959");
+        assert_eq!(timestamp(4_107_542_400), "21000301_000000");
         let id = new_id();
         assert!(id.len() == 8 && id.bytes().all(|byte| byte.is_ascii_digit() || byte.is_ascii_lowercase()), "{id}");
     }

@@ -3,7 +3,7 @@
 use anyhow::Result;
 use burn_zero::comm::{Communicator, Solo};
 
-/// This process's place among the ranks.
+/// The process group that this process belongs to.
 pub struct World {
     communicator: Box<dyn Communicator>,
     #[cfg(feature = "mpi")]
@@ -11,8 +11,8 @@ pub struct World {
 }
 
 impl World {
-    /// A world of one.
-    pub fn alone() -> Self {
+    /// Returns a group of this process alone.
+    pub fn single_process() -> Self {
         Self {
             communicator: Box::new(Solo),
             #[cfg(feature = "mpi")]
@@ -20,20 +20,20 @@ impl World {
         }
     }
 
-    /// The world that this process was started in.
+    /// Joins the process group that this process was started in.
     ///
     /// # Errors
     /// If it was started by `mpirun` and cannot join.
     #[cfg(feature = "mpi")]
     pub fn join() -> Result<Self> {
-        if !burn_zero::comm::mpi::launched() {
-            return Ok(Self::alone());
+        if !burn_zero::comm::mpi::launched_by_mpirun() {
+            return Ok(Self::single_process());
         }
-        let (session, group) = burn_zero::comm::mpi::Session::start()?;
+        let (session, group) = burn_zero::comm::mpi::Session::init()?;
         Ok(Self { communicator: Box::new(group), session: Some(session) })
     }
 
-    /// The world that this process was started in.
+    /// Joins the process group that this process was started in.
     ///
     /// # Errors
     /// If it was started by `mpirun`, which this binary cannot join.
@@ -44,48 +44,49 @@ impl World {
                 "started by mpirun as one of {size} ranks, which needs a medqa that was built with the feature `mpi`: cargo \
                  build --release -p medqa --features mpi"
             ),
-            _ => Ok(Self::alone()),
+            _ => Ok(Self::single_process()),
         }
     }
 
-    /// Whether this is the rank that speaks and writes for all.
-    pub fn is_first(&self) -> bool {
+    /// Returns whether this is rank 0, which prints and writes for all.
+    pub fn is_rank_zero(&self) -> bool {
         self.communicator.rank() == 0
     }
 
-    /// Gives the communicator to whoever trains; what is left says goodbye at the end.
-    pub fn divide(self) -> (Box<dyn Communicator>, Farewell) {
+    /// Splits into the communicator, for the engine, and the guard that leaves the MPI job at the end.
+    pub fn into_parts(self) -> (Box<dyn Communicator>, MpiGuard) {
         #[cfg(feature = "mpi")]
-        return (self.communicator, Farewell(self.session));
+        return (self.communicator, MpiGuard(self.session));
         #[cfg(not(feature = "mpi"))]
-        (self.communicator, Farewell())
+        (self.communicator, MpiGuard())
     }
 }
 
-/// Ends the job in peace. A rank that never does has failed, and ends all others.
+/// A guard of the MPI job. A rank that ends without [`MpiGuard::finalize`] counts as failed, and `mpirun` ends all
+/// others.
 #[cfg(feature = "mpi")]
-pub struct Farewell(Option<burn_zero::comm::mpi::Session>);
-/// Ends the job in peace.
+pub struct MpiGuard(Option<burn_zero::comm::mpi::Session>);
+/// A guard that does nothing, without MPI.
 #[cfg(not(feature = "mpi"))]
-pub struct Farewell();
+pub struct MpiGuard();
 
-impl Farewell {
-    /// Once everything is written.
-    pub fn say(self) {
+impl MpiGuard {
+    /// Leaves the MPI job. Called once everything is written.
+    pub fn finalize(self) {
         #[cfg(feature = "mpi")]
         if let Some(session) = self.0 {
-            session.finish();
+            session.finalize();
         }
     }
 }
 
-/// Whether `mpirun` has started this process.
-pub fn launched() -> bool {
+/// Returns whether `mpirun` started this process.
+pub fn launched_by_mpirun() -> bool {
     std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some()
 }
 
-/// How many ranks `mpirun` has started, and which one this is, before it joins them: 1 and 0 without `mpirun`.
-pub fn started() -> (u64, u64) {
+/// Returns the world size and the rank of this process before it joins the group: 1 and 0 without `mpirun`.
+pub fn world_size_and_rank() -> (u64, u64) {
     let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
     (number("OMPI_COMM_WORLD_SIZE").unwrap_or(1).max(1), number("OMPI_COMM_WORLD_RANK").unwrap_or(0))
 }

@@ -1,6 +1,6 @@
-//! llama.cpp's adapter file, read back as PEFT's directory.
+//! Conversion of a llama.cpp adapter file to a PEFT adapter directory.
 
-use super::{Gguf, TensorEntry, hugging_face_key, interleaved, write};
+use super::{Gguf, TensorEntry, hugging_face_key, permuted_row, write};
 use crate::{Error, LlamaConfig, checkpoint::build};
 use burn::tensor::TensorData;
 use burn_peft::{LoraConfig, TargetModules, format};
@@ -9,13 +9,13 @@ use std::{
     path::Path,
 };
 
-/// Writes the GGUF adapter `file` as PEFT's adapter `directory`, in f32: the inverse of [`write::save_adapter`]. `config` is the
-/// base model's; its weights are not needed.
+/// Converts the GGUF adapter `file` to the PEFT adapter `directory`, in f32: the inverse of [`write::save_adapter`].
+/// `config` is the configuration of the base model; its weights are not needed.
 ///
 /// # Errors
-/// If the file cannot be read, is no LoRA adapter, does not fit the model or has several ranks, or if the directory cannot be
-/// written.
-pub fn adapter_directory(config: &LlamaConfig, file: &Path, directory: &Path) -> Result<(), Error> {
+/// If the file cannot be read, is not a LoRA adapter, does not fit the model or has several LoRA ranks, or if the
+/// directory cannot be written.
+pub fn adapter_to_peft(config: &LlamaConfig, file: &Path, directory: &Path) -> Result<(), Error> {
     let gguf = Gguf::open(file)?;
     for (key, expected) in [("general.type", "adapter"), ("adapter.type", "lora")] {
         let found = gguf.text(key)?.unwrap_or("nothing");
@@ -23,45 +23,45 @@ pub fn adapter_directory(config: &LlamaConfig, file: &Path, directory: &Path) ->
             return Err(gguf.error(key, expected, found));
         }
     }
-    let alpha = |value: &super::Value| value.as_f64();
+    let alpha = |value: &super::MetadataValue| value.as_f64();
     let alpha = gguf.typed("adapter.lora.alpha", "a number", alpha)?.unwrap_or(0.0);
-    let matrices = build::shapes(config).into_iter().filter(|(key, _)| key != "model.embed_tokens.weight");
+    let matrices = build::parameter_shapes(config).into_iter().filter(|(key, _)| key != "model.embed_tokens.weight");
     let shapes: BTreeMap<String, [usize; 2]> =
         matrices.filter_map(|(key, shape)| Some((key, <[usize; 2]>::try_from(shape).ok()?))).collect();
     let (mut tensors, mut names, mut ranks) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
     for entry in gguf.tensors() {
-        let Half { layer, part, rank, paired } = half(&gguf, entry, &shapes)?;
+        let LoraFactor { layer, part, rank, permuted: paired } = lora_factor(&gguf, entry, &shapes)?;
         ranks.insert(rank);
         let mut values = gguf.read(entry)?;
-        if let Some(head_dim) = write::paired(config).filter(|_| paired) {
-            values = unpaired(&values, entry.shape[1], head_dim);
+        if let Some(head_dim) = write::permuted_head_dim(config).filter(|_| paired) {
+            values = undo_permutation(&values, entry.shape[1], head_dim);
         }
         names.insert(layer.rsplit('.').next().unwrap_or(&layer).to_owned());
-        tensors.push((format::key(&layer, part), TensorData::new(values, entry.shape.clone())));
+        tensors.push((format::tensor_key(&layer, part), TensorData::new(values, entry.shape.clone())));
     }
     let [r] = ranks.into_iter().collect::<Vec<_>>()[..] else {
         return Err(gguf.error("tensors", "adapters of one rank", "none, or several ranks"));
     };
-    // llama.cpp takes 0 for a scaling of 1.
+    // llama.cpp treats an alpha of 0 as a scaling of 1.
     let lora_alpha = if alpha == 0.0 { r as f64 } else { alpha };
     let target_modules = TargetModules::Suffixes(names.into_iter().collect());
     let lora = LoraConfig { r, lora_alpha, target_modules, ..LoraConfig::default() };
     Ok(format::write(directory, &lora.to_json(), tensors)?)
 }
 
-/// `A` or `B` of a layer.
-struct Half {
+/// One LoRA factor, `A` or `B`, of a layer.
+struct LoraFactor {
     layer: String,
     part: &'static str,
     rank: usize,
-    /// Whether its rows are those of query or key heads.
-    paired: bool,
+    /// True if the rows are those of query or key heads, which llama.cpp may permute.
+    permuted: bool,
 }
 
-/// What a tensor of the file is, checked against the weight that it changes.
-fn half(gguf: &Gguf, entry: &TensorEntry, shapes: &BTreeMap<String, [usize; 2]>) -> Result<Half, Error> {
+/// Identifies the LoRA factor that a tensor of the file holds and checks its shape against the weight it adapts.
+fn lora_factor(gguf: &Gguf, entry: &TensorEntry, shapes: &BTreeMap<String, [usize; 2]>) -> Result<LoraFactor, Error> {
     let (name, shape) = (entry.name.as_str(), entry.shape.as_slice());
-    // `A` shares the weight's features, `B` its rows.
+    // `A` has the weight's input features as columns, `B` its output features as rows.
     let a = name.strip_suffix(".lora_a").map(|stem| (stem, "lora_A", 1));
     let found = a.or_else(|| name.strip_suffix(".lora_b").map(|stem| (stem, "lora_B", 0)));
     let known = |key: &String| shapes.contains_key(key);
@@ -72,11 +72,11 @@ fn half(gguf: &Gguf, entry: &TensorEntry, shapes: &BTreeMap<String, [usize; 2]>)
     };
     let expected = shapes[&weight][side];
     match *shape {
-        [rows, columns] if [rows, columns][side] == expected => Ok(Half {
+        [rows, columns] if [rows, columns][side] == expected => Ok(LoraFactor {
             layer: weight.trim_end_matches(".weight").to_owned(),
             part,
             rank: [rows, columns][1 - side],
-            paired: side == 0 && write::in_pairs(stem),
+            permuted: side == 0 && write::is_query_or_key(stem),
         }),
         _ => {
             let expected = format!("a matrix with {expected} as its dimension {side}, like {weight}");
@@ -85,8 +85,9 @@ fn half(gguf: &Gguf, entry: &TensorEntry, shapes: &BTreeMap<String, [usize; 2]>)
     }
 }
 
-/// Rows of `columns` values in the order of the Hugging Face checkpoint.
-fn unpaired(values: &[f32], columns: usize, head_dim: usize) -> Vec<f32> {
+/// Undoes llama.cpp's row permutation: returns the rows of `columns` values in the order of the Hugging Face
+/// checkpoint.
+fn undo_permutation(values: &[f32], columns: usize, head_dim: usize) -> Vec<f32> {
     let rows = values.len() / columns.max(1);
-    (0..rows).flat_map(|row| &values[interleaved(row, head_dim) * columns..][..columns]).copied().collect()
+    (0..rows).flat_map(|row| &values[permuted_row(row, head_dim) * columns..][..columns]).copied().collect()
 }

@@ -1,6 +1,6 @@
-//! The head of a GGUF file: metadata and the table of tensors, read from bytes that nobody vouches for.
+//! Parser of the header of a GGUF file: metadata and tensor table, read from untrusted bytes.
 //!
-//! Every length is compared with what is left of the file before anything is allocated for it.
+//! Every length is compared with the rest of the file before memory is allocated for it.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -10,7 +10,7 @@ use crate::error::Error;
 
 /// One metadata value. Integer widths are widened to 64 bits and `f32` to `f64`, both without loss.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Value {
+pub enum MetadataValue {
     /// `u8`, `u16`, `u32` or `u64`.
     Unsigned(u64),
     /// `i8`, `i16`, `i32` or `i64`.
@@ -21,13 +21,13 @@ pub enum Value {
     Bool(bool),
     /// UTF-8 text.
     String(String),
-    /// Several values of one type; arrays of arrays do not occur in model files and are refused.
-    Array(Array),
+    /// Several values of one type. Nested arrays do not occur in model files and are rejected.
+    Array(MetadataArray),
 }
 
-/// The elements of an array value, widened like single values.
+/// The elements of an array value, widened like scalar values.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Array {
+pub enum MetadataArray {
     /// `u8`, `u16`, `u32` or `u64` elements.
     Unsigned(Vec<u64>),
     /// `i8`, `i16`, `i32` or `i64` elements.
@@ -36,12 +36,12 @@ pub enum Array {
     Float(Vec<f64>),
     /// Booleans.
     Bool(Vec<bool>),
-    /// Texts.
+    /// UTF-8 strings.
     String(Vec<String>),
 }
 
-impl Value {
-    /// The value as an unsigned integer, if it is a non-negative integer.
+impl MetadataValue {
+    /// Returns the value as an unsigned integer, if it is a non-negative integer.
     pub fn as_u64(&self) -> Option<u64> {
         match self {
             Self::Unsigned(value) => Some(*value),
@@ -50,22 +50,22 @@ impl Value {
         }
     }
 
-    /// The value as a float, if it is one.
+    /// Returns the value as a float, if it is one.
     pub fn as_f64(&self) -> Option<f64> {
         if let Self::Float(value) = self { Some(*value) } else { None }
     }
 
-    /// The value as a boolean, if it is one.
+    /// Returns the value as a boolean, if it is one.
     pub fn as_bool(&self) -> Option<bool> {
         if let Self::Bool(value) = self { Some(*value) } else { None }
     }
 
-    /// The value as text, if it is text.
+    /// Returns the value as a string slice, if it is a string.
     pub fn as_str(&self) -> Option<&str> {
         if let Self::String(value) = self { Some(value) } else { None }
     }
 
-    /// What the value is, for messages: `unsigned 3`, `array of 12 strings`.
+    /// Describes the value for error messages: `unsigned 3`, `array of 12 strings`.
     pub(crate) fn describe(&self) -> String {
         match self {
             Self::Unsigned(value) => format!("unsigned {value}"),
@@ -73,62 +73,62 @@ impl Value {
             Self::Float(value) => format!("float {value}"),
             Self::Bool(value) => format!("boolean {value}"),
             Self::String(value) => format!("text {:?}", value.chars().take(60).collect::<String>()),
-            Self::Array(Array::Unsigned(values)) => format!("array of {} unsigned integers", values.len()),
-            Self::Array(Array::Signed(values)) => format!("array of {} signed integers", values.len()),
-            Self::Array(Array::Float(values)) => format!("array of {} floats", values.len()),
-            Self::Array(Array::Bool(values)) => format!("array of {} booleans", values.len()),
-            Self::Array(Array::String(values)) => format!("array of {} strings", values.len()),
+            Self::Array(MetadataArray::Unsigned(values)) => format!("array of {} unsigned integers", values.len()),
+            Self::Array(MetadataArray::Signed(values)) => format!("array of {} signed integers", values.len()),
+            Self::Array(MetadataArray::Float(values)) => format!("array of {} floats", values.len()),
+            Self::Array(MetadataArray::Bool(values)) => format!("array of {} booleans", values.len()),
+            Self::Array(MetadataArray::String(values)) => format!("array of {} strings", values.len()),
         }
     }
 }
 
-/// One tensor of the file, as its table says; the bytes are checked to lie inside the file.
+/// One entry of the file's tensor table. Its bytes have been checked to lie inside the file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorEntry {
     /// The GGUF name, for example `blk.0.attn_q.weight`.
     pub name: String,
     /// Row-major shape, outermost dimension first: the reverse of GGUF's `ne`.
     pub shape: Vec<usize>,
-    /// How the elements are stored.
+    /// The storage format of the elements.
     pub kind: BlockType,
-    /// First byte, counted from the start of the file.
+    /// Offset of the first byte from the start of the file.
     pub offset: usize,
 }
 
 impl TensorEntry {
-    /// Number of elements.
-    pub fn elements(&self) -> usize {
+    /// Returns the number of elements.
+    pub fn num_elements(&self) -> usize {
         self.shape.iter().product()
     }
 
-    /// Number of bytes in the file.
-    pub fn bytes(&self) -> usize {
-        self.elements() / self.kind.block_len() * self.kind.block_bytes()
+    /// Returns the number of bytes in the file.
+    pub fn num_bytes(&self) -> usize {
+        self.num_elements() / self.kind.block_len() * self.kind.block_bytes()
     }
 
-    /// Length of a row (the innermost dimension), in elements.
+    /// Returns the length of a row (the innermost dimension) in elements.
     pub fn row_len(&self) -> usize {
         self.shape.last().copied().unwrap_or(1)
     }
 }
 
-/// The parsed head of a file.
+/// The parsed header of a file.
 #[derive(Debug)]
 pub(super) struct Header {
-    pub metadata: HashMap<String, Value>,
+    pub metadata: HashMap<String, MetadataValue>,
     pub tensors: Vec<TensorEntry>,
 }
 
 impl Header {
-    /// Parses the head of `bytes`, the whole file at `path`.
+    /// Parses the header of `bytes`, the whole file at `path`.
     pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
-        let mut reader = Reader { path, bytes, at: 0 };
+        let mut reader = HeaderReader { path, bytes, position: 0 };
         if reader.take(4, "magic")? != b"GGUF" {
             return Err(Error::format(path, "magic", "GGUF", format!("{:02x?}", &bytes[..4])));
         }
         let version = reader.u32("version")?;
         if !(2..=3).contains(&version) {
-            // A big-endian file shows its version with the bytes the other way round.
+            // In a big-endian file the bytes of the version are swapped.
             let kind = if matches!(version.swap_bytes(), 1..=3) { " (a big-endian file)" } else { "" };
             let found = format!("version {version:#x}{kind}");
             return Err(Error::format(path, "version", "little-endian GGUF version 2 or 3", found));
@@ -148,16 +148,16 @@ impl Header {
             tensors.push(reader.tensor()?);
         }
         let alignment = alignment(path, &metadata)?;
-        let start = reader.at.next_multiple_of(alignment);
+        let start = reader.position.next_multiple_of(alignment);
         for entry in &mut tensors {
-            place(path, entry, start, bytes.len())?;
+            resolve_offset(path, entry, start, bytes.len())?;
         }
         Ok(Self { metadata, tensors })
     }
 }
 
-/// Alignment of tensor data in bytes: `general.alignment`, 32 if absent.
-fn alignment(path: &Path, metadata: &HashMap<String, Value>) -> Result<usize, Error> {
+/// Returns the alignment of tensor data in bytes: `general.alignment`, 32 if absent.
+fn alignment(path: &Path, metadata: &HashMap<String, MetadataValue>) -> Result<usize, Error> {
     const KEY: &str = "general.alignment";
     let Some(value) = metadata.get(KEY) else { return Ok(32) };
     match value.as_u64() {
@@ -166,9 +166,10 @@ fn alignment(path: &Path, metadata: &HashMap<String, Value>) -> Result<usize, Er
     }
 }
 
-/// Turns an offset relative to the data section into one from the start of the file, and checks that the tensor fits.
-fn place(path: &Path, entry: &mut TensorEntry, start: usize, file: usize) -> Result<(), Error> {
-    let bytes = entry.bytes();
+/// Converts an offset relative to the data section into one from the start of the file, and checks that the tensor
+/// fits.
+fn resolve_offset(path: &Path, entry: &mut TensorEntry, start: usize, file: usize) -> Result<(), Error> {
+    let bytes = entry.num_bytes();
     let end = start.checked_add(entry.offset).and_then(|first| first.checked_add(bytes));
     if end.is_none_or(|end| end > file) {
         let expected = format!("{bytes} bytes at {} of the data that starts at {start}", entry.offset);
@@ -179,26 +180,26 @@ fn place(path: &Path, entry: &mut TensorEntry, start: usize, file: usize) -> Res
     Ok(())
 }
 
-/// A position in untrusted bytes.
-struct Reader<'a> {
+/// A cursor over untrusted bytes.
+struct HeaderReader<'a> {
     path: &'a Path,
     bytes: &'a [u8],
-    at: usize,
+    position: usize,
 }
 
-impl<'a> Reader<'a> {
-    /// The next `count` bytes.
+impl<'a> HeaderReader<'a> {
+    /// Reads the next `count` bytes.
     fn take(&mut self, count: usize, key: &str) -> Result<&'a [u8], Error> {
-        let left = &self.bytes[self.at..];
+        let left = &self.bytes[self.position..];
         let Some(taken) = left.get(..count) else {
-            let expected = format!("{count} bytes at {}", self.at);
+            let expected = format!("{count} bytes at {}", self.position);
             return Err(Error::format(self.path, key, expected, format!("{} bytes to the file's end", left.len())));
         };
-        self.at += count;
+        self.position += count;
         Ok(taken)
     }
 
-    /// The next `N` bytes, as an array.
+    /// Reads the next `N` bytes as an array.
     fn array<const N: usize>(&mut self, key: &str) -> Result<[u8; N], Error> {
         let mut out = [0; N];
         out.copy_from_slice(self.take(N, key)?);
@@ -213,7 +214,7 @@ impl<'a> Reader<'a> {
         Ok(u64::from_le_bytes(self.array(key)?))
     }
 
-    /// A length that has to fit this machine's address space.
+    /// Reads a length, which must fit the address space of this machine.
     fn len(&mut self, key: &str) -> Result<usize, Error> {
         let len = self.u64(key)?;
         usize::try_from(len).map_err(|_| Error::format(self.path, key, "a length below 2^64", len.to_string()))
@@ -228,63 +229,81 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn value(&mut self, key: &str) -> Result<Value, Error> {
+    fn value(&mut self, key: &str) -> Result<MetadataValue, Error> {
         Ok(match self.u32(key)? {
-            0 => Value::Unsigned(u64::from(self.array::<1>(key)?[0])),
-            1 => Value::Signed(i64::from(i8::from_le_bytes(self.array(key)?))),
-            2 => Value::Unsigned(u64::from(u16::from_le_bytes(self.array(key)?))),
-            3 => Value::Signed(i64::from(i16::from_le_bytes(self.array(key)?))),
-            4 => Value::Unsigned(u64::from(self.u32(key)?)),
-            5 => Value::Signed(i64::from(i32::from_le_bytes(self.array(key)?))),
-            6 => Value::Float(f64::from(f32::from_le_bytes(self.array(key)?))),
-            7 => Value::Bool(self.array::<1>(key)?[0] != 0),
-            8 => Value::String(self.string(key)?),
-            9 => Value::Array(self.elements(key)?),
-            10 => Value::Unsigned(self.u64(key)?),
-            11 => Value::Signed(i64::from_le_bytes(self.array(key)?)),
-            12 => Value::Float(f64::from_le_bytes(self.array(key)?)),
+            0 => MetadataValue::Unsigned(u64::from(self.array::<1>(key)?[0])),
+            1 => MetadataValue::Signed(i64::from(i8::from_le_bytes(self.array(key)?))),
+            2 => MetadataValue::Unsigned(u64::from(u16::from_le_bytes(self.array(key)?))),
+            3 => MetadataValue::Signed(i64::from(i16::from_le_bytes(self.array(key)?))),
+            4 => MetadataValue::Unsigned(u64::from(self.u32(key)?)),
+            5 => MetadataValue::Signed(i64::from(i32::from_le_bytes(self.array(key)?))),
+            6 => MetadataValue::Float(f64::from(f32::from_le_bytes(self.array(key)?))),
+            7 => MetadataValue::Bool(self.array::<1>(key)?[0] != 0),
+            8 => MetadataValue::String(self.string(key)?),
+            9 => MetadataValue::Array(self.array_value(key)?),
+            10 => MetadataValue::Unsigned(self.u64(key)?),
+            11 => MetadataValue::Signed(i64::from_le_bytes(self.array(key)?)),
+            12 => MetadataValue::Float(f64::from_le_bytes(self.array(key)?)),
             other => return Err(Error::format(self.path, key, "a value type from 0 to 12", other.to_string())),
         })
     }
 
-    fn elements(&mut self, key: &str) -> Result<Array, Error> {
+    fn array_value(&mut self, key: &str) -> Result<MetadataArray, Error> {
         let kind = self.u32(key)?;
         let len = self.len(key)?;
         Ok(match kind {
-            0 => Array::Unsigned(self.fixed(len, key, |[byte]| u64::from(byte))?),
-            1 => Array::Signed(self.fixed(len, key, |bytes| i64::from(i8::from_le_bytes(bytes)))?),
-            2 => Array::Unsigned(self.fixed(len, key, |bytes| u64::from(u16::from_le_bytes(bytes)))?),
-            3 => Array::Signed(self.fixed(len, key, |bytes| i64::from(i16::from_le_bytes(bytes)))?),
-            4 => Array::Unsigned(self.fixed(len, key, |bytes| u64::from(u32::from_le_bytes(bytes)))?),
-            5 => Array::Signed(self.fixed(len, key, |bytes| i64::from(i32::from_le_bytes(bytes)))?),
-            6 => Array::Float(self.fixed(len, key, |bytes| f64::from(f32::from_le_bytes(bytes)))?),
-            7 => Array::Bool(self.fixed(len, key, |[byte]| byte != 0)?),
+            0 => MetadataArray::Unsigned(self.fixed_size_elements(len, key, |[byte]| u64::from(byte))?),
+            1 => {
+                MetadataArray::Signed(self.fixed_size_elements(len, key, |bytes| i64::from(i8::from_le_bytes(bytes)))?)
+            }
+            2 => MetadataArray::Unsigned(
+                self.fixed_size_elements(len, key, |bytes| u64::from(u16::from_le_bytes(bytes)))?,
+            ),
+            3 => {
+                MetadataArray::Signed(self.fixed_size_elements(len, key, |bytes| i64::from(i16::from_le_bytes(bytes)))?)
+            }
+            4 => MetadataArray::Unsigned(
+                self.fixed_size_elements(len, key, |bytes| u64::from(u32::from_le_bytes(bytes)))?,
+            ),
+            5 => {
+                MetadataArray::Signed(self.fixed_size_elements(len, key, |bytes| i64::from(i32::from_le_bytes(bytes)))?)
+            }
+            6 => {
+                MetadataArray::Float(self.fixed_size_elements(len, key, |bytes| f64::from(f32::from_le_bytes(bytes)))?)
+            }
+            7 => MetadataArray::Bool(self.fixed_size_elements(len, key, |[byte]| byte != 0)?),
             8 => {
-                // Not reserved beforehand: each string takes eight bytes of the file at least, so the file bounds it.
+                // Nothing is reserved up front. Each string takes at least eight bytes of the file, so its size bounds
+                // the vector.
                 let mut texts = Vec::new();
                 for _ in 0..len {
                     texts.push(self.string(key)?);
                 }
-                Array::String(texts)
+                MetadataArray::String(texts)
             }
-            10 => Array::Unsigned(self.fixed(len, key, u64::from_le_bytes)?),
-            11 => Array::Signed(self.fixed(len, key, i64::from_le_bytes)?),
-            12 => Array::Float(self.fixed(len, key, f64::from_le_bytes)?),
+            10 => MetadataArray::Unsigned(self.fixed_size_elements(len, key, u64::from_le_bytes)?),
+            11 => MetadataArray::Signed(self.fixed_size_elements(len, key, i64::from_le_bytes)?),
+            12 => MetadataArray::Float(self.fixed_size_elements(len, key, f64::from_le_bytes)?),
             other => {
-                let expected = "an element type from 0 to 12 that is no array";
+                let expected = "an element type from 0 to 12 that is not an array";
                 return Err(Error::format(self.path, key, expected, other.to_string()));
             }
         })
     }
 
-    /// `len` elements of `N` bytes each.
-    fn fixed<const N: usize, T>(&mut self, len: usize, key: &str, parse: fn([u8; N]) -> T) -> Result<Vec<T>, Error> {
+    /// Reads `len` elements of `N` bytes each.
+    fn fixed_size_elements<const N: usize, T>(
+        &mut self,
+        len: usize,
+        key: &str,
+        parse: fn([u8; N]) -> T,
+    ) -> Result<Vec<T>, Error> {
         let bytes = self.take(len.saturating_mul(N), key)?;
         let (chunks, _) = bytes.as_chunks::<N>();
         Ok(chunks.iter().map(|chunk| parse(*chunk)).collect())
     }
 
-    /// One row of the tensor table; `offset` is still relative to the data section.
+    /// Reads one entry of the tensor table; its `offset` is still relative to the data section.
     fn tensor(&mut self) -> Result<TensorEntry, Error> {
         let name = self.string("tensor name")?;
         let dims = self.u32(&name)?;
@@ -299,7 +318,7 @@ impl<'a> Reader<'a> {
         let kind = BlockType::from_ggml(self.u32(&name)?)
             .map_err(|found| Error::format(self.path, name.as_str(), BlockType::supported(), found))?;
         let offset = self.len(&name)?;
-        // Later code multiplies dimensions freely: this is the one place that checks they can be.
+        // Later code multiplies dimensions without checks; this is the only place that rules out an overflow.
         let elements = shape.iter().try_fold(1usize, |product, dim| product.checked_mul(*dim));
         if elements.is_none_or(|elements| elements.checked_mul(kind.block_bytes()).is_none()) {
             return Err(Error::format(self.path, name, "a shape that fits memory", format!("{shape:?}")));

@@ -1,7 +1,7 @@
 //! GGUF files: memory-mapped, checked when opened, dequantized tensor by tensor.
 //!
-//! The format is ggml's `docs/gguf.md`. A file is not trusted: what it says about lengths is compared with its size,
-//! and what cannot be right is an [`Error`] that names the key or the tensor.
+//! The format is described in ggml's `docs/gguf.md`. A file is not trusted: the lengths it states are compared with its
+//! size, and invalid content gives an [`Error`] that names the key or the tensor.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -19,38 +19,39 @@ mod header;
 mod names;
 pub mod write;
 
-pub use adapter::adapter_directory;
+pub use adapter::adapter_to_peft;
 pub use burn_peft::packed::BlockType;
-pub use header::{Array, TensorEntry, Value};
+pub use header::{MetadataArray, MetadataValue, TensorEntry};
 pub use names::{gguf_name, hugging_face_key};
 
 /// An open GGUF file.
 ///
-/// The file stays mapped while this lives; whoever truncates it meanwhile ends the process, as with every map.
+/// The file stays memory-mapped as long as this value lives. Truncating the file in the meantime crashes the process,
+/// as with any memory map.
 #[derive(Debug)]
 pub struct Gguf {
     path: PathBuf,
     map: Mmap,
-    metadata: HashMap<String, Value>,
+    metadata: HashMap<String, MetadataValue>,
     tensors: Vec<TensorEntry>,
     index: HashMap<String, usize>,
 }
 
 impl Gguf {
-    /// Opens a little-endian GGUF file of version 2 or 3 and checks its head.
+    /// Opens a little-endian GGUF file of version 2 or 3 and checks its header.
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] if it cannot be opened, [`Error::Format`] if it is cut off or malformed, or has a tensor of a
+    /// [`Error::Io`] if it cannot be opened, [`Error::Format`] if it is truncated or malformed, or has a tensor of a
     /// type that is not in [`BlockType`].
     pub fn open(path: &Path) -> Result<Self, Error> {
         let file = File::open(path).map_err(|source| Error::io(path, source))?;
         let size = file.metadata().map_err(|source| Error::io(path, source))?.len();
         if size < 24 {
-            return Err(Error::format(path, "size", "a GGUF head of 24 bytes or more", format!("{size} bytes")));
+            return Err(Error::format(path, "size", "a GGUF header of 24 bytes or more", format!("{size} bytes")));
         }
-        // SAFETY: the map is read-only and the file is ours to read; that nobody cuts it short while it is mapped is
-        // the condition that the type's documentation passes on.
+        // SAFETY: the map is read-only and the file is opened read-only. That nobody truncates it while it is mapped is
+        // required of the caller in the documentation of `Gguf`.
         let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?;
         let header::Header { metadata, tensors } = header::Header::parse(path, &map)?;
         let mut index = HashMap::new();
@@ -62,35 +63,35 @@ impl Gguf {
         Ok(Self { path: path.to_owned(), map, metadata, tensors, index })
     }
 
-    /// The file.
+    /// Returns the path of the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// The metadata value of a key, for example `llama.block_count`.
-    pub fn metadata(&self, key: &str) -> Option<&Value> {
+    /// Returns the metadata value of a key, for example `llama.block_count`.
+    pub fn metadata(&self, key: &str) -> Option<&MetadataValue> {
         self.metadata.get(key)
     }
 
-    /// All metadata, sorted by key.
-    pub fn all_metadata(&self) -> impl Iterator<Item = (&str, &Value)> {
+    /// Returns all metadata, sorted by key.
+    pub fn all_metadata(&self) -> impl Iterator<Item = (&str, &MetadataValue)> {
         let mut all: Vec<_> = self.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
         all.sort_by_key(|(key, _)| *key);
         all.into_iter()
     }
 
-    /// Every tensor, in the order of the file.
+    /// Returns the entries of all tensors, in the order of the file.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorEntry> {
         self.tensors.iter()
     }
 
-    /// The tensor of a GGUF name.
+    /// Returns the entry of the tensor with a GGUF name.
     pub fn tensor(&self, name: &str) -> Option<&TensorEntry> {
         self.index.get(name).map(|position| &self.tensors[*position])
     }
 
-    /// The stored bytes of a tensor, rows in the order of the file (so, for architecture `llama`, with the query and
-    /// key rows still permuted).
+    /// Returns the stored bytes of a tensor, with rows in the order of the file (for architecture `llama`, the query
+    /// and key rows are still permuted).
     ///
     /// # Errors
     ///
@@ -100,65 +101,67 @@ impl Gguf {
         self.bytes(entry)
     }
 
-    /// The tensor's values in row-major order, with rows in the order of the Hugging Face checkpoint.
+    /// Reads and dequantizes a tensor: its values in row-major order, with rows in the order of the Hugging Face
+    /// checkpoint.
     ///
-    /// Files of architecture `llama` interleave the two halves of each query and key head (llama.cpp rotates adjacent
-    /// pairs); that is undone here. Other architectures are stored as they are.
+    /// Files of architecture `llama` interleave the two halves of each query and key head (llama.cpp applies RoPE to
+    /// adjacent pairs); this method undoes that permutation. Other architectures are not permuted.
     ///
     /// # Errors
     ///
-    /// [`Error::Format`] if the entry is not this file's, or the head counts do not divide the rows.
+    /// [`Error::Format`] if the entry belongs to another file, or the head count does not divide the rows.
     pub fn read(&self, entry: &TensorEntry) -> Result<Vec<f32>, Error> {
         let bytes = self.bytes(entry)?;
-        let rotated = self.rotated(entry)?;
-        // A bias is one row in the file, but its elements are what the permutation moves.
+        let rotated = self.permuted_head_dim(entry)?;
+        // A bias is one row in the file, but the permutation moves its single elements.
         let row = if rotated.is_some() && entry.shape.len() == 1 { 1 } else { entry.row_len() };
         if !row.is_multiple_of(entry.kind.block_len()) {
             return Err(self.error(&entry.name, "a bias that is not packed", &format!("{:?}", entry.kind)));
         }
-        let mut values = vec![0.0; entry.elements()];
+        let mut values = vec![0.0; entry.num_elements()];
         if values.is_empty() {
             return Ok(values);
         }
         let row_bytes = row / entry.kind.block_len() * entry.kind.block_bytes();
         values.par_chunks_mut(row).enumerate().for_each(|(index, out)| {
-            let stored = rotated.map_or(index, |head_dim| interleaved(index, head_dim));
+            let stored = rotated.map_or(index, |head_dim| permuted_row(index, head_dim));
             entry.kind.dequantize(&bytes[stored * row_bytes..][..row_bytes], out);
         });
-        pages::forget(&self.map, entry.offset, entry.bytes());
+        pages::release(&self.map, entry.offset, entry.num_bytes());
         Ok(values)
     }
 
-    /// The tensor's stored rows one after the other, in the order of the Hugging Face checkpoint.
+    /// Returns the stored bytes of the tensor's rows, back to back, in the order of the Hugging Face checkpoint.
     ///
     /// # Errors
     ///
-    /// As [`Gguf::read`].
+    /// The same as those of [`Gguf::read`].
     pub fn rows(&self, entry: &TensorEntry) -> Result<Vec<u8>, Error> {
         let bytes = self.bytes(entry)?;
         let mut rows = Vec::with_capacity(bytes.len());
-        match self.rotated(entry)? {
+        match self.permuted_head_dim(entry)? {
             None => rows.extend_from_slice(bytes),
             Some(head_dim) => {
                 let row = entry.row_len() / entry.kind.block_len() * entry.kind.block_bytes();
-                let stored = (0..bytes.len() / row.max(1)).map(|index| interleaved(index, head_dim) * row);
+                let stored = (0..bytes.len() / row.max(1)).map(|index| permuted_row(index, head_dim) * row);
                 stored.for_each(|from| rows.extend_from_slice(&bytes[from..from + row]));
             }
         }
-        pages::forget(&self.map, entry.offset, entry.bytes());
+        pages::release(&self.map, entry.offset, entry.num_bytes());
         Ok(rows)
     }
 
-    /// The bytes of an entry, which may come from anywhere and is therefore checked again.
+    /// Returns the stored bytes of an entry. The caller may have built the entry by hand, so it is compared with the
+    /// file's own.
     fn bytes(&self, entry: &TensorEntry) -> Result<&[u8], Error> {
         match self.tensor(&entry.name) {
-            Some(own) if own == entry => Ok(&self.map[own.offset..][..own.bytes()]),
+            Some(own) if own == entry => Ok(&self.map[own.offset..][..own.num_bytes()]),
             _ => Err(self.error(&entry.name, "an entry of this file", "another")),
         }
     }
 
-    /// The head dimension by which the rows of this tensor are permuted; `None` if they are not.
-    fn rotated(&self, entry: &TensorEntry) -> Result<Option<usize>, Error> {
+    /// Returns the head dimension by which the rows of this tensor are permuted, or `None` if they are not.
+    fn permuted_head_dim(&self, entry: &TensorEntry) -> Result<Option<usize>, Error> {
         if self.text("general.architecture")? != Some("llama") {
             return Ok(None);
         }
@@ -180,22 +183,22 @@ impl Gguf {
         }
     }
 
-    /// A metadata integer; an error if the key holds something else.
+    /// Returns a metadata integer; an error if the key holds another type.
     pub(crate) fn integer(&self, key: &str) -> Result<Option<usize>, Error> {
         self.typed(key, "a non-negative integer", |value| value.as_u64().and_then(|value| usize::try_from(value).ok()))
     }
 
-    /// A metadata text; an error if the key holds something else.
+    /// Returns a metadata string; an error if the key holds another type.
     pub(crate) fn text(&self, key: &str) -> Result<Option<&str>, Error> {
-        self.typed(key, "text", Value::as_str)
+        self.typed(key, "text", MetadataValue::as_str)
     }
 
-    /// A metadata value of one type; an error if the key holds something else.
+    /// Returns a metadata value converted by `as_type`; an error if the key holds another type.
     pub(crate) fn typed<'a, T>(
         &'a self,
         key: &str,
         expected: &str,
-        as_type: impl Fn(&'a Value) -> Option<T>,
+        as_type: impl Fn(&'a MetadataValue) -> Option<T>,
     ) -> Result<Option<T>, Error> {
         let Some(value) = self.metadata(key) else { return Ok(None) };
         match as_type(value) {
@@ -204,34 +207,34 @@ impl Gguf {
         }
     }
 
-    /// An error at a key of this file.
+    /// Builds an error about a key or tensor of this file.
     pub(crate) fn error(&self, key: &str, expected: &str, found: &str) -> Error {
         Error::format(&self.path, key, expected, found)
     }
 }
 
-/// Where the file keeps row `index` of a query or key projection: row `half * head_dim / 2 + pair` of a head is stored
-/// as its row `pair * 2 + half`.
-fn interleaved(index: usize, head_dim: usize) -> usize {
+/// Returns the position in the file of row `index` of a query or key projection: row `half * head_dim / 2 + pair` of a
+/// head is stored as its row `pair * 2 + half`.
+fn permuted_row(index: usize, head_dim: usize) -> usize {
     let (head, row) = (index / head_dim, index % head_dim);
     let (half, pair) = (row / (head_dim / 2), row % (head_dim / 2));
     head * head_dim + pair * 2 + half
 }
 
-/// The row that the file keeps at `stored`: the inverse of [`interleaved`].
-fn deinterleaved(stored: usize, head_dim: usize) -> usize {
+/// Returns the row that is stored at position `stored` of the file: the inverse of [`permuted_row`].
+fn original_row(stored: usize, head_dim: usize) -> usize {
     let (head, row) = (stored / head_dim, stored % head_dim);
     head * head_dim + row % 2 * (head_dim / 2) + row / 2
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{deinterleaved, interleaved};
+    use super::{original_row, permuted_row};
 
     #[test]
     fn rows_of_a_head_are_stored_in_pairs() {
-        let stored: Vec<_> = (0..8).map(|row| interleaved(row, 4)).collect();
+        let stored: Vec<_> = (0..8).map(|row| permuted_row(row, 4)).collect();
         assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
-        assert!((0..96).all(|row| deinterleaved(interleaved(row, 12), 12) == row));
+        assert!((0..96).all(|row| original_row(permuted_row(row, 12), 12) == row));
     }
 }

@@ -1,11 +1,11 @@
-//! GGUF tensor names and the Hugging Face keys that they stand for.
+//! GGUF tensor names and the corresponding Hugging Face keys.
 
-/// Names outside the layers: GGUF stem, Hugging Face stem.
-const TOP: [(&str, &str); 3] =
+/// Names outside the layers, as pairs of GGUF stem and Hugging Face stem.
+const TOP_LEVEL_NAMES: [(&str, &str); 3] =
     [("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")];
 
-/// Names within a layer: GGUF stem, Hugging Face stem.
-const LAYER: [(&str, &str); 11] = [
+/// Names within a layer, as pairs of GGUF stem and Hugging Face stem.
+const LAYER_NAMES: [(&str, &str); 11] = [
     ("attn_norm", "input_layernorm"),
     ("attn_q", "self_attn.q_proj"),
     ("attn_k", "self_attn.k_proj"),
@@ -19,33 +19,33 @@ const LAYER: [(&str, &str); 11] = [
     ("ffn_down", "mlp.down_proj"),
 ];
 
-/// The Hugging Face key of a GGUF tensor: `blk.3.attn_q.weight` gives `model.layers.3.self_attn.q_proj.weight`.
+/// Returns the Hugging Face key of a GGUF tensor: `model.layers.3.self_attn.q_proj.weight` for `blk.3.attn_q.weight`.
 ///
-/// `None` for a name that is no parameter of the architectures read here, `rope_freqs.weight` among them.
+/// Returns `None` for a name that is not a parameter of the supported architectures, such as `rope_freqs.weight`.
 pub fn hugging_face_key(name: &str) -> Option<String> {
     let (stem, suffix) = split(name)?;
     if let Some((layer, part)) = stem.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
         let layer: usize = layer.parse().ok()?;
-        let (_, key) = LAYER.iter().find(|(gguf, _)| *gguf == part)?;
+        let (_, key) = LAYER_NAMES.iter().find(|(gguf, _)| *gguf == part)?;
         return Some(format!("model.layers.{layer}.{key}.{suffix}"));
     }
-    let (_, key) = TOP.iter().find(|(gguf, _)| *gguf == stem)?;
+    let (_, key) = TOP_LEVEL_NAMES.iter().find(|(gguf, _)| *gguf == stem)?;
     Some(format!("{key}.{suffix}"))
 }
 
-/// The GGUF name of a Hugging Face key: the inverse of [`hugging_face_key`].
+/// Returns the GGUF name of a Hugging Face key: the inverse of [`hugging_face_key`].
 pub fn gguf_name(key: &str) -> Option<String> {
     let (stem, suffix) = split(key)?;
     if let Some((layer, part)) = stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
         let layer: usize = layer.parse().ok()?;
-        let (name, _) = LAYER.iter().find(|(_, key)| *key == part)?;
+        let (name, _) = LAYER_NAMES.iter().find(|(_, key)| *key == part)?;
         return Some(format!("blk.{layer}.{name}.{suffix}"));
     }
-    let (name, _) = TOP.iter().find(|(_, key)| *key == stem)?;
+    let (name, _) = TOP_LEVEL_NAMES.iter().find(|(_, key)| *key == stem)?;
     Some(format!("{name}.{suffix}"))
 }
 
-/// The name without its last part, and that part, which is `weight` or `bias`.
+/// Splits a name into its stem and its last part, which must be `weight` or `bias`.
 fn split(name: &str) -> Option<(&str, &str)> {
     name.rsplit_once('.').filter(|(_, suffix)| matches!(*suffix, "weight" | "bias"))
 }

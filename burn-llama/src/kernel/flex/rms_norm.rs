@@ -1,26 +1,27 @@
-//! Root-mean-square normalisation in one pass over every row.
+//! Root-mean-square normalisation in one pass over each row.
 
 use super::{
-    buffer::{contiguous, tensor, unwritten, values, widened},
-    lanes::{add, dot, dot3, vectorized},
+    buffer::{contiguous, tensor, to_f32, uninit_vec, values},
+    vector_ops::{add, dot, dot3, vectorized},
 };
 use burn_flex::FlexTensor;
 use rayon::prelude::*;
 
-/// Rows that a thread takes at a time; the gradient of the weight is summed in this order whatever the number of threads.
-const ROWS: usize = 32;
+/// The number of rows per task. It is fixed, so that the order in which the gradient of the weight is summed does not
+/// depend on the number of threads.
+const ROWS_PER_TASK: usize = 32;
 
 pub(super) fn forward(x: FlexTensor, weight: FlexTensor, epsilon: f64) -> FlexTensor {
     let (x, weight) = (contiguous(x), contiguous(weight));
     let shape = x.layout().shape().clone();
-    let (x, weight) = (values(&x), widened(&weight));
-    let (width, mut out) = (weight.len(), unwritten(x.len()));
-    out.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(out, x)| {
+    let (x, weight) = (values(&x), to_f32(&weight));
+    let (width, mut out) = (weight.len(), uninit_vec(x.len()));
+    out.par_chunks_mut(ROWS_PER_TASK * width).zip(x.par_chunks(ROWS_PER_TASK * width)).for_each(|(out, x)| {
         vectorized(
             #[inline(always)]
             || {
                 for (out, x) in out.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                    let r = inverse(x, epsilon);
+                    let r = inverse_rms(x, epsilon);
                     for ((out, &x), &w) in out.iter_mut().zip(x).zip(weight.iter()) {
                         *out = x * r * w;
                     }
@@ -31,13 +32,14 @@ pub(super) fn forward(x: FlexTensor, weight: FlexTensor, epsilon: f64) -> FlexTe
     tensor(out, &shape)
 }
 
-/// `1 / √(mean(x²) + eps)` of a row.
+/// Computes `1 / √(mean(x²) + eps)` of a row.
 #[inline(always)]
-pub(super) fn inverse(x: &[f32], epsilon: f64) -> f32 {
+pub(super) fn inverse_rms(x: &[f32], epsilon: f64) -> f32 {
     1.0 / (dot(x, x) / x.len() as f32 + epsilon as f32).sqrt()
 }
 
-/// In the place of what was found before, to which it adds, if nobody else holds that.
+/// Computes the gradients of the input and, if `trained`, of the weight. The first is added to the gradient `found`
+/// that was accumulated before, in place if that has no other owner.
 pub(super) fn backward(
     [x, weight, dy]: [FlexTensor; 3],
     found: Option<FlexTensor>,
@@ -45,19 +47,19 @@ pub(super) fn backward(
 ) -> (FlexTensor, Option<FlexTensor>) {
     let (x, weight, dy) = (contiguous(x), contiguous(weight), contiguous(dy));
     let shape = x.layout().shape().clone();
-    let (x, weight, dy) = (values(&x), widened(&weight), values(&dy));
+    let (x, weight, dy) = (values(&x), to_f32(&weight), values(&dy));
     let (width, adds) = (weight.len(), found.is_some());
-    let mut dx = found.map_or_else(|| tensor(unwritten(x.len()), &shape), contiguous);
+    let mut dx = found.map_or_else(|| tensor(uninit_vec(x.len()), &shape), contiguous);
     let parts: Vec<Vec<f32>> = dx
         .storage_mut::<f32>()
-        .par_chunks_mut(ROWS * width)
-        .zip(x.par_chunks(ROWS * width))
-        .zip(dy.par_chunks(ROWS * width))
+        .par_chunks_mut(ROWS_PER_TASK * width)
+        .zip(x.par_chunks(ROWS_PER_TASK * width))
+        .zip(dy.par_chunks(ROWS_PER_TASK * width))
         .map(|((dx, x), dy)| {
             let mut dw = if trained { vec![0.0; width] } else { Vec::new() };
             vectorized(
                 #[inline(always)]
-                || rows((dx, adds), [x, dy, &weight], epsilon, &mut dw),
+                || backward_rows((dx, adds), [x, dy, &weight], epsilon, &mut dw),
             );
             dw
         })
@@ -70,12 +72,12 @@ pub(super) fn backward(
     (dx, dw)
 }
 
-/// The gradients of a block of rows; `dw` is empty when nobody asks for it.
+/// Computes the gradients of a block of rows and adds to `dx` if `adds`; `dw` is empty if it is not wanted.
 #[inline(always)]
-fn rows((dx, adds): (&mut [f32], bool), [x, dy, weight]: [&[f32]; 3], epsilon: f64, dw: &mut [f32]) {
+fn backward_rows((dx, adds): (&mut [f32], bool), [x, dy, weight]: [&[f32]; 3], epsilon: f64, dw: &mut [f32]) {
     let width = weight.len();
     for ((dx, x), dy) in dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(dy.chunks_exact(width)) {
-        let r = inverse(x, epsilon);
+        let r = inverse_rms(x, epsilon);
         let back = dot3(dy, weight, x) * r * r / width as f32;
         for (((dx, &x), &dy), &w) in dx.iter_mut().zip(x).zip(dy).zip(weight) {
             let value = r * (dy * w - x * back);

@@ -1,90 +1,98 @@
-//! The YAML that `accelerate config` writes.
+//! The keys of the YAML that `accelerate config` writes.
 
-use super::{Fixed, Key, Kind, POSITIVE, Usage, flag, instead, number, read};
+use super::{FixedValue, KeyHandling, KeySpec, POSITIVE, ValueKind, fixed_flag, fixed_number, not_honoured, read};
 
 const LAUNCHER: &str = "MPI starts and connects the processes";
 const SEGMENTS: &str = "weights are gathered segment by segment";
 const PYTHON: &str = "it concerns Python's runtime; nothing is done";
-const DEVICE: Kind = Kind::Choice(&["none", "cpu", "nvme"]);
+const DEVICE: ValueKind = ValueKind::Choice(&["none", "cpu", "nvme"]);
 
-/// What `accelerate config` writes unasked, which needs no note.
-const fn usual(name: &'static str, value: &'static str, what: &'static str) -> Key {
-    Key { name, kind: Kind::Any, usage: Usage::Fixed(Fixed::Text(value), what) }
+/// Returns a key whose default value `accelerate config` always writes; the default is not reported as not honoured.
+const fn fixed_text(name: &'static str, value: &'static str, what: &'static str) -> KeySpec {
+    KeySpec { name, kind: ValueKind::Any, handling: KeyHandling::Fixed(FixedValue::Text(value), what) }
 }
 
-/// `deepspeed_config`.
-const DEEPSPEED: &[Key] = &[
-    read("deepspeed_config_file", Kind::Text),
-    read("zero_stage", Kind::Whole(0, 3)),
+/// The `deepspeed_config` block.
+const DEEPSPEED: &[KeySpec] = &[
+    read("deepspeed_config_file", ValueKind::Text),
+    read("zero_stage", ValueKind::Integer(0, 3)),
     read("offload_optimizer_device", DEVICE),
-    read("offload_optimizer_nvme_path", Kind::Text),
+    read("offload_optimizer_nvme_path", ValueKind::Text),
     read("offload_param_device", DEVICE),
-    read("offload_param_nvme_path", Kind::Text),
+    read("offload_param_nvme_path", ValueKind::Text),
     read("gradient_accumulation_steps", POSITIVE),
-    read("gradient_clipping", Kind::Number),
-    read("zero3_save_16bit_model", Kind::Flag),
-    instead("zero3_init_flag", Kind::Flag, "every rank loads the whole model at the start and keeps its part"),
-    instead("deepspeed_moe_layer_cls_names", Kind::Any, "the models have no experts"),
-    instead("deepspeed_multinode_launcher", Kind::Text, LAUNCHER),
-    instead("deepspeed_hostfile", Kind::Text, LAUNCHER),
-    instead("deepspeed_exclusion_filter", Kind::Text, LAUNCHER),
-    instead("deepspeed_inclusion_filter", Kind::Text, LAUNCHER),
+    read("gradient_clipping", ValueKind::Number),
+    read("zero3_save_16bit_model", ValueKind::Flag),
+    not_honoured(
+        "zero3_init_flag",
+        ValueKind::Flag,
+        "every rank loads the whole model at the start and keeps its shard",
+    ),
+    not_honoured("deepspeed_moe_layer_cls_names", ValueKind::Any, "the models have no experts"),
+    not_honoured("deepspeed_multinode_launcher", ValueKind::Text, LAUNCHER),
+    not_honoured("deepspeed_hostfile", ValueKind::Text, LAUNCHER),
+    not_honoured("deepspeed_exclusion_filter", ValueKind::Text, LAUNCHER),
+    not_honoured("deepspeed_inclusion_filter", ValueKind::Text, LAUNCHER),
 ];
 
-/// `fsdp_config`.
-const FSDP: &[Key] = &[
-    read("fsdp_sharding_strategy", Kind::Any),
-    read("fsdp_reshard_after_forward", Kind::Any),
-    read("fsdp_offload_params", Kind::Flag),
-    read("fsdp_activation_checkpointing", Kind::Flag),
-    instead("fsdp_version", Kind::Whole(1, 2), "versions 1 and 2 are read alike"),
-    instead("fsdp_auto_wrap_policy", Kind::Text, SEGMENTS),
-    instead("fsdp_transformer_layer_cls_to_wrap", Kind::Any, SEGMENTS),
-    instead("fsdp_min_num_params", Kind::Any, SEGMENTS),
-    instead("fsdp_backward_prefetch", Kind::Text, SEGMENTS),
-    instead("fsdp_backward_prefetch_policy", Kind::Text, SEGMENTS),
-    instead("fsdp_forward_prefetch", Kind::Flag, SEGMENTS),
-    instead("fsdp_limit_all_gathers", Kind::Flag, SEGMENTS),
-    instead("fsdp_state_dict_type", Kind::Text, "checkpoints are kept per parameter and load at any number of ranks"),
-    instead("fsdp_cpu_ram_efficient_loading", Kind::Flag, "every rank loads the whole model at the start"),
-    instead("fsdp_sync_module_states", Kind::Flag, "every rank reads the same checkpoint"),
-    instead("fsdp_use_orig_params", Kind::Flag, "parameters keep their names and shapes"),
+/// The `fsdp_config` block.
+const FSDP: &[KeySpec] = &[
+    read("fsdp_sharding_strategy", ValueKind::Any),
+    read("fsdp_reshard_after_forward", ValueKind::Any),
+    read("fsdp_offload_params", ValueKind::Flag),
+    read("fsdp_activation_checkpointing", ValueKind::Flag),
+    not_honoured("fsdp_version", ValueKind::Integer(1, 2), "versions 1 and 2 are read alike"),
+    not_honoured("fsdp_auto_wrap_policy", ValueKind::Text, SEGMENTS),
+    not_honoured("fsdp_transformer_layer_cls_to_wrap", ValueKind::Any, SEGMENTS),
+    not_honoured("fsdp_min_num_params", ValueKind::Any, SEGMENTS),
+    not_honoured("fsdp_backward_prefetch", ValueKind::Text, SEGMENTS),
+    not_honoured("fsdp_backward_prefetch_policy", ValueKind::Text, SEGMENTS),
+    not_honoured("fsdp_forward_prefetch", ValueKind::Flag, SEGMENTS),
+    not_honoured("fsdp_limit_all_gathers", ValueKind::Flag, SEGMENTS),
+    not_honoured(
+        "fsdp_state_dict_type",
+        ValueKind::Text,
+        "checkpoints are kept per parameter and load at any number of ranks",
+    ),
+    not_honoured("fsdp_cpu_ram_efficient_loading", ValueKind::Flag, "every rank loads the whole model at the start"),
+    not_honoured("fsdp_sync_module_states", ValueKind::Flag, "every rank reads the same checkpoint"),
+    not_honoured("fsdp_use_orig_params", ValueKind::Flag, "parameters keep their names and shapes"),
 ];
 
-/// The top block.
-pub(crate) const ACCELERATE: &[Key] = &[
-    read("distributed_type", Kind::Text),
-    read("mixed_precision", Kind::Choice(&["no", "fp16", "bf16", "fp8"])),
+/// The top level.
+pub(crate) const ACCELERATE: &[KeySpec] = &[
+    read("distributed_type", ValueKind::Text),
+    read("mixed_precision", ValueKind::Choice(&["no", "fp16", "bf16", "fp8"])),
     read("num_processes", POSITIVE),
     read("num_machines", POSITIVE),
-    read("deepspeed_config", Kind::Block(DEEPSPEED)),
-    read("fsdp_config", Kind::Block(FSDP)),
-    flag("debug", false, "shapes and types are always checked"),
-    flag("use_cpu", false, "`--device` decides"),
-    flag("tpu_use_cluster", false, "there is no TPU backend"),
-    flag("tpu_use_sudo", false, "there is no TPU backend"),
-    instead("tpu_env", Kind::Any, "there is no TPU backend"),
-    instead("tpu_name", Kind::Any, "there is no TPU backend"),
-    instead("tpu_zone", Kind::Any, "there is no TPU backend"),
-    instead("tpu_vm", Kind::Any, "there is no TPU backend"),
-    usual("compute_environment", "LOCAL_MACHINE", LAUNCHER),
-    number("machine_rank", 0.0, LAUNCHER),
-    instead("main_process_ip", Kind::Any, LAUNCHER),
-    instead("main_process_port", Kind::Any, LAUNCHER),
-    usual("main_training_function", "main", LAUNCHER),
-    usual("rdzv_backend", "static", LAUNCHER),
-    flag("same_network", true, LAUNCHER),
-    usual("gpu_ids", "all", LAUNCHER),
-    instead("enable_cpu_affinity", Kind::Flag, LAUNCHER),
-    instead("mpirun_config", Kind::Any, LAUNCHER),
-    instead("commands", Kind::Any, LAUNCHER),
-    instead("command_file", Kind::Any, LAUNCHER),
-    usual("downcast_bf16", "no", "`mixed_precision` decides"),
-    instead("fp8_config", Kind::Any, "`mixed_precision` decides"),
-    instead("dynamo_config", Kind::Any, PYTHON),
-    instead("dynamo_backend", Kind::Any, PYTHON),
-    instead("ipex_config", Kind::Any, PYTHON),
-    instead("tp_config", Kind::Any, "every rank computes whole layers, all of them"),
-    instead("megatron_lm_config", Kind::Any, "every rank computes whole layers, all of them"),
-    instead("parallelism_config", Kind::Any, "every rank computes whole layers, all of them"),
+    read("deepspeed_config", ValueKind::Block(DEEPSPEED)),
+    read("fsdp_config", ValueKind::Block(FSDP)),
+    fixed_flag("debug", false, "shapes and types are always checked"),
+    fixed_flag("use_cpu", false, "`--device` decides"),
+    fixed_flag("tpu_use_cluster", false, "there is no TPU backend"),
+    fixed_flag("tpu_use_sudo", false, "there is no TPU backend"),
+    not_honoured("tpu_env", ValueKind::Any, "there is no TPU backend"),
+    not_honoured("tpu_name", ValueKind::Any, "there is no TPU backend"),
+    not_honoured("tpu_zone", ValueKind::Any, "there is no TPU backend"),
+    not_honoured("tpu_vm", ValueKind::Any, "there is no TPU backend"),
+    fixed_text("compute_environment", "LOCAL_MACHINE", LAUNCHER),
+    fixed_number("machine_rank", 0.0, LAUNCHER),
+    not_honoured("main_process_ip", ValueKind::Any, LAUNCHER),
+    not_honoured("main_process_port", ValueKind::Any, LAUNCHER),
+    fixed_text("main_training_function", "main", LAUNCHER),
+    fixed_text("rdzv_backend", "static", LAUNCHER),
+    fixed_flag("same_network", true, LAUNCHER),
+    fixed_text("gpu_ids", "all", LAUNCHER),
+    not_honoured("enable_cpu_affinity", ValueKind::Flag, LAUNCHER),
+    not_honoured("mpirun_config", ValueKind::Any, LAUNCHER),
+    not_honoured("commands", ValueKind::Any, LAUNCHER),
+    not_honoured("command_file", ValueKind::Any, LAUNCHER),
+    fixed_text("downcast_bf16", "no", "`mixed_precision` decides"),
+    not_honoured("fp8_config", ValueKind::Any, "`mixed_precision` decides"),
+    not_honoured("dynamo_config", ValueKind::Any, PYTHON),
+    not_honoured("dynamo_backend", ValueKind::Any, PYTHON),
+    not_honoured("ipex_config", ValueKind::Any, PYTHON),
+    not_honoured("tp_config", ValueKind::Any, "every rank computes whole layers, all of them"),
+    not_honoured("megatron_lm_config", ValueKind::Any, "every rank computes whole layers, all of them"),
+    not_honoured("parallelism_config", ValueKind::Any, "every rank computes whole layers, all of them"),
 ];

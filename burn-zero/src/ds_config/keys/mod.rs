@@ -1,4 +1,4 @@
-//! Every key that DeepSpeed and Accelerate know: its kind, and what becomes of it here.
+//! Tables of all keys of DeepSpeed and Accelerate: the kind of value of each key, and how it is handled here.
 
 mod accelerate;
 mod deepspeed;
@@ -10,62 +10,62 @@ pub(super) use deepspeed::DEEPSPEED;
 
 /// One key of a block.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Key {
+pub(super) struct KeySpec {
     pub(super) name: &'static str,
-    pub(super) kind: Kind,
-    pub(super) usage: Usage,
+    pub(super) kind: ValueKind,
+    pub(super) handling: KeyHandling,
 }
 
-/// What may stand at a key.
+/// The kind of value of a key.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Kind {
+pub(super) enum ValueKind {
     /// True or false.
     Flag,
-    /// A whole number within bounds; 5e8 is one.
-    Whole(u64, u64),
+    /// An integer within inclusive bounds; 5e8 counts as one.
+    Integer(u64, u64),
     /// A finite number, 0 or above.
     Number,
-    /// Two numbers from 0 to below 1.
+    /// Two numbers, each at least 0 and below 1.
     Betas,
     /// Text.
     Text,
-    /// One of these.
+    /// One of these texts.
     Choice(&'static [&'static str]),
     /// A block with these keys.
-    Block(&'static [Key]),
-    /// `{type, params}`; the type decides which keys `params` has.
-    Typed(&'static Types),
-    /// Anything; nobody looks inside.
+    Block(&'static [KeySpec]),
+    /// A block `{type, params}`, where the type determines the keys of `params`.
+    Typed(&'static TypeTable),
+    /// Any value; it is not checked.
     Any,
 }
 
-/// The types of a [`Kind::Typed`] block.
+/// The types of a [`ValueKind::Typed`] block.
 #[derive(Debug)]
-pub(super) struct Types {
-    /// Each type's name and parameters.
-    pub(super) known: &'static [(&'static str, &'static [Key])],
-    /// Types that DeepSpeed has and we have not, and why.
-    pub(super) refused: &'static [(&'static str, &'static str)],
-    /// Whether `adamw` is `AdamW`.
-    pub(super) any_case: bool,
+pub(super) struct TypeTable {
+    /// The name and the parameters of each supported type.
+    pub(super) supported: &'static [(&'static str, &'static [KeySpec])],
+    /// The types of DeepSpeed that are not supported, with the reason.
+    pub(super) unsupported: &'static [(&'static str, &'static str)],
+    /// True if the name is case-insensitive, so that `adamw` means `AdamW`.
+    pub(super) case_insensitive: bool,
 }
 
-/// What becomes of a key.
+/// How a key is handled.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Usage {
-    /// It is read.
+pub(super) enum KeyHandling {
+    /// The key is read.
     Read,
-    /// It is read and has no default.
-    Need,
-    /// We always act as if this value stood there; another one is noted, with what we do.
-    Fixed(Fixed, &'static str),
-    /// It is noted, with what we do instead, unless it is a block with `enabled: false`.
-    Instead(&'static str),
+    /// The key is read and has no default.
+    Required,
+    /// The key always has this value; another value is reported as not honoured, with what is done instead.
+    Fixed(FixedValue, &'static str),
+    /// The key is reported as not honoured, with what is done instead, unless it is a block with `enabled: false`.
+    NotHonoured(&'static str),
 }
 
-/// A value that we always act by.
+/// The only value of a key that is honoured.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Fixed {
+pub(super) enum FixedValue {
     /// True or false.
     Flag(bool),
     /// A number.
@@ -74,25 +74,25 @@ pub(super) enum Fixed {
     Text(&'static str),
 }
 
-pub(super) const COUNT: Kind = Kind::Whole(0, u64::MAX);
-pub(super) const POSITIVE: Kind = Kind::Whole(1, u64::MAX);
+pub(super) const NON_NEGATIVE: ValueKind = ValueKind::Integer(0, u64::MAX);
+pub(super) const POSITIVE: ValueKind = ValueKind::Integer(1, u64::MAX);
 
-const fn read(name: &'static str, kind: Kind) -> Key {
-    Key { name, kind, usage: Usage::Read }
+const fn read(name: &'static str, kind: ValueKind) -> KeySpec {
+    KeySpec { name, kind, handling: KeyHandling::Read }
 }
 
-const fn need(name: &'static str, kind: Kind) -> Key {
-    Key { name, kind, usage: Usage::Need }
+const fn required(name: &'static str, kind: ValueKind) -> KeySpec {
+    KeySpec { name, kind, handling: KeyHandling::Required }
 }
 
-const fn instead(name: &'static str, kind: Kind, what: &'static str) -> Key {
-    Key { name, kind, usage: Usage::Instead(what) }
+const fn not_honoured(name: &'static str, kind: ValueKind, what: &'static str) -> KeySpec {
+    KeySpec { name, kind, handling: KeyHandling::NotHonoured(what) }
 }
 
-const fn flag(name: &'static str, value: bool, what: &'static str) -> Key {
-    Key { name, kind: Kind::Flag, usage: Usage::Fixed(Fixed::Flag(value), what) }
+const fn fixed_flag(name: &'static str, value: bool, what: &'static str) -> KeySpec {
+    KeySpec { name, kind: ValueKind::Flag, handling: KeyHandling::Fixed(FixedValue::Flag(value), what) }
 }
 
-const fn number(name: &'static str, value: f64, what: &'static str) -> Key {
-    Key { name, kind: Kind::Number, usage: Usage::Fixed(Fixed::Number(value), what) }
+const fn fixed_number(name: &'static str, value: f64, what: &'static str) -> KeySpec {
+    KeySpec { name, kind: ValueKind::Number, handling: KeyHandling::Fixed(FixedValue::Number(value), what) }
 }

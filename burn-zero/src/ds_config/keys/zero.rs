@@ -1,86 +1,98 @@
-//! `zero_optimization`.
+//! The keys of `zero_optimization`.
 
-use super::{COUNT, Key, Kind, POSITIVE, flag, instead, number, read};
+use super::{KeySpec, NON_NEGATIVE, POSITIVE, ValueKind, fixed_flag, fixed_number, not_honoured, read};
 
-const DEVICE: Kind = Kind::Choice(&["none", "cpu", "nvme"]);
+const DEVICE: ValueKind = ValueKind::Choice(&["none", "cpu", "nvme"]);
 const FILES: &str = "files are read ahead and written behind through a few buffers of fixed size";
-const PINNED: &str = "host buffers are ordinary memory";
+const PINNED: &str = "host buffers are pageable memory";
 const GATHER: &str = "a segment's weights are gathered by one all_gather per bucket";
-const PLAIN: &str = "what is sent has the type it is kept in";
+const PLAIN: &str = "values are sent in the data type in which they are stored";
 
-/// `offload_optimizer`.
-const OFFLOAD_OPTIMIZER: &[Key] = &[
+/// The `offload_optimizer` block.
+const OFFLOAD_OPTIMIZER: &[KeySpec] = &[
     read("device", DEVICE),
-    read("nvme_path", Kind::Text),
-    flag("pin_memory", false, PINNED),
-    instead("buffer_count", COUNT, FILES),
-    instead("pipeline_read", Kind::Flag, FILES),
-    instead("pipeline_write", Kind::Flag, FILES),
-    instead("fast_init", Kind::Flag, FILES),
-    number("ratio", 1.0, "all optimizer states are offloaded"),
-    flag("super_offload", false, "the optimizer's step runs on the host's cores"),
-    instead("cpuadam_cores_perc", Kind::Number, "the step takes the threads that the process has"),
-    flag("convert_grad_on_cpu", true, "gradients become f32 on the host"),
+    read("nvme_path", ValueKind::Text),
+    fixed_flag("pin_memory", false, PINNED),
+    not_honoured("buffer_count", NON_NEGATIVE, FILES),
+    not_honoured("pipeline_read", ValueKind::Flag, FILES),
+    not_honoured("pipeline_write", ValueKind::Flag, FILES),
+    not_honoured("fast_init", ValueKind::Flag, FILES),
+    fixed_number("ratio", 1.0, "all optimizer states are offloaded"),
+    fixed_flag("super_offload", false, "the optimizer's step runs on the host's cores"),
+    not_honoured("cpuadam_cores_perc", ValueKind::Number, "the step takes the threads that the process has"),
+    fixed_flag("convert_grad_on_cpu", true, "gradients become f32 on the host"),
 ];
 
-/// `offload_param`.
-const OFFLOAD_PARAM: &[Key] = &[
+/// The `offload_param` block.
+const OFFLOAD_PARAM: &[KeySpec] = &[
     read("device", DEVICE),
-    read("nvme_path", Kind::Text),
-    flag("pin_memory", false, PINNED),
-    instead("buffer_count", COUNT, FILES),
-    instead("buffer_size", COUNT, FILES),
-    instead("max_in_cpu", COUNT, FILES),
+    read("nvme_path", ValueKind::Text),
+    fixed_flag("pin_memory", false, PINNED),
+    not_honoured("buffer_count", NON_NEGATIVE, FILES),
+    not_honoured("buffer_size", NON_NEGATIVE, FILES),
+    not_honoured("max_in_cpu", NON_NEGATIVE, FILES),
 ];
 
-/// The block.
-pub(super) const ZERO: &[Key] = &[
-    read("stage", Kind::Whole(0, 3)),
-    read("offload_optimizer", Kind::Block(OFFLOAD_OPTIMIZER)),
-    read("offload_param", Kind::Block(OFFLOAD_PARAM)),
+/// The `zero_optimization` block.
+pub(super) const ZERO: &[KeySpec] = &[
+    read("stage", ValueKind::Integer(0, 3)),
+    read("offload_optimizer", ValueKind::Block(OFFLOAD_OPTIMIZER)),
+    read("offload_param", ValueKind::Block(OFFLOAD_PARAM)),
     read("reduce_bucket_size", POSITIVE),
     read("allgather_bucket_size", POSITIVE),
-    read("overlap_comm", Kind::Flag),
-    read("contiguous_gradients", Kind::Flag),
+    read("overlap_comm", ValueKind::Flag),
+    read("contiguous_gradients", ValueKind::Flag),
     read("sub_group_size", POSITIVE),
-    read("stage3_max_live_parameters", COUNT),
-    read("stage3_max_reuse_distance", COUNT),
-    read("stage3_prefetch_bucket_size", COUNT),
-    read("stage3_param_persistence_threshold", COUNT),
-    read("stage3_model_persistence_threshold", COUNT),
-    read("stage3_gather_16bit_weights_on_model_save", Kind::Flag),
-    flag("reduce_scatter", true, "gradients are reduced by reduce_scatter"),
-    flag("allgather_partitions", true, "weights are gathered by all_gather"),
-    flag("use_multi_rank_bucket_allreduce", true, "a bucket holds the gradients of all ranks"),
-    flag("load_from_fp32_weights", true, "checkpoints keep f32 weights"),
-    flag("elastic_checkpoint", false, "checkpoints load at any number of ranks"),
-    flag("round_robin_gradients", false, "a bucket's gradients go to their ranks at once"),
-    flag("ignore_unused_parameters", true, "parameters without gradient stay as they are"),
-    flag("compute_grad_norm", true, "the gradient norm is always computed and logged"),
-    flag("parameter_alignment", true, "buckets are padded to the number of ranks"),
-    flag("legacy_stage1", false, "there is one stage 1"),
-    instead("cpu_offload_use_pin_memory", Kind::Flag, PINNED),
-    instead("zenflow", Kind::Any, "every gradient is applied in its own step"),
-    number("zero_hpz_partition_size", 1.0, "weights are divided among all ranks once"),
-    flag("zero_quantized_weights", false, PLAIN),
-    flag("zero_quantized_nontrainable_weights", false, "the recipe says how frozen weights are stored"),
-    flag("zero_quantized_gradients", false, PLAIN),
-    instead("zeropp_loco_param", Kind::Any, PLAIN),
-    instead("mics_shard_size", Kind::Any, "weights are divided among all ranks once"),
-    flag("mics_hierarchical_params_gather", false, "weights are divided among all ranks once"),
-    flag("memory_efficient_linear", true, "a linear layer keeps its input and no copy of its weight"),
-    flag("pipeline_loading_checkpoint", false, "every rank loads the whole model at the start and keeps its part"),
-    flag("override_module_apply", true, "there is no module to override"),
-    flag("log_trace_cache_warnings", false, "the order of segments is fixed; there is no trace"),
-    flag("enable_sanity_checks", false, "shapes and types are always checked"),
-    flag("save_muon_momentum_buffer_in_memory", false, "there is no Muon"),
-    instead("leaf_module", Kind::Any, "weights are gathered segment by segment"),
-    number("stage3_module_granularity_threshold", 0.0, "weights are gathered segment by segment"),
-    flag("stage3_use_all_reduce_for_fetch_params", false, GATHER),
-    flag("stage3_allgather_sequential", false, GATHER),
-    number(
+    read("stage3_max_live_parameters", NON_NEGATIVE),
+    read("stage3_max_reuse_distance", NON_NEGATIVE),
+    read("stage3_prefetch_bucket_size", NON_NEGATIVE),
+    read("stage3_param_persistence_threshold", NON_NEGATIVE),
+    read("stage3_model_persistence_threshold", NON_NEGATIVE),
+    read("stage3_gather_16bit_weights_on_model_save", ValueKind::Flag),
+    fixed_flag("reduce_scatter", true, "gradients are reduced by reduce_scatter"),
+    fixed_flag("allgather_partitions", true, "weights are gathered by all_gather"),
+    fixed_flag("use_multi_rank_bucket_allreduce", true, "a bucket holds the gradients of all ranks"),
+    fixed_flag("load_from_fp32_weights", true, "checkpoints keep f32 weights"),
+    fixed_flag("elastic_checkpoint", false, "checkpoints load at any number of ranks"),
+    fixed_flag("round_robin_gradients", false, "the gradients of a bucket are sent to all ranks at once"),
+    fixed_flag("ignore_unused_parameters", true, "parameters without a gradient are not updated"),
+    fixed_flag("compute_grad_norm", true, "the gradient norm is always computed and logged"),
+    fixed_flag("parameter_alignment", true, "buckets are padded to the number of ranks"),
+    fixed_flag("legacy_stage1", false, "there is one stage 1"),
+    not_honoured("cpu_offload_use_pin_memory", ValueKind::Flag, PINNED),
+    not_honoured("zenflow", ValueKind::Any, "every gradient is applied in its own step"),
+    fixed_number("zero_hpz_partition_size", 1.0, "weights are sharded among all ranks, without secondary partitions"),
+    fixed_flag("zero_quantized_weights", false, PLAIN),
+    fixed_flag("zero_quantized_nontrainable_weights", false, "the recipe decides how frozen weights are stored"),
+    fixed_flag("zero_quantized_gradients", false, PLAIN),
+    not_honoured("zeropp_loco_param", ValueKind::Any, PLAIN),
+    not_honoured(
+        "mics_shard_size",
+        ValueKind::Any,
+        "weights are sharded among all ranks, without secondary partitions",
+    ),
+    fixed_flag(
+        "mics_hierarchical_params_gather",
+        false,
+        "weights are sharded among all ranks, without secondary partitions",
+    ),
+    fixed_flag("memory_efficient_linear", true, "a linear layer saves its input and no copy of its weight"),
+    fixed_flag(
+        "pipeline_loading_checkpoint",
+        false,
+        "every rank loads the whole model at the start and keeps its shard",
+    ),
+    fixed_flag("override_module_apply", true, "there is no module to override"),
+    fixed_flag("log_trace_cache_warnings", false, "the order of segments is fixed; there is no trace"),
+    fixed_flag("enable_sanity_checks", false, "shapes and types are always checked"),
+    fixed_flag("save_muon_momentum_buffer_in_memory", false, "there is no Muon"),
+    not_honoured("leaf_module", ValueKind::Any, "weights are gathered segment by segment"),
+    fixed_number("stage3_module_granularity_threshold", 0.0, "weights are gathered segment by segment"),
+    fixed_flag("stage3_use_all_reduce_for_fetch_params", false, GATHER),
+    fixed_flag("stage3_allgather_sequential", false, GATHER),
+    fixed_number(
         "stage3_partition_stream_chunk_size",
         0.0,
-        "every rank loads the whole model at the start and keeps its part",
+        "every rank loads the whole model at the start and keeps its shard",
     ),
 ];

@@ -1,16 +1,16 @@
-//! Accelerate's files and FSDP's names.
+//! Tests of Accelerate's files and FSDP's sharding strategies.
 
 use super::*;
 
-fn parse(text: &str) -> Result<Accelerate, Error> {
-    Accelerate::from_yaml(text)
+fn parse(text: &str) -> Result<AccelerateConfig, Error> {
+    AccelerateConfig::from_yaml(text)
 }
 
 fn config(text: &str) -> DsConfig {
     let auto = AutoValues { micro_batch: 2, accumulation: 3, gradient_clipping: 0.7, ..Default::default() };
     match parse(text).unwrap().source {
-        Source::Document(document) => document.resolve(4, &auto).unwrap(),
-        Source::File(file) => panic!("{}", file.display()),
+        DsConfigSource::Inline(document) => document.resolve(4, &auto).unwrap(),
+        DsConfigSource::File(file) => panic!("{}", file.display()),
     }
 }
 
@@ -44,11 +44,14 @@ use_cpu: false
     assert_eq!((accelerate.num_processes, accelerate.num_machines), (Some(4), 2));
     assert!(!accelerate.activation_checkpointing);
     let config = config(text);
-    assert_eq!(config.batch, Batch { train: 40, micro: 2, accumulation: 5 });
+    assert_eq!(config.batch, BatchSizes { train: 40, micro: 2, accumulation: 5 });
     assert_eq!(config.gradient_clipping, 0.3);
     assert_eq!(config.precision, Precision::Bf16);
-    assert_eq!(config.zero.stage, Stage::Weights);
-    assert_eq!((config.zero.offload_optimizer.device, config.zero.offload_param.device), (Device::Cpu, Device::None));
+    assert_eq!(config.zero.stage, ZeroStage::Weights);
+    assert_eq!(
+        (config.zero.offload_optimizer.device, config.zero.offload_param.device),
+        (OffloadDevice::Cpu, OffloadDevice::None)
+    );
     assert!(config.zero.stage3.gather_16bit_weights_on_model_save);
     let notes: Vec<_> = accelerate.unhonoured.iter().map(|it| it.key.as_str()).collect();
     assert_eq!(notes, ["deepspeed_config.zero3_init_flag"]);
@@ -60,11 +63,11 @@ fn what_a_deepspeed_block_does_not_say_is_the_callers() {
     for accumulation in ["", "gradient_accumulation_steps: auto", "gradient_clipping: auto"] {
         let config =
             config(&format!("distributed_type: DEEPSPEED\ndeepspeed_config: {{zero_stage: 1, {accumulation}}}"));
-        assert_eq!(config.batch, Batch { train: 24, micro: 2, accumulation: 3 });
+        assert_eq!(config.batch, BatchSizes { train: 24, micro: 2, accumulation: 3 });
         assert_eq!(config.gradient_clipping, 0.7);
-        assert_eq!(config.zero.stage, Stage::States);
+        assert_eq!(config.zero.stage, ZeroStage::OptimizerStates);
     }
-    assert_eq!(config("distributed_type: DEEPSPEED").zero.stage, Stage::Gradients);
+    assert_eq!(config("distributed_type: DEEPSPEED").zero.stage, ZeroStage::Gradients);
     let files = config(
         "distributed_type: DEEPSPEED
 deepspeed_config: {zero_stage: 2, offload_optimizer_device: nvme, offload_optimizer_nvme_path: /scratch}",
@@ -78,38 +81,42 @@ fn a_deepspeed_file_is_found_beside_the_yaml() {
     std::fs::create_dir_all(&folder).unwrap();
     let yaml = folder.join("accelerate.yaml");
     let text = "distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: zero-by-test.json}";
-    assert_eq!(parse(text).unwrap().source, Source::File("zero-by-test.json".into()));
+    assert_eq!(parse(text).unwrap().source, DsConfigSource::File("zero-by-test.json".into()));
     std::fs::write(&yaml, text).unwrap();
-    let missing = message(Accelerate::read(&yaml));
+    let missing = message(AccelerateConfig::read(&yaml));
     assert!(missing.contains("zero-by-test.json: cannot be read"), "{missing}");
     let json = r#"{"train_batch_size": 4, "zero_optimization": {"stage": 2}}"#;
     std::fs::write(folder.join("zero-by-test.json"), json).unwrap();
-    let read = Accelerate::read(&yaml).unwrap();
-    assert_eq!(read.source, Source::Document(Document::from_json(json).unwrap()));
+    let read = AccelerateConfig::read(&yaml).unwrap();
+    assert_eq!(read.source, DsConfigSource::Inline(RawDsConfig::from_json(json).unwrap()));
     std::fs::write(&yaml, "distributed_type: [").unwrap();
-    let broken = message(Accelerate::read(&yaml));
+    let broken = message(AccelerateConfig::read(&yaml));
     assert!(broken.starts_with(&format!("{}: not readable as YAML: ", yaml.display())), "{broken}");
     std::fs::remove_dir_all(&folder).unwrap();
 
     let both = format!("{}\n", text.replace("json}", "json, zero_stage: 2}"));
-    let expected = "`deepspeed_config.zero_stage`: expected nothing, because zero-by-test.json says it, found 2";
+    let expected = "`deepspeed_config.zero_stage`: expected nothing, because zero-by-test.json sets it, found 2";
     assert_eq!(message(parse(&both)), expected);
 }
 
 #[test]
 fn an_fsdp_block_is_a_stage() {
-    // (fsdp_config, stage, optimizer's and weights' device)
+    // The table: (fsdp_config, stage, offload devices of optimizer and weights).
     let table = [
-        ("{}", Stage::Weights, [Device::None; 2]),
-        ("{fsdp_sharding_strategy: FULL_SHARD}", Stage::Weights, [Device::None; 2]),
-        ("{fsdp_sharding_strategy: 1, fsdp_offload_params: true}", Stage::Weights, [Device::Cpu; 2]),
-        ("{fsdp_sharding_strategy: SHARD_GRAD_OP}", Stage::Gradients, [Device::None; 2]),
-        ("{fsdp_sharding_strategy: 2, fsdp_offload_params: true}", Stage::Gradients, [Device::Cpu, Device::None]),
-        ("{fsdp_sharding_strategy: NO_SHARD}", Stage::Replicated, [Device::None; 2]),
-        ("{fsdp_version: 2, fsdp_reshard_after_forward: true}", Stage::Weights, [Device::None; 2]),
-        ("{fsdp_version: 2, fsdp_reshard_after_forward: false}", Stage::Gradients, [Device::None; 2]),
-        ("{fsdp_reshard_after_forward: SHARD_GRAD_OP}", Stage::Gradients, [Device::None; 2]),
-        ("{fsdp_reshard_after_forward: 'false'}", Stage::Gradients, [Device::None; 2]),
+        ("{}", ZeroStage::Weights, [OffloadDevice::None; 2]),
+        ("{fsdp_sharding_strategy: FULL_SHARD}", ZeroStage::Weights, [OffloadDevice::None; 2]),
+        ("{fsdp_sharding_strategy: 1, fsdp_offload_params: true}", ZeroStage::Weights, [OffloadDevice::Cpu; 2]),
+        ("{fsdp_sharding_strategy: SHARD_GRAD_OP}", ZeroStage::Gradients, [OffloadDevice::None; 2]),
+        (
+            "{fsdp_sharding_strategy: 2, fsdp_offload_params: true}",
+            ZeroStage::Gradients,
+            [OffloadDevice::Cpu, OffloadDevice::None],
+        ),
+        ("{fsdp_sharding_strategy: NO_SHARD}", ZeroStage::Disabled, [OffloadDevice::None; 2]),
+        ("{fsdp_version: 2, fsdp_reshard_after_forward: true}", ZeroStage::Weights, [OffloadDevice::None; 2]),
+        ("{fsdp_version: 2, fsdp_reshard_after_forward: false}", ZeroStage::Gradients, [OffloadDevice::None; 2]),
+        ("{fsdp_reshard_after_forward: SHARD_GRAD_OP}", ZeroStage::Gradients, [OffloadDevice::None; 2]),
+        ("{fsdp_reshard_after_forward: 'false'}", ZeroStage::Gradients, [OffloadDevice::None; 2]),
     ];
     for (block, stage, devices) in table {
         let text = format!("distributed_type: FSDP\nmixed_precision: fp16\nfsdp_config: {block}");
@@ -124,10 +131,10 @@ fn an_fsdp_block_is_a_stage() {
 
 #[test]
 fn fsdp_names_are_read_and_hybrid_ones_refused() {
-    assert_eq!(fsdp_stage("full_shard").unwrap(), Stage::Weights);
+    assert_eq!(fsdp_stage("full_shard").unwrap(), ZeroStage::Weights);
     for name in ["HYBRID_SHARD", "HYBRID_SHARD_ZERO2", "4"] {
         let found = message(fsdp_stage(name));
-        assert!(found.starts_with(&format!("`fsdp_sharding_strategy`: {name} is not supported, because it divides")));
+        assert!(found.starts_with(&format!("`fsdp_sharding_strategy`: {name} is not supported, because it shards")));
         assert!(found.ends_with("write FULL_SHARD"), "{found}");
     }
     let expected = "`fsdp_sharding_strategy`: expected FULL_SHARD, SHARD_GRAD_OP or NO_SHARD, found SHARD";
@@ -138,7 +145,7 @@ fn fsdp_names_are_read_and_hybrid_ones_refused() {
 fn plain_runs_divide_nothing() {
     for text in ["{}", "distributed_type: 'NO'", "distributed_type: MULTI_GPU\nmixed_precision: 'no'"] {
         let config = config(text);
-        assert_eq!((config.zero.stage, config.precision), (Stage::Replicated, Precision::F32), "{text}");
+        assert_eq!((config.zero.stage, config.precision), (ZeroStage::Disabled, Precision::F32), "{text}");
     }
 }
 
@@ -164,10 +171,10 @@ fn what_is_not_here_is_refused() {
         ("mixed_precision: fp8", "`mixed_precision`: fp8 is not supported, because"),
         ("mixed_precision: f16", "`mixed_precision`: expected no, fp16, bf16, fp8"),
         ("mixed_precision: auto", "`mixed_precision`: expected no, fp16, bf16, fp8, found \"auto\""),
-        ("num_process: 2", "`num_process` is not a key of the top block; did you mean `num_processes`?"),
+        ("num_process: 2", "`num_process` is not a key of the top level; did you mean `num_processes`?"),
         ("num_processes: two", "`num_processes`: expected a whole number, 1 or above, found \"two\""),
         ("deepspeed_config: {zero_stages: 2}", "`deepspeed_config.zero_stages` is not a key of `deepspeed_config`"),
-        ("num_machines: 1\nnum_machines: 2", "not readable as YAML: the key `num_machines` stands twice"),
+        ("num_machines: 1\nnum_machines: 2", "not readable as YAML: the key `num_machines` appears twice"),
         ("deepspeed_config: {gradient_clipping: .inf}", "not readable as YAML: "),
         ("- 1", "`the file`: expected keys and values, found [1]"),
     ];

@@ -1,4 +1,4 @@
-//! Precision, ZeRO, optimizer and scheduler.
+//! Tests of the blocks for precision, ZeRO, optimizer and scheduler.
 
 use super::*;
 use crate::precision::DynamicScale;
@@ -57,10 +57,10 @@ fn offload_needs_its_stage_and_files_a_folder() {
     for stage in 1..4 {
         assert_eq!(
             zero(&format!("\"stage\": {stage}, {optimizer}")).unwrap().zero.offload_optimizer.device,
-            Device::Cpu
+            OffloadDevice::Cpu
         );
     }
-    assert_eq!(zero(&format!("\"stage\": 3, {params}")).unwrap().zero.offload_param.device, Device::Cpu);
+    assert_eq!(zero(&format!("\"stage\": 3, {params}")).unwrap().zero.offload_param.device, OffloadDevice::Cpu);
     assert!(zero(r#""stage": 0, "offload_optimizer": {"device": "none"}, "offload_param": null"#).is_ok());
     let table = [
         (
@@ -87,31 +87,32 @@ fn communication_overlaps_by_default_in_stage_3() {
         let config = with_batch(&format!(r#"{{"zero_optimization": {{"stage": {stage}}}}}"#)).unwrap();
         assert_eq!(config.zero.overlap_comm, expected, "stage {stage}");
         assert_eq!(u8::from(config.zero.stage), stage);
-        assert_eq!(Stage::try_from(stage).unwrap(), config.zero.stage);
+        assert_eq!(ZeroStage::try_from(stage).unwrap(), config.zero.stage);
     }
-    assert!(Stage::try_from(4).is_err());
+    assert!(ZeroStage::try_from(4).is_err());
 }
 
 #[test]
 fn optimizers_have_deepspeeds_types_and_defaults() {
-    let adam = Adam { lr: 1e-3, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0 };
-    let lamb = Lamb { lr: 1e-3, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0, max_coeff: 10.0, min_coeff: 0.01 };
+    let adam = AdamParams { lr: 1e-3, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0 };
+    let lamb =
+        LambParams { lr: 1e-3, betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0, max_coeff: 10.0, min_coeff: 0.01 };
     let table = [
-        (r#""AdamW""#, "{}", Optimizer::AdamW(adam)),
-        (r#""adam""#, "{}", Optimizer::AdamW(adam)),
-        (r#""Adam""#, r#"{"adam_w_mode": true}"#, Optimizer::AdamW(adam)),
-        (r#""Adam""#, r#"{"adam_w_mode": false}"#, Optimizer::Adam(adam)),
-        (r#""AdamW""#, r#"{"adam_w_mode": false}"#, Optimizer::AdamW(adam)),
-        // torch's AdamW has another default.
-        (r#""AdamW""#, r#"{"torch_adam": true}"#, Optimizer::AdamW(Adam { weight_decay: 0.01, ..adam })),
-        (r#""AdamW""#, r#"{"torch_adam": true, "weight_decay": 0}"#, Optimizer::AdamW(adam)),
-        (r#""Adam""#, r#"{"torch_adam": true, "adam_w_mode": false}"#, Optimizer::Adam(adam)),
-        (r#""Lamb""#, "{}", Optimizer::Lamb(lamb)),
-        (r#""lion""#, "{}", Optimizer::Lion(Lion { lr: 1e-3, betas: (0.9, 0.999), weight_decay: 0.0 })),
+        (r#""AdamW""#, "{}", OptimizerConfig::AdamW(adam)),
+        (r#""adam""#, "{}", OptimizerConfig::AdamW(adam)),
+        (r#""Adam""#, r#"{"adam_w_mode": true}"#, OptimizerConfig::AdamW(adam)),
+        (r#""Adam""#, r#"{"adam_w_mode": false}"#, OptimizerConfig::Adam(adam)),
+        (r#""AdamW""#, r#"{"adam_w_mode": false}"#, OptimizerConfig::AdamW(adam)),
+        // The default weight decay of torch's AdamW is 0.01.
+        (r#""AdamW""#, r#"{"torch_adam": true}"#, OptimizerConfig::AdamW(AdamParams { weight_decay: 0.01, ..adam })),
+        (r#""AdamW""#, r#"{"torch_adam": true, "weight_decay": 0}"#, OptimizerConfig::AdamW(adam)),
+        (r#""Adam""#, r#"{"torch_adam": true, "adam_w_mode": false}"#, OptimizerConfig::Adam(adam)),
+        (r#""Lamb""#, "{}", OptimizerConfig::Lamb(lamb)),
+        (r#""lion""#, "{}", OptimizerConfig::Lion(LionParams { lr: 1e-3, betas: (0.9, 0.999), weight_decay: 0.0 })),
         (
             r#""sgd""#,
             r#"{"lr": 0.1, "momentum": 0.9}"#,
-            Optimizer::Sgd(Sgd { lr: 0.1, momentum: 0.9, weight_decay: 0.0, nesterov: false }),
+            OptimizerConfig::Sgd(SgdParams { lr: 0.1, momentum: 0.9, weight_decay: 0.0, nesterov: false }),
         ),
     ];
     for (name, params, expected) in table {
@@ -136,14 +137,14 @@ fn optimizers_that_are_not_here_are_refused_with_a_way_out() {
 }
 
 fn check(text: &str, values: &[(u64, f64)]) {
-    let schedule = with_batch(text).unwrap().schedule().unwrap();
+    let schedule = with_batch(text).unwrap().lr_schedule().unwrap();
     for (step, expected) in values {
         let found = schedule.at(*step);
         assert!((found - expected).abs() < 5e-9, "{text} at {step}: expected {expected}, found {found}");
     }
 }
 
-/// DeepSpeed's golden values, from the file on.
+/// Compares the schedules of ds_config files with DeepSpeed's golden values.
 #[test]
 fn schedulers_of_a_file_have_deepspeeds_values() {
     let of = |name: &str, params: &str| {
@@ -163,7 +164,7 @@ fn schedulers_of_a_file_have_deepspeeds_values() {
     check(&of("OneCycle", cycle), &[(3, 0.5), (5, 0.3), (7, 0.1), (17, 0.05)]);
     let test = r#""lr_range_test_step_size": 4, "lr_range_test_step_rate": 2"#;
     check(&of("LRRangeTest", test), &[(0, 1.5e-3), (3, 3e-3)]);
-    // Without parameters, the defaults: a thousand steps to the optimizer's rate, or to 1e-3 without an optimizer.
+    // The defaults: a warm-up of a thousand steps to the optimizer's learning rate, or to 1e-3 without an optimizer.
     check(r#"{"scheduler": {"type": "WarmupLR"}}"#, &[(0, 0.0), (999, 1e-3), (1000, 1e-3)]);
 }
 

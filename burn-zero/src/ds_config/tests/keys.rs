@@ -1,18 +1,19 @@
-//! Names, kinds and what is not honoured.
+//! Tests of key names, kinds of values and keys that are not honoured.
 
-use super::super::keys::{ACCELERATE, DEEPSPEED, Key, Kind};
+use super::super::keys::{ACCELERATE, DEEPSPEED, KeySpec, ValueKind};
 use super::*;
 use std::collections::HashSet;
 
-/// Every key of a table with its path, inner blocks included; parameters follow the type.
-fn every(table: &'static [Key], block: &str, found: &mut Vec<(String, Key)>) {
+/// Collects every key of a table with its path, including nested blocks; the parameters of a typed block follow its
+/// type.
+fn every(table: &'static [KeySpec], block: &str, found: &mut Vec<(String, KeySpec)>) {
     for key in table {
         let path = if block.is_empty() { key.name.to_owned() } else { format!("{block}.{}", key.name) };
         found.push((path.clone(), *key));
         match key.kind {
-            Kind::Block(inner) => every(inner, &path, found),
-            Kind::Typed(types) => {
-                for (name, params) in types.known {
+            ValueKind::Block(inner) => every(inner, &path, found),
+            ValueKind::Typed(types) => {
+                for (name, params) in types.supported {
                     every(params, &format!("{path}.{name}"), found);
                 }
             }
@@ -21,7 +22,7 @@ fn every(table: &'static [Key], block: &str, found: &mut Vec<(String, Key)>) {
     }
 }
 
-/// `value` at a path that [`every`] has made.
+/// Returns a document with `value` at a path that [`every`] has returned.
 fn nested(path: &str, value: Value) -> Value {
     match path.split_once('.') {
         None => json!({path: value}),
@@ -33,7 +34,7 @@ fn nested(path: &str, value: Value) -> Value {
     }
 }
 
-fn deepspeed_keys() -> Vec<(String, Key)> {
+fn deepspeed_keys() -> Vec<(String, KeySpec)> {
     let mut found = Vec::new();
     every(DEEPSPEED, "", &mut found);
     found
@@ -58,7 +59,7 @@ fn no_key_stands_twice_in_the_tables() {
 #[test]
 fn every_key_refuses_a_value_of_another_kind() {
     for (path, key) in deepspeed_keys() {
-        if matches!(key.kind, Kind::Any) {
+        if matches!(key.kind, ValueKind::Any) {
             continue;
         }
         let text = nested(&path, json!([[]])).to_string();
@@ -73,10 +74,10 @@ fn every_key_of_accelerate_is_checked_likewise() {
     let mut found = Vec::new();
     every(ACCELERATE, "", &mut found);
     for (path, key) in found {
-        let unknown = message(Accelerate::from_yaml(&nested(&format!("{path}x"), json!(1)).to_string()));
+        let unknown = message(AccelerateConfig::from_yaml(&nested(&format!("{path}x"), json!(1)).to_string()));
         assert!(unknown.ends_with(&format!("did you mean `{path}`?")), "{unknown}");
-        if !matches!(key.kind, Kind::Any) {
-            let wrong = message(Accelerate::from_yaml(&nested(&path, json!([[]])).to_string()));
+        if !matches!(key.kind, ValueKind::Any) {
+            let wrong = message(AccelerateConfig::from_yaml(&nested(&path, json!([[]])).to_string()));
             assert!(wrong.starts_with(&format!("`{path}`: expected ")), "{wrong}");
         }
     }
@@ -98,7 +99,7 @@ fn mistakes_are_explained_in_one_line() {
     let table = [
         (
             r#"{"zero_optimisation": {"stage": 2}}"#,
-            "`zero_optimisation` is not a key of the top block; did you mean `zero_optimization`?",
+            "`zero_optimisation` is not a key of the top level; did you mean `zero_optimization`?",
         ),
         (
             r#"{"zero_optimization": {"stage": 2, "reduce_bucketsize": 1}}"#,
@@ -154,7 +155,7 @@ fn mistakes_are_explained_in_one_line() {
 fn what_is_no_json_or_says_a_thing_twice_is_refused() {
     let twice = r#"{"fp16": {"enabled": true, "enabled": false}}"#;
     let found = message(resolve(twice));
-    assert!(found.starts_with("not readable as JSON: the key `enabled` stands twice at line 1"), "{found}");
+    assert!(found.starts_with("not readable as JSON: the key `enabled` appears twice at line 1"), "{found}");
     for text in ["", "{", r#"{"a": 1,}"#, "// a comment\n{}"] {
         assert!(message(resolve(text)).starts_with("not readable as JSON: "), "{text}");
     }

@@ -1,4 +1,4 @@
-//! The laws of reading configurations.
+//! Tests of reading configurations.
 
 mod accelerate;
 mod blocks;
@@ -8,12 +8,12 @@ mod resolve;
 use super::*;
 use crate::Error;
 
-/// The configuration of a JSON text on two ranks, `"auto"`s by their defaults.
+/// Resolves a JSON text for two ranks, with the default values for `"auto"`.
 fn resolve(text: &str) -> Result<DsConfig, Error> {
-    Document::from_json(text)?.resolve(2, &AutoValues::default())
+    RawDsConfig::from_json(text)?.resolve(2, &AutoValues::default())
 }
 
-/// The same for a text that says nothing of batches.
+/// Resolves a text without batch sizes, with a micro-batch of 1.
 fn with_batch(text: &str) -> Result<DsConfig, Error> {
     let text = text.trim().strip_prefix('{').unwrap();
     let comma = if text.trim_start().starts_with('}') { "" } else { "," };

@@ -1,8 +1,8 @@
-//! "auto", defaults, round trips, old spellings, files.
+//! Tests of `"auto"`, defaults, round trips, deprecated keys and files.
 
 use super::*;
 
-/// The usual file of a run that the Trainer starts, stage 3 with everything offloaded.
+/// A typical file of a run that the Trainer of Hugging Face starts: stage 3 with everything offloaded.
 const AUTO: &str = r#"{
     "train_batch_size": "auto",
     "train_micro_batch_size_per_gpu": "auto",
@@ -33,7 +33,7 @@ fn values() -> AutoValues {
         micro_batch: 4,
         accumulation: 8,
         gradient_clipping: 0.5,
-        adam: Adam { lr: 2e-4, betas: (0.8, 0.95), eps: 1e-6, weight_decay: 0.1 },
+        adam: AdamParams { lr: 2e-4, betas: (0.8, 0.95), eps: 1e-6, weight_decay: 0.1 },
         warmup_steps: 10,
         total_steps: 110,
         precision: AutoPrecision::Bf16,
@@ -43,32 +43,32 @@ fn values() -> AutoValues {
 
 #[test]
 fn auto_stands_for_the_callers_values() {
-    let document = Document::from_json(AUTO).unwrap();
+    let document = RawDsConfig::from_json(AUTO).unwrap();
     assert_eq!(document.auto_keys().len(), 18);
     assert_eq!(document.auto_keys()[0], "train_batch_size");
     let config = document.resolve(2, &values()).unwrap();
-    assert_eq!(config.batch, Batch { train: 64, micro: 4, accumulation: 8 });
+    assert_eq!(config.batch, BatchSizes { train: 64, micro: 4, accumulation: 8 });
     assert_eq!(config.gradient_clipping, 0.5);
     assert_eq!(config.precision, Precision::Bf16);
-    assert_eq!(config.optimizer, Some(Optimizer::AdamW(values().adam)));
-    let schedule = config.schedule().unwrap();
+    assert_eq!(config.optimizer, Some(OptimizerConfig::AdamW(values().adam)));
+    let schedule = config.lr_schedule().unwrap();
     assert_eq!((schedule.at(0), schedule.at(10), schedule.at(60), schedule.at(110)), (0.0, 2e-4, 1e-4, 0.0));
     assert_eq!(config.steps_per_print, Some(50));
-    let cpu = Offload { device: Device::Cpu, nvme_path: None };
-    let expected = Zero {
-        stage: Stage::Weights,
+    let cpu = OffloadConfig { device: OffloadDevice::Cpu, nvme_path: None };
+    let expected = ZeroConfig {
+        stage: ZeroStage::Weights,
         offload_optimizer: cpu.clone(),
         offload_param: cpu,
         reduce_bucket_size: 1_000_000,
         overlap_comm: true,
-        stage3: Stage3 {
+        stage3: ZeroStage3Config {
             sub_group_size: 100_000_000,
             max_live_parameters: 2_000_000_000,
             prefetch_bucket_size: 900_000,
             param_persistence_threshold: 10_000,
-            ..Stage3::default()
+            ..ZeroStage3Config::default()
         },
-        ..Zero::default()
+        ..ZeroConfig::default()
     };
     assert_eq!(config.zero, expected);
     let pinned = ["zero_optimization.offload_optimizer.pin_memory", "zero_optimization.offload_param.pin_memory"];
@@ -85,12 +85,12 @@ fn the_train_batch_follows_from_what_the_file_says() {
         (r#"{"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 1}"#, [8, 4, 1]),
     ];
     for (text, expected) in table {
-        let batch = Document::from_json(text).unwrap().resolve(2, &values()).unwrap().batch;
+        let batch = RawDsConfig::from_json(text).unwrap().resolve(2, &values()).unwrap().batch;
         assert_eq!([batch.train, batch.micro, batch.accumulation], expected, "{text}");
     }
     let text =
         r#"{"train_batch_size": 24, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}"#;
-    let found = message(Document::from_json(text).unwrap().resolve(2, &values()));
+    let found = message(RawDsConfig::from_json(text).unwrap().resolve(2, &values()));
     assert!(found.ends_with("24 != 4 * 8 * 2"), "{found}");
 }
 
@@ -106,7 +106,7 @@ fn auto_where_nobody_knows_better_is_an_error() {
     ];
     for (text, key) in table {
         let found = message(with_batch(text));
-        assert!(found.starts_with(key) && found.contains("\"auto\", which nothing here stands for"), "{found}");
+        assert!(found.starts_with(key) && found.contains("\"auto\", which has no value for this key"), "{found}");
     }
 }
 
@@ -114,16 +114,16 @@ fn auto_where_nobody_knows_better_is_an_error() {
 fn what_is_not_said_has_deepspeeds_value() {
     let config = with_batch("{}").unwrap();
     let expected = DsConfig {
-        batch: Batch { train: 2, micro: 1, accumulation: 1 },
-        zero: Zero {
-            stage: Stage::Replicated,
-            offload_optimizer: Offload { device: Device::None, nvme_path: None },
-            offload_param: Offload { device: Device::None, nvme_path: None },
+        batch: BatchSizes { train: 2, micro: 1, accumulation: 1 },
+        zero: ZeroConfig {
+            stage: ZeroStage::Disabled,
+            offload_optimizer: OffloadConfig { device: OffloadDevice::None, nvme_path: None },
+            offload_param: OffloadConfig { device: OffloadDevice::None, nvme_path: None },
             reduce_bucket_size: 500_000_000,
             allgather_bucket_size: 500_000_000,
             overlap_comm: false,
             contiguous_gradients: true,
-            stage3: Stage3 {
+            stage3: ZeroStage3Config {
                 sub_group_size: 1_000_000_000,
                 max_live_parameters: 1_000_000_000,
                 max_reuse_distance: 1_000_000_000,
@@ -200,7 +200,10 @@ fn old_spellings_are_read_as_the_new_ones() {
 
 #[test]
 fn batch_sizes_of_a_file_are_completed_or_refused() {
-    assert_eq!(resolve(r#"{"train_batch_size": 16}"#).unwrap().batch, Batch { train: 16, micro: 8, accumulation: 1 });
+    assert_eq!(
+        resolve(r#"{"train_batch_size": 16}"#).unwrap().batch,
+        BatchSizes { train: 16, micro: 8, accumulation: 1 }
+    );
     let table = [
         ("{}", "Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided"),
         (r#"{"gradient_accumulation_steps": 2}"#, "Either train_batch_size or train_micro_batch_size_per_gpu"),
@@ -218,12 +221,12 @@ fn what_is_wrong_with_a_file_names_the_file() {
     let folder = std::env::temp_dir().join(format!("burn-zero-ds-config-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
     let file = folder.join("ds_config.json");
-    let missing = message(Document::read(&file));
+    let missing = message(RawDsConfig::read(&file));
     assert!(missing.starts_with(&format!("{}: cannot be read: ", file.display())), "{missing}");
     std::fs::write(&file, "{").unwrap();
-    let broken = message(Document::read(&file));
+    let broken = message(RawDsConfig::read(&file));
     assert!(broken.starts_with(&format!("{}: not readable as JSON: ", file.display())), "{broken}");
     std::fs::write(&file, AUTO).unwrap();
-    assert_eq!(Document::read(&file).unwrap(), Document::from_json(AUTO).unwrap());
+    assert_eq!(RawDsConfig::read(&file).unwrap(), RawDsConfig::from_json(AUTO).unwrap());
     std::fs::remove_dir_all(&folder).unwrap();
 }

@@ -1,4 +1,4 @@
-//! Every optimizer, and every place for its states, in every world.
+//! Every optimizer and every memory tier of its states, in every world size.
 
 use super::{
     world::{CASES, Case, STAGES, assert_same, batch, run, take_step, values},
@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     comm::threads,
-    optimizer::{Groups, Lamb, Lion, Optimizer, Sgd},
+    optimizer::{Lamb, Lion, Optimizer, ParamGroups, Sgd},
 };
 use burn::{module::ModuleMapper, tensor::DType};
 
@@ -22,30 +22,36 @@ fn optimizers() -> [Optimizer; 6] {
     ]
 }
 
-/// A matrix that is large enough for states of 8 bits.
+/// A model with a matrix that is large enough for 8-bit states.
 const CASE: Case = Case { vocab: 150, hidden: 32, ..CASES[0] };
 
-fn engine(optimizer: Optimizer) -> Engine<AB> {
+fn engine(optimizer: Optimizer) -> Engine<TestBackend> {
     engine_of(CASE, optimizer)
 }
 
-fn engine_of(case: Case, optimizer: Optimizer) -> Engine<AB> {
+fn engine_of(case: Case, optimizer: Optimizer) -> Engine<TestBackend> {
     Engine::new(optimizer, case.max_grad_norm, case.checkpointing)
-        .with_groups(Groups { scales: vec![("up".into(), 2.0)], ..Groups::default() })
+        .with_param_groups(ParamGroups { lr_scales: vec![("up".into(), 2.0)], ..ParamGroups::default() })
 }
 
 #[test]
 fn every_optimizer_is_one_process_s_bit_for_bit_in_every_stage() {
-    let _alone = alone();
-    for (optimizer, case) in optimizers().into_iter().flat_map(|one| [(one, CASE), (one, CASE.updated_early())]) {
+    let _alone = backward_lock();
+    for (optimizer, case) in
+        optimizers().into_iter().flat_map(|one| [(one, CASE), (one, CASE.with_optimizer_in_backward())])
+    {
         let new = || engine_of(case, optimizer);
-        let (expected, ..) = run(Case { early: false, ..case }, new().with_states_in(&Tier::Device).unwrap(), 3);
+        let (expected, ..) = run(
+            Case { optimizer_in_backward: false, ..case },
+            new().with_optimizer_states_in(&MemoryTier::Device).unwrap(),
+            3,
+        );
         for stage in STAGES {
             for found in threads::run(3, |group| {
                 let engine = new().in_world(Box::new(group), Sharding { stage, bucket_size: 6000 });
-                run(case, engine.with_states_in(&Tier::Device).unwrap(), 1).0
+                run(case, engine.with_optimizer_states_in(&MemoryTier::Device).unwrap(), 1).0
             }) {
-                let what = format!("{optimizer:?}, {stage:?}, early {}", case.early);
+                let what = format!("{optimizer:?}, {stage:?}, early {}", case.optimizer_in_backward);
                 assert_same(&found.parameters, &expected.parameters, &what);
                 assert_eq!(found.norms, expected.norms, "{what}");
             }
@@ -55,22 +61,23 @@ fn every_optimizer_is_one_process_s_bit_for_bit_in_every_stage() {
 
 #[test]
 fn states_off_the_device_give_the_same_parameters() {
-    let _alone = alone();
+    let _alone = backward_lock();
     let folder = tempfile::tempdir().unwrap();
     for optimizer in &optimizers()[..2] {
         let (expected, ..) = run(CASE, engine(*optimizer), 2);
-        for tier in [Tier::Host, Tier::File(folder.path().to_owned())] {
+        for tier in [MemoryTier::Host, MemoryTier::File(folder.path().to_owned())] {
             for stage in STAGES {
                 for world in [1, 2] {
                     for (found, memory) in threads::run(world, |group| {
                         let sharding = Sharding { stage, bucket_size: 6000 };
                         let engine = engine(*optimizer).in_world(Box::new(group), sharding);
-                        let (found, engine, model) = run(CASE, engine.with_states_in(&tier).unwrap(), 2 / world);
+                        let (found, engine, model) =
+                            run(CASE, engine.with_optimizer_states_in(&tier).unwrap(), 2 / world);
                         (found, engine.memory(&model))
                     }) {
                         assert_same(&found.parameters, &expected.parameters, &format!("{tier:?}, {stage:?}, {world}"));
                         assert_eq!(memory.moments, 0, "no state is on the device");
-                        assert_eq!(memory.host > 0, tier == Tier::Host);
+                        assert_eq!(memory.host > 0, tier == MemoryTier::Host);
                     }
                 }
             }
@@ -80,32 +87,33 @@ fn states_off_the_device_give_the_same_parameters() {
 
 #[test]
 fn every_optimizer_resumes_bit_for_bit_also_elsewhere() {
-    let _alone = alone();
+    let _alone = backward_lock();
     let folder = tempfile::tempdir().unwrap();
     for (i, optimizer) in optimizers().into_iter().enumerate() {
         let path = folder.path().join(format!("{i}.safetensors"));
-        let tiers: &[Tier] = if i < 2 { &[Tier::Device, Tier::Host] } else { &[Tier::Device] };
+        let tiers: &[MemoryTier] = if i < 2 { &[MemoryTier::Device, MemoryTier::Host] } else { &[MemoryTier::Device] };
         for tier in tiers {
             threads::run(2, |group| {
-                let sharding = Sharding { stage: Stage::Gradients, bucket_size: 6000 };
-                let engine = engine(optimizer).in_world(Box::new(group), sharding).with_states_in(tier).unwrap();
+                let sharding = Sharding { stage: ZeroStage::Gradients, bucket_size: 6000 };
+                let engine =
+                    engine(optimizer).in_world(Box::new(group), sharding).with_optimizer_states_in(tier).unwrap();
                 let (_, engine, model) = run(CASE, engine, 1);
                 engine.save(&model, &path).unwrap();
             });
-            let (_, mut unbroken, mut model) = run(CASE, engine(optimizer).with_states_in(tier).unwrap(), 2);
+            let (_, mut unbroken, mut model) = run(CASE, engine(optimizer).with_optimizer_states_in(tier).unwrap(), 2);
             for micro in 0..3 {
-                unbroken.accumulate(&mut model, &batch(77, micro)).unwrap();
+                unbroken.forward_backward(&mut model, &batch(77, micro)).unwrap();
             }
             unbroken.step(&mut model, 1e-3).unwrap();
             for found in threads::run(3, |group| {
-                let sharding = Sharding { stage: Stage::Weights, bucket_size: 300 };
+                let sharding = Sharding { stage: ZeroStage::Weights, bucket_size: 300 };
                 let engine = engine(optimizer).in_world(Box::new(group), sharding);
-                let mut engine = engine.with_states_in(tiers.last().unwrap()).unwrap();
+                let mut engine = engine.with_optimizer_states_in(tiers.last().unwrap()).unwrap();
                 let mut model = engine.restore(CASE.model(), &path).unwrap();
                 let rank = engine.rank();
-                engine.accumulate(&mut model, &batch(77, rank)).unwrap();
+                engine.forward_backward(&mut model, &batch(77, rank)).unwrap();
                 engine.step(&mut model, 1e-3).unwrap();
-                engine.with_whole(&model, values).unwrap()
+                engine.with_full_params(&model, values).unwrap()
             }) {
                 assert_same(&found, &values(&model), &format!("{optimizer:?}, from {tier:?}"));
             }
@@ -115,69 +123,72 @@ fn every_optimizer_resumes_bit_for_bit_also_elsewhere() {
 
 struct ToBf16;
 
-impl ModuleMapper<AB> for ToBf16 {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<AB, D>>) -> Param<Tensor<AB, D>> {
+impl ModuleMapper<TestBackend> for ToBf16 {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<TestBackend, D>>) -> Param<Tensor<TestBackend, D>> {
         let (id, value, mapper) = param.consume();
         let value = Tensor::from_inner(value.inner().cast(DType::BF16)).require_grad();
         Param::from_mapped_value(id, value, mapper)
     }
 }
 
-/// The matrix `down` in bf16.
-pub(super) fn half() -> Toy<AB> {
+/// Returns the model with the matrix `down` in bf16.
+pub(super) fn toy_with_bf16_matrix() -> Toy<TestBackend> {
     let mut model = CASE.model();
     model.down = ToBf16.map_float(model.down);
     model
 }
 
-/// Five steps of a model with a matrix in bf16, too small for bf16 to see one by one.
-fn train_half(
+/// Runs five steps of a model with a bf16 matrix; the single steps are too small to change a bf16 value.
+fn train_bf16(
     early: bool,
-    mut engine: Engine<AB>,
-    mut model: Toy<AB>,
+    mut engine: Engine<TestBackend>,
+    mut model: Toy<TestBackend>,
     (micros, from): (usize, usize),
-) -> (Vec<f32>, Engine<AB>, Toy<AB>) {
+) -> (Vec<f32>, Engine<TestBackend>, Toy<TestBackend>) {
     let (rank, world) = (engine.rank(), engine.world());
     for step in from..from + 5 {
         let batches: Vec<_> = (0..micros).map(|micro| batch(step, micro * world + rank)).collect();
         take_step((early, 1e-4), &mut engine, &mut model, &batches);
     }
-    let down = engine.with_whole(&model, |model| model.down.val().into_data().iter::<f32>().collect()).unwrap();
+    let down = engine.with_full_params(&model, |model| model.down.val().into_data().iter::<f32>().collect()).unwrap();
     (down, engine, model)
 }
 
 #[test]
 fn masters_keep_what_half_precision_rounds_away() {
-    let _alone = alone();
-    for case in [CASE, CASE.updated_early()] {
-        masters_of(case);
+    let _alone = backward_lock();
+    for case in [CASE, CASE.with_optimizer_in_backward()] {
+        assert_master_weights(case);
     }
 }
 
-fn masters_of(case: Case) {
+fn assert_master_weights(case: Case) {
     let (folder, adam) = (tempfile::tempdir().unwrap(), optimizers()[0]);
-    let (expected, one, model) = train_half(false, engine_of(case, adam), half(), (2, 0));
-    let (later, ..) = train_half(false, one, model, (2, 5));
-    let start: Vec<f32> = half().down.val().into_data().iter::<f32>().collect();
-    // Without masters a step of 1e-4 rounds away: above 0.1 the numbers of bf16 are 5e-4 and more apart.
+    let (expected, one, model) = train_bf16(false, engine_of(case, adam), toy_with_bf16_matrix(), (2, 0));
+    let (later, ..) = train_bf16(false, one, model, (2, 5));
+    let start: Vec<f32> = toy_with_bf16_matrix().down.val().into_data().iter::<f32>().collect();
+    // Without master weights a step of 1e-4 is rounded away: above 0.1 bf16 numbers are at least 5e-4 apart.
     let large = |start: &f32| start.abs() > 0.1;
     let moved = later.iter().zip(&start).filter(|(a, b)| a != b && large(b)).count();
     assert!(moved > start.iter().filter(|start| large(start)).count() / 50, "{moved} of {}", start.len());
-    for (i, (tier, stage)) in [Tier::Device, Tier::Host].iter().flat_map(|tier| STAGES.map(|s| (tier, s))).enumerate() {
+    for (i, (tier, stage)) in
+        [MemoryTier::Device, MemoryTier::Host].iter().flat_map(|tier| STAGES.map(|s| (tier, s))).enumerate()
+    {
         let path = folder.path().join(format!("{i}.safetensors"));
         for (found, resumed) in threads::run(2, |group| {
             let new = |communicator| {
                 let sharding = Sharding { stage, bucket_size: 6000 };
-                engine_of(case, adam).in_world(communicator, sharding).with_states_in(tier).unwrap()
+                engine_of(case, adam).in_world(communicator, sharding).with_optimizer_states_in(tier).unwrap()
             };
             let mut group = group;
             let again = crate::comm::Communicator::split(&mut group, 0, 0).unwrap();
-            let (found, first, model) = train_half(case.early, new(Box::new(group)), half(), (1, 0));
+            let (found, first, model) =
+                train_bf16(case.optimizer_in_backward, new(Box::new(group)), toy_with_bf16_matrix(), (1, 0));
             first.save(&model, &path).unwrap();
             first.barrier().unwrap();
             let mut second = new(again);
-            let model = second.restore(half(), &path).unwrap();
-            (found, train_half(case.early, second, model, (1, 5)).0)
+            let model = second.restore(toy_with_bf16_matrix(), &path).unwrap();
+            (found, train_bf16(case.optimizer_in_backward, second, model, (1, 5)).0)
         }) {
             assert_eq!(found, expected, "{case:?}, {tier:?}, {stage:?}");
             assert_eq!(resumed, later, "{case:?}, {tier:?}, {stage:?} resumed");
@@ -188,9 +199,9 @@ fn masters_of(case: Case) {
 #[test]
 fn an_overflow_on_one_rank_skips_the_step_on_all_and_halves_the_scale() {
     use crate::precision::{DynamicScale, LossScaler};
-    let _alone = alone();
+    let _alone = backward_lock();
     let settings = DynamicScale { initial_scale_power: 4, hysteresis: 1, ..DynamicScale::default() };
-    let scaled = |engine: Engine<AB>| engine.with_loss_scaler(LossScaler::dynamic(settings).unwrap());
+    let scaled = |engine: Engine<TestBackend>| engine.with_loss_scaler(LossScaler::dynamic(settings).unwrap());
     let (expected, ..) = run(CASES[0], CASES[0].engine(), 2);
     for stage in STAGES {
         for (before, skipped, after, scale, reference) in threads::run(2, |group| {
@@ -200,20 +211,20 @@ fn an_overflow_on_one_rank_skips_the_step_on_all_and_halves_the_scale() {
             let rank = engine.rank();
             let total = if rank == 1 { 0.0 } else { 20.0 };
             let before = values(&model);
-            engine.accumulate(&mut model, &ToyBatch::new(0, 9, total)).unwrap();
+            engine.forward_backward(&mut model, &ToyBatch::new(0, 9, total)).unwrap();
             let skipped = engine.step(&mut model, 1e-3).unwrap().skipped;
-            let after = engine.with_whole(&model, values).unwrap();
+            let after = engine.with_full_params(&model, values).unwrap();
             let scale = engine.loss_scale();
-            // Powers of two scale exactly: what follows is as without a scale.
+            // Scaling by powers of two is exact, so the results are those without a loss scale.
             let mut losses = 0.0;
             for step in 0..10 {
                 let from = (step * 40 + rank * 7) as i32;
                 let scaled = ToyBatch::new(from, from + 5 + rank as i32, 20.0 / engine.loss_scale() as f32);
-                losses += engine.accumulate(&mut model, &scaled).unwrap();
+                losses += engine.forward_backward(&mut model, &scaled).unwrap();
                 assert!(!engine.step(&mut model, 1e-3).unwrap().skipped);
             }
             assert!(losses > 0.0);
-            (before, skipped, after, scale, engine.with_whole(&model, values).unwrap())
+            (before, skipped, after, scale, engine.with_full_params(&model, values).unwrap())
         }) {
             assert!(skipped && scale == 8.0, "{stage:?}: {scale}");
             assert_same(&after, &before, "skipped");

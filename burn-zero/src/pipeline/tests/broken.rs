@@ -1,13 +1,13 @@
-//! Schedules that do not work, each with the one line that says why.
+//! Invalid schedules and programs, each with its error message.
 
 use super::*;
 
-/// The message about 1F1B for 2 ranks and 4 micro-batches after `change`.
+/// Returns the error message of 1F1B for 2 ranks and 4 micro-batches after `change`.
 fn broken(change: impl FnOnce(&mut [Vec<Instruction>])) -> String {
-    broken_by(Transport::Blocking, program(Kind::OneFOneB, 2, 1, 4), change)
+    broken_by(SendMode::Blocking, program(PipelineKind::OneFOneB, 2, 1, 4), change)
 }
 
-fn broken_by(transport: Transport, mut program: Program, change: impl FnOnce(&mut [Vec<Instruction>])) -> String {
+fn broken_by(transport: SendMode, mut program: Program, change: impl FnOnce(&mut [Vec<Instruction>])) -> String {
     assert_eq!(program.validate(transport), Ok(()));
     change(&mut program.ranks);
     program.validate(transport).unwrap_err().to_string()
@@ -17,13 +17,13 @@ fn position(list: &[Instruction], wanted: Instruction) -> usize {
     list.iter().position(|&instruction| instruction == wanted).unwrap()
 }
 
-fn compute(work: Work) -> Instruction {
+fn compute(work: Action) -> Instruction {
     Instruction::Compute(work)
 }
 
 #[test]
 fn missing_doubled_and_foreign_instructions_are_named() {
-    let backward = compute(Work::backward(0, 3));
+    let backward = compute(Action::backward(0, 3));
     assert_eq!(
         broken(|ranks| ranks[0].retain(|&instruction| instruction != backward)),
         "rank 0, position 15: expected Backward(chunk 0, micro-batch 3), found ReduceTiedGradients"
@@ -33,20 +33,20 @@ fn missing_doubled_and_foreign_instructions_are_named() {
         "rank 1, position 18: expected OptimizerStep, found the end of the list"
     );
     assert_eq!(
-        broken(|ranks| ranks[0].insert(1, compute(Work::forward(0, 0)))),
+        broken(|ranks| ranks[0].insert(1, compute(Action::forward(0, 0)))),
         "rank 0, position 1: expected each instruction once, found Forward(chunk 0, micro-batch 0) again"
     );
     assert_eq!(
-        broken(|ranks| ranks[0].insert(0, compute(Work::forward(1, 0)))),
+        broken(|ranks| ranks[0].insert(0, compute(Action::forward(1, 0)))),
         "rank 0, position 0: expected an instruction of this rank, found Forward(chunk 1, micro-batch 0)"
     );
     assert_eq!(
-        broken(|ranks| ranks[0][1] = Instruction::Send { work: Work::forward(0, 0), to: 7 }),
+        broken(|ranks| ranks[0][1] = Instruction::Send { action: Action::forward(0, 0), to: 7 }),
         "rank 0, position 1: expected the send to rank 1 of the output of Forward(chunk 0, micro-batch 0), \
          found the send to rank 7 of the output of Forward(chunk 0, micro-batch 0)"
     );
     assert_eq!(
-        broken_by(Transport::Blocking, program(Kind::GPipe, 3, 1, 1), |ranks| ranks[2].clear()),
+        broken_by(SendMode::Blocking, program(PipelineKind::GPipe, 3, 1, 1), |ranks| ranks[2].clear()),
         "rank 2, position 0: expected the receive from rank 1 of the input of Forward(chunk 0, micro-batch 0), \
          found the end of the list"
     );
@@ -56,8 +56,8 @@ fn missing_doubled_and_foreign_instructions_are_named() {
 fn work_before_what_it_needs_is_named() {
     assert_eq!(
         broken(|ranks| {
-            let forward = position(&ranks[1], compute(Work::forward(0, 2)));
-            let backward = position(&ranks[1], compute(Work::backward(0, 2)));
+            let forward = position(&ranks[1], compute(Action::forward(0, 2)));
+            let backward = position(&ranks[1], compute(Action::backward(0, 2)));
             ranks[1].swap(forward, backward);
         }),
         "rank 1, position 9: expected Forward(chunk 0, micro-batch 2), found Backward(chunk 0, micro-batch 2)"
@@ -67,9 +67,9 @@ fn work_before_what_it_needs_is_named() {
         "rank 0, position 0: expected Forward(chunk 0, micro-batch 0), \
          found the send to rank 1 of the output of Forward(chunk 0, micro-batch 0)"
     );
-    // Through a chunk on the same rank there is no message: the work itself is what is needed.
+    // There is no message between chunks of one rank: the action itself is the prerequisite.
     assert_eq!(
-        broken_by(Transport::Blocking, program(Kind::Interleaved1F1B, 1, 2, 1), |ranks| ranks[0].swap(0, 1)),
+        broken_by(SendMode::Blocking, program(PipelineKind::Interleaved1F1B, 1, 2, 1), |ranks| ranks[0].swap(0, 1)),
         "rank 0, position 0: expected Forward(chunk 0, micro-batch 0), found Forward(chunk 1, micro-batch 0)"
     );
     assert_eq!(
@@ -80,15 +80,15 @@ fn work_before_what_it_needs_is_named() {
 
 #[test]
 fn swapped_receives_are_named() {
-    // GPipe's second rank, with both activations received before they are used, in the wrong order.
-    let receive = |micro_batch| Instruction::Recv { work: Work::forward(0, micro_batch), from: 0 };
+    // The second rank of GPipe receives both activations before it uses them, in the wrong order.
+    let receive = |micro_batch| Instruction::Recv { action: Action::forward(0, micro_batch), from: 0 };
     let change = |ranks: &mut [Vec<Instruction>]| {
         ranks[1].retain(|&instruction| instruction != receive(0) && instruction != receive(1));
         ranks[1].splice(0..0, [receive(1), receive(0)]);
     };
     for transport in TRANSPORTS {
         assert_eq!(
-            broken_by(transport, program(Kind::GPipe, 2, 1, 2), change),
+            broken_by(transport, program(PipelineKind::GPipe, 2, 1, 2), change),
             "rank 1, position 0: expected the receive from rank 0 of the input of Forward(chunk 0, micro-batch 0), \
              found the receive from rank 0 of the input of Forward(chunk 0, micro-batch 1)"
         );
@@ -97,14 +97,14 @@ fn swapped_receives_are_named() {
 
 #[test]
 fn a_deadlock_is_named_and_depends_on_the_transport() {
-    // On both ranks the send first: each waits for the other's receive, unless the two are one exchange or sends are buffered.
+    // Both ranks send first: each waits for the other's receive, unless the two are one exchange or sends are buffered.
     let send_first = |ranks: &mut [Vec<Instruction>]| {
-        let receive = Instruction::Recv { work: Work::forward(0, 1), from: 0 };
+        let receive = Instruction::Recv { action: Action::forward(0, 1), from: 0 };
         let at = position(&ranks[1], receive);
-        let send = position(&ranks[1], Instruction::Send { work: Work::backward(0, 0), to: 0 });
+        let send = position(&ranks[1], Instruction::Send { action: Action::backward(0, 0), to: 0 });
         ranks[1][at.min(send)..=at.max(send)].sort_by_key(|i| matches!(i, Instruction::Recv { .. }));
-        let at = position(&ranks[0], Instruction::Recv { work: Work::backward(0, 0), from: 1 });
-        let send = position(&ranks[0], Instruction::Send { work: Work::forward(0, 1), to: 1 });
+        let at = position(&ranks[0], Instruction::Recv { action: Action::backward(0, 0), from: 1 });
+        let send = position(&ranks[0], Instruction::Send { action: Action::forward(0, 1), to: 1 });
         ranks[0][at.min(send)..=at.max(send)].sort_by_key(|i| matches!(i, Instruction::Recv { .. }));
     };
     assert_eq!(
@@ -113,8 +113,8 @@ fn a_deadlock_is_named_and_depends_on_the_transport() {
          Forward(chunk 0, micro-batch 1), found the send to rank 1 of the output of Forward(chunk 0, micro-batch 1), \
          and rank 1 at the send to rank 0 of the output of Backward(chunk 0, micro-batch 0)"
     );
-    for transport in [Transport::Exchange, Transport::Buffered] {
-        let mut program = program(Kind::OneFOneB, 2, 1, 4);
+    for transport in [SendMode::SendRecv, SendMode::Buffered] {
+        let mut program = program(PipelineKind::OneFOneB, 2, 1, 4);
         send_first(&mut program.ranks);
         assert_eq!(program.validate(transport), Ok(()), "{transport:?}");
     }
@@ -122,13 +122,13 @@ fn a_deadlock_is_named_and_depends_on_the_transport() {
 
 #[test]
 fn too_many_live_activations_are_named() {
-    let message = program(Kind::GPipe, 2, 1, 4).check_live(&[4, 2]).unwrap_err().to_string();
+    let message = program(PipelineKind::GPipe, 2, 1, 4).check_live_activations(&[4, 2]).unwrap_err().to_string();
     assert_eq!(message, "rank 1, position 5: expected at most 2 live activations, found 3");
 }
 
 #[test]
 fn orders_that_are_no_schedule_are_named() {
-    let refused = |text: &str| Schedule::from_csv(text).unwrap_err().to_string();
+    let refused = |text: &str| PipelineSchedule::from_csv(text).unwrap_err().to_string();
     assert_eq!(
         refused("0F0,,,0B0\n,1F0\n"),
         "rank 1, position 1: expected Backward(chunk 0, micro-batch 0), found the end of the list"
@@ -140,16 +140,16 @@ fn orders_that_are_no_schedule_are_named() {
     );
     assert_eq!(
         refused("0F0,0F1,0B0,0F0,0B1\n1F0,1F1,1B0,1B1\n"),
-        "rank 0, position 3: expected each work once, found Forward(chunk 0, micro-batch 0) again"
+        "rank 0, position 3: expected each action once, found Forward(chunk 0, micro-batch 0) again"
     );
-    // Each rank waits for what the other does later.
+    // Each rank waits for an action that the other runs later.
     assert_eq!(
         refused("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n"),
         "rank 0, position 1: expected Backward(chunk 0, micro-batch 0) of rank 1 before, \
          found Backward(chunk 0, micro-batch 0)"
     );
     for (text, expected) in [
-        ("0F0,0X0", "CSV line 1, column 2: expected an action such as `0F3` or `0B3`, whole passes only, found `0X0`"),
+        ("0F0,0X0", "CSV line 1, column 2: expected an action such as `0F3` or `0B3`, full passes only, found `0X0`"),
         ("0F0\n0F0", "CSV line 2, column 1: expected a stage of rank 1 (1, 3, 5 …), found `0F0`"),
         ("", "`ranks`: expected at least 1, found 0"),
     ] {

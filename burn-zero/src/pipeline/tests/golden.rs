@@ -1,22 +1,24 @@
-//! Schedules as others have them.
+//! Comparison with the schedules of DeepSpeed and PyTorch.
 
 use super::*;
 
-/// A rank's row as DeepSpeed's goldens are written: `F0 . F1 B0`.
-fn row(schedule: &Schedule, rank: usize) -> String {
-    let cell = |work: &Option<Work>| match work {
+/// Returns the row of a rank in the notation `F0 . F1 B0`, with a dot for an idle slot.
+fn row(schedule: &PipelineSchedule, rank: usize) -> String {
+    let cell = |work: &Option<Action>| match work {
         None => ".".to_owned(),
-        Some(Work { pass: Pass::Forward, micro_batch, .. }) => format!("F{micro_batch}"),
-        Some(Work { micro_batch, .. }) => format!("B{micro_batch}"),
+        Some(Action { computation: ComputationType::Forward, micro_batch, .. }) => format!("F{micro_batch}"),
+        Some(Action { micro_batch, .. }) => format!("B{micro_batch}"),
     };
     schedule.rows()[rank].iter().map(cell).collect::<Vec<_>>().join(" ")
 }
 
-/// DeepSpeed's TrainSchedule, computed from its formulas.
+/// Compares with DeepSpeed's TrainSchedule, computed from its formulas.
 #[test]
 fn the_goldens_of_deepspeed_hold() {
     let rows = |ranks, micro_batches| {
-        let schedule = Schedule::new(Kind::OneFOneB, Layout::new(ranks, 1, micro_batches).unwrap()).unwrap();
+        let schedule =
+            PipelineSchedule::new(PipelineKind::OneFOneB, PipelineShape::new(ranks, 1, micro_batches).unwrap())
+                .unwrap();
         (0..ranks).map(|rank| row(&schedule, rank)).collect::<Vec<_>>()
     };
     assert_eq!(rows(2, 4), ["F0 . F1 B0 F2 B1 F3 B2 . B3", ". F0 B0 F1 B1 F2 B2 F3 B3 ."]);
@@ -34,7 +36,8 @@ fn the_goldens_of_deepspeed_hold() {
     }
 }
 
-/// The cell of DeepSpeed's schedule by its four formulas, one per parity of slot and stage (here all divisions are exact).
+/// Returns a cell of DeepSpeed's schedule by its four formulas, one per parity of slot and stage (all divisions are
+/// exact).
 fn deepspeed(slot: i64, stage: i64, stages: i64, micro_batches: i64) -> String {
     let (pass, micro_batch) = match (slot % 2, stage % 2) {
         (0, 0) => ('F', slot / 2 - stage / 2),
@@ -47,43 +50,68 @@ fn deepspeed(slot: i64, stage: i64, stages: i64, micro_batches: i64) -> String {
 
 #[test]
 fn instructions_are_those_of_deepspeed() {
-    let list = &program(Kind::OneFOneB, 3, 1, 4).ranks[1];
+    let list = &program(PipelineKind::OneFOneB, 3, 1, 4).ranks[1];
     let count = |wanted: fn(&Instruction) -> bool| list.iter().filter(|instruction| wanted(instruction)).count();
     assert_eq!(count(|i| matches!(i, Instruction::Compute(_))), 8);
-    assert_eq!(count(|i| matches!(i, Instruction::Send { to: 2, work: Work { pass: Pass::Forward, .. } })), 4);
-    assert_eq!(count(|i| matches!(i, Instruction::Send { to: 0, work: Work { pass: Pass::Backward, .. } })), 4);
-    assert_eq!(count(|i| matches!(i, Instruction::Recv { from: 0, work: Work { pass: Pass::Forward, .. } })), 4);
-    assert_eq!(count(|i| matches!(i, Instruction::Recv { from: 2, work: Work { pass: Pass::Backward, .. } })), 4);
+    assert_eq!(
+        count(|i| matches!(
+            i,
+            Instruction::Send { to: 2, action: Action { computation: ComputationType::Forward, .. } }
+        )),
+        4
+    );
+    assert_eq!(
+        count(|i| matches!(
+            i,
+            Instruction::Send { to: 0, action: Action { computation: ComputationType::Backward, .. } }
+        )),
+        4
+    );
+    assert_eq!(
+        count(|i| matches!(
+            i,
+            Instruction::Recv { from: 0, action: Action { computation: ComputationType::Forward, .. } }
+        )),
+        4
+    );
+    assert_eq!(
+        count(|i| matches!(
+            i,
+            Instruction::Recv { from: 2, action: Action { computation: ComputationType::Backward, .. } }
+        )),
+        4
+    );
     assert_eq!(list.len(), 24 + 3);
     assert_eq!(list[24..], Instruction::CLOSING);
-    // One rank sends nothing, however many chunks it has.
-    assert_eq!(program(Kind::Interleaved1F1B, 1, 3, 2).ranks[0].len(), 12 + 3);
+    // A single rank sends nothing, whatever its number of chunks.
+    assert_eq!(program(PipelineKind::Interleaved1F1B, 1, 3, 2).ranks[0].len(), 12 + 3);
 }
 
 #[test]
 fn interleaving_one_chunk_is_1f1b() {
     for (ranks, micro_batches) in [(1, 3), (2, 4), (4, 8), (8, 16)] {
-        let layout = Layout::new(ranks, 1, micro_batches).unwrap();
+        let layout = PipelineShape::new(ranks, 1, micro_batches).unwrap();
         let order = |kind| {
-            let schedule = Schedule::new(kind, layout).unwrap();
+            let schedule = PipelineSchedule::new(kind, layout).unwrap();
             schedule.rows().iter().map(|row| row.iter().flatten().copied().collect()).collect::<Vec<Vec<_>>>()
         };
-        assert_eq!(order(Kind::Interleaved1F1B), order(Kind::OneFOneB));
+        assert_eq!(order(PipelineKind::Interleaved1F1B), order(PipelineKind::OneFOneB));
     }
 }
 
-/// PyTorch 2.9's `Interleaved1F1B` for 2 ranks with 2 stages each and 4 micro-batches. It has the same orders, with idle slots where
-/// its own rules put them.
+/// Compares with PyTorch 2.9's `Interleaved1F1B` for 2 ranks with 2 stages each and 4 micro-batches: the orders are the
+/// same, only the idle slots are in other places.
 #[test]
 fn the_interleaved_order_is_that_of_pytorch() {
     let text = "0F0,0F1,2F0,2F1,,,0F2,2B0,0F3,2B1,2F2,0B0,2F3,0B1,,2B2,,2B3,,0B2,,0B3\n\
                 ,1F0,1F1,,3F0,3B0,3F1,3B1,1F2,1B0,1F3,1B1,3F2,3B2,3F3,3B3,,1B2,,1B3\n";
-    let theirs = Schedule::from_csv(text).unwrap();
-    let ours = Schedule::new(Kind::Interleaved1F1B, theirs.layout()).unwrap();
-    let order = |schedule: &Schedule, rank: usize| schedule.rows()[rank].iter().flatten().copied().collect::<Vec<_>>();
+    let theirs = PipelineSchedule::from_csv(text).unwrap();
+    let ours = PipelineSchedule::new(PipelineKind::Interleaved1F1B, theirs.shape()).unwrap();
+    let order =
+        |schedule: &PipelineSchedule, rank: usize| schedule.rows()[rank].iter().flatten().copied().collect::<Vec<_>>();
     for rank in 0..2 {
         assert_eq!(order(&theirs, rank), order(&ours, rank));
     }
     assert_eq!((theirs.rows()[0].len(), ours.rows()[0].len()), (22, 18));
-    assert_eq!(theirs.program(Transport::Blocking).validate(Transport::Blocking), Ok(()));
+    assert_eq!(theirs.program(SendMode::Blocking).validate(SendMode::Blocking), Ok(()));
 }

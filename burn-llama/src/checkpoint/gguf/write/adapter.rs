@@ -1,10 +1,10 @@
-//! A LoRA adapter in llama.cpp's form, which it applies to the base model while it runs.
+//! Export of a LoRA adapter as a GGUF file that llama.cpp applies to the base model at run time.
 
 use super::{
-    super::{BlockType, Value, gguf_name},
+    super::{BlockType, MetadataValue, gguf_name},
     check_kind, config,
-    file::{self, Planned},
-    general, in_pairs,
+    file::{self, PlannedTensor},
+    general_metadata, is_query_or_key,
 };
 use crate::{Error, LlamaConfig, checkpoint::build};
 use burn::tensor::TensorData;
@@ -14,15 +14,15 @@ use std::{
     path::Path,
 };
 
-/// Writes PEFT's adapter `directory` as a GGUF file with matrices stored as `kind` (F32 or F16): `….lora_a [r, in]` and
-/// `….lora_b [out, r]` under the name of the weight that they change, rows of query and key heads in the order of the
-/// base model's file. `config` is the base model's; its weights are not needed.
+/// Writes the PEFT adapter `directory` as a GGUF file with matrices stored as `kind` (F32 or F16). The tensors are
+/// `….lora_a [r, in]` and `….lora_b [out, r]`, named after the weight they adapt; rows of query and key heads are in
+/// the order of the base model's file. `config` is the configuration of the base model; its weights are not needed.
 ///
 /// llama.cpp scales by `adapter.lora.alpha / r`, so with rank stabilisation the alpha written is `lora_alpha · √r`.
-/// Returns the names of configuration fields that were not understood.
+/// Returns the names of configuration fields that were not recognized.
 ///
 /// # Errors
-/// If the adapter cannot be read, does not fit the model or changes nothing, or if the file cannot be written.
+/// If the adapter cannot be read, does not fit the model or has no effect, or if the file cannot be written.
 pub fn save_adapter(
     config: &LlamaConfig,
     directory: &Path,
@@ -38,28 +38,28 @@ pub fn save_adapter(
     }
     let alpha = (lora.scaling() * lora.r as f64) as f32;
     if alpha == 0.0 {
-        // llama.cpp takes 0 for "not given" and scales by 1, which would be another adapter.
-        let expected = "a number other than 0 (0 changes nothing)";
+        // llama.cpp treats 0 as "not given" and scales by 1, which would be a different adapter.
+        let expected = "a number other than 0 (an adapter with alpha 0 has no effect)";
         return Err(Error::format(directory, "lora_alpha", expected, lora.lora_alpha.to_string()));
     }
-    let planned = tensors_by_name(config, directory, lora.r, &tensors, kind)?;
+    let planned = plan_tensors(config, directory, lora.r, &tensors, kind)?;
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let mut metadata = general(config::architecture(config), "adapter", name, kind);
-    metadata.push(("adapter.type".to_owned(), Value::String("lora".to_owned())));
-    metadata.push(("adapter.lora.alpha".to_owned(), Value::Float(f64::from(alpha))));
+    let mut metadata = general_metadata(config::architecture(config), "adapter", name, kind);
+    metadata.push(("adapter.type".to_owned(), MetadataValue::String("lora".to_owned())));
+    metadata.push(("adapter.lora.alpha".to_owned(), MetadataValue::Float(f64::from(alpha))));
     file::write(path, &metadata, &planned)?;
     Ok(unknown)
 }
 
-/// Every pair of tensors, checked against the weight that it changes.
-fn tensors_by_name<'a>(
+/// Lists the tensors to write, each `A`/`B` pair checked against the weight it adapts.
+fn plan_tensors<'a>(
     config: &LlamaConfig,
     directory: &Path,
     r: usize,
     tensors: &'a BTreeMap<String, TensorData>,
     kind: BlockType,
-) -> Result<Vec<Planned<'a>>, Error> {
-    let matrices = build::shapes(config).into_iter().filter_map(|(key, shape)| {
+) -> Result<Vec<PlannedTensor<'a>>, Error> {
+    let matrices = build::parameter_shapes(config).into_iter().filter_map(|(key, shape)| {
         let layer = key.strip_suffix(".weight").filter(|layer| *layer != "model.embed_tokens")?;
         Some((layer.to_owned(), <[usize; 2]>::try_from(shape).ok()?))
     });
@@ -67,7 +67,7 @@ fn tensors_by_name<'a>(
     let (mut planned, mut problems) = (Vec::new(), Vec::new());
     for (layer, [out, features]) in matrices {
         let pair = [("lora_A", "lora_a", [r, features]), ("lora_B", "lora_b", [out, r])]
-            .map(|(part, suffix, shape)| (format::key(&layer, part), suffix, shape));
+            .map(|(part, suffix, shape)| (format::tensor_key(&layer, part), suffix, shape));
         let Some(name) = gguf_name(&format!("{layer}.weight")) else { continue };
         if !pair.iter().any(|(key, ..)| tensors.contains_key(key)) {
             continue;
@@ -76,11 +76,12 @@ fn tensors_by_name<'a>(
             left.remove(key.as_str());
             match tensors.get(&key).map(|tensor| (tensor, tensor.shape.as_slice())) {
                 None => problems.push(format!("{key} is missing")),
-                Some((tensor, shape)) if shape == expected => planned.push(Planned {
+                Some((tensor, shape)) if shape == expected => planned.push(PlannedTensor {
                     name: format!("{name}.{suffix}"),
                     shape: expected.to_vec(),
                     kind,
-                    head_dim: config::paired(config).filter(|_| suffix == "lora_b" && in_pairs(&name)),
+                    head_dim: config::permuted_head_dim(config)
+                        .filter(|_| suffix == "lora_b" && is_query_or_key(&name)),
                     values: Box::new(|| tensor.iter::<f32>().collect()),
                 }),
                 Some((_, found)) => problems.push(format!("{key}: expected {expected:?}, found {found:?}")),

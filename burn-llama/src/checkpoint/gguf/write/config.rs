@@ -1,31 +1,33 @@
-//! A configuration as the metadata that llama.cpp reads.
+//! Translation of a model configuration into the metadata that llama.cpp reads.
 
-use super::{super::Value, file::Metadata};
+use super::{super::MetadataValue, file::Metadata};
 use crate::{Error, LlamaConfig, rope::RopeScaling};
 
-/// What llama.cpp calls the architecture of a `model_type`.
+/// Returns llama.cpp's name of the architecture for the model's `model_type`.
 pub(super) fn architecture(config: &LlamaConfig) -> &str {
     match config.model_type.as_str() {
-        // llama.cpp has no architecture of its own for Mistral's first models.
+        // llama.cpp has no separate architecture for the first Mistral models.
         "llama" | "mistral" => "llama",
         other => other,
     }
 }
 
-/// The size of the heads whose rows llama.cpp keeps in pairs: it rotates neighbours for `llama`, halves for the others.
-pub(in crate::checkpoint::gguf) fn paired(config: &LlamaConfig) -> Option<usize> {
+/// Returns the head dimension by which query and key rows are permuted in the file, or `None` if they are not. For
+/// `llama`, llama.cpp applies RoPE to adjacent pairs of rows; for other architectures, to the two halves of a head.
+pub(in crate::checkpoint::gguf) fn permuted_head_dim(config: &LlamaConfig) -> Option<usize> {
     (architecture(config) == "llama").then_some(config.head_dim)
 }
 
-fn float(x: f64) -> Value {
-    Value::Float(f64::from(x as f32))
+/// Converts a float to a metadata value of `f32` precision.
+fn float(x: f64) -> MetadataValue {
+    MetadataValue::Float(f64::from(x as f32))
 }
 
-/// The hyperparameters, each key behind the architecture's name.
+/// Returns the hyperparameters as metadata; every key is prefixed with the architecture.
 pub(super) fn metadata(config: &LlamaConfig) -> Result<Metadata, Error> {
-    let unsigned = |n: usize| Value::Unsigned(n as u64);
+    let unsigned = |n: usize| MetadataValue::Unsigned(n as u64);
     let context = match config.rope_scaling {
-        // Plain up to here; llama.cpp has no frequencies that change beyond.
+        // The frequencies are unscaled up to this length; llama.cpp has no dynamic scaling for longer contexts.
         RopeScaling::Dynamic { original } => original,
         _ => config.max_position_embeddings,
     };
@@ -46,14 +48,14 @@ pub(super) fn metadata(config: &LlamaConfig) -> Result<Metadata, Error> {
     if let Some(window) = config.sliding_window {
         fields.push(("attention.sliding_window", unsigned(window)));
     }
-    fields.extend(scaling(&config.rope_scaling)?);
+    fields.extend(rope_scaling(&config.rope_scaling)?);
     let architecture = architecture(config);
     Ok(fields.into_iter().map(|(key, value)| (format!("{architecture}.{key}"), value)).collect())
 }
 
-/// The stretched frequencies that metadata can say; divisors per frequency are a tensor instead.
-fn scaling(scaling: &RopeScaling) -> Result<Vec<(&'static str, Value)>, Error> {
-    let kind = |name: &str| ("rope.scaling.type", Value::String(name.to_owned()));
+/// Returns the rotary scalings that metadata can express; divisors per frequency are written as a tensor instead.
+fn rope_scaling(scaling: &RopeScaling) -> Result<Vec<(&'static str, MetadataValue)>, Error> {
+    let kind = |name: &str| ("rope.scaling.type", MetadataValue::String(name.to_owned()));
     Ok(match scaling {
         RopeScaling::None | RopeScaling::Dynamic { .. } | RopeScaling::Llama3 { .. } | RopeScaling::Factors(_) => {
             vec![]
@@ -69,7 +71,7 @@ fn scaling(scaling: &RopeScaling) -> Result<Vec<(&'static str, Value)>, Error> {
             vec![
                 kind("yarn"),
                 ("rope.scaling.factor", float(*factor)),
-                ("rope.scaling.original_context_length", Value::Unsigned(*original as u64)),
+                ("rope.scaling.original_context_length", MetadataValue::Unsigned(*original as u64)),
                 ("rope.scaling.yarn_beta_fast", float(beta.0)),
                 ("rope.scaling.yarn_beta_slow", float(beta.1)),
             ]
@@ -77,8 +79,9 @@ fn scaling(scaling: &RopeScaling) -> Result<Vec<(&'static str, Value)>, Error> {
     })
 }
 
-/// `rope_freqs.weight`: what divides each rotary frequency, `[head_dim / 2]`, if the model's scaling is of that kind.
-pub(super) fn divisors(config: &LlamaConfig) -> Result<Option<Vec<f32>>, Error> {
+/// Returns `rope_freqs.weight`, the divisor of each rotary frequency (`[head_dim / 2]`), if the model's scaling has
+/// one.
+pub(super) fn rope_freqs(config: &LlamaConfig) -> Result<Option<Vec<f32>>, Error> {
     let Some(divisors) = config.rope_scaling.divisors(config.head_dim, config.rope_theta) else { return Ok(None) };
     if architecture(config) != "llama" {
         let expected = "none, linear or yarn, since llama.cpp reads rope_freqs.weight for llama only";

@@ -1,8 +1,8 @@
-//! GGUF files that llama.cpp loads: a whole model, or an adapter by itself.
+//! Writers of GGUF files that llama.cpp can load: a whole model, or a LoRA adapter.
 //!
-//! Names, metadata keys and row order are those of llama.cpp's converters; the format is ggml's `docs/gguf.md`. A file is
-//! written tensor by tensor beside its place and renamed when it is whole, so that the model exists once, in the caller's
-//! hands, and a half-written file never under the name that was asked for.
+//! Names, metadata keys and row order are those of llama.cpp's converters; the format is described in ggml's
+//! `docs/gguf.md`. A file is written tensor by tensor under a temporary name and renamed when complete. So there is no
+//! second copy of the model in memory, and an incomplete file never has the requested name.
 
 mod adapter;
 mod config;
@@ -10,39 +10,40 @@ mod encode;
 mod file;
 
 pub use adapter::save_adapter;
-pub(super) use config::paired;
+pub(super) use config::permuted_head_dim;
 pub use file::Metadata;
 
-use super::{BlockType, Value, gguf_name};
+use super::{BlockType, MetadataValue, gguf_name};
 use crate::{
     Error, Llama,
-    checkpoint::parameters::{Parameter, all_floats, parameters},
+    checkpoint::parameters::{Parameter, parameters, require_dense},
     kernel::Kernels,
 };
 use burn::tensor::{DType, backend::Backend};
-use file::Planned;
+use file::PlannedTensor;
 use std::path::Path;
 
-/// Writes the model with matrices stored as `kind` (F32, F16 or Q8_0) and vectors as F32. `tokens` is the tokenizer's part of
-/// the metadata, as [`crate::Tokenizer::gguf_metadata`] gives it. Adapters are not part of it: merge them first.
+/// Writes the model with matrices stored as `kind` (F32, F16 or Q8_0) and vectors as F32. `tokens` is the metadata of
+/// the tokenizer, as returned by [`crate::Tokenizer::gguf_metadata`]. Adapters are not included: merge them first.
 ///
-/// Matrices whose rows are no whole `Q8_0` blocks are stored as F16, as llama.cpp's converter does.
+/// Matrices whose row length is not a multiple of the `Q8_0` block length are stored as F16, as in llama.cpp's
+/// converter.
 ///
 /// # Errors
 /// If the file cannot be written, a value does not fit `kind`, or llama.cpp has no such rotary scaling.
 pub fn save<B: Kernels>(model: &Llama<B>, tokens: Metadata, kind: BlockType, path: &Path) -> Result<(), Error> {
-    check_kind(kind, &BlockType::WRITTEN)?;
-    all_floats(model)?;
+    check_kind(kind, &BlockType::WRITABLE)?;
+    require_dense(model)?;
     let config = model.config();
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-    let mut metadata = general(config::architecture(config), "model", name, kind);
+    let mut metadata = general_metadata(config::architecture(config), "model", name, kind);
     metadata.extend(config::metadata(config)?);
     metadata.extend(tokens);
     let parameters = parameters(model);
     let mut tensors: Vec<_> =
-        parameters.iter().map(|parameter| planned(parameter, config::paired(config), kind)).collect();
-    if let Some(divisors) = config::divisors(config)? {
-        tensors.push(Planned {
+        parameters.iter().map(|parameter| plan_tensor(parameter, config::permuted_head_dim(config), kind)).collect();
+    if let Some(divisors) = config::rope_freqs(config)? {
+        tensors.push(PlannedTensor {
             name: "rope_freqs.weight".to_owned(),
             shape: vec![divisors.len()],
             kind: BlockType::F32,
@@ -53,23 +54,24 @@ pub fn save<B: Kernels>(model: &Llama<B>, tokens: Metadata, kind: BlockType, pat
     file::write(path, &metadata, &tensors)
 }
 
-/// What every file begins with. The file type is llama.cpp's number for "mostly this format".
-fn general(architecture: &str, what: &str, name: String, kind: BlockType) -> Metadata {
+/// Returns the metadata that every file begins with. The file type is llama.cpp's number for "mostly this format".
+fn general_metadata(architecture: &str, what: &str, name: String, kind: BlockType) -> Metadata {
     let file_type = match kind {
         BlockType::Q8_0 => 7,
         BlockType::F16 => 1,
         _ => 0,
     };
-    let text = |text: &str| Value::String(text.to_owned());
+    let text = |text: &str| MetadataValue::String(text.to_owned());
     vec![
         ("general.architecture".to_owned(), text(architecture)),
         ("general.type".to_owned(), text(what)),
-        ("general.name".to_owned(), Value::String(name)),
-        ("general.file_type".to_owned(), Value::Unsigned(file_type)),
-        ("general.quantization_version".to_owned(), Value::Unsigned(2)),
+        ("general.name".to_owned(), MetadataValue::String(name)),
+        ("general.file_type".to_owned(), MetadataValue::Unsigned(file_type)),
+        ("general.quantization_version".to_owned(), MetadataValue::Unsigned(2)),
     ]
 }
 
+/// Returns an error unless `kind` is one of the possible storage formats.
 fn check_kind(kind: BlockType, possible: &[BlockType]) -> Result<(), Error> {
     if possible.contains(&kind) {
         return Ok(());
@@ -78,7 +80,8 @@ fn check_kind(kind: BlockType, possible: &[BlockType]) -> Result<(), Error> {
     Err(Error::config("storage type", names.join(" or "), format!("{kind:?}")))
 }
 
-fn planned<B: Backend>(parameter: &Parameter<B>, paired: Option<usize>, kind: BlockType) -> Planned<'_> {
+/// Describes how a parameter is written: its GGUF name, its storage format and the permutation of its rows.
+fn plan_tensor<B: Backend>(parameter: &Parameter<B>, paired: Option<usize>, kind: BlockType) -> PlannedTensor<'_> {
     let Some(name) = gguf_name(&parameter.path) else {
         panic!("{}: a parameter without a GGUF name", parameter.path);
     };
@@ -90,11 +93,11 @@ fn planned<B: Backend>(parameter: &Parameter<B>, paired: Option<usize>, kind: Bl
         _ => BlockType::F16,
     };
     let values = || parameter.data(DType::F32).iter::<f32>().collect();
-    Planned { head_dim: paired.filter(|_| in_pairs(&name)), name, shape, kind, values: Box::new(values) }
+    PlannedTensor { head_dim: paired.filter(|_| is_query_or_key(&name)), name, shape, kind, values: Box::new(values) }
 }
 
-/// Whether the rows of the tensor are those of query or key heads.
-pub(super) fn in_pairs(name: &str) -> bool {
+/// Returns whether the rows of the tensor are those of query or key heads.
+pub(super) fn is_query_or_key(name: &str) -> bool {
     let part = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
     matches!(part, Some((_, "attn_q.weight" | "attn_q.bias" | "attn_k.weight" | "attn_k.bias")))
 }

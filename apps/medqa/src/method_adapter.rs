@@ -1,0 +1,229 @@
+//! Adapters of every fine-tuning method: attaching a new one to a model, loading and saving.
+
+use crate::{
+    model,
+    recipe::{MethodKind, Recipe, TargetModules as Targets, VirtualTokens},
+};
+use anyhow::{Context, Result};
+use burn_llama::{Llama, Tokenizer, kernel::Kernels};
+use burn_peft::{Ia3Config, LoraConfig, PromptConfig, TargetModules, adapter, format, ia3, prompt};
+use std::{
+    convert::Infallible,
+    path::{Path, PathBuf},
+    str::FromStr,
+};
+use tempfile::TempDir;
+
+/// Name of the adapter that a run trains, PEFT's default.
+pub const ADAPTER_NAME: &str = "default";
+
+/// An adapter directory given on the command line as `[NAME=]DIR`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AdapterPath {
+    /// Name of the adapter on the model.
+    pub name: String,
+    /// Path of PEFT's adapter directory.
+    pub directory: PathBuf,
+}
+
+impl From<PathBuf> for AdapterPath {
+    /// Names the adapter after its directory, or after the parent directory if that is a run's `adapter`.
+    fn from(directory: PathBuf) -> Self {
+        let part = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let own = part(&directory).filter(|name| name != "adapter");
+        let name = own.or_else(|| directory.parent().and_then(part)).unwrap_or_else(|| ADAPTER_NAME.to_owned());
+        Self { name, directory }
+    }
+}
+
+impl FromStr for AdapterPath {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(match text.split_once('=') {
+            Some((name, directory)) if !name.is_empty() && !name.contains('/') && !Path::new(text).exists() => {
+                Self { name: name.to_owned(), directory: directory.into() }
+            }
+            _ => PathBuf::from(text).into(),
+        })
+    }
+}
+
+/// An adapter directory and its weight in a combination, given as `DIR=WEIGHT`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WeightedAdapter {
+    /// Path of PEFT's adapter directory.
+    pub directory: PathBuf,
+    /// Factor of the adapter in the sum.
+    pub weight: f64,
+}
+
+impl FromStr for WeightedAdapter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.rsplit_once('=').and_then(|(directory, weight)| Some((directory, weight.parse().ok()?)));
+        match parts.filter(|(_, weight): &(_, f64)| weight.is_finite()) {
+            Some((directory, weight)) => Ok(Self { directory: directory.into(), weight }),
+            None => Err("expected DIR=WEIGHT with a finite number, such as runs/a/adapter=0.7".to_owned()),
+        }
+    }
+}
+
+/// The adapter on a model, with the configuration to save it with.
+pub enum AttachedAdapter {
+    /// LoRA or one of its variants. If its initialization changed the base weights (as PiSSA does), the temporary
+    /// directory holds the adapter as it was initialized.
+    Lora(Box<LoraConfig>, Option<TempDir>),
+    /// IA3: learned factors that scale activations.
+    Ia3(Ia3Config),
+    /// Virtual tokens; the model holds them together with their configuration.
+    Prompt,
+}
+
+/// Loads an adapter from PEFT's directory onto the model, under the given name.
+///
+/// # Errors
+/// If the adapter cannot be read, has an unsupported PEFT type, or does not fit the model.
+pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, directory: &Path) -> Result<AttachedAdapter> {
+    let json = format::read_config(directory)?;
+    if PromptConfig::is_prompt(&json) {
+        let (prompt, unknown) = prompt::Prompt::load(directory, model.config().base_shape(), &model.device())?;
+        model::warn_unknown_fields(directory, &unknown);
+        burn_peft::adapter::check_new_adapter(model, name, false)?;
+        model.prompts.push(prompt.named(name));
+        return Ok(AttachedAdapter::Prompt);
+    }
+    if json["peft_type"] == "IA3" {
+        let (config, unknown) = ia3::load(model, name, directory)?;
+        model::warn_unknown_fields(directory, &unknown);
+        return Ok(AttachedAdapter::Ia3(config));
+    }
+    let (config, unknown) = adapter::load(model, name, directory)?;
+    model::warn_unknown_fields(directory, &unknown);
+    Ok(AttachedAdapter::Lora(Box::new(config), None))
+}
+
+/// Attaches a new adapter to the model, as the recipe says.
+pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &Recipe) -> Result<AttachedAdapter> {
+    let (method, seed) = (&recipe.method, recipe.train.steps.seed);
+    match method.common.kind {
+        MethodKind::Ia3 => {
+            let config = ia3_config(recipe);
+            ia3::attach(model, ADAPTER_NAME, &config)?;
+            Ok(AttachedAdapter::Ia3(config))
+        }
+        kind if kind.is_prompt() => {
+            let text = method.virtual_tokens.init_text.as_ref().map(|text| tokenizer.encode(text, true)).transpose()?;
+            let mut prompt = model.new_prompt(&prompt_config(recipe, tokenizer), text.as_deref(), seed)?;
+            if let Some(file) = &method.common.init {
+                prompt.read_encoder(Path::new(file))?;
+            }
+            model.prompts.push(prompt);
+            Ok(AttachedAdapter::Prompt)
+        }
+        _ => {
+            let config = lora_config(recipe);
+            adapter::attach(model, ADAPTER_NAME, &config, seed)?;
+            let mut initial = None;
+            if config.init_lora_weights.mutates_base_weights() {
+                let folder = tempfile::tempdir().context("the initial adapter's folder cannot be created")?;
+                adapter::save(model, ADAPTER_NAME, &config, folder.path())?;
+                initial = Some(folder);
+            }
+            Ok(AttachedAdapter::Lora(Box::new(config), initial))
+        }
+    }
+}
+
+impl AttachedAdapter {
+    /// Saves the adapter as PEFT's directory. If its initialization changed the base weights, it is converted to plain
+    /// LoRA on the original weights.
+    pub fn save<B: Kernels>(&self, model: &Llama<B>, directory: &Path) -> Result<()> {
+        match (self, model.prompts.iter().find(|prompt| prompt.name == ADAPTER_NAME)) {
+            (Self::Lora(config, None), _) => adapter::save(model, ADAPTER_NAME, config, directory)?,
+            (Self::Lora(config, Some(start)), _) => {
+                adapter::save_mutated_as_lora(model, ADAPTER_NAME, config, (start.path(), directory))?;
+            }
+            (Self::Ia3(config), _) => ia3::save(model, ADAPTER_NAME, config, directory)?,
+            (Self::Prompt, Some(prompt)) => prompt.save(directory)?,
+            (Self::Prompt, None) => {}
+        }
+        Ok(())
+    }
+}
+
+fn to_target_modules(targets: &Targets) -> TargetModules {
+    match targets {
+        Targets::Names(names) => TargetModules::Suffixes(names.clone()),
+        Targets::Pattern(pattern) => TargetModules::Pattern(pattern.clone()),
+    }
+}
+
+/// Returns PEFT's LoRA configuration for a recipe.
+pub fn lora_config(recipe: &Recipe) -> LoraConfig {
+    let (lora, scope, choice) = (&recipe.method.lora, &recipe.method.targets, &recipe.method.common);
+    LoraConfig {
+        r: lora.r,
+        lora_alpha: lora.alpha,
+        lora_dropout: choice.dropout,
+        use_rslora: lora.use_rslora,
+        target_modules: scope.target_modules.as_ref().map(to_target_modules).unwrap_or_default(),
+        exclude_modules: scope.exclude_modules.as_ref().map(to_target_modules),
+        layers_to_transform: scope.layers_to_transform.clone(),
+        layers_pattern: scope.layers_pattern.clone(),
+        rank_pattern: lora.rank_pattern.clone(),
+        alpha_pattern: lora.alpha_pattern.clone(),
+        use_dora: choice.kind == MethodKind::Dora,
+        init_lora_weights: lora.init_lora_weights.clone(),
+        bias: scope.bias,
+        modules_to_save: scope.modules_to_save.clone(),
+        base_model_name_or_path: Some(recipe.model.path.clone()),
+    }
+}
+
+fn ia3_config(recipe: &Recipe) -> Ia3Config {
+    let scope = &recipe.method.targets;
+    let mut config = Ia3Config {
+        exclude_modules: scope.exclude_modules.as_ref().map(to_target_modules),
+        base_model_name_or_path: Some(recipe.model.path.clone()),
+        ..Ia3Config::default()
+    };
+    if let Some(chosen) = &scope.target_modules {
+        config.target_modules = to_target_modules(chosen);
+    }
+    if let Some(chosen) = &scope.feedforward_modules {
+        config.feedforward_modules = to_target_modules(chosen);
+    }
+    config
+}
+
+fn prompt_config(recipe: &Recipe, tokenizer: &Tokenizer) -> PromptConfig {
+    let VirtualTokens {
+        num_virtual_tokens,
+        prefix_projection,
+        encoder_hidden_size,
+        init_weights,
+        init_text,
+        init_from_vocabulary,
+    } = recipe.method.virtual_tokens.clone();
+    let method = match recipe.method.common.kind {
+        MethodKind::Prompt => prompt::PromptMethod::Prompt {
+            prompt_tuning_init: match (&init_text, init_from_vocabulary) {
+                (Some(_), _) => prompt::PromptTuningInit::Text,
+                (None, true) => prompt::PromptTuningInit::SampleVocab,
+                (None, false) => prompt::PromptTuningInit::Random,
+            },
+            tokenizer_name_or_path: init_text.as_ref().map(|_| tokenizer.path().display().to_string()),
+            prompt_tuning_init_text: init_text,
+        },
+        MethodKind::PTuning => prompt::PromptMethod::PTuning { encoder_hidden_size },
+        _ => prompt::PromptMethod::Prefix {
+            prefix_projection,
+            encoder_hidden_size,
+            init_weights,
+            dropout: recipe.method.common.dropout,
+        },
+    };
+    PromptConfig { num_virtual_tokens, method, base_model_name_or_path: Some(recipe.model.path.clone()) }
+}

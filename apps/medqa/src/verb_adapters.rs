@@ -1,0 +1,165 @@
+//! The verb `adapters`: listing, merging, converting and combining adapters.
+
+use crate::{
+    backend::{Device, with_backend},
+    cli::{AdaptersVerb, CombinationArg, ExportDtype},
+    export, fetch,
+    method_adapter::WeightedAdapter,
+};
+use anyhow::{Context, Result, bail};
+use burn_llama::{Checkpoint, checkpoint::gguf::adapter_to_peft};
+use burn_peft::{
+    adapter::{CombinationType, combine_directories, convert_mutated_to_lora},
+    format,
+};
+use serde_json::Value;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Runs the verb `adapters`.
+pub fn adapters(verb: &AdaptersVerb) -> Result<()> {
+    match verb {
+        AdaptersVerb::List { folders } => list(folders),
+        AdaptersVerb::Merge(args) => {
+            if args.model.adapter.is_empty() {
+                bail!("--adapter [NAME=]DIR: expected at least one adapter to merge, found none");
+            }
+            if args.adapter_only {
+                bail!("--adapter-only: expected a model to merge into; `adapters convert` writes an adapter by itself");
+            }
+            export::export(args)
+        }
+        AdaptersVerb::Convert { from, to, model, initial, dtype } => {
+            convert((from, to), model, (initial.as_deref(), *dtype))?;
+            println!("{}", to.display());
+            Ok(())
+        }
+        AdaptersVerb::Combine { adapters, out, how, rank } => {
+            combine(adapters, out, (*how, rank.map(usize::from)))?;
+            println!("{}", out.display());
+            Ok(())
+        }
+    }
+}
+
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+
+/// Finds the adapter directories among `folders` and, recursively, inside them.
+fn find_adapters(folders: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for folder in folders {
+        let is_adapter = |folder: &Path| folder.join(ADAPTER_CONFIG).is_file();
+        let before = found.len();
+        let mut open = vec![folder.clone()];
+        while let Some(folder) = open.pop() {
+            if is_adapter(&folder) {
+                found.push(folder.clone());
+            }
+            let entries = fs::read_dir(&folder).with_context(|| format!("{}: cannot be read", folder.display()))?;
+            open.extend(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()));
+        }
+        if found.len() == before {
+            bail!("{}: expected adapters (folders with {ADAPTER_CONFIG}), found none", folder.display());
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn list(folders: &[PathBuf]) -> Result<()> {
+    println!("{:<40} {:<14} {:>11}  details", "adapter", "kind", "values");
+    for directory in find_adapters(folders)? {
+        let config = format::read_config(&directory)?;
+        let tensors = format::read_tensors(&directory)?;
+        let values: usize = tensors.values().map(|data| data.num_elements()).sum();
+        let kind = config["peft_type"].as_str().unwrap_or("?");
+        println!("{:<40} {kind:<14} {values:>11}  {}", directory.display().to_string(), describe(&config));
+    }
+    Ok(())
+}
+
+/// Describes an adapter by its main settings and its base model.
+fn describe(config: &Value) -> String {
+    let mut words = Vec::new();
+    let mut add = |name: &str, value: &Value| {
+        let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        words.push(format!("{name} {text}"));
+    };
+    for (key, name) in [("r", "rank"), ("lora_alpha", "alpha"), ("num_virtual_tokens", "virtual tokens")] {
+        if !config[key].is_null() {
+            add(name, &config[key]);
+        }
+    }
+    match &config["target_modules"] {
+        Value::Array(names) => {
+            let names: Vec<&str> = names.iter().filter_map(Value::as_str).collect();
+            add("on", &names.join(" ").into());
+        }
+        Value::Null => {}
+        pattern => add("on", pattern),
+    }
+    for (key, name) in [("use_dora", "DoRA"), ("use_rslora", "rsLoRA"), ("prefix_projection", "projected")] {
+        words.extend((config[key] == true).then(|| name.to_owned()));
+    }
+    let base = config["base_model_name_or_path"].as_str().unwrap_or("?");
+    words.push(format!("for {base}"));
+    words.join(", ")
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// Returns an error if `out` is a file or a directory that is not empty.
+fn require_new_folder(out: &Path) -> Result<()> {
+    if out.is_file() || out.read_dir().is_ok_and(|mut files| files.next().is_some()) {
+        bail!("{}: expected a new folder, but something is there already; choose another", out.display());
+    }
+    Ok(())
+}
+
+fn convert((from, to): (&Path, &Path), model: &str, (initial, precision): (Option<&Path>, ExportDtype)) -> Result<()> {
+    match (is_gguf(from), is_gguf(to), initial) {
+        (true, false, None) => {
+            require_new_folder(to)?;
+            let checkpoint = Checkpoint::open(&fetch::resolve(model)?)?;
+            Ok(adapter_to_peft(checkpoint.config(), from, to)?)
+        }
+        (false, true, None) => {
+            if precision == ExportDtype::Q8_0 {
+                bail!("--dtype: expected f32 or f16 for an adapter, found q8_0");
+            }
+            export::write_adapter_gguf(model, from, (precision, to))
+        }
+        (false, false, Some(initial)) => {
+            require_new_folder(to)?;
+            with_backend!(Device::default(), |B, device| Ok(convert_mutated_to_lora::<B>((from, initial), to, device)?))
+        }
+        (false, false, None) => bail!(
+            "{}: expected a name that ends in .gguf, or --initial DIR, the adapter as it was before training, to convert PiSSA to plain LoRA",
+            to.display()
+        ),
+        _ => bail!(
+            "expected DIR to FILE.gguf, FILE.gguf to DIR, or DIR to DIR with --initial, found {} to {}",
+            from.display(),
+            to.display()
+        ),
+    }
+}
+
+fn combine(adapters: &[WeightedAdapter], out: &Path, (how, rank): (CombinationArg, Option<usize>)) -> Result<()> {
+    require_new_folder(out)?;
+    if rank.is_some() && how != CombinationArg::Svd {
+        bail!("--rank: only --how svd accepts a rank; otherwise it follows from the adapters");
+    }
+    let how = match how {
+        CombinationArg::Cat => CombinationType::Cat,
+        CombinationArg::Linear => CombinationType::Linear,
+        CombinationArg::Svd => CombinationType::Svd { rank },
+    };
+    let parts: Vec<(&Path, f64)> = adapters.iter().map(|part| (part.directory.as_path(), part.weight)).collect();
+    with_backend!(Device::default(), |B, device| combine_directories::<B>(&parts, how, out, device))?;
+    Ok(())
+}

@@ -1,0 +1,177 @@
+//! Attention of a decode step: one query per row.
+
+use crate::kernel::{
+    AttentionMask,
+    flex::{
+        elementwise,
+        vector_ops::{exp_sum, max, vectorized},
+    },
+};
+use burn::backend::Flex;
+use burn_peft::kernel::scratch::dispatch_simd;
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// The number of values of keys from which on several threads are used.
+const PARALLEL_THRESHOLD: usize = 1 << 14;
+
+/// The number and size of a model's heads.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct HeadShape {
+    pub(super) kv_heads: usize,
+    /// The number of query heads that share a key head.
+    pub(super) group: usize,
+    pub(super) dim: usize,
+}
+
+/// Writes to `seen` the ranges of slots visible to a query of segment 1 at `position` in slot `slot`: earlier slots as
+/// the mask allows, and its own.
+pub(super) fn visible_ranges(
+    [segments, positions]: [&[i32]; 2],
+    (slot, position): (usize, usize),
+    window: Option<usize>,
+    seen: &mut Vec<Range<usize>>,
+) {
+    let visible = |slot: usize| {
+        let (segment, distance) = (segments[slot], position as i64 - i64::from(positions[slot]));
+        let near = distance >= 0 && window.is_none_or(|window| distance < window as i64);
+        near && (segment == 1 || segment == AttentionMask::<Flex>::ANY_SEGMENT)
+    };
+    seen.clear();
+    for slot in (0..slot).filter(|&slot| visible(slot)).chain([slot]) {
+        match seen.last_mut() {
+            Some(last) if last.end == slot => last.end += 1,
+            _ => seen.push(slot..slot + 1),
+        }
+    }
+}
+
+/// Rotates the halves of each head of every row.
+pub(super) fn rotate_rows(x: &mut [f32], rows: usize, dim: usize, tables: [&[f32]; 2]) {
+    let (width, half) = (x.len() / rows, dim / 2);
+    vectorized(
+        #[inline(always)]
+        || {
+            for (row, x) in x.chunks_exact_mut(width).enumerate() {
+                let [cos, sin] = tables.map(|table| &table[row * half..(row + 1) * half]);
+                x.chunks_exact_mut(dim).for_each(|head| elementwise::rotate_head(head, cos, sin));
+            }
+        },
+    );
+}
+
+/// Computes softmax attention of one query per row over the slots visible to it.
+pub(super) fn decode_attention(
+    sizes: HeadShape,
+    (q, [keys, values], capacity): (&[f32], [&[f32]; 2], usize),
+    seen: &[Vec<Range<usize>>],
+    (scores, mixed): (&mut [f32], &mut [f32]),
+) {
+    let HeadShape { kv_heads, group, dim } = sizes;
+    let width = kv_heads * dim;
+    let one = |(task, (scores, mixed)): (usize, (&mut [f32], &mut [f32]))| {
+        let (row, head) = (task / kv_heads, task % kv_heads);
+        let start = row * capacity * width + head * dim;
+        let queries = &q[task * group * dim..(task + 1) * group * dim];
+        dispatch_simd(QueryGroup {
+            sizes,
+            queries,
+            keys: &keys[start..],
+            values: &values[start..],
+            visible: &seen[row],
+            scores,
+            output: mixed,
+        });
+    };
+    let visible: usize = seen.iter().flatten().map(Range::len).sum();
+    if visible * width < PARALLEL_THRESHOLD {
+        scores.chunks_exact_mut(group * capacity).zip(mixed.chunks_exact_mut(group * dim)).enumerate().for_each(one);
+    } else {
+        let parts = scores.par_chunks_exact_mut(group * capacity).zip(mixed.par_chunks_exact_mut(group * dim));
+        parts.enumerate().for_each(one);
+    }
+}
+
+/// Attention of the query heads of one row that share a key head.
+struct QueryGroup<'a> {
+    sizes: HeadShape,
+    /// The queries, `[group, dim]`.
+    queries: &'a [f32],
+    /// The keys of the row, from those of this key head on; slots are `kv_heads · dim` values apart.
+    keys: &'a [f32],
+    /// The values, laid out like the keys.
+    values: &'a [f32],
+    /// The ranges of visible slots.
+    visible: &'a [Range<usize>],
+    /// Scratch memory for the scores, `[group, capacity]`.
+    scores: &'a mut [f32],
+    /// The output, `[group, dim]`.
+    output: &'a mut [f32],
+}
+
+impl WithSimd for QueryGroup<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Self {
+            sizes: HeadShape { kv_heads, dim, .. },
+            queries,
+            keys,
+            values,
+            visible: seen,
+            scores,
+            output: mixed,
+        } = self;
+        let (width, capacity) = (kv_heads * dim, scores.len() / self.sizes.group);
+        let scale = 1.0 / (dim as f32).sqrt();
+        for member in 0..self.sizes.group {
+            let query = &queries[member * dim..][..dim];
+            let scores = &mut scores[member * capacity..][..capacity];
+            let mut n = 0;
+            for range in seen {
+                for slot in range.clone() {
+                    scores[n] = dot(simd, query, &keys[slot * width..][..dim]) * scale;
+                    n += 1;
+                }
+            }
+            let scores = &mut scores[..n];
+            let largest = max(scores);
+            let sum = exp_sum(scores, largest);
+            let mixed = &mut mixed[member * dim..][..dim];
+            mixed.fill(0.0);
+            let mut n = 0;
+            for range in seen {
+                for slot in range.clone() {
+                    axpy(simd, mixed, &values[slot * width..][..dim], scores[n]);
+                    n += 1;
+                }
+            }
+            mixed.iter_mut().for_each(|value| *value /= sum);
+        }
+    }
+}
+
+#[inline(always)]
+fn dot<S: Simd>(simd: S, a: &[f32], b: &[f32]) -> f32 {
+    let ((a, a_rest), (b, b_rest)) = (S::as_simd_f32s(a), S::as_simd_f32s(b));
+    let mut sum = simd.mul_f32s(simd.partial_load_f32s(a_rest), simd.partial_load_f32s(b_rest));
+    for i in 0..a.len().min(b.len()) {
+        sum = simd.mul_add_e_f32s(a[i], b[i], sum);
+    }
+    simd.reduce_sum_f32s(sum)
+}
+
+/// Computes `y += factor · x`.
+#[inline(always)]
+fn axpy<S: Simd>(simd: S, y: &mut [f32], x: &[f32], factor: f32) {
+    let ((y, y_rest), (x, x_rest)) = (S::as_mut_simd_f32s(y), S::as_simd_f32s(x));
+    let factors = simd.splat_f32s(factor);
+    for i in 0..y.len().min(x.len()) {
+        y[i] = simd.mul_add_e_f32s(factors, x[i], y[i]);
+    }
+    for i in 0..y_rest.len().min(x_rest.len()) {
+        y_rest[i] += factor * x_rest[i];
+    }
+}

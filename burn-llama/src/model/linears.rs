@@ -1,0 +1,78 @@
+//! The linear layers of the model by path.
+
+use super::Llama;
+use crate::kernel::Kernels;
+use burn_peft::{Linear, Linears, Prompt, Weight};
+
+impl<B: Kernels> Llama<B> {
+    /// Replaces packed weights by the f32 values that they stand for, frozen; adapters can be merged into these.
+    pub fn unpacked(mut self) -> Self {
+        let unpack = |weight: &mut Weight<B>| *weight = weight.clone().unpacked();
+        self.linears_mut(&mut |_, linear| unpack(&mut linear.weight));
+        unpack(&mut self.model.embed_tokens.weight);
+        self
+    }
+}
+
+impl<B: Kernels> Linears<B> for Llama<B> {
+    fn linears(&self, visit: &mut dyn FnMut(&str, &Linear<B>)) {
+        for (index, layer) in self.model.layers.iter().enumerate() {
+            let (attention, mlp) = (&layer.self_attn, &layer.mlp);
+            for (name, linear) in [
+                ("self_attn.q_proj", &attention.q_proj),
+                ("self_attn.k_proj", &attention.k_proj),
+                ("self_attn.v_proj", &attention.v_proj),
+                ("self_attn.o_proj", &attention.o_proj),
+                ("mlp.gate_proj", &mlp.gate_proj),
+                ("mlp.up_proj", &mlp.up_proj),
+                ("mlp.down_proj", &mlp.down_proj),
+            ] {
+                visit(&format!("model.layers.{index}.{name}"), linear);
+            }
+        }
+        if let Some(head) = &self.lm_head {
+            visit("lm_head", head);
+        }
+    }
+
+    fn prompts(&self) -> &[Prompt<B>] {
+        &self.prompts
+    }
+
+    fn prompts_mut(&mut self) -> Option<&mut Vec<Prompt<B>>> {
+        Some(&mut self.prompts)
+    }
+
+    fn tied(&self) -> Option<[&str; 2]> {
+        self.lm_head.is_none().then_some(["model.embed_tokens", "lm_head"])
+    }
+
+    fn untie(&mut self) {
+        if self.lm_head.is_none() {
+            let weight = self.model.embed_tokens.weight.with_path("lm_head.weight");
+            self.lm_head = Some(Linear::from_weight("lm_head", weight, None));
+            self.config.tie_word_embeddings = false;
+            self.config.raw_fields.insert("tie_word_embeddings".to_owned(), false.into());
+        }
+    }
+
+    fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>)) {
+        for (index, layer) in self.model.layers.iter_mut().enumerate() {
+            let (attention, mlp) = (&mut layer.self_attn, &mut layer.mlp);
+            for (name, linear) in [
+                ("self_attn.q_proj", &mut attention.q_proj),
+                ("self_attn.k_proj", &mut attention.k_proj),
+                ("self_attn.v_proj", &mut attention.v_proj),
+                ("self_attn.o_proj", &mut attention.o_proj),
+                ("mlp.gate_proj", &mut mlp.gate_proj),
+                ("mlp.up_proj", &mut mlp.up_proj),
+                ("mlp.down_proj", &mut mlp.down_proj),
+            ] {
+                visit(&format!("model.layers.{index}.{name}"), linear);
+            }
+        }
+        if let Some(head) = &mut self.lm_head {
+            visit("lm_head", head);
+        }
+    }
+}

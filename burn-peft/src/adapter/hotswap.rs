@@ -1,0 +1,80 @@
+//! Hot swap: loads another adapter's values into the tensors of an adapter that is on the model.
+
+use super::{Linears, check_layers, lora_tensor_shapes, registry::check_exists};
+use crate::{
+    Error, LoraConfig, format,
+    kernel::{self, LinearKernels},
+};
+use burn::{
+    module::Param,
+    tensor::{DType, Tensor, TensorData},
+};
+use std::path::Path;
+
+/// Loads a LoRA adapter from a PEFT directory into the tensors of the adapter `name`, which it replaces: PEFT's
+/// `hotswap_adapter`. The tensors keep their memory, so code that was compiled or captured for them remains valid.
+/// Returns the new adapter's configuration and the names of unknown configuration fields.
+///
+/// # Errors
+/// If the directory cannot be read, if the model has no LoRA adapter of that name or it is merged, or if the new one
+/// has other layers, ranks or tensors; the model is then unchanged.
+pub fn hotswap<B: LinearKernels, M: Linears<B>>(
+    model: &mut M,
+    name: &str,
+    directory: &Path,
+) -> Result<(LoraConfig, Vec<String>), Error> {
+    check_exists(model, name)?;
+    let (config, mut tensors, unknown) = format::read(directory)?;
+    let refuse = |state| Error::InvalidAdapter { name: name.to_owned(), state };
+    if config.changes_base() {
+        return Err(refuse("cannot be swapped for one that changes the base model (bias, modules_to_save, PiSSA)"));
+    }
+    check_layers(model, |_, linear| match linear.adapter(name).is_some_and(|adapter| adapter.merged) {
+        true => Err(refuse("is merged into the weights; unmerge it first")),
+        false => Ok(()),
+    })?;
+    let expected = expected_tensors(model, name);
+    format::check_tensors(directory, &expected, &tensors).map_err(|error| match error {
+        Error::Mismatch { path, message } => Error::Hotswap { path, name: name.to_owned(), message },
+        other => other,
+    })?;
+    let mut take = |path: &str, part: &str| tensors.remove(&format::tensor_key(path, part));
+    model.linears_mut(&mut |path, linear| {
+        for adapter in linear.adapters.iter_mut().filter(|adapter| adapter.name == name) {
+            (adapter.scaling, adapter.dropout) = (config.scaling_at(path), config.lora_dropout);
+            overwrite_param(&mut adapter.lora_a, take(path, "lora_A"));
+            overwrite_param(&mut adapter.lora_b, take(path, "lora_B"));
+            if let Some(dora) = &mut adapter.dora {
+                overwrite_param(&mut dora.magnitude, take(path, "lora_magnitude_vector"));
+            }
+        }
+    });
+    Ok((config, unknown))
+}
+
+/// Returns the keys and shapes of the adapter's tensors.
+fn expected_tensors<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Vec<(String, Vec<usize>)> {
+    let mut held = Vec::new();
+    model.linears(&mut |path, linear| {
+        if let Some(adapter) = linear.adapter(name) {
+            let (r, use_dora) = (adapter.lora_a.lazy_shape()[0], adapter.dora.is_some());
+            let config = LoraConfig { r, use_dora, ..LoraConfig::default() };
+            let parts = lora_tensor_shapes(&config, path, linear.shape()).into_iter();
+            held.extend(parts.map(|(part, shape)| (format::tensor_key(path, part), shape)));
+        }
+    });
+    held
+}
+
+/// Writes `values` into the parameter's own memory if nothing else shares it, else into new memory.
+fn overwrite_param<B: LinearKernels, const D: usize>(param: &mut Param<Tensor<B, D>>, values: Option<TensorData>) {
+    let Some(values) = values else { return };
+    let device = param.lazy_device();
+    let new = Tensor::<B, D>::from_data(values, (&device, DType::F32));
+    let empty = Param::initialized(param.id, Tensor::zeros([1; D], (&device, DType::F32)));
+    let (id, old, mapper) = std::mem::replace(param, empty).consume();
+    let trained = old.is_require_grad();
+    let filled = B::overwrite(old.into_primitive().tensor(), new.into_primitive().tensor());
+    let filled = kernel::tensor::<B, D>(filled).set_require_grad(trained);
+    *param = Param::from_mapped_value(id, filled, mapper);
+}

@@ -1,0 +1,147 @@
+//! A ds_config before resolution, and its resolution into a [`DsConfig`].
+
+use super::{
+    AutoValues, BatchSizes, DsConfig, SchedulerConfig, ZeroStage,
+    check::{Checker, UnhonouredKey},
+    deprecated::replace_deprecated_keys,
+    keys::DEEPSPEED,
+    optimizer,
+    precision::{self, Bf16Config, Fp16Config},
+    strict,
+    zero::ZeroConfig,
+};
+use crate::Error;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+use std::path::Path;
+
+/// A well-formed ds_config whose `"auto"` values have not been replaced yet.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RawDsConfig {
+    pub(super) root: Map<String, Value>,
+}
+
+impl RawDsConfig {
+    /// Parses JSON.
+    ///
+    /// # Errors
+    /// [`Error::Syntax`] if the text is not JSON or has a duplicate key.
+    pub fn from_json(text: &str) -> Result<Self, Error> {
+        let mut root = strict::from_json(text)?;
+        replace_deprecated_keys(&mut root)?;
+        Ok(Self { root })
+    }
+
+    /// Reads a JSON file.
+    ///
+    /// # Errors
+    /// [`Error::File`] with the path and the error.
+    pub fn read(path: &Path) -> Result<Self, Error> {
+        parse_file(path, Self::from_json)
+    }
+
+    /// Returns the paths of the keys that are `"auto"`.
+    pub fn auto_keys(&self) -> Vec<String> {
+        let mut keys = Vec::new();
+        collect_auto_keys(&self.root, "", &mut keys);
+        keys
+    }
+
+    /// Returns the value that the file itself has at a path such as `zero_optimization.stage`; `None` if the key is
+    /// absent or `"auto"`.
+    pub fn get(&self, path: &str) -> Option<&Value> {
+        let mut parts = path.split('.');
+        let first = self.root.get(parts.next()?)?;
+        let value = parts.try_fold(first, |value, part| value.get(part))?;
+        Some(value).filter(|value| !value.is_null() && *value != "auto")
+    }
+
+    /// Returns the configuration for `world` ranks, with every `"auto"` replaced by the caller's value.
+    ///
+    /// # Errors
+    /// [`Error::UnknownKey`], [`Error::InvalidValue`], [`Error::Unsupported`] or [`Error::Setting`] for keys and
+    /// values, [`Error::MissingBatchSize`], [`Error::ZeroBatchSize`] or [`Error::BatchSizeMismatch`] for batch sizes
+    /// that do not fit together.
+    ///
+    /// # Panics
+    /// If `world` is 0.
+    pub fn resolve(&self, world: u64, auto: &AutoValues) -> Result<DsConfig, Error> {
+        let mut check = Checker { auto: &|path| auto.value(path), unhonoured: Vec::new() };
+        let mut root = check.check_block("", DEEPSPEED, &self.root)?;
+        self.fill_defaults(&mut root, auto);
+        let count = |key| root.get(key).and_then(Value::as_u64);
+        let batch = BatchSizes::complete(
+            count("train_batch_size"),
+            count("train_micro_batch_size_per_gpu"),
+            count("gradient_accumulation_steps"),
+            world,
+        )?;
+        let fp16: Option<Fp16Config> = take_block(&mut root, "fp16")?;
+        let bf16: Option<Bf16Config> = take_block(&mut root, "bf16")?;
+        let zero: Option<ZeroConfig> = take_block(&mut root, "zero_optimization")?;
+        let scheduler = take_block(&mut root, "scheduler")?;
+        if matches!(scheduler, Some(SchedulerConfig::OneCycle(_))) && !self.has_cycle_momentum() {
+            // DeepSpeed cycles the momentum by default.
+            let instead = "the optimizer's betas stay as they are; only the learning rate moves";
+            check.unhonoured.push(UnhonouredKey { key: "scheduler.params.cycle_momentum".to_owned(), instead });
+        }
+        Ok(DsConfig {
+            batch,
+            zero: zero.unwrap_or_default().validated()?,
+            precision: precision::resolve_precision(fp16.unwrap_or_default(), &bf16.unwrap_or_default())?,
+            gradient_clipping: take_block(&mut root, "gradient_clipping")?.unwrap_or(1.0),
+            optimizer: take_block(&mut root, "optimizer")?,
+            scheduler,
+            steps_per_print: take_block(&mut root, "steps_per_print")?,
+            unhonoured: check.unhonoured,
+        })
+    }
+
+    /// Sets defaults that depend on other keys.
+    fn fill_defaults(&self, root: &mut Map<String, Value>, auto: &AutoValues) {
+        if self.root.get("train_batch_size").is_some_and(|value| value == "auto") {
+            root.entry("train_micro_batch_size_per_gpu").or_insert_with(|| auto.micro_batch.into());
+            root.entry("gradient_accumulation_steps").or_insert_with(|| auto.accumulation.into());
+        }
+        if let Some(Value::Object(zero)) = root.get_mut("zero_optimization") {
+            let weights = zero.get("stage").is_some_and(|stage| *stage == u8::from(ZeroStage::Weights));
+            zero.entry("overlap_comm").or_insert_with(|| weights.into());
+        }
+        if let Some(Value::Object(block)) = root.get_mut("optimizer") {
+            optimizer::resolve_adam_w_mode(block, optimizer::is_torch_adam(&self.root));
+        }
+    }
+
+    fn has_cycle_momentum(&self) -> bool {
+        let params = self.root.get("scheduler").and_then(|scheduler| scheduler.get("params"));
+        params.and_then(|params| params.get("cycle_momentum")).is_some_and(Value::is_boolean)
+    }
+}
+
+/// Reads and parses a file; errors name the file.
+pub(super) fn parse_file<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, Error>) -> Result<T, Error> {
+    let parsed = std::fs::read_to_string(path).map_err(Error::from).and_then(|text| parse(&text));
+    parsed.map_err(|source| Error::File { file: path.display().to_string(), source: Box::new(source) })
+}
+
+/// Takes a validated block out of `root` and deserializes it.
+fn take_block<T: DeserializeOwned>(root: &mut Map<String, Value>, key: &str) -> Result<Option<T>, Error> {
+    let Some(value) = root.shift_remove(key) else {
+        return Ok(None);
+    };
+    let found = value.to_string();
+    serde_json::from_value(value)
+        .map(Some)
+        .map_err(|error| super::check::invalid_value(key, &error.to_string(), &found))
+}
+
+fn collect_auto_keys(map: &Map<String, Value>, block: &str, keys: &mut Vec<String>) {
+    for (name, value) in map {
+        let path = if block.is_empty() { name.clone() } else { format!("{block}.{name}") };
+        match value {
+            Value::Object(inner) => collect_auto_keys(inner, &path, keys),
+            value if value == "auto" => keys.push(path),
+            _ => {}
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Reads a checkpoint from one file or from the files of its shards.
+
+use crate::{Error, precision::LossScaler};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs::File,
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+/// The memory-mapped files of a checkpoint.
+pub(super) struct MappedFiles(Vec<(PathBuf, Mmap)>);
+
+impl MappedFiles {
+    /// Maps the file itself or, if it does not exist, the files of all shards next to it.
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let paths = if path.exists() { vec![path.to_owned()] } else { shard_paths(path)? };
+        let map = |path: PathBuf| {
+            let wrong = |source| Error::Path { path: path.clone(), source };
+            let file = File::open(&path).map_err(wrong)?;
+            // SAFETY: the mapping is read-only and is dropped when loading ends, and a checkpoint file is not modified
+            // or truncated after it has been written.
+            let map = unsafe { Mmap::map(&file) }.map_err(wrong)?;
+            Ok((path, map))
+        };
+        paths.into_iter().map(map).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+/// Returns the files of all shards of a sharded checkpoint.
+fn shard_paths(path: &Path) -> Result<Vec<PathBuf>, Error> {
+    let wrong = |source| Error::Path { path: path.to_owned(), source };
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let mut count = None;
+    for entry in folder.read_dir().map_err(wrong)? {
+        let name = entry.map_err(wrong)?.file_name().to_string_lossy().into_owned();
+        let middle = name.strip_prefix(&stem).and_then(|name| name.strip_prefix('.'));
+        let middle = middle.and_then(|name| name.strip_suffix(".safetensors"));
+        if let Some((_, of)) = middle.and_then(|middle| middle.split_once("-of-")) {
+            let of = of.parse::<usize>().ok();
+            if count.is_some() && of != count {
+                let (expected, found) = ("the shards of one checkpoint".to_owned(), "shards of several".to_owned());
+                return Err(Error::State { path: path.to_owned(), key: "parts".to_owned(), expected, found });
+            }
+            count = of;
+        }
+    }
+    let count = count.ok_or_else(|| wrong(std::io::ErrorKind::NotFound.into()))?;
+    Ok((0..count).map(|part| super::shard_path(path, part, count)).collect())
+}
+
+/// The position of a saved tensor: offset of its first value in the full tensor, and the shape of the full tensor.
+type ShardPosition = (usize, Vec<usize>);
+
+/// Reads tensors of a checkpoint by name and keeps track of those not read yet.
+pub(super) struct CheckpointReader<'a> {
+    path: PathBuf,
+    /// The shards of each tensor.
+    shards: HashMap<String, Vec<(ShardPosition, TensorView<'a>)>>,
+    /// Names of tensors that have not been read yet.
+    unread: BTreeSet<String>,
+    /// The number of optimizer steps.
+    pub steps: usize,
+    /// The loss scaler, if there was one.
+    pub scaler: Option<LossScaler>,
+}
+
+impl<'a> CheckpointReader<'a> {
+    pub fn open(path: &Path, maps: &'a MappedFiles) -> Result<Self, Error> {
+        let mut saved =
+            Self { path: path.to_owned(), shards: HashMap::new(), unread: BTreeSet::new(), steps: 0, scaler: None };
+        for (file, map) in &maps.0 {
+            let state = |key: &str, expected: &str, found: String| Error::State {
+                path: file.clone(),
+                key: key.to_owned(),
+                expected: expected.to_owned(),
+                found,
+            };
+            let broken =
+                |e: safetensors::SafeTensorError| state("header", "a complete safetensors file", e.to_string());
+            let (_, header) = SafeTensors::read_metadata(map).map_err(broken)?;
+            let tensors = SafeTensors::deserialize(map).map_err(broken)?;
+            let metadata = header.metadata().clone().unwrap_or_default();
+            let steps = metadata.get("steps").and_then(|steps| steps.parse().ok());
+            saved.steps = steps.ok_or_else(|| state("steps", "a number", "none".to_owned()))?;
+            if let Some(text) = metadata.get("loss_scaler") {
+                let scaler = serde_json::from_str(text);
+                saved.scaler = Some(scaler.map_err(|e| state("loss_scaler", "a loss scaler", e.to_string()))?);
+            }
+            let places: HashMap<String, ShardPosition> = match metadata.get("places") {
+                Some(text) => {
+                    serde_json::from_str(text).map_err(|e| state("places", "shard positions", e.to_string()))?
+                }
+                None => HashMap::new(),
+            };
+            for (name, view) in tensors.tensors() {
+                let place = places.get(&name).cloned().unwrap_or_else(|| (0, view.shape().to_vec()));
+                saved.unread.insert(name.clone());
+                saved.shards.entry(name).or_default().push((place, view));
+            }
+        }
+        Ok(saved)
+    }
+
+    fn wrong(&self, key: &str, expected: String, found: String) -> Error {
+        Error::State { path: self.path.clone(), key: key.to_owned(), expected, found }
+    }
+
+    /// Returns whether the checkpoint contains a tensor of this name.
+    pub fn contains(&self, key: &str) -> bool {
+        self.shards.contains_key(key)
+    }
+
+    /// Reads `range` of the flattened tensor `key`, whose full shape must be `dims`.
+    pub fn read_values(&mut self, key: &str, dims: &[usize], range: Range<usize>) -> Result<Vec<f32>, Error> {
+        let expected = format!("f32 {dims:?}");
+        let Some(pieces) = self.shards.get(key) else {
+            return Err(self.wrong(key, expected, "no such tensor".to_owned()));
+        };
+        let (mut values, mut found) = (vec![0.0; range.len()], 0);
+        for ((start, whole), view) in pieces {
+            if view.dtype() != Dtype::F32 || whole != dims {
+                return Err(self.wrong(key, expected, format!("{:?} {whole:?}", view.dtype())));
+            }
+            let (from, to) = (range.start.max(*start), range.end.min(start + view.data().len() / 4));
+            if from < to {
+                let bytes = &view.data()[(from - start) * 4..(to - start) * 4];
+                let read = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                values[from - range.start..to - range.start].iter_mut().zip(read).for_each(|(to, from)| *to = from);
+                found += to - from;
+            }
+        }
+        if found != range.len() {
+            return Err(self.wrong(key, expected, format!("{found} of {} values", range.len())));
+        }
+        self.unread.remove(key);
+        Ok(values)
+    }
+
+    /// Reads the number of updates of a parameter; none if it had no update yet.
+    pub fn read_step(&mut self, key: &str) -> Result<Option<usize>, Error> {
+        let Some((_, view)) = self.shards.get(key).and_then(|pieces| pieces.first()) else { return Ok(None) };
+        let number = view.data().try_into().ok().and_then(|bytes| usize::try_from(i64::from_le_bytes(bytes)).ok());
+        self.unread.remove(key);
+        let wrong = || self.wrong(key, "a number of updates".to_owned(), format!("{:?}", view.dtype()));
+        number.map(Some).ok_or_else(wrong)
+    }
+
+    /// Returns an error if a tensor of the checkpoint has not been read.
+    pub fn check_all_read(&self) -> Result<(), Error> {
+        let wrong = |key: &String| {
+            let (expected, found) = ("a trainable parameter", "none of that name in this run");
+            Err(self.wrong(key, expected.to_owned(), found.to_owned()))
+        };
+        self.unread.first().map_or(Ok(()), wrong)
+    }
+}
+
+/// Merges the files of a sharded checkpoint into one file, the same as a world of one rank would have saved.
+///
+/// # Errors
+/// Returns [`Error::Path`] for a file that cannot be read or written, [`Error::State`] if the shards are incomplete.
+pub fn consolidate(path: &Path) -> Result<(), Error> {
+    let maps = MappedFiles::open(path)?;
+    let mut saved = CheckpointReader::open(path, &maps)?;
+    let mut whole: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    for name in saved.unread.clone() {
+        let (dtype, dims, first) = {
+            let ((_, dims), view) = &saved.shards[&name][0];
+            (view.dtype(), dims.clone(), view.data())
+        };
+        let bytes = if dtype == Dtype::F32 {
+            let values = saved.read_values(&name, &dims, 0..dims.iter().product())?;
+            values.iter().flat_map(|value| value.to_le_bytes()).collect()
+        } else {
+            first.to_vec()
+        };
+        whole.push((name, dtype, dims, bytes));
+    }
+    let views = whole.iter().map(|(name, dtype, dims, bytes)| {
+        let view = TensorView::new(*dtype, dims.clone(), bytes);
+        view.map(|view| (name.as_str(), view))
+    });
+    let wrong =
+        |e: safetensors::SafeTensorError| Error::Path { path: path.to_owned(), source: std::io::Error::other(e) };
+    let views = views.collect::<Result<Vec<_>, _>>().map_err(wrong)?;
+    let mut metadata = HashMap::from([("steps".to_owned(), saved.steps.to_string())]);
+    if let Some(scaler) = saved.scaler {
+        metadata.insert("loss_scaler".to_owned(), serde_json::json!(scaler).to_string());
+    }
+    safetensors::serialize_to_file(views, Some(metadata), path).map_err(wrong)
+}

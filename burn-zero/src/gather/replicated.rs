@@ -1,0 +1,98 @@
+//! Weights that are replicated on every rank (stages 0 to 2).
+
+use super::{PendingGather, PutParams, ShardContext, ShardTensors, TakeParams, WeightStore, start_all_gather};
+use crate::{
+    Error, bucket,
+    segment::{Direction, DynTensor, WeightProvider, detach_parameters},
+};
+use burn::{
+    module::{Module, ParamId},
+    tensor::backend::AutodiffBackend,
+};
+use std::collections::{HashMap, VecDeque};
+
+/// The largest number of updated buckets in flight at a time.
+const MAX_IN_FLIGHT: usize = 2;
+
+/// A model that has all its weights. During an update this rank's shards of a bucket are taken out of it; the updated
+/// weights of all ranks are collected and put back at the end.
+pub(crate) struct ReplicatedModel<'a, B: AutodiffBackend, M> {
+    /// The model; none only while a mapper transforms it.
+    model: Option<M>,
+    context: ShardContext<'a, B::InnerBackend>,
+    /// Updated buckets in flight, oldest first.
+    in_flight: VecDeque<(usize, PendingGather<B::InnerBackend>)>,
+    /// Updated weights that have arrived.
+    updated: HashMap<ParamId, DynTensor<B::InnerBackend>>,
+}
+
+impl<'a, B: AutodiffBackend, M: Module<B>> ReplicatedModel<'a, B, M> {
+    /// Takes the trainable weights out of a model and leaves placeholders of one element, so that the weights have no
+    /// other owner.
+    pub fn take_from(model: &mut M, context: ShardContext<'a, B::InnerBackend>) -> Self {
+        let whole = detach_parameters(model.clone());
+        let layout = context.layout;
+        let which = |id: ParamId| layout.parameters[layout.parameter_index[&id]].trainable;
+        *model = model.clone().map(&mut TakeParams { layout, selects: which, values: HashMap::new() });
+        Self { model: Some(whole), context, in_flight: VecDeque::new(), updated: HashMap::new() }
+    }
+
+    /// Waits until at most `max_in_flight` buckets are in flight.
+    fn drain(&mut self, max_in_flight: usize) -> Result<(), Error> {
+        let ShardContext { layout, device, .. } = self.context;
+        while self.in_flight.len() > max_in_flight {
+            let Some((index, gathering)) = self.in_flight.pop_front() else { return Ok(()) };
+            let whole = gathering.wait(layout, &layout.buckets[index], device)?;
+            self.updated.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
+        }
+        Ok(())
+    }
+
+    /// Puts the weights back into the model. After an error, in `done` or while receiving, the model lacks the weights
+    /// that were being updated.
+    pub fn put_back<R>(mut self, model: &mut M, done: Result<R, Error>) -> Result<R, Error> {
+        let done = done.and_then(|done| self.drain(0).map(|()| done));
+        let values = std::mem::take(&mut self.updated);
+        if let Some(whole) = self.model {
+            *model = if values.is_empty() { whole } else { whole.map(&mut PutParams { values }) };
+        }
+        done
+    }
+}
+
+impl<B: AutodiffBackend, M: Module<B>> WeightProvider<M> for ReplicatedModel<'_, B, M> {
+    const ALWAYS_RESIDENT: bool = true;
+
+    fn model(&self) -> &M {
+        self.model.as_ref().expect("the model is absent only while a mapper transforms it")
+    }
+
+    fn fetch_segment(&mut self, _: Direction, _: usize) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn release_segment(&mut self, _: Direction, _: usize) {}
+}
+
+impl<B: AutodiffBackend, M: Module<B>> WeightStore<B::InnerBackend> for ReplicatedModel<'_, B, M> {
+    fn take(&mut self, index: usize) -> Result<ShardTensors<B::InnerBackend>, Error> {
+        let ShardContext { layout, device, .. } = self.context;
+        let bucket = &layout.buckets[index];
+        let which = |id| bucket.param_offsets.iter().any(|&(parameter, _)| layout.parameters[parameter].id == id);
+        let mut take = TakeParams { layout, selects: which, values: HashMap::new() };
+        self.model = self.model.take().map(|model| model.map(&mut take));
+        let mut values = take.values;
+        let shards = layout.local_param_shards(bucket).into_iter().map(|shard| {
+            let value = values.remove(&shard.parameter).expect("the model has every parameter of the layout");
+            let value = bucket::slice_shard(value, &shard, false, device);
+            (shard, value)
+        });
+        Ok(shards.collect())
+    }
+
+    fn put(&mut self, index: usize, shards: ShardTensors<B::InnerBackend>) -> Result<(), Error> {
+        let ShardContext { layout, communicator, .. } = self.context;
+        self.in_flight.push_back((index, start_all_gather(layout, &layout.buckets[index], shards, communicator)));
+        self.drain(MAX_IN_FLIGHT)
+    }
+}

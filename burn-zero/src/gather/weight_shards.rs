@@ -1,0 +1,162 @@
+//! This rank's weight shards: on the device, in host memory or in a file.
+
+use super::{PendingGather, ShardContext, ShardTensors, TakeParams, WeightStore, start_all_gather};
+use crate::{
+    Error, bucket,
+    comm::{AsyncCommunicator, Collectives, Lane},
+    offload::{MemoryTier, OffloadFile},
+    sharding::{ParamShard, ShardLayout},
+};
+use burn::{
+    module::Module,
+    tensor::backend::{AutodiffBackend, Backend},
+};
+use std::{collections::HashMap, sync::Arc};
+
+/// This rank's shards of all weights.
+pub(crate) struct WeightShards<B: Backend> {
+    /// The shards, by bucket.
+    shards: HashMap<usize, BucketShard<B>>,
+    /// The file of the shards, if they are in a file.
+    file: Option<OffloadFile>,
+    tier: MemoryTier,
+}
+
+/// The weight shards as a [`WeightStore`], for the update.
+pub(crate) struct WeightShardStore<'a, B: Backend>(&'a mut WeightShards<B>, ShardContext<'a, B>);
+
+impl<B: Backend> WeightStore<B> for WeightShardStore<'_, B> {
+    fn take(&mut self, index: usize) -> Result<ShardTensors<B>, Error> {
+        self.0.take(self.1.layout, index, self.1.device)
+    }
+
+    fn put(&mut self, index: usize, shards: ShardTensors<B>) -> Result<(), Error> {
+        self.0.put(self.1.layout, index, shards)
+    }
+}
+
+/// A rank's shard of a bucket.
+enum BucketShard<B: Backend> {
+    Device(ShardTensors<B>),
+    /// The bytes of the bucket shard, as the all-gather sends them.
+    Host(Arc<Vec<u8>>),
+    /// Offset and length of the bytes in the file.
+    File(u64, usize),
+}
+
+impl<B: Backend> WeightShards<B> {
+    /// Takes this rank's shards out of a model and leaves placeholders of one element.
+    ///
+    /// # Errors
+    /// Returns [`Error::Path`] if the shards go to a file that cannot be written.
+    pub fn shard<A: AutodiffBackend<InnerBackend = B>, M: Module<A>>(
+        model: M,
+        layout: &ShardLayout,
+        (device, tier): (&B::Device, &MemoryTier),
+    ) -> Result<(M, Self), Error> {
+        let mut take = TakeParams { layout, selects: |_| true, values: HashMap::new() };
+        let model = model.map(&mut take);
+        let mut values = take.values;
+        let file = match tier {
+            MemoryTier::File(folder) => Some(OffloadFile::create(folder, layout.shard_index)?),
+            _ => None,
+        };
+        let mut weights = Self { shards: HashMap::new(), file, tier: tier.clone() };
+        for (index, bucket) in layout.buckets.iter().enumerate() {
+            let own = layout.local_param_shards(bucket).into_iter();
+            let cut = own.map(|shard| {
+                let value = values.remove(&shard.parameter).expect("the model has every parameter of the layout");
+                let part = bucket::slice_shard(value, &shard, true, device);
+                (shard, part)
+            });
+            weights.put(layout, index, cut.collect())?;
+        }
+        Ok((model, weights))
+    }
+
+    /// Returns the shards as a store for the update.
+    pub fn as_store<'a>(&'a mut self, context: ShardContext<'a, B>) -> WeightShardStore<'a, B> {
+        WeightShardStore(self, context)
+    }
+
+    /// Stores this rank's shards of a bucket in their memory tier.
+    fn put(&mut self, layout: &ShardLayout, index: usize, shards: ShardTensors<B>) -> Result<(), Error> {
+        let bytes = || bucket::pack_shard(layout, &layout.buckets[index], &shards);
+        let shard = match (&self.tier, &mut self.file) {
+            (MemoryTier::Device, _) => BucketShard::Device(shards),
+            (_, None) => BucketShard::Host(Arc::new(bytes())),
+            (_, Some(file)) => {
+                let bytes = bytes();
+                let start = match self.shards.get(&index) {
+                    Some(&BucketShard::File(start, _)) => start,
+                    _ => file.allocate(bytes.len()),
+                };
+                file.write(start, &bytes)?;
+                BucketShard::File(start, bytes.len())
+            }
+        };
+        self.shards.insert(index, shard);
+        Ok(())
+    }
+
+    /// Returns this rank's shards of a bucket on the device, to be updated in place and [put](Self::put) back.
+    fn take(&mut self, layout: &ShardLayout, index: usize, device: &B::Device) -> Result<ShardTensors<B>, Error> {
+        match self.shards.get_mut(&index) {
+            Some(BucketShard::Device(pieces)) => Ok(std::mem::take(pieces)),
+            _ => self.read(layout, index, device),
+        }
+    }
+
+    /// Returns a copy of this rank's shards of a bucket, on the device.
+    pub fn read(&self, layout: &ShardLayout, index: usize, device: &B::Device) -> Result<ShardTensors<B>, Error> {
+        let bucket = &layout.buckets[index];
+        let bytes = match (&self.shards[&index], &self.file) {
+            (BucketShard::Device(pieces), _) => return Ok(pieces.clone()),
+            (BucketShard::Host(bytes), _) => bytes.clone(),
+            (BucketShard::File(start, length), Some(shelf)) => Arc::new(shelf.reader(*start, *length)()?),
+            (BucketShard::File(..), None) => unreachable!("a shard in a file implies an open file"),
+        };
+        let size = bucket.dtype.size();
+        let shard = |piece: ParamShard| {
+            let bytes = &bytes[piece.offset * size..][..piece.range.len() * size];
+            let value = bucket::tensor_from_bytes(bytes, &[piece.range.len()], bucket.dtype, device);
+            (piece, value)
+        };
+        Ok(layout.local_param_shards(bucket).into_iter().map(shard).collect())
+    }
+
+    /// Starts the all-gather of a bucket.
+    pub fn gather(&self, layout: &ShardLayout, index: usize, communicator: &AsyncCommunicator) -> PendingGather<B> {
+        let bucket = &layout.buckets[index];
+        let (size, trace) = (bucket.dtype.size(), communicator.trace().clone());
+        match (&self.shards[&index], &self.file) {
+            (BucketShard::Device(pieces), _) => start_all_gather(layout, bucket, pieces.clone(), communicator),
+            (BucketShard::Host(bytes), _) => {
+                let bytes = bytes.clone();
+                PendingGather::InFlight(
+                    communicator.submit("all_gather", move |group| group.all_gather_bytes(&bytes, size)),
+                )
+            }
+            (BucketShard::File(start, length), Some(shelf)) => {
+                let read = shelf.reader(*start, *length);
+                PendingGather::InFlight(communicator.submit("all_gather", move |group| {
+                    let bytes = trace.numbered_span(("from the file", index), Lane::Transfer, read)?;
+                    group.all_gather_bytes(&bytes, size)
+                }))
+            }
+            (BucketShard::File(..), None) => unreachable!("a shard in a file implies an open file"),
+        }
+    }
+
+    /// Returns the bytes on the device and in host memory, of the trainable or of the frozen buckets.
+    pub fn bytes(&self, layout: &ShardLayout, trainable: bool) -> (usize, usize) {
+        let own = self.shards.iter().filter(|(index, _)| layout.buckets[**index].trainable == trainable);
+        own.fold((0, 0), |(device, host), (_, part)| match part {
+            BucketShard::Device(pieces) => {
+                (device + pieces.iter().map(|(_, value)| value.bytes()).sum::<usize>(), host)
+            }
+            BucketShard::Host(bytes) => (device, host + bytes.len()),
+            BucketShard::File(..) => (device, host),
+        })
+    }
+}

@@ -1,0 +1,15 @@
+//! Laws that span the crates, on small models: agreement with transformers and PEFT, and equalities such as merged ≡
+//! unmerged, packed ≡ separate, cached ≡ recomputed. One binary, so that the model is compiled once for all of them.
+
+mod export;
+mod family;
+mod generate;
+mod gguf;
+mod loftq;
+mod methods;
+mod packed;
+mod prompt;
+mod several;
+mod text;
+mod train;
+mod transformers;

@@ -1,0 +1,144 @@
+//! Logits and all gradients equal those of `transformers`, on random models of every variant.
+
+use burn::{
+    backend::{Autodiff, Flex},
+    module::AutodiffModule,
+    tensor::DType,
+};
+use burn_llama::{Checkpoint, Llama};
+use burn_peft::{adapter, param};
+use laws::{
+    files::{same_files, saved_adapters},
+    fixture, floats, max_diff, one_backward_at_a_time,
+    reference::{compare, gradients, logits_differ},
+    tensors,
+};
+
+#[test]
+fn logits_and_every_gradient_are_those_of_transformers() {
+    let _lock = one_backward_at_a_time();
+    let names = ["mha", "gqa_llama3", "tied_bias", "linear_rope", "yarn", "qwen2", "qwen3", "mistral_window"];
+    for name in names {
+        let reference = tensors(&format!("models/{name}/reference.safetensors"));
+        let checkpoint = Checkpoint::open(&fixture(&format!("models/{name}"))).unwrap();
+        let model = checkpoint.load::<Autodiff<Flex>>(DType::F32, &Default::default()).unwrap();
+        let difference = logits_differ(&model.valid(), &reference);
+        assert!(difference < 1e-4, "{name}: logits differ by {difference:e}");
+        let (loss, found) = gradients(&model, &reference);
+        assert!((loss - floats(&reference["loss"])[0]).abs() < 1e-5, "{name}: loss {loss}");
+        let expected = reference.iter().filter_map(|(key, value)| Some((key.strip_prefix("grad.")?, value)));
+        let mut count = 0;
+        for (key, value) in expected {
+            compare(&found[key], &floats(value), &format!("{name}: {key}"));
+            count += 1;
+        }
+        assert_eq!(count, found.len(), "{name}: gradients without a reference");
+    }
+}
+
+#[test]
+fn shards_and_half_precision_are_read() {
+    for (name, stored) in [("sharded", DType::BF16), ("f16", DType::F16)] {
+        let reference = tensors(&format!("models/{name}/reference.safetensors"));
+        let checkpoint = Checkpoint::open(&fixture(&format!("models/{name}"))).unwrap();
+        // In f32, and with matrices in their stored type; products are computed in f32 either way.
+        for dtype in [DType::F32, stored] {
+            let model = checkpoint.load::<Flex>(dtype, &Default::default()).unwrap();
+            assert_eq!(model.model.layers[0].self_attn.q_proj.weight.val().dtype(), dtype);
+            let difference = logits_differ(&model, &reference);
+            assert!(difference < 1e-4, "{name} as {dtype:?}: logits differ by {difference:e}");
+        }
+    }
+}
+
+#[test]
+fn both_spellings_of_a_configuration_say_the_same() {
+    let new = burn_llama::LlamaConfig::load(&fixture("models/gqa_llama3/config.json")).unwrap();
+    let old = burn_llama::LlamaConfig::load(&fixture("models/gqa_llama3/config_old.json")).unwrap();
+    assert!(matches!(new.rope_scaling, burn_llama::rope::RopeScaling::Llama3 { .. }));
+    assert_eq!((new.rope_scaling, new.rope_theta), (old.rope_scaling, old.rope_theta));
+}
+
+#[test]
+fn a_saved_model_is_the_model() {
+    let checkpoint = Checkpoint::open(&fixture("models/qwen3")).unwrap();
+    let model = checkpoint.load::<Flex>(DType::F32, &Default::default()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    burn_llama::checkpoint::save(&model, directory.path()).unwrap();
+    let again = Checkpoint::open(directory.path()).unwrap().load::<Flex>(DType::F32, &Default::default()).unwrap();
+    let reference = tensors("models/qwen3/reference.safetensors");
+    assert_eq!(logits_differ(&model, &reference), logits_differ(&again, &reference));
+    let names =
+        |m: &Llama<Flex>| param::named_parameters::<Flex, _>(m).into_iter().map(|(name, ..)| name).collect::<Vec<_>>();
+    assert_eq!(names(&model), names(&again));
+}
+
+#[test]
+fn lora_is_peft_s() {
+    let _lock = one_backward_at_a_time();
+    let checkpoint = Checkpoint::open(&fixture("models/gqa_llama3")).unwrap();
+    for name in ["lora_qv", "lora_all", "lora_regex"] {
+        let reference = tensors(&format!("peft/{name}/reference.safetensors"));
+        let mut model = checkpoint.load::<Autodiff<Flex>>(DType::F32, &Default::default()).unwrap();
+        adapter::load(&mut model, "default", &fixture(&format!("peft/{name}"))).unwrap();
+        let model = param::train_only(model, adapter::is_adapter);
+        let difference = logits_differ(&model.valid(), &reference);
+        assert!(difference < 1e-4, "{name}: logits differ by {difference:e}");
+        let (_, found) = gradients(&model, &reference);
+        let keys: Vec<&str> = reference.keys().filter_map(|key| key.strip_prefix("grad.")).collect();
+        assert_eq!(keys.len(), found.len(), "{name}: only adapters carry gradients, and all of them do");
+        for key in keys {
+            let path = key.strip_prefix("base_model.model.").unwrap();
+            let path =
+                path.replace(".lora_A.weight", ".adapters.0.lora_a").replace(".lora_B.weight", ".adapters.0.lora_b");
+            compare(&found[&path], &floats(&reference[&format!("grad.{key}")]), &format!("{name}: {key}"));
+        }
+    }
+}
+
+#[test]
+fn saved_files_are_peft_s() {
+    let temporary = tempfile::tempdir().unwrap();
+    let kept = saved_adapters(temporary.path());
+    let checkpoint = Checkpoint::open(&fixture("models/gqa_llama3")).unwrap();
+    for name in ["lora_qv", "lora_all", "lora_regex"] {
+        let (mut model, theirs) = (checkpoint.load::<Flex>(DType::F32, &Default::default()).unwrap(), fixture("peft"));
+        let (config, unknown) = adapter::load(&mut model, "default", &theirs.join(name)).unwrap();
+        assert!(unknown.is_empty(), "{unknown:?}");
+        adapter::save(&model, "default", &config, &kept.join(name)).unwrap();
+        same_files(&kept.join(name), &theirs.join(name), 0.0, name);
+    }
+}
+
+#[test]
+fn an_adapter_survives_merging() {
+    let checkpoint = Checkpoint::open(&fixture("models/gqa_llama3")).unwrap();
+    let load = || checkpoint.load::<Flex>(DType::F32, &Default::default()).unwrap();
+    let (mut model, reference) = (load(), tensors("peft/lora_qv/reference.safetensors"));
+    let base = tensors("models/gqa_llama3/reference.safetensors");
+    let (_, unknown) = adapter::load(&mut model, "default", &fixture("peft/lora_qv")).unwrap();
+    assert!(unknown.is_empty(), "{unknown:?}");
+    let merged = tensors("peft/lora_qv/merged.safetensors");
+    adapter::merge(&mut model, "default").unwrap();
+    adapter::merge(&mut model, "default").unwrap();
+    burn_peft::Linears::linears(&model, &mut |path, linear| {
+        if let Some(expected) = merged.get(&format!("{path}.weight")) {
+            let difference = max_diff(&floats(&linear.weight.val().into_data()), &floats(expected));
+            assert!(difference < 1e-6, "{path}: merged weights differ by {difference:e}");
+        }
+    });
+    assert!(logits_differ(&model, &reference) < 1e-4);
+    adapter::unmerge(&mut model, "default");
+    assert!(logits_differ(&model, &reference) < 1e-4);
+    assert!(logits_differ(&model, &base) > 1e-2, "the adapter must matter");
+    burn_peft::Linears::linears_mut(&mut model, &mut |_, linear| linear.delete_adapter("default").unwrap());
+    assert!(logits_differ(&model, &base) < 1e-4);
+}
+
+#[test]
+fn an_adapter_for_another_model_is_refused() {
+    let checkpoint = Checkpoint::open(&fixture("models/mha")).unwrap();
+    let mut model = checkpoint.load::<Flex>(DType::F32, &Default::default()).unwrap();
+    let error = adapter::load(&mut model, "default", &fixture("peft/lora_qv")).unwrap_err().to_string();
+    assert!(error.contains("another base model") && error.contains("q_proj.lora_A"), "{error}");
+}
