@@ -1,8 +1,11 @@
 //! LoRA's configuration, with PEFT's field names and defaults.
 
 mod json;
+mod selection;
 
-use crate::{Error, TargetModules, target::Selection};
+pub use selection::Selection;
+
+use crate::{Error, TargetModules};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 

@@ -1,9 +1,6 @@
 //! IA3: scales features by learned factors (Liu et al., 2022, arXiv:2205.05638).
 
-use crate::{
-    Error, Linear, Linears, TargetModules, adapter::check_new_adapter, config::default_if_null, format,
-    kernel::LinearKernels, param,
-};
+use crate::{Error, TargetModules, config::default_if_null, kernel::LinearKernels, param};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
@@ -26,7 +23,8 @@ pub struct Ia3<B: LinearKernels> {
 }
 
 impl<B: LinearKernels> Ia3<B> {
-    fn new(path: &str, name: &str, factors: Tensor<B, 2>) -> Self {
+    /// Creates the factors of the layer at `path`.
+    pub(crate) fn new(path: &str, name: &str, factors: Tensor<B, 2>) -> Self {
         let id = param::id(&format!("{path}.ia3_l.{name}"));
         Self {
             ia3_l: Param::initialized(id, factors.require_grad()),
@@ -139,112 +137,4 @@ impl Ia3Config {
         }
         all
     }
-
-    /// Returns the selected layers' paths and the shapes of their factors. Unties the output head if it is selected.
-    fn target_layers<B: LinearKernels, M: Linears<B>>(
-        &self,
-        model: &mut M,
-    ) -> Result<Vec<(String, [usize; 2])>, Error> {
-        let (target, feedforward) = (self.target_modules.matcher()?, self.feedforward_modules.matcher()?);
-        let exclude = self.exclude_modules.as_ref().map(TargetModules::matcher).transpose()?;
-        let selects =
-            |path: &str| target.selects(path) && !exclude.as_ref().is_some_and(|exclude| exclude.selects(path));
-        if model.tied().is_some_and(|[_, head]| selects(head)) {
-            model.untie();
-        }
-        let (mut selected, mut names) = (Vec::new(), std::collections::BTreeSet::new());
-        model.linears(&mut |path, linear| {
-            names.insert(path.rsplit('.').next().unwrap_or(path).to_owned());
-            if selects(path) {
-                let [out, features] = linear.shape();
-                let shape = if feedforward.selects(path) { [1, features] } else { [out, 1] };
-                selected.push((path.to_owned(), shape));
-            }
-        });
-        if selected.is_empty() {
-            let available = names.into_iter().collect::<Vec<_>>().join(", ");
-            return Err(Error::NoTarget { target: self.target_modules.to_string(), available });
-        }
-        Ok(selected)
-    }
-}
-
-/// Returns PEFT's key for the factors of the layer at `path`.
-fn tensor_key(path: &str) -> String {
-    format!("base_model.model.{path}.ia3_l")
-}
-
-/// Adds an adapter to the selected layers; `factors` makes its values for a layer's path and shape.
-fn inject<B: LinearKernels, M: Linears<B>>(
-    model: &mut M,
-    name: &str,
-    selected: Vec<(String, [usize; 2])>,
-    mut factors: impl FnMut(&str, [usize; 2], &B::Device) -> Tensor<B, 2>,
-) {
-    let mut selected = selected.into_iter().peekable();
-    model.linears_mut(&mut |path, linear: &mut Linear<B>| {
-        if let Some((_, shape)) = selected.next_if(|(selected, _)| selected == path) {
-            let device = linear.weight.device();
-            linear.ia3.push(Ia3::new(path, name, factors(path, shape, &device)));
-        }
-    });
-}
-
-/// Adds IA3 factors of 1 to every layer that `config` selects: they change nothing yet.
-///
-/// # Errors
-/// If nothing is selected, the name is taken, or the configuration asks for random factors.
-pub fn attach<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str, config: &Ia3Config) -> Result<(), Error> {
-    if !config.init_ia3_weights {
-        return Err(Error::config("`init_ia3_weights` should be true: initial factors other than 1 break the model"));
-    }
-    check_new_adapter(model, name, false)?;
-    let selected = config.target_layers(model)?;
-    inject(model, name, selected, |_, shape, device| Tensor::ones(shape, (device, DType::F32)));
-    Ok(())
-}
-
-/// Reads an IA3 adapter from a PEFT directory and adds it to the model as `name`. Returns its configuration and the
-/// names of unknown configuration fields.
-///
-/// # Errors
-/// If a file is missing or malformed, if the adapter does not fit the model, or if the name is taken.
-pub fn load<B: LinearKernels, M: Linears<B>>(
-    model: &mut M,
-    name: &str,
-    directory: &Path,
-) -> Result<(Ia3Config, Vec<String>), Error> {
-    let path = directory.join(format::CONFIG_NAME);
-    let (config, unknown) = Ia3Config::from_json(&path, format::read_config(directory)?)?;
-    let mut tensors = format::read_tensors(directory)?;
-    check_new_adapter(model, name, false)?;
-    let selected = config.target_layers(model)?;
-    let expected: Vec<_> = selected.iter().map(|(path, shape)| (tensor_key(path), shape.to_vec())).collect();
-    format::check_tensors(directory, &expected, &tensors)?;
-    inject(model, name, selected, |path, shape, device| match tensors.remove(&tensor_key(path)) {
-        Some(data) => Tensor::from_data(data, (device, DType::F32)),
-        None => Tensor::ones(shape, (device, DType::F32)),
-    });
-    Ok((config, unknown))
-}
-
-/// Writes the named adapter as a PEFT directory.
-///
-/// # Errors
-/// If the model has no such adapter or the directory cannot be written.
-pub fn save<B: LinearKernels, M: Linears<B>>(
-    model: &M,
-    name: &str,
-    config: &Ia3Config,
-    directory: &Path,
-) -> Result<(), Error> {
-    let mut tensors = Vec::new();
-    model.linears(&mut |path, linear| {
-        let named = linear.ia3.iter().find(|ia3| ia3.name == name);
-        tensors.extend(named.map(|ia3| (tensor_key(path), ia3.ia3_l.val().into_data())));
-    });
-    if tensors.is_empty() {
-        return Err(Error::InvalidAdapter { name: name.to_owned(), state: "is on no layer of the model" });
-    }
-    format::write(directory, &config.to_json(), tensors)
 }

@@ -31,7 +31,7 @@
 //! ```
 //!
 //! Where to look: [`adapter`] adds LoRA and its variants (DoRA, PiSSA, rank patterns, trained biases and
-//! `modules_to_save`) to a model, [`ia3`] adds IA3, and [`prompt`] adds virtual tokens (prefix tuning, prompt tuning,
+//! `modules_to_save`) and IA3 to a model, and [`prompt`] makes virtual tokens (prefix tuning, prompt tuning,
 //! P-tuning). All of them read and write PEFT's adapter directories. A model can hold several named adapters;
 //! [`adapter`] activates, merges, combines and hot-swaps them, and a [`Route`] selects an adapter per row of a batch.
 //! [`packed`] keeps frozen weights in the quantized blocks of their file, or quantizes them to NF4.

@@ -14,6 +14,11 @@ pub fn id(path: &str) -> ParamId {
     ParamId::from(random::key_from_str(path))
 }
 
+/// Returns the last segment of a path: the name of the module or parameter itself.
+pub(crate) fn last_segment(path: &str) -> &str {
+    path.rsplit('.').next().unwrap_or(path)
+}
+
 /// Makes only the parameters whose path `trained` accepts require gradients. Every parameter becomes a leaf of the
 /// autodiff graph.
 pub fn train_only<B: Backend, M: Module<B>>(module: M, trained: impl Fn(&str) -> bool) -> M {

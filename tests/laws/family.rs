@@ -13,7 +13,7 @@ use burn_llama::{
 use burn_peft::{
     Ia3Config, Linears, LoraConfig, TargetModules, adapter,
     config::{Bias, InitLoraWeights},
-    ia3, param,
+    param,
 };
 use burn_zero::segment::Checkpointing;
 use laws::{
@@ -74,7 +74,7 @@ enum AdapterConfig {
 impl AdapterConfig {
     fn load<B: Kernels>(model: &mut Llama<B>, name: &str) -> Self {
         let (config, unknown) = if name.starts_with("ia3") {
-            let (config, unknown) = ia3::load(model, "default", &directory(name)).unwrap();
+            let (config, unknown) = adapter::load_ia3(model, "default", &directory(name)).unwrap();
             (Self::Ia3(config), unknown)
         } else {
             let (config, unknown) = adapter::load(model, "default", &directory(name)).unwrap();
@@ -87,7 +87,7 @@ impl AdapterConfig {
     fn save<B: Kernels>(&self, model: &Llama<B>, out: &Path) {
         match self {
             Self::Lora(config) => adapter::save(model, "default", config, out).unwrap(),
-            Self::Ia3(config) => ia3::save(model, "default", config, out).unwrap(),
+            Self::Ia3(config) => adapter::save_ia3(model, "default", config, out).unwrap(),
         }
     }
 
@@ -257,7 +257,7 @@ fn starts_change_nothing_but_false() {
         assert_eq!(difference < 1e-4, unchanged, "{config:?}: {difference:e}");
     }
     let mut model = base::<Flex>("gqa_llama3");
-    ia3::attach(&mut model, "default", &Ia3Config::default()).unwrap();
+    adapter::attach_ia3(&mut model, "default", &Ia3Config::default()).unwrap();
     assert!(row_logits_differ(&model, &base_reference) < 1e-4);
 }
 
@@ -335,7 +335,7 @@ fn fields_from_the_future_are_told_and_old_files_named() {
         let load = || {
             let mut model = base::<Flex>("gqa_llama3");
             if name == "ia3" {
-                ia3::load(&mut model, "default", &out).map(|(_, unknown)| unknown)
+                adapter::load_ia3(&mut model, "default", &out).map(|(_, unknown)| unknown)
             } else {
                 adapter::load(&mut model, "default", &out).map(|(_, unknown)| unknown)
             }
@@ -417,12 +417,12 @@ fn adapters_of_another_kind_or_base_are_refused() {
         let error = adapter::load(&mut model, "default", &directory(name)).unwrap_err().to_string();
         assert!(error.contains("another base model") && error.contains("lora_A"), "{name}: {error}");
     }
-    let error = ia3::load(&mut model, "default", &directory("ia3")).unwrap_err().to_string();
+    let error = adapter::load_ia3(&mut model, "default", &directory("ia3")).unwrap_err().to_string();
     assert!(error.contains("another base model") && error.contains("ia3_l"), "{error}");
-    let error = ia3::load(&mut model, "default", &directory("dora")).unwrap_err().to_string();
+    let error = adapter::load_ia3(&mut model, "default", &directory("dora")).unwrap_err().to_string();
     assert!(error.contains("IA3") && error.contains("LORA"), "{error}");
     let mut model = base::<Flex>("gqa_llama3");
-    ia3::attach(&mut model, "a", &Ia3Config::default()).unwrap();
+    adapter::attach_ia3(&mut model, "a", &Ia3Config::default()).unwrap();
     let error = adapter::attach(&mut model, "a", &LoraConfig::default(), 0).unwrap_err().to_string();
     assert!(error.contains("exists already"), "{error}");
 }

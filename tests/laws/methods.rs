@@ -13,7 +13,7 @@ use burn_llama::{
 use burn_peft::{
     DropoutKey, ForwardContext, Ia3Config, Linears, LoraConfig, Prompt, PromptConfig, TargetModules, adapter,
     config::{Bias, InitLoraWeights, OneOrMany},
-    ia3, param,
+    param,
     prompt::{PromptMethod, PromptTuningInit},
 };
 use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
@@ -149,7 +149,7 @@ impl Method {
     fn attach<B: Kernels>(&self, model: &mut Llama<B>, name: &str) {
         match self {
             Self::Lora(config) => adapter::attach(model, name, config, 7).unwrap(),
-            Self::Ia3 => ia3::attach(model, name, &Ia3Config::default()).unwrap(),
+            Self::Ia3 => adapter::attach_ia3(model, name, &Ia3Config::default()).unwrap(),
             Self::Prompt(config) | Self::From(config) => {
                 let text = matches!(self, Self::From(_)).then_some(&TEXT[..]);
                 let prompt = model.new_prompt(config, text, 7).unwrap().named(name);
@@ -161,7 +161,7 @@ impl Method {
     fn save<B: Kernels>(&self, model: &Llama<B>, name: &str, out: &Path) {
         match self {
             Self::Lora(config) => adapter::save(model, name, config, out).unwrap(),
-            Self::Ia3 => ia3::save(model, name, &Ia3Config::default(), out).unwrap(),
+            Self::Ia3 => adapter::save_ia3(model, name, &Ia3Config::default(), out).unwrap(),
             Self::Prompt(_) | Self::From(_) => {
                 model.prompts.iter().find(|prompt| prompt.name == name).unwrap().save(out).unwrap();
             }
@@ -171,7 +171,7 @@ impl Method {
     fn load<B: Kernels>(&self, model: &mut Llama<B>, name: &str, from: &Path) {
         match self {
             Self::Lora(_) => drop(adapter::load(model, name, from).unwrap()),
-            Self::Ia3 => drop(ia3::load(model, name, from).unwrap()),
+            Self::Ia3 => drop(adapter::load_ia3(model, name, from).unwrap()),
             Self::Prompt(_) | Self::From(_) => {
                 let (prompt, _) = Prompt::load(from, model.config().base_shape(), &model.device()).unwrap();
                 model.prompts.push(prompt.named(name));

@@ -14,7 +14,6 @@ use burn_llama::{
 use burn_peft::{
     DropoutKey, Error, ForwardContext, Ia3Config, Linear, Linears, LoraConfig, TargetModules, adapter,
     config::InitLoraWeights,
-    ia3,
     kernel::MatmulPrecision,
     packed::{BlockType, Codec, PackedWeight, nf4},
     param, random,
@@ -329,7 +328,7 @@ fn adapters_on_packed_weights_learn_as_on_the_decoded_ones() {
     let methods: [(&str, Attach); 3] = [
         ("lora", |model| adapter::attach(model, "a", &lora(), 5).unwrap()),
         ("dora", |model| adapter::attach(model, "a", &LoraConfig { use_dora: true, ..lora() }, 5).unwrap()),
-        ("ia3", |model| ia3::attach(model, "a", &Ia3Config::default()).unwrap()),
+        ("ia3", |model| adapter::attach_ia3(model, "a", &Ia3Config::default()).unwrap()),
     ];
     for (index, (base, ..)) in models().into_iter().enumerate() {
         for (method, attach) in methods {

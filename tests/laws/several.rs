@@ -9,7 +9,6 @@ use burn_peft::{
     Ia3Config, Linears, LoraConfig, Prompt, adapter,
     adapter::CombinationType,
     config::{Bias, InitLoraWeights},
-    ia3,
     route::BASE,
 };
 use laws::{files::same_files, fixture, floats, integers, max_abs, max_diff, tensors};
@@ -41,7 +40,7 @@ fn crowded() -> Llama<Flex> {
         adapter::load(&mut model, name, &directory(name)).unwrap();
     }
     adapter::load(&mut model, "dora", &fixture("family/dora")).unwrap();
-    ia3::load(&mut model, "ia3", &fixture("family/ia3")).unwrap();
+    adapter::load_ia3(&mut model, "ia3", &fixture("family/ia3")).unwrap();
     for name in ["prefix", "prompt", "p_tuning"] {
         let shape = model.config().base_shape();
         let (prompt, _) = Prompt::load(&fixture(&format!("prompt/{name}")), shape, &model.device()).unwrap();
@@ -211,7 +210,7 @@ fn names_are_free_text_but_taken_once() {
         for error in [
             adapter::load(&mut model, name, &directory("a")).unwrap_err(),
             adapter::attach(&mut model, name, &LoraConfig::default(), 0).unwrap_err(),
-            ia3::attach(&mut model, name, &Ia3Config::default()).unwrap_err(),
+            adapter::attach_ia3(&mut model, name, &Ia3Config::default()).unwrap_err(),
             adapter::combine(&mut model, name, &[(name, 1.0)], CombinationType::Cat).unwrap_err(),
         ] {
             assert!(error.to_string().contains("exists already"), "{error}");
@@ -219,7 +218,7 @@ fn names_are_free_text_but_taken_once() {
         assert_eq!((weights(&model), logits(&model, &text)), (before, expected.clone()), "{name}: refused, unchanged");
     }
     let error = adapter::load(&mut base(), BASE, &directory("a")).unwrap_err().to_string();
-    assert!(error.contains("means no adapter"), "{error}");
+    assert!(error.contains("stands for no adapter"), "{error}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use burn_llama::{Llama, Tokenizer, kernel::Kernels};
-use burn_peft::{Ia3Config, LoraConfig, PromptConfig, TargetModules, adapter, format, ia3, prompt};
+use burn_peft::{Ia3Config, LoraConfig, PromptConfig, TargetModules, adapter, format, prompt};
 use std::{
     convert::Infallible,
     path::{Path, PathBuf},
@@ -95,7 +95,7 @@ pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, directory: &Path) -> R
         return Ok(AttachedAdapter::Prompt);
     }
     if json["peft_type"] == "IA3" {
-        let (config, unknown) = ia3::load(model, name, directory)?;
+        let (config, unknown) = adapter::load_ia3(model, name, directory)?;
         model::warn_unknown_fields(directory, &unknown);
         return Ok(AttachedAdapter::Ia3(config));
     }
@@ -110,7 +110,7 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
     match method.common.kind {
         MethodKind::Ia3 => {
             let config = ia3_config(recipe);
-            ia3::attach(model, ADAPTER_NAME, &config)?;
+            adapter::attach_ia3(model, ADAPTER_NAME, &config)?;
             Ok(AttachedAdapter::Ia3(config))
         }
         kind if kind.is_prompt() => {
@@ -145,7 +145,7 @@ impl AttachedAdapter {
             (Self::Lora(config, Some(start)), _) => {
                 adapter::save_mutated_as_lora(model, ADAPTER_NAME, config, (start.path(), directory))?;
             }
-            (Self::Ia3(config), _) => ia3::save(model, ADAPTER_NAME, config, directory)?,
+            (Self::Ia3(config), _) => adapter::save_ia3(model, ADAPTER_NAME, config, directory)?,
             (Self::Prompt, Some(prompt)) => prompt.save(directory)?,
             (Self::Prompt, None) => {}
         }

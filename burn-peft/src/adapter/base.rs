@@ -1,8 +1,13 @@
 //! Parameters of the base model that are trained along with an adapter: biases (`bias`) and whole modules
 //! (`modules_to_save`). They are trained in place; their original values remain only in the base model's files.
 
-use super::{Linears, targeted_module_names};
-use crate::{Error, LoraConfig, config::Bias, kernel::LinearKernels, param, target::Selection};
+use super::linears::{Linears, check_layers, targeted_module_names};
+use crate::{
+    Error, LoraConfig,
+    config::{Bias, Selection},
+    kernel::LinearKernels,
+    param,
+};
 use burn::{
     module::{Module, ModuleMapper, ModuleVisitor, Param},
     tensor::{DType, Tensor, TensorData, backend::Backend},
@@ -12,49 +17,6 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Returns true if the parameter at `path` belongs to an adapter or a prompt.
 pub fn is_adapter(path: &str) -> bool {
     path.split('.').any(|part| matches!(part, "adapters" | "ia3" | "prompt" | "prompts"))
-}
-
-/// Makes only the active adapters trainable, and the parameters of the base model that `config` trains along with them.
-/// Every parameter becomes a leaf of the autodiff graph.
-///
-/// # Errors
-/// If the configuration selects nothing.
-pub fn train_only<B: LinearKernels, M: Linears<B> + Module<B>>(model: M, config: &LoraConfig) -> Result<M, Error> {
-    let (base, idle) = (TrainableBase::new(&model, config)?, InactiveAdapters::new(&model));
-    Ok(param::train_only(model, |path| {
-        (is_adapter(path) && !idle.contains(path)) || base.base_params.contains_key(path)
-    }))
-}
-
-/// Makes only the active adapters trainable. Every parameter becomes a leaf of the autodiff graph.
-pub fn train_active<B: LinearKernels, M: Linears<B> + Module<B>>(model: M) -> M {
-    let idle = InactiveAdapters::new(&model);
-    param::train_only(model, |path| is_adapter(path) && !idle.contains(path))
-}
-
-/// The path prefixes of the parameters of inactive adapters.
-struct InactiveAdapters(Vec<String>);
-
-impl InactiveAdapters {
-    fn new<B: LinearKernels, M: Linears<B>>(model: &M) -> Self {
-        let mut idle = Vec::new();
-        model.linears(&mut |path, linear| {
-            let low_rank = linear.adapters.iter().map(|adapter| adapter.active).enumerate();
-            let factors = linear.ia3.iter().map(|ia3| ia3.active).enumerate();
-            let off =
-                |(index, active): (usize, bool), field: &str| (!active).then(|| format!("{path}.{field}.{index}."));
-            idle.extend(low_rank.filter_map(|at| off(at, "adapters")));
-            idle.extend(factors.filter_map(|at| off(at, "ia3")));
-        });
-        let first = model.prompts().iter().position(|prompt| prompt.active);
-        let others = (0..model.prompts().len()).filter(|&index| Some(index) != first);
-        idle.extend(others.map(|index| format!("prompts.{index}.")));
-        Self(idle)
-    }
-
-    fn contains(&self, path: &str) -> bool {
-        self.0.iter().any(|start| path.starts_with(start))
-    }
 }
 
 /// Unties the output head from the embedding if `config` changes one of the two.
@@ -80,7 +42,7 @@ impl TrainableBase {
     pub fn new<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M, config: &LoraConfig) -> Result<Self, Error> {
         let adapted: BTreeSet<String> = targeted_module_names(model, config)?.into_iter().collect();
         let selection = Selection::new(config)?;
-        super::check_layers(model, |path, linear| {
+        check_layers(model, |path, linear| {
             if selection.in_modules_to_save(path) { linear.weight.check_writable("modules_to_save") } else { Ok(()) }
         })?;
         let (mut modules, mut learned) = (BTreeSet::new(), BTreeMap::new());
@@ -92,7 +54,7 @@ impl TrainableBase {
             let (module, name) = path.rsplit_once('.').unwrap_or(("", &path));
             let layer = adapted.contains(module);
             let bias = name == "bias" && (config.bias == Bias::All || config.bias == Bias::LoraOnly && layer);
-            modules.insert(module.rsplit('.').next().unwrap_or(module).to_owned());
+            modules.insert(param::last_segment(module).to_owned());
             saved.extend(selection.matching_modules_to_save(module).cloned());
             if bias || selection.in_modules_to_save(module) {
                 // PEFT wraps adapted layers: their own parameters are under `base_layer`.
@@ -112,6 +74,11 @@ impl TrainableBase {
     /// Returns true if the adapter targets the layer at `path`.
     pub fn is_target(&self, path: &str) -> bool {
         self.target_paths.contains(path)
+    }
+
+    /// Returns true if the base model's parameter at `path` is trained along with the adapter.
+    pub fn is_trained(&self, path: &str) -> bool {
+        self.base_params.contains_key(path)
     }
 
     /// Returns the keys and shapes of the base model's trained parameters in PEFT's file.

@@ -1,10 +1,14 @@
 //! Combines several adapters, each with a weight, into a new one: PEFT's `add_weighted_adapter`.
 
-use super::{Linears, check_new_adapter, registry::check_exists};
+use super::{
+    linears::Linears,
+    registry::{check_exists, check_new_adapter},
+};
 use crate::{
     Error, Lora, LoraConfig, TargetModules, format,
     kernel::LinearKernels,
     lora::{low_rank_decomposition, zero_pad},
+    param::last_segment,
     random,
 };
 use burn::tensor::{DType, Tensor, TensorData};
@@ -177,10 +181,9 @@ fn exact_target_modules<'a, B: LinearKernels, M: Linears<B>>(
     paths: impl Iterator<Item = &'a String>,
 ) -> TargetModules {
     let paths: BTreeSet<&String> = paths.collect();
-    let last = |path: &str| path.rsplit('.').next().unwrap_or(path).to_owned();
-    let names: BTreeSet<String> = paths.iter().map(|path| last(path)).collect();
+    let names: BTreeSet<String> = paths.iter().map(|path| last_segment(path).to_owned()).collect();
     let mut selected = 0;
-    model.linears(&mut |path, _| selected += usize::from(names.contains(&last(path))));
+    model.linears(&mut |path, _| selected += usize::from(names.contains(last_segment(path))));
     TargetModules::Suffixes(match selected == paths.len() {
         true => names.into_iter().collect(),
         false => paths.into_iter().cloned().collect(),

@@ -1,6 +1,6 @@
 //! Converts adapters whose initialization changed the base weights (PiSSA, OLoRA) into plain LoRA.
 
-use super::{Linears, collect_state_dict};
+use super::{linears::Linears, lora::collect_state_dict};
 use crate::{Error, LoraConfig, config::InitLoraWeights, format, kernel::LinearKernels};
 use burn::{
     module::Module,

@@ -1,6 +1,10 @@
 //! Hot swap: loads another adapter's values into the tensors of an adapter that is on the model.
 
-use super::{Linears, check_layers, lora_tensor_shapes, registry::check_exists};
+use super::{
+    linears::{Linears, check_layers},
+    lora::lora_tensor_shapes,
+    registry::check_exists,
+};
 use crate::{
     Error, LoraConfig, format,
     kernel::{self, LinearKernels},

@@ -1,7 +1,7 @@
 //! LoftQ initialization (Li et al., 2023, arXiv:2310.08659): the adapter starts as the best low-rank approximation of
 //! the quantization error.
 
-use super::Linears;
+use super::linears::Linears;
 use crate::{
     Error, Weight,
     kernel::LinearKernels,

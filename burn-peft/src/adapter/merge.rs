@@ -1,6 +1,9 @@
 //! Merges adapters into the weights and unmerges them.
 
-use super::{Linears, check_layers, registry::check_exists};
+use super::{
+    linears::{Linears, check_layers},
+    registry::check_exists,
+};
 use crate::{Error, kernel::LinearKernels};
 
 /// Merges the named adapter into the weights of its layers; merging a merged adapter does nothing. Several adapters may

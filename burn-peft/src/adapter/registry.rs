@@ -1,6 +1,6 @@
-//! The named adapters of a model: listing, activating and deleting them. They may be of any kind.
+//! The named adapters of a model, of any kind: listing and checking them.
 
-use super::Linears;
+use super::linears::Linears;
 use crate::{Error, kernel::LinearKernels, route::BASE};
 
 /// Returns the names of all adapters, in the order of their first appearance on a layer; those of prompts come last.
@@ -14,13 +14,17 @@ pub fn active<B: LinearKernels, M: Linears<B>>(model: &M) -> Vec<String> {
 }
 
 /// The state of an adapter on one layer, or of a prompt.
-struct AdapterState {
-    active: bool,
-    merged: bool,
-    changes_base: bool,
+pub(super) struct AdapterState {
+    pub active: bool,
+    pub merged: bool,
+    pub changes_base: bool,
 }
 
-fn names_where<B: LinearKernels, M: Linears<B>>(model: &M, wanted: impl Fn(&AdapterState) -> bool) -> Vec<String> {
+/// Returns the names of the adapters of which at least one layer's state is `wanted`.
+pub(super) fn names_where<B: LinearKernels, M: Linears<B>>(
+    model: &M,
+    wanted: impl Fn(&AdapterState) -> bool,
+) -> Vec<String> {
     let mut names: Vec<String> = Vec::new();
     let mut see = |name: &str, state: AdapterState| {
         if wanted(&state) && !names.iter().any(|known| known == name) {
@@ -77,62 +81,6 @@ pub fn check_new_adapter<B: LinearKernels, M: Linears<B>>(
         );
     }
     Ok(())
-}
-
-/// Activates exactly the named adapters (none for an empty list) and deactivates all others: PEFT's `set_adapter`.
-/// Merged adapters that are not named are unmerged. Nothing is freed: see [`delete`].
-///
-/// # Errors
-/// If a name is unknown, if several are prompts, or if an adapter that changed the base model would become inactive.
-pub fn activate<B: LinearKernels, M: Linears<B>>(model: &mut M, names: &[&str]) -> Result<(), Error> {
-    names.iter().try_for_each(|name| check_exists(model, name))?;
-    let named = |name: &String| names.contains(&name.as_str());
-    if let Some(name) = names_where(model, |state| state.changes_base).into_iter().find(|name| !named(name)) {
-        let state = "changed the base model, whose original values are not kept: load the model again without it";
-        return Err(Error::InvalidAdapter { name, state });
-    }
-    let prompts: Vec<_> = model.prompts().iter().filter(|prompt| named(&prompt.name)).collect();
-    if let [_, second, ..] = prompts[..] {
-        let state = "is the second prompt: only one can be active, or one per row of a batch";
-        return Err(Error::InvalidAdapter { name: second.name.clone(), state });
-    }
-    for name in names_where(model, |state| state.merged).into_iter().filter(|name| !named(name)) {
-        super::unmerge(model, &name);
-    }
-    model.linears_mut(&mut |_, linear| {
-        linear.adapters.iter_mut().for_each(|lora| lora.active = named(&lora.name));
-        linear.ia3.iter_mut().for_each(|ia3| ia3.active = named(&ia3.name));
-    });
-    for prompt in model.prompts_mut().into_iter().flatten() {
-        prompt.active = named(&prompt.name);
-    }
-    Ok(())
-}
-
-/// Deletes the named adapter and frees its memory.
-///
-/// # Errors
-/// If the name is unknown, the adapter is merged, or it changed the base model; the model is then unchanged.
-pub fn delete<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Result<(), Error> {
-    check_exists(model, name)?;
-    let refuse = |state| Err(Error::InvalidAdapter { name: name.to_owned(), state });
-    let is = |names: Vec<String>| names.iter().any(|other| other == name);
-    if is(names_where(model, |state| state.merged)) {
-        return refuse("is merged into the weights; unmerge it first");
-    }
-    if is(names_where(model, |state| state.changes_base)) {
-        return refuse("changed the base model, whose original values are not kept: load the model again without it");
-    }
-    let mut result = Ok(());
-    model.linears_mut(&mut |_, linear| {
-        if result.is_ok() {
-            result = linear.delete_adapter(name);
-        }
-    });
-    if let Some(prompts) = model.prompts_mut() {
-        prompts.retain(|prompt| prompt.name != name);
-    }
-    result
 }
 
 /// Checks PEFT's `adapter_names` of a batch with an adapter per row: every row needs the name of an adapter of the

@@ -337,7 +337,7 @@ mod tests {
     use super::*;
     use crate::{LlamaConfig, SequenceLayout, layout::int_tensor};
     use burn::tensor::{DType, Tensor, TensorData};
-    use burn_peft::{Ia3Config, Linears, LoraConfig, PromptConfig, Weight, adapter, ia3, packed::PackedWeight};
+    use burn_peft::{Ia3Config, Linears, LoraConfig, PromptConfig, Weight, adapter, packed::PackedWeight};
     use serde_json::{Value, json};
 
     fn model(changes: Value) -> Llama<Flex> {
@@ -452,7 +452,7 @@ mod tests {
         let dora = adapted(model(json!({})), json!({ "use_dora": true }));
         assert!(FlexDecoder::of(&dora, 1).is_none());
         let mut factors = model(json!({}));
-        ia3::attach(&mut factors, "a", &Ia3Config::default()).unwrap();
+        adapter::attach_ia3(&mut factors, "a", &Ia3Config::default()).unwrap();
         assert!(FlexDecoder::of(&factors, 1).is_none());
         assert!(FlexDecoder::of(&model(json!({})), MAX_ROWS + 1).is_none());
     }
