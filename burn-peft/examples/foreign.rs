@@ -23,7 +23,7 @@ fn main() -> Result<(), burn_peft::Error> {
     let (x, target, [hidden_size, head_dim]) = (random(5), random(5), [8; 2]);
     let base =
         BaseShape { hidden_size, num_hidden_layers: 1, num_attention_heads: 1, num_key_value_heads: 1, head_dim };
-    let prompt = Prompt::new(&PromptConfig::prefix(4), base, (0, &device))?;
+    let prompt = Prompt::new(&PromptConfig::prefix(4), base, 0, &device)?;
     let mut model = Attention { q_proj: Linear::new("q_proj", random(8), None), prompt };
     adapter::attach(&mut model, "default", &lora, 0)?;
     let (mut model, mut adam) = (param::train_only(model, adapter::is_adapter), AdamConfig::new().init());

@@ -1,6 +1,6 @@
 //! PEFT's adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
 
-use crate::{Error, LoraConfig};
+use crate::{Error, Loaded, LoraConfig};
 use burn::tensor::{DType, TensorData};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
@@ -44,16 +44,25 @@ pub(crate) fn check_tensors(
     Err(Error::Mismatch { path: directory.to_owned(), message: problems.join("; ") })
 }
 
-/// The content of an adapter directory: its configuration, its tensors in f32 by key, and unknown configuration fields.
-pub type AdapterFiles = (LoraConfig, BTreeMap<String, TensorData>, Vec<String>);
+/// The content of a LoRA adapter's directory.
+#[derive(Debug, Clone)]
+pub struct AdapterFiles {
+    /// The configuration.
+    pub config: LoraConfig,
+    /// The tensors in f32, by key.
+    pub tensors: BTreeMap<String, TensorData>,
+    /// The names of unknown configuration fields, about which the caller should warn.
+    pub unknown_fields: Vec<String>,
+}
 
 /// Reads a LoRA adapter's directory. Tensors in f16 or bf16 are converted to f32.
 ///
 /// # Errors
 /// If a file is missing or malformed, or the adapter needs a feature that is not supported.
 pub fn read(directory: &Path) -> Result<AdapterFiles, Error> {
-    let (config, unknown) = LoraConfig::from_json(&directory.join(CONFIG_NAME), read_config(directory)?)?;
-    Ok((config, read_tensors(directory)?, unknown))
+    let config = LoraConfig::from_json(&directory.join(CONFIG_NAME), read_config(directory)?)?;
+    let Loaded { value: config, unknown_fields } = config;
+    Ok(AdapterFiles { config, tensors: read_tensors(directory)?, unknown_fields })
 }
 
 /// Reads an adapter directory's `adapter_config.json`.
@@ -108,8 +117,13 @@ fn widen(view: &TensorView<'_>) -> Option<Vec<f32>> {
 ///
 /// # Errors
 /// If the directory or a file cannot be written.
-pub fn write(directory: &Path, config: &Value, tensors: Vec<(String, TensorData)>) -> Result<(), Error> {
+pub fn write(
+    directory: &Path,
+    config: &Value,
+    tensors: impl IntoIterator<Item = (String, TensorData)>,
+) -> Result<(), Error> {
     fs::create_dir_all(directory).map_err(|e| Error::io(directory, e))?;
+    let tensors: Vec<(String, TensorData)> = tensors.into_iter().collect();
     let mut views = Vec::with_capacity(tensors.len());
     for (name, data) in &tensors {
         assert_eq!(data.dtype, DType::F32, "{name}: adapters are f32");

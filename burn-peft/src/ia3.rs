@@ -1,6 +1,8 @@
 //! IA3: scales features by learned factors (Liu et al., 2022, arXiv:2205.05638).
 
-use crate::{Error, TargetModules, config::default_if_null, kernel::LinearKernels, param};
+use crate::{
+    Error, Loaded, TargetModules, config::default_if_null, config_file::KnownFields, kernel::LinearKernels, param,
+};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
@@ -91,37 +93,23 @@ impl Default for Ia3Config {
 }
 
 /// Fields that make no difference for a trained adapter.
-const IGNORED: [&str; 8] = [
-    "auto_mapping",
-    "fan_in_fan_out",
-    "inference_mode",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "revision",
-    "task_type",
-];
+const IGNORED: [&str; 6] = ["auto_mapping", "inference_mode", "peft_type", "peft_version", "revision", "task_type"];
 
 impl Ia3Config {
-    /// Parses the content of `adapter_config.json`. The second value names unknown fields.
+    /// Parses the content of `adapter_config.json`.
     ///
     /// # Errors
     /// If the adapter is not IA3 or uses a feature that is not supported.
-    pub fn from_json(path: &Path, value: Value) -> Result<(Self, Vec<String>), Error> {
+    pub fn from_json(path: &Path, value: Value) -> Result<Loaded<Self>, Error> {
         if value["peft_type"] != "IA3" {
             return Err(Error::format(path, "peft_type", "IA3", &value["peft_type"]));
         }
-        for (name, neutral) in [("fan_in_fan_out", json!(false)), ("modules_to_save", Value::Null)] {
-            if !value[name].is_null() && value[name] != neutral {
-                return Err(Error::format(path, name, format!("{neutral} (nothing else is supported)"), &value[name]));
-            }
-        }
-        let config: Self = serde_json::from_value(value.clone())
-            .map_err(|e| Error::format(path, "adapter_config.json", "IA3's fields", e))?;
-        let own = json!(Self::default());
-        let known = |name: &String| own.get(name).is_some() || IGNORED.contains(&name.as_str());
-        let names = value.as_object().into_iter().flat_map(serde_json::Map::keys);
-        Ok((config, names.filter(|name| !known(name)).cloned().collect()))
+        let neutral = json!({ "fan_in_fan_out": false, "modules_to_save": null });
+        let known = KnownFields { own: &json!(Self::default()), neutral: &neutral, ignored: &IGNORED };
+        let unknown_fields = known.unknown(path, &value)?;
+        let config =
+            serde_json::from_value(value).map_err(|e| Error::format(path, "adapter_config.json", "IA3's fields", e))?;
+        Ok(Loaded { value: config, unknown_fields })
     }
 
     /// Returns the content of `adapter_config.json` as PEFT writes it.

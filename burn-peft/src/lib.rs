@@ -41,6 +41,7 @@
 
 pub mod adapter;
 pub mod config;
+mod config_file;
 mod context;
 mod error;
 pub mod format;
@@ -58,6 +59,7 @@ mod weight;
 
 pub use adapter::Linears;
 pub use config::LoraConfig;
+pub use config_file::Loaded;
 pub use context::{DropoutKey, ForwardContext, TokenPosition};
 pub use error::Error;
 pub use ia3::{Ia3, Ia3Config};

@@ -1,8 +1,13 @@
 //! The linear layer with adapters, used for every projection of a model.
 
 use crate::{
-    Error, ForwardContext, Ia3, Lora, LoraConfig, Weight, config::InitLoraWeights, kernel::LinearKernels, lora::Dora,
-    packed::PackedWeight, param, route::TokenSelection,
+    Error, ForwardContext, Ia3, Lora, LoraConfig, Weight,
+    config::InitLoraWeights,
+    kernel::LinearKernels,
+    lora::{Dora, LoraSpec},
+    packed::PackedWeight,
+    param,
+    route::TokenSelection,
 };
 use burn::{
     module::{Module, Param},
@@ -68,7 +73,7 @@ impl<B: LinearKernels> Linear<B> {
             let x = selection.gather(x.clone());
             let added = match (&adapter.dora, &base) {
                 (Some(dora), Some(base)) => {
-                    adapter.forward_dora(dora, x, (selection.gather(base.clone()), &self.weight), pass)
+                    adapter.forward_dora(dora, x, selection.gather(base.clone()), &self.weight, pass)
                 }
                 _ => adapter.forward(x, pass),
             };
@@ -99,11 +104,11 @@ impl<B: LinearKernels> Linear<B> {
     /// If the initialization changes the weight and that is packed, or the rank is too large for it.
     pub fn attach(&mut self, path: &str, name: &str, config: &LoraConfig, seed: u64) -> Result<(), Error> {
         self.check_init(path, config)?;
-        let device = self.weight.device();
+        let (spec, device) = (LoraSpec { path, name, config }, self.weight.device());
         let mut adapter = match config.init_lora_weights {
-            InitLoraWeights::Pissa { niter } => Lora::pissa_init(path, name, config, self.weight.val(), (niter, seed)),
-            InitLoraWeights::Olora => Lora::olora_init(path, name, config, self.weight.val()),
-            _ => Lora::new(path, name, config, self.shape(), (seed, &device)),
+            InitLoraWeights::Pissa { niter } => Lora::pissa_init(spec, self.weight.val(), niter, seed),
+            InitLoraWeights::Olora => Lora::olora_init(spec, self.weight.val()),
+            _ => Lora::new(spec, self.shape(), seed, &device),
         };
         if config.init_lora_weights.mutates_base_weights() {
             let delta = adapter.delta_weight().neg();

@@ -7,7 +7,7 @@ mod svd;
 pub use dora::Dora;
 pub(crate) use dora::weight_norm;
 use init::olora_init;
-pub(crate) use svd::low_rank_decomposition;
+pub(crate) use svd::{Factors, low_rank_decomposition};
 
 use crate::{
     ForwardContext, LoraConfig, Weight, kernel,
@@ -44,27 +44,44 @@ pub struct Lora<B: LinearKernels> {
     layer_key: u64,
 }
 
+/// A new adapter: the layer and the name that it gets, and its configuration.
+#[derive(Debug, Clone, Copy)]
+pub struct LoraSpec<'a> {
+    /// The layer's path.
+    pub path: &'a str,
+    /// The adapter's name.
+    pub name: &'a str,
+    /// The configuration.
+    pub config: &'a LoraConfig,
+}
+
+impl LoraSpec<'_> {
+    /// Returns the LoRA rank on this layer.
+    fn rank(&self) -> usize {
+        self.config.rank_at(self.path)
+    }
+
+    /// Returns the key of the adapter's random numbers.
+    fn random_key(&self, seed: u64) -> u64 {
+        random::key(&[seed, random::key_from_str(self.path)])
+    }
+}
+
 impl<B: LinearKernels> Lora<B> {
-    /// Creates an adapter for the layer at `path`, whose weight has the `shape` `[out, in]`, with an initialization
-    /// that does not depend on the weight.
-    pub fn new(
-        path: &str,
-        name: &str,
-        config: &LoraConfig,
-        shape: [usize; 2],
-        (seed, device): (u64, &B::Device),
-    ) -> Self {
-        let key = random::key(&[seed, random::key_from_str(path)]);
-        let r = config.rank_at(path);
-        let [a, b] = init::initial_values(&config.init_lora_weights, shape, r, key);
+    /// Creates an adapter for a layer whose weight has the `shape` `[out, in]`, with an initialization that does not
+    /// depend on the weight.
+    pub fn new(spec: LoraSpec<'_>, shape: [usize; 2], seed: u64, device: &B::Device) -> Self {
+        let r = spec.rank();
+        let [a, b] = init::initial_values(&spec.config.init_lora_weights, shape, r, spec.random_key(seed));
         let tensor = |values: Vec<f32>, shape: [usize; 2]| {
             Tensor::<B, 2>::from_data(TensorData::new(values, shape), (device, DType::F32))
         };
-        Self::from_tensors(path, name, config, tensor(a, [r, shape[1]]), tensor(b, [shape[0], r]))
+        Self::from_tensors(spec, tensor(a, [r, shape[1]]), tensor(b, [shape[0], r]))
     }
 
     /// Creates an adapter with the given `A [r, in]` and `B [out, r]`.
-    pub fn from_tensors(path: &str, name: &str, config: &LoraConfig, a: Tensor<B, 2>, b: Tensor<B, 2>) -> Self {
+    pub fn from_tensors(spec: LoraSpec<'_>, a: Tensor<B, 2>, b: Tensor<B, 2>) -> Self {
+        let LoraSpec { path, name, config } = spec;
         let leaf = |part: &str, tensor: Tensor<B, 2>| {
             Param::initialized(param::id(&format!("{path}.{part}.{name}.weight")), tensor.require_grad())
         };
@@ -84,24 +101,17 @@ impl<B: LinearKernels> Lora<B> {
 
     /// Creates an adapter with PiSSA's initialization: `s·B·A` is the best approximation of `weight` of rank `r`, which
     /// the caller has to subtract from the weight.
-    pub(crate) fn pissa_init(
-        path: &str,
-        name: &str,
-        config: &LoraConfig,
-        weight: Tensor<B, 2>,
-        (niter, seed): (Option<usize>, u64),
-    ) -> Self {
-        let key = random::key(&[seed, random::key_from_str(path)]);
-        let (a, b) = svd::low_rank_decomposition(weight, config.rank_at(path), niter, key);
-        let share = config.scaling_at(path).sqrt();
-        Self::from_tensors(path, name, config, a / share, b / share)
+    pub(crate) fn pissa_init(spec: LoraSpec<'_>, weight: Tensor<B, 2>, niter: Option<usize>, seed: u64) -> Self {
+        let Factors { a, b } = svd::low_rank_decomposition(weight, spec.rank(), niter, spec.random_key(seed));
+        let share = spec.config.scaling_at(spec.path).sqrt();
+        Self::from_tensors(spec, a / share, b / share)
     }
 
     /// Creates an adapter with OLoRA's initialization, from the QR decomposition of `weight`. The caller has to
     /// subtract `s·B·A` from the weight.
-    pub(crate) fn olora_init(path: &str, name: &str, config: &LoraConfig, weight: Tensor<B, 2>) -> Self {
-        let (a, b) = olora_init(weight, config.rank_at(path));
-        Self::from_tensors(path, name, config, a, b)
+    pub(crate) fn olora_init(spec: LoraSpec<'_>, weight: Tensor<B, 2>) -> Self {
+        let Factors { a, b } = olora_init(weight, spec.rank());
+        Self::from_tensors(spec, a, b)
     }
 
     /// Replaces the values of `A [r, in]` and `B [out, r]`; the parameters stay trainable or frozen as they were.
@@ -126,7 +136,8 @@ impl<B: LinearKernels> Lora<B> {
         &self,
         dora: &Dora<B>,
         x: Tensor<B, 2>,
-        (base, weight): (Tensor<B, 2>, &Weight<B>),
+        base: Tensor<B, 2>,
+        weight: &Weight<B>,
         pass: &ForwardContext,
     ) -> Tensor<B, 2> {
         // The base product and the adapter use the same dropout mask, as in PEFT.

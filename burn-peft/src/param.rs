@@ -47,8 +47,19 @@ impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for TrainOnly<F> {
     }
 }
 
-/// Returns the path and shape of every float parameter in declaration order, and true for each that requires gradients.
-pub fn named_parameters<B: Backend, M: Module<B>>(module: &M) -> Vec<(String, Vec<usize>, bool)> {
+/// A float parameter of a module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParamInfo {
+    /// The path in the module.
+    pub path: String,
+    /// The shape.
+    pub shape: Vec<usize>,
+    /// True if the parameter requires gradients.
+    pub requires_grad: bool,
+}
+
+/// Returns every float parameter in declaration order.
+pub fn named_parameters<B: Backend, M: Module<B>>(module: &M) -> Vec<ParamInfo> {
     let mut list = NamedParameters { path: Vec::new(), parameters: Vec::new() };
     module.visit(&mut list);
     list.parameters
@@ -56,16 +67,13 @@ pub fn named_parameters<B: Backend, M: Module<B>>(module: &M) -> Vec<(String, Ve
 
 /// Returns the number of values in the parameters that require gradients.
 pub fn count_trainable<B: Backend, M: Module<B>>(module: &M) -> usize {
-    named_parameters::<B, M>(module)
-        .iter()
-        .filter(|(_, _, on)| *on)
-        .map(|(_, shape, _)| shape.iter().product::<usize>())
-        .sum()
+    let trained = named_parameters::<B, M>(module).into_iter().filter(|param| param.requires_grad);
+    trained.map(|param| param.shape.iter().product::<usize>()).sum()
 }
 
 struct NamedParameters {
     path: Vec<String>,
-    parameters: Vec<(String, Vec<usize>, bool)>,
+    parameters: Vec<ParamInfo>,
 }
 
 impl<B: Backend> ModuleVisitor<B> for NamedParameters {
@@ -78,7 +86,7 @@ impl<B: Backend> ModuleVisitor<B> for NamedParameters {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        let shape = param.lazy_shape().to_vec();
-        self.parameters.push((self.path.join("."), shape, param.val().is_require_grad()));
+        let (path, shape) = (self.path.join("."), param.lazy_shape().to_vec());
+        self.parameters.push(ParamInfo { path, shape, requires_grad: param.val().is_require_grad() });
     }
 }

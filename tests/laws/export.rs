@@ -195,7 +195,7 @@ fn an_adapter_file_on_the_base_file_is_the_merged_file() {
     for (name, pairs) in [("lora_qv", 4), ("lora_all", 14)] {
         let source = fixture(&format!("peft/{name}"));
         let mut merged = model("gqa_llama3");
-        let (config, _) = adapter::load(&mut merged, "default", &source).unwrap();
+        let config = adapter::load(&mut merged, "default", &source).unwrap().value;
         adapter::merge(&mut merged, "default").unwrap();
         write::save(&merged, vec![], BlockType::F32, &path("merged.gguf")).unwrap();
         write::save_adapter(base.config(), &source, BlockType::F32, &path("adapter.gguf")).unwrap();

@@ -74,11 +74,11 @@ enum AdapterConfig {
 impl AdapterConfig {
     fn load<B: Kernels>(model: &mut Llama<B>, name: &str) -> Self {
         let (config, unknown) = if name.starts_with("ia3") {
-            let (config, unknown) = adapter::load_ia3(model, "default", &directory(name)).unwrap();
-            (Self::Ia3(config), unknown)
+            let read = adapter::load_ia3(model, "default", &directory(name)).unwrap();
+            (Self::Ia3(read.value), read.unknown_fields)
         } else {
-            let (config, unknown) = adapter::load(model, "default", &directory(name)).unwrap();
-            (Self::Lora(Box::new(config)), unknown)
+            let read = adapter::load(model, "default", &directory(name)).unwrap();
+            (Self::Lora(Box::new(read.value)), read.unknown_fields)
         };
         assert!(unknown.is_empty(), "{name}: {unknown:?}");
         config
@@ -283,9 +283,9 @@ fn starts_split_the_weights_as_peft_s_and_become_plain_lora() {
         let (initial, converted) = (format!("{name}_initial"), format!("{name}_converted"));
         let places =
             (directory(&initial), temporary.path().join("from the model"), temporary.path().join("from files"));
-        adapter::save_mutated_as_lora(&model, "default", &config, (&places.0, &places.1)).unwrap();
+        adapter::save_mutated_as_lora(&model, "default", &config, &places.0, &places.1).unwrap();
         let trained = directory(name);
-        adapter::convert_mutated_to_lora::<Flex>((&trained, &places.0), &places.2, &Default::default()).unwrap();
+        adapter::convert_mutated_to_lora::<Flex>(&trained, &places.0, &places.2, &Default::default()).unwrap();
         for out in [&places.1, &places.2] {
             same_files(out, &directory(&converted), 1e-6, &converted);
             let mut plain = base::<Flex>("gqa_llama3");
@@ -314,7 +314,7 @@ fn a_head_s_adapter_brings_the_head_s_own_weight() {
     head.weight = burn_peft::Weight::dense("lm_head.weight", head.weight.val().mul_scalar(2.0));
     assert_eq!(own.shape.as_slice(), shape);
     tensors.insert("base_model.model.lm_head.base_layer.weight".to_owned(), own);
-    burn_peft::format::write(temporary.path(), &fields(&from), tensors.into_iter().collect()).unwrap();
+    burn_peft::format::write(temporary.path(), &fields(&from), tensors).unwrap();
     let mut model = base::<Flex>("gqa_llama3");
     adapter::load(&mut model, "default", temporary.path()).unwrap();
     let logits = |model: &Llama<Flex>| floats(&burn_llama::generate::logits(model, &[3, 5, 8]).unwrap().into_data());
@@ -335,9 +335,9 @@ fn fields_from_the_future_are_told_and_old_files_named() {
         let load = || {
             let mut model = base::<Flex>("gqa_llama3");
             if name == "ia3" {
-                adapter::load_ia3(&mut model, "default", &out).map(|(_, unknown)| unknown)
+                adapter::load_ia3(&mut model, "default", &out).map(|read| read.unknown_fields)
             } else {
-                adapter::load(&mut model, "default", &out).map(|(_, unknown)| unknown)
+                adapter::load(&mut model, "default", &out).map(|read| read.unknown_fields)
             }
         };
         assert_eq!(load().unwrap(), ["from_the_future"], "{name}");
@@ -354,7 +354,7 @@ fn what_learns_beside_an_adapter_is_what_the_configuration_names() {
         adapter::attach(&mut model, "default", config, 0).unwrap();
         let model = adapter::train_only(model, config).unwrap();
         let list = param::named_parameters::<Train, _>(&model).into_iter();
-        list.filter(|(path, _, on)| *on && !adapter::is_adapter(path)).map(|(path, ..)| path).collect()
+        list.filter(|param| param.requires_grad && !adapter::is_adapter(&param.path)).map(|param| param.path).collect()
     };
     let only = |names: &[&str]| LoraConfig {
         modules_to_save: Some(names.iter().map(|name| (*name).to_owned()).collect()),

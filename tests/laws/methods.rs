@@ -173,8 +173,8 @@ impl Method {
             Self::Lora(_) => drop(adapter::load(model, name, from).unwrap()),
             Self::Ia3 => drop(adapter::load_ia3(model, name, from).unwrap()),
             Self::Prompt(_) | Self::From(_) => {
-                let (prompt, _) = Prompt::load(from, model.config().base_shape(), &model.device()).unwrap();
-                model.prompts.push(prompt.named(name));
+                let read = Prompt::load(from, model.config().base_shape(), &model.device()).unwrap();
+                model.prompts.push(read.value.named(name));
             }
         }
     }
@@ -302,8 +302,8 @@ fn what_a_method_names_learns_all_of_it_and_nothing_else() {
         let fresh = method.train_only(fresh);
         let learned: BTreeSet<String> = param::named_parameters::<Train, _>(&fresh)
             .into_iter()
-            .filter(|(.., on)| *on)
-            .map(|(path, ..)| path)
+            .filter(|param| param.requires_grad)
+            .map(|param| param.path)
             .collect();
         assert!(learned.iter().all(|path| adapter::is_adapter(path)) || method.changes_base(), "{what}: {learned:?}");
         let before = values(&fresh);

@@ -49,17 +49,17 @@ fn reference(name: &str) -> Reference {
 /// Returns the model with the prompt of PEFT's adapter file, in which the encoder is already collapsed.
 fn collapsed<B: burn_llama::kernel::Kernels>(name: &str, model: &str) -> Llama<B> {
     let mut model = base::<B>(model);
-    let (prompt, unknown) = Prompt::load(&directory(name), model.config().base_shape(), &model.device()).unwrap();
-    assert!(unknown.is_empty(), "{name}: {unknown:?}");
-    model.prompts = vec![prompt];
+    let read = Prompt::load(&directory(name), model.config().base_shape(), &model.device()).unwrap();
+    assert!(read.unknown_fields.is_empty(), "{name}: {:?}", read.unknown_fields);
+    model.prompts = vec![read.value];
     model
 }
 
 /// Returns the trainable model with the prompt encoder from before PEFT collapsed it.
 fn whole(name: &str, model: &str, dropout: f64) -> Llama<Train> {
     let mut model = base::<Train>(model);
-    let (prompt, _) = Prompt::<Train>::load(&directory(name), model.config().base_shape(), &model.device()).unwrap();
-    let mut config = prompt.config().clone();
+    let read = Prompt::<Train>::load(&directory(name), model.config().base_shape(), &model.device()).unwrap();
+    let mut config = read.value.config().clone();
     if let PromptMethod::Prefix { dropout: p, .. } = &mut config.method {
         *p = dropout;
     }
@@ -204,7 +204,7 @@ fn only_the_prompt_learns() {
     assert_eq!(weights(&model), frozen);
     let config = model.prompts[0].config().clone();
     assert_eq!(param::count_trainable::<Train, _>(&model), config.count_trainable(&model.config().base_shape()));
-    assert!(before.iter().filter(|(_, _, trained)| *trained).all(|(path, ..)| path.starts_with("prompts.")));
+    assert!(before.iter().filter(|param| param.requires_grad).all(|param| param.path.starts_with("prompts.")));
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -261,7 +261,7 @@ fn saved_files_are_peft_s() {
         }
         let again = Prompt::<Flex>::load(&out, self::base::<Flex>(base).config().base_shape(), &Default::default());
         let mut model = self::base::<Flex>(base);
-        model.prompts = vec![again.unwrap().0];
+        model.prompts = vec![again.unwrap().value];
         assert!(row_logits_differ(&model, &reference(name)) < 1e-4, "{name} after its own file");
     }
 }
@@ -386,8 +386,8 @@ fn a_prompt_of_another_base_and_fields_from_the_future() {
     config["from_the_future"] = json!([1]);
     std::fs::write(temporary.path().join("adapter_config.json"), config.to_string()).unwrap();
     let shape = base::<Flex>("gqa_llama3").config().base_shape();
-    let (_, unknown) = Prompt::<Flex>::load(temporary.path(), shape, &Default::default()).unwrap();
-    assert_eq!(unknown, ["from_the_future"]);
+    let read = Prompt::<Flex>::load(temporary.path(), shape, &Default::default()).unwrap();
+    assert_eq!(read.unknown_fields, ["from_the_future"]);
     let lora = Prompt::<Flex>::load(&fixture("peft/lora_qv"), shape, &Default::default()).unwrap_err().to_string();
     assert!(lora.contains("PREFIX_TUNING") && lora.contains("LORA"), "{lora}");
     let mut model = base::<Flex>("gqa_llama3");

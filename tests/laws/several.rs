@@ -6,7 +6,7 @@ use burn::{
 };
 use burn_llama::{Checkpoint, Generation, GenerationConfig, Llama, generate};
 use burn_peft::{
-    Ia3Config, Linears, LoraConfig, Prompt, adapter,
+    Ia3Config, Linears, Loaded, LoraConfig, Prompt, adapter,
     adapter::CombinationType,
     config::{Bias, InitLoraWeights},
     route::BASE,
@@ -43,7 +43,7 @@ fn crowded() -> Llama<Flex> {
     adapter::load_ia3(&mut model, "ia3", &fixture("family/ia3")).unwrap();
     for name in ["prefix", "prompt", "p_tuning"] {
         let shape = model.config().base_shape();
-        let (prompt, _) = Prompt::load(&fixture(&format!("prompt/{name}")), shape, &model.device()).unwrap();
+        let prompt = Prompt::load(&fixture(&format!("prompt/{name}")), shape, &model.device()).unwrap().value;
         model.prompts.push(prompt.named(name));
     }
     let long = model.new_prompt(&burn_peft::PromptConfig::prefix(9), None, 5).unwrap().named("long");
@@ -198,11 +198,12 @@ fn names_are_free_text_but_taken_once() {
         adapter::load(&mut model, name, &directory("b")).unwrap();
         assert_eq!(logits(&model, &text), expected, "{name}");
         let out = tempfile::tempdir().unwrap();
-        let (config, _) = burn_peft::LoraConfig::from_json(
+        let config = burn_peft::LoraConfig::from_json(
             &out.path().join("x"),
             burn_peft::format::read_config(&directory("b")).unwrap(),
         )
-        .unwrap();
+        .unwrap()
+        .value;
         adapter::save(&model, name, &config, out.path()).unwrap();
         let read = |path: PathBuf| burn_peft::format::read_tensors(&path).unwrap();
         assert_eq!(read(out.path().to_owned()), read(directory("b")), "{name}: the name is not in the keys");
@@ -261,7 +262,7 @@ fn combinations_are_peft_s() {
     let kept = tempfile::tempdir().unwrap();
     for (name, parts, how) in HOW {
         let mut golden = base();
-        let (theirs, _) = adapter::load(&mut golden, "made", &directory(name)).unwrap();
+        let theirs = adapter::load(&mut golden, "made", &directory(name)).unwrap().value;
         let mut model = crowded();
         let config = adapter::combine(&mut model, "made", parts, how).unwrap();
         assert_eq!((config.r, config.scaling()), (theirs.r, 1.0), "{name}");
@@ -273,8 +274,8 @@ fn combinations_are_peft_s() {
             paths.iter().zip(parts).map(|(path, (_, weight))| (path.as_path(), *weight)).collect();
         adapter::combine_directories::<Flex>(&directories, how, &out, &Default::default()).unwrap();
         let mut reread = base();
-        let (ours, unknown) = adapter::load(&mut reread, "made", &out).unwrap();
-        assert_eq!((ours.r, ours.target_modules, unknown.len()), (theirs.r, theirs.target_modules, 0), "{name}");
+        let Loaded { value: ours, unknown_fields } = adapter::load(&mut reread, "made", &out).unwrap();
+        assert_eq!((ours.r, ours.target_modules, unknown_fields.len()), (theirs.r, theirs.target_modules, 0), "{name}");
         let expected = deltas(&golden, "made");
         for (found, by) in [(deltas(&model, "made"), "on the model"), (deltas(&reread, "made"), "from files")] {
             assert!(found.keys().eq(expected.keys()), "{name} {by}: {:?}", found.keys());
@@ -349,17 +350,17 @@ fn a_hot_swap_keeps_every_tensor_in_its_place() {
     adapter::load(&mut model, "live", &directory("a")).unwrap();
     let (places, first) = (addresses(&model), logits(&model, &text));
     let other = tempfile::tempdir().unwrap();
-    let (config, tensors, _) = burn_peft::format::read(&directory("a")).unwrap();
-    let changed = tensors.iter().map(|(key, data)| {
+    let files = burn_peft::format::read(&directory("a")).unwrap();
+    let changed = files.tensors.iter().map(|(key, data)| {
         let values: Vec<f32> = floats(data).iter().rev().map(|x| 1.5 * x).collect();
         (key.clone(), burn::tensor::TensorData::new(values, data.shape.clone()))
     });
-    let config = LoraConfig { lora_alpha: 9.0, ..config };
-    burn_peft::format::write(other.path(), &config.to_json(), changed.collect()).unwrap();
+    let config = LoraConfig { lora_alpha: 9.0, ..files.config };
+    burn_peft::format::write(other.path(), &config.to_json(), changed).unwrap();
     let mut fresh = base();
     adapter::load(&mut fresh, "live", other.path()).unwrap();
-    let (swapped, unknown) = adapter::hotswap(&mut model, "live", other.path()).unwrap();
-    assert_eq!((swapped.lora_alpha, unknown.len()), (9.0, 0));
+    let swapped = adapter::hotswap(&mut model, "live", other.path()).unwrap();
+    assert_eq!((swapped.value.lora_alpha, swapped.unknown_fields.len()), (9.0, 0));
     assert_eq!(logits(&model, &text), logits(&fresh, &text), "the new values, and their scaling");
     assert!(max_diff(&logits(&model, &text), &first) > 1e-2, "the swap must matter");
     assert_eq!(addresses(&model), places);

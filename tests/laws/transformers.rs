@@ -69,7 +69,7 @@ fn a_saved_model_is_the_model() {
     let reference = tensors("models/qwen3/reference.safetensors");
     assert_eq!(logits_differ(&model, &reference), logits_differ(&again, &reference));
     let names =
-        |m: &Llama<Flex>| param::named_parameters::<Flex, _>(m).into_iter().map(|(name, ..)| name).collect::<Vec<_>>();
+        |m: &Llama<Flex>| param::named_parameters::<Flex, _>(m).into_iter().map(|param| param.path).collect::<Vec<_>>();
     assert_eq!(names(&model), names(&again));
 }
 
@@ -103,9 +103,9 @@ fn saved_files_are_peft_s() {
     let checkpoint = Checkpoint::open(&fixture("models/gqa_llama3")).unwrap();
     for name in ["lora_qv", "lora_all", "lora_regex"] {
         let (mut model, theirs) = (checkpoint.load::<Flex>(DType::F32, &Default::default()).unwrap(), fixture("peft"));
-        let (config, unknown) = adapter::load(&mut model, "default", &theirs.join(name)).unwrap();
-        assert!(unknown.is_empty(), "{unknown:?}");
-        adapter::save(&model, "default", &config, &kept.join(name)).unwrap();
+        let read = adapter::load(&mut model, "default", &theirs.join(name)).unwrap();
+        assert!(read.unknown_fields.is_empty(), "{read:?}");
+        adapter::save(&model, "default", &read.value, &kept.join(name)).unwrap();
         same_files(&kept.join(name), &theirs.join(name), 0.0, name);
     }
 }
@@ -116,8 +116,8 @@ fn an_adapter_survives_merging() {
     let load = || checkpoint.load::<Flex>(DType::F32, &Default::default()).unwrap();
     let (mut model, reference) = (load(), tensors("peft/lora_qv/reference.safetensors"));
     let base = tensors("models/gqa_llama3/reference.safetensors");
-    let (_, unknown) = adapter::load(&mut model, "default", &fixture("peft/lora_qv")).unwrap();
-    assert!(unknown.is_empty(), "{unknown:?}");
+    let read = adapter::load(&mut model, "default", &fixture("peft/lora_qv")).unwrap();
+    assert!(read.unknown_fields.is_empty(), "{read:?}");
     let merged = tensors("peft/lora_qv/merged.safetensors");
     adapter::merge(&mut model, "default").unwrap();
     adapter::merge(&mut model, "default").unwrap();

@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use burn_llama::{Llama, Tokenizer, kernel::Kernels};
-use burn_peft::{Ia3Config, LoraConfig, PromptConfig, TargetModules, adapter, format, prompt};
+use burn_peft::{Ia3Config, Loaded, LoraConfig, PromptConfig, TargetModules, adapter, format, prompt};
 use std::{
     convert::Infallible,
     path::{Path, PathBuf},
@@ -88,19 +88,20 @@ pub enum AttachedAdapter {
 pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, directory: &Path) -> Result<AttachedAdapter> {
     let json = format::read_config(directory)?;
     if PromptConfig::is_prompt(&json) {
-        let (prompt, unknown) = prompt::Prompt::load(directory, model.config().base_shape(), &model.device())?;
-        model::warn_unknown_fields(directory, &unknown);
+        let Loaded { value: prompt, unknown_fields } =
+            prompt::Prompt::load(directory, model.config().base_shape(), &model.device())?;
+        model::warn_unknown_fields(directory, &unknown_fields);
         burn_peft::adapter::check_new_adapter(model, name, false)?;
         model.prompts.push(prompt.named(name));
         return Ok(AttachedAdapter::Prompt);
     }
     if json["peft_type"] == "IA3" {
-        let (config, unknown) = adapter::load_ia3(model, name, directory)?;
-        model::warn_unknown_fields(directory, &unknown);
+        let Loaded { value: config, unknown_fields } = adapter::load_ia3(model, name, directory)?;
+        model::warn_unknown_fields(directory, &unknown_fields);
         return Ok(AttachedAdapter::Ia3(config));
     }
-    let (config, unknown) = adapter::load(model, name, directory)?;
-    model::warn_unknown_fields(directory, &unknown);
+    let Loaded { value: config, unknown_fields } = adapter::load(model, name, directory)?;
+    model::warn_unknown_fields(directory, &unknown_fields);
     Ok(AttachedAdapter::Lora(Box::new(config), None))
 }
 
@@ -143,7 +144,7 @@ impl AttachedAdapter {
         match (self, model.prompts.iter().find(|prompt| prompt.name == ADAPTER_NAME)) {
             (Self::Lora(config, None), _) => adapter::save(model, ADAPTER_NAME, config, directory)?,
             (Self::Lora(config, Some(start)), _) => {
-                adapter::save_mutated_as_lora(model, ADAPTER_NAME, config, (start.path(), directory))?;
+                adapter::save_mutated_as_lora(model, ADAPTER_NAME, config, start.path(), directory)?;
             }
             (Self::Ia3(config), _) => adapter::save_ia3(model, ADAPTER_NAME, config, directory)?,
             (Self::Prompt, Some(prompt)) => prompt.save(directory)?,

@@ -135,7 +135,7 @@ fn convert((from, to): (&Path, &Path), model: &str, (initial, precision): (Optio
         }
         (false, false, Some(initial)) => {
             require_new_folder(to)?;
-            with_backend!(Device::default(), |B, device| Ok(convert_mutated_to_lora::<B>((from, initial), to, device)?))
+            with_backend!(Device::default(), |B, device| Ok(convert_mutated_to_lora::<B>(from, initial, to, device)?))
         }
         (false, false, None) => bail!(
             "{}: expected a name that ends in .gguf, or --initial DIR, the adapter as it was before training, to convert PiSSA to plain LoRA",

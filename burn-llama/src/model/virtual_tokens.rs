@@ -133,9 +133,9 @@ impl<B: Kernels> Llama<B> {
     /// Returns an error if the configuration is impossible, asks for a text that is not given, or its method cannot
     /// start from a text.
     pub fn new_prompt(&self, config: &PromptConfig, text: Option<&[u32]>, seed: u64) -> Result<Prompt<B>, Error> {
-        let prompt = Prompt::new(config, self.config.base_shape(), (seed, &self.device()))?;
+        let prompt = Prompt::new(config, self.config.base_shape(), seed, &self.device())?;
         let vocabulary = self.config.vocab_size;
-        let Some(tokens) = config.init_token_ids(text, (vocabulary, seed))? else { return Ok(prompt) };
+        let Some(tokens) = config.init_token_ids(text, vocabulary, seed)? else { return Ok(prompt) };
         crate::batch::check_token_ids(tokens.iter(), vocabulary)?;
         let start = match prompt.injection() {
             Injection::Embeddings => self.frozen().embed(self.token_row(&tokens)),

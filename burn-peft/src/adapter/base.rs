@@ -6,7 +6,7 @@ use crate::{
     Error, LoraConfig,
     config::{Bias, Selection},
     kernel::LinearKernels,
-    param,
+    param::{self, ParamInfo},
 };
 use burn::{
     module::{Module, ModuleMapper, ModuleVisitor, Param},
@@ -34,8 +34,14 @@ pub(super) fn untie<B: LinearKernels, M: Linears<B>>(model: &mut M, config: &Lor
 /// The layers that an adapter targets, and the base model's parameters that are trained along with it.
 pub(super) struct TrainableBase {
     target_paths: BTreeSet<String>,
-    /// Key in PEFT's file and shape, by parameter path.
-    base_params: BTreeMap<String, (String, Vec<usize>)>,
+    /// The base model's trained parameters, by path.
+    base_params: BTreeMap<String, BaseParam>,
+}
+
+/// A parameter of the base model that is trained along with an adapter.
+struct BaseParam {
+    peft_key: String,
+    shape: Vec<usize>,
 }
 
 impl TrainableBase {
@@ -47,7 +53,7 @@ impl TrainableBase {
         })?;
         let (mut modules, mut learned) = (BTreeSet::new(), BTreeMap::new());
         let mut saved = BTreeSet::new();
-        for (path, shape, _) in param::named_parameters::<B, M>(model) {
+        for ParamInfo { path, shape, .. } in param::named_parameters::<B, M>(model) {
             if is_adapter(&path) {
                 continue;
             }
@@ -59,7 +65,8 @@ impl TrainableBase {
             if bias || selection.in_modules_to_save(module) {
                 // PEFT wraps adapted layers: their own parameters are under `base_layer`.
                 let inner = if layer { ".base_layer" } else { "" };
-                learned.insert(path.clone(), (format!("base_model.model.{module}{inner}.{name}"), shape));
+                let peft_key = format!("base_model.model.{module}{inner}.{name}");
+                learned.insert(path.clone(), BaseParam { peft_key, shape });
             }
         }
         let missing = config.modules_to_save.iter().flatten().find(|name| !saved.contains(*name));
@@ -83,7 +90,7 @@ impl TrainableBase {
 
     /// Returns the keys and shapes of the base model's trained parameters in PEFT's file.
     pub fn expected_tensors(&self) -> Vec<(String, Vec<usize>)> {
-        self.base_params.values().cloned().collect()
+        self.base_params.values().map(|param| (param.peft_key.clone(), param.shape.clone())).collect()
     }
 
     /// Casts the base model's trained parameters to f32, the type in which weights are trained.
@@ -122,10 +129,10 @@ impl<B: Backend> ModuleMapper<B> for LoadParams<'_> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let Some((key, _)) = self.base.base_params.get(&self.path.join(".")) else { return param };
+        let Some(BaseParam { peft_key, .. }) = self.base.base_params.get(&self.path.join(".")) else { return param };
         let (id, tensor, mapper) = param.consume();
         let (on, device) = (tensor.is_require_grad(), tensor.device());
-        let tensor = match self.tensors.get(key) {
+        let tensor = match self.tensors.get(peft_key) {
             Some(data) => Tensor::from_data(data.clone(), (&device, DType::F32)),
             None if tensor.dtype() == DType::F32 => tensor,
             None => tensor.detach().cast(DType::F32),
@@ -150,8 +157,8 @@ impl<B: Backend> ModuleVisitor<B> for CollectParams<'_> {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        if let Some((key, _)) = self.base.base_params.get(&self.path.join(".")) {
-            self.found.push((key.clone(), param.val().cast(DType::F32).into_data()));
+        if let Some(BaseParam { peft_key, .. }) = self.base.base_params.get(&self.path.join(".")) {
+            self.found.push((peft_key.clone(), param.val().cast(DType::F32).into_data()));
         }
     }
 }

@@ -5,9 +5,10 @@ use super::{
     registry::{check_exists, check_new_adapter},
 };
 use crate::{
-    Error, Lora, LoraConfig, TargetModules, format,
+    Error, Lora, LoraConfig, TargetModules,
+    format::{self, AdapterFiles},
     kernel::LinearKernels,
-    lora::{low_rank_decomposition, zero_pad},
+    lora::{Factors, LoraSpec, low_rank_decomposition, zero_pad},
     param::last_segment,
     random,
 };
@@ -83,7 +84,8 @@ impl CombinationType {
             Self::Svd { .. } => {
                 let delta = sum(parts.iter().map(|part| scaled(&part.b, part.weight).matmul(part.a.clone())));
                 let [out, features] = delta.dims();
-                let (a, b) = low_rank_decomposition(delta, r.min(out).min(features), None, random::key_from_str(path));
+                let Factors { a, b } =
+                    low_rank_decomposition(delta, r.min(out).min(features), None, random::key_from_str(path));
                 // Each factor holds the square roots of the singular values; PEFT puts them into B alone.
                 let root = a.clone().powi_scalar(2).sum_dim(1).sqrt().clamp_min(f32::MIN_POSITIVE);
                 let b = b * root.clone().transpose();
@@ -153,7 +155,7 @@ pub fn combine<B: LinearKernels, M: Linears<B>>(
     let config = combined_config(r, exact_target_modules(model, made.keys()), dropout.unwrap_or(0.0));
     model.linears_mut(&mut |path, linear| {
         if let Some([a, b]) = made.remove(path) {
-            let mut lora = Lora::from_tensors(path, name, &config, a, b);
+            let mut lora = Lora::from_tensors(LoraSpec { path, name, config: &config }, a, b);
             lora.active = false;
             linear.adapters.push(lora);
         }
@@ -202,7 +204,7 @@ pub fn combine_directories<B: LinearKernels>(
     device: &B::Device,
 ) -> Result<LoraConfig, Error> {
     let how = effective(how, check_weights(adapters.iter().map(|(_, weight)| *weight))?);
-    let (configs, layers) = load_adapters(adapters, device)?;
+    let LoadedAdapters { configs, layers } = load_adapters(adapters, device)?;
     let largest = |config: &LoraConfig| {
         let others = config.rank_pattern.values().filter_map(serde_json::Value::as_u64);
         others.map(|rank| rank as usize).fold(config.r, usize::max)
@@ -225,13 +227,18 @@ pub fn combine_directories<B: LinearKernels>(
     Ok(config)
 }
 
-/// The configurations of all adapters, and their LoRA matrices by layer path.
-type LoadedAdapters<B> = (Vec<LoraConfig>, BTreeMap<String, Vec<WeightedLora<B>>>);
+/// The adapters to combine.
+struct LoadedAdapters<B: LinearKernels> {
+    /// The configurations of all adapters.
+    configs: Vec<LoraConfig>,
+    /// The LoRA matrices of all adapters, by layer path.
+    layers: BTreeMap<String, Vec<WeightedLora<B>>>,
+}
 
 fn load_adapters<B: LinearKernels>(adapters: &[(&Path, f64)], device: &B::Device) -> Result<LoadedAdapters<B>, Error> {
     let (mut configs, mut layers) = (Vec::new(), BTreeMap::<String, Vec<WeightedLora<B>>>::new());
     for (directory, weight) in adapters {
-        let (config, mut tensors, _) = format::read(directory)?;
+        let AdapterFiles { config, mut tensors, .. } = format::read(directory)?;
         if config.use_dora || config.changes_base() {
             let expected = "LoRA without DoRA, bias, modules_to_save and PiSSA; only that can be combined";
             return Err(Error::format(directory, "adapter_config.json", expected, "another adapter"));
@@ -254,7 +261,7 @@ fn load_adapters<B: LinearKernels>(adapters: &[(&Path, f64)], device: &B::Device
         }
         configs.push(config);
     }
-    Ok((configs, layers))
+    Ok(LoadedAdapters { configs, layers })
 }
 
 fn layer_path(key: &str) -> Option<String> {

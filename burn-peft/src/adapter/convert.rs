@@ -1,7 +1,12 @@
 //! Converts adapters whose initialization changed the base weights (PiSSA, OLoRA) into plain LoRA.
 
 use super::{linears::Linears, lora::collect_state_dict};
-use crate::{Error, LoraConfig, config::InitLoraWeights, format, kernel::LinearKernels};
+use crate::{
+    Error, LoraConfig,
+    config::InitLoraWeights,
+    format::{self, AdapterFiles},
+    kernel::LinearKernels,
+};
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData},
@@ -19,7 +24,8 @@ pub fn save_mutated_as_lora<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &M,
     name: &str,
     config: &LoraConfig,
-    (initial, directory): (&Path, &Path),
+    initial: &Path,
+    directory: &Path,
 ) -> Result<(), Error> {
     write_converted::<B>(collect_state_dict(model, name, config)?, initial, directory, &B::Device::default())
 }
@@ -30,13 +36,15 @@ pub fn save_mutated_as_lora<B: LinearKernels, M: Linears<B> + Module<B>>(
 /// If a directory cannot be read or written, if `initial` does not belong to the adapter in `trained`, or if that is
 /// plain LoRA already.
 pub fn convert_mutated_to_lora<B: LinearKernels>(
-    (trained, initial): (&Path, &Path),
+    trained: &Path,
+    initial: &Path,
     directory: &Path,
     device: &B::Device,
 ) -> Result<(), Error> {
-    let (config, tensors, _) = format::read(trained)?;
-    if !config.init_lora_weights.mutates_base_weights() {
-        let found = json!(config.init_lora_weights);
+    let files = format::read(trained)?;
+    let init = &files.config.init_lora_weights;
+    if !init.mutates_base_weights() {
+        let found = json!(init);
         return Err(Error::format(
             trained,
             "init_lora_weights",
@@ -44,15 +52,16 @@ pub fn convert_mutated_to_lora<B: LinearKernels>(
             found,
         ));
     }
-    write_converted::<B>((tensors.into_iter().collect(), config), initial, directory, device)
+    write_converted::<B>(files, initial, directory, device)
 }
 
 fn write_converted<B: LinearKernels>(
-    (mut tensors, config): (Vec<(String, TensorData)>, LoraConfig),
+    files: AdapterFiles,
     initial: &Path,
     directory: &Path,
     device: &B::Device,
 ) -> Result<(), Error> {
+    let AdapterFiles { config, mut tensors, .. } = files;
     let start = format::read_tensors(initial)?;
     let expected: Vec<_> = tensors.iter().map(|(key, data)| (key.clone(), data.shape.to_vec())).collect();
     format::check_tensors(initial, &expected, &start)?;

@@ -14,9 +14,7 @@ use burn::module::Module;
 /// If the configuration selects nothing.
 pub fn train_only<B: LinearKernels, M: Linears<B> + Module<B>>(model: M, config: &LoraConfig) -> Result<M, Error> {
     let (base, idle) = (TrainableBase::new(&model, config)?, InactiveAdapters::new(&model));
-    Ok(param::train_only(model, |path| {
-        (is_adapter(path) && !idle.contains(path)) || base.is_trained(path)
-    }))
+    Ok(param::train_only(model, |path| (is_adapter(path) && !idle.contains(path)) || base.is_trained(path)))
 }
 
 /// Makes only the active adapters trainable. Every parameter becomes a leaf of the autodiff graph.

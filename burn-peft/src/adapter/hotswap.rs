@@ -6,7 +6,8 @@ use super::{
     registry::check_exists,
 };
 use crate::{
-    Error, LoraConfig, format,
+    Error, Loaded, LoraConfig,
+    format::{self, AdapterFiles},
     kernel::{self, LinearKernels},
 };
 use burn::{
@@ -17,7 +18,7 @@ use std::path::Path;
 
 /// Loads a LoRA adapter from a PEFT directory into the tensors of the adapter `name`, which it replaces: PEFT's
 /// `hotswap_adapter`. The tensors keep their memory, so code that was compiled or captured for them remains valid.
-/// Returns the new adapter's configuration and the names of unknown configuration fields.
+/// Returns the new adapter's configuration.
 ///
 /// # Errors
 /// If the directory cannot be read, if the model has no LoRA adapter of that name or it is merged, or if the new one
@@ -26,9 +27,9 @@ pub fn hotswap<B: LinearKernels, M: Linears<B>>(
     model: &mut M,
     name: &str,
     directory: &Path,
-) -> Result<(LoraConfig, Vec<String>), Error> {
+) -> Result<Loaded<LoraConfig>, Error> {
     check_exists(model, name)?;
-    let (config, mut tensors, unknown) = format::read(directory)?;
+    let AdapterFiles { config, mut tensors, unknown_fields } = format::read(directory)?;
     let refuse = |state| Error::InvalidAdapter { name: name.to_owned(), state };
     if config.changes_base() {
         return Err(refuse("cannot be swapped for one that changes the base model (bias, modules_to_save, PiSSA)"));
@@ -53,7 +54,7 @@ pub fn hotswap<B: LinearKernels, M: Linears<B>>(
             }
         }
     });
-    Ok((config, unknown))
+    Ok(Loaded { value: config, unknown_fields })
 }
 
 /// Returns the keys and shapes of the adapter's tensors.

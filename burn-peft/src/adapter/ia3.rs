@@ -4,7 +4,7 @@ use super::{
     linears::{Linears, select_layers},
     registry::check_new_adapter,
 };
-use crate::{Error, Ia3, Ia3Config, Linear, TargetModules, format, kernel::LinearKernels};
+use crate::{Error, Ia3, Ia3Config, Linear, Loaded, TargetModules, format, kernel::LinearKernels};
 use burn::tensor::{DType, Tensor};
 use std::path::Path;
 
@@ -65,8 +65,7 @@ pub fn attach_ia3<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str, co
     Ok(())
 }
 
-/// Reads an IA3 adapter from a PEFT directory and adds it to the model as `name`. Returns its configuration and the
-/// names of unknown configuration fields.
+/// Reads an IA3 adapter from a PEFT directory and adds it to the model as `name`. Returns its configuration.
 ///
 /// # Errors
 /// If a file is missing or malformed, if the adapter does not fit the model, or if the name is taken.
@@ -74,9 +73,9 @@ pub fn load_ia3<B: LinearKernels, M: Linears<B>>(
     model: &mut M,
     name: &str,
     directory: &Path,
-) -> Result<(Ia3Config, Vec<String>), Error> {
+) -> Result<Loaded<Ia3Config>, Error> {
     let path = directory.join(format::CONFIG_NAME);
-    let (config, unknown) = Ia3Config::from_json(&path, format::read_config(directory)?)?;
+    let Loaded { value: config, unknown_fields } = Ia3Config::from_json(&path, format::read_config(directory)?)?;
     let mut tensors = format::read_tensors(directory)?;
     check_new_adapter(model, name, false)?;
     let selected = target_layers(model, &config)?;
@@ -86,7 +85,7 @@ pub fn load_ia3<B: LinearKernels, M: Linears<B>>(
         Some(data) => Tensor::from_data(data, (device, DType::F32)),
         None => Tensor::ones(shape, (device, DType::F32)),
     });
-    Ok((config, unknown))
+    Ok(Loaded { value: config, unknown_fields })
 }
 
 /// Writes the named adapter as a PEFT directory.

@@ -5,7 +5,7 @@ use super::linears::Linears;
 use crate::{
     Error, Weight,
     kernel::LinearKernels,
-    lora::{Dora, low_rank_decomposition, weight_norm},
+    lora::{Dora, Factors, low_rank_decomposition, weight_norm},
     packed::{Codec, PackedWeight},
     random,
 };
@@ -128,7 +128,8 @@ impl<B: LinearKernels> Nf4Layer<B> {
         if taken == 0.0 {
             return Ok(None);
         }
-        let (a, b) = low_rank_decomposition(residual.clone(), self.r, Some(NITER), random::key_from_str(&self.path));
+        let Factors { a, b } =
+            low_rank_decomposition(residual.clone(), self.r, Some(NITER), random::key_from_str(&self.path));
         let left = sum_of_squares(&(residual - b.clone().matmul(a.clone())));
         let share = self.scaling.sqrt();
         Ok(Some((

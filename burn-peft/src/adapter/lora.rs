@@ -6,14 +6,21 @@ use super::{
     registry::check_new_adapter,
 };
 use crate::{
-    Error, Lora, LoraConfig, TargetModules, config::InitLoraWeights, format, kernel::LinearKernels, lora::Dora,
+    Error, Loaded, Lora, LoraConfig, TargetModules,
+    config::InitLoraWeights,
+    format::{self, AdapterFiles},
+    kernel::LinearKernels,
+    lora::{Dora, LoraSpec},
     param::last_segment,
 };
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData},
 };
-use std::{collections::BTreeSet, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::Path,
+};
 
 /// Adds a new adapter to every layer that `config` selects. The model's output does not change yet (unless
 /// `init_lora_weights` is `false`). The initial values depend only on `seed`, the layers' paths and, for PiSSA and
@@ -61,8 +68,7 @@ pub(super) fn lora_tensor_shapes(
     parts
 }
 
-/// Reads a PEFT adapter directory and adds the adapter to the model as `name`. Returns its configuration and the names
-/// of unknown configuration fields. Biases and modules that were trained along with the adapter (`bias`,
+/// Reads a PEFT adapter directory and adds the adapter to the model as `name`. Returns its configuration. Biases and modules that were trained along with the adapter (`bias`,
 /// `modules_to_save`) replace those of the model.
 ///
 /// # Errors
@@ -71,8 +77,8 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &mut M,
     name: &str,
     directory: &Path,
-) -> Result<(LoraConfig, Vec<String>), Error> {
-    let (config, mut tensors, unknown) = format::read(directory)?;
+) -> Result<Loaded<LoraConfig>, Error> {
+    let AdapterFiles { config, mut tensors, unknown_fields } = format::read(directory)?;
     check_new_adapter(model, name, config.changes_base())?;
     base::untie(model, &config)?;
     let base = TrainableBase::new(model, &config)?;
@@ -104,7 +110,7 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
                 linear.adapters.pop();
             }
             let tensor = |data: TensorData| Tensor::<B, 2>::from_data(data, (&device, DType::F32));
-            let mut adapter = Lora::from_tensors(path, name, &config, tensor(a), tensor(b));
+            let mut adapter = Lora::from_tensors(LoraSpec { path, name, config: &config }, tensor(a), tensor(b));
             let magnitude = take(path, "lora_magnitude_vector");
             adapter.dora = magnitude.map(|data| Dora::new(path, name, Tensor::from_data(data, (&device, DType::F32))));
             linear.adapters.push(adapter);
@@ -112,7 +118,7 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     });
     result?;
     base.load_tensors(model, &tensors);
-    Ok((config, unknown))
+    Ok(Loaded { value: config, unknown_fields })
 }
 
 /// Writes the named adapter as a PEFT directory, with the biases and modules that were trained along with it.
@@ -125,23 +131,23 @@ pub fn save<B: LinearKernels, M: Linears<B> + Module<B>>(
     config: &LoraConfig,
     directory: &Path,
 ) -> Result<(), Error> {
-    let (tensors, config) = collect_state_dict(model, name, config)?;
-    format::write(directory, &config.to_json(), tensors)
+    let files = collect_state_dict(model, name, config)?;
+    format::write(directory, &files.config.to_json(), files.tensors)
 }
 
-/// Returns the adapter's tensors by their keys in PEFT's file, and its configuration as PEFT writes it.
+/// Returns the content of the adapter's directory as PEFT writes it.
 pub(super) fn collect_state_dict<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &M,
     name: &str,
     config: &LoraConfig,
-) -> Result<(Vec<(String, TensorData)>, LoraConfig), Error> {
-    let (mut tensors, mut targets) = (Vec::new(), BTreeSet::new());
+) -> Result<AdapterFiles, Error> {
+    let (mut tensors, mut targets) = (BTreeMap::new(), BTreeSet::new());
     model.linears(&mut |path, linear| {
         if let Some(adapter) = linear.adapter(name) {
-            tensors.push((format::tensor_key(path, "lora_A"), adapter.lora_a.val().into_data()));
-            tensors.push((format::tensor_key(path, "lora_B"), adapter.lora_b.val().into_data()));
+            tensors.insert(format::tensor_key(path, "lora_A"), adapter.lora_a.val().into_data());
+            tensors.insert(format::tensor_key(path, "lora_B"), adapter.lora_b.val().into_data());
             if let Some(dora) = &adapter.dora {
-                tensors.push((format::tensor_key(path, "lora_magnitude_vector"), dora.magnitude.val().into_data()));
+                tensors.insert(format::tensor_key(path, "lora_magnitude_vector"), dora.magnitude.val().into_data());
             }
             targets.insert(last_segment(path).to_owned());
         }
@@ -155,5 +161,5 @@ pub(super) fn collect_state_dict<B: LinearKernels, M: Linears<B> + Module<B>>(
     if matches!(&config.target_modules, TargetModules::Pattern(p) if p == "all-linear") {
         config.target_modules = TargetModules::Suffixes(targets.into_iter().collect());
     }
-    Ok((tensors, config))
+    Ok(AdapterFiles { config, tensors, unknown_fields: Vec::new() })
 }

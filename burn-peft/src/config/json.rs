@@ -1,22 +1,18 @@
 //! PEFT's `adapter_config.json` for LoRA.
 
 use super::{InitLoraWeights, LoraConfig};
-use crate::{Error, TargetModules};
-use serde_json::{Map, Value, json};
+use crate::{Error, Loaded, TargetModules, config_file::KnownFields};
+use serde_json::{Value, json};
 use std::path::Path;
 
 /// Returns the fields of PEFT's file that are supported only with the given value.
-fn neutral_fields() -> Map<String, Value> {
-    let fields = json!({
+fn neutral_fields() -> Value {
+    json!({
         "alora_invocation_tokens": null, "arrow_config": null, "corda_config": null, "eva_config": null,
         "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null, "lora_bias": false,
         "lora_ga_config": null, "monteclora_config": null, "target_parameters": null, "trainable_token_indices": null,
         "use_bdlora": null, "use_qalora": false, "velora_config": null,
-    });
-    match fields {
-        Value::Object(fields) => fields,
-        _ => Map::new(),
-    }
+    })
 }
 
 /// Fields that make no difference for a trained adapter.
@@ -39,32 +35,20 @@ const IGNORED: [&str; 11] = [
 const MUTATING_INITS: [&str; 2] = ["corda", "lora_ga"];
 
 impl LoraConfig {
-    /// Parses the content of `adapter_config.json`. The second value names unknown fields (of a newer PEFT), about
-    /// which the caller should warn.
+    /// Parses the content of `adapter_config.json`.
     ///
     /// # Errors
     /// If the adapter is not LoRA or uses a feature that is not supported.
-    pub fn from_json(path: &Path, value: Value) -> Result<(Self, Vec<String>), Error> {
-        let Value::Object(fields) = &value else {
+    pub fn from_json(path: &Path, value: Value) -> Result<Loaded<Self>, Error> {
+        if !value.is_object() {
             return Err(Error::format(path, "adapter_config.json", "a JSON object", value));
-        };
-        match fields.get("peft_type").and_then(Value::as_str) {
+        }
+        match value["peft_type"].as_str() {
             Some("LORA") => {}
             other => return Err(Error::format(path, "peft_type", "LORA", other.unwrap_or("nothing"))),
         }
-        let (neutral, own) = (neutral_fields(), json!(Self::default()));
-        let mut unknown = Vec::new();
-        for (name, found) in fields {
-            match neutral.get(name) {
-                Some(expected) if found == expected || found.is_null() || found == &json!({}) => {}
-                Some(expected) => {
-                    let expected = format!("{expected} (nothing else is supported yet)");
-                    return Err(Error::format(path, name, expected, found));
-                }
-                None if IGNORED.contains(&name.as_str()) || own.get(name).is_some() => {}
-                None => unknown.push(name.clone()),
-            }
-        }
+        let known = KnownFields { own: &json!(Self::default()), neutral: &neutral_fields(), ignored: &IGNORED };
+        let unknown_fields = known.unknown(path, &value)?;
         let config: Self = serde_json::from_value(value)
             .map_err(|e| Error::format(path, "adapter_config.json", "LoRA's fields", e))?;
         config.check()?;
@@ -80,7 +64,7 @@ impl LoraConfig {
                                 adapter on that base)";
                 Err(Error::format(path, "init_lora_weights", expected, "loftq"))
             }
-            _ => Ok((config, unknown)),
+            _ => Ok(Loaded { value: config, unknown_fields }),
         }
     }
 
@@ -106,13 +90,15 @@ impl LoraConfig {
             "target_modules": target, "task_type": "CAUSAL_LM", "ensure_weight_tying": false,
         });
         for fields in [json!(self), fixed] {
-            if let Value::Object(fields) = fields {
+            if let (Value::Object(all), Value::Object(fields)) = (&mut all, fields) {
                 all.extend(fields);
             }
         }
         // Keys inside the patterns are not sorted: their order matters.
-        all.sort_keys();
-        Value::Object(all)
+        if let Value::Object(all) = &mut all {
+            all.sort_keys();
+        }
+        all
     }
 }
 
@@ -141,9 +127,9 @@ mod tests {
         };
         let mut json = config.to_json();
         json["from_the_future"] = json!(1);
-        let (read, unknown) = LoraConfig::from_json(Path::new("x"), json).unwrap();
-        assert_eq!(read.rank_pattern.keys().collect::<Vec<_>>(), ["z", "a"], "the order of patterns matters");
-        assert_eq!((read, unknown), (config, vec!["from_the_future".to_owned()]));
+        let read = LoraConfig::from_json(Path::new("x"), json).unwrap();
+        assert_eq!(read.value.rank_pattern.keys().collect::<Vec<_>>(), ["z", "a"], "the order of patterns matters");
+        assert_eq!(read, Loaded { value: config, unknown_fields: vec!["from_the_future".to_owned()] });
     }
 
     #[test]
@@ -153,7 +139,8 @@ mod tests {
         assert_eq!((&json["init_lora_weights"], &json["loftq_config"]), (&json!(true), &json!({})));
         // PEFT's script writes true there, and keeps this field.
         json["loftq_config"] = json!({ "loftq_bits": 4, "loftq_iter": 5 });
-        assert_eq!(LoraConfig::from_json(Path::new("x"), json).unwrap(), (LoraConfig::default(), vec![]));
+        let read = LoraConfig::from_json(Path::new("x"), json).unwrap();
+        assert_eq!(read, Loaded { value: LoraConfig::default(), unknown_fields: vec![] });
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The initialization of `A` and `B`.
 
+use super::svd::Factors;
 use crate::{config::InitLoraWeights, random};
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend, s};
 
@@ -49,7 +50,7 @@ fn orthogonal_init([out, features]: [usize; 2], r: usize, key: u64) -> [Vec<f32>
 }
 
 /// Returns OLoRA's `A [r, in]` and `B [out, r]`: the first rows of `R` and columns of `Q` of `weight = Q·R [out, in]`.
-pub(super) fn olora_init<B: Backend>(weight: Tensor<B, 2>, r: usize) -> (Tensor<B, 2>, Tensor<B, 2>) {
+pub(super) fn olora_init<B: Backend>(weight: Tensor<B, 2>, r: usize) -> Factors<B> {
     // A detached leaf still requires a gradient.
     let weight = weight.detach().set_require_grad(false).cast(DType::F32);
     let ([out, _], device) = (weight.dims(), weight.device());
@@ -59,7 +60,7 @@ pub(super) fn olora_init<B: Backend>(weight: Tensor<B, 2>, r: usize) -> (Tensor<
     orthonormalise(&mut q);
     let q = q.into_iter().flatten().map(|x| x as f32).collect::<Vec<_>>();
     let q = Tensor::<B, 2>::from_data(TensorData::new(q, [r, out]), (&device, DType::F32));
-    (q.clone().matmul(weight), q.transpose())
+    Factors { a: q.clone().matmul(weight), b: q.transpose() }
 }
 
 /// Makes the rows orthonormal by the Gram-Schmidt process, with a second pass against rounding errors.

@@ -7,6 +7,14 @@ use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 /// The maximum number of iterations until convergence.
 const MAX_ITERATIONS: usize = 100;
 
+/// Two factors of a matrix of rank `r`.
+pub(crate) struct Factors<B: Backend> {
+    /// `A [r, in]`.
+    pub a: Tensor<B, 2>,
+    /// `B [out, r]`.
+    pub b: Tensor<B, 2>,
+}
+
 /// Computes `A [r, in]` and `B [out, r]` whose product is the best approximation of `weight [out, in]` of rank `r`;
 /// each holds the square roots of the singular values. Runs `niter` iterations, or until the singular values converge.
 pub(crate) fn low_rank_decomposition<B: Backend>(
@@ -14,7 +22,7 @@ pub(crate) fn low_rank_decomposition<B: Backend>(
     r: usize,
     niter: Option<usize>,
     key: u64,
-) -> (Tensor<B, 2>, Tensor<B, 2>) {
+) -> Factors<B> {
     let weight = weight.detach().cast(DType::F32);
     let ([out, features], device) = (weight.dims(), weight.device());
     // Oversampling: with more directions than requested, the requested ones converge sooner.
@@ -63,7 +71,7 @@ pub(crate) fn low_rank_decomposition<B: Backend>(
         let column = mix(&left, out);
         b.iter_mut().zip(column).for_each(|(row, x)| row[index] = x * value.sqrt());
     }
-    (tensor(&a), tensor(&b))
+    Factors { a: tensor(&a), b: tensor(&b) }
 }
 
 fn rows<B: Backend>(x: Tensor<B, 2>) -> Vec<Vec<f64>> {
@@ -85,7 +93,7 @@ fn eigen(m: &[Vec<f64>]) -> (Vec<f64>, Vec<Vec<f64>>) {
         }
         for p in 0..k {
             for q in p + 1..k {
-                rotate(&mut s, &mut v, (p, q));
+                rotate(&mut s, &mut v, p, q);
             }
         }
     }
@@ -96,7 +104,7 @@ fn eigen(m: &[Vec<f64>]) -> (Vec<f64>, Vec<Vec<f64>>) {
 }
 
 /// Applies the Jacobi rotation that makes `s[p][q]` zero, and accumulates it in `v`.
-fn rotate(s: &mut [Vec<f64>], v: &mut [Vec<f64>], (p, q): (usize, usize)) {
+fn rotate(s: &mut [Vec<f64>], v: &mut [Vec<f64>], p: usize, q: usize) {
     if s[p][q] == 0.0 {
         return;
     }
@@ -124,7 +132,7 @@ mod tests {
         let (device, r) = (Default::default(), 5);
         let values: Vec<f32> = (0..60 * 90).map(|i| random::normal(1, i) as f32).collect();
         let weight = Tensor::<Flex, 2>::from_data(TensorData::new(values, [60, 90]), (&device, DType::F32));
-        let (a, b) = low_rank_decomposition(weight.clone(), r, None, 3);
+        let Factors { a, b } = low_rank_decomposition(weight.clone(), r, None, 3);
         let rest = weight - b.clone().matmul(a.clone());
         let largest = |x: Tensor<Flex, 2>| x.abs().max().into_scalar();
         // The residual is orthogonal to the singular vectors on both sides.

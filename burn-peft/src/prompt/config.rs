@@ -1,8 +1,8 @@
 //! PEFT's `adapter_config.json` for the prompt learning methods.
 
-use crate::{Error, random};
+use crate::{Error, Loaded, config_file::KnownFields, random};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::path::Path;
 
 /// The sizes of the base model that a prompt depends on.
@@ -99,11 +99,13 @@ pub struct PromptConfig {
 }
 
 /// PEFT's fields that make no difference for a trained adapter, and those that all methods share.
-const IGNORED: [&str; 17] = [
+const IGNORED: [&str; 18] = [
     "auto_mapping",
     "base_model_name_or_path",
     "encoder_dropout",
     "encoder_num_layers",
+    // With an LSTM, too, the file contains only the outputs of the encoder.
+    "encoder_reparameterization_type",
     "inference_mode",
     "num_attention_heads",
     "num_layers",
@@ -118,11 +120,6 @@ const IGNORED: [&str; 17] = [
     "prompt_tuning_init_task",
     "dropout",
 ];
-/// Returns the fields that, if present, are supported only with the given value.
-fn neutral_fields() -> [(&'static str, Value); 2] {
-    [("modules_to_save", Value::Null), ("num_transformer_submodules", json!(1))]
-}
-
 impl PromptConfig {
     /// Returns the configuration of prefix tuning with PEFT's defaults.
     pub fn prefix(num_virtual_tokens: usize) -> Self {
@@ -191,7 +188,8 @@ impl PromptConfig {
     pub fn init_token_ids(
         &self,
         text: Option<&[u32]>,
-        (vocabulary, seed): (usize, u64),
+        vocabulary: usize,
+        seed: u64,
     ) -> Result<Option<Vec<u32>>, Error> {
         let n = self.num_virtual_tokens;
         match (self.init(), text) {
@@ -252,34 +250,21 @@ impl PromptConfig {
     }
 
     /// Parses the content of `adapter_config.json`.
-    /// The second value names unknown fields, about which the caller should warn.
     ///
     /// # Errors
     /// If the adapter is not a prompt or uses a feature that is not supported.
-    pub fn from_json(path: &Path, value: Value) -> Result<(Self, Vec<String>), Error> {
+    pub fn from_json(path: &Path, value: Value) -> Result<Loaded<Self>, Error> {
         if !Self::is_prompt(&value) {
             let found = value["peft_type"].as_str().unwrap_or("nothing").to_owned();
             return Err(Error::format(path, "peft_type", "PREFIX_TUNING, PROMPT_TUNING or P_TUNING", found));
         }
-        let neutral = neutral_fields();
-        for (name, expected) in &neutral {
-            let found = &value[name];
-            if !found.is_null() && found != expected {
-                return Err(Error::format(path, name, format!("{expected} (nothing else is supported)"), found));
-            }
-        }
-        let read: Self = serde_json::from_value(value.clone())
+        let config: Self = serde_json::from_value(value.clone())
             .map_err(|e| Error::format(path, "adapter_config.json", "a prompt method's fields", e))?;
-        read.check()?;
-        let own = json!(read);
-        let known = |name: &String| {
-            own.get(name).is_some() || IGNORED.contains(&name.as_str()) || neutral.iter().any(|(n, _)| n == name)
-        };
-        // With an LSTM, too, the file contains only the outputs of the encoder.
-        let known = |name: &String| known(name) || name == "encoder_reparameterization_type";
-        let fields = value.as_object().into_iter().flat_map(Map::keys);
-        let unknown = fields.filter(|name| !known(name)).cloned().collect();
-        Ok((read, unknown))
+        config.check()?;
+        let neutral = json!({ "modules_to_save": null, "num_transformer_submodules": 1 });
+        let known = KnownFields { own: &json!(config), neutral: &neutral, ignored: &IGNORED };
+        let unknown_fields = known.unknown(path, &value)?;
+        Ok(Loaded { value: config, unknown_fields })
     }
 
     /// Returns the content of `adapter_config.json` as PEFT writes it for this base model.
@@ -362,8 +347,8 @@ mod tests {
         let base = shape(2, 4, 2, 8);
         let mut json = prefix(3, true).to_json(&base);
         json["from_the_future"] = json!(1);
-        let (read, unknown) = PromptConfig::from_json(Path::new("x"), json).unwrap();
-        assert_eq!((read, unknown), (prefix(3, true), vec!["from_the_future".to_owned()]));
+        let read = PromptConfig::from_json(Path::new("x"), json).unwrap();
+        assert_eq!(read, Loaded { value: prefix(3, true), unknown_fields: vec!["from_the_future".to_owned()] });
         let text = json!({
             "peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4, "prompt_tuning_init": "TEXT",
             "prompt_tuning_init_text": "a",

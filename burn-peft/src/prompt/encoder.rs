@@ -31,7 +31,7 @@ pub enum Activation {
 
 impl<B: LinearKernels> PromptEncoder<B> {
     /// Creates an encoder with PEFT's initialization: a normal table, and layers uniform in `±1/√in`, as in PyTorch.
-    pub(super) fn new(config: &PromptConfig, base: &BaseShape, (seed, device): (u64, &B::Device)) -> Self {
+    pub(super) fn new(config: &PromptConfig, base: &BaseShape, seed: u64, device: &B::Device) -> Self {
         let widths = config.widths(base);
         let zero = matches!(&config.method, PromptMethod::Prefix { init_weights: Some(zero), .. } if zero == "zero");
         let key = |path: &str| random::key(&[seed, random::key_from_str(path)]);

@@ -1,7 +1,7 @@
 //! Reads and writes prompts as PEFT directories, which hold a single tensor, `prompt_embeddings`.
 
 use super::{BaseShape, Prompt, PromptConfig, PromptEncoder, PromptMethod};
-use crate::{Error, Weight, format, kernel::LinearKernels};
+use crate::{Error, Loaded, Weight, format, kernel::LinearKernels};
 use burn::{
     module::Param,
     tensor::{DType, Tensor, TensorData},
@@ -11,16 +11,15 @@ use std::{collections::BTreeMap, path::Path};
 const EMBEDDINGS_KEY: &str = "prompt_embeddings";
 
 impl<B: LinearKernels> Prompt<B> {
-    /// Reads a prompt from a PEFT directory, for a base model of the given sizes. Also returns the names of unknown
-    /// configuration fields, about which the caller should warn.
+    /// Reads a prompt from a PEFT directory, for a base model of the given sizes.
     ///
     /// # Errors
     /// If a file is missing or malformed, or the prompt was trained on a base model of other sizes.
-    pub fn load(directory: &Path, base: BaseShape, device: &B::Device) -> Result<(Self, Vec<String>), Error> {
+    pub fn load(directory: &Path, base: BaseShape, device: &B::Device) -> Result<Loaded<Self>, Error> {
         let path = directory.join(format::CONFIG_NAME);
         let json = format::read_config(directory)?;
         let layers = json["num_layers"].as_u64().map(|n| n as usize);
-        let (config, unknown) = PromptConfig::from_json(&path, json)?;
+        let Loaded { value: config, unknown_fields } = PromptConfig::from_json(&path, json)?;
         let mut tensors = format::read_tensors(directory)?;
         let expected = [config.num_virtual_tokens, config.width(&base)];
         let mut problems = Vec::new();
@@ -39,7 +38,7 @@ impl<B: LinearKernels> Prompt<B> {
         match table {
             Some(table) if problems.is_empty() => {
                 let encoder = PromptEncoder::from_embeddings(Tensor::from_data(table, (device, DType::F32)));
-                Ok((Self::from_encoder(encoder, config, base), unknown))
+                Ok(Loaded { value: Self::from_encoder(encoder, config, base), unknown_fields })
             }
             _ => Err(Error::Mismatch { path: directory.to_owned(), message: problems.join("; ") }),
         }
@@ -64,14 +63,14 @@ impl<B: LinearKernels> Prompt<B> {
         let device = self.encoder.embedding.lazy_device();
         let name = if matches!(self.config.method, PromptMethod::Prefix { .. }) { "transform" } else { "mlp_head" };
         let encoder = &mut self.encoder;
-        load_param(&mut encoder.embedding, &tensors, "embedding.weight", (file, &device))?;
+        load_param(&mut encoder.embedding, &tensors, "embedding.weight", file, &device)?;
         for (index, layer) in encoder.layers.iter_mut().enumerate() {
             let key = |part: &str| format!("{name}.{}.{part}", 2 * index);
             if let Weight::Dense(weight) = &mut layer.weight {
-                load_param(weight, &tensors, &key("weight"), (file, &device))?;
+                load_param(weight, &tensors, &key("weight"), file, &device)?;
             }
             if let Some(bias) = &mut layer.bias {
-                load_param(bias, &tensors, &key("bias"), (file, &device))?;
+                load_param(bias, &tensors, &key("bias"), file, &device)?;
             }
         }
         Ok(())
@@ -82,7 +81,8 @@ fn load_param<B: LinearKernels, const D: usize>(
     param: &mut Param<Tensor<B, D>>,
     tensors: &BTreeMap<String, TensorData>,
     key: &str,
-    (file, device): (&Path, &B::Device),
+    file: &Path,
+    device: &B::Device,
 ) -> Result<(), Error> {
     let expected = param.lazy_shape().to_vec();
     let found = tensors.get(key).ok_or_else(|| Error::format(file, key, format!("{expected:?}"), "no such tensor"))?;

@@ -58,9 +58,9 @@ impl<B: LinearKernels> Prompt<B> {
     ///
     /// # Errors
     /// If the configuration is invalid.
-    pub fn new(config: &PromptConfig, base: BaseShape, (seed, device): (u64, &B::Device)) -> Result<Self, Error> {
+    pub fn new(config: &PromptConfig, base: BaseShape, seed: u64, device: &B::Device) -> Result<Self, Error> {
         config.check()?;
-        Ok(Self::from_encoder(PromptEncoder::new(config, &base, (seed, device)), config.clone(), base))
+        Ok(Self::from_encoder(PromptEncoder::new(config, &base, seed, device), config.clone(), base))
     }
 
     fn from_encoder(encoder: PromptEncoder<B>, config: PromptConfig, base: BaseShape) -> Self {

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{Error, LlamaConfig, checkpoint::build};
 use burn::tensor::TensorData;
-use burn_peft::format;
+use burn_peft::format::{self, AdapterFiles};
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
@@ -30,7 +30,7 @@ pub fn save_adapter(
     path: &Path,
 ) -> Result<Vec<String>, Error> {
     check_kind(kind, &[BlockType::F32, BlockType::F16])?;
-    let (lora, tensors, unknown) = format::read(directory)?;
+    let AdapterFiles { config: lora, tensors, unknown_fields } = format::read(directory)?;
     if !lora.is_plain() {
         let expected =
             "one rank and one scaling on an unchanged base: no patterns, bias, modules_to_save, DoRA or PiSSA";
@@ -48,7 +48,7 @@ pub fn save_adapter(
     metadata.push(("adapter.type".to_owned(), MetadataValue::String("lora".to_owned())));
     metadata.push(("adapter.lora.alpha".to_owned(), MetadataValue::Float(f64::from(alpha))));
     file::write(path, &metadata, &planned)?;
-    Ok(unknown)
+    Ok(unknown_fields)
 }
 
 /// Lists the tensors to write, each `A`/`B` pair checked against the weight it adapts.
