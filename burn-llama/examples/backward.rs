@@ -130,9 +130,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         full.batch(&lengths.map(row), &SequenceLayout::from_lengths(&lengths, true), 0.01, ForwardContext::default())?;
     compare("all parameters", &full, &batch, rounds);
 
-    let mut lora = full;
     let target_modules = TargetModules::Pattern("all-linear".into());
-    adapter::attach(&mut lora, "default", &LoraConfig { target_modules, ..LoraConfig::default() }, 0)?;
-    compare("LoRA", &param::train_only(lora, adapter::is_adapter), &batch, rounds);
+    let config = LoraConfig { target_modules, ..LoraConfig::default() };
+    compare("LoRA", &adapter::attach_and_freeze(full, "default", &config)?, &batch, rounds);
     Ok(())
 }

@@ -6,7 +6,7 @@ use burn::{
     tensor::DType,
 };
 use burn_llama::{Checkpoint, Example, SequenceLayout, Tokenizer};
-use burn_peft::{ForwardContext, LoraConfig, TargetModules, adapter, param};
+use burn_peft::{AdapterModel, ForwardContext, LoraConfig, TargetModules, adapter, param};
 use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
 use std::{error::Error, path::Path};
 
@@ -16,12 +16,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [path, out] = arguments.as_slice() else { return Err("usage: lora MODEL ADAPTER".into()) };
     let tokenizer = Tokenizer::from_dir(Path::new(path))?;
-    let mut model = Checkpoint::open(Path::new(path))?.load::<Train>(DType::F32, &Default::default())?;
+    let model = Checkpoint::open(Path::new(path))?.load::<Train>(DType::F32, &Default::default())?;
 
     let target_modules = TargetModules::Pattern("all-linear".into());
     let config = LoraConfig { r: 8, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
-    adapter::attach(&mut model, "default", &config, 0)?;
-    let mut model = param::train_only(model, adapter::is_adapter);
+    let mut model = adapter::attach_and_freeze(model, "default", &config)?;
     println!("{} values are trained", param::count_trainable::<Train, _>(&model));
 
     let (prompt, answer) = (tokenizer.encode("The heart is", true)?, tokenizer.encode(" a pump of muscle.", false)?);
@@ -34,5 +33,5 @@ fn main() -> Result<(), Box<dyn Error>> {
         engine.step(&mut model, 1e-3)?;
         println!("step {step}: loss {loss:.4}");
     }
-    Ok(adapter::save(&model, "default", &config, Path::new(out))?)
+    Ok(model.save_adapter("default", Path::new(out))?)
 }

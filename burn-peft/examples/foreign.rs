@@ -3,7 +3,7 @@ use burn::backend::{Autodiff, Flex};
 use burn::optim::{AdamConfig, GradientsParams, Optimizer};
 use burn::{module::Module, tensor::activation::softmax, tensor::*};
 use burn_peft::prompt::{BaseShape, Prompt, PromptConfig};
-use burn_peft::{ForwardContext, Linear, Linears, LoraConfig, adapter, kernel::LinearKernels, param};
+use burn_peft::{AdapterModel, ForwardContext, Linear, Linears, LoraConfig, adapter, kernel::LinearKernels};
 #[derive(Module, Debug)]
 struct Attention<B: LinearKernels> {
     q_proj: Linear<B>,
@@ -24,9 +24,8 @@ fn main() -> Result<(), burn_peft::Error> {
     let base =
         BaseShape { hidden_size, num_hidden_layers: 1, num_attention_heads: 1, num_key_value_heads: 1, head_dim };
     let prompt = Prompt::new(&PromptConfig::prefix(4), base, 0, &device)?;
-    let mut model = Attention { q_proj: Linear::new("q_proj", random(8), None), prompt };
-    adapter::attach(&mut model, "default", &lora, 0)?;
-    let (mut model, mut adam) = (param::train_only(model, adapter::is_adapter), AdamConfig::new().init());
+    let model = Attention { q_proj: Linear::new("q_proj", random(8), None), prompt };
+    let (mut model, mut adam) = (adapter::attach_and_freeze(model, "default", &lora)?, AdamConfig::new().init());
     for step in 0..100 {
         let seen = model.prompt.encode(&pass).past_key_values.remove(0); // [virtual tokens, 2 (key, value), heads, head_dim]
         let part = |i: usize| seen.clone().slice(s![.., i..i + 1]).reshape([4, 8]);
@@ -36,5 +35,5 @@ fn main() -> Result<(), burn_peft::Error> {
         println!("step {step}: loss {}", loss.clone().into_scalar());
         model = adam.step(1e-2, model.clone(), GradientsParams::from_grads(loss.backward(), &model));
     }
-    adapter::save(&model, "default", &lora, &std::env::temp_dir().join("foreign-lora"))
+    model.save_adapter("default", &std::env::temp_dir().join("foreign-lora"))
 }

@@ -9,7 +9,7 @@ use burn::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 /// The IA3 factors of one linear layer: they scale its output features, or its input features in a feed-forward layer.
 #[derive(Module, Debug)]
@@ -18,6 +18,9 @@ pub struct Ia3<B: LinearKernels> {
     pub ia3_l: Param<Tensor<B, 2>>,
     /// The adapter's name.
     pub name: String,
+    /// The configuration that the adapter was attached or loaded with.
+    #[module(skip)]
+    pub config: Arc<Ia3Config>,
     /// True if the factors are merged into the layer's weight.
     pub merged: bool,
     /// True if the adapter is active: a forward pass without a route applies it.
@@ -26,11 +29,12 @@ pub struct Ia3<B: LinearKernels> {
 
 impl<B: LinearKernels> Ia3<B> {
     /// Creates the factors of the layer at `path`.
-    pub(crate) fn new(path: &str, name: &str, factors: Tensor<B, 2>) -> Self {
+    pub(crate) fn new(path: &str, name: &str, config: &Arc<Ia3Config>, factors: Tensor<B, 2>) -> Self {
         let id = param::id(&format!("{path}.ia3_l.{name}"));
         Self {
             ia3_l: Param::initialized(id, factors.require_grad()),
             name: name.to_owned(),
+            config: Arc::clone(config),
             merged: false,
             active: true,
         }

@@ -57,7 +57,7 @@ pub mod route;
 pub mod target;
 mod weight;
 
-pub use adapter::Linears;
+pub use adapter::{AdapterModel, Linears};
 pub use config::LoraConfig;
 pub use config_file::Loaded;
 pub use context::{DropoutKey, ForwardContext, TokenPosition};

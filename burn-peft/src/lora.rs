@@ -18,6 +18,7 @@ use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor, TensorData},
 };
+use std::sync::Arc;
 
 /// One LoRA adapter of one linear layer: `Δy = s·(dropout(x)·Aᵀ)·Bᵀ`. Its weights are always f32.
 #[derive(Module, Debug)]
@@ -30,16 +31,15 @@ pub struct Lora<B: LinearKernels> {
     pub dora: Option<Dora<B>>,
     /// The adapter's name, `default` in PEFT's files.
     pub name: String,
-    /// The scaling `s`: `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
+    /// The configuration that the adapter was attached, loaded or combined with.
+    #[module(skip)]
+    pub config: Arc<LoraConfig>,
+    /// The scaling `s` on this layer: `lora_alpha / r`, or `lora_alpha / √r` with `use_rslora`.
     pub scaling: f64,
-    /// The dropout probability of an input feature in a training pass.
-    pub dropout: f64,
     /// True if `s·B·A` is merged into the layer's weight.
     pub merged: bool,
     /// True if the adapter is active: a forward pass without a route applies it.
     pub active: bool,
-    /// True if the base model was changed along with the adapter: its weights, biases or `modules_to_save`.
-    pub changes_base: bool,
     /// The hash of the layer's path: the last part of the key of its dropout masks.
     layer_key: u64,
 }
@@ -90,11 +90,10 @@ impl<B: LinearKernels> Lora<B> {
             lora_b: leaf("lora_B", b),
             dora: None,
             name: name.to_owned(),
+            config: Arc::new(config.clone()),
             scaling: config.scaling_at(path),
-            dropout: config.lora_dropout,
             merged: false,
             active: true,
-            changes_base: config.changes_base(),
             layer_key: random::key_from_str(path),
         }
     }
@@ -142,7 +141,7 @@ impl<B: LinearKernels> Lora<B> {
     ) -> Tensor<B, 2> {
         // The base product and the adapter use the same dropout mask, as in PEFT.
         let base = match pass.dropout {
-            Some(_) if self.dropout > 0.0 => {
+            Some(_) if self.config.lora_dropout > 0.0 => {
                 weight.linear(self.apply_dropout(x.clone().cast(DType::F32), pass).cast(x.dtype()), pass.compute)
             }
             _ => base,
@@ -154,10 +153,11 @@ impl<B: LinearKernels> Lora<B> {
     }
 
     fn apply_dropout(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
-        let Some(dropout) = pass.dropout.as_ref().filter(|_| self.dropout > 0.0) else { return x };
+        let p = self.config.lora_dropout;
+        let Some(dropout) = pass.dropout.as_ref().filter(|_| p > 0.0) else { return x };
         let [tokens, features] = x.dims();
         assert_eq!(tokens, dropout.tokens.len(), "the dropout key lists all tokens of the pass");
-        let mask = TensorData::new(dropout.mask(self.layer_key, features, self.dropout), [tokens, features]);
+        let mask = TensorData::new(dropout.mask(self.layer_key, features, p), [tokens, features]);
         let device = x.device();
         x * Tensor::from_data(mask, (&device, DType::F32))
     }

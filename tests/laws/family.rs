@@ -11,7 +11,7 @@ use burn_llama::{
     kernel::Kernels,
 };
 use burn_peft::{
-    Ia3Config, Linears, LoraConfig, TargetModules, adapter,
+    AdapterModel, Ia3Config, Linears, LoraConfig, TargetModules, adapter,
     config::{Bias, InitLoraWeights},
     param,
 };
@@ -23,7 +23,7 @@ use laws::{
     tensors,
 };
 use serde_json::json;
-use std::path::{Path, PathBuf};
+use std::{path::PathBuf, sync::Arc};
 
 type Train = Autodiff<Flex>;
 
@@ -65,38 +65,14 @@ fn merged(name: &str) -> Reference {
     tensors(&format!("family/{name}/merged.safetensors"))
 }
 
-/// The configuration of the adapter in a directory.
-enum AdapterConfig {
-    Lora(Box<LoraConfig>),
-    Ia3(Ia3Config),
-}
-
-impl AdapterConfig {
-    fn load<B: Kernels>(model: &mut Llama<B>, name: &str) -> Self {
-        let (config, unknown) = if name.starts_with("ia3") {
-            let read = adapter::load_ia3(model, "default", &directory(name)).unwrap();
-            (Self::Ia3(read.value), read.unknown_fields)
-        } else {
-            let read = adapter::load(model, "default", &directory(name)).unwrap();
-            (Self::Lora(Box::new(read.value)), read.unknown_fields)
-        };
-        assert!(unknown.is_empty(), "{name}: {unknown:?}");
-        config
-    }
-
-    fn save<B: Kernels>(&self, model: &Llama<B>, out: &Path) {
-        match self {
-            Self::Lora(config) => adapter::save(model, "default", config, out).unwrap(),
-            Self::Ia3(config) => adapter::save_ia3(model, "default", config, out).unwrap(),
-        }
-    }
-
-    fn train_only(&self, model: Llama<Train>) -> Llama<Train> {
-        match self {
-            Self::Lora(config) => adapter::train_only(model, config).unwrap(),
-            Self::Ia3(_) => param::train_only(model, adapter::is_adapter),
-        }
-    }
+/// Loads the fixture's adapter onto the model.
+fn load_adapter<B: Kernels>(model: &mut Llama<B>, name: &str) {
+    let unknown = if name.starts_with("ia3") {
+        adapter::load_ia3(model, "default", &directory(name)).unwrap().unknown_fields
+    } else {
+        adapter::load(model, "default", &directory(name)).unwrap().unknown_fields
+    };
+    assert!(unknown.is_empty(), "{name}: {unknown:?}");
 }
 
 /// Returns our parameter path for PEFT's in-memory `key`.
@@ -121,8 +97,8 @@ fn logits_and_gradients_are_peft_s() {
         let plain = row_logits_differ(&base::<Flex>(model), &reference);
         assert!(plain > 1e-2, "{name}: the adapter must matter, not {plain:e}");
         let mut model = base::<Train>(model);
-        let config = AdapterConfig::load(&mut model, name);
-        let model = config.train_only(model);
+        load_adapter(&mut model, name);
+        let model = adapter::train_active(model).unwrap();
         let difference = row_logits_differ(&model.valid(), &reference);
         assert!(difference < 1e-4, "{name}: logits differ by {difference:e}");
         let (loss, found) = gradients(&model, &reference);
@@ -140,11 +116,13 @@ fn segments_give_the_same_gradients_however_rows_lie_with_dropout() {
     let _lock = one_backward_at_a_time();
     for (name, base_name) in CASES {
         let mut model = base::<Train>(base_name);
-        let config = AdapterConfig::load(&mut model, name);
-        let mut model = config.train_only(model);
+        load_adapter(&mut model, name);
+        let mut model = adapter::train_active(model).unwrap();
         let rows = examples(&reference(name));
         let without = driven_rows(&model, &rows, false, Checkpointing::None);
-        model.linears_mut(&mut |_, linear| linear.adapters.iter_mut().for_each(|adapter| adapter.dropout = 0.2));
+        model.linears_mut(&mut |_, linear| {
+            linear.adapters.iter_mut().for_each(|adapter| Arc::make_mut(&mut adapter.config).lora_dropout = 0.2)
+        });
         let kept = driven_rows(&model, &rows, false, Checkpointing::None);
         assert_eq!(driven_rows(&model, &rows, false, Checkpointing::Full), kept, "{name}: recomputed");
         for (path, expected) in &kept {
@@ -164,9 +142,9 @@ fn saved_files_are_peft_s() {
     let kept = saved_adapters(temporary.path());
     for (name, model) in CASES {
         let mut model = base::<Flex>(model);
-        let config = AdapterConfig::load(&mut model, name);
+        load_adapter(&mut model, name);
         let out = kept.join(name);
-        config.save(&model, &out);
+        model.save_adapter("default", &out).unwrap();
         same_files(&out, &directory(name), 0.0, name);
     }
 }
@@ -175,7 +153,7 @@ fn saved_files_are_peft_s() {
 fn merged_is_unmerged_and_peft_s() {
     for (name, base_name) in CASES {
         let (reference, mut model) = (reference(name), base::<Flex>(base_name));
-        AdapterConfig::load(&mut model, name);
+        load_adapter(&mut model, name);
         let weights = |model: &Llama<Flex>| {
             let mut all = Vec::new();
             model.linears(&mut |_, linear| {
@@ -218,7 +196,7 @@ fn a_merged_model_s_gradients_are_peft_s() {
     let _lock = one_backward_at_a_time();
     for (name, base_name) in CASES.into_iter().filter(|(name, _)| directory(name).join("merged.safetensors").exists()) {
         let (merged, mut model) = (merged(name), base::<Train>(base_name));
-        AdapterConfig::load(&mut model, name);
+        load_adapter(&mut model, name);
         adapter::merge(&mut model, "default").unwrap();
         let expected = |path: &str| merged.get(&format!("grad.{path}"));
         let model = param::train_only(model, |path| expected(path).is_some());
@@ -279,11 +257,11 @@ fn starts_split_the_weights_as_peft_s_and_become_plain_lora() {
             assert_eq!(seen, residual.len());
         }
         let (temporary, mut model) = (tempfile::tempdir().unwrap(), base::<Flex>("gqa_llama3"));
-        let AdapterConfig::Lora(config) = AdapterConfig::load(&mut model, name) else { unreachable!() };
+        load_adapter(&mut model, name);
         let (initial, converted) = (format!("{name}_initial"), format!("{name}_converted"));
         let places =
             (directory(&initial), temporary.path().join("from the model"), temporary.path().join("from files"));
-        adapter::save_mutated_as_lora(&model, "default", &config, &places.0, &places.1).unwrap();
+        adapter::save_mutated_as_lora(&model, "default", &places.0, &places.1).unwrap();
         let trained = directory(name);
         adapter::convert_mutated_to_lora::<Flex>(&trained, &places.0, &places.2, &Default::default()).unwrap();
         for out in [&places.1, &places.2] {
@@ -307,7 +285,7 @@ fn a_head_s_adapter_brings_the_head_s_own_weight() {
     let (temporary, from) = (tempfile::tempdir().unwrap(), directory("head"));
     let mut tensors = burn_peft::format::read_tensors(&from).unwrap();
     let mut expected = base::<Flex>("gqa_llama3");
-    AdapterConfig::load(&mut expected, "head");
+    load_adapter(&mut expected, "head");
     let head = expected.lm_head.as_mut().unwrap();
     let shape = head.shape();
     let own = head.weight.val().mul_scalar(2.0).into_data();
@@ -350,9 +328,8 @@ fn fields_from_the_future_are_told_and_old_files_named() {
 #[test]
 fn what_learns_beside_an_adapter_is_what_the_configuration_names() {
     let learned = |model: &str, config: &LoraConfig| -> Vec<String> {
-        let mut model = base::<Train>(model);
-        adapter::attach(&mut model, "default", config, 0).unwrap();
-        let model = adapter::train_only(model, config).unwrap();
+        let model = base::<Train>(model);
+        let model = adapter::attach_and_freeze(model, "default", config).unwrap();
         let list = param::named_parameters::<Train, _>(&model).into_iter();
         list.filter(|param| param.requires_grad && !adapter::is_adapter(&param.path)).map(|param| param.path).collect()
     };
@@ -388,7 +365,7 @@ fn half_precision_weights_carry_the_family_too() {
     for (name, base_name) in [("dora", "gqa_llama3"), ("saved_modules", "gqa_llama3"), ("ia3", "gqa_llama3")] {
         let checkpoint = Checkpoint::open(&fixture(&format!("models/{base_name}"))).unwrap();
         let mut model = checkpoint.load::<Flex>(DType::BF16, &Default::default()).unwrap();
-        AdapterConfig::load(&mut model, name);
+        load_adapter(&mut model, name);
         let difference = row_logits_differ(&model, &reference(name));
         let size = max_abs(&floats(&reference(name)["logits"]));
         assert!(difference < 0.05 * size, "{name}: {difference}");

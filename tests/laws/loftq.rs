@@ -7,7 +7,7 @@ use burn::{
 };
 use burn_llama::{Checkpoint, Llama, Storage, generate, kernel::Kernels};
 use burn_peft::{
-    Error, Linear, Linears, Lora, LoraConfig, TargetModules, Weight,
+    AdapterModel, Error, Linear, Linears, Lora, LoraConfig, TargetModules, Weight,
     adapter::{self, QuantizationResidual, replace_lora_weights_loftq},
     config::InitLoraWeights,
     kernel::LinearKernels,
@@ -212,8 +212,7 @@ fn a_model_begins_nearer_to_the_one_that_was_not_rounded() {
     });
     // The result does not depend on the threads, and frozen parameters stay frozen.
     let (again, _) = started::<Autodiff<Flex>>(&checkpoint, &all_linear(24));
-    let trained =
-        param::count_trainable::<Autodiff<Flex>, _>(&adapter::train_only(again.clone(), &all_linear(24)).unwrap());
+    let trained = param::count_trainable::<Autodiff<Flex>, _>(&adapter::train_active(again.clone()).unwrap());
     let count = |model: &Llama<Autodiff<Flex>>| {
         let mut count = 0;
         model.linears(&mut |_, linear| {
@@ -227,8 +226,8 @@ fn a_model_begins_nearer_to_the_one_that_was_not_rounded() {
     };
     assert_eq!(trained, count(&again));
     let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    adapter::save(&model, NAME, &all_linear(24), folders[0].path()).unwrap();
-    adapter::save(&again, NAME, &all_linear(24), folders[1].path()).unwrap();
+    model.save_adapter(NAME, folders[0].path()).unwrap();
+    again.save_adapter(NAME, folders[1].path()).unwrap();
     let read = |index: usize, file: &str| std::fs::read(folders[index].path().join(file)).unwrap();
     assert!(read(0, "adapter_model.safetensors") == read(1, "adapter_model.safetensors"));
     // Loading the adapter on the same NF4 model gives the same logits, without a new initialization.

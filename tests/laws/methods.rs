@@ -11,7 +11,8 @@ use burn_llama::{
     kernel::Kernels,
 };
 use burn_peft::{
-    DropoutKey, ForwardContext, Ia3Config, Linears, LoraConfig, Prompt, PromptConfig, TargetModules, adapter,
+    AdapterModel, DropoutKey, ForwardContext, Ia3Config, Linears, LoraConfig, Prompt, PromptConfig, TargetModules,
+    adapter,
     config::{Bias, InitLoraWeights, OneOrMany},
     param,
     prompt::{PromptMethod, PromptTuningInit},
@@ -158,16 +159,6 @@ impl Method {
         }
     }
 
-    fn save<B: Kernels>(&self, model: &Llama<B>, name: &str, out: &Path) {
-        match self {
-            Self::Lora(config) => adapter::save(model, name, config, out).unwrap(),
-            Self::Ia3 => adapter::save_ia3(model, name, &Ia3Config::default(), out).unwrap(),
-            Self::Prompt(_) | Self::From(_) => {
-                model.prompts.iter().find(|prompt| prompt.name == name).unwrap().save(out).unwrap();
-            }
-        }
-    }
-
     fn load<B: Kernels>(&self, model: &mut Llama<B>, name: &str, from: &Path) {
         match self {
             Self::Lora(_) => drop(adapter::load(model, name, from).unwrap()),
@@ -204,14 +195,6 @@ impl Method {
         let writes =
             |config: &LoraConfig| config.init_lora_weights.mutates_base_weights() || config.modules_to_save.is_some();
         model != PACKED || !self.config().is_some_and(writes)
-    }
-
-    /// Returns the model with only those parameters trainable that the method trains.
-    fn train_only(&self, model: Llama<Train>) -> Llama<Train> {
-        match self.config() {
-            Some(config) => adapter::train_only(model, config).unwrap(),
-            None => adapter::train_active(model),
-        }
     }
 }
 
@@ -276,7 +259,7 @@ fn for_every(law: impl Fn(&str, &str, &Method, Llama<Train>)) {
         for (what, method) in methods().into_iter().filter(|(_, method)| method.fits(name)) {
             let mut model = base::<Train>(name, DType::F32);
             method.attach(&mut model, "learned");
-            law(&format!("{what} on {name}"), name, &method, trained(method.train_only(model)));
+            law(&format!("{what} on {name}"), name, &method, trained(adapter::train_active(model).unwrap()));
         }
     }
 }
@@ -299,7 +282,7 @@ fn what_a_method_names_learns_all_of_it_and_nothing_else() {
     for_every(|what, name, method, model| {
         let mut fresh = base::<Train>(name, DType::F32);
         method.attach(&mut fresh, "learned");
-        let fresh = method.train_only(fresh);
+        let fresh = adapter::train_active(fresh).unwrap();
         let learned: BTreeSet<String> = param::named_parameters::<Train, _>(&fresh)
             .into_iter()
             .filter(|param| param.requires_grad)
@@ -324,7 +307,7 @@ fn a_saved_adapter_is_the_adapter_whatever_it_is_called() {
     for_every(|what, name, method, model| {
         let model = model.valid();
         let out = folder.path().join(what);
-        method.save(&model, "learned", &out);
+        model.save_adapter("learned", &out).unwrap();
         let expected = logits(&model);
         assert!(max_diff(&expected, &logits(&base::<Flex>(name, DType::F32))) > 1e-3, "{what}: it must matter");
         for new in ["default", "weight", "learned"] {
@@ -385,7 +368,7 @@ fn two_merge_and_unmerge_in_any_order() {
         }
         method.attach(&mut model, "second");
         adapter::activate(&mut model, &["second"]).unwrap();
-        let mut model = trained(adapter::train_active(model)).valid();
+        let mut model = trained(adapter::train_active(model).unwrap()).valid();
         let alone = logits(&model);
         adapter::activate(&mut model, &ORDERS[0]).unwrap();
         let both = logits(&model);
@@ -420,7 +403,7 @@ fn an_adapter_that_is_off_does_not_learn() {
             }
             adapter::activate(&mut model, &["on"]).unwrap();
             let before = values(&model);
-            let model = trained(adapter::train_active(model));
+            let model = trained(adapter::train_active(model).unwrap());
             let (mut still, mut moved) = (0, 0);
             for (path, after) in values(&model).into_iter().filter(|(path, _)| adapter::is_adapter(path)) {
                 let same = after == before[&path];
@@ -458,7 +441,7 @@ fn half_precision_weights_carry_every_method() {
     let folder = tempfile::tempdir().unwrap();
     for_every(|what, name, method, model| {
         let out = folder.path().join(what);
-        method.save(&model, "learned", &out);
+        model.save_adapter("learned", &out).unwrap();
         let expected = logits(&model.valid());
         for (dtype, limit) in [(DType::BF16, 0.05), (DType::F16, 0.01)] {
             let mut half = base::<Flex>(name, dtype);

@@ -6,7 +6,7 @@ use burn::{
 };
 use burn_llama::{Checkpoint, Generation, GenerationConfig, Llama, generate};
 use burn_peft::{
-    Ia3Config, Linears, Loaded, LoraConfig, Prompt, adapter,
+    AdapterModel, Ia3Config, Linears, Loaded, LoraConfig, Prompt, adapter,
     adapter::CombinationType,
     config::{Bias, InitLoraWeights},
     route::BASE,
@@ -198,13 +198,7 @@ fn names_are_free_text_but_taken_once() {
         adapter::load(&mut model, name, &directory("b")).unwrap();
         assert_eq!(logits(&model, &text), expected, "{name}");
         let out = tempfile::tempdir().unwrap();
-        let config = burn_peft::LoraConfig::from_json(
-            &out.path().join("x"),
-            burn_peft::format::read_config(&directory("b")).unwrap(),
-        )
-        .unwrap()
-        .value;
-        adapter::save(&model, name, &config, out.path()).unwrap();
+        model.save_adapter(name, out.path()).unwrap();
         let read = |path: PathBuf| burn_peft::format::read_tensors(&path).unwrap();
         assert_eq!(read(out.path().to_owned()), read(directory("b")), "{name}: the name is not in the keys");
         let before = weights(&model);

@@ -94,10 +94,8 @@ fn decode<B: Kernels>(model: &Llama<B>, args: &BenchArgs) -> Result<Value> {
 
 /// Measures training steps on rows of equal length, in which every token is learned.
 fn train<B: Kernels>(mut model: Llama<Autodiff<B>>, args: &BenchArgs) -> Result<Value> {
-    let config = LoraConfig::default();
     if args.train == BenchMethod::Lora {
-        adapter::attach(&mut model, "bench", &config, 0)?;
-        model = adapter::train_only(model, &config)?;
+        model = adapter::attach_and_freeze(model, "bench", &LoraConfig::default())?;
     }
     let vocabulary = model.config().vocab_size;
     let row = |row| Example { ids: random_tokens(args.length, vocabulary, row), loss_mask: vec![true; args.length] };

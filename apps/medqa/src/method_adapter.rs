@@ -6,7 +6,7 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use burn_llama::{Llama, Tokenizer, kernel::Kernels};
-use burn_peft::{Ia3Config, Loaded, LoraConfig, PromptConfig, TargetModules, adapter, format, prompt};
+use burn_peft::{AdapterModel, Ia3Config, Loaded, LoraConfig, PromptConfig, TargetModules, adapter, format, prompt};
 use std::{
     convert::Infallible,
     path::{Path, PathBuf},
@@ -70,13 +70,13 @@ impl FromStr for WeightedAdapter {
     }
 }
 
-/// The adapter on a model, with the configuration to save it with.
+/// The adapter on a model, with its configuration.
 pub enum AttachedAdapter {
     /// LoRA or one of its variants. If its initialization changed the base weights (as PiSSA does), the temporary
     /// directory holds the adapter as it was initialized.
     Lora(Box<LoraConfig>, Option<TempDir>),
     /// IA3: learned factors that scale activations.
-    Ia3(Ia3Config),
+    Ia3,
     /// Virtual tokens; the model holds them together with their configuration.
     Prompt,
 }
@@ -96,9 +96,9 @@ pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, directory: &Path) -> R
         return Ok(AttachedAdapter::Prompt);
     }
     if json["peft_type"] == "IA3" {
-        let Loaded { value: config, unknown_fields } = adapter::load_ia3(model, name, directory)?;
+        let unknown_fields = adapter::load_ia3(model, name, directory)?.unknown_fields;
         model::warn_unknown_fields(directory, &unknown_fields);
-        return Ok(AttachedAdapter::Ia3(config));
+        return Ok(AttachedAdapter::Ia3);
     }
     let Loaded { value: config, unknown_fields } = adapter::load(model, name, directory)?;
     model::warn_unknown_fields(directory, &unknown_fields);
@@ -110,9 +110,8 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
     let (method, seed) = (&recipe.method, recipe.train.steps.seed);
     match method.common.kind {
         MethodKind::Ia3 => {
-            let config = ia3_config(recipe);
-            adapter::attach_ia3(model, ADAPTER_NAME, &config)?;
-            Ok(AttachedAdapter::Ia3(config))
+            adapter::attach_ia3(model, ADAPTER_NAME, &ia3_config(recipe))?;
+            Ok(AttachedAdapter::Ia3)
         }
         kind if kind.is_prompt() => {
             let text = method.virtual_tokens.init_text.as_ref().map(|text| tokenizer.encode(text, true)).transpose()?;
@@ -129,7 +128,7 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
             let mut initial = None;
             if config.init_lora_weights.mutates_base_weights() {
                 let folder = tempfile::tempdir().context("the initial adapter's folder cannot be created")?;
-                adapter::save(model, ADAPTER_NAME, &config, folder.path())?;
+                model.save_adapter(ADAPTER_NAME, folder.path())?;
                 initial = Some(folder);
             }
             Ok(AttachedAdapter::Lora(Box::new(config), initial))
@@ -142,11 +141,10 @@ impl AttachedAdapter {
     /// LoRA on the original weights.
     pub fn save<B: Kernels>(&self, model: &Llama<B>, directory: &Path) -> Result<()> {
         match (self, model.prompts.iter().find(|prompt| prompt.name == ADAPTER_NAME)) {
-            (Self::Lora(config, None), _) => adapter::save(model, ADAPTER_NAME, config, directory)?,
-            (Self::Lora(config, Some(start)), _) => {
-                adapter::save_mutated_as_lora(model, ADAPTER_NAME, config, start.path(), directory)?;
+            (Self::Lora(_, None) | Self::Ia3, _) => model.save_adapter(ADAPTER_NAME, directory)?,
+            (Self::Lora(_, Some(start)), _) => {
+                adapter::save_mutated_as_lora(model, ADAPTER_NAME, start.path(), directory)?;
             }
-            (Self::Ia3(config), _) => adapter::save_ia3(model, ADAPTER_NAME, config, directory)?,
             (Self::Prompt, Some(prompt)) => prompt.save(directory)?,
             (Self::Prompt, None) => {}
         }

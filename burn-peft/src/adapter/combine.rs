@@ -142,7 +142,7 @@ pub fn combine<B: LinearKernels, M: Linears<B>>(
     model.linears(&mut |path, linear| {
         let part = |(name, weight): &(&str, f64)| {
             let lora = linear.adapter(name)?;
-            dropout = dropout.or(Some(lora.dropout));
+            dropout = dropout.or(Some(lora.config.lora_dropout));
             let (a, b) = (lora.lora_a.val().detach(), lora.lora_b.val().detach());
             Some(WeightedLora { a, b, weight: weight * lora.scaling })
         };
@@ -169,7 +169,7 @@ fn max_rank<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<us
     model.linears(&mut |_, linear| {
         if let Some(lora) = linear.adapter(name) {
             rank = rank.max(lora.lora_a.lazy_shape()[0]);
-            odd |= lora.dora.is_some() || lora.changes_base || lora.merged;
+            odd |= lora.dora.is_some() || lora.config.changes_base() || lora.merged;
         }
     });
     let state =

@@ -23,11 +23,10 @@ use std::path::Path;
 pub fn save_mutated_as_lora<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &M,
     name: &str,
-    config: &LoraConfig,
     initial: &Path,
     directory: &Path,
 ) -> Result<(), Error> {
-    write_converted::<B>(collect_state_dict(model, name, config)?, initial, directory, &B::Device::default())
+    write_converted::<B>(collect_state_dict(model, name)?, initial, directory, &B::Device::default())
 }
 
 /// Does the same as [`save_mutated_as_lora`] for an adapter in the directory `trained`, without a model.

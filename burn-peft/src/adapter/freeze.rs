@@ -4,23 +4,26 @@ use super::{
     base::{TrainableBase, is_adapter},
     linears::Linears,
 };
-use crate::{Error, LoraConfig, kernel::LinearKernels, param};
+use crate::{Error, kernel::LinearKernels, param};
 use burn::module::Module;
 
-/// Makes only the active adapters trainable, and the parameters of the base model that `config` trains along with them.
-/// Every parameter becomes a leaf of the autodiff graph.
+/// Makes only the active adapters trainable, and the parameters of the base model that are trained along with one of
+/// them (`bias`, `modules_to_save`). Every parameter becomes a leaf of the autodiff graph.
 ///
 /// # Errors
-/// If the configuration selects nothing.
-pub fn train_only<B: LinearKernels, M: Linears<B> + Module<B>>(model: M, config: &LoraConfig) -> Result<M, Error> {
-    let (base, idle) = (TrainableBase::new(&model, config)?, InactiveAdapters::new(&model));
-    Ok(param::train_only(model, |path| (is_adapter(path) && !idle.contains(path)) || base.is_trained(path)))
-}
-
-/// Makes only the active adapters trainable. Every parameter becomes a leaf of the autodiff graph.
-pub fn train_active<B: LinearKernels, M: Linears<B> + Module<B>>(model: M) -> M {
+/// If the configuration of an active adapter does not fit the model.
+pub fn train_active<B: LinearKernels, M: Linears<B> + Module<B>>(model: M) -> Result<M, Error> {
+    // An adapter that changes the base model is the only one of the model.
+    let mut changes = None;
+    model.linears(&mut |_, linear| {
+        let mut active = linear.adapters.iter().filter(|adapter| adapter.active);
+        changes = changes.take().or_else(|| Some(active.find(|lora| lora.config.changes_base())?.config.clone()));
+    });
+    let base = changes.map(|config| TrainableBase::new(&model, &config)).transpose()?;
     let idle = InactiveAdapters::new(&model);
-    param::train_only(model, |path| is_adapter(path) && !idle.contains(path))
+    Ok(param::train_only(model, |path| {
+        (is_adapter(path) && !idle.contains(path)) || base.as_ref().is_some_and(|base| base.is_trained(path))
+    }))
 }
 
 /// The path prefixes of the parameters of inactive adapters.

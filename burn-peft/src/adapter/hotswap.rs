@@ -14,7 +14,7 @@ use burn::{
     module::Param,
     tensor::{DType, Tensor, TensorData},
 };
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 /// Loads a LoRA adapter from a PEFT directory into the tensors of the adapter `name`, which it replaces: PEFT's
 /// `hotswap_adapter`. The tensors keep their memory, so code that was compiled or captured for them remains valid.
@@ -43,10 +43,11 @@ pub fn hotswap<B: LinearKernels, M: Linears<B>>(
         Error::Mismatch { path, message } => Error::Hotswap { path, name: name.to_owned(), message },
         other => other,
     })?;
+    let shared = Arc::new(config.clone());
     let mut take = |path: &str, part: &str| tensors.remove(&format::tensor_key(path, part));
     model.linears_mut(&mut |path, linear| {
         for adapter in linear.adapters.iter_mut().filter(|adapter| adapter.name == name) {
-            (adapter.scaling, adapter.dropout) = (config.scaling_at(path), config.lora_dropout);
+            (adapter.scaling, adapter.config) = (config.scaling_at(path), Arc::clone(&shared));
             overwrite_param(&mut adapter.lora_a, take(path, "lora_A"));
             overwrite_param(&mut adapter.lora_b, take(path, "lora_B"));
             if let Some(dora) = &mut adapter.dora {

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{Error, Ia3, Ia3Config, Linear, Loaded, TargetModules, format, kernel::LinearKernels};
 use burn::tensor::{DType, Tensor};
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 /// The path of a selected layer and the shape of its factors.
 struct Ia3Layer {
@@ -39,6 +39,7 @@ fn tensor_key(path: &str) -> String {
 fn inject<B: LinearKernels, M: Linears<B>>(
     model: &mut M,
     name: &str,
+    config: &Arc<Ia3Config>,
     selected: Vec<Ia3Layer>,
     mut factors: impl FnMut(&str, [usize; 2], &B::Device) -> Tensor<B, 2>,
 ) {
@@ -46,7 +47,7 @@ fn inject<B: LinearKernels, M: Linears<B>>(
     model.linears_mut(&mut |path, linear: &mut Linear<B>| {
         if let Some(layer) = selected.next_if(|layer| layer.path == path) {
             let device = linear.weight.device();
-            linear.ia3.push(Ia3::new(path, name, factors(path, layer.factors, &device)));
+            linear.ia3.push(Ia3::new(path, name, config, factors(path, layer.factors, &device)));
         }
     });
 }
@@ -61,7 +62,9 @@ pub fn attach_ia3<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str, co
     }
     check_new_adapter(model, name, false)?;
     let selected = target_layers(model, config)?;
-    inject(model, name, selected, |_, shape, device| Tensor::ones(shape, (device, DType::F32)));
+    inject(model, name, &Arc::new(config.clone()), selected, |_, shape, device| {
+        Tensor::ones(shape, (device, DType::F32))
+    });
     Ok(())
 }
 
@@ -81,18 +84,17 @@ pub fn load_ia3<B: LinearKernels, M: Linears<B>>(
     let selected = target_layers(model, &config)?;
     let expected: Vec<_> = selected.iter().map(|layer| (tensor_key(&layer.path), layer.factors.to_vec())).collect();
     format::check_tensors(directory, &expected, &tensors)?;
-    inject(model, name, selected, |path, shape, device| match tensors.remove(&tensor_key(path)) {
-        Some(data) => Tensor::from_data(data, (device, DType::F32)),
-        None => Tensor::ones(shape, (device, DType::F32)),
+    inject(model, name, &Arc::new(config.clone()), selected, |path, shape, device| {
+        match tensors.remove(&tensor_key(path)) {
+            Some(data) => Tensor::from_data(data, (device, DType::F32)),
+            None => Tensor::ones(shape, (device, DType::F32)),
+        }
     });
     Ok(Loaded { value: config, unknown_fields })
 }
 
-/// Writes the named adapter as a PEFT directory.
-///
-/// # Errors
-/// If the model has no such adapter or the directory cannot be written.
-pub fn save_ia3<B: LinearKernels, M: Linears<B>>(
+/// Writes the named IA3 adapter of the given configuration as a PEFT directory.
+pub(super) fn save_ia3<B: LinearKernels, M: Linears<B>>(
     model: &M,
     name: &str,
     config: &Ia3Config,
@@ -103,8 +105,5 @@ pub fn save_ia3<B: LinearKernels, M: Linears<B>>(
         let named = linear.ia3.iter().find(|ia3| ia3.name == name);
         tensors.extend(named.map(|ia3| (tensor_key(path), ia3.ia3_l.val().into_data())));
     });
-    if tensors.is_empty() {
-        return Err(Error::InvalidAdapter { name: name.to_owned(), state: "is on no layer of the model" });
-    }
     format::write(directory, &config.to_json(), tensors)
 }

@@ -2,6 +2,7 @@
 
 use super::{
     base::{self, TrainableBase},
+    freeze::train_active,
     linears::{Linears, check_layers},
     registry::check_new_adapter,
 };
@@ -24,8 +25,8 @@ use std::{
 
 /// Adds a new adapter to every layer that `config` selects. The model's output does not change yet (unless
 /// `init_lora_weights` is `false`). The initial values depend only on `seed`, the layers' paths and, for PiSSA and
-/// OLoRA, the weights. `loftq` initializes like `true`, until [`replace_lora_weights_loftq`](super::replace_lora_weights_loftq) is called. This function
-/// freezes nothing: see [`train_only`](super::train_only).
+/// OLoRA, the weights. `loftq` initializes like `true`, until [`replace_lora_weights_loftq`](super::replace_lora_weights_loftq)
+/// is called. This function freezes nothing: see [`attach_and_freeze`] and [`train_active`].
 ///
 /// # Errors
 /// If nothing is selected, the name is taken, `init_lora_weights` is not supported, or `modules_to_save` names no
@@ -52,6 +53,20 @@ pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
     });
     base.cast_to_f32(model);
     result
+}
+
+/// Adds a new adapter as [`attach`] does with the seed 0, and makes only the active adapters and what is trained along
+/// with them trainable, see [`train_active`].
+///
+/// # Errors
+/// As for [`attach`].
+pub fn attach_and_freeze<B: LinearKernels, M: Linears<B> + Module<B>>(
+    mut model: M,
+    name: &str,
+    config: &LoraConfig,
+) -> Result<M, Error> {
+    attach(&mut model, name, config, 0)?;
+    train_active(model)
 }
 
 /// Returns the names and shapes of the tensors of one layer's adapter.
@@ -121,27 +136,13 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     Ok(Loaded { value: config, unknown_fields })
 }
 
-/// Writes the named adapter as a PEFT directory, with the biases and modules that were trained along with it.
-///
-/// # Errors
-/// If the model has no such adapter or the directory cannot be written.
-pub fn save<B: LinearKernels, M: Linears<B> + Module<B>>(
-    model: &M,
-    name: &str,
-    config: &LoraConfig,
-    directory: &Path,
-) -> Result<(), Error> {
-    let files = collect_state_dict(model, name, config)?;
-    format::write(directory, &files.config.to_json(), files.tensors)
-}
-
-/// Returns the content of the adapter's directory as PEFT writes it.
+/// Returns the content of a LoRA adapter's directory as PEFT writes it, with the biases and modules that were trained
+/// along with it.
 pub(super) fn collect_state_dict<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &M,
     name: &str,
-    config: &LoraConfig,
 ) -> Result<AdapterFiles, Error> {
-    let (mut tensors, mut targets) = (BTreeMap::new(), BTreeSet::new());
+    let (mut tensors, mut targets, mut config) = (BTreeMap::new(), BTreeSet::new(), None);
     model.linears(&mut |path, linear| {
         if let Some(adapter) = linear.adapter(name) {
             tensors.insert(format::tensor_key(path, "lora_A"), adapter.lora_a.val().into_data());
@@ -150,13 +151,13 @@ pub(super) fn collect_state_dict<B: LinearKernels, M: Linears<B> + Module<B>>(
                 tensors.insert(format::tensor_key(path, "lora_magnitude_vector"), dora.magnitude.val().into_data());
             }
             targets.insert(last_segment(path).to_owned());
+            config.get_or_insert_with(|| LoraConfig::clone(&adapter.config));
         }
     });
-    if tensors.is_empty() {
-        return Err(Error::InvalidAdapter { name: name.to_owned(), state: "is on no layer of the model" });
-    }
-    tensors.extend(TrainableBase::new(model, config)?.state_dict(model));
-    let mut config = config.clone();
+    let Some(mut config) = config else {
+        return Err(Error::InvalidAdapter { name: name.to_owned(), state: "is no LoRA adapter of the model" });
+    };
+    tensors.extend(TrainableBase::new(model, &config)?.state_dict(model));
     // Like PEFT, write a wildcard as the list of module names that it matched.
     if matches!(&config.target_modules, TargetModules::Pattern(p) if p == "all-linear") {
         config.target_modules = TargetModules::Suffixes(targets.into_iter().collect());

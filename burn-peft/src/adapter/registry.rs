@@ -33,7 +33,7 @@ pub(super) fn names_where<B: LinearKernels, M: Linears<B>>(
     };
     model.linears(&mut |_, linear| {
         for lora in &linear.adapters {
-            let (active, merged, changes_base) = (lora.active, lora.merged, lora.changes_base);
+            let (active, merged, changes_base) = (lora.active, lora.merged, lora.config.changes_base());
             see(&lora.name, AdapterState { active, merged, changes_base });
         }
         for ia3 in &linear.ia3 {

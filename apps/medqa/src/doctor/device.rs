@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use burn::backend::Flex;
 use burn::{backend::Autodiff, tensor::DType};
 use burn_llama::{Example, SequenceLayout, generate, kernel::Kernels};
-use burn_peft::{ForwardContext, Linears, LoraConfig, TargetModules, adapter, param};
+use burn_peft::{AdapterModel, ForwardContext, Linears, LoraConfig, TargetModules, adapter, param};
 use burn_zero::{
     Engine,
     optimizer::AdamW,
@@ -102,7 +102,7 @@ fn train_adapter<B: Kernels>(
         engine.step(&mut model, 2e-3)?;
     }
     losses.push(model.batch_loss(&batch).sum().into_data().iter::<f64>().sum());
-    adapter::save(&model, ADAPTER, &config, directory)?;
+    model.save_adapter(ADAPTER, directory)?;
     let gradients = gradients.into_iter().map(|(path, data)| (path, data.iter::<f32>().collect())).collect();
     Ok(DeviceTraining { gradients, losses, logits: compute::to_f32_vec(generate::logits(&model, ids)?)? })
 }

@@ -14,7 +14,7 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
 use burn_llama::{Checkpoint, Example, Llama, Tokenizer, kernel::Kernels};
-use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights, param};
+use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights};
 use burn_zero::{
     Engine, MemoryTier, Sharding,
     comm::Communicator,
@@ -43,7 +43,7 @@ pub fn apply_method<B: Kernels>(
             let fits = match &adapter {
                 AttachedAdapter::Lora(config, _) if config.use_dora => choice.kind == MethodKind::Dora,
                 AttachedAdapter::Lora(..) => matches!(choice.kind, MethodKind::Lora | MethodKind::QLora),
-                AttachedAdapter::Ia3(_) => choice.kind == MethodKind::Ia3,
+                AttachedAdapter::Ia3 => choice.kind == MethodKind::Ia3,
                 AttachedAdapter::Prompt => choice.kind.is_prompt(),
             };
             if !fits {
@@ -56,11 +56,7 @@ pub fn apply_method<B: Kernels>(
         }
         None => method_adapter::attach(&mut model, tokenizer, recipe)?,
     };
-    let model = match &adapter {
-        AttachedAdapter::Lora(config, _) => burn_peft::adapter::train_only(model, config)?,
-        _ => param::train_only(model, burn_peft::adapter::is_adapter),
-    };
-    Ok((model, Some(adapter)))
+    Ok((burn_peft::adapter::train_active(model)?, Some(adapter)))
 }
 
 /// Initializes new adapters by LoftQ, which needs the weights before quantization; these are read from the model's
