@@ -100,6 +100,12 @@ pub enum Error {
     },
 }
 
+/// The state of an adapter that has to be unmerged first.
+pub(crate) const MERGED: &str = "is merged into the weights; unmerge it first";
+/// The state of an adapter that cannot be taken off the model.
+pub(crate) const CHANGED_BASE: &str =
+    "changed the base model, whose original values are not kept: load the model again without it";
+
 impl Error {
     pub(crate) fn io(path: &Path, error: std::io::Error) -> Self {
         Self::Io { path: path.to_owned(), error }
@@ -107,6 +113,11 @@ impl Error {
 
     pub(crate) fn format(path: &Path, key: &str, expected: impl Into<String>, found: impl ToString) -> Self {
         Self::Format { path: path.to_owned(), key: key.into(), expected: expected.into(), found: found.to_string() }
+    }
+
+    /// Returns the error of the adapter `name`; `state` is the reason as a predicate.
+    pub(crate) fn adapter(name: &str, state: &'static str) -> Self {
+        Self::InvalidAdapter { name: name.to_owned(), state }
     }
 
     pub(crate) fn config(message: impl Into<String>) -> Self {

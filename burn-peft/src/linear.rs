@@ -3,6 +3,7 @@
 use crate::{
     Error, ForwardContext, Ia3, Lora, LoraConfig, Weight,
     config::InitLoraWeights,
+    error::MERGED,
     kernel::LinearKernels,
     lora::{Dora, LoraSpec},
     packed::PackedWeight,
@@ -239,10 +240,7 @@ impl<B: LinearKernels> Linear<B> {
         let low_rank = self.adapters.iter().map(|adapter| (&adapter.name, adapter.merged));
         let mut all = low_rank.chain(self.ia3.iter().map(|ia3| (&ia3.name, ia3.merged)));
         if all.any(|(found, merged)| found == name && merged) {
-            return Err(Error::InvalidAdapter {
-                name: name.to_owned(),
-                state: "is merged into the weights; unmerge it first",
-            });
+            return Err(Error::adapter(name, MERGED));
         }
         self.adapters.retain(|adapter| adapter.name != name);
         self.ia3.retain(|ia3| ia3.name != name);

@@ -2,12 +2,14 @@
 
 mod dora;
 mod init;
+mod linalg;
 mod svd;
 
 pub use dora::Dora;
 pub(crate) use dora::weight_norm;
 use init::olora_init;
-pub(crate) use svd::{Factors, low_rank_decomposition};
+pub(crate) use linalg::Factors;
+pub(crate) use svd::low_rank_decomposition;
 
 use crate::{
     ForwardContext, LoraConfig, Weight, kernel,

@@ -19,18 +19,49 @@ pub(crate) fn last_segment(path: &str) -> &str {
     path.rsplit('.').next().unwrap_or(path)
 }
 
-/// Makes only the parameters whose path `trained` accepts require gradients. Every parameter becomes a leaf of the
-/// autodiff graph.
-pub fn train_only<B: Backend, M: Module<B>>(module: M, trained: impl Fn(&str) -> bool) -> M {
-    module.map(&mut TrainOnly { path: Vec::new(), trained })
+/// Work on the float parameters of a module, for [`visit_params`].
+pub(crate) trait ParamVisitor<B: Backend> {
+    /// Visits the parameter at `path`.
+    fn visit<const D: usize>(&mut self, path: &str, param: &Param<Tensor<B, D>>);
 }
 
-struct TrainOnly<F> {
+/// A change of the float parameters of a module, for [`map_params`].
+pub(crate) trait ParamMapper<B: Backend> {
+    /// Returns the new parameter at `path`.
+    fn map<const D: usize>(&mut self, path: &str, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>>;
+}
+
+/// Visits the float parameters of a module in declaration order.
+pub(crate) fn visit_params<B: Backend, M: Module<B>>(module: &M, visitor: &mut impl ParamVisitor<B>) {
+    module.visit(&mut WithPath { path: Vec::new(), inner: visitor });
+}
+
+/// Replaces the float parameters of a module.
+pub(crate) fn map_params<B: Backend, M: Module<B>>(module: M, mapper: &mut impl ParamMapper<B>) -> M {
+    module.map(&mut WithPath { path: Vec::new(), inner: mapper })
+}
+
+/// Gives a visitor or mapper the path of each parameter.
+struct WithPath<'a, T> {
     path: Vec<String>,
-    trained: F,
+    inner: &'a mut T,
 }
 
-impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for TrainOnly<F> {
+impl<B: Backend, T: ParamVisitor<B>> ModuleVisitor<B> for WithPath<'_, T> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.to_owned());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        self.inner.visit(&self.path.join("."), param);
+    }
+}
+
+impl<B: Backend, T: ParamMapper<B>> ModuleMapper<B> for WithPath<'_, T> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -40,10 +71,23 @@ impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for TrainOnly<F> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let on = (self.trained)(&self.path.join("."));
+        self.inner.map(&self.path.join("."), param)
+    }
+}
+
+/// Makes only the parameters whose path `trained` accepts require gradients. Every parameter becomes a leaf of the
+/// autodiff graph.
+pub fn train_only<B: Backend, M: Module<B>>(module: M, trained: impl Fn(&str) -> bool) -> M {
+    map_params(module, &mut TrainOnly(trained))
+}
+
+struct TrainOnly<F>(F);
+
+impl<B: Backend, F: Fn(&str) -> bool> ParamMapper<B> for TrainOnly<F> {
+    fn map<const D: usize>(&mut self, path: &str, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let (id, tensor, mapper) = param.consume();
         // Detach first, because only leaves keep their gradients.
-        Param::from_mapped_value(id, tensor.detach().set_require_grad(on), mapper)
+        Param::from_mapped_value(id, tensor.detach().set_require_grad((self.0)(path)), mapper)
     }
 }
 
@@ -60,9 +104,9 @@ pub struct ParamInfo {
 
 /// Returns every float parameter in declaration order.
 pub fn named_parameters<B: Backend, M: Module<B>>(module: &M) -> Vec<ParamInfo> {
-    let mut list = NamedParameters { path: Vec::new(), parameters: Vec::new() };
-    module.visit(&mut list);
-    list.parameters
+    let mut list = Vec::new();
+    visit_params(module, &mut list);
+    list
 }
 
 /// Returns the number of values in the parameters that require gradients.
@@ -71,22 +115,9 @@ pub fn count_trainable<B: Backend, M: Module<B>>(module: &M) -> usize {
     trained.map(|param| param.shape.iter().product::<usize>()).sum()
 }
 
-struct NamedParameters {
-    path: Vec<String>,
-    parameters: Vec<ParamInfo>,
-}
-
-impl<B: Backend> ModuleVisitor<B> for NamedParameters {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        let (path, shape) = (self.path.join("."), param.lazy_shape().to_vec());
-        self.parameters.push(ParamInfo { path, shape, requires_grad: param.val().is_require_grad() });
+impl<B: Backend> ParamVisitor<B> for Vec<ParamInfo> {
+    fn visit<const D: usize>(&mut self, path: &str, param: &Param<Tensor<B, D>>) {
+        let (path, shape) = (path.to_owned(), param.lazy_shape().to_vec());
+        self.push(ParamInfo { path, shape, requires_grad: param.val().is_require_grad() });
     }
 }

@@ -45,6 +45,11 @@ pub fn normal(key: u64, counter: u64) -> f64 {
     radius * (std::f64::consts::TAU * uniform(key, 2 * counter + 1)).cos()
 }
 
+/// Returns the first `n` numbers of a key, uniform in `±bound`.
+pub(crate) fn uniform_values(key: u64, n: usize, bound: f64) -> Vec<f32> {
+    (0..n as u64).map(|i| ((2.0 * uniform(key, i) - 1.0) * bound) as f32).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,11 @@ use super::{
     merge::unmerge,
     registry::{check_exists, names_where},
 };
-use crate::{Error, kernel::LinearKernels};
+use crate::{
+    Error,
+    error::{CHANGED_BASE, MERGED},
+    kernel::LinearKernels,
+};
 
 /// Activates exactly the named adapters (none for an empty list) and deactivates all others: PEFT's `set_adapter`.
 /// Merged adapters that are not named are unmerged. Nothing is freed: see [`delete`].
@@ -16,13 +20,12 @@ pub fn activate<B: LinearKernels, M: Linears<B>>(model: &mut M, names: &[&str]) 
     names.iter().try_for_each(|name| check_exists(model, name))?;
     let named = |name: &String| names.contains(&name.as_str());
     if let Some(name) = names_where(model, |state| state.changes_base).into_iter().find(|name| !named(name)) {
-        let state = "changed the base model, whose original values are not kept: load the model again without it";
-        return Err(Error::InvalidAdapter { name, state });
+        return Err(Error::adapter(&name, CHANGED_BASE));
     }
     let prompts: Vec<_> = model.prompts().iter().filter(|prompt| named(&prompt.name)).collect();
     if let [_, second, ..] = prompts[..] {
         let state = "is the second prompt: only one can be active, or one per row of a batch";
-        return Err(Error::InvalidAdapter { name: second.name.clone(), state });
+        return Err(Error::adapter(&second.name, state));
     }
     for name in names_where(model, |state| state.merged).into_iter().filter(|name| !named(name)) {
         unmerge(model, &name);
@@ -43,13 +46,12 @@ pub fn activate<B: LinearKernels, M: Linears<B>>(model: &mut M, names: &[&str]) 
 /// If the name is unknown, the adapter is merged, or it changed the base model; the model is then unchanged.
 pub fn delete<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Result<(), Error> {
     check_exists(model, name)?;
-    let refuse = |state| Err(Error::InvalidAdapter { name: name.to_owned(), state });
     let is = |names: Vec<String>| names.iter().any(|other| other == name);
     if is(names_where(model, |state| state.merged)) {
-        return refuse("is merged into the weights; unmerge it first");
+        return Err(Error::adapter(name, MERGED));
     }
     if is(names_where(model, |state| state.changes_base)) {
-        return refuse("changed the base model, whose original values are not kept: load the model again without it");
+        return Err(Error::adapter(name, CHANGED_BASE));
     }
     let mut result = Ok(());
     model.linears_mut(&mut |_, linear| {

@@ -6,10 +6,10 @@ use crate::{
     Error, LoraConfig,
     config::{Bias, Selection},
     kernel::LinearKernels,
-    param::{self, ParamInfo},
+    param::{self, ParamInfo, ParamMapper, ParamVisitor},
 };
 use burn::{
-    module::{Module, ModuleMapper, ModuleVisitor, Param},
+    module::{Module, Param},
     tensor::{DType, Tensor, TensorData, backend::Backend},
 };
 use std::collections::{BTreeMap, BTreeSet};
@@ -101,35 +101,26 @@ impl TrainableBase {
     /// Casts the base model's trained parameters to f32 and sets those that `tensors` contains.
     pub fn load_tensors<B: Backend, M: Module<B>>(&self, model: &mut M, tensors: &BTreeMap<String, TensorData>) {
         if !self.base_params.is_empty() {
-            *model = model.clone().map(&mut LoadParams { path: Vec::new(), base: self, tensors });
+            *model = param::map_params(model.clone(), &mut LoadParams { base: self, tensors });
         }
     }
 
     /// Returns the values of the base model's trained parameters in f32, by their keys in PEFT's file.
     pub fn state_dict<B: Backend, M: Module<B>>(&self, model: &M) -> Vec<(String, TensorData)> {
-        let mut read = CollectParams { path: Vec::new(), base: self, found: Vec::new() };
-        model.visit(&mut read);
+        let mut read = CollectParams { base: self, found: Vec::new() };
+        param::visit_params(model, &mut read);
         read.found
     }
 }
 
 struct LoadParams<'a> {
-    path: Vec<String>,
     base: &'a TrainableBase,
     tensors: &'a BTreeMap<String, TensorData>,
 }
 
-impl<B: Backend> ModuleMapper<B> for LoadParams<'_> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let Some(BaseParam { peft_key, .. }) = self.base.base_params.get(&self.path.join(".")) else { return param };
+impl<B: Backend> ParamMapper<B> for LoadParams<'_> {
+    fn map<const D: usize>(&mut self, path: &str, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        let Some(BaseParam { peft_key, .. }) = self.base.base_params.get(path) else { return param };
         let (id, tensor, mapper) = param.consume();
         let (on, device) = (tensor.is_require_grad(), tensor.device());
         let tensor = match self.tensors.get(peft_key) {
@@ -142,22 +133,13 @@ impl<B: Backend> ModuleMapper<B> for LoadParams<'_> {
 }
 
 struct CollectParams<'a> {
-    path: Vec<String>,
     base: &'a TrainableBase,
     found: Vec<(String, TensorData)>,
 }
 
-impl<B: Backend> ModuleVisitor<B> for CollectParams<'_> {
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_owned());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        if let Some(BaseParam { peft_key, .. }) = self.base.base_params.get(&self.path.join(".")) {
+impl<B: Backend> ParamVisitor<B> for CollectParams<'_> {
+    fn visit<const D: usize>(&mut self, path: &str, param: &Param<Tensor<B, D>>) {
+        if let Some(BaseParam { peft_key, .. }) = self.base.base_params.get(path) {
             self.found.push((peft_key.clone(), param.val().cast(DType::F32).into_data()));
         }
     }

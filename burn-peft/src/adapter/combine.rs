@@ -174,7 +174,7 @@ fn max_rank<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<us
     });
     let state =
         "cannot be combined: only LoRA without DoRA, bias, modules_to_save and PiSSA can, and not while it is merged";
-    if rank == 0 || odd { Err(Error::InvalidAdapter { name: name.to_owned(), state }) } else { Ok(rank) }
+    if rank == 0 || odd { Err(Error::adapter(name, state)) } else { Ok(rank) }
 }
 
 /// Returns the `target_modules` that select exactly these layers of the model: module names if possible, else paths.

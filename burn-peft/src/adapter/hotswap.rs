@@ -7,6 +7,7 @@ use super::{
 };
 use crate::{
     Error, Loaded, LoraConfig,
+    error::MERGED,
     format::{self, AdapterFiles},
     kernel::{self, LinearKernels},
 };
@@ -30,12 +31,14 @@ pub fn hotswap<B: LinearKernels, M: Linears<B>>(
 ) -> Result<Loaded<LoraConfig>, Error> {
     check_exists(model, name)?;
     let AdapterFiles { config, mut tensors, unknown_fields } = format::read(directory)?;
-    let refuse = |state| Error::InvalidAdapter { name: name.to_owned(), state };
     if config.changes_base() {
-        return Err(refuse("cannot be swapped for one that changes the base model (bias, modules_to_save, PiSSA)"));
+        return Err(Error::adapter(
+            name,
+            "cannot be swapped for one that changes the base model (bias, modules_to_save, PiSSA)",
+        ));
     }
     check_layers(model, |_, linear| match linear.adapter(name).is_some_and(|adapter| adapter.merged) {
-        true => Err(refuse("is merged into the weights; unmerge it first")),
+        true => Err(Error::adapter(name, MERGED)),
         false => Ok(()),
     })?;
     let expected = expected_tensors(model, name);

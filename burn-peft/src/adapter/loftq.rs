@@ -79,7 +79,7 @@ where
     let layers = nf4_layers(model, name);
     if layers.is_empty() {
         let state = "is on no weight in NF4; LoftQ initializes from the error of quantizing to NF4";
-        return Err(Error::InvalidAdapter { name: name.to_owned(), state }.into());
+        return Err(Error::adapter(name, state).into());
     }
     let start = |layer: &Nf4Layer<B>| Ok::<_, E>(layer.compute_init(original(&layer.path)?)?);
     let mut starts = parallel_map(&layers, start)?;

@@ -7,7 +7,7 @@ use super::{
     registry::check_new_adapter,
 };
 use crate::{
-    Error, Loaded, Lora, LoraConfig, TargetModules,
+    Error, Linear, Loaded, Lora, LoraConfig, TargetModules,
     config::InitLoraWeights,
     format::{self, AdapterFiles},
     kernel::LinearKernels,
@@ -110,30 +110,40 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     format::check_tensors(directory, &expected, &tensors)?;
     check_layers(model, |path, linear| if base.is_target(path) { linear.check_init(path, &config) } else { Ok(()) })?;
     let mut result = Ok(());
-    let mut take = |path: &str, part: &str| tensors.remove(&format::tensor_key(path, part));
     model.linears_mut(&mut |path, linear| {
-        if base.is_target(path)
-            && let (Some(a), Some(b)) = (take(path, "lora_A"), take(path, "lora_B"))
-        {
-            let device = linear.weight.device();
-            if let Some(own) = take(path, "base_layer") {
-                linear.map_weight(|_| Tensor::from_data(own, (&device, DType::F32)));
-            }
-            if config.init_lora_weights.mutates_base_weights() {
-                // The adapter was trained on the weight minus its initial `s·B·A`; attaching a new one subtracts that.
-                result = linear.attach(path, name, &config, 0);
-                linear.adapters.pop();
-            }
-            let tensor = |data: TensorData| Tensor::<B, 2>::from_data(data, (&device, DType::F32));
-            let mut adapter = Lora::from_tensors(LoraSpec { path, name, config: &config }, tensor(a), tensor(b));
-            let magnitude = take(path, "lora_magnitude_vector");
-            adapter.dora = magnitude.map(|data| Dora::new(path, name, Tensor::from_data(data, (&device, DType::F32))));
-            linear.adapters.push(adapter);
+        if base.is_target(path) && result.is_ok() {
+            result = load_layer(linear, LoraSpec { path, name, config: &config }, &mut tensors);
         }
     });
     result?;
     base.load_tensors(model, &tensors);
     Ok(Loaded { value: config, unknown_fields })
+}
+
+/// Adds the adapter of one layer, whose values it takes out of `tensors`.
+fn load_layer<B: LinearKernels>(
+    linear: &mut Linear<B>,
+    spec: LoraSpec<'_>,
+    tensors: &mut BTreeMap<String, TensorData>,
+) -> Result<(), Error> {
+    let LoraSpec { path, name, config } = spec;
+    let mut take = |part: &str| tensors.remove(&format::tensor_key(path, part));
+    let (Some(a), Some(b)) = (take("lora_A"), take("lora_B")) else { return Ok(()) };
+    let device = linear.weight.device();
+    if let Some(own) = take("base_layer") {
+        linear.map_weight(|_| Tensor::from_data(own, (&device, DType::F32)));
+    }
+    if config.init_lora_weights.mutates_base_weights() {
+        // The adapter was trained on the weight minus its initial `s·B·A`; attaching a new one subtracts that.
+        linear.attach(path, name, config, 0)?;
+        linear.adapters.pop();
+    }
+    let tensor = |data: TensorData| Tensor::<B, 2>::from_data(data, (&device, DType::F32));
+    let mut adapter = Lora::from_tensors(spec, tensor(a), tensor(b));
+    let magnitude = take("lora_magnitude_vector");
+    adapter.dora = magnitude.map(|data| Dora::new(path, name, Tensor::from_data(data, (&device, DType::F32))));
+    linear.adapters.push(adapter);
+    Ok(())
 }
 
 /// Returns the content of a LoRA adapter's directory as PEFT writes it, with the biases and modules that were trained
@@ -155,7 +165,7 @@ pub(super) fn collect_state_dict<B: LinearKernels, M: Linears<B> + Module<B>>(
         }
     });
     let Some(mut config) = config else {
-        return Err(Error::InvalidAdapter { name: name.to_owned(), state: "is no LoRA adapter of the model" });
+        return Err(Error::adapter(name, "is no LoRA adapter of the model"));
     };
     tensors.extend(TrainableBase::new(model, &config)?.state_dict(model));
     // Like PEFT, write a wildcard as the list of module names that it matched.

@@ -15,7 +15,7 @@ pub fn merge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Resu
     check_exists(model, name)?;
     if model.prompts().iter().any(|prompt| prompt.name == name) {
         let state = "is a prompt: virtual tokens cannot be merged into weights; keep it beside the model";
-        return Err(Error::InvalidAdapter { name: name.to_owned(), state });
+        return Err(Error::adapter(name, state));
     }
     check_layers(model, |_, linear| linear.check_mergeable(name))?;
     let mut result = Ok(());

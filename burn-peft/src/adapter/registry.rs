@@ -67,7 +67,7 @@ pub fn check_new_adapter<B: LinearKernels, M: Linears<B>>(
     changes_base: bool,
 ) -> Result<(), Error> {
     let names = names(model);
-    let refuse = |state| Err(Error::InvalidAdapter { name: name.to_owned(), state });
+    let refuse = |state| Err(Error::adapter(name, state));
     if name == BASE {
         return refuse("is a reserved name that stands for no adapter; choose another");
     }
@@ -101,17 +101,13 @@ pub fn check_adapter_names<B: LinearKernels, M: Linears<B>, S: AsRef<str>>(
     }
     names.iter().map(AsRef::as_ref).filter(|name| *name != BASE).try_for_each(|name| check_exists(model, name))?;
     if let Some(name) = names_where(model, |state| state.merged).into_iter().next() {
-        return Err(Error::InvalidAdapter {
-            name,
-            state: "is merged into the weights, which all rows share; unmerge it first",
-        });
+        return Err(Error::adapter(&name, "is merged into the weights, which all rows share; unmerge it first"));
     }
     let changed = names_where(model, |state| state.changes_base).into_iter();
     match changed.into_iter().next().filter(|changed| names.iter().any(|name| name.as_ref() != changed)) {
-        Some(name) => Err(Error::InvalidAdapter {
-            name,
-            state: "changed the base model, which all rows share; convert it to plain LoRA",
-        }),
+        Some(name) => {
+            Err(Error::adapter(&name, "changed the base model, which all rows share; convert it to plain LoRA"))
+        }
         None => Ok(()),
     }
 }

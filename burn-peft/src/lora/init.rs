@@ -1,6 +1,6 @@
 //! The initialization of `A` and `B`.
 
-use super::svd::Factors;
+use super::linalg::{Factors, orthonormalise};
 use crate::{config::InitLoraWeights, random};
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend, s};
 
@@ -10,17 +10,16 @@ pub(super) fn initial_values(init: &InitLoraWeights, [out, features]: [usize; 2]
     let (a, b) = (r * features, out * r);
     match init {
         InitLoraWeights::Gaussian => [normal(key, a, 1.0 / r as f64), vec![0.0; b]],
-        InitLoraWeights::False => [uniform(key, a, features), uniform(second, b, r)],
+        InitLoraWeights::False => [kaiming_uniform(key, a, features), kaiming_uniform(second, b, r)],
         InitLoraWeights::Orthogonal => orthogonal_init([out, features], r, key),
         // The other initializations compute their values from the weight, or a file overwrites them.
-        _ => [uniform(key, a, features), vec![0.0; b]],
+        _ => [kaiming_uniform(key, a, features), vec![0.0; b]],
     }
 }
 
 /// Draws `n` uniform numbers in `±1/√features`: Kaiming initialization with `a = √5`.
-fn uniform(key: u64, n: usize, features: usize) -> Vec<f32> {
-    let bound = 1.0 / (features as f64).sqrt();
-    (0..n).map(|i| ((2.0 * random::uniform(key, i as u64) - 1.0) * bound) as f32).collect()
+fn kaiming_uniform(key: u64, n: usize, features: usize) -> Vec<f32> {
+    random::uniform_values(key, n, 1.0 / (features as f64).sqrt())
 }
 
 fn normal(key: u64, n: usize, deviation: f64) -> Vec<f32> {
@@ -61,35 +60,6 @@ pub(super) fn olora_init<B: Backend>(weight: Tensor<B, 2>, r: usize) -> Factors<
     let q = q.into_iter().flatten().map(|x| x as f32).collect::<Vec<_>>();
     let q = Tensor::<B, 2>::from_data(TensorData::new(q, [r, out]), (&device, DType::F32));
     Factors { a: q.clone().matmul(weight), b: q.transpose() }
-}
-
-/// Makes the rows orthonormal by the Gram-Schmidt process, with a second pass against rounding errors.
-pub(super) fn orthonormalise(rows: &mut [Vec<f64>]) {
-    for row in 0..rows.len() {
-        let (before, rest) = rows.split_at_mut(row);
-        let row = &mut rest[0];
-        for _ in 0..2 {
-            for other in before.iter() {
-                let share = dot(row, other);
-                row.iter_mut().zip(other).for_each(|(x, y)| *x -= share * y);
-            }
-        }
-        let length = dot(row, row).sqrt();
-        // A row that depends linearly on the rows before it becomes zero.
-        let inverse = if length > 1e-30 { 1.0 / length } else { 0.0 };
-        row.iter_mut().for_each(|x| *x *= inverse);
-    }
-}
-
-/// Computes `Σ xᵢ·yᵢ` in eight independent accumulators, because a single chain of additions is bound by their latency.
-pub(super) fn dot(x: &[f64], y: &[f64]) -> f64 {
-    let ((x, x_rest), (y, y_rest), mut sums) = (x.as_chunks::<8>(), y.as_chunks::<8>(), [0.0; 8]);
-    for (x, y) in x.iter().zip(y) {
-        for lane in 0..8 {
-            sums[lane] += x[lane] * y[lane];
-        }
-    }
-    sums.iter().sum::<f64>() + x_rest.iter().zip(y_rest).map(|(x, y)| x * y).sum::<f64>()
 }
 
 #[cfg(test)]

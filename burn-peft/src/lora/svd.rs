@@ -1,19 +1,11 @@
 //! The truncated SVD of a matrix, by subspace iteration (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061).
 
-use super::init::{dot, orthonormalise};
+use super::linalg::{Factors, dot, orthonormalise};
 use crate::random;
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 
 /// The maximum number of iterations until convergence.
 const MAX_ITERATIONS: usize = 100;
-
-/// Two factors of a matrix of rank `r`.
-pub(crate) struct Factors<B: Backend> {
-    /// `A [r, in]`.
-    pub a: Tensor<B, 2>,
-    /// `B [out, r]`.
-    pub b: Tensor<B, 2>,
-}
 
 /// Computes `A [r, in]` and `B [out, r]` whose product is the best approximation of `weight [out, in]` of rank `r`;
 /// each holds the square roots of the singular values. Runs `niter` iterations, or until the singular values converge.

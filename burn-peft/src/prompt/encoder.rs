@@ -42,11 +42,9 @@ impl<B: LinearKernels> PromptEncoder<B> {
             let (path, [features, out]) = (format!("prompt.encoder.layers.{index}"), [pair[0], pair[1]]);
             let zero = zero && index + 2 == widths.len();
             let bound = if zero { 0.0 } else { 1.0 / (features as f64).sqrt() };
-            let uniform = |key: u64, n: usize| -> Vec<f32> {
-                (0..n as u64).map(|i| ((2.0 * random::uniform(key, i) - 1.0) * bound) as f32).collect()
-            };
-            let weight = tensor(uniform(key(&format!("{path}.weight")), out * features), [out, features]);
-            let bias = tensor(uniform(key(&format!("{path}.bias")), out), [1, out]).reshape([out]);
+            let uniform = |name: &str, n: usize| random::uniform_values(key(&format!("{path}.{name}")), n, bound);
+            let weight = tensor(uniform("weight", out * features), [out, features]);
+            let bias = tensor(uniform("bias", out), [1, out]).reshape([out]);
             Linear::new(&path, weight, Some(bias))
         };
         let layers: Vec<_> = widths.windows(2).enumerate().map(layer).collect();
