@@ -69,3 +69,8 @@ pub use prompt::{Prompt, PromptConfig};
 pub use route::Route;
 pub use target::TargetModules;
 pub use weight::Weight;
+
+/// The examples of the README are tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
