@@ -3,7 +3,7 @@ use burn::backend::{Autodiff, Flex};
 use burn::optim::{AdamConfig, GradientsParams, Optimizer};
 use burn::{module::Module, tensor::activation::softmax, tensor::*};
 use burn_peft::prompt::{BaseShape, Prompt, PromptConfig};
-use burn_peft::{AdapterModel, ForwardContext, Linear, Linears, LoraConfig, adapter, kernel::LinearKernels};
+use burn_peft::{AdapterModel, ForwardContext, Linear, LinearKernels, Linears, LoraConfig, adapter};
 #[derive(Module, Debug)]
 struct Attention<B: LinearKernels> {
     q_proj: Linear<B>,

@@ -1,8 +1,6 @@
 //! IA3: scales features by learned factors (Liu et al., 2022, arXiv:2205.05638).
 
-use crate::{
-    Error, Loaded, TargetModules, config::default_if_null, config_file::KnownFields, kernel::LinearKernels, param,
-};
+use crate::{Error, LinearKernels, Loaded, TargetModules, config::default_if_null, config_file::KnownFields, param};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},

@@ -63,6 +63,7 @@ pub use config_file::Loaded;
 pub use context::{DropoutKey, ForwardContext, TokenPosition};
 pub use error::Error;
 pub use ia3::{Ia3, Ia3Config};
+pub use kernel::LinearKernels;
 pub use linear::Linear;
 pub use lora::Lora;
 pub use prompt::{Prompt, PromptConfig};

@@ -1,10 +1,9 @@
 //! The linear layer with adapters, used for every projection of a model.
 
 use crate::{
-    Error, ForwardContext, Ia3, Lora, LoraConfig, Weight,
+    Error, ForwardContext, Ia3, LinearKernels, Lora, LoraConfig, Weight,
     config::InitLoraWeights,
     error::MERGED,
-    kernel::LinearKernels,
     lora::{Dora, LoraSpec},
     packed::PackedWeight,
     param,

@@ -6,9 +6,8 @@ use super::{
     registry::{check_exists, names_where},
 };
 use crate::{
-    Error,
+    Error, LinearKernels,
     error::{CHANGED_BASE, MERGED},
-    kernel::LinearKernels,
 };
 
 /// Activates exactly the named adapters (none for an empty list) and deactivates all others: PEFT's `set_adapter`.

@@ -3,9 +3,8 @@
 
 use super::linears::{Linears, check_layers, targeted_module_names};
 use crate::{
-    Error, LoraConfig,
+    Error, LinearKernels, LoraConfig,
     config::{Bias, Selection},
-    kernel::LinearKernels,
     param::{self, ParamInfo, ParamMapper, ParamVisitor},
 };
 use burn::{

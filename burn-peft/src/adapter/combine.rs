@@ -5,9 +5,8 @@ use super::{
     registry::{check_exists, check_new_adapter},
 };
 use crate::{
-    Error, Lora, LoraConfig, TargetModules,
+    Error, LinearKernels, Lora, LoraConfig, TargetModules,
     format::{self, AdapterFiles},
-    kernel::LinearKernels,
     lora::{Factors, LoraSpec, low_rank_decomposition, zero_pad},
     param::last_segment,
     random,

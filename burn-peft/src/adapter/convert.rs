@@ -2,10 +2,9 @@
 
 use super::{linears::Linears, lora::collect_state_dict};
 use crate::{
-    Error, LoraConfig,
+    Error, LinearKernels, LoraConfig,
     config::InitLoraWeights,
     format::{self, AdapterFiles},
-    kernel::LinearKernels,
 };
 use burn::{
     module::Module,

@@ -4,7 +4,7 @@ use super::{
     base::{TrainableBase, is_adapter},
     linears::Linears,
 };
-use crate::{Error, kernel::LinearKernels, param};
+use crate::{Error, LinearKernels, param};
 use burn::module::Module;
 
 /// Makes only the active adapters trainable, and the parameters of the base model that are trained along with one of

@@ -4,7 +4,7 @@ use super::{
     linears::{Linears, select_layers},
     registry::check_new_adapter,
 };
-use crate::{Error, Ia3, Ia3Config, Linear, Loaded, TargetModules, format, kernel::LinearKernels};
+use crate::{Error, Ia3, Ia3Config, Linear, LinearKernels, Loaded, TargetModules, format};
 use burn::tensor::{DType, Tensor};
 use std::{path::Path, sync::Arc};
 

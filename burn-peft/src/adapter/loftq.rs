@@ -3,8 +3,7 @@
 
 use super::linears::Linears;
 use crate::{
-    Error, Weight,
-    kernel::LinearKernels,
+    Error, LinearKernels, Weight,
     lora::{Dora, Factors, low_rank_decomposition, weight_norm},
     packed::{Codec, PackedWeight},
     random,

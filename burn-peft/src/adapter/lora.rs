@@ -7,10 +7,9 @@ use super::{
     registry::check_new_adapter,
 };
 use crate::{
-    Error, Linear, Loaded, Lora, LoraConfig, TargetModules,
+    Error, Linear, LinearKernels, Loaded, Lora, LoraConfig, TargetModules,
     config::InitLoraWeights,
     format::{self, AdapterFiles},
-    kernel::LinearKernels,
     lora::{Dora, LoraSpec},
     param::last_segment,
 };

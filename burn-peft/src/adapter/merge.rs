@@ -4,7 +4,7 @@ use super::{
     linears::{Linears, check_layers},
     registry::check_exists,
 };
-use crate::{Error, kernel::LinearKernels};
+use crate::{Error, LinearKernels};
 
 /// Merges the named adapter into the weights of its layers; merging a merged adapter does nothing. Several adapters may
 /// be merged, one after the other.

@@ -1,7 +1,7 @@
 //! Saving adapters of any kind.
 
 use super::{ia3::save_ia3, linears::Linears, lora::collect_state_dict, registry::check_exists};
-use crate::{Error, format, kernel::LinearKernels};
+use crate::{Error, LinearKernels, format};
 use burn::module::Module;
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! The prompt encoder, which computes the virtual tokens: an embedding table, optionally followed by an MLP.
 
 use super::{BaseShape, PromptConfig, PromptMethod};
-use crate::{ForwardContext, Linear, Weight, kernel::LinearKernels, param, random};
+use crate::{ForwardContext, Linear, LinearKernels, Weight, param, random};
 use burn::{
     module::{Module, Param},
     tensor::{

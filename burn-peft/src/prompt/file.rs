@@ -1,7 +1,7 @@
 //! Reads and writes prompts as PEFT directories, which hold a single tensor, `prompt_embeddings`.
 
 use super::{BaseShape, Prompt, PromptConfig, PromptEncoder, PromptMethod};
-use crate::{Error, Loaded, Weight, format, kernel::LinearKernels};
+use crate::{Error, LinearKernels, Loaded, Weight, format};
 use burn::{
     module::Param,
     tensor::{DType, Tensor, TensorData},

@@ -15,7 +15,7 @@ mod file;
 pub use config::{BaseShape, PromptConfig, PromptMethod, PromptTuningInit};
 pub use encoder::{Activation, PromptEncoder};
 
-use crate::{Error, ForwardContext, kernel::LinearKernels, random};
+use crate::{Error, ForwardContext, LinearKernels, random};
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData, s},
