@@ -219,7 +219,7 @@ fn names_are_free_text_but_taken_once() {
         assert_eq!((weights(&model), logits(&model, &text)), (before, expected.clone()), "{name}: refused, unchanged");
     }
     let error = adapter::load(&mut base(), BASE, &directory("a")).unwrap_err().to_string();
-    assert!(error.contains("means no adapter"), "{error}");
+    assert!(error.contains("stands for no adapter"), "{error}");
 }
 
 #[test]
