@@ -4,9 +4,9 @@
     cargo build --release --workspace
     /tmp/display/bin/python apps/medqa/pictures/display.py --medqa target/release/medqa
 
-Runs `quickstart --model tiny`, and then its recipe again in a pseudo-terminal, with a validation every 20 steps. The last
-complete frame is drawn with the font of the crate `dejavu`, which the build has fetched. Needs no network and takes two
-minutes on two cores.
+Runs `quickstart --model tiny`, and then its recipe again in a pseudo-terminal, with a validation every 20 steps. The
+last complete frame is drawn with the font of the crate `dejavu`, which the build has fetched. Needs no network and takes
+two minutes on two cores.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pyte
 from PIL import Image, ImageDraw, ImageFont
+from pyte.screens import Char
 
 COLUMNS, LINES = 118, 40
 CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 9, 19, 15
@@ -38,7 +39,8 @@ COLORS = {
 }
 # Bits of a braille character, by column and row of its dots.
 BRAILLE_BITS = [[0x01, 0x02, 0x04, 0x40], [0x08, 0x10, 0x20, 0x80]]
-Frame = list[list[pyte.screens.Char]]
+ENTER_ALTERNATE_SCREEN, LEAVE_ALTERNATE_SCREEN = b"\x1b[?1049h", b"\x1b[?1049l"
+Frame = list[list[Char]]
 
 
 def last_frame(command: list[str], folder: Path) -> Frame:
@@ -63,11 +65,15 @@ def last_frame(command: list[str], folder: Path) -> Frame:
         # The display asks for the position of the cursor; without an answer it does not start.
         if b"\x1b[6n" in data:
             os.write(main, f"\x1b[{screen.cursor.y + 1};{screen.cursor.x + 1}R".encode())
-        # The display leaves the alternate screen when it ends; what follows belongs to the screen before it.
-        stream.feed(data.split(b"\x1b[?1049l")[0])
+        # pyte has no alternate screen: what stands before it, and what follows it, is left out.
+        before, entered, display = data.partition(ENTER_ALTERNATE_SCREEN)
+        if entered:
+            screen.reset()
+        display, left, _ = (display if entered else before).partition(LEAVE_ALTERNATE_SCREEN)
+        stream.feed(display)
         if is_complete(screen):
             frame = [[screen.buffer[y][x] for x in range(COLUMNS)] for y in range(LINES)]
-        if b"\x1b[?1049l" in data:
+        if left:
             screen.reset()
     if process.wait() != 0:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
@@ -82,9 +88,9 @@ def is_complete(screen: pyte.Screen) -> bool:
     return all(title in text for title in ("Controls", "Metrics", "Plots", "Status", "Progress", "Valid epoch"))
 
 
-def draw_cell(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, place: tuple[int, int], cell: pyte.screens.Char) -> None:
-    """Draws a character cell; dots and blocks are drawn as shapes, so that they meet and need no font."""
-    x, y = place[0] * CELL_WIDTH, place[1] * CELL_HEIGHT
+def draw_cell(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, corner: tuple[int, int], cell: Char) -> None:
+    """Draws a character cell; dots, blocks and lines are drawn as shapes, so that they meet and need no font."""
+    x, y = corner
     color, background = color_of(cell.fg, COLORS["default"]), color_of(cell.bg, BACKGROUND)
     if cell.reverse:
         color, background = background, color
@@ -99,7 +105,7 @@ def draw_cell(draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, place: tu
                     draw.rectangle([left, top, left + 2, top + 2], fill=color)
     elif 0x2588 <= code <= 0x258F:  # the left eighths of a block
         width = CELL_WIDTH * (0x2590 - code) // 8
-        draw.rectangle([x, y + 2, x + width - 1, y + CELL_HEIGHT - 3], fill=color)
+        draw.rectangle([x, y, x + width - 1, y + CELL_HEIGHT - 1], fill=color)
     elif cell.data in "┌┐└┘─│":
         draw_box(draw, cell.data, (x, y), color)
     elif code > 0x20:
@@ -154,7 +160,7 @@ def main() -> None:
     draw = ImageDraw.Draw(image)
     for y, line in enumerate(frame):
         for x, cell in enumerate(line):
-            draw_cell(draw, font, (x, y), cell)
+            draw_cell(draw, font, (x * CELL_WIDTH, y * CELL_HEIGHT), cell)
     # A palette keeps the file small.
     image.quantize(64).save(arguments.out, optimize=True)
     print(f"{arguments.out}: {arguments.out.stat().st_size >> 10} KiB")
