@@ -9,7 +9,7 @@ use super::{
 use crate::kernel::AttentionMask;
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
-use burn_peft::kernel::gemm::{GemmOutput, Matrix, Threads, sgemm};
+use burn_peft_kernels::gemm::{GemmOutput, Matrix, Threads, sgemm};
 use rayon::prelude::*;
 use std::ops::Range;
 

@@ -8,7 +8,7 @@ use super::{
 use crate::kernel::{Losses, Targets, tensor as wrapped};
 use burn::{backend::Flex, tensor::DType};
 use burn_flex::FlexTensor;
-use burn_peft::kernel::{
+use burn_peft_kernels::{
     LinearKernels, MatmulPrecision, WeightMatrix,
     gemm::{self, GemmOutput, Matrix, Threads, gemm},
 };
