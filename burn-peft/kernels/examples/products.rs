@@ -9,7 +9,7 @@
 use burn::tensor::bf16;
 use burn_peft_kernels::{
     MatmulPrecision,
-    gemm::{GemmOutput, Matrix, Threads, gemm},
+    gemm::{GemmOptions, GemmOutput, Matrix, gemm},
 };
 use std::time::Instant;
 
@@ -62,7 +62,7 @@ fn main() -> Result<(), String> {
                 };
                 let mut timed = |kind: usize, values: &mut [f32], stride, a, b| {
                     let start = Instant::now();
-                    gemm(compute, GemmOutput { values, stride, accumulate: false }, a, b, 1.0, Threads::All);
+                    gemm(GemmOutput { values, stride, accumulate: false }, a, b, GemmOptions::new(compute));
                     if round > 0 {
                         seconds[kind] += start.elapsed().as_secs_f64();
                     }

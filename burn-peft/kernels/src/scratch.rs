@@ -53,14 +53,15 @@ impl Drop for PooledVec {
     }
 }
 
-/// Allocates `n` values without initializing them. The caller writes all of them before it reads any. Only for the
-/// kernels of these crates.
-#[doc(hidden)]
+/// Allocates `n` values without initializing them, for a kernel that writes each of them exactly once.
+///
+/// # Safety
+/// The caller writes every value before anything reads it, and does not let go of the vector before that.
 #[allow(clippy::uninit_vec)]
-pub fn uninit_vec(n: usize) -> Vec<f32> {
+pub unsafe fn uninit_vec(n: usize) -> Vec<f32> {
     let mut values = Vec::with_capacity(n);
-    // SAFETY: the capacity was allocated above and every bit pattern is a valid f32; all callers are kernels of these
-    // crates that write each element before they read it.
+    // SAFETY: the capacity was allocated above. The caller initializes the values before they are read, and dropping
+    // an f32 reads nothing.
     unsafe { values.set_len(n) };
     values
 }

@@ -3,17 +3,18 @@
 use super::tensor;
 use crate::{
     MatmulPrecision,
-    gemm::{self, GemmOutput, Matrix, Threads},
+    gemm::{GemmOptions, GemmOutput, Matrix, gemm},
     scratch::uninit_vec,
 };
 use burn_flex::FlexTensor;
 
 /// Returns `a·b`, `[m, k]·[k, n]`.
-pub(super) fn matmul(a: Matrix<'_>, b: Matrix<'_>, compute: MatmulPrecision) -> FlexTensor {
+pub(super) fn matmul(a: Matrix<'_>, b: Matrix<'_>, precision: MatmulPrecision) -> FlexTensor {
     let shape = [a.shape()[0], b.shape()[1]];
-    let mut values = uninit_vec(shape[0] * shape[1]);
-    let to = GemmOutput { values: &mut values, stride: shape[1], accumulate: false };
-    gemm::gemm(compute, to, a, b, 1.0, Threads::All);
+    // SAFETY: the product overwrites all values.
+    let mut values = unsafe { uninit_vec(shape[0] * shape[1]) };
+    let out = GemmOutput { values: &mut values, stride: shape[1], accumulate: false };
+    gemm(out, a, b, GemmOptions::new(precision));
     tensor(values, shape)
 }
 

@@ -20,10 +20,10 @@ use rayon::prelude::*;
 use spinning_pool::with_spinning_pool;
 
 impl LinearKernels for Flex {
-    fn linear_forward(x: FlexTensor, weight: FlexTensor, compute: MatmulPrecision) -> FlexTensor {
+    fn linear_forward(x: FlexTensor, weight: FlexTensor, precision: MatmulPrecision) -> FlexTensor {
         match x.dtype() {
-            DType::F64 => portable::forward::<Self>(x, weight, compute),
-            _ => in_f32(x, |x| linear::forward(x, &WeightRows::from_floats(weight), compute)),
+            DType::F64 => portable::forward::<Self>(x, weight, precision),
+            _ => in_f32(x, |x| linear::forward(x, &WeightRows::from_floats(weight), precision)),
         }
     }
 
@@ -31,27 +31,27 @@ impl LinearKernels for Flex {
         dy: FlexTensor,
         weight: FlexTensor,
         accumulate_into: Option<FlexTensor>,
-        compute: MatmulPrecision,
+        precision: MatmulPrecision,
     ) -> FlexTensor {
         match dy.dtype() {
-            DType::F32 => linear::backward_input(&dy, &WeightRows::from_floats(weight), accumulate_into, compute),
+            DType::F32 => linear::backward_input(&dy, &WeightRows::from_floats(weight), accumulate_into, precision),
             DType::F64 => {
-                add_accumulated::<Self>(portable::backward_input::<Self>(dy, weight, compute), accumulate_into)
+                add_accumulated::<Self>(portable::backward_input::<Self>(dy, weight, precision), accumulate_into)
             }
             _ => add_accumulated::<Self>(
-                in_f32(dy, |dy| linear::backward_input(dy, &WeightRows::from_floats(weight), None, compute)),
+                in_f32(dy, |dy| linear::backward_input(dy, &WeightRows::from_floats(weight), None, precision)),
                 accumulate_into,
             ),
         }
     }
 
-    fn linear_backward_weight(x: FlexTensor, dy: FlexTensor, compute: MatmulPrecision) -> FlexTensor {
+    fn linear_backward_weight(x: FlexTensor, dy: FlexTensor, precision: MatmulPrecision) -> FlexTensor {
         if x.dtype() == DType::F64 {
-            return portable::backward_weight::<Self>(x, dy, compute);
+            return portable::backward_weight::<Self>(x, dy, precision);
         }
         let dy = to_f32(dy);
         in_f32(x, |x| {
-            dense::with_matrix(x, |x| dense::with_matrix(&dy, |dy| dense::matmul(dy.transposed(), x, compute)))
+            dense::with_matrix(x, |x| dense::with_matrix(&dy, |dy| dense::matmul(dy.transposed(), x, precision)))
         })
     }
 
@@ -59,10 +59,10 @@ impl LinearKernels for Flex {
         linear::unpack(&WeightRows::from_packed(weight))
     }
 
-    fn packed_forward(x: FlexTensor, weight: &PackedWeight<Self>, compute: MatmulPrecision) -> FlexTensor {
+    fn packed_forward(x: FlexTensor, weight: &PackedWeight<Self>, precision: MatmulPrecision) -> FlexTensor {
         match x.dtype() {
-            DType::F64 => portable_packed::forward(x, weight, compute),
-            _ => in_f32(x, |x| linear::forward(x, &WeightRows::from_packed(weight), compute)),
+            DType::F64 => portable_packed::forward(x, weight, precision),
+            _ => in_f32(x, |x| linear::forward(x, &WeightRows::from_packed(weight), precision)),
         }
     }
 
@@ -70,15 +70,15 @@ impl LinearKernels for Flex {
         dy: FlexTensor,
         weight: &PackedWeight<Self>,
         accumulate_into: Option<FlexTensor>,
-        compute: MatmulPrecision,
+        precision: MatmulPrecision,
     ) -> FlexTensor {
         match dy.dtype() {
-            DType::F32 => linear::backward_input(&dy, &WeightRows::from_packed(weight), accumulate_into, compute),
+            DType::F32 => linear::backward_input(&dy, &WeightRows::from_packed(weight), accumulate_into, precision),
             DType::F64 => {
-                add_accumulated::<Self>(portable_packed::backward_input(dy, weight, compute), accumulate_into)
+                add_accumulated::<Self>(portable_packed::backward_input(dy, weight, precision), accumulate_into)
             }
             _ => add_accumulated::<Self>(
-                in_f32(dy, |dy| linear::backward_input(dy, &WeightRows::from_packed(weight), None, compute)),
+                in_f32(dy, |dy| linear::backward_input(dy, &WeightRows::from_packed(weight), None, precision)),
                 accumulate_into,
             ),
         }

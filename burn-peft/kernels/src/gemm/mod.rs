@@ -107,6 +107,25 @@ pub enum Threads {
     All,
 }
 
+/// How a product is computed.
+#[derive(Debug, Clone, Copy)]
+pub struct GemmOptions {
+    /// The precision to which the factors are rounded.
+    pub precision: MatmulPrecision,
+    /// The factor of the product.
+    pub alpha: f32,
+    /// The threads that compute it.
+    pub threads: Threads,
+}
+
+impl GemmOptions {
+    /// Creates the options of a product without a factor, on all threads.
+    #[inline]
+    pub fn new(precision: MatmulPrecision) -> Self {
+        Self { precision, alpha: 1.0, threads: Threads::All }
+    }
+}
+
 /// Returns true if the kernels of this machine read bf16 operands in place.
 pub fn reads_bf16() -> bool {
     has_simd_gemm()
@@ -125,14 +144,14 @@ fn has_simd_gemm() -> bool {
 /// # Panics
 /// If the inner dimensions differ or `out` is too small.
 pub fn sgemm(out: GemmOutput<'_>, a: Matrix<'_>, b: Matrix<'_>, alpha: f32, threads: Threads) {
-    gemm(MatmulPrecision::F32, out, a, b, alpha, threads);
+    gemm(out, a, b, GemmOptions { precision: MatmulPrecision::F32, alpha, threads });
 }
 
-/// Computes `alpha · a·b` as [`sgemm`] does, with the factors rounded to the given precision.
+/// Computes `alpha · a·b` as [`sgemm`] does, with the factors rounded to the precision of the options.
 ///
 /// # Panics
 /// If the inner dimensions differ or `out` is too small.
-pub fn gemm(compute: MatmulPrecision, out: GemmOutput<'_>, a: Matrix<'_>, b: Matrix<'_>, alpha: f32, threads: Threads) {
+pub fn gemm(out: GemmOutput<'_>, a: Matrix<'_>, b: Matrix<'_>, options: GemmOptions) {
     let ([m, k], [inner, n]) = (a.shape, b.shape);
     assert_eq!(k, inner, "the inner dimensions of [{m}, {k}]·[{inner}, {n}] differ");
     assert!(out.stride >= n && span([m, n], out.stride) <= out.values.len(), "the output cannot hold [{m}, {n}]");
@@ -147,12 +166,13 @@ pub fn gemm(compute: MatmulPrecision, out: GemmOutput<'_>, a: Matrix<'_>, b: Mat
     if has_simd_gemm() {
         // SAFETY: `has_simd_gemm` has checked the CPU features; the constructors of `Matrix` and the assertions above
         // keep every index of the shapes and strides within its slice.
-        return unsafe { x86::gemm(out, a, b, alpha, (threads, compute)) };
+        return unsafe { x86::gemm(out, a, b, options) };
     }
-    match compute {
+    let GemmOptions { precision, alpha, threads } = options;
+    match precision {
         MatmulPrecision::F32 => with_f32(a, None, |a| with_f32(b, None, |b| gemm_crate(out, a, b, alpha, threads))),
-        _ => with_f32(a, Some(compute), |a| {
-            with_f32(b, Some(compute), |b| sgemm(out, a.into_matrix(), b.into_matrix(), alpha, threads));
+        _ => with_f32(a, Some(precision), |a| {
+            with_f32(b, Some(precision), |b| sgemm(out, a.into_matrix(), b.into_matrix(), alpha, threads));
         }),
     }
 }

@@ -101,33 +101,27 @@ unsafe impl Sync for GemvTask<'_> {}
 
 /// Computes `W·xᵀ [out, tokens]` of every product into its `y`.
 fn gemv_transposed<const N: usize>(products: [Gemv<'_>; N]) {
-    let work = products.map(|product| {
+    let tasks = products.map(|product| {
         let tokens = product.tokens();
         let Gemv { weight, x, y } = product;
-        let step = (CHUNK_VALUES / weight.features.max(1)).max(1);
-        let parts = if y.is_empty() { 0 } else { weight.out.div_ceil(step) };
-        GemvTask {
-            weight,
-            input: GemvInput::prepare(weight, x),
-            y: y.as_mut_ptr(),
-            tokens,
-            chunk_rows: step,
-            chunks: parts,
-        }
+        let chunk_rows = (CHUNK_VALUES / weight.features.max(1)).max(1);
+        let chunks = if y.is_empty() { 0 } else { weight.out.div_ceil(chunk_rows) };
+        GemvTask { weight, input: GemvInput::prepare(weight, x), y: y.as_mut_ptr(), tokens, chunk_rows, chunks }
     });
-    let one = |mut index: usize| {
-        for work in &work {
-            if index < work.chunks {
-                return work.compute_chunk(index);
+    let compute_chunk = |mut index: usize| {
+        for task in &tasks {
+            if index < task.chunks {
+                return task.compute_chunk(index);
             }
-            index -= work.chunks;
+            index -= task.chunks;
         }
     };
-    let parts = work.iter().map(|work| work.chunks).sum::<usize>();
-    if work.iter().map(|work| work.weight.out * work.weight.features * work.tokens).sum::<usize>() < PARALLEL_MIN_FMAS {
-        (0..parts).for_each(one);
+    let chunks = tasks.iter().map(|task| task.chunks).sum::<usize>();
+    let fmas = tasks.iter().map(|task| task.weight.out * task.weight.features * task.tokens).sum::<usize>();
+    if fmas < PARALLEL_MIN_FMAS {
+        (0..chunks).for_each(compute_chunk);
     } else {
-        (0..parts).into_par_iter().for_each(one);
+        (0..chunks).into_par_iter().for_each(compute_chunk);
     }
 }
 
@@ -166,10 +160,10 @@ impl<'a> GemvInput<'a> {
         match weight.format {
             _ if x.is_empty() || weight.out == 0 => Self::Decode(x),
             #[cfg(target_arch = "x86_64")]
-            RowFormat::Packed(Codec::Blocks(kind)) => {
-                let bytes = Int8Input::new(kind, x, weight.features).map(Self::Int8);
-                let words = || Int16Input::new(kind, x, weight.features).map(Self::Int16);
-                bytes.or_else(words).unwrap_or(Self::Decode(x))
+            RowFormat::Packed(Codec::Blocks(block_type)) => {
+                let int8 = Int8Input::new(block_type, x, weight.features).map(Self::Int8);
+                let int16 = || Int16Input::new(block_type, x, weight.features).map(Self::Int16);
+                int8.or_else(int16).unwrap_or(Self::Decode(x))
             }
             RowFormat::Packed(_) => Self::Decode(x),
             RowFormat::Floats(dtype) => {

@@ -13,16 +13,28 @@ use burn::{
 };
 use half::f16;
 
-/// Formats, the offsets of the f16 fields in a block, and the largest weight magnitude for f16 fields of 1, without a
-/// minimum.
-const FORMATS: [(BlockType, &[usize], f32); 7] = [
-    (BlockType::Q8_0, &[0], 128.0),
-    (BlockType::Q4_0, &[0], 8.0),
-    (BlockType::Q4_1, &[0, 2], 15.0),
-    (BlockType::Q5_0, &[0], 16.0),
-    (BlockType::Q5_1, &[0, 2], 31.0),
-    (BlockType::Q4_K, &[0, 2], 63.0 * 15.0),
-    (BlockType::Q6_K, &[208], 128.0 * 32.0),
+/// A block format with an integer kernel.
+#[derive(Debug, Clone, Copy)]
+struct FormatCase {
+    block_type: BlockType,
+    /// The offsets of the f16 fields in a block.
+    f16_offsets: &'static [usize],
+    /// The largest weight magnitude for f16 fields of 1, without a minimum.
+    max_weight: f32,
+}
+
+const fn format(block_type: BlockType, f16_offsets: &'static [usize], max_weight: f32) -> FormatCase {
+    FormatCase { block_type, f16_offsets, max_weight }
+}
+
+const FORMATS: [FormatCase; 7] = [
+    format(BlockType::Q8_0, &[0], 128.0),
+    format(BlockType::Q4_0, &[0], 8.0),
+    format(BlockType::Q4_1, &[0, 2], 15.0),
+    format(BlockType::Q5_0, &[0], 16.0),
+    format(BlockType::Q5_1, &[0, 2], 31.0),
+    format(BlockType::Q4_K, &[0, 2], 63.0 * 15.0),
+    format(BlockType::Q6_K, &[208], 128.0 * 32.0),
 ];
 
 /// A packed weight `[out, features]` and the values that it decodes to.
@@ -36,33 +48,33 @@ struct TestWeight {
 impl TestWeight {
     /// Creates a weight whose bytes are given by `quant` and whose f16 fields by `half`.
     fn new(
-        (kind, places, most): (BlockType, &[usize], f32),
+        FormatCase { block_type, f16_offsets, max_weight }: FormatCase,
         [out, features]: [usize; 2],
         quant: impl Fn(u64) -> u8,
         half: impl Fn(u64) -> f32,
     ) -> Self {
-        let size = kind.block_bytes();
-        let mut bytes: Vec<u8> = (0..(out * features / kind.block_len() * size) as u64).map(quant).collect();
+        let size = block_type.block_bytes();
+        let mut bytes: Vec<u8> = (0..(out * features / block_type.block_len() * size) as u64).map(quant).collect();
         let mut largest = 0f32;
         for (index, block) in bytes.chunks_exact_mut(size).enumerate() {
-            for &at in places {
+            for &at in f16_offsets {
                 let half = f16::from_f32(half((index * 8 + at) as u64));
                 largest = largest.max(half.to_f32().abs());
                 block[at..at + 2].copy_from_slice(&half.to_le_bytes());
             }
         }
         let mut values = vec![0.0; out * features];
-        kind.dequantize(&bytes, &mut values);
+        block_type.dequantize(&bytes, &mut values);
         let rows = bytes.chunks_exact(bytes.len() / out);
-        let reach = largest * (most + if kind == BlockType::Q4_K { 63.0 } else { 1.0 });
+        let magnitude_bound = largest * (max_weight + if block_type == BlockType::Q4_K { 63.0 } else { 1.0 });
         Self {
-            packed: PackedWeight::new(kind.into(), features, rows, &Default::default()),
+            packed: PackedWeight::new(block_type.into(), features, rows, &Default::default()),
             values,
-            magnitude_bound: reach,
+            magnitude_bound,
         }
     }
 
-    fn random(format: (BlockType, &[usize], f32), shape: [usize; 2]) -> Self {
+    fn random(format: FormatCase, shape: [usize; 2]) -> Self {
         let key = random::seed(&format!("{format:?} {shape:?}"));
         let half = |i| 0.01 * (random::uniform(key, i) as f32 - 0.3);
         Self::new(format, shape, |i| random::bits(key, i) as u8, half)
@@ -116,9 +128,9 @@ fn is_supported() -> bool {
 fn products_of_random_rows_of_any_length_and_number() {
     for format in FORMATS.into_iter().filter(|_| is_supported()) {
         for blocks in [1, 2, 3, 4, 5, 6, 7, 8, 18, 48] {
-            let features = blocks * format.0.block_len();
+            let features = blocks * format.block_type.block_len();
             for tokens in 1..=8 {
-                let name = format!("{:?}, {blocks} blocks, {tokens} tokens", format.0);
+                let name = format!("{:?}, {blocks} blocks, {tokens} tokens", format.block_type);
                 TestWeight::random(format, [19, features])
                     .assert_within_bound(&numbers(&name, tokens * features), &name);
             }
@@ -133,9 +145,9 @@ fn results_do_not_depend_on_what_else_is_computed() {
         let (weight, x) = (TestWeight::random(format, [777, 768]), numbers("x", 3 * 768));
         let (all, last) = (weight.matmul(&x), weight.packed.slice(760..777));
         let last = TestWeight { packed: last, values: Vec::new(), magnitude_bound: 0.0 }.matmul(&x[768..2 * 768]);
-        assert_eq!(all[777 + 760..2 * 777], last, "{:?}", format.0);
+        assert_eq!(all[777 + 760..2 * 777], last, "{:?}", format.block_type);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-        assert_eq!(pool.install(|| weight.matmul(&x)), all, "{:?}", format.0);
+        assert_eq!(pool.install(|| weight.matmul(&x)), all, "{:?}", format.block_type);
     }
 }
 
@@ -158,10 +170,10 @@ fn extreme_blocks() {
         ];
         for (name, x) in inputs {
             for quant in [0, 0x7f, 0x80, 0xff] {
-                let name = format!("{:?} of {quant:#x} × {name}", format.0);
+                let name = format!("{:?} of {quant:#x} × {name}", format.block_type);
                 TestWeight::new(format, shape, |_| quant, |_| 0.5).assert_within_bound(&x, &name);
             }
-            TestWeight::random(format, shape).assert_within_bound(&x, &format!("{:?} × {name}", format.0));
+            TestWeight::random(format, shape).assert_within_bound(&x, &format!("{:?} × {name}", format.block_type));
         }
     }
 }
@@ -176,11 +188,15 @@ fn what_is_not_finite_is_seen_in_every_output_it_meets() {
                 let mut x = numbers("x", 3 * 768);
                 x[768 + at] = bad;
                 let y = weight.matmul(&x);
-                assert!(y[21..42].iter().all(|y| !y.is_finite()), "{:?}: {bad} at {at}: {y:?}", format.0);
-                assert!(y[..21].iter().chain(&y[42..]).all(|y| y.is_finite()), "{:?}: {bad} at {at}", format.0);
+                assert!(y[21..42].iter().all(|y| !y.is_finite()), "{:?}: {bad} at {at}: {y:?}", format.block_type);
+                assert!(
+                    y[..21].iter().chain(&y[42..]).all(|y| y.is_finite()),
+                    "{:?}: {bad} at {at}",
+                    format.block_type
+                );
             }
         }
         let weight = TestWeight::new(format, [1, 256], |_| 0x11, |_| f32::INFINITY);
-        assert!(!weight.matmul(&[1.0; 256])[0].is_finite(), "{:?}", format.0);
+        assert!(!weight.matmul(&[1.0; 256])[0].is_finite(), "{:?}", format.block_type);
     }
 }

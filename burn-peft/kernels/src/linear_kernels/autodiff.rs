@@ -38,20 +38,30 @@ pub fn take_accumulated_gradient<B: Backend>(
     grads.remove(&key)
 }
 
-/// Backward pass of a dense linear layer. Its state: `x` if the weight is trained, the weight if `x` needs a gradient.
+/// What the backward pass of a dense linear layer needs.
+#[derive(Debug, Clone)]
+struct LinearState<X> {
+    /// The activations, if the weight is trained.
+    x: SavedActivation<X>,
+    /// The weight, if `x` needs a gradient.
+    weight: Option<X>,
+    precision: MatmulPrecision,
+}
+
+/// Backward pass of a dense linear layer.
 #[derive(Debug)]
 struct LinearBackward;
 
 impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
-    type State = (SavedActivation<FloatTensor<B>>, Option<FloatTensor<B>>, MatmulPrecision);
+    type State = LinearState<FloatTensor<B>>;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let [x_node, weight_node] = ops.parents;
-        let (x, weight, compute) = ops.state;
+        let LinearState { x, weight, precision } = ops.state;
         if let (Some(node), Some(weight)) = (x_node, weight) {
             let accumulate_into = take_accumulated_gradient::<B>(grads, &dy, |place| place.node = node.clone());
-            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight, accumulate_into, compute));
+            grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight, accumulate_into, precision));
         }
         let x = match x {
             SavedActivation::NotNeeded => None,
@@ -59,25 +69,32 @@ impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
             SavedActivation::Checkpointed(id) => Some(checkpointer.retrieve_node_output(id)),
         };
         if let (Some(node), Some(x)) = (weight_node, x) {
-            grads.register::<B>(node.id, B::linear_backward_weight(x, dy, compute));
+            grads.register::<B>(node.id, B::linear_backward_weight(x, dy, precision));
         }
     }
 }
 
-/// Backward pass of a packed linear layer. Its state: the packed weight.
+/// What the backward pass of a packed linear layer needs.
+#[derive(Debug, Clone)]
+struct PackedState<B: Backend> {
+    weight: PackedWeight<B>,
+    precision: MatmulPrecision,
+}
+
+/// Backward pass of a packed linear layer.
 #[derive(Debug)]
 struct PackedBackward;
 
 impl<B: LinearKernels> Backward<B, 1> for PackedBackward {
-    type State = (PackedWeight<B>, MatmulPrecision);
+    type State = PackedState<B>;
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let [node] = ops.parents;
         if let Some(node) = node {
-            let (weight, compute) = ops.state;
+            let PackedState { weight, precision } = ops.state;
             let accumulate_into = take_accumulated_gradient::<B>(grads, &dy, |place| place.node = node.clone());
-            grads.register::<B>(node.id, B::packed_backward_input(dy, &weight, accumulate_into, compute));
+            grads.register::<B>(node.id, B::packed_backward_input(dy, &weight, accumulate_into, precision));
         }
     }
 }
@@ -98,7 +115,11 @@ impl<B: Backend> Backward<B, 2> for AddBackward {
 }
 
 impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
-    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>, compute: MatmulPrecision) -> FloatTensor<Self> {
+    fn linear_forward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        precision: MatmulPrecision,
+    ) -> FloatTensor<Self> {
         let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
         assert!(
             !weight_tracked || weight.primitive.dtype() == x.primitive.dtype(),
@@ -108,15 +129,16 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
         );
         match LinearBackward.prepare::<C>([x.node.clone(), weight.node.clone()]).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
-                let kept_x = match (weight_tracked, x_tracked) {
+                let saved_x = match (weight_tracked, x_tracked) {
                     (false, _) => SavedActivation::NotNeeded,
                     (true, false) => SavedActivation::Saved(x.primitive.clone()),
                     (true, true) => SavedActivation::Checkpointed(prep.checkpoint(&x)),
                 };
-                let kept = x_tracked.then(|| weight.primitive.clone());
-                prep.finish((kept_x, kept, compute), B::linear_forward(x.primitive, weight.primitive, compute))
+                let saved_weight = x_tracked.then(|| weight.primitive.clone());
+                let state = LinearState { x: saved_x, weight: saved_weight, precision };
+                prep.finish(state, B::linear_forward(x.primitive, weight.primitive, precision))
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive, compute)),
+            OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive, precision)),
         }
     }
 
@@ -144,12 +166,12 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
     fn packed_forward(
         x: FloatTensor<Self>,
         weight: &PackedWeight<Self>,
-        compute: MatmulPrecision,
+        precision: MatmulPrecision,
     ) -> FloatTensor<Self> {
         let weight: PackedWeight<B> = weight.inner();
-        let y = B::packed_forward(x.primitive, &weight, compute);
+        let y = B::packed_forward(x.primitive, &weight, precision);
         match PackedBackward.prepare::<C>([x.node]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((weight, compute), y),
+            OpsKind::Tracked(prep) => prep.finish(PackedState { weight, precision }, y),
             OpsKind::UnTracked(prep) => prep.finish(y),
         }
     }

@@ -24,8 +24,12 @@ use burn::tensor::{
 pub trait LinearKernels: Backend {
     /// Returns `y = x·Wᵀ`: `x [tokens, in]`, `weight [out, in]` in f32, f16 or bf16; `y [tokens, out]` in the type of
     /// `x`.
-    fn linear_forward(x: FloatTensor<Self>, weight: FloatTensor<Self>, compute: MatmulPrecision) -> FloatTensor<Self> {
-        portable::forward::<Self>(x, weight, compute)
+    fn linear_forward(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        precision: MatmulPrecision,
+    ) -> FloatTensor<Self> {
+        portable::forward::<Self>(x, weight, precision)
     }
 
     /// Returns the gradient of `x`, `dx = dy·W`, with `dy [tokens, out]` and `weight [out, in]`. It is added to
@@ -34,18 +38,18 @@ pub trait LinearKernels: Backend {
         dy: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         accumulate_into: Option<FloatTensor<Self>>,
-        compute: MatmulPrecision,
+        precision: MatmulPrecision,
     ) -> FloatTensor<Self> {
-        add_accumulated::<Self>(portable::backward_input::<Self>(dy, weight, compute), accumulate_into)
+        add_accumulated::<Self>(portable::backward_input::<Self>(dy, weight, precision), accumulate_into)
     }
 
     /// Returns the gradient of the weight: `dW = dyᵀ·x`, `[out, in]`, in the type of `x`.
     fn linear_backward_weight(
         x: FloatTensor<Self>,
         dy: FloatTensor<Self>,
-        compute: MatmulPrecision,
+        precision: MatmulPrecision,
     ) -> FloatTensor<Self> {
-        portable::backward_weight::<Self>(x, dy, compute)
+        portable::backward_weight::<Self>(x, dy, precision)
     }
 
     /// Decodes packed rows to f32, `[out, in]`.
@@ -57,9 +61,9 @@ pub trait LinearKernels: Backend {
     fn packed_forward(
         x: FloatTensor<Self>,
         weight: &PackedWeight<Self>,
-        compute: MatmulPrecision,
+        precision: MatmulPrecision,
     ) -> FloatTensor<Self> {
-        portable_packed::forward(x, weight, compute)
+        portable_packed::forward(x, weight, precision)
     }
 
     /// Does what [`LinearKernels::linear_backward_input`] does with a packed weight, which is decoded tile by tile.
@@ -67,9 +71,9 @@ pub trait LinearKernels: Backend {
         dy: FloatTensor<Self>,
         weight: &PackedWeight<Self>,
         accumulate_into: Option<FloatTensor<Self>>,
-        compute: MatmulPrecision,
+        precision: MatmulPrecision,
     ) -> FloatTensor<Self> {
-        add_accumulated::<Self>(portable_packed::backward_input(dy, weight, compute), accumulate_into)
+        add_accumulated::<Self>(portable_packed::backward_input(dy, weight, precision), accumulate_into)
     }
 
     /// Returns `x + y`, of the same shape and type; in place of `x` if no other tensor shares its buffer.
@@ -106,10 +110,10 @@ pub(crate) fn float_dtype(dtype: DType) -> FloatDType {
 ///
 /// # Panics
 /// If the inner dimensions differ.
-pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
+pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>, precision: MatmulPrecision) -> Tensor<B, 2> {
     let ([_, features], [out, inner]) = (x.dims(), weight.dims());
     assert_eq!(features, inner, "activations have {features} features, the weight [{out}, {inner}] takes {inner}");
-    let y = B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor(), compute);
+    let y = B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor(), precision);
     tensor(y)
 }
 
@@ -132,10 +136,10 @@ impl<B: LinearKernels> PackedWeight<B> {
     ///
     /// # Panics
     /// If the inner dimensions differ.
-    pub fn linear(&self, x: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
+    pub fn linear(&self, x: Tensor<B, 2>, precision: MatmulPrecision) -> Tensor<B, 2> {
         let (features, [out, inner]) = (x.dims()[1], self.shape());
         assert_eq!(features, inner, "activations have {features} features, the weight [{out}, {inner}] takes {inner}");
-        tensor(B::packed_forward(x.into_primitive().tensor(), self, compute))
+        tensor(B::packed_forward(x.into_primitive().tensor(), self, precision))
     }
 }
 

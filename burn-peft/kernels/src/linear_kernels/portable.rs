@@ -7,32 +7,32 @@ use burn::tensor::{DType, TensorMetadata, backend::Backend, ops::FloatTensor};
 pub(crate) fn forward<B: Backend>(
     x: FloatTensor<B>,
     weight: FloatTensor<B>,
-    compute: MatmulPrecision,
+    precision: MatmulPrecision,
 ) -> FloatTensor<B> {
-    matmul::<B>(x, B::float_transpose(weight), compute)
+    matmul::<B>(x, B::float_transpose(weight), precision)
 }
 
 pub(crate) fn backward_input<B: Backend>(
     dy: FloatTensor<B>,
     weight: FloatTensor<B>,
-    compute: MatmulPrecision,
+    precision: MatmulPrecision,
 ) -> FloatTensor<B> {
-    matmul::<B>(dy, weight, compute)
+    matmul::<B>(dy, weight, precision)
 }
 
 pub(crate) fn backward_weight<B: Backend>(
     x: FloatTensor<B>,
     dy: FloatTensor<B>,
-    compute: MatmulPrecision,
+    precision: MatmulPrecision,
 ) -> FloatTensor<B> {
     let dtype = x.dtype();
-    as_type::<B>(matmul::<B>(B::float_transpose(dy), x, compute), dtype)
+    as_type::<B>(matmul::<B>(B::float_transpose(dy), x, precision), dtype)
 }
 
 /// Returns `a·b` in the type of `a`, made of tensor operations.
-pub fn matmul<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, compute: MatmulPrecision) -> FloatTensor<B> {
+pub fn matmul<B: Backend>(a: FloatTensor<B>, b: FloatTensor<B>, precision: MatmulPrecision) -> FloatTensor<B> {
     let dtype = a.dtype();
-    let half = match compute {
+    let half = match precision {
         MatmulPrecision::F32 => return B::float_matmul(a, as_type::<B>(b, dtype)),
         MatmulPrecision::Bf16 => DType::BF16,
         MatmulPrecision::F16 => DType::F16,

@@ -32,11 +32,11 @@ fn decoded_tiles<B: LinearKernels>(
 pub(crate) fn forward<B: LinearKernels>(
     x: FloatTensor<B>,
     weight: &PackedWeight<B>,
-    compute: MatmulPrecision,
+    precision: MatmulPrecision,
 ) -> FloatTensor<B> {
     let dtype = x.dtype();
     let x = tensor::<B, 2>(x);
-    let parts = decoded_tiles(weight, dtype).map(|(_, tile)| matmul(x.clone(), tile.transpose(), compute)).collect();
+    let parts = decoded_tiles(weight, dtype).map(|(_, tile)| matmul(x.clone(), tile.transpose(), precision)).collect();
     Tensor::cat(parts, 1).into_primitive().tensor()
 }
 
@@ -44,20 +44,20 @@ pub(crate) fn forward<B: LinearKernels>(
 pub(crate) fn backward_input<B: LinearKernels>(
     dy: FloatTensor<B>,
     weight: &PackedWeight<B>,
-    compute: MatmulPrecision,
+    precision: MatmulPrecision,
 ) -> FloatTensor<B> {
     let dtype = dy.dtype();
     let dy = tensor::<B, 2>(dy);
     let parts = decoded_tiles(weight, dtype).map(|(from, tile)| {
         let rows = tile.dims()[0];
-        matmul(dy.clone().slice(s![.., from..from + rows]), tile, compute)
+        matmul(dy.clone().slice(s![.., from..from + rows]), tile, precision)
     });
     let sum = parts.reduce(|sum, part| sum + part).expect("a weight has at least one row");
     sum.into_primitive().tensor()
 }
 
-fn matmul<B: LinearKernels>(a: Tensor<B, 2>, b: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
-    tensor(portable::matmul::<B>(a.into_primitive().tensor(), b.into_primitive().tensor(), compute))
+fn matmul<B: LinearKernels>(a: Tensor<B, 2>, b: Tensor<B, 2>, precision: MatmulPrecision) -> Tensor<B, 2> {
+    tensor(portable::matmul::<B>(a.into_primitive().tensor(), b.into_primitive().tensor(), precision))
 }
 
 /// Decodes a packed weight to f32 `[out, in]`.

@@ -1,7 +1,9 @@
 //! Decoders of packed blocks to 16-bit words and their scales. The block layouts are those of
 //! [`BlockType`](crate::packed::BlockType).
 
-use super::{super::fixed_point::unpack_6bit, ACCUMULATORS, BlockPtr, Int16Block, Int16Format, RowAccumulators};
+use super::{
+    super::fixed_point::unpack_6bit, ACCUMULATORS, BlockPtr, BlockScale, Int16Block, Int16Format, RowAccumulators,
+};
 use std::arch::x86_64::*;
 
 /// Multiplies 16 words with half a block of activations and sums pairs of products, in eight lanes.
@@ -44,13 +46,13 @@ unsafe fn load_two_f16(bytes: *const u8) -> __m128 {
     _mm_cvtph_ps(_mm_cvtsi32_si128(unsafe { bytes.cast::<i32>().read_unaligned() }))
 }
 
-/// `Q4_0`, `Q4_1`, `Q5_0` and `Q5_1`: a block has a scale, a minimum if `MINIMUM`, fifth bits if `FIFTH`, and four bits
+/// `Q4_0`, `Q4_1`, `Q5_0` and `Q5_1`: a block has a scale, a minimum if `HAS_MIN`, fifth bits if `HAS_FIFTH_BIT`, and four bits
 /// of each weight.
-pub(super) struct NibblesInt16<const MINIMUM: bool, const FIFTH: bool>;
+pub(super) struct NibblesInt16<const HAS_MIN: bool, const HAS_FIFTH_BIT: bool>;
 
-impl<const MINIMUM: bool, const FIFTH: bool> Int16Format for NibblesInt16<MINIMUM, FIFTH> {
+impl<const HAS_MIN: bool, const HAS_FIFTH_BIT: bool> Int16Format for NibblesInt16<HAS_MIN, HAS_FIFTH_BIT> {
     const BLOCKS: usize = 1;
-    const BYTES: usize = 2 + 2 * MINIMUM as usize + 4 * FIFTH as usize + 16;
+    const BYTES: usize = 2 + 2 * HAS_MIN as usize + 4 * HAS_FIFTH_BIT as usize + 16;
 
     /// # Safety
     /// The CPU has AVX2, FMA and F16C, `bytes` points to a block, and `x` to a block of activations.
@@ -61,17 +63,17 @@ impl<const MINIMUM: bool, const FIFTH: bool> Int16Format for NibblesInt16<MINIMU
         // scales, which exist by the caller's guarantee.
         unsafe {
             let mut weights = nibbles(load_bytes_as_words(bytes.add(Self::BYTES - 16)));
-            if FIFTH {
+            if HAS_FIFTH_BIT {
                 let bits = bytes.add(Self::BYTES - 20).cast::<[i16; 2]>().read_unaligned();
                 weights = [with_fifth_bit(weights[0], bits[0]), with_fifth_bit(weights[1], bits[1])];
             }
             // The scale and the minimum, times the scale and the scaled sum of the activations.
             let mut scales = _mm_mul_ps(load_two_f16(bytes), _mm_castsi128_ps(_mm_loadl_epi64(x.scales.cast())));
-            if MINIMUM {
+            if HAS_MIN {
                 sums.minima = _mm_add_ps(sums.minima, _mm_blend_ps::<1>(scales, _mm_setzero_ps()));
             } else {
                 // Formats without a minimum store a weight plus 8, or plus 16 if they have fifth bits.
-                let above = _mm256_set1_epi16(if FIFTH { 16 } else { 8 });
+                let above = _mm256_set1_epi16(if HAS_FIFTH_BIT { 16 } else { 8 });
                 weights = [_mm256_sub_epi16(weights[0], above), _mm256_sub_epi16(weights[1], above)];
                 scales = _mm_mul_ss(load_two_f16(bytes), _mm_load_ss(x.scales.cast()));
             }
@@ -137,7 +139,7 @@ impl Int16Format for Q8Int16 {
 /// The CPU has AVX2, and `scales` points to eight pairs.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn load_8_scales(scales: *const [f32; 2]) -> [__m256; 2] {
+unsafe fn load_8_scales(scales: *const BlockScale) -> [__m256; 2] {
     // SAFETY: the two loads cover the eight pairs, which exist by the caller's guarantee, and need no alignment.
     let (a, b) = unsafe { (_mm256_loadu_ps(scales.cast()), _mm256_loadu_ps(scales.add(4).cast())) };
     let [first, second] = [_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xdd>(a, b)];

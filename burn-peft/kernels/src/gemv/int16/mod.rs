@@ -18,13 +18,21 @@ type Int16GemvFn = unsafe fn(&Int16Input, RawRows<'_>, &mut [f32]);
 #[repr(C, align(64))]
 struct Int16Block([i16; BLOCK_LEN]);
 
+/// The scale of a block of activations. NaN if an activation of the block is not finite.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct BlockScale {
+    /// The scale of the integers.
+    scale: f32,
+    /// The sum of the integers, times their scale.
+    scaled_sum: f32,
+}
+
 /// Consecutive blocks of activations.
 #[derive(Debug, Default)]
 struct Int16Blocks {
     integers: Vec<Int16Block>,
-    /// The scale of a block's integers, and that scale times their sum. NaN if an activation of the block is not
-    /// finite.
-    scales: Vec<[f32; 2]>,
+    scales: Vec<BlockScale>,
 }
 
 thread_local! {
@@ -50,8 +58,8 @@ impl Drop for Int16Input {
 impl Int16Input {
     /// Quantizes rows of `features` activations for weights of that format; returns `None` if the machine or the format
     /// has no word kernel.
-    pub(super) fn new(kind: BlockType, x: &[f32], features: usize) -> Option<Self> {
-        let product: Int16GemvFn = match kind {
+    pub(super) fn new(block_type: BlockType, x: &[f32], features: usize) -> Option<Self> {
+        let gemv: Int16GemvFn = match block_type {
             BlockType::Q4_0 => gemv_rows::<NibblesInt16<false, false>>,
             BlockType::Q4_1 => gemv_rows::<NibblesInt16<true, false>>,
             BlockType::Q5_0 => gemv_rows::<NibblesInt16<false, true>>,
@@ -67,11 +75,11 @@ impl Int16Input {
             blocks.scales.clear();
             for x in x.as_chunks::<BLOCK_LEN>().0 {
                 // SAFETY: `has_avx2` returned true, so the CPU has the target features of the function.
-                let (integers, scales) = unsafe { quantize_block(x) };
+                let (integers, scale) = unsafe { quantize_block(x) };
                 blocks.integers.push(integers);
-                blocks.scales.push(scales);
+                blocks.scales.push(scale);
             }
-            Self { blocks, blocks_per_row: features / BLOCK_LEN, gemv: product }
+            Self { blocks, blocks_per_row: features / BLOCK_LEN, gemv }
         })
     }
 
@@ -82,12 +90,12 @@ impl Int16Input {
     }
 }
 
-/// Converts a block of activations to 16-bit fixed point; returns it with its scale and the scaled sum of its integers.
+/// Converts a block of activations to 16-bit fixed point; returns it with its scale.
 ///
 /// # Safety
 /// [`has_avx2`] returns true.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn quantize_block(x: &[f32; BLOCK_LEN]) -> (Int16Block, [f32; 2]) {
+unsafe fn quantize_block(x: &[f32; BLOCK_LEN]) -> (Int16Block, BlockScale) {
     // SAFETY: the loads cover the 32 values of `x` and the stores the 32 words of the block, which is aligned to 64
     // bytes; the transmuted types have the same size and accept every bit pattern.
     unsafe {
@@ -118,7 +126,7 @@ unsafe fn quantize_block(x: &[f32; BLOCK_LEN]) -> (Int16Block, [f32; 2]) {
             sums = _mm256_add_epi32(sums, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
         }
         let lanes: [i32; 8] = std::mem::transmute(sums);
-        (block, [scale, scale * lanes.into_iter().sum::<i32>() as f32])
+        (block, BlockScale { scale, scaled_sum: scale * lanes.into_iter().sum::<i32>() as f32 })
     }
 }
 
@@ -126,7 +134,7 @@ unsafe fn quantize_block(x: &[f32; BLOCK_LEN]) -> (Int16Block, [f32; 2]) {
 #[derive(Clone, Copy)]
 struct BlockPtr {
     integers: *const Int16Block,
-    scales: *const [f32; 2],
+    scales: *const BlockScale,
 }
 
 /// Accumulators of a row.
@@ -160,17 +168,17 @@ trait Int16Format {
 /// [`has_avx2`] returns true.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn gemv_rows<F: Int16Format>(x: &Int16Input, rows: RawRows<'_>, y: &mut [f32]) {
-    let Int16Input { blocks: Int16Blocks { integers, scales }, blocks_per_row: per_row, .. } = x;
-    let (tokens, parts) = (integers.len() / per_row, per_row / F::BLOCKS);
+    let Int16Input { blocks: Int16Blocks { integers, scales }, blocks_per_row, .. } = x;
+    let (tokens, parts) = (integers.len() / blocks_per_row, blocks_per_row / F::BLOCKS);
     for index in 0..y.len() {
         let (row, token) = (rows.row(index / tokens), index % tokens);
-        assert!(row.len() == parts * F::BYTES && (token + 1) * per_row <= scales.len().min(integers.len()));
+        assert!(row.len() == parts * F::BYTES && (token + 1) * blocks_per_row <= scales.len().min(integers.len()));
         // SAFETY: the assertion above checks that the row has `parts` parts, and that the blocks of this row of
         // activations exist.
         y[index] = unsafe {
             let x = BlockPtr {
-                integers: integers.as_ptr().add(token * per_row),
-                scales: scales.as_ptr().add(token * per_row),
+                integers: integers.as_ptr().add(token * blocks_per_row),
+                scales: scales.as_ptr().add(token * blocks_per_row),
             };
             dot::<F>(parts, row.as_ptr(), x)
         };

@@ -21,9 +21,9 @@ pub(super) trait Int8Format {
     unsafe fn accumulate(sums: __m512, bytes: &[u8], x: &[ActivationGroup]) -> __m512;
 }
 
-/// `Q4_0`, `Q4_1`, `Q5_0` and `Q5_1`: a block has `WORDS` 16-bit words; it has a minimum if `MINIMUM`, and fifth bits
-/// if `FIFTH`. The words are, in this order: scale, minimum, two of fifth bits, eight of four bits per weight.
-pub(super) struct NibblesInt8<const WORDS: usize, const MINIMUM: bool, const FIFTH: bool>;
+/// `Q4_0`, `Q4_1`, `Q5_0` and `Q5_1`: a block has `WORDS` 16-bit words; it has a minimum if `HAS_MIN`, and fifth bits
+/// if `HAS_FIFTH_BIT`. The words are, in this order: scale, minimum, two of fifth bits, eight of four bits per weight.
+pub(super) struct NibblesInt8<const WORDS: usize, const HAS_MIN: bool, const HAS_FIFTH_BIT: bool>;
 
 /// For each of 32 words, its index among the 64 words of two registers.
 type WordIndices = [u16; 32];
@@ -50,11 +50,11 @@ const fn concat_indices(mut places: WordIndices, at: usize, others: WordIndices)
     places
 }
 
-impl<const WORDS: usize, const MINIMUM: bool, const FIFTH: bool> NibblesInt8<WORDS, MINIMUM, FIFTH> {
+impl<const WORDS: usize, const HAS_MIN: bool, const HAS_FIFTH_BIT: bool> NibblesInt8<WORDS, HAS_MIN, HAS_FIFTH_BIT> {
     /// Words before the fifth bits.
-    const HEADER_WORDS: usize = 1 + MINIMUM as usize;
+    const HEADER_WORDS: usize = 1 + HAS_MIN as usize;
     /// Indices of the words with the four low bits of all weights.
-    const QUANTS: WordIndices = word_indices(WORDS, Self::HEADER_WORDS + 2 * FIFTH as usize, 8, false);
+    const QUANTS: WordIndices = word_indices(WORDS, Self::HEADER_WORDS + 2 * HAS_FIFTH_BIT as usize, 8, false);
     /// Indices of the scales of all lanes, then of the minima.
     const SCALES_AND_MINIMA: WordIndices =
         concat_indices(word_indices(WORDS, 0, 4, true), 16, word_indices(WORDS, Self::HEADER_WORDS - 1, 4, true));
@@ -81,7 +81,9 @@ fn with_fifth_bit(quants: __m512i, bits: i64) -> __m512i {
     _mm512_or_si512(quants, _mm512_maskz_set1_epi8(bits as u64, 16))
 }
 
-impl<const WORDS: usize, const MINIMUM: bool, const FIFTH: bool> Int8Format for NibblesInt8<WORDS, MINIMUM, FIFTH> {
+impl<const WORDS: usize, const HAS_MIN: bool, const HAS_FIFTH_BIT: bool> Int8Format
+    for NibblesInt8<WORDS, HAS_MIN, HAS_FIFTH_BIT>
+{
     const GROUPS: usize = 1;
     const BYTES: usize = 4 * 2 * WORDS;
 
@@ -100,20 +102,20 @@ impl<const WORDS: usize, const MINIMUM: bool, const FIFTH: bool> Int8Format for 
             [first, _mm512_maskz_loadu_epi16((present >> 32) as u32, start.wrapping_add(32))]
         };
         let mut weights = nibbles(permute_words(words, &Self::QUANTS));
-        if FIFTH {
+        if HAS_FIFTH_BIT {
             let bits = _mm512_castsi512_si128(permute_words(words, &Self::FIFTH_BITS));
             weights[0] = with_fifth_bit(weights[0], _mm_cvtsi128_si64(bits));
             weights[1] = with_fifth_bit(weights[1], _mm_extract_epi64(bits, 1));
         }
         let (dot, halves) = (x.dot_both(weights), permute_words(words, &Self::SCALES_AND_MINIMA));
         let scale = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(halves)), x.scales());
-        if MINIMUM {
+        if HAS_MIN {
             let minimum = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1)), x.scales());
             return add_scaled(add_scaled(sums, minimum, x.total_lane_sums()), scale, dot);
         }
         // Formats without a minimum store a weight plus 8, or plus 16 if they have fifth bits.
         let eight = _mm512_slli_epi32(x.total_lane_sums(), 3);
-        let above = if FIFTH { _mm512_add_epi32(eight, eight) } else { eight };
+        let above = if HAS_FIFTH_BIT { _mm512_add_epi32(eight, eight) } else { eight };
         add_scaled(sums, scale, _mm512_sub_epi32(dot, above))
     }
 }

@@ -42,8 +42,8 @@ pub(super) struct Int8Input {
 impl Int8Input {
     /// Quantizes rows of `features` activations for weights of that format; returns `None` if the machine or the format
     /// has no byte kernel.
-    pub(super) fn new(kind: BlockType, x: &[f32], features: usize) -> Option<Self> {
-        let product: Int8GemvFn = match kind {
+    pub(super) fn new(block_type: BlockType, x: &[f32], features: usize) -> Option<Self> {
+        let gemv: Int8GemvFn = match block_type {
             BlockType::Q4_0 => gemv_rows::<NibblesInt8<9, false, false>>,
             BlockType::Q4_1 => gemv_rows::<NibblesInt8<10, true, false>>,
             BlockType::Q5_0 => gemv_rows::<NibblesInt8<11, false, true>>,
@@ -57,7 +57,7 @@ impl Int8Input {
             let mut groups = GROUP_POOL.with_borrow_mut(Vec::pop).unwrap_or_default();
             // SAFETY: `has_avx512_vnni` returned true, so the CPU has the target features of the function.
             unsafe { activations::quantize_rows(&mut groups, x, features) };
-            Self { groups, groups_per_row: features.div_ceil(activations::GROUP_LEN), gemv: product }
+            Self { groups, groups_per_row: features.div_ceil(activations::GROUP_LEN), gemv }
         })
     }
 

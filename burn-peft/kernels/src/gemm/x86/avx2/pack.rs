@@ -1,9 +1,6 @@
 //! Packing of the operands for AVX2. Values are rounded to bf16 or f16 as they are packed, if the product asks for it.
 
-use super::{
-    super::{GemmProblem, Operand, micro_kernel::MicroPanelA, pack::PREFETCH_DISTANCE},
-    LANES, NR, PACK_MR,
-};
+use super::{super::operands::PREFETCH_DISTANCE, LANES, MicroPanelA, NR, Operand, PACK_MR, PackBuffer};
 use crate::MatmulPrecision;
 use std::{arch::x86_64::*, ops::Range};
 
@@ -20,25 +17,23 @@ macro_rules! by_type {
     };
 }
 
-/// Packs micro-panels of B as [`pack_b`](super::super::pack::pack_b) does, in f32.
+/// Packs micro-panels of B in f32, rounded to `precision`.
 ///
 /// # Safety
-/// `to` has room for all micro-panels of `room` words, a multiple of 8 steps deep; `panels` and `inner` lie within B;
-/// the CPU has AVX2, FMA and F16C.
-pub(in super::super) unsafe fn pack_b(
-    problem: &GemmProblem,
-    compute: MatmulPrecision,
+/// The conditions of [`MicroKernel::pack_b`](super::MicroKernel::pack_b) hold for [`Avx2`](super::Avx2).
+pub(super) unsafe fn pack_b(
+    b: &Operand,
+    precision: MatmulPrecision,
     panels: Range<usize>,
-    inner: [usize; 2],
-    to: (*mut f32, usize),
+    k: Range<usize>,
+    to: PackBuffer,
 ) {
-    let side = &problem.b;
     // SAFETY: the caller guarantees the room, the ranges and the CPU features; `by_type` passes the element type of B.
     unsafe {
-        if side.strides[0] == 1 {
-            by_type!(side.is_bf16, compute, pack_b_row_major, (side, panels, inner, to))
+        if b.strides[0] == 1 {
+            by_type!(b.is_bf16, precision, pack_b_row_major, (b, panels, k, to))
         } else {
-            by_type!(side.is_bf16, compute, pack_b_column_major, (side, panels, inner, to))
+            by_type!(b.is_bf16, precision, pack_b_column_major, (b, panels, k, to))
         }
     }
 }
@@ -46,24 +41,26 @@ pub(in super::super) unsafe fn pack_b(
 /// Packs a row-major B: one step along k of all panels after the other, as they lie in memory.
 ///
 /// # Safety
-/// The conditions of [`pack_b`] hold, the columns of B are adjacent, and `HALF` is true exactly if B is bf16.
+/// The conditions of [`pack_b`] hold, the columns of B are adjacent, and `IS_BF16` is true exactly if B is bf16.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn pack_b_row_major<const HALF: bool, const ROUND: u8>(
-    side: &Operand,
+unsafe fn pack_b_row_major<const IS_BF16: bool, const ROUND: u8>(
+    operand: &Operand,
     panels: Range<usize>,
-    [from, end]: [usize; 2],
-    (to, room): (*mut f32, usize),
+    k: Range<usize>,
+    to: PackBuffer,
 ) {
-    for inner in from..end {
+    for position in k.clone() {
         for (index, panel) in panels.clone().enumerate() {
             for half in [0, LANES] {
                 let first = panel * NR + half;
                 // SAFETY: `load` reads at most the columns that exist from `first` on, and the caller guarantees [`NR`]
                 // words at each step; prefetches may take any address.
                 unsafe {
-                    _mm_prefetch::<_MM_HINT_T0>(side.ptr(first, inner + PREFETCH_DISTANCE).cast());
-                    let values = load::<HALF, ROUND>(side.ptr(first, inner), side.count.saturating_sub(first));
-                    _mm256_storeu_ps(to.add(index * room + (inner - from) * NR + half), values);
+                    _mm_prefetch::<_MM_HINT_T0>(operand.ptr(first, position + PREFETCH_DISTANCE).cast());
+                    let values =
+                        load::<IS_BF16, ROUND>(operand.ptr(first, position), operand.count.saturating_sub(first));
+                    let to = to.words.add(index * to.panel_words + (position - k.start) * NR + half);
+                    _mm256_storeu_ps(to.cast(), values);
                 }
             }
         }
@@ -73,31 +70,31 @@ unsafe fn pack_b_row_major<const HALF: bool, const ROUND: u8>(
 /// Packs a column-major B: eight columns at a time, eight steps along k each.
 ///
 /// # Safety
-/// The conditions of [`pack_b`] hold, and `HALF` is true exactly if B is bf16.
+/// The conditions of [`pack_b`] hold, and `IS_BF16` is true exactly if B is bf16.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn pack_b_column_major<const HALF: bool, const ROUND: u8>(
-    side: &Operand,
+unsafe fn pack_b_column_major<const IS_BF16: bool, const ROUND: u8>(
+    operand: &Operand,
     panels: Range<usize>,
-    [from, end]: [usize; 2],
-    (to, room): (*mut f32, usize),
+    k: Range<usize>,
+    to: PackBuffer,
 ) {
     for (index, panel) in panels.enumerate() {
         for half in [0, LANES] {
             let first = panel * NR + half;
-            let count = side.count.saturating_sub(first).min(LANES);
-            for inner in (from..end).step_by(LANES) {
-                // SAFETY: `count` columns exist from `first` on and `load` reads at most the values before `end`; the
+            let count = operand.count.saturating_sub(first).min(LANES);
+            for position in k.clone().step_by(LANES) {
+                // SAFETY: `count` columns exist from `first` on and `load` reads at most the values of the range; the
                 // room is a multiple of eight steps deep.
                 unsafe {
                     let mut rows = [_mm256_setzero_ps(); LANES];
                     for (vector, row) in rows.iter_mut().enumerate().take(count) {
-                        let values = side.ptr(first + vector, inner);
+                        let values = operand.ptr(first + vector, position);
                         _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(64 * PREFETCH_DISTANCE).cast());
-                        *row = load::<HALF, ROUND>(values, end - inner);
+                        *row = load::<IS_BF16, ROUND>(values, k.end - position);
                     }
-                    let to = to.add(index * room + (inner - from) * NR + half);
+                    let to = to.words.add(index * to.panel_words + (position - k.start) * NR + half);
                     for (word, column) in transpose(rows).into_iter().enumerate() {
-                        _mm256_storeu_ps(to.add(word * NR), column);
+                        _mm256_storeu_ps(to.add(word * NR).cast(), column);
                     }
                 }
             }
@@ -105,32 +102,29 @@ unsafe fn pack_b_column_major<const HALF: bool, const ROUND: u8>(
     }
 }
 
-/// Returns a micro-panel of A as [`pack_a`](super::super::pack::pack_a) does, in f32: row-major f32 that needs no
-/// rounding stays in place.
+/// Returns a micro-panel of A in f32, rounded to `precision`: row-major f32 that needs no rounding stays in place.
 ///
 /// # Safety
-/// `to` has room for [`PACK_MR`] rows, a multiple of 8 values deep; `rows` and `inner` lie within A; the CPU has AVX2,
-/// FMA and F16C.
-pub(in super::super) unsafe fn pack_a(
-    problem: &GemmProblem,
-    compute: MatmulPrecision,
+/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold for [`Avx2`](super::Avx2).
+pub(super) unsafe fn pack_a(
+    a: &Operand,
+    precision: MatmulPrecision,
     rows: Range<usize>,
-    inner: [usize; 2],
-    to: *mut f32,
+    k: Range<usize>,
+    to: *mut u32,
 ) -> MicroPanelA {
-    let side = &problem.a;
     // SAFETY: the caller guarantees the buffer, the ranges and the CPU features; `by_type` passes the element type of
     // A.
     unsafe {
-        if side.strides[1] != 1 {
-            by_type!(side.is_bf16, compute, pack_a_column_major, (side, rows, inner, to));
-            MicroPanelA::new(to.cast(), [1, PACK_MR])
-        } else if side.is_bf16 || compute != MatmulPrecision::F32 {
-            let depth = (inner[1] - inner[0]).next_multiple_of(LANES);
-            by_type!(side.is_bf16, compute, pack_a_row_major, (side, rows, inner, (to, depth)));
-            MicroPanelA::new(to.cast(), [depth, 1])
+        if a.strides[1] != 1 {
+            by_type!(a.is_bf16, precision, pack_a_column_major, (a, rows, k, to.cast()));
+            MicroPanelA::new(to, [1, PACK_MR])
+        } else if a.is_bf16 || precision != MatmulPrecision::F32 {
+            let depth = k.len().next_multiple_of(LANES);
+            by_type!(a.is_bf16, precision, pack_a_row_major, (a, rows, k, to.cast()));
+            MicroPanelA::new(to, [depth, 1])
         } else {
-            MicroPanelA::new(side.ptr(rows.start, inner[0]).cast(), side.strides)
+            MicroPanelA::new(a.ptr(rows.start, k.start).cast(), a.strides)
         }
     }
 }
@@ -138,43 +132,44 @@ pub(in super::super) unsafe fn pack_a(
 /// Packs a column-major A: the words of all rows at each step along k.
 ///
 /// # Safety
-/// The conditions of [`pack_a`] hold, the rows of A are adjacent, and `HALF` is true exactly if A is bf16.
+/// The conditions of [`pack_a`] hold, the rows of A are adjacent, and `IS_BF16` is true exactly if A is bf16.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn pack_a_column_major<const HALF: bool, const ROUND: u8>(
-    side: &Operand,
+unsafe fn pack_a_column_major<const IS_BF16: bool, const ROUND: u8>(
+    operand: &Operand,
     rows: Range<usize>,
-    [from, end]: [usize; 2],
+    k: Range<usize>,
     to: *mut f32,
 ) {
-    for inner in from..end {
+    for position in k.clone() {
         // SAFETY: `load` reads at most the rows that exist from `rows.start` on, and the buffer has [`PACK_MR`] words
         // at each step; prefetches may take any address.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(side.ptr(rows.start, inner + 2 * PREFETCH_DISTANCE).cast());
-            let values = load::<HALF, ROUND>(side.ptr(rows.start, inner), side.count - rows.start);
-            _mm256_storeu_ps(to.add((inner - from) * PACK_MR), values);
+            _mm_prefetch::<_MM_HINT_T0>(operand.ptr(rows.start, position + 2 * PREFETCH_DISTANCE).cast());
+            let values = load::<IS_BF16, ROUND>(operand.ptr(rows.start, position), operand.count - rows.start);
+            _mm256_storeu_ps(to.add((position - k.start) * PACK_MR), values);
         }
     }
 }
 
-/// Packs a row-major A: one row after the other, each padded with zeros to `depth` values.
+/// Packs a row-major A: one row after the other, each padded with zeros to a multiple of 8 values.
 ///
 /// # Safety
-/// The conditions of [`pack_a`] hold, the values of a row are adjacent, and `HALF` is true exactly if A is bf16.
+/// The conditions of [`pack_a`] hold, the values of a row are adjacent, and `IS_BF16` is true exactly if A is bf16.
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn pack_a_row_major<const HALF: bool, const ROUND: u8>(
-    side: &Operand,
+unsafe fn pack_a_row_major<const IS_BF16: bool, const ROUND: u8>(
+    operand: &Operand,
     rows: Range<usize>,
-    [from, end]: [usize; 2],
-    (to, depth): (*mut f32, usize),
+    k: Range<usize>,
+    to: *mut f32,
 ) {
+    let depth = k.len().next_multiple_of(LANES);
     for (index, row) in rows.enumerate() {
-        for inner in (from..end).step_by(LANES) {
-            // SAFETY: `load` reads at most the values before `end`, and each row has room for `depth` values, a
+        for position in k.clone().step_by(LANES) {
+            // SAFETY: `load` reads at most the values of the range, and each row has room for `depth` values, a
             // multiple of eight.
             unsafe {
-                let values = load::<HALF, ROUND>(side.ptr(row, inner), end - inner);
-                _mm256_storeu_ps(to.add(index * depth + inner - from), values);
+                let values = load::<IS_BF16, ROUND>(operand.ptr(row, position), k.end - position);
+                _mm256_storeu_ps(to.add(index * depth + position - k.start), values);
             }
         }
     }
@@ -183,13 +178,13 @@ unsafe fn pack_a_row_major<const HALF: bool, const ROUND: u8>(
 /// Loads eight adjacent values, of which `left` exist, as rounded f32; zeros beyond them.
 ///
 /// # Safety
-/// `at` points to `left` values, bf16 if `HALF` and else f32, and the CPU has AVX2 and F16C.
+/// `at` points to `left` values, bf16 if `IS_BF16` and else f32, and the CPU has AVX2 and F16C.
 #[inline(always)]
-unsafe fn load<const HALF: bool, const ROUND: u8>(at: *const u8, left: usize) -> __m256 {
+unsafe fn load<const IS_BF16: bool, const ROUND: u8>(at: *const u8, left: usize) -> __m256 {
     // SAFETY: whole registers are loaded only if eight values are left; else the copy or the mask limits the reads to
     // `left` values. The window into `EDGE` starts at `LANES - left`, between 1 and 8, so its eight entries exist.
     unsafe {
-        let values = if HALF {
+        let values = if IS_BF16 {
             let halves = if left >= LANES {
                 _mm_loadu_si128(at.cast())
             } else {

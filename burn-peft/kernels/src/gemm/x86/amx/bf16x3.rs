@@ -5,10 +5,8 @@
 //! remainder of that, which a bf16 holds exactly. A value that is not finite leaves NaN in the second term.
 
 use super::{
-    NR, Operand,
-    amx::{MR, TILE_K},
-    micro_kernel::{MicroPanelA, lane_mask},
-    pack::{PREFETCH_DISTANCE, transpose},
+    super::{avx512::transpose, operands::PREFETCH_DISTANCE},
+    MR, MicroPanelA, NR, Operand, PackBuffer, TILE_K, lane_mask,
 };
 use std::{arch::x86_64::*, ops::Range};
 
@@ -61,35 +59,37 @@ unsafe fn pack_pair(low: __m512i, high: __m512i) -> __m512i {
     unsafe { _mm512_ternarylogic_epi32::<0xf8>(_mm512_srli_epi32::<16>(low), high, _mm512_set1_epi32(BF16_MASK)) }
 }
 
-/// Loads 16 values along k of 16 vectors from `first` on, of which `count` exist. Each register holds one value of
-/// every vector; zeros for the others and beyond `end`.
+/// Loads the first 16 values along k of up to 16 vectors. Each register holds one value of every vector; zeros for
+/// vectors and values that do not exist.
 ///
 /// # Safety
-/// The `count` vectors and the values before `end` lie within `side`, which is f32, and the CPU has AVX-512F.
+/// The vectors and the range `k` lie within `operand`, which is f32, and the CPU has AVX-512F.
 #[inline(always)]
-unsafe fn load_columns(side: &Operand, [first, count]: [usize; 2], [inner, end]: [usize; 2]) -> [__m512i; 16] {
-    // SAFETY: the masks and loops limit the reads to the `count` vectors and the `inners` values that exist; masked-off
-    // lanes are not accessed, and prefetches may take any address.
+unsafe fn load_columns(operand: &Operand, vectors: Range<usize>, k: Range<usize>) -> [__m512i; 16] {
+    // SAFETY: the masks and loops limit the reads to the vectors and the `steps` values that exist; masked-off lanes
+    // are not accessed, and prefetches may take any address.
     unsafe {
         let mut values = [_mm512_setzero_si512(); 16];
-        let inners = end.saturating_sub(inner).min(16);
-        if side.strides[1] == 1 {
-            let mask = lane_mask(inners);
-            for (index, row) in values.iter_mut().enumerate().take(count) {
-                let at = side.ptr(first + index, inner);
+        let steps = k.end.saturating_sub(k.start).min(16);
+        if operand.strides[1] == 1 {
+            let mask = lane_mask(steps);
+            for (row, vector) in values.iter_mut().zip(vectors) {
+                let at = operand.ptr(vector, k.start);
                 _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(64 * PREFETCH_DISTANCE).cast());
                 *row = _mm512_maskz_loadu_epi32(mask, at.cast());
             }
             return transpose(values);
         }
-        for (index, column) in values.iter_mut().enumerate().take(inners) {
-            if side.strides[0] == 1 {
-                _mm_prefetch::<_MM_HINT_T0>(side.ptr(first, inner + index + 2 * PREFETCH_DISTANCE).cast());
-                *column = _mm512_maskz_loadu_epi32(lane_mask(count), side.ptr(first, inner + index).cast());
+        for (index, column) in values.iter_mut().enumerate().take(steps) {
+            let at = operand.ptr(vectors.start, k.start + index);
+            if operand.strides[0] == 1 {
+                let ahead = operand.ptr(vectors.start, k.start + index + 2 * PREFETCH_DISTANCE);
+                _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
+                *column = _mm512_maskz_loadu_epi32(lane_mask(vectors.end - vectors.start), at.cast());
             } else {
                 let mut words = [0; 16];
-                for (vector, word) in words.iter_mut().enumerate().take(count) {
-                    *word = side.ptr(first + vector, inner + index).cast::<u32>().read_unaligned();
+                for (word, vector) in words.iter_mut().zip(vectors.clone()) {
+                    *word = operand.ptr(vector, k.start + index).cast::<u32>().read_unaligned();
                 }
                 *column = _mm512_loadu_si512(words.as_ptr().cast());
             }
@@ -98,34 +98,30 @@ unsafe fn load_columns(side: &Operand, [first, count]: [usize; 2], [inner, end]:
     }
 }
 
-/// Packs micro-panels of an f32 B over a range of k, `room` words apart: for every block along k and every bf16 term a
+/// Packs micro-panels of an f32 B over a range of k: for every block along k and every bf16 term a
 /// tile of the first 16 columns and one of the remaining 16.
 ///
 /// # Safety
-/// `to` has room for all micro-panels of `room` words, a multiple of [`TILE_K`] words deep in each term, and is aligned
+/// `to` has room for all micro-panels, a multiple of [`TILE_K`] words deep in each term, and is aligned
 /// to 64 bytes; `panels` and the range lie within B; the CPU has AVX-512F, BW and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn pack_b(
-    side: &Operand,
-    panels: Range<usize>,
-    [from, end]: [usize; 2],
-    (to, room): (*mut u32, usize),
-) {
-    let (count, blocks) = (panels.len(), (end - from).div_ceil(2 * TILE_K));
+pub(super) unsafe fn pack_b(operand: &Operand, panels: Range<usize>, k: Range<usize>, to: PackBuffer) {
+    let (count, blocks) = (panels.len(), k.len().div_ceil(2 * TILE_K));
     for step in 0..count * blocks {
         // Memory is read in its order: one column after the other, or one block of all panels after the other.
         let (index, block) =
-            if side.strides[0] == 1 { (step % count, step / count) } else { (step / blocks, step % blocks) };
-        let inner = from + block * 2 * TILE_K;
+            if operand.strides[0] == 1 { (step % count, step / count) } else { (step / blocks, step % blocks) };
+        let position = k.start + block * 2 * TILE_K;
         for group in 0..2 {
-            let first = ((panels.start + index) * NR + 16 * group).min(side.count);
-            let vectors = [first, (side.count - first).min(16)];
+            let first = ((panels.start + index) * NR + 16 * group).min(operand.count);
+            let vectors = first..operand.count.min(first + 16);
             for half in 0..2 {
                 // SAFETY: `first` and the counts are clamped to the columns of B, and every offset is a multiple of 16
-                // words within the `room` of its panel.
+                // words within its panel.
                 unsafe {
-                    let to = to.add(index * room + block * TERMS * TERM_WORDS + group * TILE_WORDS + 8 * half * 16);
-                    let values = load_columns(side, vectors, [inner + 16 * half, end]);
+                    let tile = block * TERMS * TERM_WORDS + group * TILE_WORDS + 8 * half * 16;
+                    let to = to.words.add(index * to.panel_words + tile);
+                    let values = load_columns(operand, vectors.clone(), position + 16 * half..k.end);
                     for pair in 0..8 {
                         store_terms(split_pairs(values[2 * pair], values[2 * pair + 1]), to.add(pair * 16));
                     }
@@ -142,22 +138,22 @@ pub(super) unsafe fn pack_b(
 /// `to` has room for [`MR`] rows, a multiple of [`TILE_K`] words deep in each term, and is aligned to 64 bytes; the
 /// rows and the range lie within A; the CPU has AVX-512F, BW and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn pack_a(side: &Operand, lines: Range<usize>, [from, end]: [usize; 2], to: *mut u32) -> MicroPanelA {
-    // SAFETY: `first` and `count` lie within `lines`, the masks limit the loads to the values before `end`, and every
+pub(super) unsafe fn pack_a(operand: &Operand, rows: Range<usize>, k: Range<usize>, to: *mut u32) -> MicroPanelA {
+    // SAFETY: `first` and `count` lie within `rows`, the masks limit the loads to the values of the range, and every
     // offset is a multiple of 16 words within the buffer; prefetches may take any address.
     unsafe {
         let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
         let odd = _mm512_or_si512(even, _mm512_set1_epi32(1));
-        for (block, inner) in (from..end).step_by(2 * TILE_K).enumerate() {
-            let masks = [lane_mask(end - inner), lane_mask((end - inner).saturating_sub(16))];
-            for (group, first) in lines.clone().step_by(16).enumerate() {
-                let count = (lines.end - first).min(16);
+        for (block, position) in k.clone().step_by(2 * TILE_K).enumerate() {
+            let masks = [lane_mask(k.end - position), lane_mask((k.end - position).saturating_sub(16))];
+            for (group, first) in rows.clone().step_by(16).enumerate() {
+                let count = (rows.end - first).min(16);
                 let to = to.add(block * TERMS * TERM_WORDS + group * TILE_WORDS);
-                if side.strides[1] == 1 {
+                if operand.strides[1] == 1 {
                     for row in 0..count {
-                        let values = side.ptr(first + row, inner);
+                        let values = operand.ptr(first + row, position);
                         // Prefetch the rows of the next micro-panel while this one is multiplied.
-                        let ahead = values.wrapping_add(4 * MR * side.strides[0]);
+                        let ahead = values.wrapping_add(4 * MR * operand.strides[0]);
                         _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
                         _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(64).cast());
                         let lower = _mm512_maskz_loadu_epi32(masks[0], values.cast());
@@ -168,8 +164,8 @@ pub(super) unsafe fn pack_a(side: &Operand, lines: Range<usize>, [from, end]: [u
                     }
                     continue;
                 }
-                let lower = transpose(load_columns(side, [first, count], [inner, end]));
-                let upper = transpose(load_columns(side, [first, count], [inner + 16, end]));
+                let lower = transpose(load_columns(operand, first..first + count, position..k.end));
+                let upper = transpose(load_columns(operand, first..first + count, position + 16..k.end));
                 for row in 0..count {
                     let low = _mm512_permutex2var_epi32(lower[row], even, upper[row]);
                     let high = _mm512_permutex2var_epi32(lower[row], odd, upper[row]);
@@ -178,7 +174,7 @@ pub(super) unsafe fn pack_a(side: &Operand, lines: Range<usize>, [from, end]: [u
             }
         }
     }
-    MicroPanelA { second_tile_offset: TILE_WORDS, ..MicroPanelA::new(to, [16, 1]) }
+    MicroPanelA { second_tile_offset: TILE_WORDS, terms: TERMS, ..MicroPanelA::new(to, [16, 1]) }
 }
 
 /// Stores the words of one row of a tile in every term.

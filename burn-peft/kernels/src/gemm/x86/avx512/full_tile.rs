@@ -1,10 +1,7 @@
 //! AVX-512 micro-kernels for complete f32 tiles, in assembly: the compiler computes each row address by an addition,
 //! for which a hyperthread has no issue slot left beside the multiply-adds.
 
-use super::{
-    MR, NR,
-    micro_kernel::{Avx512Accumulators, MicroPanelA, MicroPanelB},
-};
+use super::{Avx512Accumulators, MR, NR, TileTask};
 use std::arch::{asm, x86_64::*};
 
 /// Multiplies one step along k, `$step` steps beyond the pointers; a step takes `$next` bytes of A: two registers of B
@@ -44,11 +41,11 @@ macro_rules! step_column_major {
 /// `$fetch` and then advance the prefetch pointer with `$move`.
 macro_rules! accumulate_steps {
     (
-        $words:expr, $left:expr, $right:expr, $step:ident, $next:literal,
+        $task:expr, $step:ident, $next:literal,
         [$($fetch:literal),*], [$($move:literal),*], $($operand:tt)*
     ) => {{
         let mut sums = [[_mm512_setzero_ps(); 2]; MR];
-        // SAFETY: the caller of this macro's function guarantees that both operands hold `$words` steps; the block
+        // SAFETY: the caller of this macro's function guarantees that both operands of `$task` hold its steps; the block
         // reads nothing else but prefetches, which may take any address, writes no memory and declares all registers
         // that it changes.
         unsafe {
@@ -76,9 +73,9 @@ macro_rules! accumulate_steps {
                 "dec {count}",
                 "jnz 4b",
                 "5:",
-                left = inout(reg) $left.words => _,
-                right = inout(reg) $right.words => _,
-                count = inout(reg) $words => _,
+                left = inout(reg) $task.a.words => _,
+                right = inout(reg) $task.b.words => _,
+                count = inout(reg) $task.words => _,
                 $($operand)*
                 inout("zmm0") sums[0][0], inout("zmm1") sums[0][1], inout("zmm2") sums[1][0], inout("zmm3") sums[1][1],
                 inout("zmm4") sums[2][0], inout("zmm5") sums[2][1], inout("zmm6") sums[3][0], inout("zmm7") sums[3][1],
@@ -97,21 +94,17 @@ macro_rules! accumulate_steps {
 /// Accumulates the products of [`MR`] row-major rows with a packed micro-panel of B.
 ///
 /// # Safety
-/// `left` holds [`MR`] rows of `words` adjacent words, `right` is packed and as deep, and the CPU has AVX-512F.
+/// A holds [`MR`] rows of adjacent words, B is packed and as deep, and the CPU has AVX-512F.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn accumulate_row_major(
-    words: usize,
-    left: MicroPanelA,
-    right: MicroPanelB,
-) -> Avx512Accumulators<MR> {
-    debug_assert!(left.strides[1] == 1 && right.stride == NR);
-    let row = 4 * left.strides[0];
+pub(super) unsafe fn accumulate_row_major(task: TileTask) -> Avx512Accumulators<MR> {
+    debug_assert!(task.a.strides[1] == 1 && task.b.stride == NR);
+    let row = 4 * task.a.strides[0];
     // Every four steps prefetch three cache lines of the rows that are read next, so that all of them are cached at the
     // end: `groups` times three lines of a row, then the jump from its end to the start of the next row.
-    let groups = words.div_ceil(3 * 16);
+    let groups = task.words.div_ceil(3 * 16);
     let next_row = [row.wrapping_sub(groups * 3 * 64), groups];
     accumulate_steps!(
-        words, left, right, step_row_major, "4",
+        task, step_row_major, "4",
         ["prefetcht1 [{ahead}]", "prefetcht1 [{ahead} + 64]", "prefetcht1 [{ahead} + 128]"],
         [
             "add {ahead}, 3*64",
@@ -121,7 +114,7 @@ pub(super) unsafe fn accumulate_row_major(
             "mov {group}, qword ptr [{next_row} + 8]",
             "6:"
         ],
-        ahead = inout(reg) left.next_rows => _,
+        ahead = inout(reg) task.a.next_rows => _,
         group = inout(reg) groups => _,
         next_row = in(reg) &next_row,
         one = in(reg) row,
@@ -136,13 +129,9 @@ pub(super) unsafe fn accumulate_row_major(
 /// Accumulates the products of [`MR`] rows of a column-major micro-panel of A, whose steps lie [`MR`] words apart.
 ///
 /// # Safety
-/// `left` is such a micro-panel of `words` steps, `right` is packed and as deep, and the CPU has AVX-512F.
+/// A is such a micro-panel, B is packed and as deep, and the CPU has AVX-512F.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn accumulate_column_major(
-    words: usize,
-    left: MicroPanelA,
-    right: MicroPanelB,
-) -> Avx512Accumulators<MR> {
-    debug_assert!(left.strides == [1, MR] && right.stride == NR);
-    accumulate_steps!(words, left, right, step_column_major, "48", [], [],)
+pub(super) unsafe fn accumulate_column_major(task: TileTask) -> Avx512Accumulators<MR> {
+    debug_assert!(task.a.strides == [1, MR] && task.b.stride == NR);
+    accumulate_steps!(task, step_column_major, "48", [], [],)
 }

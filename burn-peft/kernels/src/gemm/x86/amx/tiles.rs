@@ -4,28 +4,23 @@
 //! A word of an A tile is a pair of bf16 of one row, a word of a B tile the pair of one column, which is the order of
 //! the packed operands. The instructions are written in assembly because there are no stable intrinsics.
 
-use super::{
-    NR,
-    micro_kernel::{MicroPanelA, MicroPanelB},
-};
+use super::{NR, Rows, TileTask};
 use std::{arch::asm, marker::PhantomData, sync::OnceLock};
 
-/// MR: rows of A that are multiplied with a micro-panel of B at a time, two tiles.
-pub(super) const MR: usize = 32;
 /// Words along k in a tile.
-pub(super) const TILE_K: usize = 16;
+pub(in super::super) const TILE_K: usize = 16;
 /// Bytes from one row of a micro-panel of B, or of C, to the next.
 const ROW_BYTES: usize = NR * 4;
 
 /// Returns true if this machine has AMX and the operating system grants its use, which is requested once.
-pub(super) fn available() -> bool {
-    static LENT: OnceLock<bool> = OnceLock::new();
-    *LENT.get_or_init(|| has_amx() && request_amx())
+pub(in super::super) fn available() -> bool {
+    static GRANTED: OnceLock<bool> = OnceLock::new();
+    *GRANTED.get_or_init(|| cpu_has_amx() && request_amx())
 }
 
-fn has_amx() -> bool {
+/// Returns true if CPUID reports AMX-TILE and AMX-BF16.
+fn cpu_has_amx() -> bool {
     const BF16: u32 = 1 << 22;
-    /// Returns true if CPUID reports AMX-TILE and AMX-BF16.
     const TILE: u32 = 1 << 24;
     let last = std::arch::x86_64::__cpuid(0).eax;
     last >= 7 && std::arch::x86_64::__cpuid_count(7, 0).edx & (BF16 | TILE) == BF16 | TILE
@@ -43,7 +38,7 @@ fn request_amx() -> bool {
 }
 
 #[cfg(not(target_os = "linux"))]
-fn lends_tiles() -> bool {
+fn request_amx() -> bool {
     false
 }
 
@@ -58,7 +53,7 @@ struct TileConfig {
 }
 
 /// Guard that holds the configured tile registers of this thread until it is dropped.
-pub(super) struct TileRegisters(PhantomData<*const ()>);
+pub(in super::super) struct TileRegisters(PhantomData<*const ()>);
 
 impl TileRegisters {
     /// Configures the tile registers of this thread.
@@ -162,8 +157,8 @@ macro_rules! multiply_tiles {
 /// Accumulates blocks of [`TILE_K`] words along k. A block of A and of B takes `$next` bytes, and rows of a B tile lie
 /// `$line` bytes apart.
 macro_rules! accumulate_steps {
-    (($words:expr, $left:expr, $right:expr), ($out:expr, $stride:expr, $add:expr), $next:expr, $line:expr, $($block:expr),*) => {{
-        let upper = $left.words.wrapping_add($left.second_tile_offset);
+    ($task:expr, $out:expr, $accumulate:expr, $next:expr, $line:expr, $($block:expr),*) => {{
+        let upper = $task.a.words.wrapping_add($task.a.second_tile_offset);
         let next: [usize; 2] = $next;
         // SAFETY: the caller of `accumulate` guarantees the tile registers, both micro-panels up to the next multiple
         // of `TILE_K`, and the output tile; the block touches no other memory but prefetches.
@@ -194,16 +189,16 @@ macro_rules! accumulate_steps {
                 "tilestored [{out} + {stride} + 64], tmm1",
                 "tilestored [{out_upper} + {stride}], tmm2",
                 "tilestored [{out_upper} + {stride} + 64], tmm3",
-                lower = inout(reg) $left.words => _,
+                lower = inout(reg) $task.a.words => _,
                 upper = inout(reg) upper => _,
-                right = inout(reg) $right.words => _,
-                count = inout(reg) $words.div_ceil(TILE_K) => _,
-                down = in(reg) $left.strides[0] * 4,
-                line = inout(reg) usize::from($add) => _,
+                right = inout(reg) $task.b.words => _,
+                count = inout(reg) $task.words.div_ceil(TILE_K) => _,
+                down = in(reg) $task.a.strides[0] * 4,
+                line = inout(reg) usize::from($accumulate) => _,
                 lines = const $line,
-                out = in(reg) $out,
-                out_upper = in(reg) $out.wrapping_add(16 * $stride),
-                stride = in(reg) $stride * 4,
+                out = in(reg) $out.data,
+                out_upper = in(reg) $out.data.wrapping_add(16 * $out.stride),
+                stride = in(reg) $out.stride * 4,
                 left_next = in(reg) next[0],
                 right_next = in(reg) next[1],
                 options(nostack),
@@ -212,28 +207,24 @@ macro_rules! accumulate_steps {
     }};
 }
 
-/// Multiplies a packed micro-panel of A with one of B, `words` deep, and writes the result, or adds it, to [`MR`] rows
-/// of [`NR`] values that lie `stride` apart. `terms` gives the number of bf16 terms of each operand: with one term the
-/// words of a row of A are adjacent; with several the tiles of a block follow each other term by term.
+/// Multiplies a packed micro-panel of A with one of B and writes the result, or adds it if `accumulate`, to
+/// [`MR`](super::MR) rows of [`NR`] values. With one bf16 term the words of a row of A are adjacent; with several the
+/// tiles of a block follow each other term by term.
 ///
 /// # Safety
-/// This thread holds [`TileRegisters`]; both micro-panels hold `words` words, followed by zeros up to the next multiple
-/// of [`TILE_K`], and all rows of `out` are writable.
+/// This thread holds [`TileRegisters`]; both micro-panels hold the words of the task, followed by zeros up to the next
+/// multiple of [`TILE_K`], and all rows of `out` are writable.
 #[inline]
-pub(super) unsafe fn accumulate(
-    words: usize,
-    (left, right): (MicroPanelA, MicroPanelB),
-    terms: [usize; 2],
-    (out, stride, add): (*mut f32, usize, bool),
-) {
+pub(super) unsafe fn accumulate(task: TileTask, out: Rows, accumulate: bool) {
     const ONE: usize = TILE_K * 4;
     const BLOCK: usize = TILE_K * ROW_BYTES;
     // The product of the two leading terms, the largest, comes last. Products of a second with a third term, and of two
     // third terms, are below the rounding error and left out.
-    match terms {
+    match [task.a.terms, task.b.terms] {
         [1, 1] => accumulate_steps!(
-            (words, left, right),
-            (out, stride, add),
+            task,
+            out,
+            accumulate,
             [ONE, BLOCK],
             ROW_BYTES,
             load_b!("0", "64"),
@@ -241,8 +232,9 @@ pub(super) unsafe fn accumulate(
             multiply_tiles!("2048")
         ),
         [1, _] => accumulate_steps!(
-            (words, left, right),
-            (out, stride, add),
+            task,
+            out,
+            accumulate,
             [ONE, 3 * BLOCK],
             64,
             load_a!("0"),
@@ -254,8 +246,9 @@ pub(super) unsafe fn accumulate(
             multiply_tiles!("10240")
         ),
         [_, 1] => accumulate_steps!(
-            (words, left, right),
-            (out, stride, add),
+            task,
+            out,
+            accumulate,
             [3 * BLOCK, BLOCK],
             ROW_BYTES,
             load_b!("0", "64"),
@@ -267,8 +260,9 @@ pub(super) unsafe fn accumulate(
             multiply_tiles!("4096")
         ),
         _ => accumulate_steps!(
-            (words, left, right),
-            (out, stride, add),
+            task,
+            out,
+            accumulate,
             [3 * BLOCK, 3 * BLOCK],
             64,
             load_b!("0", "1024"),

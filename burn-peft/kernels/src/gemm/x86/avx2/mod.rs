@@ -1,47 +1,87 @@
 //! Micro-kernels for AVX2.
 
-pub(super) mod pack;
+mod pack;
 
-use super::micro_kernel::{MicroPanelA, MicroPanelB, OutputTile};
-use std::arch::{asm, x86_64::*};
+use super::{
+    micro_kernel::MicroKernel,
+    operands::{MicroPanelA, Operand, OutputTile, PackBuffer, RowBlock, TileTask},
+};
+use crate::MatmulPrecision;
+use std::{
+    arch::{asm, x86_64::*},
+    ops::Range,
+};
 
 /// NR: columns of B that a micro-kernel processes at a time, two registers.
-pub(super) const NR: usize = 2 * LANES;
+const NR: usize = 2 * LANES;
 /// MR: rows of A that a micro-kernel processes at a time.
-pub(super) const MR: usize = 6;
+const MR: usize = 6;
 /// Words from one step along k to the next in a column-major micro-panel of A.
-pub(super) const PACK_MR: usize = LANES;
+const PACK_MR: usize = LANES;
 
 /// f32 values in a register.
 const LANES: usize = 8;
 
+/// AVX2: a word is an f32, rounded to a precision when it is packed.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2 {
+    pub(super) precision: MatmulPrecision,
+}
+
+impl MicroKernel for Avx2 {
+    const MR: usize = MR;
+    const NR: usize = NR;
+    const PACK_MR: usize = PACK_MR;
+    const K_PER_WORD: usize = 1;
+    /// Machines without AVX-512 have smaller caches.
+    const PACKED_B_WORDS: usize = 1 << 16;
+
+    type ThreadState = ();
+
+    unsafe fn prepare_thread(self) {}
+
+    fn reads_f32_in_place(self) -> bool {
+        self.precision == MatmulPrecision::F32
+    }
+
+    unsafe fn pack_b(self, b: &Operand, panels: Range<usize>, k: Range<usize>, to: PackBuffer) {
+        // SAFETY: the conditions are the same.
+        unsafe { pack::pack_b(b, self.precision, panels, k, to) }
+    }
+
+    unsafe fn pack_a(self, a: &Operand, block: RowBlock, k: Range<usize>, buffer: *mut u32) -> MicroPanelA {
+        // SAFETY: the conditions are the same.
+        unsafe { pack::pack_a(a, self.precision, block.rows, k, buffer) }
+    }
+
+    #[inline]
+    unsafe fn compute_tile(self, task: TileTask, tile: OutputTile) {
+        // SAFETY: the conditions are the same.
+        unsafe { compute_tile(task, tile) }
+    }
+}
+
 /// The accumulators of `R` rows: two registers each.
 type Avx2Accumulators<const R: usize> = [[__m256; 2]; R];
 
-/// Writes the product of up to [`MR`] rows, `words` deep, with a micro-panel of B to a tile of C, or adds it.
+/// Writes the product of up to [`MR`] rows with a micro-panel of B to a tile of C, or adds it.
 ///
 /// # Safety
-/// `left` holds `rows` rows and `right` [`NR`] columns of `words` words, the tile lies within C, no other thread
-/// accesses it, and the CPU has AVX2, FMA and F16C.
+/// The conditions of [`MicroKernel::compute_tile`] hold for [`Avx2`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn compute_tile(
-    rows: usize,
-    words: usize,
-    (left, right): (MicroPanelA, MicroPanelB),
-    place: OutputTile,
-) {
+unsafe fn compute_tile(task: TileTask, tile: OutputTile) {
     // SAFETY: the caller guarantees the operands, the tile and the CPU features; the first two arms match the layouts
     // that their kernels require.
     unsafe {
-        match (rows, left.strides) {
-            (MR, [_, 1]) if right.stride == NR => store(accumulate_row_major(words, left, right), place),
-            (MR, [1, PACK_MR]) if right.stride == NR => store(accumulate_column_major(words, left, right), place),
-            (1, _) => store(accumulate::<1>(words, left, right), place),
-            (2, _) => store(accumulate::<2>(words, left, right), place),
-            (3, _) => store(accumulate::<3>(words, left, right), place),
-            (4, _) => store(accumulate::<4>(words, left, right), place),
-            (5, _) => store(accumulate::<5>(words, left, right), place),
-            (MR, _) => store(accumulate::<MR>(words, left, right), place),
+        match (task.rows, task.a.strides) {
+            (MR, [_, 1]) if task.b.stride == NR => store(accumulate_row_major(task), tile),
+            (MR, [1, PACK_MR]) if task.b.stride == NR => store(accumulate_column_major(task), tile),
+            (1, _) => store(accumulate::<1>(task), tile),
+            (2, _) => store(accumulate::<2>(task), tile),
+            (3, _) => store(accumulate::<3>(task), tile),
+            (4, _) => store(accumulate::<4>(task), tile),
+            (5, _) => store(accumulate::<5>(task), tile),
+            (MR, _) => store(accumulate::<MR>(task), tile),
             _ => unreachable!("a tile has 1 to {MR} rows"),
         }
     }
@@ -50,23 +90,23 @@ pub(super) unsafe fn compute_tile(
 /// Accumulates the products of `R` rows with a micro-panel of B.
 ///
 /// # Safety
-/// `left` holds `R` rows and `right` [`NR`] columns of `words` words, and the CPU has AVX2 and FMA.
+/// The task has `R` rows and [`NR`] columns, and the CPU has AVX2 and FMA.
 #[inline(always)]
-unsafe fn accumulate<const R: usize>(words: usize, left: MicroPanelA, right: MicroPanelB) -> Avx2Accumulators<R> {
-    // SAFETY: the loop reads `words` steps of `R` rows and of two registers of B, which exist by the caller's
+unsafe fn accumulate<const R: usize>(task: TileTask) -> Avx2Accumulators<R> {
+    // SAFETY: the loop reads `task.words` steps of `R` rows and of two registers of B, which exist by the caller's
     // guarantee; the pointers advance with wrapping arithmetic, so that they may end beyond the last step.
     unsafe {
         let mut sums = [[_mm256_setzero_ps(); 2]; R];
-        let (mut a, mut b): (*const f32, *const f32) = (left.words.cast(), right.words.cast());
-        for _ in 0..words {
+        let (mut a, mut b): (*const f32, *const f32) = (task.a.words.cast(), task.b.words.cast());
+        for _ in 0..task.words {
             let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(LANES)));
             for (r, [sum0, sum1]) in sums.iter_mut().enumerate() {
-                let value = _mm256_set1_ps(*a.add(r * left.strides[0]));
+                let value = _mm256_set1_ps(*a.add(r * task.a.strides[0]));
                 *sum0 = _mm256_fmadd_ps(value, b0, *sum0);
                 *sum1 = _mm256_fmadd_ps(value, b1, *sum1);
             }
-            a = a.wrapping_add(left.strides[1]);
-            b = b.wrapping_add(right.stride);
+            a = a.wrapping_add(task.a.strides[1]);
+            b = b.wrapping_add(task.b.stride);
         }
         sums
     }
@@ -105,9 +145,9 @@ macro_rules! step_column_major {
 
 /// Runs `$step!` for all steps, four at a time, and evaluates to the accumulators.
 macro_rules! accumulate_steps {
-    ($words:expr, $left:expr, $right:expr, $step:ident, $next:literal, $($operand:tt)*) => {{
+    ($task:expr, $step:ident, $next:literal, $($operand:tt)*) => {{
         let mut sums = [[_mm256_setzero_ps(); 2]; MR];
-        // SAFETY: the caller of this macro's function guarantees that both operands hold `$words` steps; the block
+        // SAFETY: the caller of this macro's function guarantees that both operands of `$task` hold its steps; the block
         // reads nothing else but prefetches, writes no memory and declares all registers that it changes.
         unsafe {
             asm!(
@@ -132,9 +172,9 @@ macro_rules! accumulate_steps {
                 "dec {count}",
                 "jnz 4b",
                 "5:",
-                left = inout(reg) $left.words => _,
-                right = inout(reg) $right.words => _,
-                count = inout(reg) $words => _,
+                left = inout(reg) $task.a.words => _,
+                right = inout(reg) $task.b.words => _,
+                count = inout(reg) $task.words => _,
                 $($operand)*
                 inout("ymm0") sums[0][0], inout("ymm1") sums[0][1], inout("ymm2") sums[1][0], inout("ymm3") sums[1][1],
                 inout("ymm4") sums[2][0], inout("ymm5") sums[2][1], inout("ymm6") sums[3][0], inout("ymm7") sums[3][1],
@@ -150,20 +190,20 @@ macro_rules! accumulate_steps {
 /// Accumulates the products of [`MR`] row-major rows with a packed micro-panel of B.
 ///
 /// # Safety
-/// `left` holds [`MR`] rows of `words` adjacent words, `right` is packed and as deep, and the CPU has AVX2 and FMA.
+/// A holds [`MR`] rows of adjacent words, B is packed and as deep, and the CPU has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn accumulate_row_major(words: usize, left: MicroPanelA, right: MicroPanelB) -> Avx2Accumulators<MR> {
-    let row = 4 * left.strides[0];
-    accumulate_steps!(words, left, right, step_row_major, "4", one = in(reg) row, three = in(reg) 3 * row, five = in(reg) 5 * row,)
+unsafe fn accumulate_row_major(task: TileTask) -> Avx2Accumulators<MR> {
+    let row = 4 * task.a.strides[0];
+    accumulate_steps!(task, step_row_major, "4", one = in(reg) row, three = in(reg) 3 * row, five = in(reg) 5 * row,)
 }
 
 /// Accumulates the products of [`MR`] rows of a column-major micro-panel of A, whose steps lie [`PACK_MR`] words apart.
 ///
 /// # Safety
-/// `left` is such a micro-panel of `words` steps, `right` is packed and as deep, and the CPU has AVX2 and FMA.
+/// A is such a micro-panel, B is packed and as deep, and the CPU has AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn accumulate_column_major(words: usize, left: MicroPanelA, right: MicroPanelB) -> Avx2Accumulators<MR> {
-    accumulate_steps!(words, left, right, step_column_major, "32",)
+unsafe fn accumulate_column_major(task: TileTask) -> Avx2Accumulators<MR> {
+    accumulate_steps!(task, step_column_major, "32",)
 }
 
 /// Writes accumulators to a tile of C or adds them, times `alpha`.
