@@ -3,7 +3,7 @@ use burn::backend::{Autodiff, Flex};
 use burn::optim::{AdamConfig, GradientsParams, Optimizer};
 use burn::{module::Module, tensor::activation::softmax, tensor::*};
 use burn_peft::prompt::{BaseShape, Prompt, PromptConfig};
-use burn_peft::{ForwardContext, Linear, Linears, LoraConfig, adapter, kernel::LinearKernels, param};
+use burn_peft::{ForwardContext, Linear, LinearKernels, Linears, LoraConfig, adapter, param};
 #[derive(Module, Debug)]
 struct Attention<B: LinearKernels> {
     q_proj: Linear<B>,

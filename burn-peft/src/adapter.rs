@@ -17,14 +17,15 @@ pub use merge::{merge, safe_merge, unmerge};
 pub use registry::{activate, active, check_adapter_names, check_new_adapter, delete, names};
 
 use crate::{
-    Error, Linear, Lora, LoraConfig, Prompt, TargetModules, config::InitLoraWeights, format, kernel::LinearKernels,
-    lora::Dora, target::Selection,
+    Error, Linear, Lora, LoraConfig, Prompt, TargetModules, config::InitLoraWeights, format, lora::Dora,
+    target::Selection,
 };
 use base::TrainableBase;
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData},
 };
+use burn_peft_kernels::LinearKernels;
 use std::{collections::BTreeSet, path::Path};
 
 /// A model that exposes its linear layers, each with its path in the checkpoint.

@@ -1,13 +1,13 @@
 //! IA3: scales features by learned factors (Liu et al., 2022, arXiv:2205.05638).
 
 use crate::{
-    Error, Linear, Linears, TargetModules, adapter::check_new_adapter, config::default_if_null, format,
-    kernel::LinearKernels, param,
+    Error, Linear, Linears, TargetModules, adapter::check_new_adapter, config::default_if_null, format, param,
 };
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
 };
+use burn_peft_kernels::LinearKernels;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::path::Path;

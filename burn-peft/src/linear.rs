@@ -1,13 +1,14 @@
 //! The linear layer with adapters, used for every projection of a model.
 
 use crate::{
-    Error, ForwardContext, Ia3, Lora, LoraConfig, Weight, config::InitLoraWeights, kernel::LinearKernels, lora::Dora,
-    packed::PackedWeight, param, route::TokenSelection,
+    Error, ForwardContext, Ia3, Lora, LoraConfig, Weight, config::InitLoraWeights, lora::Dora, param,
+    route::TokenSelection,
 };
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
 };
+use burn_peft_kernels::{LinearKernels, PackedWeight};
 
 /// A linear layer with adapters: `y = x·Wᵀ + bias + Σ adapters`. The weight keeps the layout `[out, in]` and the path
 /// `….weight` of the checkpoint; it is stored as f32, f16 or bf16, or packed, while activations and adapters are f32.

@@ -13,11 +13,11 @@ use burn_llama::{
 };
 use burn_peft::{
     DropoutKey, Error, ForwardContext, Ia3Config, Linear, Linears, LoraConfig, TargetModules, adapter,
-    config::InitLoraWeights,
-    ia3,
-    kernel::MatmulPrecision,
+    config::InitLoraWeights, ia3, param, random,
+};
+use burn_peft_kernels::{
+    MatmulPrecision,
     packed::{BlockType, Codec, PackedWeight, nf4},
-    param, random,
 };
 use laws::{fixture, floats, max_abs, max_diff, one_backward_at_a_time, reference::compare};
 use std::collections::BTreeMap;

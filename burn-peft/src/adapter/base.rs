@@ -2,11 +2,12 @@
 //! (`modules_to_save`). They are trained in place; their original values remain only in the base model's files.
 
 use super::{Linears, targeted_module_names};
-use crate::{Error, LoraConfig, config::Bias, kernel::LinearKernels, param, target::Selection};
+use crate::{Error, LoraConfig, config::Bias, param, target::Selection};
 use burn::{
     module::{Module, ModuleMapper, ModuleVisitor, Param},
     tensor::{DType, Tensor, TensorData, backend::Backend},
 };
+use burn_peft_kernels::LinearKernels;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Returns true if the parameter at `path` belongs to an adapter or a prompt.

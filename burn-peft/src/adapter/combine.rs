@@ -3,11 +3,11 @@
 use super::{Linears, check_new_adapter, registry::check_exists};
 use crate::{
     Error, Lora, LoraConfig, TargetModules, format,
-    kernel::LinearKernels,
     lora::{low_rank_decomposition, zero_pad},
     random,
 };
 use burn::tensor::{DType, Tensor, TensorData};
+use burn_peft_kernels::LinearKernels;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,

@@ -1,11 +1,12 @@
 //! Converts adapters whose initialization changed the base weights (PiSSA, OLoRA) into plain LoRA.
 
 use super::{Linears, collect_state_dict};
-use crate::{Error, LoraConfig, config::InitLoraWeights, format, kernel::LinearKernels};
+use crate::{Error, LoraConfig, config::InitLoraWeights, format};
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData},
 };
+use burn_peft_kernels::LinearKernels;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 

@@ -1,14 +1,12 @@
 //! Hot swap: loads another adapter's values into the tensors of an adapter that is on the model.
 
 use super::{Linears, check_layers, lora_tensor_shapes, registry::check_exists};
-use crate::{
-    Error, LoraConfig, format,
-    kernel::{self, LinearKernels},
-};
+use crate::{Error, LoraConfig, format};
 use burn::{
     module::Param,
-    tensor::{DType, Tensor, TensorData},
+    tensor::{DType, Tensor, TensorData, TensorPrimitive},
 };
+use burn_peft_kernels::LinearKernels;
 use std::path::Path;
 
 /// Loads a LoRA adapter from a PEFT directory into the tensors of the adapter `name`, which it replaces: PEFT's
@@ -75,6 +73,6 @@ fn overwrite_param<B: LinearKernels, const D: usize>(param: &mut Param<Tensor<B,
     let (id, old, mapper) = std::mem::replace(param, empty).consume();
     let trained = old.is_require_grad();
     let filled = B::overwrite(old.into_primitive().tensor(), new.into_primitive().tensor());
-    let filled = kernel::tensor::<B, D>(filled).set_require_grad(trained);
+    let filled = Tensor::<B, D>::from_primitive(TensorPrimitive::Float(filled)).set_require_grad(trained);
     *param = Param::from_mapped_value(id, filled, mapper);
 }

@@ -4,12 +4,11 @@
 use super::Linears;
 use crate::{
     Error, Weight,
-    kernel::LinearKernels,
     lora::{Dora, low_rank_decomposition, weight_norm},
-    packed::{Codec, PackedWeight},
     random,
 };
 use burn::tensor::{DType, Tensor, TensorData};
+use burn_peft_kernels::{Codec, LinearKernels, PackedWeight};
 use std::{
     collections::BTreeMap,
     panic::resume_unwind,

@@ -1,7 +1,8 @@
 //! Merges adapters into the weights and unmerges them.
 
 use super::{Linears, check_layers, registry::check_exists};
-use crate::{Error, kernel::LinearKernels};
+use crate::Error;
+use burn_peft_kernels::LinearKernels;
 
 /// Merges the named adapter into the weights of its layers; merging a merged adapter does nothing. Several adapters may
 /// be merged, one after the other.
