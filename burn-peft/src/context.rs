@@ -1,10 +1,10 @@
 //! The context of a forward pass: dropout, the routing of adapters and the precision of matrix products.
 
 use crate::{
-    kernel::MatmulPrecision,
     random,
     route::{Route, TokenSelection},
 };
+use burn_peft_kernels::MatmulPrecision;
 use std::sync::Arc;
 
 /// The settings of one forward pass, for all linear layers. The default is evaluation with the active adapters.

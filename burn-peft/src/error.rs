@@ -1,6 +1,6 @@
 //! Errors of adapters' configurations, files and names.
 
-use crate::packed::Codec;
+use burn_peft_kernels::Codec;
 use std::path::{Path, PathBuf};
 
 /// An error of an adapter's configuration or files, or of an operation on the adapters of a model.

@@ -1,10 +1,11 @@
 //! IA3: scales features by learned factors (Liu et al., 2022, arXiv:2205.05638).
 
-use crate::{Error, LinearKernels, Loaded, TargetModules, config::default_if_null, config_file::KnownFields, param};
+use crate::{Error, Loaded, TargetModules, config::default_if_null, config_file::KnownFields, param};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
 };
+use burn_peft_kernels::LinearKernels;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::{path::Path, sync::Arc};

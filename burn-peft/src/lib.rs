@@ -34,7 +34,8 @@
 //! `modules_to_save`) and IA3 to a model, and [`prompt`] makes virtual tokens (prefix tuning, prompt tuning,
 //! P-tuning). All of them read and write PEFT's adapter directories. A model can hold several named adapters;
 //! [`adapter`] activates, merges, combines and hot-swaps them, and a [`Route`] selects an adapter per row of a batch.
-//! [`packed`] keeps frozen weights in the quantized blocks of their file, or quantizes them to NF4.
+//! A [`Weight`] stays frozen in the quantized blocks of its file, or is quantized to NF4; the matrix products are those
+//! of [`burn_peft_kernels`].
 //! `examples/foreign.rs` adds a prefix and LoRA to a model that uses nothing of this crate but [`Linear`].
 #![deny(missing_docs)]
 #![recursion_limit = "256"]
@@ -46,10 +47,8 @@ mod context;
 mod error;
 pub mod format;
 pub mod ia3;
-pub mod kernel;
 mod linear;
 pub mod lora;
-pub mod packed;
 pub mod param;
 pub mod prompt;
 pub mod random;
@@ -63,13 +62,14 @@ pub use config_file::Loaded;
 pub use context::{DropoutKey, ForwardContext, TokenPosition};
 pub use error::Error;
 pub use ia3::{Ia3, Ia3Config};
-pub use kernel::LinearKernels;
 pub use linear::Linear;
 pub use lora::Lora;
 pub use prompt::{Prompt, PromptConfig};
 pub use route::Route;
 pub use target::TargetModules;
 pub use weight::Weight;
+
+pub use burn_peft_kernels::{Codec, LinearKernels, MatmulPrecision, PackedWeight, WeightMatrix};
 
 /// The examples of the README are tests.
 #[cfg(doctest)]

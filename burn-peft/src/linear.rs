@@ -1,11 +1,10 @@
 //! The linear layer with adapters, used for every projection of a model.
 
 use crate::{
-    Error, ForwardContext, Ia3, LinearKernels, Lora, LoraConfig, Weight,
+    Error, ForwardContext, Ia3, Lora, LoraConfig, Weight,
     config::InitLoraWeights,
     error::MERGED,
     lora::{Dora, LoraSpec},
-    packed::PackedWeight,
     param,
     route::TokenSelection,
 };
@@ -13,6 +12,7 @@ use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
 };
+use burn_peft_kernels::{LinearKernels, PackedWeight};
 
 /// A linear layer with adapters: `y = x·Wᵀ + bias + Σ adapters`. The weight keeps the layout `[out, in]` and the path
 /// `….weight` of the checkpoint; it is stored as f32, f16 or bf16, or packed, while activations and adapters are f32.

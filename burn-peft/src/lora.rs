@@ -11,15 +11,12 @@ use init::olora_init;
 pub(crate) use linalg::Factors;
 pub(crate) use svd::low_rank_decomposition;
 
-use crate::{
-    ForwardContext, LoraConfig, Weight, kernel,
-    kernel::{LinearKernels, MatmulPrecision, WeightMatrix},
-    param, random,
-};
+use crate::{ForwardContext, LoraConfig, Weight, param, random};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor, TensorData},
 };
+use burn_peft_kernels::{LinearKernels, MatmulPrecision, WeightMatrix, linear};
 use std::sync::Arc;
 
 /// One LoRA adapter of one linear layer: `Δy = s·(dropout(x)·Aᵀ)·Bᵀ`. Its weights are always f32.
@@ -127,8 +124,8 @@ impl<B: LinearKernels> Lora<B> {
     pub fn forward(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
         let dtype = x.dtype();
         let x = self.apply_dropout(x.cast(DType::F32), pass);
-        let low = kernel::linear(x, self.lora_a.val(), MatmulPrecision::F32) * self.scaling;
-        kernel::linear(low, self.lora_b.val(), MatmulPrecision::F32).cast(dtype)
+        let low = linear(x, self.lora_a.val(), MatmulPrecision::F32) * self.scaling;
+        linear(low, self.lora_b.val(), MatmulPrecision::F32).cast(dtype)
     }
 
     /// Computes the addition of an adapter with DoRA to the layer's output; `base [tokens, out]` is `x` times the

@@ -1,7 +1,7 @@
 //! The routing of tokens to adapters, with which each row of a batch can use a different adapter.
 
-use crate::kernel::{self, LinearKernels};
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn_peft_kernels::{LinearKernels, add};
 use std::{collections::BTreeMap, sync::Arc};
 
 /// The name that selects the base model without an adapter, as in PEFT's `adapter_names`.
@@ -69,7 +69,7 @@ impl TokenSelection<'_> {
     /// Adds `added` to the selected tokens of `y [tokens, features]`.
     pub fn scatter_add<B: LinearKernels>(&self, y: Tensor<B, 2>, added: Tensor<B, 2>) -> Tensor<B, 2> {
         match self.0 {
-            None => kernel::add(y, added),
+            None => add(y, added),
             Some(at) => {
                 let indices = index_tensor(at, &y.device());
                 y.select_assign(0, indices, added, IndexingUpdateOp::Add)

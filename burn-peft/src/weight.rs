@@ -1,11 +1,6 @@
 //! The weight matrix of a linear layer or an embedding, dense or packed.
 
-use crate::{
-    Error,
-    kernel::{self, LinearKernels, MatmulPrecision, WeightMatrix},
-    packed::PackedWeight,
-    param,
-};
+use crate::{Error, param};
 use burn::{
     module::{
         AutodiffModule, Content, HasAutodiffModule, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper,
@@ -16,6 +11,7 @@ use burn::{
         backend::{AutodiffBackend, Backend},
     },
 };
+use burn_peft_kernels::{LinearKernels, MatmulPrecision, PackedWeight, WeightMatrix, linear};
 
 /// A matrix `[out, in]`: a float parameter, or packed (quantized) rows. In both cases its path in the module tree is
 /// that of the field that holds it.
@@ -121,7 +117,7 @@ impl<B: LinearKernels> Weight<B> {
     /// If the inner dimensions differ.
     pub fn linear(&self, x: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
         match self {
-            Self::Dense(weight) => kernel::linear(x, weight.val(), compute),
+            Self::Dense(weight) => linear(x, weight.val(), compute),
             Self::Packed { rows, .. } => rows.linear(x, compute),
         }
     }

@@ -10,11 +10,8 @@ use burn::{
 };
 use burn_flex::FlexTensor;
 use burn_llama::kernel::{AttentionMask, Kernels, Targets, portable};
-use burn_peft::{
-    kernel::{LinearKernels, MatmulPrecision, WeightMatrix, matmul},
-    packed::{BlockType, Codec, PackedWeight},
-    random,
-};
+use burn_peft::random;
+use burn_peft_kernels::{BlockType, Codec, LinearKernels, MatmulPrecision, PackedWeight, WeightMatrix, matmul};
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::{hint::black_box, time::Duration};
 

@@ -3,10 +3,8 @@
 
 use crate::cases::{Case, CaseBuilder, Kernel, numbers};
 use burn::tensor::{backend::Backend, f16};
-use burn_peft::{
-    packed::{BlockType, Codec, PackedWeight, nf4},
-    random,
-};
+use burn_peft::random;
+use burn_peft_kernels::packed::{BlockType, Codec, PackedWeight, nf4};
 
 /// Block formats with the byte offsets of their half-precision scales.
 const BLOCKS: [(BlockType, &[usize]); 7] = [

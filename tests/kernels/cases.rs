@@ -6,10 +6,8 @@ use crate::{
 };
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend, bf16, f16, ops::FloatTensor};
 use burn_llama::kernel::{AttentionMask, Kernels, Targets};
-use burn_peft::{
-    kernel::{MatmulPrecision, WeightMatrix},
-    random,
-};
+use burn_peft::random;
+use burn_peft_kernels::{MatmulPrecision, WeightMatrix};
 use burn_zero::segment::DynTensor;
 
 /// A float input of a kernel.

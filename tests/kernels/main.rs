@@ -16,7 +16,7 @@ use burn::{
     tensor::{DType, Tensor, backend::Backend, bf16, f16},
 };
 use burn_llama::kernel::Kernels;
-use burn_peft::{kernel::MatmulPrecision, packed::Codec};
+use burn_peft_kernels::{Codec, MatmulPrecision};
 use cases::{Case, EvaluationContext, Kernel, attention, floats, numbers, packed, table};
 use laws::one_backward_at_a_time;
 use std::{

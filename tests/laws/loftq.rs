@@ -7,11 +7,9 @@ use burn::{
 };
 use burn_llama::{Checkpoint, Llama, Storage, generate, kernel::Kernels};
 use burn_peft::{
-    AdapterModel, Error, Linear, Linears, Lora, LoraConfig, TargetModules, Weight,
+    AdapterModel, Error, Linear, LinearKernels, Linears, Lora, LoraConfig, PackedWeight, TargetModules, Weight,
     adapter::{self, QuantizationResidual, replace_lora_weights_loftq},
     config::InitLoraWeights,
-    kernel::LinearKernels,
-    packed::PackedWeight,
     param, random,
 };
 use laws::{fixture, floats, max_diff};

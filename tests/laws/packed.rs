@@ -13,10 +13,11 @@ use burn_llama::{
 };
 use burn_peft::{
     DropoutKey, Error, ForwardContext, Ia3Config, Linear, Linears, LoraConfig, TargetModules, adapter,
-    config::InitLoraWeights,
-    kernel::MatmulPrecision,
+    config::InitLoraWeights, param, random,
+};
+use burn_peft_kernels::{
+    MatmulPrecision,
     packed::{BlockType, Codec, PackedWeight, nf4},
-    param, random,
 };
 use laws::{fixture, floats, max_abs, max_diff, one_backward_at_a_time, reference::compare};
 use std::collections::BTreeMap;
@@ -372,5 +373,5 @@ fn what_would_change_packed_weights_is_refused_and_changes_nothing() {
     assert!(error.contains("packed rows"), "{error}");
     let directory = Checkpoint::open(&fixture("models/mha")).unwrap();
     let error = directory.load::<Flex>(Storage::Packed, &Default::default()).unwrap_err().to_string();
-    assert!(error.contains("GGUF") && error.contains("NF4"), "{error}");
+    assert!(error.contains("GGUF") && error.contains("nf4"), "{error}");
 }

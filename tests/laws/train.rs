@@ -5,7 +5,7 @@ use burn::{
     tensor::{DType, Tensor, TensorData},
 };
 use burn_llama::{Checkpoint, Example, Llama, SequenceLayout};
-use burn_peft::{DropoutKey, ForwardContext, LoraConfig, TargetModules, adapter, kernel::MatmulPrecision, param};
+use burn_peft::{DropoutKey, ForwardContext, LoraConfig, MatmulPrecision, TargetModules, adapter, param};
 use burn_zero::{
     Engine,
     optimizer::{AdamW, ParamGroups},

@@ -1,6 +1,6 @@
 """Measures our matrix products against those of torch (MKL, oneDNN), taking turns, on the shapes of a LLaMA layer.
 
-The script `products` in this directory builds the example of burn-peft and starts this program. The results are printed
+The script `products` in this directory builds the example of burn-peft-kernels and starts this program. The results are printed
 without limits.
 """
 

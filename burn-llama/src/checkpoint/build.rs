@@ -9,12 +9,8 @@ use burn::{
     module::Param,
     tensor::{Tensor, TensorData},
 };
-use burn_peft::{
-    Linear, Weight,
-    kernel::MatmulPrecision,
-    packed::{Codec, PackedWeight},
-    param,
-};
+use burn_peft::{Linear, Weight, param};
+use burn_peft_kernels::{Codec, MatmulPrecision, PackedWeight};
 
 /// Returns the name and shape of every parameter of the model.
 pub(crate) fn parameter_shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {

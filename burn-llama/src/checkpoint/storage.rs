@@ -3,7 +3,7 @@
 use super::{Checkpoint, TensorFiles, build::LoadedTensor, gguf};
 use crate::Error;
 use burn::tensor::DType;
-use burn_peft::packed::{Codec, nf4};
+use burn_peft_kernels::{Codec, packed::nf4};
 
 /// The storage format of a model's matrices: its projections, its embedding and its head. Vectors are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -19,7 +19,7 @@ use burn::{
         ops::IntTensor,
     },
 };
-use burn_peft::kernel::{MatmulPrecision, WeightMatrix, take_accumulated_gradient};
+use burn_peft_kernels::{MatmulPrecision, WeightMatrix, take_accumulated_gradient};
 
 /// Registers the gradient of a parent if the parent is tracked.
 fn register<B: Backend>(grads: &mut Gradients, node: Option<NodeId>, gradient: F<B>) {

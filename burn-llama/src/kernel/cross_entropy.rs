@@ -2,7 +2,7 @@
 
 use super::{F, primitive, tensor};
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, backend::Backend, s};
-use burn_peft::kernel::{self, LinearKernels, MatmulPrecision, WeightMatrix};
+use burn_peft_kernels::{LinearKernels, MatmulPrecision, WeightMatrix};
 
 /// The number of tokens per block.
 const TOKENS_PER_BLOCK: usize = 4096;
@@ -47,7 +47,7 @@ fn vocabulary_blocks(n: usize, vocabulary: usize) -> impl Iterator<Item = (usize
 }
 
 fn matmul<B: LinearKernels>(a: Tensor<B, 2>, b: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
-    tensor(kernel::matmul::<B>(primitive(a), primitive(b), compute))
+    tensor(burn_peft_kernels::matmul::<B>(primitive(a), primitive(b), compute))
 }
 
 /// Returns rows `from..to` of the head in the type of the hidden states.

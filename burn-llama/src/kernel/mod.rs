@@ -24,7 +24,7 @@ use burn::tensor::{
     backend::Backend,
     ops::{FloatTensor, IntTensor},
 };
-use burn_peft::kernel::{LinearKernels, MatmulPrecision, WeightMatrix};
+use burn_peft_kernels::{LinearKernels, MatmulPrecision, WeightMatrix};
 
 /// A float tensor of the backend.
 type F<B> = FloatTensor<B>;

@@ -6,7 +6,8 @@ use crate::{
     kernel::{Kernels, primitive, tensor},
 };
 use burn::{module::Module, tensor::Tensor};
-use burn_peft::{ForwardContext, Linear, kernel::add};
+use burn_peft::{ForwardContext, Linear};
+use burn_peft_kernels::add;
 
 /// Grouped-query attention with rotary position embedding.
 #[derive(Module, Debug)]

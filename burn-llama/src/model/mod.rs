@@ -24,10 +24,8 @@ use burn::{
     module::Module,
     tensor::{DType, Int, Tensor, TensorData, backend::Backend},
 };
-use burn_peft::{
-    ForwardContext, Linear, Prompt, Weight,
-    kernel::{MatmulPrecision, WeightMatrix},
-};
+use burn_peft::{ForwardContext, Linear, Prompt, Weight};
+use burn_peft_kernels::{MatmulPrecision, WeightMatrix};
 use std::borrow::Cow;
 
 /// The token embedding; the path of its weight is `model.embed_tokens.weight`.

@@ -6,9 +6,10 @@ use super::{
     registry::{check_exists, names_where},
 };
 use crate::{
-    Error, LinearKernels,
+    Error,
     error::{CHANGED_BASE, MERGED},
 };
+use burn_peft_kernels::LinearKernels;
 
 /// Activates exactly the named adapters (none for an empty list) and deactivates all others: PEFT's `set_adapter`.
 /// Merged adapters that are not named are unmerged. Nothing is freed: see [`delete`].

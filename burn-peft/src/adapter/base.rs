@@ -3,7 +3,7 @@
 
 use super::linears::{Linears, check_layers, targeted_module_names};
 use crate::{
-    Error, LinearKernels, LoraConfig,
+    Error, LoraConfig,
     config::{Bias, Selection},
     param::{self, ParamInfo, ParamMapper, ParamVisitor},
 };
@@ -11,6 +11,7 @@ use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor, TensorData, backend::Backend},
 };
+use burn_peft_kernels::LinearKernels;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Returns true if the parameter at `path` belongs to an adapter or a prompt.

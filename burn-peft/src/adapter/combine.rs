@@ -5,13 +5,14 @@ use super::{
     registry::{check_exists, check_new_adapter},
 };
 use crate::{
-    Error, LinearKernels, Lora, LoraConfig, TargetModules,
+    Error, Lora, LoraConfig, TargetModules,
     format::{self, AdapterFiles},
     lora::{Factors, LoraSpec, low_rank_decomposition, zero_pad},
     param::last_segment,
     random,
 };
 use burn::tensor::{DType, Tensor, TensorData};
+use burn_peft_kernels::LinearKernels;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,

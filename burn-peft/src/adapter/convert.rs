@@ -2,7 +2,7 @@
 
 use super::{linears::Linears, lora::collect_state_dict};
 use crate::{
-    Error, LinearKernels, LoraConfig,
+    Error, LoraConfig,
     config::InitLoraWeights,
     format::{self, AdapterFiles},
 };
@@ -10,6 +10,7 @@ use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData},
 };
+use burn_peft_kernels::LinearKernels;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 

@@ -4,8 +4,9 @@ use super::{
     base::{TrainableBase, is_adapter},
     linears::Linears,
 };
-use crate::{Error, LinearKernels, param};
+use crate::{Error, param};
 use burn::module::Module;
+use burn_peft_kernels::LinearKernels;
 
 /// Makes only the active adapters trainable, and the parameters of the base model that are trained along with one of
 /// them (`bias`, `modules_to_save`). Every parameter becomes a leaf of the autodiff graph.

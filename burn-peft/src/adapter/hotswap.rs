@@ -9,12 +9,12 @@ use crate::{
     Error, Loaded, LoraConfig,
     error::MERGED,
     format::{self, AdapterFiles},
-    kernel::{self, LinearKernels},
 };
 use burn::{
     module::Param,
-    tensor::{DType, Tensor, TensorData},
+    tensor::{DType, Tensor, TensorData, TensorPrimitive},
 };
+use burn_peft_kernels::LinearKernels;
 use std::{path::Path, sync::Arc};
 
 /// Loads a LoRA adapter from a PEFT directory into the tensors of the adapter `name`, which it replaces: PEFT's
@@ -84,6 +84,6 @@ fn overwrite_param<B: LinearKernels, const D: usize>(param: &mut Param<Tensor<B,
     let (id, old, mapper) = std::mem::replace(param, empty).consume();
     let trained = old.is_require_grad();
     let filled = B::overwrite(old.into_primitive().tensor(), new.into_primitive().tensor());
-    let filled = kernel::tensor::<B, D>(filled).set_require_grad(trained);
+    let filled = Tensor::<B, D>::from_primitive(TensorPrimitive::Float(filled)).set_require_grad(trained);
     *param = Param::from_mapped_value(id, filled, mapper);
 }

@@ -4,8 +4,9 @@ use super::{
     linears::{Linears, select_layers},
     registry::check_new_adapter,
 };
-use crate::{Error, Ia3, Ia3Config, Linear, LinearKernels, Loaded, TargetModules, format};
+use crate::{Error, Ia3, Ia3Config, Linear, Loaded, TargetModules, format};
 use burn::tensor::{DType, Tensor};
+use burn_peft_kernels::LinearKernels;
 use std::{path::Path, sync::Arc};
 
 /// The path of a selected layer and the shape of its factors.

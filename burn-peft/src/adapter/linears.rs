@@ -1,6 +1,7 @@
 //! The linear layers and prompts of a model, which is all that adapters need to know about it.
 
-use crate::{Error, Linear, LinearKernels, LoraConfig, Prompt, TargetModules, config::Selection, param::last_segment};
+use crate::{Error, Linear, LoraConfig, Prompt, TargetModules, config::Selection, param::last_segment};
+use burn_peft_kernels::LinearKernels;
 use std::collections::BTreeSet;
 
 /// A model that exposes its linear layers, each with its path in the checkpoint.

@@ -3,12 +3,12 @@
 
 use super::linears::Linears;
 use crate::{
-    Error, LinearKernels, Weight,
+    Error, Weight,
     lora::{Dora, Factors, low_rank_decomposition, weight_norm},
-    packed::{Codec, PackedWeight},
     random,
 };
 use burn::tensor::{DType, Tensor, TensorData};
+use burn_peft_kernels::{Codec, LinearKernels, PackedWeight};
 use std::{
     collections::BTreeMap,
     panic::resume_unwind,

@@ -7,7 +7,7 @@ use super::{
     registry::check_new_adapter,
 };
 use crate::{
-    Error, Linear, LinearKernels, Loaded, Lora, LoraConfig, TargetModules,
+    Error, Linear, Loaded, Lora, LoraConfig, TargetModules,
     config::InitLoraWeights,
     format::{self, AdapterFiles},
     lora::{Dora, LoraSpec},
@@ -17,6 +17,7 @@ use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData},
 };
+use burn_peft_kernels::LinearKernels;
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,

@@ -4,7 +4,8 @@ use super::{
     linears::{Linears, check_layers},
     registry::check_exists,
 };
-use crate::{Error, LinearKernels};
+use crate::Error;
+use burn_peft_kernels::LinearKernels;
 
 /// Merges the named adapter into the weights of its layers; merging a merged adapter does nothing. Several adapters may
 /// be merged, one after the other.

@@ -1,7 +1,8 @@
 //! The named adapters of a model, of any kind: listing and checking them.
 
 use super::linears::Linears;
-use crate::{Error, LinearKernels, route::BASE};
+use crate::{Error, route::BASE};
+use burn_peft_kernels::LinearKernels;
 
 /// Returns the names of all adapters, in the order of their first appearance on a layer; those of prompts come last.
 pub fn names<B: LinearKernels, M: Linears<B>>(model: &M) -> Vec<String> {

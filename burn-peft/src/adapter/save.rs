@@ -1,8 +1,9 @@
 //! Saving adapters of any kind.
 
 use super::{ia3::save_ia3, linears::Linears, lora::collect_state_dict, registry::check_exists};
-use crate::{Error, LinearKernels, format};
+use crate::{Error, format};
 use burn::module::Module;
+use burn_peft_kernels::LinearKernels;
 use std::path::Path;
 
 /// Every module that exposes its linear layers can save the adapters on them.

@@ -1,15 +1,12 @@
 //! DoRA: trains the magnitude of a weight separately from its direction (Liu et al., 2024, arXiv:2402.09353).
 
 use super::Lora;
-use crate::{
-    kernel,
-    kernel::{LinearKernels, MatmulPrecision, WeightMatrix},
-    param,
-};
+use crate::param;
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor, s},
 };
+use burn_peft_kernels::{LinearKernels, MatmulPrecision, WeightMatrix, linear};
 
 /// The magnitude `m` of DoRA. The layer's weight becomes `m·(W + s·B·A) / ‖W + s·B·A‖`, row by row. The norm is treated
 /// as a constant in the backward pass.
@@ -49,7 +46,7 @@ pub(crate) fn weight_norm<B: LinearKernels>(lora: &Lora<B>, weight: &WeightMatri
         // A detached leaf still requires a gradient, which a weight in half precision cannot have.
         let weight = weight.rows(range.clone()).detach().set_require_grad(false);
         let b = b.clone().slice(s![range, ..]);
-        let across = kernel::linear(a.clone(), weight.clone(), MatmulPrecision::F32).transpose() * (2.0 * lora.scaling);
+        let across = linear(a.clone(), weight.clone(), MatmulPrecision::F32).transpose() * (2.0 * lora.scaling);
         let weight = weight.cast(DType::F32);
         let square = (weight.clone() * weight).sum_dim(1) + ((across + b.clone().matmul(own.clone())) * b).sum_dim(1);
         // Rounding may make the square of a vanishing row slightly negative.

@@ -1,7 +1,7 @@
 //! The prompt encoder, which computes the virtual tokens: an embedding table, optionally followed by an MLP.
 
 use super::{BaseShape, PromptConfig, PromptMethod};
-use crate::{ForwardContext, Linear, LinearKernels, Weight, param, random};
+use crate::{ForwardContext, Linear, Weight, param, random};
 use burn::{
     module::{Module, Param},
     tensor::{
@@ -9,6 +9,7 @@ use burn::{
         activation::{relu, tanh},
     },
 };
+use burn_peft_kernels::LinearKernels;
 
 /// An embedding table, followed by linear layers with an activation between them.
 #[derive(Module, Debug)]

@@ -1,11 +1,12 @@
 //! Reads and writes prompts as PEFT directories, which hold a single tensor, `prompt_embeddings`.
 
 use super::{BaseShape, Prompt, PromptConfig, PromptEncoder, PromptMethod};
-use crate::{Error, LinearKernels, Loaded, Weight, format};
+use crate::{Error, Loaded, Weight, format};
 use burn::{
     module::Param,
     tensor::{DType, Tensor, TensorData},
 };
+use burn_peft_kernels::LinearKernels;
 use std::{collections::BTreeMap, path::Path};
 
 const EMBEDDINGS_KEY: &str = "prompt_embeddings";

@@ -15,11 +15,12 @@ mod file;
 pub use config::{BaseShape, PromptConfig, PromptMethod, PromptTuningInit};
 pub use encoder::{Activation, PromptEncoder};
 
-use crate::{Error, ForwardContext, LinearKernels, random};
+use crate::{Error, ForwardContext, random};
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData, s},
 };
+use burn_peft_kernels::LinearKernels;
 
 /// A prompt of a model, trained or in training.
 #[derive(Module, Debug)]

@@ -2,7 +2,7 @@
 
 use burn::tensor::DType;
 use burn_llama::Storage;
-use burn_peft::kernel;
+use burn_peft::MatmulPrecision;
 use serde::{Deserialize, Serialize};
 
 use super::value::{DatasetSource, Packing, sources};
@@ -38,7 +38,7 @@ pub enum ComputeDtype {
     F16,
 }
 
-impl From<ComputeDtype> for kernel::MatmulPrecision {
+impl From<ComputeDtype> for MatmulPrecision {
     fn from(compute: ComputeDtype) -> Self {
         match compute {
             ComputeDtype::F32 => Self::F32,

@@ -20,7 +20,7 @@ mod names;
 pub mod write;
 
 pub use adapter::adapter_to_peft;
-pub use burn_peft::packed::BlockType;
+pub use burn_peft_kernels::BlockType;
 pub use header::{MetadataArray, MetadataValue, TensorEntry};
 pub use names::{gguf_name, hugging_face_key};
 

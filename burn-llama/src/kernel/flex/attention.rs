@@ -9,7 +9,7 @@ use super::{
 use crate::kernel::AttentionMask;
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
-use burn_peft::kernel::gemm::{GemmOutput, Matrix, Threads, sgemm};
+use burn_peft_kernels::gemm::{GemmOutput, Matrix, Threads, sgemm};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -121,8 +121,9 @@ pub(super) fn forward(qkv: [FlexTensor; 3], visibility: &AttentionMask<Flex>) ->
     let (q, k, v) = (contiguous(q), contiguous_rows(k), contiguous_rows(v));
     let (sizes, rows) = (AttentionShape::of(&q, &k), q.layout().shape()[0]);
     let visible = KeyRanges::of_batch(visibility);
-    let (mut output, mut lse) =
-        (uninit_vec(values(&q).len()), uninit_vec(rows * sizes.kv_heads * sizes.group * sizes.queries));
+    let lse_len = rows * sizes.kv_heads * sizes.group * sizes.queries;
+    // SAFETY: the tiles of all rows and heads cover both buffers, and each tile writes its part of them.
+    let (mut output, mut lse) = unsafe { (uninit_vec(values(&q).len()), uninit_vec(lse_len)) };
     let (out, sums) = (DisjointSlices(output.as_mut_ptr()), DisjointSlices(lse.as_mut_ptr()));
     let tiles: Vec<_> = sizes.tiles(0..sizes.queries).collect();
     (0..rows * sizes.kv_heads * tiles.len()).into_par_iter().for_each(|task| {
@@ -239,7 +240,8 @@ pub(super) fn backward(
     let ([q, k, v], [lse, dy]) = (qkv.map(contiguous), saved.map(contiguous));
     let (sizes, rows) = (AttentionShape::of(&q, &k), q.layout().shape()[0]);
     let visible = KeyRanges::of_batch(visibility);
-    let mut dq = uninit_vec(values(&q).len());
+    // SAFETY: the tiles of all rows and heads cover the buffer, and each tile writes its part of it.
+    let mut dq = unsafe { uninit_vec(values(&q).len()) };
     let gradient = DisjointSlices(dq.as_mut_ptr());
     let parts: Vec<_> = (0..sizes.queries)
         .step_by(QUERIES_PER_PARTIAL)

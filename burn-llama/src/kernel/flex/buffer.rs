@@ -4,7 +4,7 @@ use burn::tensor::{DType, Shape, TensorData, bf16, f16};
 use burn_flex::FlexTensor;
 use std::borrow::Cow;
 
-pub(super) use burn_peft::kernel::scratch::{uninit_vec, with_scratch};
+pub(super) use burn_peft_kernels::scratch::{uninit_vec, with_scratch};
 
 /// Returns the tensor with its values contiguous from the start of its buffer.
 pub(super) fn contiguous(tensor: FlexTensor) -> FlexTensor {

@@ -8,9 +8,9 @@ use super::{
 use crate::kernel::{Losses, Targets, tensor as wrapped};
 use burn::{backend::Flex, tensor::DType};
 use burn_flex::FlexTensor;
-use burn_peft::kernel::{
+use burn_peft_kernels::{
     LinearKernels, MatmulPrecision, WeightMatrix,
-    gemm::{self, GemmOutput, Matrix, Threads, gemm},
+    gemm::{self, GemmOptions, GemmOutput, Matrix, Threads, gemm},
 };
 use rayon::prelude::*;
 
@@ -106,7 +106,8 @@ pub(super) fn forward(
     let (mut d_hidden, mut d_head) = (room(wanted[0], n * width), room(wanted[1], vocabulary * width));
     let step = head.tokens_per_block(wanted[1]);
     // This buffer is freed after the last block, so that it takes no memory in the backward pass.
-    let mut logits = uninit_vec(n.min(step) * vocabulary);
+    // SAFETY: every block of tokens overwrites its logits before it reads them.
+    let mut logits = unsafe { uninit_vec(n.min(step) * vocabulary) };
     for from in (0..n).step_by(step) {
         let to = n.min(from + step);
         let d_hidden = if wanted[0] { &mut d_hidden[from * width..to * width] } else { &mut [] };
@@ -135,7 +136,7 @@ fn token_block(
     let gradient = !sums.d_hidden.is_empty() || !sums.d_head.is_empty();
     head.for_each_block(|from, rows, _| {
         let to = GemmOutput { values: &mut logits[from..], stride: vocabulary, accumulate: false };
-        gemm(head.compute, to, tokens, rows.transposed(), 1.0, Threads::All);
+        gemm(to, tokens, rows.transposed(), GemmOptions::new(head.compute));
     });
     let rows = logits.par_chunks_exact_mut(vocabulary).zip(sums.losses).zip(sums.lse);
     rows.zip(ids.par_iter().zip(weights)).for_each(|(((logits, loss), lse), (&id, &weight))| {
@@ -146,12 +147,14 @@ fn token_block(
         // The caller has set it to 0.
         head.for_each_block(|from, rows, count| {
             let step = count.div_ceil(HEAD_PARTS);
-            let mut parts = uninit_vec(count.div_ceil(step) * n * width);
+            // SAFETY: each part is overwritten by a product.
+            let mut parts = unsafe { uninit_vec(count.div_ceil(step) * n * width) };
             parts.par_chunks_exact_mut(n * width).enumerate().for_each(|(part, values)| {
                 let own = part * step..count.min((part + 1) * step);
                 let logits = Matrix::strided(&logits[from + own.start..], [n, own.len()], vocabulary);
                 let to = GemmOutput { values, stride: width, accumulate: false };
-                gemm(head.compute, to, logits, rows.rows(own), 1.0, Threads::One);
+                let options = GemmOptions { threads: Threads::One, ..GemmOptions::new(head.compute) };
+                gemm(to, logits, rows.rows(own), options);
             });
             for part in parts.chunks_exact(n * width) {
                 sums.d_hidden.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
@@ -160,7 +163,7 @@ fn token_block(
     }
     if !sums.d_head.is_empty() {
         let to = GemmOutput { values: sums.d_head, stride: width, accumulate: true };
-        gemm(head.compute, to, Matrix::new(logits, [n, vocabulary]).transposed(), tokens, 1.0, Threads::All);
+        gemm(to, Matrix::new(logits, [n, vocabulary]).transposed(), tokens, GemmOptions::new(head.compute));
     }
 }
 

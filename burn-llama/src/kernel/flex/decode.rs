@@ -15,12 +15,10 @@ use crate::{
 };
 use attention::{HeadShape, decode_attention, rotate_rows, visible_ranges};
 use burn::backend::Flex;
-use burn_peft::{
-    Linear,
-    kernel::{
-        WeightMatrix,
-        gemv::{Gemv, WeightRows, gemv_batch},
-    },
+use burn_peft::Linear;
+use burn_peft_kernels::{
+    WeightMatrix,
+    gemv::{Gemv, WeightRows, gemv_batch},
 };
 use std::ops::Range;
 
@@ -337,7 +335,8 @@ mod tests {
     use super::*;
     use crate::{LlamaConfig, SequenceLayout, layout::int_tensor};
     use burn::tensor::{DType, Tensor, TensorData};
-    use burn_peft::{Ia3Config, Linears, LoraConfig, PromptConfig, Weight, adapter, packed::PackedWeight};
+    use burn_peft::{Ia3Config, Linears, LoraConfig, PromptConfig, Weight, adapter};
+    use burn_peft_kernels::PackedWeight;
     use serde_json::{Value, json};
 
     fn model(changes: Value) -> Llama<Flex> {

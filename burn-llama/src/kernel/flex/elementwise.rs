@@ -41,7 +41,8 @@ pub(super) fn swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
     let (gate, up) = (contiguous(gate), contiguous(up));
     let shape = gate.layout().shape().clone();
     let (gate, up) = (values(&gate), values(&up));
-    let mut out = uninit_vec(gate.len());
+    // SAFETY: all values are written below.
+    let mut out = unsafe { uninit_vec(gate.len()) };
     out.par_chunks_mut(VALUES_PER_TASK)
         .zip(gate.par_chunks(VALUES_PER_TASK))
         .zip(up.par_chunks(VALUES_PER_TASK))
@@ -117,7 +118,8 @@ pub(super) fn swiglu_backward(gate: FlexTensor, up: FlexTensor, dy: FlexTensor) 
         return (gate, up);
     }
     let (gate, up) = (gate.storage::<bf16>(), up.storage::<bf16>());
-    let (mut d_gate, mut d_up) = (uninit_vec(gate.len()), uninit_vec(gate.len()));
+    // SAFETY: all values of both are written below.
+    let (mut d_gate, mut d_up) = unsafe { (uninit_vec(gate.len()), uninit_vec(gate.len())) };
     let outputs = d_gate.par_chunks_mut(VALUES_PER_TASK).zip(d_up.par_chunks_mut(VALUES_PER_TASK));
     outputs.zip(gate.par_chunks(VALUES_PER_TASK).zip(up.par_chunks(VALUES_PER_TASK)).zip(dy)).for_each(
         |((d_gate, d_up), ((gate, up), dy))| {

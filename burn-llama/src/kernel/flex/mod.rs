@@ -19,7 +19,7 @@ use burn::{
     tensor::{DType, FloatDType, Slice, ops::FloatTensorOps},
 };
 use burn_flex::FlexTensor;
-use burn_peft::kernel::{MatmulPrecision, WeightMatrix};
+use burn_peft_kernels::{MatmulPrecision, WeightMatrix};
 
 /// Returns true if all tensors are f32.
 fn all_f32(tensors: &[&FlexTensor]) -> bool {

@@ -15,7 +15,9 @@ pub(super) fn forward(x: FlexTensor, weight: FlexTensor, epsilon: f64) -> FlexTe
     let (x, weight) = (contiguous(x), contiguous(weight));
     let shape = x.layout().shape().clone();
     let (x, weight) = (values(&x), to_f32(&weight));
-    let (width, mut out) = (weight.len(), uninit_vec(x.len()));
+    let width = weight.len();
+    // SAFETY: all values are written below, row by row.
+    let mut out = unsafe { uninit_vec(x.len()) };
     out.par_chunks_mut(ROWS_PER_TASK * width).zip(x.par_chunks(ROWS_PER_TASK * width)).for_each(|(out, x)| {
         vectorized(
             #[inline(always)]
@@ -49,7 +51,8 @@ pub(super) fn backward(
     let shape = x.layout().shape().clone();
     let (x, weight, dy) = (values(&x), to_f32(&weight), values(&dy));
     let (width, adds) = (weight.len(), found.is_some());
-    let mut dx = found.map_or_else(|| tensor(uninit_vec(x.len()), &shape), contiguous);
+    // SAFETY: all values are written below, row by row; they are read only if a gradient was found.
+    let mut dx = found.map_or_else(|| tensor(unsafe { uninit_vec(x.len()) }, &shape), contiguous);
     let parts: Vec<Vec<f32>> = dx
         .storage_mut::<f32>()
         .par_chunks_mut(ROWS_PER_TASK * width)

@@ -4,7 +4,7 @@
 /// The number of independent partial sums of a reduction: two AVX2 registers, one AVX-512 register.
 const LANES: usize = 16;
 
-pub(super) use burn_peft::kernel::scratch::vectorized;
+pub(super) use burn_peft_kernels::instructions::vectorized;
 
 /// Computes `eˣ` with a relative error of 2e-7. Where `eˣ` underflows, the result is about the smallest normal number;
 /// NaN stays NaN.

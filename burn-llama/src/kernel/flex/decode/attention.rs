@@ -8,7 +8,7 @@ use crate::kernel::{
     },
 };
 use burn::backend::Flex;
-use burn_peft::kernel::scratch::dispatch_simd;
+use burn_peft_kernels::instructions::dispatch_simd;
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 use std::ops::Range;
