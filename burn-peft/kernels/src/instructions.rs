@@ -46,6 +46,15 @@ pub(crate) fn has_avx2() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
+/// Returns true if the machine has, and may use, the 512-bit instructions that all our kernels need: AVX-512F, BW and VL.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn has_avx512() -> bool {
+    max_instruction_set() >= InstructionSet::Avx512
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+}
+
 /// Returns the instruction set for which `pulp` compiles generic loops.
 #[inline]
 fn simd_arch() -> pulp::Arch {

@@ -2,16 +2,14 @@
 //! or packed as GGUF blocks or NF4.
 //!
 //! ```text
-//!   x [tokens, in]           weight [out, in]: WeightMatrix
-//!        │                     Dense (f32, f16, bf16)     Packed (GGUF blocks, NF4)
-//!        └───────────┬─────────────────┘──────────────────────────┘
-//!              LinearKernels: forward, backward of x, backward of the weight
-//!          ┌─────────┴────────────────────┐
-//!    Flex (CPU)                     other backends
-//!      ├─ up to 8 tokens: gemv        tensor operations; packed rows are decoded
-//!      │  on the stored rows          tile by tile with shifts and masks
-//!      └─ more tokens: gemm
-//!         on tiles of decoded rows
+//!   x [tokens, in]     weight [out, in]: dense (f32, f16, bf16) or packed (GGUF blocks, NF4)
+//!         └─────────┬─────────┘
+//!             LinearKernels     y = x·Wᵀ,  dx = dy·W,  dW = dyᵀ·x
+//!         ┌─────────┴─────────┐
+//!    Flex (CPU)        other backends
+//!         │                   └─ tensor operations; packed rows are decoded tile by tile
+//!         ├─ up to 8 tokens: gemv on the rows as they are stored
+//!         └─ more tokens:    gemm on the rows in place, or on tiles of decoded rows
 //! ```
 //!
 //! The key design decision: a weight is never copied to another type as a whole. A kernel reads it as it is stored, or

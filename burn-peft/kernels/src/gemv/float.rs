@@ -120,32 +120,27 @@ fn dot_bf16<S: Simd>(simd: S, row: &[u32], even: &[f32], odd: &[f32]) -> f32 {
     let (row, row_rest) = S::as_simd_u32s(row);
     let ((even, even_rest), (odd, odd_rest)) = (S::as_simd_f32s(even), S::as_simd_f32s(odd));
     let (pairs, single) = pulp::as_arrays::<2, _>(row);
-    let [mut a, mut b, mut c, mut d] = [simd.splat_f32s(0.0); ACCUMULATORS];
+    let [mut even_pairs, mut odd_pairs] = [[simd.splat_f32s(0.0); 2]; 2];
     for pair in 0..pairs.len().min(even.len() / 2).min(odd.len() / 2) {
         prefetch_after(&pairs[pair]);
-        (a, b) = accumulate_pairs(simd, pairs[pair][0], [even[2 * pair], odd[2 * pair]], (a, b));
-        (c, d) = accumulate_pairs(simd, pairs[pair][1], [even[2 * pair + 1], odd[2 * pair + 1]], (c, d));
+        even_pairs = accumulate_pairs(simd, pairs[pair][0], [even[2 * pair], odd[2 * pair]], even_pairs);
+        odd_pairs = accumulate_pairs(simd, pairs[pair][1], [even[2 * pair + 1], odd[2 * pair + 1]], odd_pairs);
     }
     if let ([row], Some(&even), Some(&odd)) = (single, even.last(), odd.last()) {
-        (a, b) = accumulate_pairs(simd, *row, [even, odd], (a, b));
+        even_pairs = accumulate_pairs(simd, *row, [even, odd], even_pairs);
     }
     let (even, odd) = (simd.partial_load_f32s(even_rest), simd.partial_load_f32s(odd_rest));
-    (c, d) = accumulate_pairs(simd, simd.partial_load_u32s(row_rest), [even, odd], (c, d));
-    reduce_sum(simd, [a, b, c, d])
+    odd_pairs = accumulate_pairs(simd, simd.partial_load_u32s(row_rest), [even, odd], odd_pairs);
+    reduce_sum(simd, [even_pairs[0], even_pairs[1], odd_pairs[0], odd_pairs[1]])
 }
 
 /// Adds the products of words, which hold two bf16 each, with the activations of even and of odd index.
 #[inline(always)]
-fn accumulate_pairs<S: Simd>(
-    simd: S,
-    row: S::u32s,
-    x: [S::f32s; 2],
-    (low, high): (S::f32s, S::f32s),
-) -> (S::f32s, S::f32s) {
+fn accumulate_pairs<S: Simd>(simd: S, row: S::u32s, x: [S::f32s; 2], [low, high]: [S::f32s; 2]) -> [S::f32s; 2] {
     let first = simd.wrapping_dyn_shl_u32s(row, simd.splat_u32s(16));
     let second = simd.and_u32s(row, simd.splat_u32s(0xffff_0000));
     let low = simd.mul_add_e_f32s(simd.transmute_f32s_u32s(first), x[0], low);
-    (low, simd.mul_add_e_f32s(simd.transmute_f32s_u32s(second), x[1], high))
+    [low, simd.mul_add_e_f32s(simd.transmute_f32s_u32s(second), x[1], high)]
 }
 
 /// Sums four accumulators to a scalar.

@@ -38,7 +38,7 @@ pub fn take_accumulated_gradient<B: Backend>(
     grads.remove(&key)
 }
 
-/// What the backward pass of a dense linear layer needs.
+/// The tensors that the backward pass of a dense linear layer needs.
 #[derive(Debug, Clone)]
 struct LinearState<X> {
     /// The activations, if the weight is trained.
@@ -74,7 +74,7 @@ impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
     }
 }
 
-/// What the backward pass of a packed linear layer needs.
+/// The weight that the backward pass of a packed linear layer needs.
 #[derive(Debug, Clone)]
 struct PackedState<B: Backend> {
     weight: PackedWeight<B>,

@@ -5,6 +5,7 @@
 //! hold and shift those, and no optimizer or gradient sees them.
 
 mod block;
+mod decode;
 mod encode;
 pub mod nf4;
 

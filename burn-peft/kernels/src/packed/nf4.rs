@@ -162,10 +162,9 @@ impl<'a> Nf4Row<'a> {
         let (blocks, rest) = bytes.split_at(features / BLOCK_SIZE * BLOCK_BYTES);
         let (words, _) = rest.as_chunks::<4>();
         let (head, scales) = words.split_at(2);
-        let in_first = u32::from_le_bytes(head[0]) as usize;
         Self {
             blocks: blocks.as_chunks().0,
-            blocks_in_first_group: in_first,
+            blocks_in_first_group: u32::from_le_bytes(head[0]) as usize,
             mean: f32::from_le_bytes(head[1]),
             scales,
         }

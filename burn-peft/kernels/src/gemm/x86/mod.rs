@@ -22,7 +22,7 @@ mod problem;
 use super::{GemmOptions, GemmOutput, Matrix};
 use crate::{
     MatmulPrecision,
-    instructions::{InstructionSet, has_avx2, max_instruction_set},
+    instructions::{InstructionSet, has_avx2, has_avx512, max_instruction_set},
 };
 use amx::{AmxBf16, AmxF32x3};
 use avx2::Avx2;
@@ -37,13 +37,6 @@ const MIN_SIZE_BF16X3: usize = 96;
 /// Returns true if this machine can run these micro-kernels.
 pub(super) fn available() -> bool {
     has_avx2()
-}
-
-fn has_avx512() -> bool {
-    max_instruction_set() >= InstructionSet::Avx512
-        && is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512vl")
 }
 
 fn has_amx() -> bool {

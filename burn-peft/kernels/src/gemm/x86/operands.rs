@@ -70,10 +70,10 @@ pub(super) struct PackBuffer {
 }
 
 impl PackBuffer {
-    /// Returns the buffer from micro-panel `index` on.
+    /// Returns the buffer without its first `count` micro-panels.
     #[inline(always)]
-    pub(super) fn from_panel(self, index: usize) -> Self {
-        Self { words: self.words.wrapping_add(index * self.panel_words), ..self }
+    pub(super) fn skip_panels(self, count: usize) -> Self {
+        Self { words: self.words.wrapping_add(count * self.panel_words), ..self }
     }
 }
 

@@ -175,7 +175,7 @@ impl<K: MicroKernel> GemmProblem<K> {
         // SAFETY: the caller guarantees the ranges, the buffers and the CPU features, which are the conditions of the
         // micro-kernel; a micro-panel is read in place only if `reads_in_place` returned true for it.
         unsafe {
-            let to = buffers.b.from_panel(in_place);
+            let to = buffers.b.skip_panels(in_place);
             self.kernel.pack_b(&self.b, panels.start + in_place..panels.end, k.clone(), to);
             for row in rows.clone().step_by(K::MR) {
                 let tile = row..rows.end.min(row + K::MR);
@@ -185,7 +185,7 @@ impl<K: MicroKernel> GemmProblem<K> {
                 for (index, panel) in panels.clone().enumerate() {
                     let b = match index < in_place {
                         true => self.panel_in_place(panel, k.start),
-                        false => self.packed_panel(buffers.b.from_panel(index)),
+                        false => self.packed_panel(buffers.b.skip_panels(index)),
                     };
                     let output = self.output_tile(tile.start, panel, k.start > 0);
                     output.prefetch(tile.len());

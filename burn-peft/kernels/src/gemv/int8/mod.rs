@@ -7,11 +7,7 @@
 mod activations;
 mod formats;
 
-use crate::{
-    instructions::{InstructionSet, max_instruction_set},
-    packed::BlockType,
-    weight_rows::RawRows,
-};
+use crate::{instructions::has_avx512, packed::BlockType, weight_rows::RawRows};
 use activations::ActivationGroup;
 use formats::{Int8Format, NibblesInt8, Q4KInt8, Q6KInt8, Q8Int8};
 use std::{arch::x86_64::*, cell::RefCell};
@@ -70,11 +66,7 @@ impl Int8Input {
 
 /// Returns true if the machine has, and may use, AVX-512 with VNNI.
 pub(super) fn has_avx512_vnni() -> bool {
-    max_instruction_set() >= InstructionSet::Avx512
-        && is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512vl")
-        && is_x86_feature_detected!("avx512vnni")
+    has_avx512() && is_x86_feature_detected!("avx512vnni")
 }
 
 /// Computes the products of packed rows with every row of activations, until `y` is full.

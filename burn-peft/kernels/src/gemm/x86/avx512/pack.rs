@@ -61,7 +61,7 @@ unsafe fn pack_b_panels<const IS_BF16: bool, const PAIRS: bool>(
             for panel in 0..count {
                 let start = (panels.start + panel) * NR;
                 let vectors = start..operand.count.min(start + NR);
-                pack_k_major::<IS_BF16, PAIRS, NR>(operand, vectors, k.clone(), to.from_panel(panel).words);
+                pack_k_major::<IS_BF16, PAIRS, NR>(operand, vectors, k.clone(), to.skip_panels(panel).words);
             }
             return;
         }
