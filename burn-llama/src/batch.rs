@@ -3,8 +3,7 @@
 use crate::{
     AttentionContext, Error, KvCache, Llama, OutputSlots, SequenceLayout,
     kernel::{Kernels, Targets},
-    layout::int_tensor,
-    model::index_tensor,
+    layout::{index_tensor, int_tensor},
 };
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 use burn_peft::ForwardContext;
@@ -62,7 +61,7 @@ impl<B: Kernels> Llama<B> {
     /// Returns an error if a token is not in the model's vocabulary, or a row is longer than the model's rotary
     /// frequencies cover.
     pub fn check_examples(&self, examples: &[Example]) -> Result<(), Error> {
-        check_token_ids(examples.iter().flat_map(|example| &example.ids), self.config().vocab_size)?;
+        self.config().check_token_ids(examples.iter().flat_map(|example| &example.ids))?;
         let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
         self.config().rope_scaling.check_length(longest + self.num_virtual_tokens())
     }
@@ -141,16 +140,5 @@ impl<B: Kernels> Llama<B> {
             }
             self.loss(self.model.norm.forward(x), &batch.targets, &batch.output_slots.forward_context)
         })
-    }
-}
-
-/// Refuses token ids beyond the vocabulary: the tokenizer and the model do not belong together.
-pub(crate) fn check_token_ids<'a>(mut ids: impl Iterator<Item = &'a u32>, vocabulary: usize) -> Result<(), Error> {
-    match ids.find(|&&id| id as usize >= vocabulary) {
-        None => Ok(()),
-        Some(id) => {
-            let expected = format!("token ids below {vocabulary} (is the tokenizer the model's own?)");
-            Err(Error::config("vocab_size", expected, id))
-        }
     }
 }

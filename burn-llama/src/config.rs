@@ -171,6 +171,17 @@ impl LlamaConfig {
         Ok(())
     }
 
+    /// Returns an error for a token id beyond the vocabulary: then tokenizer and model do not belong together.
+    pub(crate) fn check_token_ids<'a>(&self, mut ids: impl Iterator<Item = &'a u32>) -> Result<(), Error> {
+        match ids.find(|&&id| id as usize >= self.vocab_size) {
+            None => Ok(()),
+            Some(id) => {
+                let expected = format!("token ids below {} (is the tokenizer the model's own?)", self.vocab_size);
+                Err(Error::config("vocab_size", expected, id))
+            }
+        }
+    }
+
     /// Returns the number of features of all query heads together, and that of all key heads.
     pub fn attention_widths(&self) -> (usize, usize) {
         (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim)

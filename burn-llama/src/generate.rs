@@ -2,7 +2,6 @@
 
 use crate::{
     Error, KvCache, Llama, SequenceLayout,
-    batch::check_token_ids,
     kernel::{Kernels, StepDecoder},
     layout::int_tensor,
     model::RowAdapters,
@@ -177,7 +176,7 @@ impl<'a, B: Kernels> Generation<'a, B> {
         if prompts.is_empty() || prompts.iter().any(Vec::is_empty) {
             return Err(Error::config("prompt", "at least one token", "none"));
         }
-        check_token_ids(prompts.iter().flatten(), model.config().vocab_size)?;
+        model.config().check_token_ids(prompts.iter().flatten())?;
         let layout = SequenceLayout::padded(&prompts.iter().map(Vec::len).collect::<Vec<_>>());
         let ids = padded_ids(prompts, layout.length);
         let arranged = model.layout_with_prompts(&layout, &rows);
@@ -303,7 +302,7 @@ pub fn logits_by_steps<B: Kernels>(
     ids: &[u32],
     mut use_them: impl FnMut(&[f32]),
 ) -> Result<(), Error> {
-    check_token_ids(ids.iter(), model.config().vocab_size)?;
+    model.config().check_token_ids(ids.iter())?;
     let (first, rest) = ids.split_at(ids.len().min(1));
     let settings = GenerationConfig { max_new_tokens: ids.len(), ..GenerationConfig::default() };
     let mut generate = Generation::new(model, &[first.to_vec()], &settings)?;
@@ -338,7 +337,7 @@ fn logits_of_rows<B: Kernels>(
     if sequences.is_empty() || sequences.iter().any(Vec::is_empty) {
         return Err(Error::config("text", "at least one token", "none"));
     }
-    check_token_ids(sequences.iter().flatten(), model.config().vocab_size)?;
+    model.config().check_token_ids(sequences.iter().flatten())?;
     let layout = SequenceLayout::padded(&sequences.iter().map(Vec::len).collect::<Vec<_>>());
     let arranged = model.layout_with_prompts(&layout, rows);
     let (x, mut past) = model.prefill_inputs(padded_ids(sequences, layout.length), &arranged, rows);
@@ -372,7 +371,7 @@ pub fn log_likelihoods<B: Kernels>(model: &Llama<B>, context: &[u32], choices: &
     let start = Generation::new(model, &[context.to_vec()], &settings)?;
     let mut sums = Vec::with_capacity(choices.len());
     for choice in choices {
-        check_token_ids(choice.iter(), model.config().vocab_size)?;
+        model.config().check_token_ids(choice.iter())?;
         let Some((&first, rest)) = choice.split_first() else {
             return Err(Error::config("choice", "at least one token", "none"));
         };

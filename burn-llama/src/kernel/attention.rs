@@ -1,52 +1,12 @@
 //! Attention over blocks of queries, with tensor operations (after Dao, 2023, arXiv:2307.08691).
 
-use super::{F, primitive, tensor};
-use burn::tensor::{Bool, Int, Tensor, backend::Backend, s};
+use super::{AttentionMask, F, primitive, tensor};
+use burn::tensor::{Bool, Tensor, backend::Backend, s};
 
 /// The number of queries per block. The scores of one block are the largest tensor that exists.
 const QUERIES_PER_BLOCK: usize = 64;
 /// The score of a masked pair.
 const MASKED_SCORE: f64 = -1e30;
-
-/// The attention mask by segments and positions. A query attends to a key of its own segment (or of the segment
-/// [`AttentionMask::ANY_SEGMENT`]) at its own position or before, and within the sliding window if there is one.
-#[derive(Debug, Clone)]
-pub struct AttentionMask<B: Backend> {
-    /// The segment of each query, `[rows, queries]`.
-    pub query_segments: Tensor<B, 2, Int>,
-    /// The position of each query, `[rows, queries]`.
-    pub query_positions: Tensor<B, 2, Int>,
-    /// The segment of each key, `[rows, keys]`.
-    pub key_segments: Tensor<B, 2, Int>,
-    /// The position of each key, `[rows, keys]`.
-    pub key_positions: Tensor<B, 2, Int>,
-    /// The sliding window: a query attends only to the last `window` positions, its own included.
-    pub window: Option<usize>,
-}
-
-impl<B: Backend> AttentionMask<B> {
-    /// The segment of keys that are visible to every query of their row, such as a trained prefix.
-    pub const ANY_SEGMENT: i32 = -1;
-    /// The segment of slots that hold no key.
-    pub const EMPTY_SEGMENT: i32 = -2;
-
-    /// Returns true for the masked pairs of queries `from..to` and the first `keys` keys:
-    /// `[rows, 1, 1, to - from, keys]`.
-    fn masked(&self, from: usize, to: usize, keys: usize) -> Tensor<B, 5, Bool> {
-        let q = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., from..to]).unsqueeze_dim::<3>(2);
-        let k = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., ..keys]).unsqueeze_dim::<3>(1);
-        let shape = [self.query_segments.dims()[0], to - from, keys];
-        let key_segments = k(&self.key_segments).expand(shape);
-        let foreign = key_segments.clone().not_equal(q(&self.query_segments).expand(shape));
-        let foreign = foreign.bool_and(key_segments.not_equal_elem(Self::ANY_SEGMENT));
-        let distance = q(&self.query_positions).expand(shape) - k(&self.key_positions).expand(shape);
-        let mut hidden = foreign.bool_or(distance.clone().lower_elem(0));
-        if let Some(window) = self.window {
-            hidden = hidden.bool_or(distance.greater_equal_elem(window as i32));
-        }
-        hidden.unsqueeze_dims::<5>(&[1, 1])
-    }
-}
 
 /// Groups the query heads by the key head that they share: `[rows, kv_heads, group, n, head_dim]`.
 fn grouped<B: Backend>(x: Tensor<B, 4>, kv_heads: usize) -> Tensor<B, 5> {

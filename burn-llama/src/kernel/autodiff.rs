@@ -181,16 +181,6 @@ impl<B: Kernels> Backward<B, 2> for CrossEntropyBackward {
     }
 }
 
-fn inner_mask<B: Backend, C: CheckpointStrategy>(outer: &AttentionMask<Autodiff<B, C>>) -> AttentionMask<B> {
-    AttentionMask {
-        query_segments: outer.query_segments.clone().inner(),
-        query_positions: outer.query_positions.clone().inner(),
-        key_segments: outer.key_segments.clone().inner(),
-        key_positions: outer.key_positions.clone().inner(),
-        window: outer.window,
-    }
-}
-
 impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn rms_norm(x: F<Self>, weight: F<Self>, epsilon: f64) -> F<Self> {
         let output = B::rms_norm(x.primitive.clone(), weight.primitive.clone(), epsilon);
@@ -238,7 +228,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     }
 
     fn flash_attention([q, k, v]: [F<Self>; 3], visibility: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
-        let visibility = inner_mask(visibility);
+        let visibility = visibility.inner();
         let nodes = [q.node.clone(), k.node.clone(), v.node.clone()];
         let qkv = [q.primitive, k.primitive, v.primitive];
         let (output, lse) = B::flash_attention(qkv.clone(), &visibility);
@@ -255,7 +245,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         targets: &Targets<Self>,
         (_, compute): ([bool; 2], MatmulPrecision),
     ) -> Losses<Self> {
-        let targets = Targets { ids: targets.ids.clone().inner(), weights: targets.weights.clone().inner() };
+        let targets = targets.inner();
         let (head_tracked, head_node, head) = match head {
             WeightMatrix::Dense(head) => (head.is_tracked(), head.node.clone(), WeightMatrix::Dense(head.primitive)),
             WeightMatrix::Packed(rows) => {

@@ -1,7 +1,11 @@
 //! The cross-entropy loss of the output head over blocks of tokens and of the vocabulary, with tensor operations.
 
 use super::{F, primitive, tensor};
-use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, backend::Backend, s};
+use burn::tensor::{
+    DType, IndexingUpdateOp, Int, Tensor,
+    backend::{AutodiffBackend, Backend},
+    s,
+};
 use burn_peft::kernel::{self, LinearKernels, MatmulPrecision, WeightMatrix};
 
 /// The number of tokens per block.
@@ -33,6 +37,13 @@ pub struct Losses<B: Backend> {
 impl<B: Backend> Targets<B> {
     fn slice(&self, from: usize, to: usize) -> Self {
         Self { ids: self.ids.clone().slice(s![from..to]), weights: self.weights.clone().slice(s![from..to]) }
+    }
+}
+
+impl<B: AutodiffBackend> Targets<B> {
+    /// Returns the same targets for the backend without autodiff.
+    pub(crate) fn inner(&self) -> Targets<B::InnerBackend> {
+        Targets { ids: self.ids.clone().inner(), weights: self.weights.clone().inner() }
     }
 }
 

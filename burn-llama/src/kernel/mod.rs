@@ -15,7 +15,7 @@ mod rms_norm;
 mod rope;
 mod swiglu;
 
-pub use attention::AttentionMask;
+pub use crate::layout::AttentionMask;
 pub use cross_entropy::{Losses, Targets};
 
 use crate::{KvCache, Llama};

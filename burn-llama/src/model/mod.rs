@@ -1,19 +1,17 @@
 //! The model: embedding, transformer blocks, final norm, output head.
 
 mod block;
+pub(crate) mod build;
 mod init;
 mod linears;
 mod loss;
 mod norm;
 mod row_adapters;
-#[cfg(feature = "zero")]
-mod segments;
 mod virtual_tokens;
 
 pub use block::{Attention, Layer, Mlp};
 pub use norm::RmsNorm;
 pub(crate) use row_adapters::RowAdapters;
-pub(crate) use virtual_tokens::index_tensor;
 
 use crate::{
     AttentionContext, Error, KvCache, LlamaConfig, OutputSlots, SequenceLayout,

@@ -1,7 +1,7 @@
 //! Conversion of a llama.cpp adapter file to a PEFT adapter directory.
 
 use super::{Gguf, TensorEntry, hugging_face_key, permuted_row, write};
-use crate::{Error, LlamaConfig, checkpoint::build};
+use crate::{Error, LlamaConfig, model::build};
 use burn::tensor::TensorData;
 use burn_peft::{LoraConfig, TargetModules, format};
 use std::{

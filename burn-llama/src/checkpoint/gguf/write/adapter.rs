@@ -6,7 +6,7 @@ use super::{
     file::{self, PlannedTensor},
     general_metadata, is_query_or_key,
 };
-use crate::{Error, LlamaConfig, checkpoint::build};
+use crate::{Error, LlamaConfig, model::build};
 use burn::tensor::TensorData;
 use burn_peft::format;
 use std::{
