@@ -4,6 +4,7 @@ use crate::{
     AttentionContext, Error, KvCache, Llama, OutputSlots, SequenceLayout,
     kernel::{Kernels, Targets},
     layout::{index_tensor, int_tensor},
+    model::LayerCache,
 };
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 use burn_peft::ForwardContext;
@@ -128,15 +129,11 @@ impl<B: Kernels> Llama<B> {
             );
             let mut before = before.into_iter();
             for (index, layer) in self.model.layers.iter().enumerate() {
-                let mut past = KvCache::for_single_layer(before.next(), batch.attention_context.rows);
-                let (tail, pass) = self.outputs_at_layer(index, Some(&batch.output_slots), &batch.forward_context);
-                x = layer.attention_block(
-                    x,
-                    &batch.attention_context,
-                    Some((&mut past, 0)),
-                    (&batch.forward_context, tail),
-                );
-                x = layer.mlp_block(x, pass);
+                let outputs = self.outputs_at_layer(index, Some(&batch.output_slots), &batch.forward_context);
+                let cache = &mut KvCache::for_single_layer(before.next(), batch.attention_context.rows);
+                let cache = Some(LayerCache { cache, layer: 0 });
+                x = layer.attention_block(x, &batch.attention_context, cache, &outputs);
+                x = layer.mlp_block(x, outputs.output_context());
             }
             self.loss(self.model.norm.forward(x), &batch.targets, &batch.output_slots.forward_context)
         })

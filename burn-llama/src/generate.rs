@@ -109,7 +109,7 @@ impl GenerationConfig {
     }
 
     /// Chooses the next token of a row: the most likely one, or a sample that depends on (seed, row, step) only.
-    pub fn sample(&self, logits: &mut [f32], history: &[u32], (row, step): (usize, usize)) -> u32 {
+    pub fn sample(&self, logits: &mut [f32], history: &[u32], row: usize, step: usize) -> u32 {
         self.process_logits(logits, history);
         // Takes the first of equal logits, as `argmax` does.
         let best = (1..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best });
@@ -160,7 +160,8 @@ impl<'a, B: Kernels> Generation<'a, B> {
     /// is unknown, or adapters are merged into the weights.
     pub fn mixed<S: AsRef<str>>(
         model: &'a Llama<B>,
-        (prompts, names): (&[Vec<u32>], &[S]),
+        prompts: &[Vec<u32>],
+        names: &[S],
         settings: &'a GenerationConfig,
     ) -> Result<Self, Error> {
         Self::with_row_adapters(model, prompts, settings, model.named_row_adapters(names, prompts.len())?)
@@ -215,7 +216,7 @@ impl<'a, B: Kernels> Generation<'a, B> {
         slots: Option<Vec<i32>>,
     ) -> Result<(), Error> {
         let (model, pass) = (self.model, self.rows.forward_context(layout.length));
-        let hidden = model.hidden_states_at(embeddings, layout, Some(&mut self.cache), (&pass, slots))?;
+        let hidden = model.hidden_states_at(embeddings, layout, Some(&mut self.cache), &pass, slots)?;
         let logits = model.head(hidden, &self.rows.forward_context(1)).cast(DType::F32).into_data();
         self.logits = logits.into_vec().map_err(|e| Error::config("logits", "f32 values", format!("{e:?}")))?;
         Ok(())
@@ -254,7 +255,7 @@ impl<'a, B: Kernels> Generation<'a, B> {
         let vocabulary = self.logits.len() / self.tokens.len();
         let mut new = Vec::with_capacity(self.tokens.len());
         for (row, logits) in self.logits.chunks_exact_mut(vocabulary).enumerate() {
-            let id = self.config.sample(logits, &self.tokens[row], (row, self.step));
+            let id = self.config.sample(logits, &self.tokens[row], row, self.step);
             let ended = self.done[row] || self.config.eos.contains(&id);
             self.done[row] = ended;
             // A row that is done goes on, so that all rows have the same length; its tokens are not returned.

@@ -51,14 +51,14 @@ fn blocks(queries: usize, keys: usize) -> impl Iterator<Item = (usize, usize, us
 }
 
 /// Implements [`flash_attention`](super::Kernels::flash_attention).
-pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>) -> (F<B>, F<B>) {
+pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>) -> (F<B>, F<B>) {
     let (k, v) = (by_head::<B>(k), by_head::<B>(v));
     let [_, kv_heads, keys, _] = k.dims();
     let q = grouped(tensor::<B, 4>(q), kv_heads);
     let [rows, _, group, queries, dim] = q.dims();
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
     for (from, to, seen) in blocks(queries, keys) {
-        let hidden = visibility.masked(from, to, seen);
+        let hidden = mask.masked(from, to, seen);
         // A query without visible keys gets an output of 0; with a log-sum-exp of 0 its weights are 0 in the backward
         // pass too. Such queries are taken from the mask, not from the scores, because on some devices a maximum
         // ignores NaN.
@@ -79,7 +79,7 @@ pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>) 
 }
 
 /// Implements [`flash_attention_backward`](super::Kernels::flash_attention_backward).
-pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>, [lse, dy]: [F<B>; 2]) -> [F<B>; 3] {
+pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>, lse: F<B>, dy: F<B>) -> [F<B>; 3] {
     let (k, v, lse) = (by_head::<B>(k), by_head::<B>(v), tensor::<B, 4>(lse));
     let [_, kv_heads, keys, dim] = k.dims();
     let (q, dy) = (grouped(tensor::<B, 4>(q), kv_heads), grouped(tensor::<B, 4>(dy), kv_heads));
@@ -91,7 +91,7 @@ pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>,
         let rows_of = |x: &Tensor<B, 5>| x.clone().slice(s![.., .., .., from..to, ..]);
         let flat = |x: Tensor<B, 5>| x.reshape([rows, kv_heads, group * n, seen]);
         let (q, dy) = (rows_of(&q), rows_of(&dy));
-        let scores = scores(q.clone(), &k, visibility.masked(from, to, seen));
+        let scores = scores(q.clone(), &k, mask.masked(from, to, seen));
         let p = (scores - lse.clone().slice(s![.., .., .., from..to]).unsqueeze_dim::<5>(4)).exp();
         let dy = stacked(dy);
         let dp = dy.clone().matmul(v.clone().slice(s![.., .., ..seen, ..]).swap_dims(2, 3));
