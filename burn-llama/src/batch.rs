@@ -91,11 +91,10 @@ impl<B: Kernels> Llama<B> {
         let (mut slots, mut targets) = (Vec::new(), Vec::new());
         for (slot, token) in layout.slots() {
             let (example, index) = (&examples[token.row as usize], token.index as usize);
-            let id = example.ids[index] as i32;
-            ids[slot] = id;
+            ids[slot] = example.ids[index] as i32;
             if index > 0 && example.loss_mask[index] {
                 slots.push(places[slot] - 1);
-                targets.push(id);
+                targets.push(ids[slot]);
             }
         }
         assert!(!slots.is_empty(), "a batch needs at least one target");

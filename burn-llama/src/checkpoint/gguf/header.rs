@@ -252,26 +252,18 @@ impl<'a> HeaderReader<'a> {
         let kind = self.u32(key)?;
         let len = self.len(key)?;
         Ok(match kind {
-            types::U8 => MetadataArray::Unsigned(self.fixed_size_elements(len, key, |[byte]| u64::from(byte))?),
-            types::I8 => {
-                MetadataArray::Signed(self.fixed_size_elements(len, key, |bytes| i64::from(i8::from_le_bytes(bytes)))?)
+            types::U8 => MetadataArray::Unsigned(self.fixed_size_elements(len, key, |[b]| b.into())?),
+            types::I8 => MetadataArray::Signed(self.fixed_size_elements(len, key, |b| i8::from_le_bytes(b).into())?),
+            types::U16 => {
+                MetadataArray::Unsigned(self.fixed_size_elements(len, key, |b| u16::from_le_bytes(b).into())?)
             }
-            types::U16 => MetadataArray::Unsigned(
-                self.fixed_size_elements(len, key, |bytes| u64::from(u16::from_le_bytes(bytes)))?,
-            ),
-            types::I16 => {
-                MetadataArray::Signed(self.fixed_size_elements(len, key, |bytes| i64::from(i16::from_le_bytes(bytes)))?)
+            types::I16 => MetadataArray::Signed(self.fixed_size_elements(len, key, |b| i16::from_le_bytes(b).into())?),
+            types::U32 => {
+                MetadataArray::Unsigned(self.fixed_size_elements(len, key, |b| u32::from_le_bytes(b).into())?)
             }
-            types::U32 => MetadataArray::Unsigned(
-                self.fixed_size_elements(len, key, |bytes| u64::from(u32::from_le_bytes(bytes)))?,
-            ),
-            types::I32 => {
-                MetadataArray::Signed(self.fixed_size_elements(len, key, |bytes| i64::from(i32::from_le_bytes(bytes)))?)
-            }
-            types::F32 => {
-                MetadataArray::Float(self.fixed_size_elements(len, key, |bytes| f64::from(f32::from_le_bytes(bytes)))?)
-            }
-            types::BOOL => MetadataArray::Bool(self.fixed_size_elements(len, key, |[byte]| byte != 0)?),
+            types::I32 => MetadataArray::Signed(self.fixed_size_elements(len, key, |b| i32::from_le_bytes(b).into())?),
+            types::F32 => MetadataArray::Float(self.fixed_size_elements(len, key, |b| f32::from_le_bytes(b).into())?),
+            types::BOOL => MetadataArray::Bool(self.fixed_size_elements(len, key, |[b]| b != 0)?),
             types::STRING => {
                 // Nothing is reserved up front. Each string takes at least eight bytes of the file, so its size bounds
                 // the vector.

@@ -31,17 +31,26 @@ const HEAD_PARTS: usize = 8;
 const CONVERTED_ROWS: usize = 4096;
 
 /// The output head, read in blocks of rows.
-struct LmHead<'a> {
-    weight: &'a WeightMatrix<Flex>,
+struct LmHead {
+    weight: WeightMatrix<Flex>,
     vocabulary: usize,
     width: usize,
     precision: MatmulPrecision,
 }
 
-impl LmHead<'_> {
+impl LmHead {
+    fn new(weight: WeightMatrix<Flex>, precision: MatmulPrecision) -> Self {
+        let [vocabulary, width] = weight.shape();
+        let weight = match weight {
+            WeightMatrix::Dense(weight) => WeightMatrix::Dense(contiguous(weight)),
+            packed => packed,
+        };
+        Self { weight, vocabulary, width, precision }
+    }
+
     /// Calls `work` with the first row, the values and the number of rows of each block in turn.
     fn for_each_block(&self, mut work: impl FnMut(usize, Matrix<'_>, usize)) {
-        let halves = match self.weight {
+        let halves = match &self.weight {
             WeightMatrix::Dense(weight) if weight.dtype() == DType::BF16 && gemm::reads_bf16() => {
                 Some(weight.storage())
             }
@@ -50,14 +59,14 @@ impl LmHead<'_> {
         if let Some(values) = halves {
             return work(0, Matrix::from_bf16(values, [self.vocabulary, self.width]), self.vocabulary);
         }
-        let step = match self.weight {
+        let step = match &self.weight {
             WeightMatrix::Dense(weight) if weight.dtype() == DType::F32 => self.vocabulary,
             _ => CONVERTED_ROWS,
         };
         for from in (0..self.vocabulary).step_by(step.max(1)) {
             let to = self.vocabulary.min(from + step);
             let shape = [to - from, self.width];
-            match self.weight {
+            match &self.weight {
                 WeightMatrix::Dense(weight) => {
                     let part = to_f32_range(weight, from * self.width, to * self.width);
                     work(from, Matrix::new(&part, shape), to - from);
@@ -103,13 +112,9 @@ pub(super) fn forward(inputs: CrossEntropyInputs<Flex>, options: CrossEntropyOpt
     let CrossEntropyInputs { hidden, head, targets } = inputs;
     let CrossEntropyOptions { hidden_gradient, head_gradient, precision } = options;
     let weights = contiguous(targets.weights.into_primitive().tensor());
-    let weight = match head {
-        WeightMatrix::Dense(head) => WeightMatrix::Dense(contiguous(head)),
-        packed => packed,
-    };
     let hidden = contiguous(hidden);
-    let ([n, width], [vocabulary, _]) = (hidden.layout().shape().dims(), weight.shape());
-    let head = LmHead { weight: &weight, vocabulary, width, precision };
+    let head = LmHead::new(head, precision);
+    let (n, vocabulary, width) = (hidden.layout().shape()[0], head.vocabulary, head.width);
     let (ids, weights) = (to_i32(targets.ids.into_data()), values(&weights));
     let room = |wanted: bool, size: usize| if wanted { vec![0.0; size] } else { Vec::new() };
     let (mut losses, mut lse) = (vec![0.0; n], vec![0.0; n]);
@@ -142,7 +147,7 @@ pub(super) fn forward(inputs: CrossEntropyInputs<Flex>, options: CrossEntropyOpt
 }
 
 /// Computes the outputs of one block of tokens.
-fn token_block(head: &LmHead<'_>, block: TokenBlock<'_>, outputs: TokenBlockOutputs<'_>) {
+fn token_block(head: &LmHead, block: TokenBlock<'_>, outputs: TokenBlockOutputs<'_>) {
     let TokenBlock { hidden, ids, weights } = block;
     let TokenBlockOutputs { logits, losses, lse, d_hidden, d_head } = outputs;
     let (n, vocabulary, width) = (ids.len(), head.vocabulary, head.width);
@@ -166,7 +171,7 @@ fn token_block(head: &LmHead<'_>, block: TokenBlock<'_>, outputs: TokenBlockOutp
 
 /// Adds the gradient of the hidden states of `n` tokens to `d_hidden [n, width]`, from that of their logits
 /// `[n, vocabulary]`.
-fn add_hidden_gradient(head: &LmHead<'_>, d_logits: &[f32], n: usize, d_hidden: &mut [f32]) {
+fn add_hidden_gradient(head: &LmHead, d_logits: &[f32], n: usize, d_hidden: &mut [f32]) {
     let (vocabulary, width) = (head.vocabulary, head.width);
     head.for_each_block(|from, rows, count| {
         let step = count.div_ceil(HEAD_PARTS);
