@@ -55,3 +55,8 @@ pub use kv_cache::{KeyValue, KvCache};
 pub use layout::{AttentionContext, OutputSlots, RowSlots, SequenceLayout};
 pub use model::Llama;
 pub use tokenizer::Tokenizer;
+
+/// The examples of the README are tests.
+#[cfg(all(doctest, feature = "flex", feature = "zero"))]
+#[doc = include_str!("../README.md")]
+struct Readme;
