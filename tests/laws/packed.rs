@@ -373,5 +373,5 @@ fn what_would_change_packed_weights_is_refused_and_changes_nothing() {
     assert!(error.contains("packed rows"), "{error}");
     let directory = Checkpoint::open(&fixture("models/mha")).unwrap();
     let error = directory.load::<Flex>(Storage::Packed, &Default::default()).unwrap_err().to_string();
-    assert!(error.contains("GGUF") && error.contains("NF4"), "{error}");
+    assert!(error.contains("GGUF") && error.contains("nf4"), "{error}");
 }
