@@ -3,8 +3,8 @@
 use crate::{
     AttentionContext, Error, KvCache, Llama, OutputSlots, SequenceLayout,
     kernel::{Kernels, Targets},
-    layout::int_tensor,
-    model::index_tensor,
+    layout::{index_tensor, int_tensor},
+    model::LayerCache,
 };
 use burn::tensor::{DType, Int, Tensor, backend::Backend};
 use burn_peft::ForwardContext;
@@ -62,7 +62,7 @@ impl<B: Kernels> Llama<B> {
     /// Returns an error if a token is not in the model's vocabulary, or a row is longer than the model's rotary
     /// frequencies cover.
     pub fn check_examples(&self, examples: &[Example]) -> Result<(), Error> {
-        check_token_ids(examples.iter().flat_map(|example| &example.ids), self.config().vocab_size)?;
+        self.config().check_token_ids(examples.iter().flat_map(|example| &example.ids))?;
         let longest = examples.iter().map(|example| example.ids.len()).max().unwrap_or(0);
         self.config().rope_scaling.check_length(longest + self.num_virtual_tokens())
     }
@@ -91,11 +91,10 @@ impl<B: Kernels> Llama<B> {
         let (mut slots, mut targets) = (Vec::new(), Vec::new());
         for (slot, token) in layout.slots() {
             let (example, index) = (&examples[token.row as usize], token.index as usize);
-            let id = example.ids[index] as i32;
-            ids[slot] = id;
+            ids[slot] = example.ids[index] as i32;
             if index > 0 && example.loss_mask[index] {
                 slots.push(places[slot] - 1);
-                targets.push(id);
+                targets.push(ids[slot]);
             }
         }
         assert!(!slots.is_empty(), "a batch needs at least one target");
@@ -129,28 +128,13 @@ impl<B: Kernels> Llama<B> {
             );
             let mut before = before.into_iter();
             for (index, layer) in self.model.layers.iter().enumerate() {
-                let mut past = KvCache::for_single_layer(before.next(), batch.attention_context.rows);
-                let (tail, pass) = self.outputs_at_layer(index, Some(&batch.output_slots), &batch.forward_context);
-                x = layer.attention_block(
-                    x,
-                    &batch.attention_context,
-                    Some((&mut past, 0)),
-                    (&batch.forward_context, tail),
-                );
-                x = layer.mlp_block(x, pass);
+                let outputs = self.outputs_at_layer(index, Some(&batch.output_slots), &batch.forward_context);
+                let cache = &mut KvCache::for_single_layer(before.next(), batch.attention_context.rows);
+                let cache = Some(LayerCache { cache, layer: 0 });
+                x = layer.attention_block(x, &batch.attention_context, cache, &outputs);
+                x = layer.mlp_block(x, outputs.output_context());
             }
             self.loss(self.model.norm.forward(x), &batch.targets, &batch.output_slots.forward_context)
         })
-    }
-}
-
-/// Refuses token ids beyond the vocabulary: the tokenizer and the model do not belong together.
-pub(crate) fn check_token_ids<'a>(mut ids: impl Iterator<Item = &'a u32>, vocabulary: usize) -> Result<(), Error> {
-    match ids.find(|&&id| id as usize >= vocabulary) {
-        None => Ok(()),
-        Some(id) => {
-            let expected = format!("token ids below {vocabulary} (is the tokenizer the model's own?)");
-            Err(Error::config("vocab_size", expected, id))
-        }
     }
 }

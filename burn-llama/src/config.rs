@@ -117,18 +117,11 @@ impl LlamaConfig {
         let model_type = model_type(&fields)?;
         refuse_unsupported(&fields)?;
         let (hidden_size, heads) = (fields.required("hidden_size")?, fields.required("num_attention_heads")?);
-        if fields.get("head_dim").is_none() && !hidden_size.is_multiple_of(heads) {
-            return Err(Error::config(
-                "hidden_size",
-                format!("a multiple of num_attention_heads = {heads}"),
-                hidden_size,
-            ));
-        }
+        let head_dim = head_dim(&fields, hidden_size, heads)?;
         let (qwen2, attention_bias) = (model_type == "qwen2", fields.flag("attention_bias", false)?);
         let max_position_embeddings = fields.positive_integer("max_position_embeddings")?.unwrap_or(2048);
         let rope = fields.get("rope_parameters").or_else(|| fields.get("rope_scaling")).cloned();
         let in_rope = rope.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
-        let head_dim = fields.positive_integer("head_dim")?.unwrap_or(hidden_size / heads);
         let config = Self {
             vocab_size: fields.required("vocab_size")?,
             intermediate_size: fields.required("intermediate_size")?,
@@ -171,6 +164,17 @@ impl LlamaConfig {
         Ok(())
     }
 
+    /// Returns an error for a token id beyond the vocabulary: then tokenizer and model do not belong together.
+    pub(crate) fn check_token_ids<'a>(&self, mut ids: impl Iterator<Item = &'a u32>) -> Result<(), Error> {
+        match ids.find(|&&id| id as usize >= self.vocab_size) {
+            None => Ok(()),
+            Some(id) => {
+                let expected = format!("token ids below {} (is the tokenizer the model's own?)", self.vocab_size);
+                Err(Error::config("vocab_size", expected, id))
+            }
+        }
+    }
+
     /// Returns the number of features of all query heads together, and that of all key heads.
     pub fn attention_widths(&self) -> (usize, usize) {
         (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim)
@@ -206,6 +210,15 @@ fn model_type(fields: &ConfigFields<'_>) -> Result<String, Error> {
     match found {
         "llama" | "mistral" | "qwen2" | "qwen3" => Ok(found.to_owned()),
         _ => Err(Error::config("model_type", "llama, mistral, qwen2 or qwen3", found)),
+    }
+}
+
+/// Returns the number of features of a head, by default those of the hidden states divided among the heads.
+fn head_dim(fields: &ConfigFields<'_>, hidden_size: usize, heads: usize) -> Result<usize, Error> {
+    match fields.positive_integer("head_dim")? {
+        Some(head_dim) => Ok(head_dim),
+        None if hidden_size.is_multiple_of(heads) => Ok(hidden_size / heads),
+        None => Err(Error::config("hidden_size", format!("a multiple of num_attention_heads = {heads}"), hidden_size)),
     }
 }
 

@@ -1,16 +1,15 @@
 //! The KV cache: keys and values of earlier tokens in generation, or of a trained prefix.
 
 use crate::{
-    SequenceLayout,
+    RowSlots, SequenceLayout,
     kernel::{AttentionMask, Kernels, primitive, tensor},
-    model::index_tensor,
+    layout::index_tensor,
 };
-#[cfg(feature = "flex")]
-use burn::backend::Flex;
 use burn::tensor::{Tensor, backend::Backend, s};
-#[cfg(feature = "flex")]
-use burn_flex::FlexTensor;
 use std::{iter, ops::Range};
+
+/// The least number of slots that a layer allocates beyond the reserved ones.
+const MIN_CAPACITY: usize = 64;
 
 /// Keys and values of one layer, `[rows, capacity, kv_heads, head_dim]`; the first slots are in use.
 #[derive(Debug, Clone)]
@@ -153,7 +152,7 @@ impl<B: Backend> KvCache<B> {
         self.rows = rows.len();
         for cache in self.layers.iter_mut().flatten() {
             let device = cache.keys.device();
-            let index = Tensor::from_ints(rows.iter().map(|&r| r as i32).collect::<Vec<_>>().as_slice(), &device);
+            let index = index_tensor(rows.iter().map(|&row| row as i32).collect(), &device);
             cache.keys = cache.keys.clone().select(0, index.clone());
             cache.values = cache.values.clone().select(0, index);
         }
@@ -161,6 +160,12 @@ impl<B: Backend> KvCache<B> {
 }
 
 impl<B: Kernels> KvCache<B> {
+    /// Returns the number of slots that a layer allocates to hold `slots`: the [reserved](Self::reserve) ones if they
+    /// suffice, otherwise a power of two.
+    fn capacity_for(&self, slots: usize) -> usize {
+        if slots <= self.reserved { self.reserved } else { slots.next_power_of_two().max(MIN_CAPACITY) }
+    }
+
     /// Appends new keys and values `[rows, n, kv_heads, head_dim]` to one layer and returns all in use. The capacity is
     /// the [reserved](Self::reserve) one, beyond it powers of two, so that most steps write in place.
     pub(crate) fn append(&mut self, layer: usize, keys: Tensor<B, 4>, values: Tensor<B, 4>) -> KeyValue<B> {
@@ -170,13 +175,13 @@ impl<B: Kernels> KvCache<B> {
             return KeyValue { keys: join(&before.keys, keys), values: join(&before.values, values) };
         }
         let (from, to) = (self.slots, self.slots + keys.dims()[1]);
-        let room = if to <= self.reserved { self.reserved } else { to.next_power_of_two().max(64) };
+        let room = self.capacity_for(to);
         let cache = match self.layers[layer].take() {
             // This may be the only pass over the cache, so no room for more is allocated yet.
             None if to > self.reserved => KeyValue { keys, values },
             None => KeyValue { keys: grow(keys, room), values: grow(values, room) },
             Some(cache) => {
-                let write = |cache, new| write_slots(cache, new, (from, room));
+                let write = |cache, new| write_slots(cache, new, from, room);
                 KeyValue { keys: write(cache.keys, keys), values: write(cache.values, values) }
             }
         };
@@ -187,26 +192,25 @@ impl<B: Kernels> KvCache<B> {
     }
 }
 
-#[cfg(feature = "flex")]
-impl KvCache<Flex> {
+/// Access for a [`StepDecoder`](crate::kernel::StepDecoder), which writes keys and values by itself.
+impl<B: Kernels> KvCache<B> {
     /// Returns the segments and the positions of a row's slots.
-    pub(crate) fn row_slots(&self, row: usize) -> [&[i32]; 2] {
-        [&self.segments[row], &self.positions[row]]
+    pub fn row_slots(&self, row: usize) -> RowSlots<'_> {
+        RowSlots { segments: &self.segments[row], positions: &self.positions[row] }
     }
 
     /// Makes room for at least one more slot in every layer and returns the capacity, the same for all. Returns `None`
     /// if a layer has no keys yet.
-    pub(crate) fn ensure_room_for_one(&mut self) -> Option<usize> {
-        let (from, reserved) = (self.slots, self.reserved);
+    pub fn ensure_room_for_one(&mut self) -> Option<usize> {
+        let (from, room) = (self.slots, self.capacity_for(self.slots + 1));
         let mut capacity = None;
         for layer in &mut self.layers {
             let KeyValue { keys, values } = layer.take()?;
-            let enough = |x: &Tensor<Flex, 4>| x.dims()[1] > from && capacity.is_none_or(|n| n == x.dims()[1]);
+            let enough = |x: &Tensor<B, 4>| x.dims()[1] > from && capacity.is_none_or(|n| n == x.dims()[1]);
             let kept = if enough(&keys) && enough(&values) {
                 KeyValue { keys, values }
             } else {
-                let room = if from < reserved { reserved } else { (from + 1).next_power_of_two().max(64) };
-                let wider = |x: Tensor<Flex, 4>| grow(x.slice(s![.., ..from]), capacity.unwrap_or(room));
+                let wider = |x: Tensor<B, 4>| grow(x.slice(s![.., ..from]), capacity.unwrap_or(room));
                 KeyValue { keys: wider(keys), values: wider(values) }
             };
             capacity = Some(kept.keys.dims()[1]);
@@ -215,24 +219,16 @@ impl KvCache<Flex> {
         capacity
     }
 
-    /// Calls `work` with the keys and the values of a layer as mutable slices, `[rows, capacity, kv_heads, head_dim]`
-    /// each.
-    pub(crate) fn with_layer_mut(&mut self, layer: usize, work: impl FnOnce([&mut [f32]; 2])) {
-        let Some(KeyValue { keys, values }) = self.layers[layer].take() else { return };
-        let in_order = |x: FlexTensor| match x.is_contiguous() && x.layout().start_offset() == 0 {
-            true => x,
-            false => x.to_contiguous(),
-        };
-        let mut both = [primitive(keys), primitive(values)].map(in_order);
-        let [keys, values] = &mut both;
-        work([keys.storage_mut(), values.storage_mut()]);
-        let [keys, values] = both.map(tensor);
-        self.layers[layer] = Some(KeyValue { keys, values });
+    /// Replaces the keys and values of a layer, `[rows, capacity, kv_heads, head_dim]` each, by those that `update`
+    /// returns. The tensors that it gets have no other owner in the cache, so it can write in place. Does nothing if
+    /// the layer has no keys yet.
+    pub fn update_layer(&mut self, layer: usize, update: impl FnOnce(KeyValue<B>) -> KeyValue<B>) {
+        self.layers[layer] = self.layers[layer].take().map(update);
     }
 
     /// Marks one more slot of every row as used, in segment 1, after its keys and values were written through
-    /// [`Self::with_layer_mut`].
-    pub(crate) fn advance_one(&mut self, positions: &[usize]) {
+    /// [`Self::update_layer`].
+    pub fn advance_one(&mut self, positions: &[usize]) {
         for (row, &position) in positions.iter().enumerate() {
             self.segments[row].push(1);
             self.positions[row].push(position as i32);
@@ -242,7 +238,7 @@ impl KvCache<Flex> {
 }
 
 /// Writes `new` at slot `from`; grows the cache to `room` slots first if it is too small.
-fn write_slots<B: Kernels>(cache: Tensor<B, 4>, new: Tensor<B, 4>, (from, room): (usize, usize)) -> Tensor<B, 4> {
+fn write_slots<B: Kernels>(cache: Tensor<B, 4>, new: Tensor<B, 4>, from: usize, room: usize) -> Tensor<B, 4> {
     let full = cache.dims()[1] < from + new.dims()[1];
     let cache = if full { grow(cache.slice(s![.., ..from]), room) } else { cache };
     tensor(B::write_to_cache(primitive(cache), primitive(new), from))
@@ -263,7 +259,10 @@ fn grow<B: Kernels>(used: Tensor<B, 4>, room: usize) -> Tensor<B, 4> {
 mod tests {
     use super::*;
     use crate::{Generation, GenerationConfig, LlamaConfig};
-    use burn::tensor::{TensorData, TensorPrimitive};
+    use burn::{
+        backend::Flex,
+        tensor::{TensorData, TensorPrimitive},
+    };
     use burn_peft::PromptConfig;
 
     /// Returns the address and the capacity of the keys and of the values of every layer.

@@ -1,7 +1,10 @@
-//! The places of tokens in a batch.
+//! The places of tokens in a batch, and which of them see each other.
 
-use crate::kernel::AttentionMask;
-use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::{
+    Bool, DType, Int, Tensor, TensorData,
+    backend::{AutodiffBackend, Backend},
+    s,
+};
 use burn_peft::{ForwardContext, TokenPosition};
 use std::{ops::Range, sync::Arc};
 
@@ -125,6 +128,59 @@ impl SequenceLayout {
     }
 }
 
+/// The attention mask by segments and positions. A query attends to a key of its own segment (or of the segment
+/// [`AttentionMask::ANY_SEGMENT`]) at its own position or before, and within the sliding window if there is one.
+#[derive(Debug, Clone)]
+pub struct AttentionMask<B: Backend> {
+    /// The segment of each query, `[rows, queries]`.
+    pub query_segments: Tensor<B, 2, Int>,
+    /// The position of each query, `[rows, queries]`.
+    pub query_positions: Tensor<B, 2, Int>,
+    /// The segment of each key, `[rows, keys]`.
+    pub key_segments: Tensor<B, 2, Int>,
+    /// The position of each key, `[rows, keys]`.
+    pub key_positions: Tensor<B, 2, Int>,
+    /// The sliding window: a query attends only to the last `window` positions, its own included.
+    pub window: Option<usize>,
+}
+
+impl<B: Backend> AttentionMask<B> {
+    /// The segment of keys that are visible to every query of their row, such as a trained prefix.
+    pub const ANY_SEGMENT: i32 = -1;
+    /// The segment of slots that hold no key.
+    pub const EMPTY_SEGMENT: i32 = -2;
+
+    /// Returns true for the masked pairs of queries `from..to` and the first `keys` keys:
+    /// `[rows, 1, 1, to - from, keys]`.
+    pub(crate) fn masked(&self, from: usize, to: usize, keys: usize) -> Tensor<B, 5, Bool> {
+        let q = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., from..to]).unsqueeze_dim::<3>(2);
+        let k = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., ..keys]).unsqueeze_dim::<3>(1);
+        let shape = [self.query_segments.dims()[0], to - from, keys];
+        let key_segments = k(&self.key_segments).expand(shape);
+        let foreign = key_segments.clone().not_equal(q(&self.query_segments).expand(shape));
+        let foreign = foreign.bool_and(key_segments.not_equal_elem(Self::ANY_SEGMENT));
+        let distance = q(&self.query_positions).expand(shape) - k(&self.key_positions).expand(shape);
+        let mut hidden = foreign.bool_or(distance.clone().lower_elem(0));
+        if let Some(window) = self.window {
+            hidden = hidden.bool_or(distance.greater_equal_elem(window as i32));
+        }
+        hidden.unsqueeze_dims::<5>(&[1, 1])
+    }
+}
+
+impl<B: AutodiffBackend> AttentionMask<B> {
+    /// Returns the same mask for the backend without autodiff.
+    pub(crate) fn inner(&self) -> AttentionMask<B::InnerBackend> {
+        AttentionMask {
+            query_segments: self.query_segments.clone().inner(),
+            query_positions: self.query_positions.clone().inner(),
+            key_segments: self.key_segments.clone().inner(),
+            key_positions: self.key_positions.clone().inner(),
+            window: self.window,
+        }
+    }
+}
+
 /// The inputs of attention that all blocks of one forward pass share: rotary tables and attention mask, on the device.
 #[derive(Debug, Clone)]
 pub struct AttentionContext<B: Backend> {
@@ -140,6 +196,20 @@ pub struct AttentionContext<B: Backend> {
     pub attention_mask: AttentionMask<B>,
 }
 
+#[cfg(feature = "zero")]
+impl<B: AutodiffBackend> AttentionContext<B> {
+    /// Returns the same inputs for the backend without autodiff.
+    pub(crate) fn inner(&self) -> AttentionContext<B::InnerBackend> {
+        AttentionContext {
+            rows: self.rows,
+            length: self.length,
+            cos: self.cos.clone().inner(),
+            sin: self.sin.clone().inner(),
+            attention_mask: self.attention_mask.inner(),
+        }
+    }
+}
+
 /// The slots whose final hidden states are needed. Only these go through the output projection and the MLP of the last
 /// layer, since no later layer needs keys of the others.
 #[derive(Debug, Clone)]
@@ -153,13 +223,36 @@ pub struct OutputSlots<B: Backend> {
 impl<B: Backend> OutputSlots<B> {
     /// Selects the given slots of a forward pass.
     pub fn new(slots: Vec<i32>, pass: &ForwardContext, device: &B::Device) -> Self {
-        let (pass, n) = (pass.select(&slots), slots.len());
-        Self { slots: Tensor::from_data(TensorData::new(slots, [n]), (device, DType::I32)), forward_context: pass }
+        let forward_context = pass.select(&slots);
+        Self { slots: index_tensor(slots, device), forward_context }
     }
+}
+
+#[cfg(feature = "zero")]
+impl<B: AutodiffBackend> OutputSlots<B> {
+    /// Returns the same slots for the backend without autodiff.
+    pub(crate) fn inner(&self) -> OutputSlots<B::InnerBackend> {
+        OutputSlots { slots: self.slots.clone().inner(), forward_context: self.forward_context.clone() }
+    }
+}
+
+/// The segments and the positions of the slots of one row.
+#[derive(Debug, Clone, Copy)]
+pub struct RowSlots<'a> {
+    /// The segment of each slot.
+    pub segments: &'a [i32],
+    /// The position of each slot.
+    pub positions: &'a [i32],
 }
 
 /// Returns the integers as a tensor on the device, `[rows, values.len() / rows]`.
 pub(crate) fn int_tensor<B: Backend>(values: Vec<i32>, rows: usize, device: &B::Device) -> Tensor<B, 2, Int> {
     let columns = values.len() / rows.max(1);
     Tensor::from_data(TensorData::new(values, [rows, columns]), (device, DType::I32))
+}
+
+/// Returns the indices as a tensor on the device, `[values.len()]`.
+pub(crate) fn index_tensor<B: Backend>(values: Vec<i32>, device: &B::Device) -> Tensor<B, 1, Int> {
+    let n = values.len();
+    Tensor::from_data(TensorData::new(values, [n]), (device, DType::I32))
 }

@@ -41,6 +41,8 @@ mod kv_cache;
 mod layout;
 pub mod model;
 pub mod rope;
+#[cfg(feature = "zero")]
+mod segments;
 pub mod tokenizer;
 
 pub use batch::{Batch, Example};
@@ -50,6 +52,11 @@ pub use config::{Biases, LlamaConfig};
 pub use error::{Error, TensorMismatch};
 pub use generate::{Generation, GenerationConfig};
 pub use kv_cache::{KeyValue, KvCache};
-pub use layout::{AttentionContext, OutputSlots, SequenceLayout};
+pub use layout::{AttentionContext, OutputSlots, RowSlots, SequenceLayout};
 pub use model::Llama;
 pub use tokenizer::Tokenizer;
+
+/// The examples of the README are tests.
+#[cfg(all(doctest, feature = "flex", feature = "zero"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

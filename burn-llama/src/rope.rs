@@ -31,8 +31,10 @@ pub enum RopeScaling {
         factor: f64,
         /// The factor of cosines and sines.
         attention_factor: f64,
-        /// The number of rotations at the two ends of the ramp: `beta_fast`, `beta_slow`.
-        beta: (f64, f64),
+        /// The number of rotations in the original context at which the ramp starts.
+        beta_fast: f64,
+        /// The number of rotations in the original context at which the ramp ends.
+        beta_slow: f64,
         /// True if the ends of the ramp are rounded to whole dimensions.
         truncate: bool,
         /// The context length of pretraining.
@@ -74,7 +76,8 @@ impl RopeScaling {
             "yarn" => Self::Yarn {
                 factor: number("factor")?,
                 attention_factor: yarn_attention_factor(value, number("factor")?),
-                beta: (optional("beta_fast").unwrap_or(32.0), optional("beta_slow").unwrap_or(1.0)),
+                beta_fast: optional("beta_fast").unwrap_or(32.0),
+                beta_slow: optional("beta_slow").unwrap_or(1.0),
                 truncate: value.get("truncate").and_then(Value::as_bool).unwrap_or(true),
                 original,
             },
@@ -104,10 +107,10 @@ impl RopeScaling {
                 let smooth = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
                 (1.0 - smooth) * frequency / factor + smooth * frequency
             }
-            Self::Yarn { factor, beta, truncate, original, .. } => {
+            Self::Yarn { factor, beta_fast, beta_slow, truncate, original, .. } => {
                 let dimension =
                     |turns: f64| head_dim as f64 * (original / (turns * 2.0 * PI)).ln() / (2.0 * theta.ln());
-                let (mut low, mut high) = (dimension(beta.0), dimension(beta.1));
+                let (mut low, mut high) = (dimension(*beta_fast), dimension(*beta_slow));
                 if *truncate {
                     (low, high) = (low.floor(), high.ceil());
                 }

@@ -9,7 +9,9 @@ use burn::{
     tensor::{DType, Int, Tensor, TensorData},
 };
 use burn_flex::FlexTensor;
-use burn_llama::kernel::{AttentionMask, Kernels, Targets, portable};
+use burn_llama::kernel::{
+    AttentionMask, CrossEntropyInputs, CrossEntropyOptions, Kernels, RmsNormGradient, Targets, portable,
+};
 use burn_peft::random;
 use burn_peft_kernels::{BlockType, Codec, LinearKernels, MatmulPrecision, PackedWeight, WeightMatrix, matmul};
 use criterion::{Criterion, criterion_group, criterion_main};
@@ -124,14 +126,15 @@ fn rms_norm(c: &mut Criterion) {
             }),
         ],
     );
-    let rule = (EPSILON, false);
+    let gradient =
+        || RmsNormGradient::<Flex> { dy: dy.clone(), accumulated: None, epsilon: EPSILON, weight_trained: false };
     compare(
         c,
         "rms_norm, backward",
         &mut [
-            ("fused", &mut || drop(black_box(Flex::rms_norm_backward(x.clone(), w.clone(), (dy.clone(), None), rule)))),
+            ("fused", &mut || drop(black_box(Flex::rms_norm_backward(x.clone(), w.clone(), gradient())))),
             ("tensor operations", &mut || {
-                drop(black_box(portable::rms_norm_backward::<Flex>(x.clone(), w.clone(), (dy.clone(), None), rule)));
+                drop(black_box(portable::rms_norm_backward::<Flex>(x.clone(), w.clone(), gradient())));
             }),
         ],
     );
@@ -201,16 +204,20 @@ fn attention(c: &mut Criterion) {
             }),
         ],
     );
-    let saved = [lse, dy];
     compare(
         c,
         "attention, backward",
         &mut [
             ("fused", &mut || {
-                drop(black_box(Flex::flash_attention_backward(inputs.clone(), &visibility, saved.clone())));
+                drop(black_box(Flex::flash_attention_backward(inputs.clone(), &visibility, lse.clone(), dy.clone())));
             }),
             ("tensor operations", &mut || {
-                drop(black_box(portable::attention_backward::<Flex>(inputs.clone(), &visibility, saved.clone())));
+                drop(black_box(portable::attention_backward::<Flex>(
+                    inputs.clone(),
+                    &visibility,
+                    lse.clone(),
+                    dy.clone(),
+                )));
             }),
         ],
     );
@@ -224,11 +231,15 @@ fn cross_entropy(c: &mut Criterion) {
         weights: Tensor::ones([TOKENS], (&Default::default(), DType::F32)),
     };
     let dy = Tensor::<Flex, 1>::ones([TOKENS], (&Default::default(), DType::F32)).into_primitive().tensor();
-    let wanted = [true, false];
-    let fused = |head: &FlexTensor, compute| {
-        let inputs = || (hidden.clone(), WeightMatrix::Dense(head.clone()));
-        let kept = Flex::linear_cross_entropy(inputs().0, inputs().1, &targets, (wanted, compute));
-        Flex::linear_cross_entropy_backward(inputs(), &targets, (kept, dy.clone()), (wanted, compute))
+    let inputs = |head: &FlexTensor| CrossEntropyInputs::<Flex> {
+        hidden: hidden.clone(),
+        head: WeightMatrix::Dense(head.clone()),
+        targets: targets.clone(),
+    };
+    let options = |precision| CrossEntropyOptions { hidden_gradient: true, head_gradient: false, precision };
+    let fused = |head: &FlexTensor, precision| {
+        let forward = Flex::linear_cross_entropy(inputs(head), options(precision));
+        Flex::linear_cross_entropy_backward(inputs(head), forward, dy.clone(), options(precision))
     };
     compare(
         c,
@@ -237,10 +248,9 @@ fn cross_entropy(c: &mut Criterion) {
             ("fused", &mut || drop(black_box(fused(&head, MatmulPrecision::F32)))),
             ("fused, bf16", &mut || drop(black_box(fused(&half, MatmulPrecision::Bf16)))),
             ("tensor operations", &mut || {
-                let inputs = || (hidden.clone(), WeightMatrix::Dense(head.clone()));
-                let kept = portable::cross_entropy::<Flex>(inputs().0, inputs().1, &targets, MatmulPrecision::F32);
-                let (sums, rule) = ([kept.lse, dy.clone()], (wanted, MatmulPrecision::F32));
-                drop(black_box(portable::cross_entropy_backward::<Flex>(inputs(), &targets, sums, rule)));
+                let options = options(MatmulPrecision::F32);
+                let lse = portable::cross_entropy::<Flex>(inputs(&head), options).lse;
+                drop(black_box(portable::cross_entropy_backward::<Flex>(inputs(&head), lse, dy.clone(), options)));
             }),
         ],
     );

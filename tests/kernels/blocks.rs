@@ -28,13 +28,13 @@ pub struct PackedRows {
 }
 
 impl PackedRows {
-    /// Generates random blocks with realistic scales.
-    fn blocks(name: &str, (kind, halves): (BlockType, &[usize]), [out, features]: [usize; 2]) -> Self {
+    /// Generates random blocks with realistic half-precision scales, which lie at `scale_offsets` in a block.
+    fn blocks(name: &str, kind: BlockType, scale_offsets: &[usize], [out, features]: [usize; 2]) -> Self {
         let (size, length, key) = (kind.block_bytes(), kind.block_len(), random::key_from_str(name));
         let mut bytes: Vec<u8> =
             (0..(out * features / length * size) as u64).map(|i| random::bits(key, i) as u8).collect();
         for (index, block) in bytes.chunks_exact_mut(size).enumerate() {
-            for &at in halves {
+            for &at in scale_offsets {
                 let value = f16::from_f64(0.01 * (random::uniform(key, (index + at) as u64) - 0.3));
                 block[at..at + 2].copy_from_slice(&value.to_le_bytes());
             }
@@ -117,8 +117,8 @@ pub fn products(table: &mut Vec<Case>) {
             table.push(row.case(Kernel::Packed(rows)));
         }
     };
-    for format in BLOCKS {
-        push(format.0.into(), &|name, shape| PackedRows::blocks(name, format, shape));
+    for (kind, scale_offsets) in BLOCKS {
+        push(kind.into(), &|name, shape| PackedRows::blocks(name, kind, scale_offsets, shape));
     }
     push(Codec::Nf4, &|name, shape| PackedRows::nf4(name, shape));
 }

@@ -5,7 +5,7 @@ use crate::{
     host::{self, HostAttentionMask},
 };
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend, bf16, f16, ops::FloatTensor};
-use burn_llama::kernel::{AttentionMask, Kernels, Targets};
+use burn_llama::kernel::{AttentionMask, CrossEntropyInputs, CrossEntropyOptions, Kernels, Targets};
 use burn_peft::random;
 use burn_peft_kernels::{MatmulPrecision, WeightMatrix};
 use burn_zero::segment::DynTensor;
@@ -127,7 +127,7 @@ impl Case {
                 let heads = [self.inputs[0].shape[2], self.inputs[1].shape[2], features];
                 host::attention([x, &inputs[1], last], sight, heads).into()
             }
-            Kernel::CrossEntropy { ids, weights } => host::cross_entropy([x, last], features, (ids, weights)).into(),
+            Kernel::CrossEntropy { ids, weights } => host::cross_entropy(x, last, features, ids, weights).into(),
         }
     }
 
@@ -164,9 +164,13 @@ impl Case {
             Kernel::CrossEntropy { ids, weights } => {
                 let ids = ints::<B>(ids, 1, device).squeeze_dim::<1>(0);
                 let targets = Targets { ids, weights: floats(weights, place.dtype, device) };
-                let wanted = [0, 1].map(|index| self.inputs[index].trained);
-                let rule = (wanted, place.compute);
-                let found = B::linear_cross_entropy(input(0), WeightMatrix::Dense(input(1)), &targets, rule);
+                let inputs = CrossEntropyInputs { hidden: input(0), head: WeightMatrix::Dense(input(1)), targets };
+                let options = CrossEntropyOptions {
+                    hidden_gradient: self.inputs[0].trained,
+                    head_gradient: self.inputs[1].trained,
+                    precision: place.compute,
+                };
+                let found = B::linear_cross_entropy(inputs, options);
                 vec![found.losses, found.lse]
             }
         };

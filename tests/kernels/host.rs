@@ -110,7 +110,7 @@ pub fn attention(
 
 /// Computes the weighted cross-entropy losses and the log-sum-exp of the logits, `[n]` each, of `hidden [n, features]`
 /// with `head [vocabulary, features]`.
-pub fn cross_entropy([hidden, head]: [&[f64]; 2], features: usize, (ids, weights): (&[i32], &[f64])) -> [Vec<f64>; 2] {
+pub fn cross_entropy(hidden: &[f64], head: &[f64], features: usize, ids: &[i32], weights: &[f64]) -> [Vec<f64>; 2] {
     let (mut losses, mut sums) = (Vec::new(), Vec::new());
     for ((hidden, &id), weight) in hidden.chunks(features).zip(ids).zip(weights) {
         let logits = linear(hidden, head, features);

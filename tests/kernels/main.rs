@@ -172,16 +172,31 @@ fn kind(case: &Case) -> (Discriminant<Kernel>, Option<Codec>) {
     (discriminant(&case.kernel), codec)
 }
 
-/// Checks the properties that hold on every backend, in f32. `tolerance` is relative to the largest value; `few` is the
-/// tolerance for products of packed rows with up to eight rows of activations.
-fn laws<B: Kernels>(device: &B::Device, [tolerance, few]: [f64; 2], extent: CaseSelection) {
+/// The differences that are tolerated, relative to the largest value.
+#[derive(Clone, Copy)]
+struct Tolerances {
+    general: f64,
+    /// The tolerance for products of packed rows with up to eight rows of activations.
+    few_rows: f64,
+}
+
+impl Tolerances {
+    #[cfg_attr(not(any(feature = "tch", feature = "cuda", feature = "vulkan", feature = "wgpu")), allow(dead_code))]
+    fn uniform(tolerance: f64) -> Self {
+        Self { general: tolerance, few_rows: tolerance }
+    }
+}
+
+/// Checks the properties that hold on every backend, in f32.
+fn laws<B: Kernels>(device: &B::Device, tolerances: Tolerances, extent: CaseSelection) {
+    let Tolerances { general: tolerance, few_rows } = tolerances;
     let _lock = one_backward_at_a_time();
     let place = EvaluationContext::<B> { device, dtype: DType::F32, views: false, compute: MatmulPrecision::F32 };
     for (case, truth) in extent.of(truth()) {
         let inputs = case.values();
         let found = evaluate(case, &inputs, &case.dy, &place);
         let fixed = matches!(case.kernel, Kernel::Packed(_)) && case.inputs[0].shape[0] <= 8;
-        assert_same(&found, truth, [if fixed { few } else { tolerance }, tolerance], &case.name);
+        assert_same(&found, truth, [if fixed { few_rows } else { tolerance }, tolerance], &case.name);
         let apart = evaluate(case, &inputs, &case.dy, &EvaluationContext { views: true, ..place });
         assert_same(&apart, &found, [tolerance; 2], &format!("{} of views", case.name));
         if case.dy.len() < 6000 {
@@ -281,7 +296,7 @@ fn packed_is_separate<B: Kernels>(lengths: &[i32], place: &EvaluationContext<'_,
 #[test]
 fn flex() {
     // Activations of up to eight rows may be rounded to 16-bit fixed point.
-    laws::<Flex>(&Default::default(), [3e-6, 4e-5], CaseSelection::All);
+    laws::<Flex>(&Default::default(), Tolerances { general: 3e-6, few_rows: 4e-5 }, CaseSelection::All);
     products_of_halves::<Flex>(&Default::default(), MatmulPrecision::Bf16, 3e-6);
     products_of_halves::<Flex>(&Default::default(), MatmulPrecision::F16, 3e-6);
 }
@@ -289,7 +304,7 @@ fn flex() {
 #[cfg(feature = "tch")]
 #[test]
 fn tch() {
-    laws::<burn::backend::LibTorch>(&Default::default(), [1e-5; 2], CaseSelection::All);
+    laws::<burn::backend::LibTorch>(&Default::default(), Tolerances::uniform(1e-5), CaseSelection::All);
     // LibTorch also rounds the outputs of its products.
     products_of_halves::<burn::backend::LibTorch>(&Default::default(), MatmulPrecision::Bf16, 1.0 / 64.0);
     products_of_halves::<burn::backend::LibTorch>(&Default::default(), MatmulPrecision::F16, 1.0 / 128.0);
@@ -298,19 +313,19 @@ fn tch() {
 #[cfg(feature = "vulkan")]
 #[test]
 fn vulkan() {
-    laws::<burn::backend::Vulkan>(&Default::default(), [1e-4; 2], CaseSelection::OneEach);
+    laws::<burn::backend::Vulkan>(&Default::default(), Tolerances::uniform(1e-4), CaseSelection::OneEach);
 }
 
 #[cfg(feature = "wgpu")]
 #[test]
 fn wgpu() {
-    laws::<burn::backend::Wgpu>(&Default::default(), [1e-4; 2], CaseSelection::OneEach);
+    laws::<burn::backend::Wgpu>(&Default::default(), Tolerances::uniform(1e-4), CaseSelection::OneEach);
 }
 
 #[cfg(feature = "cuda")]
 #[test]
 fn cuda() {
-    laws::<burn::backend::Cuda>(&Default::default(), [1e-2; 2], CaseSelection::All);
+    laws::<burn::backend::Cuda>(&Default::default(), Tolerances::uniform(1e-2), CaseSelection::All);
 }
 
 #[test]

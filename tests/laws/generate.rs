@@ -117,13 +117,13 @@ fn draws_follow_the_probabilities_and_the_seed() {
     let total: f64 = logits.iter().map(|&x| (x as f64).exp()).sum();
     let (n, mut counts) = (100_000, [0usize; 4]);
     for step in 0..n {
-        counts[settings.sample(&mut logits.clone(), &[], (0, step)) as usize] += 1;
+        counts[settings.sample(&mut logits.clone(), &[], 0, step) as usize] += 1;
     }
     for (count, logit) in counts.iter().zip(logits) {
         let (share, expected) = (*count as f64 / n as f64, (logit as f64).exp() / total);
         assert!((share - expected).abs() < 6e-3, "{share} against {expected}");
     }
-    let draw = |seed, step| GenerationConfig { seed, ..settings.clone() }.sample(&mut logits.clone(), &[], (0, step));
+    let draw = |seed, step| GenerationConfig { seed, ..settings.clone() }.sample(&mut logits.clone(), &[], 0, step);
     assert_eq!((0..50).map(|s| draw(1, s)).collect::<Vec<_>>(), (0..50).map(|s| draw(1, s)).collect::<Vec<_>>());
     assert_ne!((0..50).map(|s| draw(1, s)).collect::<Vec<_>>(), (0..50).map(|s| draw(2, s)).collect::<Vec<_>>());
 }

@@ -87,7 +87,7 @@ fn rows_of_a_mixed_batch_are_single_runs() {
         let text = |i: usize| sequence(if same { 0 } else { i as u32 }, lengths[i]);
         let sequences: Vec<Vec<u32>> = (0..ALL.len()).map(text).collect();
         let found = generate::mixed_logits(&model, &sequences, &ALL).unwrap();
-        let said = Generation::mixed(&model, (&sequences, &ALL), &settings).unwrap().finish().unwrap();
+        let said = Generation::mixed(&model, &sequences, &ALL, &settings).unwrap().finish().unwrap();
         let plain: Vec<Vec<f32>> = sequences.iter().map(|ids| logits(&base(), ids)).collect();
         for (i, name) in ALL.into_iter().enumerate() {
             let (alone, found) = (only(name), floats(&found[i].clone().into_data()));

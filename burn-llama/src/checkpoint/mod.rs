@@ -1,7 +1,6 @@
 //! Checkpoints: Hugging Face directories and GGUF files, read one tensor at a time into the model.
 
 mod atomic_write;
-pub(crate) mod build;
 pub mod gguf;
 mod pages;
 mod parameters;
@@ -13,7 +12,7 @@ pub(crate) use atomic_write::{atomic_write, atomic_write_with};
 pub use save::{save, save_as};
 pub use storage::Storage;
 
-use crate::{Error, Llama, LlamaConfig, TensorMismatch, kernel::Kernels};
+use crate::{Error, Llama, LlamaConfig, TensorMismatch, kernel::Kernels, model::build};
 use burn::tensor::{DType, TensorData};
 use gguf::Gguf;
 use std::{

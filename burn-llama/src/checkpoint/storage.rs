@@ -1,7 +1,7 @@
 //! Storage formats of a model's matrices in memory.
 
-use super::{Checkpoint, TensorFiles, build::LoadedTensor, gguf};
-use crate::Error;
+use super::{Checkpoint, TensorFiles, gguf};
+use crate::{Error, model::build::LoadedTensor};
 use burn::tensor::DType;
 use burn_peft_kernels::{Codec, packed::nf4};
 

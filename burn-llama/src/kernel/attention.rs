@@ -1,52 +1,12 @@
 //! Attention over blocks of queries, with tensor operations (after Dao, 2023, arXiv:2307.08691).
 
-use super::{F, primitive, tensor};
-use burn::tensor::{Bool, Int, Tensor, backend::Backend, s};
+use super::{AttentionMask, F, primitive, tensor};
+use burn::tensor::{Bool, Tensor, backend::Backend, s};
 
 /// The number of queries per block. The scores of one block are the largest tensor that exists.
 const QUERIES_PER_BLOCK: usize = 64;
 /// The score of a masked pair.
 const MASKED_SCORE: f64 = -1e30;
-
-/// The attention mask by segments and positions. A query attends to a key of its own segment (or of the segment
-/// [`AttentionMask::ANY_SEGMENT`]) at its own position or before, and within the sliding window if there is one.
-#[derive(Debug, Clone)]
-pub struct AttentionMask<B: Backend> {
-    /// The segment of each query, `[rows, queries]`.
-    pub query_segments: Tensor<B, 2, Int>,
-    /// The position of each query, `[rows, queries]`.
-    pub query_positions: Tensor<B, 2, Int>,
-    /// The segment of each key, `[rows, keys]`.
-    pub key_segments: Tensor<B, 2, Int>,
-    /// The position of each key, `[rows, keys]`.
-    pub key_positions: Tensor<B, 2, Int>,
-    /// The sliding window: a query attends only to the last `window` positions, its own included.
-    pub window: Option<usize>,
-}
-
-impl<B: Backend> AttentionMask<B> {
-    /// The segment of keys that are visible to every query of their row, such as a trained prefix.
-    pub const ANY_SEGMENT: i32 = -1;
-    /// The segment of slots that hold no key.
-    pub const EMPTY_SEGMENT: i32 = -2;
-
-    /// Returns true for the masked pairs of queries `from..to` and the first `keys` keys:
-    /// `[rows, 1, 1, to - from, keys]`.
-    fn masked(&self, from: usize, to: usize, keys: usize) -> Tensor<B, 5, Bool> {
-        let q = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., from..to]).unsqueeze_dim::<3>(2);
-        let k = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., ..keys]).unsqueeze_dim::<3>(1);
-        let shape = [self.query_segments.dims()[0], to - from, keys];
-        let key_segments = k(&self.key_segments).expand(shape);
-        let foreign = key_segments.clone().not_equal(q(&self.query_segments).expand(shape));
-        let foreign = foreign.bool_and(key_segments.not_equal_elem(Self::ANY_SEGMENT));
-        let distance = q(&self.query_positions).expand(shape) - k(&self.key_positions).expand(shape);
-        let mut hidden = foreign.bool_or(distance.clone().lower_elem(0));
-        if let Some(window) = self.window {
-            hidden = hidden.bool_or(distance.greater_equal_elem(window as i32));
-        }
-        hidden.unsqueeze_dims::<5>(&[1, 1])
-    }
-}
 
 /// Groups the query heads by the key head that they share: `[rows, kv_heads, group, n, head_dim]`.
 fn grouped<B: Backend>(x: Tensor<B, 4>, kv_heads: usize) -> Tensor<B, 5> {
@@ -91,14 +51,14 @@ fn blocks(queries: usize, keys: usize) -> impl Iterator<Item = (usize, usize, us
 }
 
 /// Implements [`flash_attention`](super::Kernels::flash_attention).
-pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>) -> (F<B>, F<B>) {
+pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>) -> (F<B>, F<B>) {
     let (k, v) = (by_head::<B>(k), by_head::<B>(v));
     let [_, kv_heads, keys, _] = k.dims();
     let q = grouped(tensor::<B, 4>(q), kv_heads);
     let [rows, _, group, queries, dim] = q.dims();
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
     for (from, to, seen) in blocks(queries, keys) {
-        let hidden = visibility.masked(from, to, seen);
+        let hidden = mask.masked(from, to, seen);
         // A query without visible keys gets an output of 0; with a log-sum-exp of 0 its weights are 0 in the backward
         // pass too. Such queries are taken from the mask, not from the scores, because on some devices a maximum
         // ignores NaN.
@@ -119,7 +79,7 @@ pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>) 
 }
 
 /// Implements [`flash_attention_backward`](super::Kernels::flash_attention_backward).
-pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>, [lse, dy]: [F<B>; 2]) -> [F<B>; 3] {
+pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>, lse: F<B>, dy: F<B>) -> [F<B>; 3] {
     let (k, v, lse) = (by_head::<B>(k), by_head::<B>(v), tensor::<B, 4>(lse));
     let [_, kv_heads, keys, dim] = k.dims();
     let (q, dy) = (grouped(tensor::<B, 4>(q), kv_heads), grouped(tensor::<B, 4>(dy), kv_heads));
@@ -131,7 +91,7 @@ pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], visibility: &AttentionMask<B>,
         let rows_of = |x: &Tensor<B, 5>| x.clone().slice(s![.., .., .., from..to, ..]);
         let flat = |x: Tensor<B, 5>| x.reshape([rows, kv_heads, group * n, seen]);
         let (q, dy) = (rows_of(&q), rows_of(&dy));
-        let scores = scores(q.clone(), &k, visibility.masked(from, to, seen));
+        let scores = scores(q.clone(), &k, mask.masked(from, to, seen));
         let p = (scores - lse.clone().slice(s![.., .., .., from..to]).unsqueeze_dim::<5>(4)).exp();
         let dy = stacked(dy);
         let dp = dy.clone().matmul(v.clone().slice(s![.., .., ..seen, ..]).swap_dims(2, 3));

@@ -1,6 +1,8 @@
 //! Autodiff for the kernels: the state that each operation keeps and its backward pass.
 
-use super::{AttentionMask, F, Kernels, Losses, Targets};
+use super::{
+    AttentionMask, CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, F, Kernels, Losses, RmsNormGradient,
+};
 use burn::{
     backend::autodiff::{
         Autodiff, NodeId,
@@ -58,22 +60,29 @@ fn tracked_parents<B: Backend>(parents: [&F<Autodiff<B>>; 2]) -> impl Iterator<I
 /// Recomputes the output of RMSNorm, which is cheap, for the gradient of the trainable weights that it is multiplied
 /// with.
 #[derive(Debug)]
-struct RecomputeRmsNorm<B: Backend>([RecomputeInput<B>; 2], f64);
+struct RecomputeRmsNorm<B: Backend> {
+    x: RecomputeInput<B>,
+    weight: RecomputeInput<B>,
+    epsilon: f64,
+}
 
 impl<B: Kernels> RetroForward for RecomputeRmsNorm<B> {
     fn forward(&self, states: &mut BackwardStates, out: NodeId) {
-        let [x, weight] = self.0.each_ref().map(|input| input.value(states));
-        states.save(out, B::rms_norm(x, weight, self.1));
+        let (x, weight) = (self.x.value(states), self.weight.value(states));
+        states.save(out, B::rms_norm(x, weight, self.epsilon));
     }
 }
 
 /// Recomputes the output of SwiGLU, for the same reason.
 #[derive(Debug)]
-struct RecomputeSwiGlu<B: Backend>([RecomputeInput<B>; 2]);
+struct RecomputeSwiGlu<B: Backend> {
+    gate: RecomputeInput<B>,
+    up: RecomputeInput<B>,
+}
 
 impl<B: Kernels> RetroForward for RecomputeSwiGlu<B> {
     fn forward(&self, states: &mut BackwardStates, out: NodeId) {
-        let [gate, up] = self.0.each_ref().map(|input| input.value(states));
+        let (gate, up) = (self.gate.value(states), self.up.value(states));
         states.save(out, B::swiglu(gate, up, MatmulPrecision::F32));
     }
 }
@@ -88,9 +97,10 @@ impl<B: Kernels> Backward<B, 2> for RmsNormBackward {
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let ([x_node, w_node], (x, weight, epsilon)) = (ops.parents, ops.state);
-        let found =
+        let accumulated =
             x_node.as_ref().and_then(|x| take_accumulated_gradient::<B>(grads, &dy, |place| place.node = x.clone()));
-        let (dx, dw) = B::rms_norm_backward(x, weight, (dy, found), (epsilon, w_node.is_some()));
+        let gradient = RmsNormGradient { dy, accumulated, epsilon, weight_trained: w_node.is_some() };
+        let (dx, dw) = B::rms_norm_backward(x, weight, gradient);
         register::<B>(grads, x_node.map(|n| n.id), dx);
         if let Some(dw) = dw {
             register::<B>(grads, w_node.map(|n| n.id), dw);
@@ -152,28 +162,31 @@ impl<B: Kernels> Backward<B, 3> for AttentionBackward {
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let (qkv, visibility, lse) = ops.state;
-        let gradients = B::flash_attention_backward(qkv, &visibility, [lse, dy]);
+        let (qkv, mask, lse) = ops.state;
+        let gradients = B::flash_attention_backward(qkv, &mask, lse, dy);
         for (node, gradient) in ops.parents.into_iter().zip(gradients) {
             register::<B>(grads, node.map(|n| n.id), gradient);
         }
     }
 }
 
-/// The backward pass of the cross-entropy. State: hidden states and head, targets, result of the forward pass,
-/// precision of the matrix products.
+/// The backward pass of the cross-entropy. State: inputs, result of the forward pass, precision of the matrix products.
 #[derive(Debug)]
 struct CrossEntropyBackward;
 
 impl<B: Kernels> Backward<B, 2> for CrossEntropyBackward {
-    type State = ((F<B>, WeightMatrix<B>), Targets<B>, Losses<B>, MatmulPrecision);
+    type State = (CrossEntropyInputs<B>, Losses<B>, MatmulPrecision);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let (inputs, targets, kept, compute) = ops.state;
-        let wanted = [ops.parents[0].is_some(), ops.parents[1].is_some()];
-        let gradients = B::linear_cross_entropy_backward(inputs, &targets, (kept, dy), (wanted, compute));
-        for (node, gradient) in ops.parents.into_iter().zip(gradients) {
+        let ([hidden_node, head_node], (inputs, forward, precision)) = (ops.parents, ops.state);
+        let options = CrossEntropyOptions {
+            hidden_gradient: hidden_node.is_some(),
+            head_gradient: head_node.is_some(),
+            precision,
+        };
+        let gradients = B::linear_cross_entropy_backward(inputs, forward, dy, options);
+        for (node, gradient) in [(hidden_node, gradients.hidden), (head_node, gradients.head)] {
             if let Some(gradient) = gradient {
                 register::<B>(grads, node.map(|n| n.id), gradient);
             }
@@ -181,20 +194,10 @@ impl<B: Kernels> Backward<B, 2> for CrossEntropyBackward {
     }
 }
 
-fn inner_mask<B: Backend, C: CheckpointStrategy>(outer: &AttentionMask<Autodiff<B, C>>) -> AttentionMask<B> {
-    AttentionMask {
-        query_segments: outer.query_segments.clone().inner(),
-        query_positions: outer.query_positions.clone().inner(),
-        key_segments: outer.key_segments.clone().inner(),
-        key_positions: outer.key_positions.clone().inner(),
-        window: outer.window,
-    }
-}
-
 impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn rms_norm(x: F<Self>, weight: F<Self>, epsilon: f64) -> F<Self> {
         let output = B::rms_norm(x.primitive.clone(), weight.primitive.clone(), epsilon);
-        let again = RecomputeRmsNorm([RecomputeInput::of(&x), RecomputeInput::of(&weight)], epsilon);
+        let again = RecomputeRmsNorm { x: RecomputeInput::of(&x), weight: RecomputeInput::of(&weight), epsilon };
         let prep = RmsNormBackward.prepare::<BalancedCheckpointing>([x.node.clone(), weight.node.clone()]);
         match prep.memory_bound().retro_forward(again).parents(tracked_parents([&x, &weight])).stateful() {
             OpsKind::Tracked(prep) => prep.finish((x.primitive, weight.primitive, epsilon), output),
@@ -225,7 +228,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let prep = SwiGluBackward.prepare::<BalancedCheckpointing>([gate.node.clone(), up.node.clone()]);
         let prep = match kept {
             MatmulPrecision::F32 | MatmulPrecision::F16 => {
-                let again = RecomputeSwiGlu([RecomputeInput::of(&gate), RecomputeInput::of(&up)]);
+                let again = RecomputeSwiGlu { gate: RecomputeInput::of(&gate), up: RecomputeInput::of(&up) };
                 prep.memory_bound().retro_forward(again).parents(tracked_parents([&gate, &up]))
             }
             // To recompute, the graph would have to keep both in f32.
@@ -237,25 +240,20 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         }
     }
 
-    fn flash_attention([q, k, v]: [F<Self>; 3], visibility: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
-        let visibility = inner_mask(visibility);
+    fn flash_attention([q, k, v]: [F<Self>; 3], mask: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
+        let mask = mask.inner();
         let nodes = [q.node.clone(), k.node.clone(), v.node.clone()];
         let qkv = [q.primitive, k.primitive, v.primitive];
-        let (output, lse) = B::flash_attention(qkv.clone(), &visibility);
+        let (output, lse) = B::flash_attention(qkv.clone(), &mask);
         let tracked = match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((qkv, visibility, lse.clone()), output),
+            OpsKind::Tracked(prep) => prep.finish((qkv, mask, lse.clone()), output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         };
         (tracked, <Self as AutodiffBackend>::from_inner(lse))
     }
 
-    fn linear_cross_entropy(
-        hidden: F<Self>,
-        head: WeightMatrix<Self>,
-        targets: &Targets<Self>,
-        (_, compute): ([bool; 2], MatmulPrecision),
-    ) -> Losses<Self> {
-        let targets = Targets { ids: targets.ids.clone().inner(), weights: targets.weights.clone().inner() };
+    fn linear_cross_entropy(inputs: CrossEntropyInputs<Self>, options: CrossEntropyOptions) -> Losses<Self> {
+        let CrossEntropyInputs { hidden, head, targets } = inputs;
         let (head_tracked, head_node, head) = match head {
             WeightMatrix::Dense(head) => (head.is_tracked(), head.node.clone(), WeightMatrix::Dense(head.primitive)),
             WeightMatrix::Packed(rows) => {
@@ -264,15 +262,18 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
                 (false, constant.node, WeightMatrix::Packed(rows.inner()))
             }
         };
-        let wanted = [hidden.is_tracked(), head_tracked];
+        let precision = options.precision;
+        let options =
+            CrossEntropyOptions { hidden_gradient: hidden.is_tracked(), head_gradient: head_tracked, precision };
         let nodes = [hidden.node.clone(), head_node];
-        let inputs = (hidden.primitive, head);
-        let kept = B::linear_cross_entropy(inputs.0.clone(), inputs.1.clone(), &targets, (wanted, compute));
-        let (losses, lse) = (kept.losses.clone(), kept.lse.clone());
+        let inputs = CrossEntropyInputs { hidden: hidden.primitive, head, targets: targets.inner() };
+        let forward = B::linear_cross_entropy(inputs.clone(), options);
+        let (losses, lse) = (forward.losses.clone(), forward.lse.clone());
         let losses = match CrossEntropyBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((inputs, targets, kept, compute), losses),
+            OpsKind::Tracked(prep) => prep.finish((inputs, forward, precision), losses),
             OpsKind::UnTracked(prep) => prep.finish(losses),
         };
-        Losses { losses, lse: <Self as AutodiffBackend>::from_inner(lse), sum_gradients: [None, None] }
+        let lse = <Self as AutodiffBackend>::from_inner(lse);
+        Losses { losses, lse, sum_gradients: CrossEntropyGradients::NONE }
     }
 }

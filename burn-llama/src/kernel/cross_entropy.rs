@@ -1,7 +1,11 @@
 //! The cross-entropy loss of the output head over blocks of tokens and of the vocabulary, with tensor operations.
 
 use super::{F, primitive, tensor};
-use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, backend::Backend, s};
+use burn::tensor::{
+    IndexingUpdateOp, Int, Tensor,
+    backend::{AutodiffBackend, Backend},
+    s,
+};
 use burn_peft_kernels::{LinearKernels, MatmulPrecision, WeightMatrix};
 
 /// The number of tokens per block.
@@ -25,14 +29,56 @@ pub struct Losses<B: Backend> {
     pub losses: F<B>,
     /// The log-sum-exp of each token's logits, `[n]`.
     pub lse: F<B>,
-    /// The gradients of the sum of the losses with respect to the hidden states and the head, if the forward pass
-    /// computed them.
-    pub sum_gradients: [Option<F<B>>; 2],
+    /// The gradients of the sum of the losses, as far as the forward pass computed them.
+    pub sum_gradients: CrossEntropyGradients<B>,
+}
+
+/// The inputs of the cross-entropy.
+#[derive(Debug, Clone)]
+pub struct CrossEntropyInputs<B: Backend> {
+    /// The normalised hidden states, `[n, features]`.
+    pub hidden: F<B>,
+    /// The output head, `[vocabulary, features]`. A packed head is never trained.
+    pub head: WeightMatrix<B>,
+    /// The target of each hidden state.
+    pub targets: Targets<B>,
+}
+
+/// The gradients to compute, and the precision of the matrix products.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CrossEntropyOptions {
+    /// True if the gradient of the hidden states is wanted.
+    pub hidden_gradient: bool,
+    /// True if the gradient of the head is wanted.
+    pub head_gradient: bool,
+    /// The precision of the matrix products with the head.
+    pub precision: MatmulPrecision,
+}
+
+/// The gradients of the inputs of the cross-entropy; `None` where one is not wanted or not computed.
+#[derive(Debug, Clone)]
+pub struct CrossEntropyGradients<B: Backend> {
+    /// The gradient of the hidden states, `[n, features]`.
+    pub hidden: Option<F<B>>,
+    /// The gradient of the head, `[vocabulary, features]`.
+    pub head: Option<F<B>>,
+}
+
+impl<B: Backend> CrossEntropyGradients<B> {
+    /// No gradients.
+    pub const NONE: Self = Self { hidden: None, head: None };
 }
 
 impl<B: Backend> Targets<B> {
     fn slice(&self, from: usize, to: usize) -> Self {
         Self { ids: self.ids.clone().slice(s![from..to]), weights: self.weights.clone().slice(s![from..to]) }
+    }
+}
+
+impl<B: AutodiffBackend> Targets<B> {
+    /// Returns the same targets for the backend without autodiff.
+    pub(crate) fn inner(&self) -> Targets<B::InnerBackend> {
+        Targets { ids: self.ids.clone().inner(), weights: self.weights.clone().inner() }
     }
 }
 
@@ -46,27 +92,18 @@ fn vocabulary_blocks(n: usize, vocabulary: usize) -> impl Iterator<Item = (usize
     blocks(vocabulary, (MAX_LOGITS / n.max(1)).max(256))
 }
 
-fn matmul<B: LinearKernels>(a: Tensor<B, 2>, b: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
-    tensor(burn_peft_kernels::matmul::<B>(primitive(a), primitive(b), compute))
-}
-
-/// Returns rows `from..to` of the head in the type of the hidden states.
-fn head_rows<B: LinearKernels>(head: &WeightMatrix<B>, (from, to): (usize, usize), dtype: DType) -> Tensor<B, 2> {
-    head.rows(from..to).cast(dtype)
+fn matmul<B: LinearKernels>(a: Tensor<B, 2>, b: Tensor<B, 2>, precision: MatmulPrecision) -> Tensor<B, 2> {
+    tensor(burn_peft_kernels::matmul::<B>(primitive(a), primitive(b), precision))
 }
 
 /// Implements [`linear_cross_entropy`](super::Kernels::linear_cross_entropy).
-pub fn forward<B: LinearKernels>(
-    hidden: F<B>,
-    head: WeightMatrix<B>,
-    targets: &Targets<B>,
-    compute: MatmulPrecision,
-) -> Losses<B> {
+pub fn forward<B: LinearKernels>(inputs: CrossEntropyInputs<B>, options: CrossEntropyOptions) -> Losses<B> {
+    let CrossEntropyInputs { hidden, head, targets } = inputs;
     let hidden = tensor::<B, 2>(hidden);
     let (mut losses, mut sums) = (Vec::new(), Vec::new());
     for (from, to) in blocks(hidden.dims()[0], TOKENS_PER_BLOCK) {
         let (hidden, targets) = (hidden.clone().slice(s![from..to, ..]), targets.slice(from, to));
-        let lse = log_sum_exp(&hidden, &head, compute);
+        let lse = log_sum_exp(&hidden, &head, options.precision);
         let rows = head.select(targets.ids).cast(hidden.dtype());
         let target = (hidden * rows).sum_dim(1).squeeze_dim::<1>(1);
         losses.push((lse.clone() - target) * targets.weights);
@@ -75,7 +112,7 @@ pub fn forward<B: LinearKernels>(
     Losses {
         losses: primitive(Tensor::cat(losses, 0)),
         lse: primitive(Tensor::cat(sums, 0)),
-        sum_gradients: [None, None],
+        sum_gradients: CrossEntropyGradients::NONE,
     }
 }
 
@@ -83,12 +120,13 @@ pub fn forward<B: LinearKernels>(
 fn log_sum_exp<B: LinearKernels>(
     hidden: &Tensor<B, 2>,
     head: &WeightMatrix<B>,
-    compute: MatmulPrecision,
+    precision: MatmulPrecision,
 ) -> Tensor<B, 1> {
     let n = hidden.dims()[0];
     let mut running: Option<(Tensor<B, 2>, Tensor<B, 2>)> = None;
     for (from, to) in vocabulary_blocks(n, head.shape()[0]) {
-        let logits = matmul(hidden.clone(), head_rows(head, (from, to), hidden.dtype()).transpose(), compute);
+        let rows = head.rows(from..to).cast(hidden.dtype());
+        let logits = matmul(hidden.clone(), rows.transpose(), precision);
         let max = logits.clone().max_dim(1);
         running = Some(match running {
             None => (max.clone(), (logits - max).exp().sum_dim(1)),
@@ -103,16 +141,18 @@ fn log_sum_exp<B: LinearKernels>(
     (max + sum.log()).squeeze_dim::<1>(1)
 }
 
-/// Computes the gradients of hidden states and head. The gradient of the logits is
+/// Computes the gradient of the hidden states and, if it is wanted, that of the head. The gradient of the logits is
 /// `dy·weight·(softmax - one_hot(target))`.
 pub fn backward<B: LinearKernels>(
-    (hidden, head): (F<B>, WeightMatrix<B>),
-    targets: &Targets<B>,
-    [lse, dy]: [F<B>; 2],
-    ([_, trained], compute): ([bool; 2], MatmulPrecision),
-) -> [Option<F<B>>; 2] {
+    inputs: CrossEntropyInputs<B>,
+    lse: F<B>,
+    dy: F<B>,
+    options: CrossEntropyOptions,
+) -> CrossEntropyGradients<B> {
+    let CrossEntropyInputs { hidden, head, targets } = inputs;
+    let CrossEntropyOptions { head_gradient, precision, .. } = options;
     let hidden = tensor::<B, 2>(hidden);
-    let (lse, scale) = (tensor::<B, 1>(lse), tensor::<B, 1>(dy) * targets.weights.clone());
+    let (lse, scale) = (tensor::<B, 1>(lse), tensor::<B, 1>(dy) * targets.weights);
     let vocabulary = head.shape()[0];
     let mut d_hidden = Vec::new();
     let mut d_head: Option<Tensor<B, 2>> = None;
@@ -124,15 +164,15 @@ pub fn backward<B: LinearKernels>(
         let mut dh = (head.select(ids.clone()).cast(h.dtype()) * scale.clone()).neg();
         let mut parts = Vec::new();
         for (first, end) in vocabulary_blocks(to - from, vocabulary) {
-            let w = head_rows(&head, (first, end), h.dtype());
-            let logits = matmul(h.clone(), w.clone().transpose(), compute);
+            let w = head.rows(first..end).cast(h.dtype());
+            let logits = matmul(h.clone(), w.clone().transpose(), precision);
             let d_logits = (logits - lse.clone()).exp() * scale.clone();
-            if trained {
-                parts.push(matmul(d_logits.clone().transpose(), h.clone(), compute));
+            if head_gradient {
+                parts.push(matmul(d_logits.clone().transpose(), h.clone(), precision));
             }
-            dh = dh + matmul(d_logits, w, compute);
+            dh = dh + matmul(d_logits, w, precision);
         }
-        if trained {
+        if head_gradient {
             let part = Tensor::cat(parts, 0).select_assign(0, ids, (h * scale).neg(), IndexingUpdateOp::Add);
             d_head = Some(match d_head {
                 Some(sum) => sum + part,
@@ -141,5 +181,5 @@ pub fn backward<B: LinearKernels>(
         }
         d_hidden.push(dh);
     }
-    [Some(primitive(Tensor::cat(d_hidden, 0))), d_head.map(primitive)]
+    CrossEntropyGradients { hidden: Some(primitive(Tensor::cat(d_hidden, 0))), head: d_head.map(primitive) }
 }

@@ -15,8 +15,9 @@ mod rms_norm;
 mod rope;
 mod swiglu;
 
-pub use attention::AttentionMask;
-pub use cross_entropy::{Losses, Targets};
+pub use crate::layout::AttentionMask;
+pub use cross_entropy::{CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, Losses, Targets};
+pub use rms_norm::RmsNormGradient;
 
 use crate::{KvCache, Llama};
 use burn::tensor::{
@@ -24,7 +25,7 @@ use burn::tensor::{
     backend::Backend,
     ops::{FloatTensor, IntTensor},
 };
-use burn_peft_kernels::{LinearKernels, MatmulPrecision, WeightMatrix};
+use burn_peft_kernels::{LinearKernels, MatmulPrecision};
 
 /// A float tensor of the backend.
 type F<B> = FloatTensor<B>;
@@ -55,16 +56,10 @@ pub trait Kernels: LinearKernels {
         rms_norm::forward::<Self>(x, weight, epsilon)
     }
 
-    /// Computes the gradients of `x` and, if `rule.1`, of `weight`; `rule.0` is the epsilon. The gradient of `x` is
-    /// added to `found`, which other operations have accumulated before, as in
-    /// [`LinearKernels::linear_backward_input`].
-    fn rms_norm_backward(
-        x: F<Self>,
-        weight: F<Self>,
-        (dy, found): (F<Self>, Option<F<Self>>),
-        rule: (f64, bool),
-    ) -> (F<Self>, Option<F<Self>>) {
-        rms_norm::backward::<Self>(x, weight, (dy, found), rule)
+    /// Computes the gradients of `x` and, if it is trained, of `weight`. The gradient of `x` is added to the one that
+    /// other operations have accumulated before, as in [`LinearKernels::linear_backward_input`].
+    fn rms_norm_backward(x: F<Self>, weight: F<Self>, gradient: RmsNormGradient<Self>) -> (F<Self>, Option<F<Self>>) {
+        rms_norm::backward::<Self>(x, weight, gradient)
     }
 
     /// Applies rotary position embedding to every head: `x [n, heads, head_dim]`, `cos`, `sin [n, head_dim / 2]`. With
@@ -102,17 +97,19 @@ pub trait Kernels: LinearKernels {
     /// `v [rows, keys, kv_heads, head_dim]`, masked by segment and position. Returns the output in the shape of `q` and
     /// the log-sum-exp of the scores `[rows, kv_heads, heads / kv_heads, queries]`; both are 0 for a query without
     /// visible keys. The last `queries` keys belong to the tokens of the queries.
-    fn flash_attention(qkv: [F<Self>; 3], visibility: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
-        attention::forward::<Self>(qkv, visibility)
+    fn flash_attention(qkv: [F<Self>; 3], mask: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
+        attention::forward::<Self>(qkv, mask)
     }
 
-    /// Computes the gradients of `q`, `k` and `v` from `saved`, the log-sum-exp and the gradient of the output.
+    /// Computes the gradients of `q`, `k` and `v` from the log-sum-exp `lse` of the forward pass and the gradient `dy`
+    /// of its output.
     fn flash_attention_backward(
         qkv: [F<Self>; 3],
-        visibility: &AttentionMask<Self>,
-        saved: [F<Self>; 2],
+        mask: &AttentionMask<Self>,
+        lse: F<Self>,
+        dy: F<Self>,
     ) -> [F<Self>; 3] {
-        attention::backward::<Self>(qkv, visibility, saved)
+        attention::backward::<Self>(qkv, mask, lse, dy)
     }
 
     /// Returns the backend's own decoder for this model and `rows` rows, if it has one that supports the model with its
@@ -121,28 +118,21 @@ pub trait Kernels: LinearKernels {
         None
     }
 
-    /// Computes `weight · -log softmax(hidden · headᵀ)[target]` of every token: `hidden [n, features]`,
-    /// `head [vocabulary, features]`. A packed head is never trained. `_wanted` says for which of the two a backward
-    /// pass will follow, so that a backend may compute their gradients in the forward pass; `compute` is the precision
-    /// of the matrix products with the head.
-    fn linear_cross_entropy(
-        hidden: F<Self>,
-        head: WeightMatrix<Self>,
-        targets: &Targets<Self>,
-        (_wanted, compute): ([bool; 2], MatmulPrecision),
-    ) -> Losses<Self> {
-        cross_entropy::forward::<Self>(hidden, head, targets, compute)
+    /// Computes `weight · -log softmax(hidden · headᵀ)[target]` of every token. The gradients that `options` ask for
+    /// are those for which a backward pass will follow, so that a backend may compute them in the forward pass.
+    fn linear_cross_entropy(inputs: CrossEntropyInputs<Self>, options: CrossEntropyOptions) -> Losses<Self> {
+        cross_entropy::forward::<Self>(inputs, options)
     }
 
-    /// Computes the gradients of `hidden` and `head` that are wanted (`rule.0`), from the result of the forward pass
-    /// and the gradient `dy [n]` of the losses.
+    /// Computes the gradients that `options` ask for, from the result of the forward pass and the gradient `dy [n]` of
+    /// the losses.
     fn linear_cross_entropy_backward(
-        inputs: (F<Self>, WeightMatrix<Self>),
-        targets: &Targets<Self>,
-        (kept, dy): (Losses<Self>, F<Self>),
-        rule: ([bool; 2], MatmulPrecision),
-    ) -> [Option<F<Self>>; 2] {
-        cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], rule)
+        inputs: CrossEntropyInputs<Self>,
+        forward: Losses<Self>,
+        dy: F<Self>,
+        options: CrossEntropyOptions,
+    ) -> CrossEntropyGradients<Self> {
+        cross_entropy::backward::<Self>(inputs, forward.lse, dy, options)
     }
 }
 

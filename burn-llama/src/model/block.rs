@@ -2,7 +2,7 @@
 
 use super::RmsNorm;
 use crate::{
-    AttentionContext, KvCache, OutputSlots,
+    AttentionContext, KeyValue, KvCache, OutputSlots,
     kernel::{Kernels, primitive, tensor},
 };
 use burn::{module::Module, tensor::Tensor};
@@ -52,36 +52,65 @@ pub struct Layer<B: Kernels> {
     pub mlp: Mlp<B>,
 }
 
+/// One layer of a KV cache.
+#[derive(Debug)]
+pub struct LayerCache<'a, B: Kernels> {
+    /// The cache.
+    pub cache: &'a mut KvCache<B>,
+    /// The index of the layer in the cache.
+    pub layer: usize,
+}
+
+/// The slots for which a block computes its output, and how.
+#[derive(Debug)]
+pub struct BlockOutputs<'a, B: Kernels> {
+    /// The forward context of all slots.
+    pub forward_context: &'a ForwardContext,
+    /// The slots whose output is needed; `None` if that of all is.
+    pub slots: Option<&'a OutputSlots<B>>,
+}
+
+impl<'a, B: Kernels> BlockOutputs<'a, B> {
+    /// Returns the forward context of the slots whose output is needed.
+    pub fn output_context(&self) -> &'a ForwardContext {
+        self.slots.map_or(self.forward_context, |slots| &slots.forward_context)
+    }
+
+    /// Returns the rows of `x [tokens, features]` that belong to the slots whose output is needed.
+    fn select(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match self.slots {
+            None => x,
+            Some(slots) => x.select(0, slots.slots.clone()),
+        }
+    }
+}
+
 impl<B: Kernels> Attention<B> {
     /// Computes attention on normalised hidden states `[tokens, hidden]`. Returns what is added to the residual stream:
-    /// `[tokens, hidden]`, or `[n, hidden]` for `n` output slots. New keys and values are appended to the layer of the
-    /// KV cache `past`, if there is one.
+    /// `[tokens, hidden]`, or `[n, hidden]` for `n` output slots. New keys and values are appended to `cache`, if there
+    /// is one.
     fn forward(
         &self,
         x: Tensor<B, 2>,
         context: &AttentionContext<B>,
-        past: Option<(&mut KvCache<B>, usize)>,
-        (pass, tail): (&ForwardContext, Option<&OutputSlots<B>>),
+        cache: Option<LayerCache<'_, B>>,
+        outputs: &BlockOutputs<'_, B>,
     ) -> Tensor<B, 2> {
+        let pass = outputs.forward_context;
         let q = self.rotated_heads(self.q_proj.forward(x.clone(), pass), self.q_norm.as_ref(), context);
         let k = self.rotated_heads(self.k_proj.forward(x.clone(), pass), self.k_norm.as_ref(), context);
         let v = self.v_proj.forward(x, pass);
         let width = v.dims()[1];
         let v = v.reshape([context.rows, context.length, width / self.head_dim, self.head_dim]);
-        let (k, v) = match past {
-            None => (k, v),
-            Some((past, layer)) => {
-                let all = past.append(layer, k, v);
-                (all.keys, all.values)
-            }
+        let KeyValue { keys, values } = match cache {
+            None => KeyValue { keys: k, values: v },
+            Some(LayerCache { cache, layer }) => cache.append(layer, k, v),
         };
         let width = q.dims()[2] * self.head_dim;
-        let (output, _) = B::flash_attention([primitive(q), primitive(k), primitive(v)], &context.attention_mask);
+        let qkv = [primitive(q), primitive(keys), primitive(values)];
+        let (output, _) = B::flash_attention(qkv, &context.attention_mask);
         let output = tensor::<B, 4>(output).reshape([context.rows * context.length, width]);
-        match tail {
-            None => self.o_proj.forward(output, pass),
-            Some(tail) => self.o_proj.forward(output.select(0, tail.slots.clone()), &tail.forward_context),
-        }
+        self.o_proj.forward(outputs.select(output), outputs.output_context())
     }
 
     /// Splits `[tokens, heads · head_dim]` into heads, `[rows, length, heads, head_dim]`, applies the norm per head if
@@ -101,23 +130,21 @@ impl<B: Kernels> Attention<B> {
 
 impl<B: Kernels> Layer<B> {
     /// Computes the attention half of the block: `[tokens, hidden]` → `[tokens, hidden]`, or `[n, hidden]` for `n`
-    /// output slots.
+    /// output slots. New keys and values are appended to `cache`, if there is one.
     pub fn attention_block(
         &self,
         x: Tensor<B, 2>,
         context: &AttentionContext<B>,
-        past: Option<(&mut KvCache<B>, usize)>,
-        (pass, tail): (&ForwardContext, Option<&OutputSlots<B>>),
+        cache: Option<LayerCache<'_, B>>,
+        outputs: &BlockOutputs<'_, B>,
     ) -> Tensor<B, 2> {
         let normed = self.input_layernorm.forward(x.clone());
-        let added = self.self_attn.forward(normed, context, past, (pass, tail));
-        match tail {
-            None => add(added, x),
-            Some(tail) => add(added, x.select(0, tail.slots.clone())),
-        }
+        let added = self.self_attn.forward(normed, context, cache, outputs);
+        add(added, outputs.select(x))
     }
 
-    /// Computes the MLP half of the block: `[n, hidden]` → `[n, hidden]`.
+    /// Computes the MLP half of the block: `[n, hidden]` → `[n, hidden]`. `pass` is the forward context of these `n`
+    /// tokens.
     pub fn mlp_block(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
         let normed = self.post_attention_layernorm.forward(x.clone());
         let gate = self.mlp.gate_proj.forward(normed.clone(), pass);

@@ -1,7 +1,7 @@
 //! Models with random weights.
 
-use super::Llama;
-use crate::{LlamaConfig, checkpoint::build, kernel::Kernels};
+use super::{Llama, build};
+use crate::{LlamaConfig, kernel::Kernels};
 use burn::tensor::TensorData;
 use burn_peft::random;
 use rayon::prelude::*;

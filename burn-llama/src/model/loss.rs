@@ -1,7 +1,7 @@
 //! The loss of the output head.
 
 use super::Llama;
-use crate::kernel::{Kernels, Targets, primitive, tensor};
+use crate::kernel::{CrossEntropyInputs, CrossEntropyOptions, Kernels, Targets, primitive, tensor};
 use burn::tensor::{DType, Tensor, activation::log_softmax, s};
 use burn_peft::{ForwardContext, Linear};
 
@@ -17,8 +17,11 @@ impl<B: Kernels> Llama<B> {
             return loss_from_logits(head, hidden, targets, &self.with_model_precision(pass));
         }
         let head = self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight);
-        let rule = ([true, true], self.matmul_precision);
-        tensor(B::linear_cross_entropy(primitive(hidden), head.matrix_ref(), targets, rule).losses)
+        let inputs =
+            CrossEntropyInputs { hidden: primitive(hidden), head: head.matrix_ref(), targets: targets.clone() };
+        let precision = self.matmul_precision;
+        let options = CrossEntropyOptions { hidden_gradient: true, head_gradient: true, precision };
+        tensor(B::linear_cross_entropy(inputs, options).losses)
     }
 }
 

@@ -1,19 +1,17 @@
 //! The model: embedding, transformer blocks, final norm, output head.
 
 mod block;
+pub(crate) mod build;
 mod init;
 mod linears;
 mod loss;
 mod norm;
 mod row_adapters;
-#[cfg(feature = "zero")]
-mod segments;
 mod virtual_tokens;
 
-pub use block::{Attention, Layer, Mlp};
+pub use block::{Attention, BlockOutputs, Layer, LayerCache, Mlp};
 pub use norm::RmsNorm;
 pub(crate) use row_adapters::RowAdapters;
-pub(crate) use virtual_tokens::index_tensor;
 
 use crate::{
     AttentionContext, Error, KvCache, LlamaConfig, OutputSlots, SequenceLayout,
@@ -98,15 +96,15 @@ impl<B: Kernels> Llama<B> {
         chosen.cast(DType::F32)
     }
 
-    /// Prepares the rotary tables and the attention mask for the tokens of `layout`, which follow those in the KV cache
-    /// `past`.
+    /// Prepares the rotary tables and the attention mask for the tokens of `layout`, which follow those in the KV
+    /// cache.
     ///
     /// # Errors
     /// Returns an error if the positions go beyond what the model's rotary frequencies cover.
     pub fn attention_context(
         &self,
         layout: &SequenceLayout,
-        past: Option<&KvCache<B>>,
+        cache: Option<&KvCache<B>>,
     ) -> Result<AttentionContext<B>, Error> {
         self.config.rope_scaling.check_length(layout.num_positions())?;
         let (device, config) = (self.device(), &self.config);
@@ -122,12 +120,12 @@ impl<B: Kernels> Llama<B> {
             let data = TensorData::new(values, [layout.positions.len(), frequencies.len()]);
             Tensor::<B, 2>::from_data(data, (&device, DType::F32))
         };
-        let (segments, positions) = match past {
-            Some(past) => past.key_segments_and_positions(layout),
+        let (segments, positions) = match cache {
+            Some(cache) => cache.key_segments_and_positions(layout),
             None => (layout.segments.clone(), layout.positions.clone()),
         };
         let ids = |values: Vec<i32>| int_tensor(values, layout.rows, &device);
-        let visibility = AttentionMask {
+        let attention_mask = AttentionMask {
             query_segments: ids(layout.segments.clone()),
             query_positions: ids(layout.positions.clone()),
             key_segments: ids(segments),
@@ -139,12 +137,12 @@ impl<B: Kernels> Llama<B> {
             length: layout.length,
             cos: table(cos),
             sin: table(sin),
-            attention_mask: visibility,
+            attention_mask,
         })
     }
 
     /// Runs the blocks and the final norm on embeddings `[rows · length, hidden_size]` and returns the hidden states,
-    /// in the same shape. New keys and values are appended to the KV cache `past`.
+    /// in the same shape. New keys and values are appended to the KV cache.
     ///
     /// # Errors
     /// Returns an error if the positions go beyond what the model's rotary frequencies cover.
@@ -152,47 +150,47 @@ impl<B: Kernels> Llama<B> {
         &self,
         embeddings: Tensor<B, 2>,
         layout: &SequenceLayout,
-        past: Option<&mut KvCache<B>>,
+        cache: Option<&mut KvCache<B>>,
         pass: &ForwardContext,
     ) -> Result<Tensor<B, 2>, Error> {
-        self.hidden_states_at(embeddings, layout, past, (pass, None))
+        self.hidden_states_at(embeddings, layout, cache, pass, None)
     }
 
-    /// Computes [`Llama::hidden_states`] at the given slots only, `[n, hidden_size]`; the last layer skips the other
-    /// slots.
+    /// Computes [`Llama::hidden_states`] at the given slots only, `[n, hidden_size]`, or at all; the last layer skips
+    /// the other slots.
     pub(crate) fn hidden_states_at(
         &self,
         embeddings: Tensor<B, 2>,
         layout: &SequenceLayout,
-        past: Option<&mut KvCache<B>>,
-        (pass, slots): (&ForwardContext, Option<Vec<i32>>),
+        mut cache: Option<&mut KvCache<B>>,
+        pass: &ForwardContext,
+        slots: Option<Vec<i32>>,
     ) -> Result<Tensor<B, 2>, Error> {
-        let context = self.attention_context(layout, past.as_deref())?;
-        let (mut x, mut past, pass) = (embeddings, past, &self.with_model_precision(pass));
-        let tail = slots.map(|slots| OutputSlots::new(slots, pass, &self.device()));
+        let context = self.attention_context(layout, cache.as_deref())?;
+        let (mut x, pass) = (embeddings, &self.with_model_precision(pass));
+        let slots = slots.map(|slots| OutputSlots::new(slots, pass, &self.device()));
         B::with_spinning_pool(|| {
             for (index, layer) in self.model.layers.iter().enumerate() {
-                let (tail, later) = self.outputs_at_layer(index, tail.as_ref(), pass);
-                x = layer.attention_block(x, &context, past.as_deref_mut().map(|past| (past, index)), (pass, tail));
-                x = layer.mlp_block(x, later);
+                let outputs = self.outputs_at_layer(index, slots.as_ref(), pass);
+                let layer_cache = cache.as_deref_mut().map(|cache| LayerCache { cache, layer: index });
+                x = layer.attention_block(x, &context, layer_cache, &outputs);
+                x = layer.mlp_block(x, outputs.output_context());
             }
-            if let Some(past) = past {
-                past.advance(layout);
+            if let Some(cache) = cache {
+                cache.advance(layout);
             }
             Ok(self.model.norm.forward(x))
         })
     }
 
-    /// Returns the output slots if the layer is the last one, which alone uses them, and the forward context of its
-    /// MLP.
+    /// Returns the outputs of a layer: only the last one computes those of the output slots alone.
     pub(crate) fn outputs_at_layer<'a>(
         &self,
         index: usize,
-        tail: Option<&'a OutputSlots<B>>,
-        pass: &'a ForwardContext,
-    ) -> (Option<&'a OutputSlots<B>>, &'a ForwardContext) {
-        let tail = tail.filter(|_| index + 1 == self.model.layers.len());
-        (tail, tail.map_or(pass, |tail| &tail.forward_context))
+        slots: Option<&'a OutputSlots<B>>,
+        forward_context: &'a ForwardContext,
+    ) -> BlockOutputs<'a, B> {
+        BlockOutputs { forward_context, slots: slots.filter(|_| index + 1 == self.model.layers.len()) }
     }
 
     /// Applies the output head to normalised hidden states `[n, hidden_size]` and returns the logits,

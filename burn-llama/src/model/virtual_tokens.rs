@@ -1,8 +1,12 @@
 //! Virtual tokens of trained prompts before the tokens of a batch.
 
 use super::{Llama, RowAdapters};
-use crate::{Error, KvCache, LlamaConfig, SequenceLayout, kernel::Kernels};
-use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
+use crate::{
+    Error, KvCache, LlamaConfig, SequenceLayout,
+    kernel::Kernels,
+    layout::{index_tensor, int_tensor},
+};
+use burn::tensor::{Int, Tensor};
 use burn_peft::{
     ForwardContext, Prompt, PromptConfig, param,
     prompt::{BaseShape, Injection},
@@ -119,7 +123,7 @@ impl<B: Kernels> Llama<B> {
     ) -> (Tensor<B, 2>, KvCache<B>) {
         let device = self.device();
         let sources = arranged.embedding_sources.clone().map(|sources| index_tensor(sources, &device));
-        let ids = crate::layout::int_tensor(ids, arranged.layout.rows, &device);
+        let ids = int_tensor(ids, arranged.layout.rows, &device);
         let (x, before) = self.embed_with_prompts(ids, sources, &ForwardContext::default(), rows);
         let mut past = KvCache::from_prefix(before, &arranged.prefix_ranges);
         past.resize_layers(self.config.num_hidden_layers);
@@ -136,7 +140,7 @@ impl<B: Kernels> Llama<B> {
         let prompt = Prompt::new(config, self.config.base_shape(), seed, &self.device())?;
         let vocabulary = self.config.vocab_size;
         let Some(tokens) = config.init_token_ids(text, vocabulary, seed)? else { return Ok(prompt) };
-        crate::batch::check_token_ids(tokens.iter(), vocabulary)?;
+        self.config.check_token_ids(tokens.iter())?;
         let start = match prompt.injection() {
             Injection::Embeddings => self.frozen().embed(self.token_row(&tokens)),
             Injection::PastKeyValues => self.keys_and_values(&tokens)?,
@@ -169,12 +173,6 @@ impl<B: Kernels> Llama<B> {
     }
 
     fn token_row(&self, tokens: &[u32]) -> Tensor<B, 2, Int> {
-        crate::layout::int_tensor(tokens.iter().map(|&id| id as i32).collect(), 1, &self.device())
+        int_tensor(tokens.iter().map(|&id| id as i32).collect(), 1, &self.device())
     }
-}
-
-/// Returns the indices as a tensor on the device, `[values.len()]`.
-pub(crate) fn index_tensor<B: Backend>(values: Vec<i32>, device: &B::Device) -> Tensor<B, 1, Int> {
-    let n = values.len();
-    Tensor::from_data(TensorData::new(values, [n]), (device, DType::I32))
 }

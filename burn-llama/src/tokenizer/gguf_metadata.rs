@@ -5,19 +5,11 @@ use std::collections::HashMap;
 use serde_json::Value as Json;
 
 use super::bpe::PreTokenizerRules;
-use super::metadata::stop_tokens;
+use super::metadata::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, stop_tokens};
 use super::sentencepiece::SPACE_SYMBOL;
 use super::{Encoder, SpecialTokens, Tokenizer};
 use crate::checkpoint::gguf::{Gguf, MetadataArray, MetadataValue, write::Metadata};
 use crate::error::Error;
-
-// The numbers of `tokenizer.ggml.token_type`.
-const NORMAL: i64 = 1;
-const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
-const UNUSED: i64 = 5;
-const BYTE: i64 = 6;
 
 /// The score of tokens that no merge produces: lower than every other.
 const UNMERGED_SCORE: f64 = -1e6;

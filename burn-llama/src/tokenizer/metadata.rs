@@ -44,6 +44,14 @@ const FIM_STOP_TOKENS: [&str; 11] = [
     "<|file_sep|>",
 ];
 
+// The numbers of `tokenizer.ggml.token_type`.
+pub(super) const NORMAL: i64 = 1;
+pub(super) const UNKNOWN: i64 = 2;
+pub(super) const CONTROL: i64 = 3;
+pub(super) const USER_DEFINED: i64 = 4;
+pub(super) const UNUSED: i64 = 5;
+pub(super) const BYTE: i64 = 6;
+
 /// The type of a token, from `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TokenType {
@@ -107,7 +115,7 @@ pub(super) fn scores(gguf: &Gguf, tokens: usize) -> Result<Vec<f32>, Error> {
 pub(super) fn token_types(gguf: &Gguf, tokens: &[String]) -> Result<Vec<TokenType>, Error> {
     let key = "tokenizer.ggml.token_type";
     let numbers: Vec<i64> = match gguf.metadata(key) {
-        None => vec![1; tokens.len()],
+        None => vec![NORMAL; tokens.len()],
         Some(MetadataValue::Array(MetadataArray::Signed(numbers))) => numbers.clone(),
         Some(MetadataValue::Array(MetadataArray::Unsigned(numbers))) => {
             numbers.iter().map(|number| i64::try_from(*number).unwrap_or(0)).collect()
@@ -127,11 +135,11 @@ pub(super) fn token_types(gguf: &Gguf, tokens: &[String]) -> Result<Vec<TokenTyp
         if stop_tokens().any(|stop| stop == token) {
             return TokenType::Control;
         }
-        match number {
-            1 => TokenType::Normal,
-            2 | 3 => TokenType::Control,
-            4 => TokenType::UserDefined,
-            6 => TokenType::Byte,
+        match *number {
+            NORMAL => TokenType::Normal,
+            UNKNOWN | CONTROL => TokenType::Control,
+            USER_DEFINED => TokenType::UserDefined,
+            BYTE => TokenType::Byte,
             _ => TokenType::Unused,
         }
     };

@@ -13,7 +13,7 @@ use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PostProcessorWra
 
 use super::metadata::TokenType;
 use super::sentencepiece::{SPACE_SYMBOL, merges};
-use super::vocabulary::{TokenizerModel, Vocabulary};
+use super::vocabulary::{AddedTokens, TokenizerModel, Vocabulary};
 
 impl Vocabulary {
     /// Builds the pipeline: matching of special tokens, normalization, splitting into words, merging, and a
@@ -36,7 +36,7 @@ impl Vocabulary {
             TokenType::Normal | TokenType::Byte | TokenType::Unused => None,
         });
         tokenizer.add_tokens(parsed).map_err(|error| error.to_string())?;
-        if self.added_bos_eos != (None, None) {
+        if self.added != AddedTokens::default() {
             tokenizer.with_post_processor(Some(self.post_processor()?));
         }
         Ok(tokenizer)
@@ -73,7 +73,7 @@ impl Vocabulary {
 
     /// Builds the post-processor that adds BOS and EOS around a text, or around each text of a pair.
     fn post_processor(&self) -> Result<PostProcessorWrapper, String> {
-        let around = [self.added_bos_eos.0, self.added_bos_eos.1].map(|id| self.token(id?).map(str::to_owned).zip(id));
+        let around = [self.added.bos, self.added.eos].map(|id| self.token(id?).map(str::to_owned).zip(id));
         let [bos, eos] = &around;
         let special = |token: &Option<(String, u32)>, text: usize| {
             token.as_ref().map(|(token, _)| json!({"SpecialToken": {"id": token, "type_id": text}}))

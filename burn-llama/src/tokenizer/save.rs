@@ -71,7 +71,6 @@ impl Tokenizer {
     /// the rules of `tokenizer.json` unchanged.
     fn tokenizer_config(&self, vocabulary: &Vocabulary) -> Value {
         let token = |id: Option<u32>| id.and_then(|id| vocabulary.token(id));
-        let (bos, eos) = vocabulary.added_bos_eos;
         let mut config = Map::new();
         let mut set = |key: &str, value: Value| config.insert(key.to_owned(), value);
         set("tokenizer_class", json!("PreTrainedTokenizerFast"));
@@ -85,8 +84,8 @@ impl Tokenizer {
                 set(name, json!(token));
             }
         }
-        set("add_bos_token", json!(bos.is_some()));
-        set("add_eos_token", json!(eos.is_some()));
+        set("add_bos_token", json!(vocabulary.added.bos.is_some()));
+        set("add_eos_token", json!(vocabulary.added.eos.is_some()));
         set("clean_up_tokenization_spaces", json!(false));
         if let Some(template) = &self.chat_template {
             set("chat_template", json!(template.source()));

@@ -60,8 +60,16 @@ pub(super) struct Vocabulary {
     pub model: TokenizerModel,
     /// The id for text that has no token.
     pub unknown: Option<u32>,
-    /// The ids of BOS and EOS if `add_special_tokens` adds them before and after a text.
-    pub added_bos_eos: (Option<u32>, Option<u32>),
+    pub added: AddedTokens,
+}
+
+/// The tokens that `add_special_tokens` adds to a text.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct AddedTokens {
+    /// The token before the text.
+    pub bos: Option<u32>,
+    /// The token after the text.
+    pub eos: Option<u32>,
 }
 
 /// A fragment of a text: either plain text or a special token found in it.
@@ -101,11 +109,11 @@ impl Vocabulary {
             special_ids: parsed,
             model,
             unknown: None,
-            added_bos_eos: (None, None),
+            added: AddedTokens::default(),
         };
         vocabulary.unknown = vocabulary.named_id(gguf, "unknown", 0)?;
         let special = vocabulary.special_tokens(gguf)?;
-        vocabulary.added_bos_eos = (special.bos.filter(|_| add_bos), special.eos.filter(|_| add_eos));
+        vocabulary.added = AddedTokens { bos: special.bos.filter(|_| add_bos), eos: special.eos.filter(|_| add_eos) };
         Ok(vocabulary)
     }
 
@@ -151,7 +159,7 @@ impl Vocabulary {
     /// Encodes a text to ids.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
         let mut ids = Vec::new();
-        ids.extend(self.added_bos_eos.0.filter(|_| add_special_tokens));
+        ids.extend(self.added.bos.filter(|_| add_special_tokens));
         // A space prefix is added before the first fragment and before every text fragment after a special token.
         let mut after_special = true;
         for part in self.split_special_tokens(text) {
@@ -161,7 +169,7 @@ impl Vocabulary {
             }
             after_special = matches!(part, TextFragment::Token(_));
         }
-        ids.extend(self.added_bos_eos.1.filter(|_| add_special_tokens));
+        ids.extend(self.added.eos.filter(|_| add_special_tokens));
         Ok(ids)
     }
 

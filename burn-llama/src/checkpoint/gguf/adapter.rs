@@ -1,7 +1,11 @@
 //! Conversion of a llama.cpp adapter file to a PEFT adapter directory.
 
-use super::{Gguf, TensorEntry, hugging_face_key, permuted_row, write};
-use crate::{Error, LlamaConfig, checkpoint::build};
+use super::{
+    Gguf, TensorEntry, hugging_face_key,
+    permutation::{RowHeads, permuted_row},
+    write,
+};
+use crate::{Error, LlamaConfig, model::build};
 use burn::tensor::TensorData;
 use burn_peft::{LoraConfig, TargetModules, format};
 use std::{
@@ -76,7 +80,7 @@ fn lora_factor(gguf: &Gguf, entry: &TensorEntry, shapes: &BTreeMap<String, [usiz
             layer: weight.trim_end_matches(".weight").to_owned(),
             part,
             rank: [rows, columns][1 - side],
-            permuted: side == 0 && write::is_query_or_key(stem),
+            permuted: side == 0 && RowHeads::from_name(stem).is_some(),
         }),
         _ => {
             let expected = format!("a matrix with {expected} as its dimension {side}, like {weight}");

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::BlockType;
+use super::{BlockType, value_type as types};
 use crate::error::Error;
 
 /// One metadata value. Integer widths are widened to 64 bits and `f32` to `f64`, both without loss.
@@ -156,10 +156,10 @@ impl Header {
     }
 }
 
-/// Returns the alignment of tensor data in bytes: `general.alignment`, 32 if absent.
+/// Returns the alignment of tensor data in bytes: `general.alignment`, or the default if absent.
 fn alignment(path: &Path, metadata: &HashMap<String, MetadataValue>) -> Result<usize, Error> {
     const KEY: &str = "general.alignment";
-    let Some(value) = metadata.get(KEY) else { return Ok(32) };
+    let Some(value) = metadata.get(KEY) else { return Ok(types::ALIGNMENT) };
     match value.as_u64() {
         Some(bytes @ 1..=65536) if bytes.is_power_of_two() => Ok(bytes as usize),
         _ => Err(Error::format(path, KEY, "a power of two up to 65536", value.describe())),
@@ -231,19 +231,19 @@ impl<'a> HeaderReader<'a> {
 
     fn value(&mut self, key: &str) -> Result<MetadataValue, Error> {
         Ok(match self.u32(key)? {
-            0 => MetadataValue::Unsigned(u64::from(self.array::<1>(key)?[0])),
-            1 => MetadataValue::Signed(i64::from(i8::from_le_bytes(self.array(key)?))),
-            2 => MetadataValue::Unsigned(u64::from(u16::from_le_bytes(self.array(key)?))),
-            3 => MetadataValue::Signed(i64::from(i16::from_le_bytes(self.array(key)?))),
-            4 => MetadataValue::Unsigned(u64::from(self.u32(key)?)),
-            5 => MetadataValue::Signed(i64::from(i32::from_le_bytes(self.array(key)?))),
-            6 => MetadataValue::Float(f64::from(f32::from_le_bytes(self.array(key)?))),
-            7 => MetadataValue::Bool(self.array::<1>(key)?[0] != 0),
-            8 => MetadataValue::String(self.string(key)?),
-            9 => MetadataValue::Array(self.array_value(key)?),
-            10 => MetadataValue::Unsigned(self.u64(key)?),
-            11 => MetadataValue::Signed(i64::from_le_bytes(self.array(key)?)),
-            12 => MetadataValue::Float(f64::from_le_bytes(self.array(key)?)),
+            types::U8 => MetadataValue::Unsigned(u64::from(self.array::<1>(key)?[0])),
+            types::I8 => MetadataValue::Signed(i64::from(i8::from_le_bytes(self.array(key)?))),
+            types::U16 => MetadataValue::Unsigned(u64::from(u16::from_le_bytes(self.array(key)?))),
+            types::I16 => MetadataValue::Signed(i64::from(i16::from_le_bytes(self.array(key)?))),
+            types::U32 => MetadataValue::Unsigned(u64::from(self.u32(key)?)),
+            types::I32 => MetadataValue::Signed(i64::from(i32::from_le_bytes(self.array(key)?))),
+            types::F32 => MetadataValue::Float(f64::from(f32::from_le_bytes(self.array(key)?))),
+            types::BOOL => MetadataValue::Bool(self.array::<1>(key)?[0] != 0),
+            types::STRING => MetadataValue::String(self.string(key)?),
+            types::ARRAY => MetadataValue::Array(self.array_value(key)?),
+            types::U64 => MetadataValue::Unsigned(self.u64(key)?),
+            types::I64 => MetadataValue::Signed(i64::from_le_bytes(self.array(key)?)),
+            types::F64 => MetadataValue::Float(f64::from_le_bytes(self.array(key)?)),
             other => return Err(Error::format(self.path, key, "a value type from 0 to 12", other.to_string())),
         })
     }
@@ -252,27 +252,19 @@ impl<'a> HeaderReader<'a> {
         let kind = self.u32(key)?;
         let len = self.len(key)?;
         Ok(match kind {
-            0 => MetadataArray::Unsigned(self.fixed_size_elements(len, key, |[byte]| u64::from(byte))?),
-            1 => {
-                MetadataArray::Signed(self.fixed_size_elements(len, key, |bytes| i64::from(i8::from_le_bytes(bytes)))?)
+            types::U8 => MetadataArray::Unsigned(self.fixed_size_elements(len, key, |[b]| b.into())?),
+            types::I8 => MetadataArray::Signed(self.fixed_size_elements(len, key, |b| i8::from_le_bytes(b).into())?),
+            types::U16 => {
+                MetadataArray::Unsigned(self.fixed_size_elements(len, key, |b| u16::from_le_bytes(b).into())?)
             }
-            2 => MetadataArray::Unsigned(
-                self.fixed_size_elements(len, key, |bytes| u64::from(u16::from_le_bytes(bytes)))?,
-            ),
-            3 => {
-                MetadataArray::Signed(self.fixed_size_elements(len, key, |bytes| i64::from(i16::from_le_bytes(bytes)))?)
+            types::I16 => MetadataArray::Signed(self.fixed_size_elements(len, key, |b| i16::from_le_bytes(b).into())?),
+            types::U32 => {
+                MetadataArray::Unsigned(self.fixed_size_elements(len, key, |b| u32::from_le_bytes(b).into())?)
             }
-            4 => MetadataArray::Unsigned(
-                self.fixed_size_elements(len, key, |bytes| u64::from(u32::from_le_bytes(bytes)))?,
-            ),
-            5 => {
-                MetadataArray::Signed(self.fixed_size_elements(len, key, |bytes| i64::from(i32::from_le_bytes(bytes)))?)
-            }
-            6 => {
-                MetadataArray::Float(self.fixed_size_elements(len, key, |bytes| f64::from(f32::from_le_bytes(bytes)))?)
-            }
-            7 => MetadataArray::Bool(self.fixed_size_elements(len, key, |[byte]| byte != 0)?),
-            8 => {
+            types::I32 => MetadataArray::Signed(self.fixed_size_elements(len, key, |b| i32::from_le_bytes(b).into())?),
+            types::F32 => MetadataArray::Float(self.fixed_size_elements(len, key, |b| f32::from_le_bytes(b).into())?),
+            types::BOOL => MetadataArray::Bool(self.fixed_size_elements(len, key, |[b]| b != 0)?),
+            types::STRING => {
                 // Nothing is reserved up front. Each string takes at least eight bytes of the file, so its size bounds
                 // the vector.
                 let mut texts = Vec::new();
@@ -281,9 +273,9 @@ impl<'a> HeaderReader<'a> {
                 }
                 MetadataArray::String(texts)
             }
-            10 => MetadataArray::Unsigned(self.fixed_size_elements(len, key, u64::from_le_bytes)?),
-            11 => MetadataArray::Signed(self.fixed_size_elements(len, key, i64::from_le_bytes)?),
-            12 => MetadataArray::Float(self.fixed_size_elements(len, key, f64::from_le_bytes)?),
+            types::U64 => MetadataArray::Unsigned(self.fixed_size_elements(len, key, u64::from_le_bytes)?),
+            types::I64 => MetadataArray::Signed(self.fixed_size_elements(len, key, i64::from_le_bytes)?),
+            types::F64 => MetadataArray::Float(self.fixed_size_elements(len, key, f64::from_le_bytes)?),
             other => {
                 let expected = "an element type from 0 to 12 that is not an array";
                 return Err(Error::format(self.path, key, expected, other.to_string()));

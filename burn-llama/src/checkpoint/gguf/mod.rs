@@ -12,11 +12,14 @@ use rayon::prelude::*;
 
 use super::pages;
 use crate::error::Error;
+use permutation::{RowHeads, is_permuted, permuted_row};
 
 mod adapter;
 mod config;
 mod header;
 mod names;
+mod permutation;
+mod value_type;
 pub mod write;
 
 pub use adapter::adapter_to_peft;
@@ -162,17 +165,13 @@ impl Gguf {
 
     /// Returns the head dimension by which the rows of this tensor are permuted, or `None` if they are not.
     fn permuted_head_dim(&self, entry: &TensorEntry) -> Result<Option<usize>, Error> {
-        if self.text("general.architecture")? != Some("llama") {
-            return Ok(None);
-        }
-        let part = entry.name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')).map(|(_, part)| part);
-        let queries = match part {
-            Some("attn_q.weight" | "attn_q.bias") => true,
-            Some("attn_k.weight" | "attn_k.bias") => false,
-            _ => return Ok(None),
-        };
+        let permuted = self.text("general.architecture")?.is_some_and(is_permuted);
+        let Some(row_heads) = RowHeads::from_name(&entry.name).filter(|_| permuted) else { return Ok(None) };
         let all = self.integer("llama.attention.head_count")?;
-        let heads = if queries { all } else { self.integer("llama.attention.head_count_kv")?.or(all) };
+        let heads = match row_heads {
+            RowHeads::Query => all,
+            RowHeads::Key => self.integer("llama.attention.head_count_kv")?.or(all),
+        };
         let rows = entry.shape.first().copied().unwrap_or(1);
         match heads {
             Some(heads) if heads > 0 && rows.is_multiple_of(heads.saturating_mul(2)) => Ok(Some(rows / heads)),
@@ -210,31 +209,5 @@ impl Gguf {
     /// Builds an error about a key or tensor of this file.
     pub(crate) fn error(&self, key: &str, expected: &str, found: &str) -> Error {
         Error::format(&self.path, key, expected, found)
-    }
-}
-
-/// Returns the position in the file of row `index` of a query or key projection: row `half * head_dim / 2 + pair` of a
-/// head is stored as its row `pair * 2 + half`.
-fn permuted_row(index: usize, head_dim: usize) -> usize {
-    let (head, row) = (index / head_dim, index % head_dim);
-    let (half, pair) = (row / (head_dim / 2), row % (head_dim / 2));
-    head * head_dim + pair * 2 + half
-}
-
-/// Returns the row that is stored at position `stored` of the file: the inverse of [`permuted_row`].
-fn original_row(stored: usize, head_dim: usize) -> usize {
-    let (head, row) = (stored / head_dim, stored % head_dim);
-    head * head_dim + row % 2 * (head_dim / 2) + row / 2
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{original_row, permuted_row};
-
-    #[test]
-    fn rows_of_a_head_are_stored_in_pairs() {
-        let stored: Vec<_> = (0..8).map(|row| permuted_row(row, 4)).collect();
-        assert_eq!(stored, [0, 2, 1, 3, 4, 6, 5, 7]);
-        assert!((0..96).all(|row| original_row(permuted_row(row, 12), 12) == row));
     }
 }

@@ -5,7 +5,9 @@ use super::{
     buffer::{contiguous, tensor, to_f32_range, to_i32, uninit_vec, values},
     vector_ops::{exp_sum, max, scale, vectorized},
 };
-use crate::kernel::{Losses, Targets, tensor as wrapped};
+use crate::kernel::{
+    CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, Losses, Targets, tensor as wrapped,
+};
 use burn::{backend::Flex, tensor::DType};
 use burn_flex::FlexTensor;
 use burn_peft_kernels::{
@@ -29,17 +31,26 @@ const HEAD_PARTS: usize = 8;
 const CONVERTED_ROWS: usize = 4096;
 
 /// The output head, read in blocks of rows.
-struct LmHead<'a> {
-    weight: &'a WeightMatrix<Flex>,
+struct LmHead {
+    weight: WeightMatrix<Flex>,
     vocabulary: usize,
     width: usize,
-    compute: MatmulPrecision,
+    precision: MatmulPrecision,
 }
 
-impl LmHead<'_> {
+impl LmHead {
+    fn new(weight: WeightMatrix<Flex>, precision: MatmulPrecision) -> Self {
+        let [vocabulary, width] = weight.shape();
+        let weight = match weight {
+            WeightMatrix::Dense(weight) => WeightMatrix::Dense(contiguous(weight)),
+            packed => packed,
+        };
+        Self { weight, vocabulary, width, precision }
+    }
+
     /// Calls `work` with the first row, the values and the number of rows of each block in turn.
     fn for_each_block(&self, mut work: impl FnMut(usize, Matrix<'_>, usize)) {
-        let halves = match self.weight {
+        let halves = match &self.weight {
             WeightMatrix::Dense(weight) if weight.dtype() == DType::BF16 && gemm::reads_bf16() => {
                 Some(weight.storage())
             }
@@ -48,14 +59,14 @@ impl LmHead<'_> {
         if let Some(values) = halves {
             return work(0, Matrix::from_bf16(values, [self.vocabulary, self.width]), self.vocabulary);
         }
-        let step = match self.weight {
+        let step = match &self.weight {
             WeightMatrix::Dense(weight) if weight.dtype() == DType::F32 => self.vocabulary,
             _ => CONVERTED_ROWS,
         };
         for from in (0..self.vocabulary).step_by(step.max(1)) {
             let to = self.vocabulary.min(from + step);
             let shape = [to - from, self.width];
-            match self.weight {
+            match &self.weight {
                 WeightMatrix::Dense(weight) => {
                     let part = to_f32_range(weight, from * self.width, to * self.width);
                     work(from, Matrix::new(&part, shape), to - from);
@@ -68,14 +79,26 @@ impl LmHead<'_> {
         }
     }
 
-    fn tokens_per_block(&self, learns: bool) -> usize {
-        let logits = if learns || self.compute != MatmulPrecision::F32 { MAX_LOGITS_LARGE } else { MAX_LOGITS };
+    fn tokens_per_block(&self, trained: bool) -> usize {
+        let logits = if trained || self.precision != MatmulPrecision::F32 { MAX_LOGITS_LARGE } else { MAX_LOGITS };
         (logits / self.vocabulary / TOKEN_MULTIPLE).max(1) * TOKEN_MULTIPLE
     }
 }
 
+/// One block of tokens.
+struct TokenBlock<'a> {
+    /// The hidden states, `[block, width]`.
+    hidden: Matrix<'a>,
+    /// The target of each token.
+    ids: &'a [i32],
+    /// The factor of each token's loss.
+    weights: &'a [f32],
+}
+
 /// The outputs of one block of tokens.
 struct TokenBlockOutputs<'a> {
+    /// Scratch memory for the logits, `[block, vocabulary]`.
+    logits: &'a mut [f32],
     losses: &'a mut [f32],
     lse: &'a mut [f32],
     /// The accumulated gradient of the hidden states, `[block, width]`; empty if it is not wanted.
@@ -84,87 +107,89 @@ struct TokenBlockOutputs<'a> {
     d_head: &'a mut [f32],
 }
 
-/// Computes the losses and, as far as they are `wanted`, the gradients of their sum with respect to hidden states and
-/// head.
-pub(super) fn forward(
-    hidden: FlexTensor,
-    head: WeightMatrix<Flex>,
-    targets: &Targets<Flex>,
-    (wanted, compute): ([bool; 2], MatmulPrecision),
-) -> Losses<Flex> {
-    let weights = contiguous(targets.weights.clone().into_primitive().tensor());
-    let weight = match head {
-        WeightMatrix::Dense(head) => WeightMatrix::Dense(contiguous(head)),
-        packed => packed,
-    };
+/// Computes the losses and, as far as `options` ask for them, the gradients of their sum.
+pub(super) fn forward(inputs: CrossEntropyInputs<Flex>, options: CrossEntropyOptions) -> Losses<Flex> {
+    let CrossEntropyInputs { hidden, head, targets } = inputs;
+    let CrossEntropyOptions { hidden_gradient, head_gradient, precision } = options;
+    let weights = contiguous(targets.weights.into_primitive().tensor());
     let hidden = contiguous(hidden);
-    let ([n, width], [vocabulary, _]) = (hidden.layout().shape().dims(), weight.shape());
-    let head = LmHead { weight: &weight, vocabulary, width, compute };
-    let (ids, weights) = (to_i32(targets.ids.to_data()), values(&weights));
+    let head = LmHead::new(head, precision);
+    let (n, vocabulary, width) = (hidden.layout().shape()[0], head.vocabulary, head.width);
+    let (ids, weights) = (to_i32(targets.ids.into_data()), values(&weights));
     let room = |wanted: bool, size: usize| if wanted { vec![0.0; size] } else { Vec::new() };
     let (mut losses, mut lse) = (vec![0.0; n], vec![0.0; n]);
-    let (mut d_hidden, mut d_head) = (room(wanted[0], n * width), room(wanted[1], vocabulary * width));
-    let step = head.tokens_per_block(wanted[1]);
+    let (mut d_hidden, mut d_head) = (room(hidden_gradient, n * width), room(head_gradient, vocabulary * width));
+    let step = head.tokens_per_block(head_gradient);
     // This buffer is freed after the last block, so that it takes no memory in the backward pass.
     // SAFETY: every block of tokens overwrites its logits before it reads them.
     let mut logits = unsafe { uninit_vec(n.min(step) * vocabulary) };
     for from in (0..n).step_by(step) {
         let to = n.min(from + step);
-        let d_hidden = if wanted[0] { &mut d_hidden[from * width..to * width] } else { &mut [] };
-        let sums =
-            TokenBlockOutputs { losses: &mut losses[from..to], lse: &mut lse[from..to], d_hidden, d_head: &mut d_head };
-        let tokens = Matrix::new(&values(&hidden)[from * width..to * width], [to - from, width]);
-        let logits = &mut logits[..(to - from) * vocabulary];
-        token_block(&head, tokens, (&ids[from..to], &weights[from..to]), (logits, sums));
+        let block = TokenBlock {
+            hidden: Matrix::new(&values(&hidden)[from * width..to * width], [to - from, width]),
+            ids: &ids[from..to],
+            weights: &weights[from..to],
+        };
+        let outputs = TokenBlockOutputs {
+            logits: &mut logits[..(to - from) * vocabulary],
+            losses: &mut losses[from..to],
+            lse: &mut lse[from..to],
+            d_hidden: if hidden_gradient { &mut d_hidden[from * width..to * width] } else { &mut [] },
+            d_head: &mut d_head,
+        };
+        token_block(&head, block, outputs);
     }
-    let unit = |wanted: bool, values: Vec<f32>, shape: [usize; 2]| wanted.then(|| tensor(values, &shape));
-    Losses {
-        losses: tensor(losses, &[n]),
-        lse: tensor(lse, &[n]),
-        sum_gradients: [unit(wanted[0], d_hidden, [n, width]), unit(wanted[1], d_head, [vocabulary, width])],
-    }
+    let gradient = |wanted: bool, values: Vec<f32>, shape: [usize; 2]| wanted.then(|| tensor(values, &shape));
+    let sum_gradients = CrossEntropyGradients {
+        hidden: gradient(hidden_gradient, d_hidden, [n, width]),
+        head: gradient(head_gradient, d_head, [vocabulary, width]),
+    };
+    Losses { losses: tensor(losses, &[n]), lse: tensor(lse, &[n]), sum_gradients }
 }
 
-/// Computes the outputs of one block of tokens; `logits` is scratch memory.
-fn token_block(
-    head: &LmHead<'_>,
-    tokens: Matrix<'_>,
-    (ids, weights): (&[i32], &[f32]),
-    (logits, sums): (&mut [f32], TokenBlockOutputs<'_>),
-) {
+/// Computes the outputs of one block of tokens.
+fn token_block(head: &LmHead, block: TokenBlock<'_>, outputs: TokenBlockOutputs<'_>) {
+    let TokenBlock { hidden, ids, weights } = block;
+    let TokenBlockOutputs { logits, losses, lse, d_hidden, d_head } = outputs;
     let (n, vocabulary, width) = (ids.len(), head.vocabulary, head.width);
-    let gradient = !sums.d_hidden.is_empty() || !sums.d_head.is_empty();
+    let gradient = !d_hidden.is_empty() || !d_head.is_empty();
     head.for_each_block(|from, rows, _| {
         let to = GemmOutput { values: &mut logits[from..], stride: vocabulary, accumulate: false };
-        gemm(to, tokens, rows.transposed(), GemmOptions::new(head.compute));
+        gemm(to, hidden, rows.transposed(), GemmOptions::new(head.precision));
     });
-    let rows = logits.par_chunks_exact_mut(vocabulary).zip(sums.losses).zip(sums.lse);
+    let rows = logits.par_chunks_exact_mut(vocabulary).zip(losses).zip(lse);
     rows.zip(ids.par_iter().zip(weights)).for_each(|(((logits, loss), lse), (&id, &weight))| {
         (*loss, *lse) = row_loss(logits, id as usize, weight, gradient);
     });
-    let logits = &*logits;
-    if !sums.d_hidden.is_empty() {
-        // The caller has set it to 0.
-        head.for_each_block(|from, rows, count| {
-            let step = count.div_ceil(HEAD_PARTS);
-            // SAFETY: each part is overwritten by a product.
-            let mut parts = unsafe { uninit_vec(count.div_ceil(step) * n * width) };
-            parts.par_chunks_exact_mut(n * width).enumerate().for_each(|(part, values)| {
-                let own = part * step..count.min((part + 1) * step);
-                let logits = Matrix::strided(&logits[from + own.start..], [n, own.len()], vocabulary);
-                let to = GemmOutput { values, stride: width, accumulate: false };
-                let options = GemmOptions { threads: Threads::One, ..GemmOptions::new(head.compute) };
-                gemm(to, logits, rows.rows(own), options);
-            });
-            for part in parts.chunks_exact(n * width) {
-                sums.d_hidden.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-            }
+    if !d_hidden.is_empty() {
+        add_hidden_gradient(head, logits, n, d_hidden);
+    }
+    if !d_head.is_empty() {
+        let to = GemmOutput { values: d_head, stride: width, accumulate: true };
+        let d_logits = Matrix::new(logits, [n, vocabulary]).transposed();
+        gemm(to, d_logits, hidden, GemmOptions::new(head.precision));
+    }
+}
+
+/// Adds the gradient of the hidden states of `n` tokens to `d_hidden [n, width]`, from that of their logits
+/// `[n, vocabulary]`.
+fn add_hidden_gradient(head: &LmHead, d_logits: &[f32], n: usize, d_hidden: &mut [f32]) {
+    let (vocabulary, width) = (head.vocabulary, head.width);
+    head.for_each_block(|from, rows, count| {
+        let step = count.div_ceil(HEAD_PARTS);
+        // SAFETY: each part is overwritten by a product.
+        let mut parts = unsafe { uninit_vec(count.div_ceil(step) * n * width) };
+        parts.par_chunks_exact_mut(n * width).enumerate().for_each(|(part, values)| {
+            let own = part * step..count.min((part + 1) * step);
+            let d_logits = Matrix::strided(&d_logits[from + own.start..], [n, own.len()], vocabulary);
+            let to = GemmOutput { values, stride: width, accumulate: false };
+            let options = GemmOptions { threads: Threads::One, ..GemmOptions::new(head.precision) };
+            gemm(to, d_logits, rows.rows(own), options);
         });
-    }
-    if !sums.d_head.is_empty() {
-        let to = GemmOutput { values: sums.d_head, stride: width, accumulate: true };
-        gemm(to, Matrix::new(logits, [n, vocabulary]).transposed(), tokens, GemmOptions::new(head.compute));
-    }
+        for part in parts.chunks_exact(n * width) {
+            d_hidden.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+        }
+    });
 }
 
 /// Computes the loss and the log-sum-exp of a row of logits, and replaces the row by `weight·(softmax - one_hot(id))`
@@ -189,23 +214,26 @@ fn row_loss(logits: &mut [f32], id: usize, weight: f32, gradient: bool) -> (f32,
     ((lse - target) * weight, lse)
 }
 
-/// Computes the gradients for `dy [n]`: scales those of the sum of the losses if all values of `dy` are equal,
-/// otherwise computes them again.
+/// Computes the gradients for `dy [n]`: scales those of the sum of the losses if all values of `dy` are equal and the
+/// forward pass has computed them, otherwise computes them again.
 pub(super) fn backward(
-    (hidden, head): (FlexTensor, WeightMatrix<Flex>),
-    targets: &Targets<Flex>,
-    (kept, dy): (Losses<Flex>, FlexTensor),
-    (wanted, compute): ([bool; 2], MatmulPrecision),
-) -> [Option<FlexTensor>; 2] {
+    inputs: CrossEntropyInputs<Flex>,
+    sum_gradients: CrossEntropyGradients<Flex>,
+    dy: FlexTensor,
+    options: CrossEntropyOptions,
+) -> CrossEntropyGradients<Flex> {
     let factors = contiguous(dy.clone());
     let factor = values(&factors).first().copied().unwrap_or(0.0);
-    let same = values(&factors).iter().all(|&dy| dy == factor);
-    let made = kept.sum_gradients.iter().zip(wanted).all(|(unit, wanted)| unit.is_some() || !wanted);
-    if same && made {
-        return kept.sum_gradients.map(|unit| unit.map(|unit| scale_tensor(unit, factor)));
+    let equal = values(&factors).iter().all(|&dy| dy == factor);
+    let computed = (sum_gradients.hidden.is_some() || !options.hidden_gradient)
+        && (sum_gradients.head.is_some() || !options.head_gradient);
+    if equal && computed {
+        let scaled = |gradient: Option<FlexTensor>| gradient.map(|gradient| scale_tensor(gradient, factor));
+        return CrossEntropyGradients { hidden: scaled(sum_gradients.hidden), head: scaled(sum_gradients.head) };
     }
-    let weights = targets.weights.clone() * wrapped::<Flex, 1>(dy);
-    forward(hidden, head, &Targets { ids: targets.ids.clone(), weights }, (wanted, compute)).sum_gradients
+    let Targets { ids, weights } = inputs.targets;
+    let targets = Targets { ids, weights: weights * wrapped::<Flex, 1>(dy) };
+    forward(CrossEntropyInputs { targets, ..inputs }, options).sum_gradients
 }
 
 /// Multiplies the tensor by `factor`, in place if it has no other owner.

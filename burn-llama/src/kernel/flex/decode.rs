@@ -9,12 +9,13 @@ use super::{
     vector_ops::{exp, vectorized},
 };
 use crate::{
-    KvCache, Llama,
-    kernel::{StepDecoder, primitive},
+    KeyValue, KvCache, Llama,
+    kernel::{StepDecoder, primitive, tensor},
     model::RmsNorm,
 };
-use attention::{HeadShape, decode_attention, rotate_rows, visible_ranges};
+use attention::{CacheSlices, HeadShape, decode_attention, rotate_rows, visible_ranges};
 use burn::backend::Flex;
+use burn_flex::FlexTensor;
 use burn_peft::Linear;
 use burn_peft_kernels::{
     WeightMatrix,
@@ -236,7 +237,7 @@ impl StepDecoder<Flex> for FlexDecoder {
         let Self { layers, norm, head, sizes, buffers: to, .. } = self;
         to.scores.resize(ids.len() * sizes.kv_heads * sizes.group * capacity, 0.0);
         for (index, layer) in layers.iter().enumerate() {
-            layer.attention_block(to, *sizes, (past, index, capacity));
+            layer.attention_block(to, *sizes, LayerSlots { cache: &mut *past, layer: index, capacity });
             layer.mlp_block(to);
         }
         past.advance_one(positions);
@@ -255,7 +256,7 @@ impl FlexDecoder {
             table.decode(id as usize, x);
         }
         for (row, &position) in positions.iter().enumerate() {
-            visible_ranges(past.row_slots(row), (past.num_slots(), position), *window, &mut to.visible[row]);
+            visible_ranges(past.row_slots(row), position, *window, &mut to.visible[row]);
             let at = row * frequencies.len();
             for (index, frequency) in frequencies.iter().enumerate() {
                 // The angle is rounded to f32 before its cosine is taken, as in the model.
@@ -267,13 +268,32 @@ impl FlexDecoder {
     }
 }
 
+/// One layer of the KV cache, with room for the new slot.
+struct LayerSlots<'a> {
+    cache: &'a mut KvCache<Flex>,
+    layer: usize,
+    /// The number of slots per row.
+    capacity: usize,
+}
+
+impl LayerSlots<'_> {
+    /// Calls `work` with the keys and the values of the layer as mutable slices, `[rows, capacity, kv_heads, dim]`
+    /// each.
+    fn with_slices(&mut self, work: impl FnOnce(&mut [f32], &mut [f32])) {
+        self.cache.update_layer(self.layer, |KeyValue { keys, values }| {
+            let in_order = |x: FlexTensor| match x.is_contiguous() && x.layout().start_offset() == 0 {
+                true => x,
+                false => x.to_contiguous(),
+            };
+            let [mut keys, mut values] = [primitive(keys), primitive(values)].map(in_order);
+            work(keys.storage_mut(), values.storage_mut());
+            KeyValue { keys: tensor(keys), values: tensor(values) }
+        });
+    }
+}
+
 impl DecodeLayer {
-    fn attention_block(
-        &self,
-        to: &mut DecodeBuffers,
-        sizes: HeadShape,
-        (past, index, capacity): (&mut KvCache<Flex>, usize, usize),
-    ) {
+    fn attention_block(&self, to: &mut DecodeBuffers, sizes: HeadShape, mut slots: LayerSlots<'_>) {
         self.input_norm.apply(&to.residual, &mut to.normed);
         let ([q, k, v], [to_q, to_k, to_v], rows) = (&mut to.qkv, &self.qkv, to.visible.len());
         project([(to_q, q), (to_k, k), (to_v, v)], &to.normed, &mut to.lora);
@@ -283,20 +303,16 @@ impl DecodeLayer {
             }
             rotate_rows(x, rows, sizes.dim, [&to.cos, &to.sin]);
         }
-        let slot = past.num_slots();
-        past.with_layer_mut(index, |[keys, values]| {
+        let (slot, capacity) = (slots.cache.num_slots(), slots.capacity);
+        slots.with_slices(|keys, values| {
             let width = sizes.kv_heads * sizes.dim;
             for row in 0..rows {
                 let (new, at) = (row * width..(row + 1) * width, (row * capacity + slot) * width);
                 keys[at..at + width].copy_from_slice(&k[new.clone()]);
                 values[at..at + width].copy_from_slice(&v[new]);
             }
-            decode_attention(
-                sizes,
-                (q, [keys, values], capacity),
-                &to.visible,
-                (&mut to.scores, &mut to.attention_output),
-            );
+            let cache = CacheSlices { keys, values, capacity, visible: &to.visible };
+            decode_attention(sizes, q, cache, &mut to.scores, &mut to.attention_output);
         });
         project([(&self.output, &mut to.block_output)], &to.attention_output, &mut to.lora);
         add(&mut to.residual, &to.block_output);

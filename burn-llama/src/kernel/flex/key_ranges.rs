@@ -1,7 +1,7 @@
 //! The attention mask as ranges of visible keys.
 
 use super::buffer::to_i32;
-use crate::kernel::AttentionMask;
+use crate::{RowSlots, kernel::AttentionMask};
 use burn::backend::Flex;
 use std::ops::Range;
 
@@ -25,18 +25,18 @@ impl KeyRanges {
         let row = |row: usize| {
             let (q, k) = (row * queries..(row + 1) * queries, row * keys..(row + 1) * keys);
             Self::of_row(
-                [&query_segments[q.clone()], &query_positions[q]],
-                [&key_segments[k.clone()], &key_positions[k]],
+                RowSlots { segments: &query_segments[q.clone()], positions: &query_positions[q] },
+                RowSlots { segments: &key_segments[k.clone()], positions: &key_positions[k] },
                 visibility.window,
             )
         };
         (0..rows).map(row).collect()
     }
 
-    fn of_row(queries: [&[i32]; 2], keys: [&[i32]; 2], window: Option<usize>) -> Self {
-        let (past, runs) = (keys[0].len() - queries[0].len(), segment_runs(keys));
+    fn of_row(queries: RowSlots<'_>, keys: RowSlots<'_>, window: Option<usize>) -> Self {
+        let (past, runs) = (keys.segments.len() - queries.segments.len(), segment_runs(keys));
         let (mut ranges, mut starts) = (Vec::<Range<usize>>::new(), vec![0]);
-        for (query, (&segment, &position)) in queries[0].iter().zip(queries[1]).enumerate() {
+        for (query, (&segment, &position)) in queries.segments.iter().zip(queries.positions).enumerate() {
             let (seen, mine) = (past + query + 1, ranges.len());
             for run in runs.iter().take_while(|run| run.keys.start < seen) {
                 if run.segment != segment && run.segment != AttentionMask::<Flex>::ANY_SEGMENT {
@@ -80,9 +80,9 @@ struct SegmentRun {
 }
 
 /// Splits the keys of a row into runs.
-fn segment_runs([segments, positions]: [&[i32]; 2]) -> Vec<SegmentRun> {
+fn segment_runs(row: RowSlots<'_>) -> Vec<SegmentRun> {
     let mut runs: Vec<SegmentRun> = Vec::new();
-    for (key, (&segment, &position)) in segments.iter().zip(positions).enumerate() {
+    for (key, (&segment, &position)) in row.segments.iter().zip(row.positions).enumerate() {
         match runs.last_mut() {
             Some(run) if run.segment == segment && position - run.position == (key - run.keys.start) as i32 => {
                 run.keys.end = key + 1;

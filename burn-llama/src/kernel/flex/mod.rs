@@ -12,14 +12,17 @@ mod key_ranges;
 mod rms_norm;
 mod vector_ops;
 
-use super::{AttentionMask, F, Kernels, Losses, StepDecoder, Targets};
+use super::{
+    AttentionMask, CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, F, Kernels, Losses, RmsNormGradient,
+    StepDecoder,
+};
 use crate::Llama;
 use burn::{
     backend::Flex,
     tensor::{DType, FloatDType, Slice, ops::FloatTensorOps},
 };
 use burn_flex::FlexTensor;
-use burn_peft_kernels::{MatmulPrecision, WeightMatrix};
+use burn_peft_kernels::MatmulPrecision;
 
 /// Returns true if all tensors are f32.
 fn all_f32(tensors: &[&FlexTensor]) -> bool {
@@ -48,13 +51,12 @@ impl Kernels for Flex {
     fn rms_norm_backward(
         x: FlexTensor,
         weight: FlexTensor,
-        (dy, found): (FlexTensor, Option<FlexTensor>),
-        rule: (f64, bool),
+        gradient: RmsNormGradient<Self>,
     ) -> (FlexTensor, Option<FlexTensor>) {
-        if all_f32(&[&x, &dy]) && found.iter().all(|found| all_f32(&[found])) {
-            return rms_norm::backward([x, weight, dy], found, rule);
+        if all_f32(&[&x, &gradient.dy]) && gradient.accumulated.iter().all(|accumulated| all_f32(&[accumulated])) {
+            return rms_norm::backward(x, weight, gradient);
         }
-        super::rms_norm::backward::<Self>(x, weight, (dy, found), rule)
+        super::rms_norm::backward::<Self>(x, weight, gradient)
     }
 
     fn rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {
@@ -89,45 +91,41 @@ impl Kernels for Flex {
         if all_f32(&[&x]) { elementwise::to_bf16(x) } else { Self::float_cast(x, FloatDType::BF16) }
     }
 
-    fn flash_attention(qkv: [F<Self>; 3], visibility: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
+    fn flash_attention(qkv: [F<Self>; 3], mask: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
         if all_f32(&[&qkv[0], &qkv[1], &qkv[2]]) {
-            return attention::forward(qkv, visibility);
+            return attention::forward(qkv, mask);
         }
-        super::attention::forward::<Self>(qkv, visibility)
+        super::attention::forward::<Self>(qkv, mask)
     }
 
     fn flash_attention_backward(
         qkv: [F<Self>; 3],
-        visibility: &AttentionMask<Self>,
-        saved: [F<Self>; 2],
+        mask: &AttentionMask<Self>,
+        lse: F<Self>,
+        dy: F<Self>,
     ) -> [F<Self>; 3] {
-        if all_f32(&[&qkv[0], &qkv[1], &qkv[2], &saved[1]]) {
-            return attention::backward(qkv, visibility, saved);
+        if all_f32(&[&qkv[0], &qkv[1], &qkv[2], &dy]) {
+            return attention::backward(qkv, mask, lse, dy);
         }
-        super::attention::backward::<Self>(qkv, visibility, saved)
+        super::attention::backward::<Self>(qkv, mask, lse, dy)
     }
 
-    fn linear_cross_entropy(
-        hidden: F<Self>,
-        head: WeightMatrix<Self>,
-        targets: &Targets<Self>,
-        rule: ([bool; 2], MatmulPrecision),
-    ) -> Losses<Self> {
-        if all_f32(&[&hidden]) {
-            return cross_entropy::forward(hidden, head, targets, rule);
+    fn linear_cross_entropy(inputs: CrossEntropyInputs<Self>, options: CrossEntropyOptions) -> Losses<Self> {
+        if all_f32(&[&inputs.hidden]) {
+            return cross_entropy::forward(inputs, options);
         }
-        super::cross_entropy::forward::<Self>(hidden, head, targets, rule.1)
+        super::cross_entropy::forward::<Self>(inputs, options)
     }
 
     fn linear_cross_entropy_backward(
-        inputs: (F<Self>, WeightMatrix<Self>),
-        targets: &Targets<Self>,
-        (kept, dy): (Losses<Self>, F<Self>),
-        rule: ([bool; 2], MatmulPrecision),
-    ) -> [Option<F<Self>>; 2] {
-        if all_f32(&[&inputs.0]) {
-            return cross_entropy::backward(inputs, targets, (kept, dy), rule);
+        inputs: CrossEntropyInputs<Self>,
+        forward: Losses<Self>,
+        dy: F<Self>,
+        options: CrossEntropyOptions,
+    ) -> CrossEntropyGradients<Self> {
+        if all_f32(&[&inputs.hidden]) {
+            return cross_entropy::backward(inputs, forward.sum_gradients, dy, options);
         }
-        super::cross_entropy::backward::<Self>(inputs, targets, [kept.lse, dy], rule)
+        super::cross_entropy::backward::<Self>(inputs, forward.lse, dy, options)
     }
 }

@@ -1,12 +1,12 @@
 //! Export of a LoRA adapter as a GGUF file that llama.cpp applies to the base model at run time.
 
 use super::{
-    super::{BlockType, MetadataValue, gguf_name},
+    super::{BlockType, MetadataValue, gguf_name, permutation::RowHeads},
     check_kind, config,
     file::{self, PlannedTensor},
-    general_metadata, is_query_or_key,
+    general_metadata,
 };
-use crate::{Error, LlamaConfig, checkpoint::build};
+use crate::{Error, LlamaConfig, model::build};
 use burn::tensor::TensorData;
 use burn_peft::format::{self, AdapterFiles};
 use std::{
@@ -81,7 +81,7 @@ fn plan_tensors<'a>(
                     shape: expected.to_vec(),
                     kind,
                     head_dim: config::permuted_head_dim(config)
-                        .filter(|_| suffix == "lora_b" && is_query_or_key(&name)),
+                        .filter(|_| suffix == "lora_b" && RowHeads::from_name(&name).is_some()),
                     values: Box::new(|| tensor.iter::<f32>().collect()),
                 }),
                 Some((_, found)) => problems.push(format!("{key}: expected {expected:?}, found {found:?}")),

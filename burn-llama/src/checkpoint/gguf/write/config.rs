@@ -1,6 +1,9 @@
 //! Translation of a model configuration into the metadata that llama.cpp reads.
 
-use super::{super::MetadataValue, file::Metadata};
+use super::{
+    super::{MetadataValue, permutation::is_permuted},
+    file::Metadata,
+};
 use crate::{Error, LlamaConfig, rope::RopeScaling};
 
 /// Returns llama.cpp's name of the architecture for the model's `model_type`.
@@ -12,10 +15,9 @@ pub(super) fn architecture(config: &LlamaConfig) -> &str {
     }
 }
 
-/// Returns the head dimension by which query and key rows are permuted in the file, or `None` if they are not. For
-/// `llama`, llama.cpp applies RoPE to adjacent pairs of rows; for other architectures, to the two halves of a head.
+/// Returns the head dimension by which query and key rows are permuted in the file, or `None` if they are not.
 pub(in crate::checkpoint::gguf) fn permuted_head_dim(config: &LlamaConfig) -> Option<usize> {
-    (architecture(config) == "llama").then_some(config.head_dim)
+    is_permuted(architecture(config)).then_some(config.head_dim)
 }
 
 /// Converts a float to a metadata value of `f32` precision.
@@ -61,7 +63,7 @@ fn rope_scaling(scaling: &RopeScaling) -> Result<Vec<(&'static str, MetadataValu
             vec![]
         }
         RopeScaling::Linear { factor } => vec![kind("linear"), ("rope.scaling.factor", float(*factor))],
-        RopeScaling::Yarn { factor, attention_factor, beta, truncate, original } => {
+        RopeScaling::Yarn { factor, attention_factor, beta_fast, beta_slow, truncate, original } => {
             let usual = if *factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 };
             if !truncate || (attention_factor - usual).abs() > 1e-6 {
                 let expected = format!("truncate = true and attention_factor = {usual}, which llama.cpp computes");
@@ -72,8 +74,8 @@ fn rope_scaling(scaling: &RopeScaling) -> Result<Vec<(&'static str, MetadataValu
                 kind("yarn"),
                 ("rope.scaling.factor", float(*factor)),
                 ("rope.scaling.original_context_length", MetadataValue::Unsigned(*original as u64)),
-                ("rope.scaling.yarn_beta_fast", float(beta.0)),
-                ("rope.scaling.yarn_beta_slow", float(beta.1)),
+                ("rope.scaling.yarn_beta_fast", float(*beta_fast)),
+                ("rope.scaling.yarn_beta_slow", float(*beta_slow)),
             ]
         }
     })

@@ -1,6 +1,6 @@
 //! Encoding of metadata values as the bytes of a GGUF file.
 
-use super::super::{MetadataArray, MetadataValue};
+use super::super::{MetadataArray, MetadataValue, value_type as types};
 
 /// Appends a string: its length in bytes, then UTF-8.
 pub(super) fn string(out: &mut Vec<u8>, text: &str) {
@@ -16,11 +16,11 @@ pub(super) fn value(out: &mut Vec<u8>, value: &MetadataValue) {
         MetadataValue::Float(value) => MetadataArray::Float(vec![*value]),
         MetadataValue::Bool(value) => MetadataArray::Bool(vec![*value]),
         MetadataValue::String(value) => {
-            out.extend(8u32.to_le_bytes());
+            out.extend(types::STRING.to_le_bytes());
             return string(out, value);
         }
         MetadataValue::Array(array) => {
-            out.extend(9u32.to_le_bytes());
+            out.extend(types::ARRAY.to_le_bytes());
             out.extend(value_type(array).to_le_bytes());
             out.extend((len(array) as u64).to_le_bytes());
             return elements(out, array);
@@ -32,28 +32,21 @@ pub(super) fn value(out: &mut Vec<u8>, value: &MetadataValue) {
 
 /// Returns the GGUF number of the narrowest 32- or 64-bit type that can hold every element.
 fn value_type(array: &MetadataArray) -> u32 {
-    match array {
+    let (fits, narrow, wide) = match array {
         MetadataArray::Unsigned(values) => {
-            if values.iter().all(|value| u32::try_from(*value).is_ok()) {
-                4
-            } else {
-                10
-            }
+            (values.iter().all(|value| u32::try_from(*value).is_ok()), types::U32, types::U64)
         }
         MetadataArray::Signed(values) => {
-            if values.iter().all(|value| i32::try_from(*value).is_ok()) {
-                5
-            } else {
-                11
-            }
+            (values.iter().all(|value| i32::try_from(*value).is_ok()), types::I32, types::I64)
         }
         MetadataArray::Float(values) => {
             let exact = |value: &f64| value.is_nan() || f64::from(*value as f32) == *value;
-            if values.iter().all(exact) { 6 } else { 12 }
+            (values.iter().all(exact), types::F32, types::F64)
         }
-        MetadataArray::Bool(_) => 7,
-        MetadataArray::String(_) => 8,
-    }
+        MetadataArray::Bool(_) => return types::BOOL,
+        MetadataArray::String(_) => return types::STRING,
+    };
+    if fits { narrow } else { wide }
 }
 
 fn len(array: &MetadataArray) -> usize {
@@ -68,13 +61,17 @@ fn len(array: &MetadataArray) -> usize {
 
 fn elements(out: &mut Vec<u8>, array: &MetadataArray) {
     match (array, value_type(array)) {
-        (MetadataArray::Unsigned(values), 4) => {
+        (MetadataArray::Unsigned(values), types::U32) => {
             values.iter().for_each(|value| out.extend((*value as u32).to_le_bytes()))
         }
         (MetadataArray::Unsigned(values), _) => values.iter().for_each(|value| out.extend(value.to_le_bytes())),
-        (MetadataArray::Signed(values), 5) => values.iter().for_each(|value| out.extend((*value as i32).to_le_bytes())),
+        (MetadataArray::Signed(values), types::I32) => {
+            values.iter().for_each(|value| out.extend((*value as i32).to_le_bytes()))
+        }
         (MetadataArray::Signed(values), _) => values.iter().for_each(|value| out.extend(value.to_le_bytes())),
-        (MetadataArray::Float(values), 6) => values.iter().for_each(|value| out.extend((*value as f32).to_le_bytes())),
+        (MetadataArray::Float(values), types::F32) => {
+            values.iter().for_each(|value| out.extend((*value as f32).to_le_bytes()))
+        }
         (MetadataArray::Float(values), _) => values.iter().for_each(|value| out.extend(value.to_le_bytes())),
         (MetadataArray::Bool(values), _) => out.extend(values.iter().map(|value| u8::from(*value))),
         (MetadataArray::String(values), _) => values.iter().for_each(|value| string(out, value)),

@@ -1,7 +1,7 @@
 //! Writer of a GGUF file from metadata and tensors; the values of a tensor are produced only when it is written.
 
 use super::{
-    super::{BlockType, MetadataValue, original_row},
+    super::{BlockType, MetadataValue, permutation::original_row, value_type::ALIGNMENT},
     encode,
 };
 use crate::{Error, checkpoint::atomic_write_with};
@@ -9,9 +9,6 @@ use std::{io::Write, path::Path};
 
 /// Metadata entries in the order in which they are written.
 pub type Metadata = Vec<(String, MetadataValue)>;
-
-/// Alignment of the data section and of each tensor in it, in bytes.
-const ALIGNMENT: usize = 32;
 
 /// A tensor to write.
 pub(super) struct PlannedTensor<'a> {

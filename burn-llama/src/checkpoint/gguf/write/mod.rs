@@ -13,7 +13,7 @@ pub use adapter::save_adapter;
 pub(super) use config::permuted_head_dim;
 pub use file::Metadata;
 
-use super::{BlockType, MetadataValue, gguf_name};
+use super::{BlockType, MetadataValue, gguf_name, permutation::RowHeads};
 use crate::{
     Error, Llama,
     checkpoint::parameters::{Parameter, parameters, require_dense},
@@ -81,7 +81,7 @@ fn check_kind(kind: BlockType, possible: &[BlockType]) -> Result<(), Error> {
 }
 
 /// Describes how a parameter is written: its GGUF name, its storage format and the permutation of its rows.
-fn plan_tensor<B: Backend>(parameter: &Parameter<B>, paired: Option<usize>, kind: BlockType) -> PlannedTensor<'_> {
+fn plan_tensor<B: Backend>(parameter: &Parameter<B>, head_dim: Option<usize>, kind: BlockType) -> PlannedTensor<'_> {
     let Some(name) = gguf_name(&parameter.path) else {
         panic!("{}: a parameter without a GGUF name", parameter.path);
     };
@@ -93,11 +93,6 @@ fn plan_tensor<B: Backend>(parameter: &Parameter<B>, paired: Option<usize>, kind
         _ => BlockType::F16,
     };
     let values = || parameter.data(DType::F32).iter::<f32>().collect();
-    PlannedTensor { head_dim: paired.filter(|_| is_query_or_key(&name)), name, shape, kind, values: Box::new(values) }
-}
-
-/// Returns whether the rows of the tensor are those of query or key heads.
-pub(super) fn is_query_or_key(name: &str) -> bool {
-    let part = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
-    matches!(part, Some((_, "attn_q.weight" | "attn_q.bias" | "attn_k.weight" | "attn_k.bias")))
+    let head_dim = head_dim.filter(|_| RowHeads::from_name(&name).is_some());
+    PlannedTensor { name, shape, kind, head_dim, values: Box::new(values) }
 }

@@ -1,10 +1,13 @@
 //! Attention of a decode step: one query per row.
 
-use crate::kernel::{
-    AttentionMask,
-    flex::{
-        elementwise,
-        vector_ops::{exp_sum, max, vectorized},
+use crate::{
+    RowSlots,
+    kernel::{
+        AttentionMask,
+        flex::{
+            elementwise,
+            vector_ops::{exp_sum, max, vectorized},
+        },
     },
 };
 use burn::backend::Flex;
@@ -25,21 +28,22 @@ pub(super) struct HeadShape {
     pub(super) dim: usize,
 }
 
-/// Writes to `seen` the ranges of slots visible to a query of segment 1 at `position` in slot `slot`: earlier slots as
-/// the mask allows, and its own.
+/// Writes to `seen` the ranges of slots visible to a query of segment 1 at `position` in the slot after `earlier`:
+/// those of the earlier slots that the mask allows, and its own.
 pub(super) fn visible_ranges(
-    [segments, positions]: [&[i32]; 2],
-    (slot, position): (usize, usize),
+    earlier: RowSlots<'_>,
+    position: usize,
     window: Option<usize>,
     seen: &mut Vec<Range<usize>>,
 ) {
+    let own = earlier.segments.len();
     let visible = |slot: usize| {
-        let (segment, distance) = (segments[slot], position as i64 - i64::from(positions[slot]));
+        let (segment, distance) = (earlier.segments[slot], position as i64 - i64::from(earlier.positions[slot]));
         let near = distance >= 0 && window.is_none_or(|window| distance < window as i64);
         near && (segment == 1 || segment == AttentionMask::<Flex>::ANY_SEGMENT)
     };
     seen.clear();
-    for slot in (0..slot).filter(|&slot| visible(slot)).chain([slot]) {
+    for slot in (0..own).filter(|&slot| visible(slot)).chain([own]) {
         match seen.last_mut() {
             Some(last) if last.end == slot => last.end += 1,
             _ => seen.push(slot..slot + 1),
@@ -61,34 +65,49 @@ pub(super) fn rotate_rows(x: &mut [f32], rows: usize, dim: usize, tables: [&[f32
     );
 }
 
-/// Computes softmax attention of one query per row over the slots visible to it.
+/// The keys and values of one layer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CacheSlices<'a> {
+    /// The keys, `[rows, capacity, kv_heads, dim]`.
+    pub(super) keys: &'a [f32],
+    /// The values, laid out like the keys.
+    pub(super) values: &'a [f32],
+    /// The number of slots per row.
+    pub(super) capacity: usize,
+    /// The ranges of slots of each row that are visible to its query.
+    pub(super) visible: &'a [Vec<Range<usize>>],
+}
+
+/// Computes softmax attention of one query per row over the slots visible to it: `queries` and `output`
+/// `[rows, kv_heads, group, dim]`; `scores [rows, kv_heads, group, capacity]` is scratch memory.
 pub(super) fn decode_attention(
     sizes: HeadShape,
-    (q, [keys, values], capacity): (&[f32], [&[f32]; 2], usize),
-    seen: &[Vec<Range<usize>>],
-    (scores, mixed): (&mut [f32], &mut [f32]),
+    queries: &[f32],
+    cache: CacheSlices<'_>,
+    scores: &mut [f32],
+    output: &mut [f32],
 ) {
     let HeadShape { kv_heads, group, dim } = sizes;
+    let CacheSlices { keys, values, capacity, visible } = cache;
     let width = kv_heads * dim;
-    let one = |(task, (scores, mixed)): (usize, (&mut [f32], &mut [f32]))| {
+    let one = |(task, (scores, output)): (usize, (&mut [f32], &mut [f32]))| {
         let (row, head) = (task / kv_heads, task % kv_heads);
         let start = row * capacity * width + head * dim;
-        let queries = &q[task * group * dim..(task + 1) * group * dim];
         dispatch_simd(QueryGroup {
             sizes,
-            queries,
+            queries: &queries[task * group * dim..(task + 1) * group * dim],
             keys: &keys[start..],
             values: &values[start..],
-            visible: &seen[row],
+            visible: &visible[row],
             scores,
-            output: mixed,
+            output,
         });
     };
-    let visible: usize = seen.iter().flatten().map(Range::len).sum();
-    if visible * width < PARALLEL_THRESHOLD {
-        scores.chunks_exact_mut(group * capacity).zip(mixed.chunks_exact_mut(group * dim)).enumerate().for_each(one);
+    let num_visible: usize = visible.iter().flatten().map(Range::len).sum();
+    if num_visible * width < PARALLEL_THRESHOLD {
+        scores.chunks_exact_mut(group * capacity).zip(output.chunks_exact_mut(group * dim)).enumerate().for_each(one);
     } else {
-        let parts = scores.par_chunks_exact_mut(group * capacity).zip(mixed.par_chunks_exact_mut(group * dim));
+        let parts = scores.par_chunks_exact_mut(group * capacity).zip(output.par_chunks_exact_mut(group * dim));
         parts.enumerate().for_each(one);
     }
 }

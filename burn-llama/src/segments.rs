@@ -2,11 +2,7 @@
 //! block, then output head and loss. Keys and values of a prefix are computed once in the first segment and passed on
 //! with the hidden states, each layer's up to its layer, so that the prefix encoder gets a single gradient.
 
-use super::Llama;
-use crate::{
-    AttentionContext, Batch, KvCache, OutputSlots,
-    kernel::{AttentionMask, Kernels, Targets},
-};
+use crate::{Batch, KvCache, Llama, kernel::Kernels, model::LayerCache};
 use burn::{
     module::{Module, ModuleVisitor},
     tensor::backend::{AutodiffBackend, Backend},
@@ -32,14 +28,15 @@ impl<B: Kernels> Segments<B> for Llama<B> {
             return std::iter::once(DynTensor::new(x)).chain(before.into_iter().map(DynTensor::new)).collect();
         };
         let (x, index) = (x.tensor::<2>(), (segment - 1) / 2);
-        let (tail, pass) = self.outputs_at_layer(index, Some(&batch.output_slots), &batch.forward_context);
+        let outputs = self.outputs_at_layer(index, Some(&batch.output_slots), &batch.forward_context);
         let output = match self.model.layers.get(index) {
             Some(layer) if segment % 2 == 1 => {
-                let mut past =
-                    KvCache::for_single_layer(inputs.next().map(DynTensor::tensor), batch.attention_context.rows);
-                layer.attention_block(x, &batch.attention_context, Some((&mut past, 0)), (&batch.forward_context, tail))
+                let prefix = inputs.next().map(DynTensor::tensor);
+                let cache = &mut KvCache::for_single_layer(prefix, batch.attention_context.rows);
+                let cache = Some(LayerCache { cache, layer: 0 });
+                layer.attention_block(x, &batch.attention_context, cache, &outputs)
             }
-            Some(layer) => layer.mlp_block(x, pass),
+            Some(layer) => layer.mlp_block(x, outputs.output_context()),
             None => {
                 return vec![DynTensor::new(self.loss(
                     self.model.norm.forward(x),
@@ -58,28 +55,12 @@ where
     B::InnerBackend: Kernels,
 {
     fn inner_batch(batch: &Batch<B>) -> Batch<B::InnerBackend> {
-        let (context, visibility) = (&batch.attention_context, &batch.attention_context.attention_mask);
         Batch {
             ids: batch.ids.clone().inner(),
             embedding_sources: batch.embedding_sources.clone().map(|sources| sources.inner()),
-            attention_context: AttentionContext {
-                rows: context.rows,
-                length: context.length,
-                cos: context.cos.clone().inner(),
-                sin: context.sin.clone().inner(),
-                attention_mask: AttentionMask {
-                    query_segments: visibility.query_segments.clone().inner(),
-                    query_positions: visibility.query_positions.clone().inner(),
-                    key_segments: visibility.key_segments.clone().inner(),
-                    key_positions: visibility.key_positions.clone().inner(),
-                    window: visibility.window,
-                },
-            },
-            output_slots: OutputSlots {
-                slots: batch.output_slots.slots.clone().inner(),
-                forward_context: batch.output_slots.forward_context.clone(),
-            },
-            targets: Targets { ids: batch.targets.ids.clone().inner(), weights: batch.targets.weights.clone().inner() },
+            attention_context: batch.attention_context.inner(),
+            output_slots: batch.output_slots.inner(),
+            targets: batch.targets.inner(),
             forward_context: batch.forward_context.clone(),
         }
     }

@@ -1,10 +1,7 @@
 //! Construction of the model from a configuration and a function that reads tensors.
 
-use crate::{
-    LlamaConfig,
-    kernel::Kernels,
-    model::{Attention, Decoder, Embedding, Layer, Llama, Mlp, RmsNorm},
-};
+use super::{Attention, Decoder, Embedding, Layer, Llama, Mlp, RmsNorm};
+use crate::{LlamaConfig, kernel::Kernels};
 use burn::{
     module::Param,
     tensor::{Tensor, TensorData},
