@@ -1,6 +1,6 @@
 //! Validation of a configuration against the table of keys: names, kinds of values, and keys that are not honoured.
 
-use super::keys::{FixedValue, KeyHandling, KeySpec, TypeTable, ValueKind};
+use super::keys::{FixedValue, KeyHandling, KeySpec, ONE_STEP, TypeTable, ValueKind};
 use crate::ConfigError;
 use serde_json::{Map, Value};
 
@@ -122,7 +122,7 @@ impl Checker<'_> {
             if key != "legacy_fusion" {
                 return Err(unknown_key(block, path, known.into_iter(), key));
             }
-            self.unhonoured.push(UnhonouredKey { key: path, instead: "there is one implementation of the step" });
+            self.unhonoured.push(UnhonouredKey { key: path, instead: ONE_STEP });
         }
         let params = match map.get("params") {
             None | Some(Value::Null) => self.check_block(&join_path(block, "params"), params, &Map::new())?,

@@ -4,7 +4,7 @@ use super::{
     AutoValues, BatchSizes, DsConfig, SchedulerConfig,
     check::{Checker, UnhonouredKey, join_path},
     deprecated::replace_deprecated_keys,
-    keys::DEEPSPEED,
+    keys::{BETA_CYCLE, DEEPSPEED},
     optimizer,
     precision::{self, Bf16Config, Fp16Config},
     strict,
@@ -82,8 +82,8 @@ impl RawDsConfig {
         let scheduler = take_block(&mut root, "scheduler")?;
         if matches!(scheduler, Some(SchedulerConfig::OneCycle(_))) && !self.has_cycle_momentum() {
             // DeepSpeed cycles the momentum by default.
-            let instead = "the optimizer's betas stay as they are; only the learning rate moves";
-            check.unhonoured.push(UnhonouredKey { key: "scheduler.params.cycle_momentum".to_owned(), instead });
+            let key = "scheduler.params.cycle_momentum".to_owned();
+            check.unhonoured.push(UnhonouredKey { key, instead: BETA_CYCLE });
         }
         Ok(DsConfig {
             batch,
