@@ -131,7 +131,7 @@ fn from_deepspeed_config(block: Option<&Map<String, Value>>) -> Result<DsConfigS
         return match block.keys().find(|key| *key != "deepspeed_config_file") {
             Some(key) => {
                 let expected = format!("nothing, because {file} sets it");
-                Err(ConfigError::invalid_value(&format!("deepspeed_config.{key}"), &expected, &block[key].to_string()))
+                Err(ConfigError::invalid_value(format!("deepspeed_config.{key}"), &expected, block[key].to_string()))
             }
             None => Ok(DsConfigSource::File(file.into())),
         };

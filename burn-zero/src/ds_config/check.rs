@@ -54,8 +54,8 @@ impl Checker<'_> {
         let missing = |key: &&KeySpec| matches!(key.handling, KeyHandling::Required) && !kept.contains_key(key.name);
         match table.iter().find(missing) {
             Some(key) => Err(ConfigError::invalid_value(
-                &join_path(block, key.name),
-                &format!("{}, or \"auto\"", describe(key.kind)),
+                join_path(block, key.name),
+                format!("{}, or \"auto\"", describe(key.kind)),
                 "nothing",
             )),
             None => Ok(kept),
@@ -71,7 +71,7 @@ impl Checker<'_> {
                 Some(value) => Ok(Some(value).filter(|value| !value.is_null())),
                 None => Err(ConfigError::invalid_value(
                     path,
-                    &describe(key.kind),
+                    describe(key.kind),
                     "\"auto\", which has no value for this key",
                 )),
             };
@@ -105,7 +105,7 @@ impl Checker<'_> {
         let found = map.get("type").unwrap_or(&Value::Null);
         let names = || types.supported.iter().map(|(name, _)| *name);
         let Value::String(found) = found else {
-            return Err(ConfigError::invalid_value(&path, &names().collect::<Vec<_>>().join(", "), &found.to_string()));
+            return Err(ConfigError::invalid_value(&path, names().collect::<Vec<_>>().join(", "), found.to_string()));
         };
         let same = |name: &str| name == found || types.case_insensitive && name.eq_ignore_ascii_case(found);
         if let Some((name, reason)) = types.unsupported.iter().find(|(name, _)| same(name)) {
@@ -200,11 +200,11 @@ fn describe(kind: ValueKind) -> String {
 }
 
 fn kind_mismatch(path: &str, kind: ValueKind, value: &Value) -> ConfigError {
-    ConfigError::invalid_value(path, &describe(kind), &value.to_string())
+    ConfigError::invalid_value(path, describe(kind), value.to_string())
 }
 
 fn object<'v>(path: &str, value: &'v Value) -> Result<&'v Map<String, Value>, ConfigError> {
-    value.as_object().ok_or_else(|| ConfigError::invalid_value(path, "a block of keys", &value.to_string()))
+    value.as_object().ok_or_else(|| ConfigError::invalid_value(path, "a block of keys", value.to_string()))
 }
 
 /// Returns the path of a key of a block; the path of the top level is empty.

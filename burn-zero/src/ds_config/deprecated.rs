@@ -39,7 +39,7 @@ pub(super) fn replace_deprecated_keys(root: &mut Map<String, Value>) -> Result<(
             }
             Some(Value::Bool(false) | Value::Null) => drop(zero.shift_remove(old)),
             Some(other) => {
-                return Err(ConfigError::invalid_value(&format!("{block}{old}"), "true or false", &other.to_string()));
+                return Err(ConfigError::invalid_value(format!("{block}{old}"), "true or false", other.to_string()));
             }
             None => {}
         }
@@ -53,8 +53,8 @@ fn rename(map: &mut Map<String, Value>, block: &str, old: &str, new: &str) -> Re
     }
     if map.contains_key(new) {
         return Err(ConfigError::invalid_value(
-            &format!("{block}{old}"),
-            &format!("only its new spelling `{new}`"),
+            format!("{block}{old}"),
+            format!("only its new spelling `{new}`"),
             "both",
         ));
     }

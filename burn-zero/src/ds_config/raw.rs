@@ -133,7 +133,7 @@ fn take_block<T: DeserializeOwned>(root: &mut Map<String, Value>, key: &str) -> 
         return Ok(None);
     };
     let found = value.to_string();
-    serde_json::from_value(value).map(Some).map_err(|error| ConfigError::invalid_value(key, &error.to_string(), &found))
+    serde_json::from_value(value).map(Some).map_err(|error| ConfigError::invalid_value(key, error.to_string(), &found))
 }
 
 fn collect_auto_keys(map: &Map<String, Value>, block: &str, keys: &mut Vec<String>) {

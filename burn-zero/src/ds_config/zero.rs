@@ -120,11 +120,11 @@ impl ZeroConfig {
             let path = |key| format!("zero_optimization.{block}.{key}");
             if offload.device != OffloadDevice::None && self.stage < least {
                 let found = format!("{:?} with stage {}", offload.device, u8::from(self.stage)).to_lowercase();
-                return Err(ConfigError::invalid_value(&path("device"), expected, &found));
+                return Err(ConfigError::invalid_value(path("device"), expected, &found));
             }
             if offload.device == OffloadDevice::Nvme && offload.nvme_path.is_none() {
                 return Err(ConfigError::invalid_value(
-                    &path("nvme_path"),
+                    path("nvme_path"),
                     "a folder, because device is nvme",
                     "nothing",
                 ));
