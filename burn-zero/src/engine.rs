@@ -127,8 +127,8 @@ impl<B: AutodiffBackend> Engine<B> {
     /// host memory, so an engine with [`Optimizer::AdamW8bit`] needs this call.
     ///
     /// # Errors
-    /// Returns [`ConfigError::InvalidValue`](crate::ConfigError::InvalidValue) for settings that cannot work and for an optimizer that cannot run on the host,
-    /// [`Error::Io`] if the file cannot be created.
+    /// Returns [`ConfigError::InvalidValue`](crate::ConfigError::InvalidValue) for settings that cannot work and for an
+    /// optimizer that cannot run on the host, [`Error::Io`] if the file cannot be created.
     pub fn with_optimizer_states_in(self, tier: &MemoryTier) -> Result<Self, Error> {
         self.optimizer.check()?;
         let device = *tier == MemoryTier::Device && !matches!(self.optimizer, Optimizer::AdamW8bit(_));

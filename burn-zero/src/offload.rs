@@ -93,8 +93,8 @@ impl OffloadedStates {
     /// Creates an empty set of states, and the offload file if the tier asks for one.
     ///
     /// # Errors
-    /// Returns [`ConfigError::InvalidValue`] for an optimizer that cannot run on the host, [`Error::Io`] if the file cannot be
-    /// created.
+    /// Returns [`ConfigError::InvalidValue`] for an optimizer that cannot run on the host, [`Error::Io`] if the file
+    /// cannot be created.
     pub fn new(optimizer: Optimizer, tier: &MemoryTier, rank: usize) -> Result<Self, Error> {
         if optimizer.adam_settings().is_none() {
             let (expected, found) = ("Adam or AdamW if optimizer states are offloaded", format!("{optimizer:?}"));

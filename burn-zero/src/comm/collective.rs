@@ -11,8 +11,8 @@ use std::ops::Range;
 ///
 /// # Errors
 /// Every collective returns [`CommError::LengthMismatch`] if buffers do not fit each other or those of the peers,
-/// [`CommError::UnknownRank`] for a rank that does not exist, [`CommError::Lost`] if a rank has ended or does not answer
-/// before the deadline, and [`CommError::CollectiveMismatch`] if a rank is in another collective.
+/// [`CommError::UnknownRank`] for a rank that does not exist, [`CommError::Lost`] if a rank has ended or does not
+/// answer before the deadline, and [`CommError::CollectiveMismatch`] if a rank is in another collective.
 pub trait Collectives: Communicator {
     /// Replaces the values of every rank by their element-wise sum over all ranks, added in rank order.
     fn all_reduce<T: Element>(&mut self, buffer: &mut [T]) -> Result<(), Error> {

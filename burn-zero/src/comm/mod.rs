@@ -85,8 +85,8 @@ pub trait Communicator: Send {
     /// order.
     ///
     /// # Errors
-    /// [`CommError::Lost`](crate::CommError::Lost) if a rank has ended or does not answer before the deadline, [`CommError::CollectiveMismatch`](crate::CommError::CollectiveMismatch) if
-    /// a rank is in another collective.
+    /// [`CommError::Lost`](crate::CommError::Lost) if a rank has ended or does not answer before the deadline,
+    /// [`CommError::CollectiveMismatch`](crate::CommError::CollectiveMismatch) if a rank is in another collective.
     fn exchange(
         &mut self,
         operation: Operation,

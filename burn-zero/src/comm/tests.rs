@@ -219,7 +219,8 @@ fn ranks_out_of_step_find_out() {
     });
     for (error, (own, other)) in errors.iter().zip([(2, 3), (3, 2)]) {
         assert!(
-            matches!(error, Error::Communication(CommError::LengthMismatch { expected, found, .. }) if (*expected, *found) == (own, other)),
+            matches!(error, Error::Communication(CommError::LengthMismatch { expected, found, .. })
+                if (*expected, *found) == (own, other)),
             "{error}"
         );
     }

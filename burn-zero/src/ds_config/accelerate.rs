@@ -40,7 +40,8 @@ impl AccelerateConfig {
     /// Parses YAML.
     ///
     /// # Errors
-    /// [`ConfigError::Syntax`], [`ConfigError::UnknownKey`], [`ConfigError::InvalidValue`] or [`ConfigError::Unsupported`].
+    /// [`ConfigError::Syntax`], [`ConfigError::UnknownKey`], [`ConfigError::InvalidValue`] or
+    /// [`ConfigError::Unsupported`].
     pub fn from_yaml(text: &str) -> Result<Self, ConfigError> {
         // Copied into the ds_config, which resolves it.
         let auto = |path: &str| path.starts_with("deepspeed_config.gradient_").then(|| "auto".into());

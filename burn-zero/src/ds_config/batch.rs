@@ -18,8 +18,8 @@ impl BatchSizes {
     /// the third, rounded down; `train` alone and `micro` alone mean no gradient accumulation.
     ///
     /// # Errors
-    /// [`ConfigError::MissingBatchSize`], [`ConfigError::ZeroBatchSize`] or [`ConfigError::BatchSizeMismatch`], with DeepSpeed's
-    /// messages.
+    /// [`ConfigError::MissingBatchSize`], [`ConfigError::ZeroBatchSize`] or [`ConfigError::BatchSizeMismatch`], with
+    /// DeepSpeed's messages.
     ///
     /// # Panics
     /// If `world` is 0.

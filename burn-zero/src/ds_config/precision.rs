@@ -94,7 +94,7 @@ pub(super) struct Bf16Config {
 /// Returns the precision that the two blocks select.
 ///
 /// # Errors
-/// [`ConfigError::InvalidValue`] if both blocks are enabled, or [`ConfigError::InvalidValue`] for an invalid loss scale.
+/// [`ConfigError::InvalidValue`] if both blocks are enabled, or for an invalid loss scale.
 pub(super) fn resolve_precision(fp16: Fp16Config, bf16: &Bf16Config) -> Result<Precision, ConfigError> {
     let precision = match (fp16.enabled, bf16.enabled) {
         (true, true) => {

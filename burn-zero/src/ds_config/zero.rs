@@ -110,7 +110,8 @@ impl ZeroConfig {
     /// Returns the settings if they are valid.
     ///
     /// # Errors
-    /// [`ConfigError::InvalidValue`] for an offload that the stage does not support, or an offload to files without a folder.
+    /// [`ConfigError::InvalidValue`] for an offload that the stage does not support, or an offload to files without a
+    /// folder.
     pub(super) fn validated(self) -> Result<Self, ConfigError> {
         let offloads = [
             ("offload_optimizer", &self.offload_optimizer, ZeroStage::OptimizerStates, "none, or stage 1, 2 or 3"),

@@ -152,9 +152,10 @@ impl<B: AutodiffBackend> Engine<B> {
     /// another stage. Call it before the first micro-batch, with a model that has all its weights.
     ///
     /// # Errors
-    /// Returns [`Error::Io`] if a file cannot be read, [`CheckpointError::Mismatch`] if the files are not a complete checkpoint of
-    /// this very model (a trainable parameter is missing or has another shape, or the checkpoint contains a tensor that
-    /// is not trainable here), and [`ConfigError::InvalidValue`] if the engine has already sharded the model's weights.
+    /// Returns [`Error::Io`] if a file cannot be read, [`CheckpointError::Mismatch`] if the files are not a complete
+    /// checkpoint of this very model (a trainable parameter is missing or has another shape, or the checkpoint contains
+    /// a tensor that is not trainable here), and [`ConfigError::InvalidValue`] if the engine has already sharded the
+    /// model's weights.
     pub fn restore<M: TrainSegments<B>>(&mut self, model: M, path: &Path) -> Result<M, Error> {
         if self.sharding_state.as_ref().is_some_and(|division| division.weights.is_some()) {
             let (expected, found) =

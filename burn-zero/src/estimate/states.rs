@@ -53,7 +53,7 @@ pub struct StatePlacement {
     pub world_size: u64,
     /// The place of the optimizer, its states and the gradients it reads; in a file only the moments are.
     pub offload_optimizer: OffloadDevice,
-    /// The place of the weight shards, which otherwise are on the device only while their segment runs; stage 3 only.
+    /// The place of the weight shards, stage 3 only; off the device, they are on it only while their segment runs.
     pub offload_param: OffloadDevice,
     /// True if the optimizer updates weights during the backward pass, so that only one bucket of gradients exists at a
     /// time: [`Engine::forward_backward_step`](crate::Engine::forward_backward_step) with one micro-batch per step and

@@ -35,8 +35,8 @@ impl AdamW {
     /// Checks the settings.
     ///
     /// # Errors
-    /// Returns [`ConfigError::InvalidValue`] if a beta lies outside [0, 1), or if `epsilon` or `weight_decay` is negative or not
-    /// finite.
+    /// Returns [`ConfigError::InvalidValue`] if a beta lies outside [0, 1), or if `epsilon` or `weight_decay` is
+    /// negative or not finite.
     pub fn check(&self) -> Result<(), ConfigError> {
         let refuse = |field: &str, expected: &str, found: f64| {
             Err(ConfigError::invalid_value(field, expected, found.to_string()))

@@ -78,7 +78,8 @@ impl Optimizer {
     /// Checks the settings.
     ///
     /// # Errors
-    /// Returns [`ConfigError::InvalidValue`] for a beta or momentum outside [0, 1), and for a negative or non-finite value.
+    /// Returns [`ConfigError::InvalidValue`] for a beta or momentum outside [0, 1), and for a negative or non-finite
+    /// value.
     pub fn check(&self) -> Result<(), ConfigError> {
         let adam = |betas, epsilon, weight_decay| AdamW { betas, epsilon, weight_decay }.check();
         match *self {

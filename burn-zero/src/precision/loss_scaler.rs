@@ -96,8 +96,8 @@ impl LossScaler {
     /// Creates a scale that is halved when gradients overflow and doubled after a window without overflow.
     ///
     /// # Errors
-    /// Returns [`ConfigError::InvalidValue`] for a window or hysteresis of 0, a minimum that is not a finite number above 0, or an
-    /// initial scale that f32 cannot represent.
+    /// Returns [`ConfigError::InvalidValue`] for a window or hysteresis of 0, a minimum that is not a finite number
+    /// above 0, or an initial scale that f32 cannot represent.
     pub fn dynamic(settings: DynamicScale) -> Result<Self, ConfigError> {
         let settings = settings.checked()?;
         let scale = f64::from(settings.initial_scale_power).exp2();

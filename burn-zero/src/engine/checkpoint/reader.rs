@@ -168,7 +168,8 @@ impl<'a> CheckpointReader<'a> {
 /// Merges the files of a sharded checkpoint into one file, the same as a world of one rank would have saved.
 ///
 /// # Errors
-/// Returns [`Error::Io`] for a file that cannot be read or written, [`CheckpointError::Mismatch`] if the shards are incomplete.
+/// Returns [`Error::Io`] for a file that cannot be read or written, [`CheckpointError::Mismatch`] if the shards are
+/// incomplete.
 pub fn consolidate(path: &Path) -> Result<(), Error> {
     let maps = MappedFiles::open(path)?;
     let mut saved = CheckpointReader::open(path, &maps)?;
