@@ -232,7 +232,7 @@ fn stages(group: &mut ProcessGroup) -> Result<(), Error> {
     group.barrier()?;
     if rank == 0 {
         // The folder is empty, because an engine removes its files when it is dropped.
-        std::fs::remove_dir(&folder).map_err(|source| Error::Path { path: folder, source })?;
+        std::fs::remove_dir(&folder).map_err(|source| Error::Io { path: folder, source })?;
     }
     Ok(())
 }

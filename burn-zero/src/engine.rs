@@ -2,8 +2,7 @@
 
 use crate::{
     Error,
-    comm::{self, AsyncCommunicator, Collectives, Communicator, Solo, Trace, Traffic},
-    ds_config::ZeroStage,
+    comm::{AsyncCommunicator, Collectives, Communicator, Solo, Trace, Traffic},
     estimate::MemoryEstimate,
     gather::{PutParams, WeightShards},
     host_or_device::HostOrDevice,
@@ -13,6 +12,7 @@ use crate::{
     reduce::{GradientReducer, PeakMemory},
     segment::{Checkpointing, DynTensor, TrainSegments},
     sharding::{ShardLayout, Sharding},
+    stage::ZeroStage,
 };
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
@@ -127,8 +127,8 @@ impl<B: AutodiffBackend> Engine<B> {
     /// host memory, so an engine with [`Optimizer::AdamW8bit`] needs this call.
     ///
     /// # Errors
-    /// Returns [`Error::Setting`] for settings that cannot work and for an optimizer that cannot run on the host,
-    /// [`Error::Path`] if the file cannot be created.
+    /// Returns [`ConfigError::InvalidValue`](crate::ConfigError::InvalidValue) for settings that cannot work and for an
+    /// optimizer that cannot run on the host, [`Error::Io`] if the file cannot be created.
     pub fn with_optimizer_states_in(self, tier: &MemoryTier) -> Result<Self, Error> {
         self.optimizer.check()?;
         let device = *tier == MemoryTier::Device && !matches!(self.optimizer, Optimizer::AdamW8bit(_));
@@ -256,7 +256,7 @@ impl<B: AutodiffBackend> Engine<B> {
     /// must call this method, and rank 0 writes the file.
     ///
     /// # Errors
-    /// Returns [`Error::Path`] if the file cannot be written, otherwise the same errors as
+    /// Returns [`Error::Io`] if the file cannot be written, otherwise the same errors as
     /// [`Engine::forward_backward`].
     pub fn write_trace(&self, path: &Path) -> Result<(), Error> {
         let own = serde_json::Value::from(self.trace().events(self.rank())).to_string();
@@ -265,7 +265,7 @@ impl<B: AutodiffBackend> Engine<B> {
             return Ok(());
         }
         let events = all.iter().filter_map(|own| serde_json::from_slice::<Vec<serde_json::Value>>(own).ok());
-        comm::write_events(path, &events.flatten().collect::<Vec<_>>())
+        crate::trace::write_events(path, &events.flatten().collect::<Vec<_>>())
     }
 
     /// Returns the largest number of bytes that transient buffers occupied at a time, counted from the buffers.

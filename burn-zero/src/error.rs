@@ -1,21 +1,41 @@
-//! The errors of the crate.
+//! The errors of the crate, divided by what a caller can do about them.
 
-use std::path::PathBuf;
+use crate::pipeline::PipelineError;
+use std::{path::PathBuf, time::Duration};
 
-/// An error in settings, files, collectives or peer processes.
+/// An error in settings, files, collectives or the numbers of a training run.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A setting has an invalid value.
-    #[error("`{field}`: expected {expected}, found {found}")]
-    Setting {
-        /// The name of the setting.
-        field: &'static str,
-        /// The valid values.
-        expected: &'static str,
-        /// The value found.
-        found: String,
+    /// A collective failed. If a rank is lost, the run has to be started again from its last checkpoint.
+    #[error(transparent)]
+    Communication(#[from] CommError),
+    /// A setting or a configuration file is wrong; it has to be corrected.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A checkpoint does not belong to this model; it has to be another file.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The training diverges; it needs a lower learning rate, other data or another precision.
+    #[error(transparent)]
+    Numeric(#[from] NumericError),
+    /// A pipeline schedule is invalid.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+    /// A file cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The path of the file.
+        path: PathBuf,
+        /// The error of the operating system.
+        source: std::io::Error,
     },
+}
+
+/// An error in a collective or a peer process.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CommError {
     /// A collective was called with buffers whose lengths do not match.
     #[error("{operation}: expected {expected} values, found {found}")]
     LengthMismatch {
@@ -47,7 +67,7 @@ pub enum Error {
         /// The lost rank, by its number in the whole world.
         rank: usize,
         /// How long this rank has waited for it; `None` if it is known to have ended.
-        waited: Option<std::time::Duration>,
+        waited: Option<Duration>,
     },
     /// Two ranks call different collectives.
     #[error(
@@ -62,43 +82,44 @@ pub enum Error {
     /// A collective was aborted because an earlier one failed.
     #[error("aborted, because an earlier collective failed")]
     Aborted,
-    /// MPI cannot be used.
-    #[error("MPI: {problem}; install Open MPI (Debian: openmpi-bin, libopenmpi-dev) and start by mpirun")]
-    Mpi {
-        /// The problem.
-        problem: String,
+    /// MPI cannot be initialised.
+    #[error(
+        "MPI: it cannot be initialised, or was before; install Open MPI (Debian: openmpi-bin, libopenmpi-dev) and \
+         start by mpirun"
+    )]
+    MpiInit,
+    /// The thread that makes all MPI calls cannot be started.
+    #[error("MPI: {source}; install Open MPI (Debian: openmpi-bin, libopenmpi-dev) and start by mpirun")]
+    MpiThread {
+        /// The error of the operating system.
+        source: std::io::Error,
     },
-    /// A gradient or loss is not finite.
-    #[error("step {step}: the gradient norm is {norm}; lower the learning rate, or look for a broken row in the data")]
-    NotFinite {
-        /// The optimizer step, counted from 0.
-        step: usize,
-        /// The gradient norm.
-        norm: f64,
-    },
-    /// A configuration file cannot be read or has an error.
-    #[error("{file}: {source}")]
+}
+
+/// An error in a setting or a configuration file.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// A configuration file has an error.
+    #[error("{}: {source}", path.display())]
     File {
         /// The path of the file.
-        file: String,
+        path: PathBuf,
         /// The error.
-        source: Box<Error>,
+        source: Box<ConfigError>,
     },
-    /// The operating system cannot read a file.
-    #[error("cannot be read: {0}")]
-    Io(#[from] std::io::Error),
     /// A configuration is not well-formed JSON or YAML, or has a duplicate key.
-    #[error("not readable as {format}: {message}")]
+    #[error("not readable as {format}: {source}")]
     Syntax {
         /// JSON or YAML.
         format: &'static str,
-        /// The message of the parser, with line and column.
-        message: String,
+        /// The error of the parser, with line and column.
+        source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// A key of a configuration file has an invalid value.
+    /// A setting or a key of a configuration file has an invalid value.
     #[error("`{key}`: expected {expected}, found {found}")]
     InvalidValue {
-        /// The path of the key, its parts joined by dots.
+        /// The name of the setting, or the path of the key, its parts joined by dots.
         key: String,
         /// The valid values.
         expected: String,
@@ -149,6 +170,57 @@ pub enum Error {
         /// The number of ranks.
         world: u64,
     },
+}
+
+impl ConfigError {
+    /// Creates the error of a setting or key with an invalid value.
+    pub(crate) fn invalid_value(
+        key: impl Into<String>,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> ConfigError {
+        Self::InvalidValue { key: key.into(), expected: expected.into(), found: found.into() }
+    }
+}
+
+/// An error in a checkpoint.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CheckpointError {
+    /// A saved state does not match the model.
+    #[error("{}: `{key}`: expected {expected}, found {found}", path.display())]
+    Mismatch {
+        /// The path of the file.
+        path: PathBuf,
+        /// The name of the tensor or field.
+        key: String,
+        /// The value that the model requires.
+        expected: String,
+        /// The value found.
+        found: String,
+    },
+    /// The safetensors format cannot hold the state, or its file cannot be written.
+    #[error("{}: {source}", path.display())]
+    Safetensors {
+        /// The path of the file.
+        path: PathBuf,
+        /// The error.
+        source: safetensors::SafeTensorError,
+    },
+}
+
+/// An error in the numbers of a training run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NumericError {
+    /// A gradient or loss is not finite.
+    #[error("step {step}: the gradient norm is {norm}; lower the learning rate, or look for a broken row in the data")]
+    NotFinite {
+        /// The optimizer step, counted from 0.
+        step: usize,
+        /// The gradient norm.
+        norm: f64,
+    },
     /// Gradients overflow even at the smallest loss scale; the first sentence of the message is DeepSpeed's.
     #[error(
         "Current loss scale already at minimum - cannot decrease scale anymore. Step {step} overflowed at a scale of \
@@ -159,28 +231,5 @@ pub enum Error {
         step: u64,
         /// The loss scale.
         scale: f64,
-    },
-    /// A pipeline schedule is invalid.
-    #[error(transparent)]
-    Pipeline(#[from] crate::pipeline::PipelineError),
-    /// A file cannot be read or written.
-    #[error("{}: {source}", path.display())]
-    Path {
-        /// The path of the file.
-        path: PathBuf,
-        /// The error of the operating system.
-        source: std::io::Error,
-    },
-    /// A saved state does not match the model.
-    #[error("{}: `{key}`: expected {expected}, found {found}", path.display())]
-    State {
-        /// The path of the file.
-        path: PathBuf,
-        /// The name of the tensor or field.
-        key: String,
-        /// The value that the model requires.
-        expected: String,
-        /// The value found.
-        found: String,
     },
 }

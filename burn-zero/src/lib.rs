@@ -22,7 +22,7 @@
 //! collective, happens outside autodiff, which in Burn 0.21 cannot contain it. The cost is one product of the size of a
 //! segment's output per segment.
 //!
-//! The second: what is sharded among the ranks is a value ([`ds_config::ZeroStage`]), and a world of one process runs
+//! The second: what is sharded among the ranks is a value ([`ZeroStage`]), and a world of one process runs
 //! the same code as any other; its collectives are the identity. Sums are added in rank order and the global norm is
 //! exact, so that the result does not depend on the number of ranks, bit for bit. The cost is that sums wait for the
 //! slowest rank, as they would anyway, and pass through host memory, also on CUDA.
@@ -49,6 +49,7 @@
 
 mod bucket;
 pub mod comm;
+mod compute_lock;
 pub mod ds_config;
 mod engine;
 mod error;
@@ -65,11 +66,14 @@ mod reduce;
 pub mod segment;
 mod sharded_optimizer;
 mod sharding;
+mod stage;
+mod trace;
 mod worker;
 
 pub use engine::{Engine, StepReport, consolidate, restore_weights};
-pub use error::Error;
-pub use offload::MemoryTier;
+pub use error::{CheckpointError, CommError, ConfigError, Error, NumericError};
+pub use offload::{MemoryTier, OffloadDevice};
 pub use reduce::PeakMemory;
 pub use sharded_optimizer::{ElementWise, ShardedOptimizer};
 pub use sharding::{ALIGN, Sharding};
+pub use stage::ZeroStage;

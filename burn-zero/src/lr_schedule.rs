@@ -4,47 +4,31 @@ mod deepspeed;
 
 pub use deepspeed::{DeepSpeedLrSchedule, HalfCycle, OneCycle, Warmup, WarmupType};
 
-use crate::Error;
 use std::f64::consts::PI;
 
 /// The kind of a learning-rate schedule. DeepSpeed's schedules keep its names and formulas (`runtime/lr_schedules.py`);
 /// the others are those of `transformers`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum LrKind {
     /// Linear warm-up, then constant.
+    #[serde(rename = "constant")]
     Constant,
     /// Linear warm-up, then linear decay to 0 at the last step.
+    #[serde(rename = "linear")]
     Linear,
     /// Linear warm-up, then cosine decay to 0 at the last step.
+    #[default]
+    #[serde(rename = "cosine")]
     Cosine,
     /// DeepSpeed's WarmupLR: logarithmic warm-up, then constant.
+    #[serde(rename = "WarmupLR")]
     WarmupLr,
     /// DeepSpeed's WarmupDecayLR: logarithmic warm-up, then linear decay to 0.
+    #[serde(rename = "WarmupDecayLR")]
     WarmupDecayLr,
     /// DeepSpeed's WarmupCosineLR: logarithmic warm-up, then cosine decay to 1e-4 of the peak.
+    #[serde(rename = "WarmupCosineLR")]
     WarmupCosineLr,
-}
-
-impl std::str::FromStr for LrKind {
-    type Err = Error;
-
-    fn from_str(name: &str) -> Result<Self, Error> {
-        Ok(match name {
-            "constant" => Self::Constant,
-            "linear" => Self::Linear,
-            "cosine" => Self::Cosine,
-            "WarmupLR" => Self::WarmupLr,
-            "WarmupDecayLR" => Self::WarmupDecayLr,
-            "WarmupCosineLR" => Self::WarmupCosineLr,
-            found => {
-                return Err(Error::Setting {
-                    field: "scheduler",
-                    expected: "constant, linear, cosine, WarmupLR, WarmupDecayLR or WarmupCosineLR",
-                    found: found.to_owned(),
-                });
-            }
-        })
-    }
 }
 
 /// The learning rate of every step of a run. It is a pure function of the step, so that a resumed run needs nothing
@@ -122,7 +106,8 @@ mod tests {
 
     #[test]
     fn names_are_read_and_unknown_ones_refused() {
-        assert_eq!("WarmupDecayLR".parse::<LrKind>().unwrap(), LrKind::WarmupDecayLr);
-        assert!("warmup".parse::<LrKind>().unwrap_err().to_string().contains("WarmupCosineLR"));
+        let read = |name: &str| serde_json::from_value::<LrKind>(name.into());
+        assert_eq!(read("WarmupDecayLR").unwrap(), LrKind::WarmupDecayLr);
+        assert!(read("warmup").unwrap_err().to_string().contains("WarmupCosineLR"));
     }
 }

@@ -24,7 +24,7 @@
 //! ```
 
 use crate::{
-    Error, ds_config,
+    ConfigError, Error,
     optimizer::{
         EightBitMoments, Hyperparameters, LEAST_8BIT, Optimizer,
         cpu_adam::{AdamSlices, AdamUpdate, HalfCopy},
@@ -33,9 +33,11 @@ use crate::{
 use burn::module::ParamId;
 use std::{borrow::Cow, cell::RefCell, collections::HashMap, path::PathBuf};
 
+mod device;
 mod file;
 mod host_optimizer;
 
+pub use device::OffloadDevice;
 use file::MomentFile;
 pub(crate) use file::OffloadFile;
 pub(crate) use host_optimizer::{HostOptimizer, ShardUpdate};
@@ -50,17 +52,6 @@ pub enum MemoryTier {
     Host,
     /// In a file in this folder, one per rank (DeepSpeed's `nvme_path`).
     File(PathBuf),
-}
-
-impl From<&ds_config::OffloadConfig> for MemoryTier {
-    fn from(offload: &ds_config::OffloadConfig) -> Self {
-        match (offload.device, &offload.nvme_path) {
-            (ds_config::OffloadDevice::None, _) => Self::Device,
-            (ds_config::OffloadDevice::Nvme, Some(folder)) => Self::File(folder.clone()),
-            // A validated ds_config with `nvme` always has a folder.
-            (ds_config::OffloadDevice::Cpu | ds_config::OffloadDevice::Nvme, _) => Self::Host,
-        }
-    }
 }
 
 /// The optimizer states of all shards of a rank, kept off the device.
@@ -102,12 +93,12 @@ impl OffloadedStates {
     /// Creates an empty set of states, and the offload file if the tier asks for one.
     ///
     /// # Errors
-    /// Returns [`Error::Setting`] for an optimizer that cannot run on the host, [`Error::Path`] if the file cannot be
-    /// created.
+    /// Returns [`ConfigError::InvalidValue`] for an optimizer that cannot run on the host, [`Error::Io`] if the file
+    /// cannot be created.
     pub fn new(optimizer: Optimizer, tier: &MemoryTier, rank: usize) -> Result<Self, Error> {
         if optimizer.adam_settings().is_none() {
             let (expected, found) = ("Adam or AdamW if optimizer states are offloaded", format!("{optimizer:?}"));
-            return Err(Error::Setting { field: "optimizer", expected, found });
+            return Err(ConfigError::invalid_value("optimizer", expected, found).into());
         }
         let file = match tier {
             MemoryTier::File(folder) => Some(MomentFile::create(folder, rank)?),
@@ -194,7 +185,7 @@ impl OffloadedStates {
     /// Reports a failed read of a moment.
     ///
     /// # Errors
-    /// Returns [`Error::Path`] if a moment could not be read since the last call.
+    /// Returns [`Error::Io`] if a moment could not be read since the last call.
     pub fn check_reads(&self) -> Result<(), Error> {
         self.read_error.take().map_or(Ok(()), Err)
     }

@@ -8,10 +8,10 @@
 use crate::{
     Error, bucket,
     comm::{AsyncCommunicator, Collectives, Lane, Pending},
-    ds_config::ZeroStage,
     host_or_device::HostOrDevice,
     segment::{DynTensor, Gradient},
     sharding::{Bucket, ParamShard, ShardLayout},
+    stage::ZeroStage,
 };
 use burn::tensor::backend::Backend;
 use std::collections::{HashMap, VecDeque};
@@ -135,7 +135,7 @@ impl<B: Backend> GradientReducer<B> {
         let trace = communicator.trace().clone();
         let mut flatten = move |bucket: &Bucket| {
             let flat = || bucket::flatten(bucket, |parameter| whole.remove(&parameter));
-            trace.numbered_span(("to the host", index), Lane::Transfer, flat)
+            trace.numbered_span("to the host", index, Lane::Transfer, flat)
         };
         let pending = if num_shards == 1 && communicator.world_size() > 1 {
             communicator.submit("all_reduce", move |group| {

@@ -223,7 +223,7 @@ pub(crate) fn forward_backward_with<B: AutodiffBackend, M: TrainSegments<B>, S: 
         source.fetch_segment(Direction::Backward, segment)?;
         let saved = saved.pop().expect("one entry was saved for each segment with a graph");
         let walk = || backward(source.model(), batch, segment, (saved, upstream));
-        let (grads, inputs) = trace.numbered_span(("backward", segment), Lane::Compute, walk);
+        let (grads, inputs) = trace.numbered_span("backward", segment, Lane::Compute, walk);
         let mut collect = SegmentGradientCollector {
             plan: &plan,
             segment,
@@ -268,7 +268,7 @@ fn forward<B: AutodiffBackend, M: TrainSegments<B>, S: WeightProvider<M>>(
         if tracked && checkpointing.keeps_graph(segment, segments) {
             let leaves = leaves(values, require_grad);
             let run = || model.forward_segment(segment, batch, leaves.clone());
-            let outputs = trace.numbered_span(("forward", segment), Lane::Compute, run);
+            let outputs = trace.numbered_span("forward", segment, Lane::Compute, run);
             values = outputs.iter().cloned().map(DynTensor::inner).collect();
             saved.push(SavedForBackward::Graph { leaves, outputs });
         } else {
@@ -277,7 +277,7 @@ fn forward<B: AutodiffBackend, M: TrainSegments<B>, S: WeightProvider<M>>(
             }
             let (model, batch) = inner.get_or_insert_with(|| (model.valid(), M::inner_batch(batch)));
             let run = || model.forward_segment(segment, batch, values);
-            values = trace.numbered_span(("forward", segment), Lane::Compute, run);
+            values = trace.numbered_span("forward", segment, Lane::Compute, run);
         }
         if !S::ALWAYS_RESIDENT {
             inner = None;

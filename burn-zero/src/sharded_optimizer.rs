@@ -1,15 +1,15 @@
 //! ZeRO for a plain training loop: a wrapper around the optimizers of Burn.
 
 use crate::{
-    Error, Sharding,
+    ConfigError, Error, Sharding,
     comm::{AsyncCommunicator, Collectives, Communicator},
-    ds_config::ZeroStage,
     engine::FindDevice,
     gather::{ReplicatedModel, ShardContext, ShardTensors, WeightStore},
     host_or_device::HostOrDevice,
     reduce::GradientReducer,
     segment::{DynTensor, Gradient},
     sharding::{ParamShard, ShardLayout},
+    stage::ZeroStage,
 };
 use burn::{
     module::{AutodiffModule, ModuleVisitor, Param, ParamId},
@@ -97,11 +97,11 @@ where
     /// Wraps an optimizer as one rank of a world.
     ///
     /// # Errors
-    /// Returns [`Error::Setting`] for stage 3.
+    /// Returns [`ConfigError::InvalidValue`] for stage 3.
     pub fn new(optimizer: O, communicator: Box<dyn Communicator>, sharding: Sharding) -> Result<Self, Error> {
         if sharding.stage == ZeroStage::Weights {
-            let (expected, found) = ("stage 0, 1 or 2; stage 3 needs the engine", "stage 3".to_owned());
-            return Err(Error::Setting { field: "stage", expected, found });
+            let expected = "stage 0, 1 or 2; stage 3 needs the engine";
+            return Err(ConfigError::invalid_value("stage", expected, "stage 3").into());
         }
         let communicator = Arc::new(AsyncCommunicator::new(communicator));
         Ok(Self { optimizer, sharding, communicator, layout: None, records: HashMap::new() })

@@ -12,8 +12,8 @@
 //! block (the terms of the global norm, the scales of 8-bit states) do not depend on the number of ranks.
 
 use crate::{
-    ds_config::{ZeroConfig, ZeroStage},
     segment::{Segments, TrainSegments},
+    stage::ZeroStage,
 };
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
@@ -37,13 +37,6 @@ pub struct Sharding {
 impl Default for Sharding {
     fn default() -> Self {
         Self { stage: ZeroStage::Disabled, bucket_size: 4 << 20 }
-    }
-}
-
-impl From<&ZeroConfig> for Sharding {
-    fn from(zero: &ZeroConfig) -> Self {
-        let bucket_size = usize::try_from(zero.reduce_bucket_size).unwrap_or(usize::MAX);
-        Self { stage: zero.stage, bucket_size }
     }
 }
 

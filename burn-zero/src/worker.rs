@@ -1,8 +1,9 @@
 //! Background threads that run jobs while the compute thread goes on.
 
 use crate::{
-    Error,
-    comm::{ComputeLock, Lane, Trace},
+    CommError, Error,
+    compute_lock::ComputeLock,
+    trace::{Lane, Trace},
 };
 use std::{
     sync::{
@@ -40,10 +41,10 @@ impl<R> Pending<R> {
     /// Waits for the job and returns its result.
     ///
     /// # Errors
-    /// The error of the job; [`Error::Aborted`] if an earlier job failed.
+    /// The error of the job; [`CommError::Aborted`] if an earlier job failed.
     pub fn wait(self) -> Result<R, Error> {
         let wait = || self.compute_lock.unlocked(|| receive_while_helping(&self.result));
-        self.trace.span("wait", Lane::Wait, wait).unwrap_or(Err(Error::Aborted))
+        self.trace.span("wait", Lane::Wait, wait).unwrap_or(Err(CommError::Aborted.into()))
     }
 }
 
@@ -72,7 +73,7 @@ impl<S: Send + 'static> Worker<S> {
     ///
     /// # Panics
     /// If the system cannot start a thread.
-    pub fn new(name: String, mut owned: S, (compute_lock, trace): (ComputeLock, Trace)) -> Self {
+    pub fn new(name: String, mut owned: S, compute_lock: ComputeLock, trace: Trace) -> Self {
         let (jobs, waiting) = channel::<Job<S>>();
         let work = move || {
             for job in waiting {
@@ -94,7 +95,8 @@ impl<S: Send + 'static> Worker<S> {
     /// Appends a job to the queue; `name` and `lane` are its name and its lane in the trace.
     pub fn submit<R: Send + 'static>(
         &self,
-        (name, lane): (&'static str, Lane),
+        name: &'static str,
+        lane: Lane,
         work: impl FnOnce(&mut S) -> Result<R, Error> + Send + 'static,
     ) -> Pending<R> {
         let (reply, result) = channel();

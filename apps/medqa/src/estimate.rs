@@ -5,11 +5,12 @@ use anyhow::Result;
 use burn_llama::{Checkpoint, LlamaConfig};
 use burn_peft::{LoraConfig, TargetModules};
 use burn_zero::{
-    ds_config::ZeroStage,
+    OffloadDevice, ZeroStage,
     estimate::{
-        Cluster, CpuOffload, DeepSpeedEstimate, LlamaShape, MemoryEstimate, ModelSize, Recompute, StatePlacement,
-        TrainingPrecision, model_states, zero2, zero3,
+        BaseModel, Cluster, CpuOffload, DeepSpeedEstimate, LlamaShape, MicroBatch, RunFootprint, StatePlacement,
+        TrainedWeights, TrainingPrecision, WeightStorage, zero2, zero3,
     },
+    segment::Checkpointing,
 };
 
 mod measure;
@@ -36,33 +37,37 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
     );
     println!("\n{:<10}{:<20}{:>24}{:>24}", "stage", "optimizer", "f32", "bf16, f32 master weights");
     for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
-        for (place, offload) in OFFLOAD_SETTINGS {
-            if offload == OffloadSetting::All && stage != ZeroStage::Weights {
+        for setting in OFFLOAD_SETTINGS {
+            if setting.weights != OffloadDevice::None && stage != ZeroStage::Weights {
                 continue;
             }
-            let cell = |numbers: TrainingPrecision| {
-                let frozen_bytes = if trained == all { 0 } else { all * numbers.bytes_per_weight() };
-                let largest_segment_bytes = shape.largest_segment() * numbers.bytes_per_weight();
-                let weights = ModelSize { trained, frozen_bytes, largest_segment_bytes, bucket_size: 4 << 20 };
-                let (offload_optimizer, offload_param) =
-                    (offload != OffloadSetting::None, offload == OffloadSetting::All);
-                let (world, early_updates) = (args.world.get(), args.max_grad_norm == 0.0);
-                let placement = StatePlacement {
-                    stage,
-                    world_size: world,
-                    offload_optimizer,
-                    offload_param,
-                    optimizer_in_backward: early_updates,
+            let place = setting.name;
+            let cell = |precision: TrainingPrecision| {
+                let storage = match precision {
+                    TrainingPrecision::F32 => WeightStorage::F32,
+                    TrainingPrecision::Mixed => WeightStorage::Half,
                 };
-                let recompute = if args.recompute { Recompute::Full } else { Recompute::None };
-                let mut memory = model_states_with_f32_gradients(weights, numbers, placement);
-                memory.activations = shape.activations(args.tokens, numbers.bytes_per_weight(), recompute).total();
-                if trained == all {
-                    memory.activations = peak_transient_bytes(memory.activations, &shape, placement);
-                }
-                if offload == OffloadSetting::File {
-                    memory.host -= moment_bytes(trained, placement);
-                }
+                let run = RunFootprint {
+                    base: BaseModel { shape, weights: all, storage },
+                    trained_weights: if trained == all { TrainedWeights::All } else { TrainedWeights::Adapters },
+                    trained,
+                    precision,
+                    placement: StatePlacement {
+                        stage,
+                        world_size: args.world.get(),
+                        offload_optimizer: setting.optimizer,
+                        offload_param: setting.weights,
+                        optimizer_in_backward: args.max_grad_norm == 0.0,
+                    },
+                    bucket_size: 4 << 20,
+                    micro_batch: MicroBatch {
+                        tokens: args.tokens,
+                        value_bytes: precision.bytes_per_weight(),
+                        checkpointing: if args.recompute { Checkpointing::Full } else { Checkpointing::None },
+                        first_layer: 0,
+                    },
+                };
+                let memory = run.peak_memory();
                 format!("{:.2} + {:.2}", gib(memory.device()), gib(memory.host))
             };
             println!(
@@ -89,22 +94,23 @@ fn lora_from_args(args: &EstimateArgs) -> LoraConfig {
     LoraConfig { r: args.r as usize, target_modules, ..LoraConfig::default() }
 }
 
-/// Model states that are kept off the device.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum OffloadSetting {
-    None,
-    Optimizer,
-    /// Optimizer states in host memory, their moments in a file.
-    File,
-    /// Optimizer states and this rank's parameter shard in host memory.
-    All,
+/// The places of the model states in one row of the table.
+#[derive(Clone, Copy)]
+struct OffloadSetting {
+    name: &'static str,
+    /// The place of the optimizer states.
+    optimizer: OffloadDevice,
+    /// The place of this rank's parameter shard.
+    weights: OffloadDevice,
 }
 
-const OFFLOAD_SETTINGS: [(&str, OffloadSetting); 4] = [
-    ("device", OffloadSetting::None),
-    ("host", OffloadSetting::Optimizer),
-    ("file", OffloadSetting::File),
-    ("host, weights too", OffloadSetting::All),
+const HOST_WITH_WEIGHTS: &str = "host, weights too";
+
+const OFFLOAD_SETTINGS: [OffloadSetting; 4] = [
+    OffloadSetting { name: "device", optimizer: OffloadDevice::None, weights: OffloadDevice::None },
+    OffloadSetting { name: "host", optimizer: OffloadDevice::Cpu, weights: OffloadDevice::None },
+    OffloadSetting { name: "file", optimizer: OffloadDevice::Nvme, weights: OffloadDevice::None },
+    OffloadSetting { name: HOST_WITH_WEIGHTS, optimizer: OffloadDevice::Cpu, weights: OffloadDevice::Cpu },
 ];
 
 /// Prints what DeepSpeed's own memory estimators give for full fine-tuning on one node.
@@ -119,39 +125,13 @@ fn print_deepspeed_estimates(all: u64, largest_layer: u64, devices: u64) {
     row(2, "device", zero2(all, nodes, false));
     row(2, "host", zero2(all, nodes, true));
     for (place, offload) in
-        [("device", CpuOffload::None), ("host", CpuOffload::Optimizer), (OFFLOAD_SETTINGS[3].0, CpuOffload::All)]
+        [("device", CpuOffload::None), ("host", CpuOffload::Optimizer), (HOST_WITH_WEIGHTS, CpuOffload::All)]
     {
         row(3, place, zero3(all, largest_layer, nodes, offload, true));
     }
 }
 
-/// Returns the memory of a rank's model states: [`model_states`] with gradients in f32, in which this engine accumulates them
-/// whatever the model computes in.
-pub fn model_states_with_f32_gradients(
-    weights: ModelSize,
-    numbers: TrainingPrecision,
-    placement: StatePlacement,
-) -> MemoryEstimate {
-    let memory = model_states(weights, numbers, placement);
-    MemoryEstimate { gradients: memory.gradients * 4 / numbers.bytes_per_weight(), ..memory }
-}
-
-/// Returns the bytes of this rank's two Adam moments.
-pub fn moment_bytes(trained: u64, placement: StatePlacement) -> u64 {
-    8 * if placement.stage >= ZeroStage::OptimizerStates { trained.div_ceil(placement.world_size) } else { trained }
-}
-
-/// Returns the peak of the transient memory: the activations, or the gradient of a trained embedding, the largest
-/// tensor. When the backward pass reaches the embedding, the layers' activations have been freed; the gradient gets a
-/// buffer of its own and is added to that of the tied output head, and with sharded gradients it is whole until then.
-/// If the optimizer steps during the backward pass, the output head's gradient waits for the whole pass.
-pub fn peak_transient_bytes(activations: u64, shape: &LlamaShape, placement: StatePlacement) -> u64 {
-    let bytes = 4 * shape.vocabulary * shape.hidden;
-    let whole = if placement.stage >= ZeroStage::Gradients { bytes - bytes / placement.world_size } else { 0 };
-    let waits = if placement.optimizer_in_backward { bytes } else { 0 };
-    activations.max(bytes + whole) + waits
-}
-
+/// Converts bytes to GiB.
 pub fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }

@@ -32,7 +32,7 @@ impl AsyncCommunicator {
         let (rank, world, compute_lock) = (communicator.rank(), communicator.world_size(), communicator.compute_lock());
         let traffic = Arc::new(Mutex::new(communicator.traffic()));
         let name = format!("communication of rank {rank}");
-        let worker = Worker::new(name, communicator, (compute_lock.clone(), Trace::default()));
+        let worker = Worker::new(name, communicator, compute_lock.clone(), Trace::default());
         Self { worker, rank, world_size: world, compute_lock, traffic }
     }
 
@@ -70,7 +70,7 @@ impl AsyncCommunicator {
         let traffic = self.traffic.clone();
         // A single rank sends nothing: what remains of a collective is the transfer to the host and back.
         let lane = if self.world_size > 1 { Lane::Communication } else { Lane::Transfer };
-        self.worker.submit((name, lane), move |communicator| {
+        self.worker.submit(name, lane, move |communicator| {
             let done = work(communicator.as_mut());
             *traffic.lock().unwrap_or_else(PoisonError::into_inner) = communicator.traffic();
             done

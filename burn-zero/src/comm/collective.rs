@@ -4,15 +4,15 @@ use super::{
     CommVolume, Communicator, Element, Operation,
     element::{add_message, add_values},
 };
-use crate::Error;
+use crate::{CommError, Error};
 use std::ops::Range;
 
 /// The collectives of a group. Every rank must call the same collectives in the same order. `T` is f32, f16 or bf16.
 ///
 /// # Errors
-/// Every collective returns [`Error::LengthMismatch`] if buffers do not fit each other or those of the peers,
-/// [`Error::UnknownRank`] for a rank that does not exist, [`Error::Lost`] if a rank has ended or does not answer
-/// before the deadline, and [`Error::CollectiveMismatch`] if a rank is in another collective.
+/// Every collective returns [`CommError::LengthMismatch`] if buffers do not fit each other or those of the peers,
+/// [`CommError::UnknownRank`] for a rank that does not exist, [`CommError::Lost`] if a rank has ended or does not
+/// answer before the deadline, and [`CommError::CollectiveMismatch`] if a rank is in another collective.
 pub trait Collectives: Communicator {
     /// Replaces the values of every rank by their element-wise sum over all ranks, added in rank order.
     fn all_reduce<T: Element>(&mut self, buffer: &mut [T]) -> Result<(), Error> {
@@ -20,11 +20,11 @@ pub trait Collectives: Communicator {
         let part = |rank: usize| rank * n / world..(rank + 1) * n / world;
         let mine = part(rank);
         let mut sum = vec![0.0; mine.len()];
-        reduce_scatter_parts(self, operation, (buffer, &mut sum, false), part)?;
+        reduce_scatter_parts(self, operation, ReduceBuffers { input: buffer, sum: &mut sum, accumulate: false }, part)?;
         buffer[mine.clone()].iter_mut().zip(sum).for_each(|(value, sum)| *value = T::from_f32(sum));
         for portion in message_ranges(n.div_ceil(world), T::SIZE) {
             let own = encode(&buffer[subrange(&mine, &portion)]);
-            for (peer, message) in all_gather_part(self, operation, (&own, T::SIZE))? {
+            for (peer, message) in all_gather_part(self, operation, RawValues { bytes: &own, value_size: T::SIZE })? {
                 let values = &mut buffer[subrange(&part(peer), &portion)];
                 check_length(operation, values.len() * T::SIZE, message.len(), T::SIZE)?;
                 T::read(&message, values);
@@ -39,7 +39,8 @@ pub trait Collectives: Communicator {
         let (n, operation) = (shard.len(), Operation::ReduceScatter);
         check_length(operation, n * self.world_size(), buffer.len(), 1)?;
         let mut sum = vec![0.0; n];
-        reduce_scatter_parts(self, operation, (buffer, &mut sum, false), |rank| rank * n..(rank + 1) * n)?;
+        let buffers = ReduceBuffers { input: buffer, sum: &mut sum, accumulate: false };
+        reduce_scatter_parts(self, operation, buffers, |rank| rank * n..(rank + 1) * n)?;
         shard.iter_mut().zip(sum).for_each(|(value, sum)| *value = T::from_f32(sum));
         Ok(())
     }
@@ -49,7 +50,8 @@ pub trait Collectives: Communicator {
     fn reduce_scatter_accumulate<T: Element>(&mut self, buffer: &[T], shard: &mut [f32]) -> Result<(), Error> {
         let n = shard.len();
         check_length(Operation::ReduceScatter, n * self.world_size(), buffer.len(), 1)?;
-        reduce_scatter_parts(self, Operation::ReduceScatter, (buffer, shard, true), |rank| rank * n..(rank + 1) * n)
+        let buffers = ReduceBuffers { input: buffer, sum: shard, accumulate: true };
+        reduce_scatter_parts(self, Operation::ReduceScatter, buffers, |rank| rank * n..(rank + 1) * n)
     }
 
     /// Concatenates the `n` values in the `shard` of every rank, in rank order, and writes all `world_size · n` values
@@ -67,7 +69,8 @@ pub trait Collectives: Communicator {
         let mut all = vec![0; n * self.world_size()];
         all[rank * n..(rank + 1) * n].copy_from_slice(shard);
         for portion in message_ranges(n, 1) {
-            for (peer, message) in all_gather_part(self, operation, (&shard[portion.clone()], size))? {
+            let values = RawValues { bytes: &shard[portion.clone()], value_size: size };
+            for (peer, message) in all_gather_part(self, operation, values)? {
                 check_length(operation, portion.len(), message.len(), size)?;
                 all[peer * n..][portion.clone()].copy_from_slice(&message);
             }
@@ -80,7 +83,7 @@ pub trait Collectives: Communicator {
         let operation = Operation::Broadcast;
         check_rank(self, operation, root)?;
         if self.rank() == root {
-            send_to_peers(self, operation, (&encode(buffer), T::SIZE), &[])?;
+            send_to_peers(self, operation, RawValues { bytes: &encode(buffer), value_size: T::SIZE }, &[])?;
             return Ok(());
         }
         let message = self.exchange(operation, Vec::new(), &[root])?.remove(0);
@@ -135,7 +138,7 @@ fn copy_to_message(bytes: &[u8]) -> Vec<u8> {
     message
 }
 
-fn peers<C: Communicator + ?Sized>(group: &C) -> Vec<usize> {
+pub(super) fn peers<C: Communicator + ?Sized>(group: &C) -> Vec<usize> {
     (0..group.world_size()).filter(|&peer| peer != group.rank()).collect()
 }
 
@@ -143,19 +146,20 @@ fn check_length(operation: Operation, expected: usize, found: usize, unit: usize
     if expected == found {
         return Ok(());
     }
-    Err(Error::LengthMismatch { operation: operation.name(), expected: expected / unit, found: found / unit })
+    Err(CommError::LengthMismatch { operation: operation.name(), expected: expected / unit, found: found / unit }
+        .into())
 }
 
 fn check_rank<C: Communicator + ?Sized>(group: &C, operation: Operation, rank: usize) -> Result<(), Error> {
     if rank < group.world_size() {
         return Ok(());
     }
-    Err(Error::UnknownRank { operation: operation.name(), rank, world: group.world_size() })
+    Err(CommError::UnknownRank { operation: operation.name(), rank, world: group.world_size() }.into())
 }
 
 fn check_peer<C: Communicator + ?Sized>(group: &C, rank: usize) -> Result<(), Error> {
     if rank == group.rank() {
-        return Err(Error::UnknownRank { operation: "send to itself", rank, world: group.world_size() });
+        return Err(CommError::UnknownRank { operation: "send to itself", rank, world: group.world_size() }.into());
     }
     check_rank(group, Operation::Send, rank)
 }
@@ -175,21 +179,38 @@ fn subrange(part: &Range<usize>, range: &Range<usize>) -> Range<usize> {
     place(range.start)..place(range.end)
 }
 
-/// Sends every rank its part of `buffer` and sums all ranks' versions of this rank's part in rank order. With `onto`
-/// they are added to what `sum` holds, otherwise the sum starts with the values of rank 0.
+/// The buffers of a reduce-scatter.
+struct ReduceBuffers<'a, T> {
+    /// The values of this rank, the parts of all ranks.
+    input: &'a [T],
+    /// The sums of this rank's part.
+    sum: &'a mut [f32],
+    /// True if the values are added to those in `sum`; otherwise the sum starts with the values of rank 0.
+    accumulate: bool,
+}
+
+/// Values as raw bytes.
+struct RawValues<'a> {
+    bytes: &'a [u8],
+    /// The bytes of one value, in which the traffic is counted.
+    value_size: usize,
+}
+
+/// Sends every rank its part of the input and sums all ranks' versions of this rank's part in rank order.
 fn reduce_scatter_parts<C: Communicator + ?Sized, T: Element>(
     group: &mut C,
     operation: Operation,
-    (buffer, sum, onto): (&[T], &mut [f32], bool),
+    buffers: ReduceBuffers<'_, T>,
     part: impl Fn(usize) -> Range<usize>,
 ) -> Result<(), Error> {
+    let ReduceBuffers { input, sum, accumulate } = buffers;
     let (rank, world, peers) = (group.rank(), group.world_size(), peers(group));
-    if !onto {
+    if !accumulate {
         // Adding to -0 keeps the sign of a zero, so the sum starts with exactly the values of rank 0.
         sum.fill(-0.0);
     }
-    for portion in message_ranges(buffer.len().div_ceil(world), T::SIZE) {
-        let values = |rank: usize| &buffer[subrange(&part(rank), &portion)];
+    for portion in message_ranges(input.len().div_ceil(world), T::SIZE) {
+        let values = |rank: usize| &input[subrange(&part(rank), &portion)];
         let outgoing: Vec<_> = peers.iter().map(|&to| (to, encode(values(to)))).collect();
         let sent = sent_volume(&outgoing, T::SIZE);
         let mut messages = group.exchange(operation, outgoing, &peers)?.into_iter();
@@ -214,26 +235,26 @@ fn sent_volume(outgoing: &[(usize, Vec<u8>)], size: usize) -> CommVolume {
     CommVolume { elements: bytes / size as u64, bytes }
 }
 
-/// Sends values of the given size in bytes to all peers and returns the message of each peer, with its rank.
+/// Sends values to all peers and returns the message of each peer, with its rank.
 fn all_gather_part<C: Communicator + ?Sized>(
     group: &mut C,
     operation: Operation,
-    values: (&[u8], usize),
+    values: RawValues<'_>,
 ) -> Result<impl Iterator<Item = (usize, Vec<u8>)> + use<C>, Error> {
     let peers = peers(group);
     let messages = send_to_peers(group, operation, values, &peers)?;
     Ok(peers.into_iter().zip(messages))
 }
 
-/// Sends values of the given size in bytes to all peers and returns the messages from the ranks `incoming`.
+/// Sends values to all peers and returns the messages from the ranks `incoming`.
 fn send_to_peers<C: Communicator + ?Sized>(
     group: &mut C,
     operation: Operation,
-    (values, size): (&[u8], usize),
+    values: RawValues<'_>,
     incoming: &[usize],
 ) -> Result<Vec<Vec<u8>>, Error> {
-    let outgoing: Vec<_> = peers(group).into_iter().map(|to| (to, copy_to_message(values))).collect();
-    let sent = sent_volume(&outgoing, size);
+    let outgoing: Vec<_> = peers(group).into_iter().map(|to| (to, copy_to_message(values.bytes))).collect();
+    let sent = sent_volume(&outgoing, values.value_size);
     let messages = group.exchange(operation, outgoing, incoming)?;
     group.record_sent(operation, sent);
     Ok(messages)

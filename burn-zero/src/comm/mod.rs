@@ -13,25 +13,24 @@
 
 mod async_communicator;
 mod collective;
-mod compute_lock;
 mod element;
 #[cfg(feature = "mpi")]
 pub mod mpi;
 mod process_group;
 mod solo;
 pub mod threads;
-mod trace;
 mod traffic;
 
-pub use crate::worker::Pending;
+pub use crate::{
+    compute_lock::ComputeLock,
+    trace::{Lane, Trace},
+    worker::Pending,
+};
 pub use async_communicator::AsyncCommunicator;
 pub use collective::Collectives;
-pub use compute_lock::ComputeLock;
 pub use element::Element;
 pub use process_group::ProcessGroup;
 pub use solo::Solo;
-pub(crate) use trace::write_events;
-pub use trace::{Lane, Trace};
 pub use traffic::{CommVolume, Traffic};
 
 use crate::Error;
@@ -86,8 +85,8 @@ pub trait Communicator: Send {
     /// order.
     ///
     /// # Errors
-    /// [`Error::Lost`] if a rank has ended or does not answer before the deadline, [`Error::CollectiveMismatch`] if
-    /// a rank is in another collective.
+    /// [`CommError::Lost`](crate::CommError::Lost) if a rank has ended or does not answer before the deadline,
+    /// [`CommError::CollectiveMismatch`](crate::CommError::CollectiveMismatch) if a rank is in another collective.
     fn exchange(
         &mut self,
         operation: Operation,

@@ -9,7 +9,7 @@ use super::{
     ComputeLock, ProcessGroup,
     process_group::{LostPeer, Messages, Transport},
 };
-use crate::Error;
+use crate::{CommError, Error};
 use ::mpi::{
     Threading,
     environment::{Universe, initialize_with_threading},
@@ -50,17 +50,24 @@ type ExchangeReply = Sender<Result<Vec<Vec<u8>>, LostPeer>>;
 
 /// A command to the thread that makes all MPI calls.
 enum MpiCommand {
-    Exchange { tag: u32, messages: Messages, deadline: Duration, reply: ExchangeReply },
+    Exchange(ExchangeRequest),
     Finalize,
+}
+
+/// An exchange that is to be started.
+struct ExchangeRequest {
+    tag: u32,
+    messages: Messages,
+    deadline: Duration,
+    reply: ExchangeReply,
 }
 
 impl Session {
     /// Joins the job and returns the group of all its ranks. Can be called once per process.
     ///
     /// # Errors
-    /// [`Error::Mpi`] if MPI cannot be initialised.
+    /// [`CommError::MpiInit`] if MPI cannot be initialised, [`CommError::MpiThread`] if the thread cannot be started.
     pub fn init() -> Result<(Self, ProcessGroup), Error> {
-        let failed = |problem: &str| Error::Mpi { problem: problem.to_owned() };
         let ((posts, asked), (tell, told)) = (channel(), channel());
         let work = move || {
             let universe = initialize_with_threading(Threading::Serialized);
@@ -73,9 +80,9 @@ impl Session {
             }
         };
         let thread = std::thread::Builder::new().name("mpi".to_owned()).spawn(work);
-        let thread = thread.map_err(|error| failed(&error.to_string()))?;
+        let thread = thread.map_err(|source| CommError::MpiThread { source })?;
         let place = told.recv().ok().flatten();
-        let (rank, world) = place.ok_or_else(|| failed("it cannot be initialised, or was before"))?;
+        let (rank, world) = place.ok_or(CommError::MpiInit)?;
         let group = ProcessGroup::world_group(Arc::new(MpiTransport { commands: posts.clone() }), rank, world);
         Ok((Self { commands: posts, thread }, group))
     }
@@ -96,7 +103,7 @@ impl Transport for MpiTransport {
     fn exchange(&self, tag: u32, messages: Messages, deadline: Duration) -> Result<Vec<Vec<u8>>, LostPeer> {
         let (reply, result) = channel();
         let ended = LostPeer { rank: messages.incoming.first().copied().unwrap_or(0), waited: None };
-        let _ = self.commands.send(MpiCommand::Exchange { tag, messages, deadline, reply });
+        let _ = self.commands.send(MpiCommand::Exchange(ExchangeRequest { tag, messages, deadline, reply }));
         result.recv().unwrap_or(Err(ended))
     }
 
@@ -113,8 +120,8 @@ fn run_progress_loop(universe: Universe, asked: &Receiver<MpiCommand>) {
         let post =
             if running.is_empty() { asked.recv().map_err(|_| TryRecvError::Disconnected) } else { asked.try_recv() };
         match post {
-            Ok(MpiCommand::Exchange { tag, messages, deadline, reply }) => {
-                running.push(ActiveExchange::post(tag as c_int, messages, (deadline, reply)));
+            Ok(MpiCommand::Exchange(request)) => {
+                running.push(ActiveExchange::post(request));
                 idle = 0;
             }
             Ok(MpiCommand::Finalize) if peace => return drop(universe),
@@ -159,7 +166,9 @@ struct ActiveReceive {
 }
 
 impl ActiveExchange {
-    fn post(tag: c_int, messages: Messages, (deadline, reply): (Duration, ExchangeReply)) -> Self {
+    fn post(request: ExchangeRequest) -> Self {
+        let ExchangeRequest { tag, messages, deadline, reply } = request;
+        let tag = tag as c_int;
         let sends = messages.outgoing.into_iter().map(|(to, message)| ActiveSend::post(to, message, tag)).collect();
         let receive = |from| ActiveReceive { from, message: Vec::new(), part: None, complete: false };
         let receives = messages.incoming.into_iter().map(receive).collect();

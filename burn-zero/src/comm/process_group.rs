@@ -1,7 +1,7 @@
 //! A group of ranks that are connected by a transport.
 
-use super::{CommVolume, Communicator, ComputeLock, Operation, Traffic};
-use crate::Error;
+use super::{CommVolume, Communicator, ComputeLock, Operation, Traffic, collective::peers};
+use crate::{CommError, Error};
 use std::{
     sync::{
         Arc,
@@ -71,8 +71,8 @@ impl ProcessGroup {
         self
     }
 
-    fn lost_error(&self, operation: Operation, lost: LostPeer) -> Error {
-        Error::Lost { operation: operation.name(), rank: lost.rank, waited: lost.waited }
+    fn lost_error(&self, operation: Operation, lost: LostPeer) -> CommError {
+        CommError::Lost { operation: operation.name(), rank: lost.rank, waited: lost.waited }
     }
 }
 
@@ -93,7 +93,7 @@ impl Communicator for ProcessGroup {
     ) -> Result<Vec<Vec<u8>>, Error> {
         let global = |rank: usize| {
             let world = self.members.len();
-            self.members.get(rank).copied().ok_or(Error::UnknownRank { operation: operation.name(), rank, world })
+            self.members.get(rank).copied().ok_or(CommError::UnknownRank { operation: operation.name(), rank, world })
         };
         let sealed = outgoing.into_iter().map(|(to, mut message)| {
             message.push(operation as u8);
@@ -108,7 +108,7 @@ impl Communicator for ProcessGroup {
             .map_err(|lost| self.lost_error(operation, lost))?;
         for (message, &rank) in received.iter_mut().zip(&incoming) {
             if message.pop() != Some(operation as u8) {
-                return Err(Error::CollectiveMismatch { operation: operation.name(), rank });
+                return Err(CommError::CollectiveMismatch { operation: operation.name(), rank }.into());
             }
         }
         Ok(received)
@@ -117,7 +117,7 @@ impl Communicator for ProcessGroup {
     fn split(&mut self, color: usize, key: usize) -> Result<Box<dyn Communicator>, Error> {
         let object = [color as u64, key as u64, u64::from(self.next_tag.load(Ordering::SeqCst))];
         let bytes: Vec<u8> = object.iter().flat_map(|number| number.to_le_bytes()).collect();
-        let peers: Vec<usize> = (0..self.world_size()).filter(|&peer| peer != self.rank).collect();
+        let peers = peers(self);
         let outgoing = peers.iter().map(|&to| (to, bytes.clone())).collect();
         let mut objects = self.exchange(Operation::Split, outgoing, &peers)?;
         objects.insert(self.rank, bytes);

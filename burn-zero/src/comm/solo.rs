@@ -1,7 +1,7 @@
 //! A world of one rank.
 
 use super::{CommVolume, Communicator, Operation, Traffic};
-use crate::Error;
+use crate::{CommError, Error};
 
 /// The communicator of a world of one rank: every collective is the identity and nothing is sent.
 #[derive(Debug, Clone, Copy, Default)]
@@ -24,7 +24,7 @@ impl Communicator for Solo {
     ) -> Result<Vec<Vec<u8>>, Error> {
         let peer = outgoing.first().map(|(to, _)| *to).or(incoming.first().copied());
         match peer {
-            Some(rank) => Err(Error::UnknownRank { operation: operation.name(), rank, world: 1 }),
+            Some(rank) => Err(CommError::UnknownRank { operation: operation.name(), rank, world: 1 }.into()),
             None => Ok(Vec::new()),
         }
     }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::CommError;
 use half::{bf16, f16};
 use std::{fmt::Debug, time::Duration};
 
@@ -171,7 +172,13 @@ fn a_rank_that_ends_is_an_error_that_names_it() {
         match result {
             Ok(()) => assert_eq!(rank, 1),
             Err(error) => {
-                assert!(matches!(error, Error::Lost { operation: "all_reduce", rank: 1, waited: None }), "{error}")
+                assert!(
+                    matches!(
+                        error,
+                        Error::Communication(CommError::Lost { operation: "all_reduce", rank: 1, waited: None })
+                    ),
+                    "{error}"
+                )
             }
         }
     }
@@ -189,7 +196,10 @@ fn a_silent_rank_is_an_error_after_the_deadline() {
         group.barrier()
     });
     let error = results.into_iter().next().unwrap().unwrap_err();
-    assert!(matches!(error, Error::Lost { operation: "barrier", rank: 1, waited: Some(_) }), "{error}");
+    assert!(
+        matches!(error, Error::Communication(CommError::Lost { operation: "barrier", rank: 1, waited: Some(_) })),
+        "{error}"
+    );
     assert!(error.to_string().contains("rank 1 has not answered for 0.2 s"), "{error}");
 }
 
@@ -199,14 +209,18 @@ fn ranks_out_of_step_find_out() {
         0 => group.all_reduce(&mut [1f32; 2]).unwrap_err(),
         _ => group.reduce_scatter(&[1f32; 2], &mut [0f32]).unwrap_err(),
     });
-    assert!(errors.iter().any(|error| matches!(error, Error::CollectiveMismatch { .. })), "{errors:?}");
+    assert!(
+        errors.iter().any(|error| matches!(error, Error::Communication(CommError::CollectiveMismatch { .. }))),
+        "{errors:?}"
+    );
     let errors = threads::run(2, |mut group| {
         let n = 4 + 2 * group.rank();
         group.reduce_scatter(&vec![1f32; n], &mut vec![0f32; n / 2]).unwrap_err()
     });
     for (error, (own, other)) in errors.iter().zip([(2, 3), (3, 2)]) {
         assert!(
-            matches!(error, Error::LengthMismatch { expected, found, .. } if (*expected, *found) == (own, other)),
+            matches!(error, Error::Communication(CommError::LengthMismatch { expected, found, .. })
+                if (*expected, *found) == (own, other)),
             "{error}"
         );
     }
@@ -215,12 +229,15 @@ fn ranks_out_of_step_find_out() {
 #[test]
 fn what_does_not_exist_is_refused() {
     let mut solo = Solo;
-    assert!(matches!(solo.send(&[1f32], 0), Err(Error::UnknownRank { rank: 0, .. })));
-    assert!(matches!(solo.send(&[1f32], 1), Err(Error::UnknownRank { rank: 1, .. })));
-    assert!(matches!(solo.broadcast(&mut [1f32], 1), Err(Error::UnknownRank { rank: 1, world: 1, .. })));
+    assert!(matches!(solo.send(&[1f32], 0), Err(Error::Communication(CommError::UnknownRank { rank: 0, .. }))));
+    assert!(matches!(solo.send(&[1f32], 1), Err(Error::Communication(CommError::UnknownRank { rank: 1, .. }))));
+    assert!(matches!(
+        solo.broadcast(&mut [1f32], 1),
+        Err(Error::Communication(CommError::UnknownRank { rank: 1, world: 1, .. }))
+    ));
     assert!(matches!(
         solo.all_gather(&[1f32; 3], &mut [0f32]),
-        Err(Error::LengthMismatch { expected: 3, found: 1, .. })
+        Err(Error::Communication(CommError::LengthMismatch { expected: 3, found: 1, .. }))
     ));
     assert!(solo.split(3, 1).is_ok_and(|alone| alone.world_size() == 1));
 }
@@ -249,7 +266,15 @@ fn a_queue_works_beside_the_computation_and_gives_up_after_an_error() {
     });
     // Ranks 0 and 1 may find that rank 2 has ended, or that the other one has after its own error.
     for errors in found.iter().flatten() {
-        assert!(matches!(errors, (Error::Lost { waited: None, .. }, Error::Aborted)), "{errors:?}");
+        assert!(
+            matches!(
+                errors,
+                (Error::Communication(CommError::Lost { waited: None, .. }), Error::Communication(CommError::Aborted))
+            ),
+            "{errors:?}"
+        );
     }
-    assert!(found.iter().flatten().any(|(error, _)| matches!(error, Error::Lost { rank: 2, .. })));
+    assert!(
+        found.iter().flatten().any(|(error, _)| matches!(error, Error::Communication(CommError::Lost { rank: 2, .. })))
+    );
 }

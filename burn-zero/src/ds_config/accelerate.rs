@@ -1,14 +1,14 @@
 //! Conversion of the YAML that `accelerate config` writes to a ds_config.
 
 use super::{
-    RawDsConfig, ZeroStage,
-    check::{Checker, UnhonouredKey, invalid_value},
+    RawDsConfig,
+    check::{Checker, UnhonouredKey},
     fsdp::fsdp_stage,
     keys::ACCELERATE,
     raw::parse_file,
     strict,
 };
-use crate::Error;
+use crate::{ConfigError, Error, ZeroStage};
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
 
@@ -40,8 +40,9 @@ impl AccelerateConfig {
     /// Parses YAML.
     ///
     /// # Errors
-    /// [`Error::Syntax`], [`Error::UnknownKey`], [`Error::InvalidValue`] or [`Error::Unsupported`].
-    pub fn from_yaml(text: &str) -> Result<Self, Error> {
+    /// [`ConfigError::Syntax`], [`ConfigError::UnknownKey`], [`ConfigError::InvalidValue`] or
+    /// [`ConfigError::Unsupported`].
+    pub fn from_yaml(text: &str) -> Result<Self, ConfigError> {
         // Copied into the ds_config, which resolves it.
         let auto = |path: &str| path.starts_with("deepspeed_config.gradient_").then(|| "auto".into());
         let mut check = Checker { auto: &auto, unhonoured: Vec::new() };
@@ -79,7 +80,7 @@ impl AccelerateConfig {
     /// file.
     ///
     /// # Errors
-    /// [`Error::File`] with the path and the error.
+    /// [`Error::Io`] if a file cannot be read, [`ConfigError::File`] with the path and the error in it.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let mut accelerate = parse_file(path, Self::from_yaml)?;
         if let DsConfigSource::File(file) = &accelerate.source {
@@ -99,10 +100,10 @@ enum DistributedType {
     Ddp,
 }
 
-fn distributed_type(root: &Map<String, Value>) -> Result<DistributedType, Error> {
+fn distributed_type(root: &Map<String, Value>) -> Result<DistributedType, ConfigError> {
     const KEY: &str = "distributed_type";
     let refused =
-        |found: &str, reason| Err(Error::Unsupported { key: KEY.to_owned(), found: found.to_owned(), reason });
+        |found: &str, reason| Err(ConfigError::Unsupported { key: KEY.to_owned(), found: found.to_owned(), reason });
     match root.get(KEY).and_then(Value::as_str).unwrap_or("NO") {
         "DEEPSPEED" => Ok(DistributedType::DeepSpeed),
         "FSDP" => Ok(DistributedType::Fsdp),
@@ -111,7 +112,7 @@ fn distributed_type(root: &Map<String, Value>) -> Result<DistributedType, Error>
         found @ ("XLA" | "TPU" | "MULTI_NPU" | "MULTI_MLU" | "MULTI_MUSA" | "MULTI_SDAA" | "MULTI_HPU") => {
             refused(found, "there is no backend for that device; write MULTI_GPU, MULTI_CPU or NO")
         }
-        found => Err(invalid_value(KEY, "NO, MULTI_CPU, MULTI_GPU, DEEPSPEED or FSDP", found)),
+        found => Err(ConfigError::invalid_value(KEY, "NO, MULTI_CPU, MULTI_GPU, DEEPSPEED or FSDP", found)),
     }
 }
 
@@ -124,14 +125,14 @@ fn raw_config_with_zero(zero: Value) -> RawDsConfig {
     RawDsConfig { root }
 }
 
-fn from_deepspeed_config(block: Option<&Map<String, Value>>) -> Result<DsConfigSource, Error> {
+fn from_deepspeed_config(block: Option<&Map<String, Value>>) -> Result<DsConfigSource, ConfigError> {
     let empty = Map::new();
     let block = block.unwrap_or(&empty);
     if let Some(Value::String(file)) = block.get("deepspeed_config_file").filter(|file| *file != "none") {
         return match block.keys().find(|key| *key != "deepspeed_config_file") {
             Some(key) => {
                 let expected = format!("nothing, because {file} sets it");
-                Err(invalid_value(&format!("deepspeed_config.{key}"), &expected, &block[key].to_string()))
+                Err(ConfigError::invalid_value(format!("deepspeed_config.{key}"), &expected, block[key].to_string()))
             }
             None => Ok(DsConfigSource::File(file.into())),
         };
@@ -153,7 +154,7 @@ fn from_deepspeed_config(block: Option<&Map<String, Value>>) -> Result<DsConfigS
 }
 
 /// Returns the `zero_optimization` block of an `fsdp_config`. The default strategy is FULL_SHARD, as in Accelerate.
-fn zero_from_fsdp_config(block: Option<&Map<String, Value>>) -> Result<Value, Error> {
+fn zero_from_fsdp_config(block: Option<&Map<String, Value>>) -> Result<Value, ConfigError> {
     let get = |key: &str| block.and_then(|block| block.get(key));
     // FSDP 2 has a flag to shard the weights again after the forward pass, FSDP 1 a sharding strategy.
     let stage = match get("fsdp_reshard_after_forward").or_else(|| get("fsdp_sharding_strategy")) {
@@ -173,12 +174,16 @@ fn zero_from_fsdp_config(block: Option<&Map<String, Value>>) -> Result<Value, Er
     }))
 }
 
-fn set_mixed_precision(root: &mut Map<String, Value>, mixed: &str) -> Result<(), Error> {
+fn set_mixed_precision(root: &mut Map<String, Value>, mixed: &str) -> Result<(), ConfigError> {
     match mixed {
         "no" => {}
         "fp8" => {
             let reason = "no backend multiplies in 8 bits; write bf16";
-            return Err(Error::Unsupported { key: "mixed_precision".to_owned(), found: "fp8".to_owned(), reason });
+            return Err(ConfigError::Unsupported {
+                key: "mixed_precision".to_owned(),
+                found: "fp8".to_owned(),
+                reason,
+            });
         }
         name => drop(root.insert(name.to_owned(), json!({"enabled": true}))),
     }

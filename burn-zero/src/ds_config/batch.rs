@@ -1,6 +1,6 @@
 //! The three batch-size settings, of which two determine the third.
 
-use crate::Error;
+use crate::ConfigError;
 
 /// The batch sizes of a step. They fit together: `train = micro · accumulation · world_size`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,8 +18,8 @@ impl BatchSizes {
     /// the third, rounded down; `train` alone and `micro` alone mean no gradient accumulation.
     ///
     /// # Errors
-    /// [`Error::MissingBatchSize`], [`Error::ZeroBatchSize`] or [`Error::BatchSizeMismatch`], with DeepSpeed's
-    /// messages.
+    /// [`ConfigError::MissingBatchSize`], [`ConfigError::ZeroBatchSize`] or [`ConfigError::BatchSizeMismatch`], with
+    /// DeepSpeed's messages.
     ///
     /// # Panics
     /// If `world` is 0.
@@ -28,7 +28,7 @@ impl BatchSizes {
         micro: Option<u64>,
         accumulation: Option<u64>,
         world: u64,
-    ) -> Result<Self, Error> {
+    ) -> Result<Self, ConfigError> {
         let given = BatchSizes {
             train: positive(train.unwrap_or(1), "Train batch size")?,
             micro: positive(micro.unwrap_or(1), "Micro batch size per gpu")?,
@@ -41,20 +41,20 @@ impl BatchSizes {
             (None, Some(micro), _) => {
                 Self { train: micro.saturating_mul(given.accumulation).saturating_mul(world), ..given }
             }
-            (None, None, _) => return Err(Error::MissingBatchSize),
+            (None, None, _) => return Err(ConfigError::MissingBatchSize),
         };
         positive(batch.micro, "Micro batch size per gpu")?;
         positive(batch.accumulation, "Gradient accumulation steps")?;
         let Self { train, micro, accumulation } = batch;
         if micro.checked_mul(accumulation).and_then(|part| part.checked_mul(world)) != Some(train) {
-            return Err(Error::BatchSizeMismatch { train, micro, accumulation, world });
+            return Err(ConfigError::BatchSizeMismatch { train, micro, accumulation, world });
         }
         Ok(batch)
     }
 }
 
-fn positive(number: u64, what: &'static str) -> Result<u64, Error> {
-    if number == 0 { Err(Error::ZeroBatchSize { what }) } else { Ok(number) }
+fn positive(number: u64, what: &'static str) -> Result<u64, ConfigError> {
+    if number == 0 { Err(ConfigError::ZeroBatchSize { what }) } else { Ok(number) }
 }
 
 #[cfg(test)]
@@ -112,6 +112,6 @@ mod tests {
     #[test]
     fn products_that_overflow_do_not_panic() {
         let error = BatchSizes::complete(None, Some(u64::MAX), Some(2), 2).unwrap_err();
-        assert!(matches!(error, Error::BatchSizeMismatch { .. }), "{error}");
+        assert!(matches!(error, ConfigError::BatchSizeMismatch { .. }), "{error}");
     }
 }

@@ -1,7 +1,7 @@
 //! Validation of a configuration against the table of keys: names, kinds of values, and keys that are not honoured.
 
-use super::keys::{FixedValue, KeyHandling, KeySpec, TypeTable, ValueKind};
-use crate::Error;
+use super::keys::{FixedValue, KeyHandling, KeySpec, ONE_STEP, TypeTable, ValueKind};
+use crate::ConfigError;
 use serde_json::{Map, Value};
 
 /// A key of a configuration that is not honoured.
@@ -34,13 +34,13 @@ impl Checker<'_> {
     /// the top level.
     ///
     /// # Errors
-    /// [`Error::UnknownKey`], [`Error::InvalidValue`] or [`Error::Unsupported`].
+    /// [`ConfigError::UnknownKey`], [`ConfigError::InvalidValue`] or [`ConfigError::Unsupported`].
     pub(super) fn check_block(
         &mut self,
         block: &str,
         table: &[KeySpec],
         map: &Map<String, Value>,
-    ) -> Result<Map<String, Value>, Error> {
+    ) -> Result<Map<String, Value>, ConfigError> {
         let mut kept = Map::new();
         for (name, value) in map {
             let path = join_path(block, name);
@@ -53,9 +53,9 @@ impl Checker<'_> {
         }
         let missing = |key: &&KeySpec| matches!(key.handling, KeyHandling::Required) && !kept.contains_key(key.name);
         match table.iter().find(missing) {
-            Some(key) => Err(invalid_value(
-                &join_path(block, key.name),
-                &format!("{}, or \"auto\"", describe(key.kind)),
+            Some(key) => Err(ConfigError::invalid_value(
+                join_path(block, key.name),
+                format!("{}, or \"auto\"", describe(key.kind)),
                 "nothing",
             )),
             None => Ok(kept),
@@ -63,13 +63,17 @@ impl Checker<'_> {
     }
 
     /// Checks the value of a key and returns it if the key is read.
-    fn check_value(&mut self, path: &str, key: &KeySpec, value: &Value) -> Result<Option<Value>, Error> {
+    fn check_value(&mut self, path: &str, key: &KeySpec, value: &Value) -> Result<Option<Value>, ConfigError> {
         let read = matches!(key.handling, KeyHandling::Read | KeyHandling::Required);
         if value == "auto" {
             return match (self.auto)(path) {
                 _ if !read => Ok(None),
                 Some(value) => Ok(Some(value).filter(|value| !value.is_null())),
-                None => Err(invalid_value(path, &describe(key.kind), "\"auto\", which has no value for this key")),
+                None => Err(ConfigError::invalid_value(
+                    path,
+                    describe(key.kind),
+                    "\"auto\", which has no value for this key",
+                )),
             };
         }
         if value.is_null() {
@@ -96,21 +100,21 @@ impl Checker<'_> {
         block: &str,
         types: &TypeTable,
         map: &Map<String, Value>,
-    ) -> Result<Map<String, Value>, Error> {
+    ) -> Result<Map<String, Value>, ConfigError> {
         let path = join_path(block, "type");
         let found = map.get("type").unwrap_or(&Value::Null);
         let names = || types.supported.iter().map(|(name, _)| *name);
         let Value::String(found) = found else {
-            return Err(invalid_value(&path, &names().collect::<Vec<_>>().join(", "), &found.to_string()));
+            return Err(ConfigError::invalid_value(&path, names().collect::<Vec<_>>().join(", "), found.to_string()));
         };
         let same = |name: &str| name == found || types.case_insensitive && name.eq_ignore_ascii_case(found);
         if let Some((name, reason)) = types.unsupported.iter().find(|(name, _)| same(name)) {
-            return Err(Error::Unsupported { key: path, found: (*name).to_owned(), reason });
+            return Err(ConfigError::Unsupported { key: path, found: (*name).to_owned(), reason });
         }
         let Some((name, params)) = types.supported.iter().find(|(name, _)| same(name)) else {
             let expected =
                 format!("{} (did you mean {}?)", names().collect::<Vec<_>>().join(", "), nearest_name(names(), found));
-            return Err(invalid_value(&path, &expected, found));
+            return Err(ConfigError::invalid_value(&path, &expected, found));
         };
         let known = ["type", "params"];
         for key in map.keys().filter(|key| !known.contains(&key.as_str())) {
@@ -118,7 +122,7 @@ impl Checker<'_> {
             if key != "legacy_fusion" {
                 return Err(unknown_key(block, path, known.into_iter(), key));
             }
-            self.unhonoured.push(UnhonouredKey { key: path, instead: "there is one implementation of the step" });
+            self.unhonoured.push(UnhonouredKey { key: path, instead: ONE_STEP });
         }
         let params = match map.get("params") {
             None | Some(Value::Null) => self.check_block(&join_path(block, "params"), params, &Map::new())?,
@@ -152,7 +156,7 @@ fn is_disabled(value: &Value) -> bool {
     }
 }
 
-fn scalar(path: &str, kind: ValueKind, value: &Value) -> Result<Value, Error> {
+fn scalar(path: &str, kind: ValueKind, value: &Value) -> Result<Value, ConfigError> {
     let fits = match kind {
         ValueKind::Flag => value.is_boolean(),
         ValueKind::Integer(from, to) => {
@@ -195,26 +199,22 @@ fn describe(kind: ValueKind) -> String {
     name.to_owned()
 }
 
-fn kind_mismatch(path: &str, kind: ValueKind, value: &Value) -> Error {
-    invalid_value(path, &describe(kind), &value.to_string())
+fn kind_mismatch(path: &str, kind: ValueKind, value: &Value) -> ConfigError {
+    ConfigError::invalid_value(path, describe(kind), value.to_string())
 }
 
-fn object<'v>(path: &str, value: &'v Value) -> Result<&'v Map<String, Value>, Error> {
-    value.as_object().ok_or_else(|| invalid_value(path, "a block of keys", &value.to_string()))
+fn object<'v>(path: &str, value: &'v Value) -> Result<&'v Map<String, Value>, ConfigError> {
+    value.as_object().ok_or_else(|| ConfigError::invalid_value(path, "a block of keys", value.to_string()))
 }
 
-/// Returns the error of a key with an invalid value.
-pub(super) fn invalid_value(path: &str, expected: &str, found: &str) -> Error {
-    Error::InvalidValue { key: path.to_owned(), expected: expected.to_owned(), found: found.to_owned() }
-}
-
-fn join_path(block: &str, name: &str) -> String {
+/// Returns the path of a key of a block; the path of the top level is empty.
+pub(super) fn join_path(block: &str, name: &str) -> String {
     if block.is_empty() { name.to_owned() } else { format!("{block}.{name}") }
 }
 
-fn unknown_key(block: &str, key: String, names: impl Iterator<Item = &'static str>, name: &str) -> Error {
+fn unknown_key(block: &str, key: String, names: impl Iterator<Item = &'static str>, name: &str) -> ConfigError {
     let owner = if block.is_empty() { "the top level".to_owned() } else { format!("`{block}`") };
-    Error::UnknownKey { key, block: owner, nearest: join_path(block, nearest_name(names, name)) }
+    ConfigError::UnknownKey { key, block: owner, nearest: join_path(block, nearest_name(names, name)) }
 }
 
 fn nearest_name(names: impl Iterator<Item = &'static str>, name: &str) -> &'static str {

@@ -1,7 +1,6 @@
 //! Replacement of the deprecated keys of a ds_config by the names that DeepSpeed has today.
 
-use super::check::invalid_value;
-use crate::Error;
+use crate::ConfigError;
 use serde_json::{Map, Value, json};
 
 /// The deprecated and the current names of keys of `zero_optimization`.
@@ -18,8 +17,8 @@ const RENAMED: &[(&str, &str)] = &[
 /// Replaces deprecated keys.
 ///
 /// # Errors
-/// [`Error::InvalidValue`] if both the deprecated and the current key are present.
-pub(super) fn replace_deprecated_keys(root: &mut Map<String, Value>) -> Result<(), Error> {
+/// [`ConfigError::InvalidValue`] if both the deprecated and the current key are present.
+pub(super) fn replace_deprecated_keys(root: &mut Map<String, Value>) -> Result<(), ConfigError> {
     rename(root, "", "bfloat16", "bf16")?;
     if let Some(Value::Bool(on)) = root.get("zero_optimization") {
         let block = json!({"stage": u8::from(*on)});
@@ -39,19 +38,25 @@ pub(super) fn replace_deprecated_keys(root: &mut Map<String, Value>) -> Result<(
                 rename(zero, block, old, new)?;
             }
             Some(Value::Bool(false) | Value::Null) => drop(zero.shift_remove(old)),
-            Some(other) => return Err(invalid_value(&format!("{block}{old}"), "true or false", &other.to_string())),
+            Some(other) => {
+                return Err(ConfigError::invalid_value(format!("{block}{old}"), "true or false", other.to_string()));
+            }
             None => {}
         }
     }
     Ok(())
 }
 
-fn rename(map: &mut Map<String, Value>, block: &str, old: &str, new: &str) -> Result<(), Error> {
+fn rename(map: &mut Map<String, Value>, block: &str, old: &str, new: &str) -> Result<(), ConfigError> {
     if !map.contains_key(old) {
         return Ok(());
     }
     if map.contains_key(new) {
-        return Err(invalid_value(&format!("{block}{old}"), &format!("only its new spelling `{new}`"), "both"));
+        return Err(ConfigError::invalid_value(
+            format!("{block}{old}"),
+            format!("only its new spelling `{new}`"),
+            "both",
+        ));
     }
     // The map is rebuilt so that the keys keep their order.
     let renamed =

@@ -9,8 +9,15 @@
 //! similar key, a value of the wrong kind is an error, and a key that is not honoured is listed in
 //! [`DsConfig::unhonoured`] with what is done instead, so that the application can report it.
 //!
+//! The blocks convert into the types of the engine, which does not depend on this module: [`ZeroConfig`] into
+//! [`Sharding`](crate::Sharding), [`OffloadConfig`] into [`MemoryTier`](crate::MemoryTier), [`OptimizerConfig`] into
+//! [`Optimizer`](crate::optimizer::Optimizer).
+//!
 //! ```
-//! use burn_zero::ds_config::{AutoValues, RawDsConfig, ZeroStage};
+//! use burn_zero::{
+//!     ZeroStage,
+//!     ds_config::{AutoValues, RawDsConfig},
+//! };
 //!
 //! let text = r#"{
 //!     "train_micro_batch_size_per_gpu": "auto",
@@ -52,7 +59,7 @@ pub use raw::RawDsConfig;
 pub use scheduler::{
     LrRangeTestParams, OneCycleParams, SchedulerConfig, WarmupCosineLrParams, WarmupDecayLrParams, WarmupLrParams,
 };
-pub use zero::{OffloadConfig, OffloadDevice, ZeroConfig, ZeroStage, ZeroStage3Config};
+pub use zero::{OffloadConfig, ZeroConfig, ZeroStage3Config};
 
 use crate::lr_schedule::DeepSpeedLrSchedule;
 use serde_json::{Map, Value, json};

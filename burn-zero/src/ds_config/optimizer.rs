@@ -1,5 +1,6 @@
 //! The optimizer's type and parameters, with DeepSpeed's defaults.
 
+use crate::optimizer::{AdamW, Lamb, Lion, Optimizer, Sgd};
 use serde_json::{Map, Value};
 
 /// The parameters of Adam and AdamW.
@@ -110,6 +111,27 @@ impl OptimizerConfig {
             Self::Lamb(lamb) => lamb.lr,
             Self::Lion(lion) => lion.lr,
             Self::Sgd(sgd) => sgd.lr,
+        }
+    }
+}
+
+impl From<OptimizerConfig> for Optimizer {
+    fn from(optimizer: OptimizerConfig) -> Self {
+        let adam = |adam: AdamParams| AdamW { betas: adam.betas, epsilon: adam.eps, weight_decay: adam.weight_decay };
+        match optimizer {
+            OptimizerConfig::AdamW(settings) => Self::AdamW(adam(settings)),
+            OptimizerConfig::Adam(settings) => Self::Adam(adam(settings)),
+            OptimizerConfig::Lamb(lamb) => Self::Lamb(Lamb {
+                betas: lamb.betas,
+                epsilon: lamb.eps,
+                weight_decay: lamb.weight_decay,
+                min_coeff: lamb.min_coeff,
+                max_coeff: lamb.max_coeff,
+            }),
+            OptimizerConfig::Lion(lion) => Self::Lion(Lion { betas: lion.betas, weight_decay: lion.weight_decay }),
+            OptimizerConfig::Sgd(sgd) => {
+                Self::Sgd(Sgd { momentum: sgd.momentum, weight_decay: sgd.weight_decay, nesterov: sgd.nesterov })
+            }
         }
     }
 }

@@ -1,8 +1,7 @@
 //! The `fp16` and `bf16` blocks: the precision of the forward and the backward pass.
 
-use super::check::invalid_value;
 use crate::{
-    Error,
+    ConfigError,
     precision::{DynamicScale, LossScaler},
 };
 use serde_json::{Map, Value, json};
@@ -27,8 +26,8 @@ impl Precision {
     /// Returns the loss scaler; its scale is 1 unless the precision is f16.
     ///
     /// # Errors
-    /// [`Error::Setting`] for an invalid loss scale.
-    pub fn loss_scaler(&self) -> Result<LossScaler, Error> {
+    /// [`ConfigError::InvalidValue`] for an invalid loss scale.
+    pub fn loss_scaler(&self) -> Result<LossScaler, ConfigError> {
         match *self {
             Self::F32 | Self::Bf16 => LossScaler::fixed(1.0),
             Self::F16 { loss_scale: 0.0, dynamic } => LossScaler::dynamic(dynamic),
@@ -95,12 +94,12 @@ pub(super) struct Bf16Config {
 /// Returns the precision that the two blocks select.
 ///
 /// # Errors
-/// [`Error::InvalidValue`] if both blocks are enabled, or [`Error::Setting`] for an invalid loss scale.
-pub(super) fn resolve_precision(fp16: Fp16Config, bf16: &Bf16Config) -> Result<Precision, Error> {
+/// [`ConfigError::InvalidValue`] if both blocks are enabled, or for an invalid loss scale.
+pub(super) fn resolve_precision(fp16: Fp16Config, bf16: &Bf16Config) -> Result<Precision, ConfigError> {
     let precision = match (fp16.enabled, bf16.enabled) {
         (true, true) => {
             let expected = "false, because fp16.enabled is true and they cannot be simultaneously enabled";
-            return Err(invalid_value("bf16.enabled", expected, "true"));
+            return Err(ConfigError::invalid_value("bf16.enabled", expected, "true"));
         }
         (false, false) => Precision::F32,
         (false, true) => Precision::Bf16,

@@ -1,19 +1,19 @@
 //! A ds_config before resolution, and its resolution into a [`DsConfig`].
 
 use super::{
-    AutoValues, BatchSizes, DsConfig, SchedulerConfig, ZeroStage,
-    check::{Checker, UnhonouredKey},
+    AutoValues, BatchSizes, DsConfig, SchedulerConfig,
+    check::{Checker, UnhonouredKey, join_path},
     deprecated::replace_deprecated_keys,
-    keys::DEEPSPEED,
+    keys::{BETA_CYCLE, DEEPSPEED},
     optimizer,
     precision::{self, Bf16Config, Fp16Config},
     strict,
     zero::ZeroConfig,
 };
-use crate::Error;
+use crate::{ConfigError, Error, ZeroStage};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
-use std::path::Path;
+use std::{io, path::Path};
 
 /// A well-formed ds_config whose `"auto"` values have not been replaced yet.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,8 +25,8 @@ impl RawDsConfig {
     /// Parses JSON.
     ///
     /// # Errors
-    /// [`Error::Syntax`] if the text is not JSON or has a duplicate key.
-    pub fn from_json(text: &str) -> Result<Self, Error> {
+    /// [`ConfigError::Syntax`] if the text is not JSON or has a duplicate key.
+    pub fn from_json(text: &str) -> Result<Self, ConfigError> {
         let mut root = strict::from_json(text)?;
         replace_deprecated_keys(&mut root)?;
         Ok(Self { root })
@@ -35,7 +35,7 @@ impl RawDsConfig {
     /// Reads a JSON file.
     ///
     /// # Errors
-    /// [`Error::File`] with the path and the error.
+    /// [`Error::Io`] if the file cannot be read, [`ConfigError::File`] with the path and the error in it.
     pub fn read(path: &Path) -> Result<Self, Error> {
         parse_file(path, Self::from_json)
     }
@@ -59,13 +59,13 @@ impl RawDsConfig {
     /// Returns the configuration for `world` ranks, with every `"auto"` replaced by the caller's value.
     ///
     /// # Errors
-    /// [`Error::UnknownKey`], [`Error::InvalidValue`], [`Error::Unsupported`] or [`Error::Setting`] for keys and
-    /// values, [`Error::MissingBatchSize`], [`Error::ZeroBatchSize`] or [`Error::BatchSizeMismatch`] for batch sizes
-    /// that do not fit together.
+    /// [`ConfigError::UnknownKey`], [`ConfigError::InvalidValue`] or [`ConfigError::Unsupported`] for keys and values,
+    /// [`ConfigError::MissingBatchSize`], [`ConfigError::ZeroBatchSize`] or [`ConfigError::BatchSizeMismatch`] for
+    /// batch sizes that do not fit together.
     ///
     /// # Panics
     /// If `world` is 0.
-    pub fn resolve(&self, world: u64, auto: &AutoValues) -> Result<DsConfig, Error> {
+    pub fn resolve(&self, world: u64, auto: &AutoValues) -> Result<DsConfig, ConfigError> {
         let mut check = Checker { auto: &|path| auto.value(path), unhonoured: Vec::new() };
         let mut root = check.check_block("", DEEPSPEED, &self.root)?;
         self.fill_defaults(&mut root, auto);
@@ -82,8 +82,8 @@ impl RawDsConfig {
         let scheduler = take_block(&mut root, "scheduler")?;
         if matches!(scheduler, Some(SchedulerConfig::OneCycle(_))) && !self.has_cycle_momentum() {
             // DeepSpeed cycles the momentum by default.
-            let instead = "the optimizer's betas stay as they are; only the learning rate moves";
-            check.unhonoured.push(UnhonouredKey { key: "scheduler.params.cycle_momentum".to_owned(), instead });
+            let key = "scheduler.params.cycle_momentum".to_owned();
+            check.unhonoured.push(UnhonouredKey { key, instead: BETA_CYCLE });
         }
         Ok(DsConfig {
             batch,
@@ -119,25 +119,26 @@ impl RawDsConfig {
 }
 
 /// Reads and parses a file; errors name the file.
-pub(super) fn parse_file<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, Error>) -> Result<T, Error> {
-    let parsed = std::fs::read_to_string(path).map_err(Error::from).and_then(|text| parse(&text));
-    parsed.map_err(|source| Error::File { file: path.display().to_string(), source: Box::new(source) })
+pub(super) fn parse_file<T>(path: &Path, parse: impl FnOnce(&str) -> Result<T, ConfigError>) -> Result<T, Error> {
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let source = io::Error::new(error.kind(), format!("cannot be read: {error}"));
+        Error::Io { path: path.to_owned(), source }
+    })?;
+    Ok(parse(&text).map_err(|source| ConfigError::File { path: path.to_owned(), source: Box::new(source) })?)
 }
 
 /// Takes a validated block out of `root` and deserializes it.
-fn take_block<T: DeserializeOwned>(root: &mut Map<String, Value>, key: &str) -> Result<Option<T>, Error> {
+fn take_block<T: DeserializeOwned>(root: &mut Map<String, Value>, key: &str) -> Result<Option<T>, ConfigError> {
     let Some(value) = root.shift_remove(key) else {
         return Ok(None);
     };
     let found = value.to_string();
-    serde_json::from_value(value)
-        .map(Some)
-        .map_err(|error| super::check::invalid_value(key, &error.to_string(), &found))
+    serde_json::from_value(value).map(Some).map_err(|error| ConfigError::invalid_value(key, error.to_string(), &found))
 }
 
 fn collect_auto_keys(map: &Map<String, Value>, block: &str, keys: &mut Vec<String>) {
     for (name, value) in map {
-        let path = if block.is_empty() { name.clone() } else { format!("{block}.{name}") };
+        let path = join_path(block, name);
         match value {
             Value::Object(inner) => collect_auto_keys(inner, &path, keys),
             value if value == "auto" => keys.push(path),

@@ -1,6 +1,6 @@
 //! Parsers of JSON and YAML that reject duplicate keys.
 
-use crate::Error;
+use crate::ConfigError;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 use std::fmt;
@@ -68,25 +68,21 @@ impl<'de> Visitor<'de> for UniqueKeysVisitor {
     }
 }
 
-fn top_level_map(UniqueKeysValue(value): UniqueKeysValue) -> Result<Map<String, Value>, Error> {
+fn top_level_map(UniqueKeysValue(value): UniqueKeysValue) -> Result<Map<String, Value>, ConfigError> {
     match value {
         Value::Object(map) => Ok(map),
-        other => Err(Error::InvalidValue {
-            key: "the file".to_owned(),
-            expected: "keys and values".to_owned(),
-            found: other.to_string(),
-        }),
+        other => Err(ConfigError::invalid_value("the file", "keys and values", other.to_string())),
     }
 }
 
 /// Parses a JSON file and returns its top-level object.
-pub(super) fn from_json(text: &str) -> Result<Map<String, Value>, Error> {
-    let syntax = |error: serde_json::Error| Error::Syntax { format: "JSON", message: error.to_string() };
+pub(super) fn from_json(text: &str) -> Result<Map<String, Value>, ConfigError> {
+    let syntax = |error: serde_json::Error| ConfigError::Syntax { format: "JSON", source: error.into() };
     top_level_map(serde_json::from_str(text).map_err(syntax)?)
 }
 
 /// Parses a YAML file and returns its top-level mapping.
-pub(super) fn from_yaml(text: &str) -> Result<Map<String, Value>, Error> {
-    let syntax = |error: serde_yaml_ng::Error| Error::Syntax { format: "YAML", message: error.to_string() };
+pub(super) fn from_yaml(text: &str) -> Result<Map<String, Value>, ConfigError> {
+    let syntax = |error: serde_yaml_ng::Error| ConfigError::Syntax { format: "YAML", source: error.into() };
     top_level_map(serde_yaml_ng::from_str(text).map_err(syntax)?)
 }

@@ -1,52 +1,7 @@
 //! The `zero_optimization` block: what is sharded among the ranks and what is offloaded.
 
-use super::check::invalid_value;
-use crate::Error;
+use crate::{ConfigError, MemoryTier, OffloadDevice, Sharding, ZeroStage};
 use std::path::PathBuf;
-
-/// A ZeRO stage as in DeepSpeed, 0 to 3. Each stage shards among the ranks what the stages before it shard, and more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, serde::Serialize, serde::Deserialize)]
-#[serde(into = "u8", try_from = "u8")]
-pub enum ZeroStage {
-    /// Stage 0: nothing is sharded, every rank holds all states.
-    #[default]
-    Disabled,
-    /// Stage 1: optimizer states are sharded.
-    OptimizerStates,
-    /// Stage 2: gradients are sharded too.
-    Gradients,
-    /// Stage 3: weights are sharded too.
-    Weights,
-}
-
-impl From<ZeroStage> for u8 {
-    fn from(stage: ZeroStage) -> u8 {
-        stage as u8
-    }
-}
-
-impl TryFrom<u8> for ZeroStage {
-    type Error = Error;
-
-    fn try_from(number: u8) -> Result<Self, Error> {
-        let stages = [Self::Disabled, Self::OptimizerStates, Self::Gradients, Self::Weights];
-        let stage = stages.get(usize::from(number)).copied();
-        stage.ok_or_else(|| invalid_value("zero_optimization.stage", "a whole number from 0 to 3", &number.to_string()))
-    }
-}
-
-/// The device to which states are offloaded.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OffloadDevice {
-    /// No offload: on the device that trains.
-    #[default]
-    None,
-    /// In host memory.
-    Cpu,
-    /// In files.
-    Nvme,
-}
 
 /// The `offload_optimizer` or the `offload_param` block.
 #[derive(Debug, Clone, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -57,6 +12,12 @@ pub struct OffloadConfig {
     /// The folder of the files, for [`OffloadDevice::Nvme`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nvme_path: Option<PathBuf>,
+}
+
+impl From<&OffloadConfig> for MemoryTier {
+    fn from(offload: &OffloadConfig) -> Self {
+        offload.device.tier(offload.nvme_path.as_deref())
+    }
 }
 
 /// The `zero_optimization` block.
@@ -94,6 +55,13 @@ impl Default for ZeroConfig {
             contiguous_gradients: true,
             stage3: ZeroStage3Config::default(),
         }
+    }
+}
+
+impl From<&ZeroConfig> for Sharding {
+    fn from(zero: &ZeroConfig) -> Self {
+        let bucket_size = usize::try_from(zero.reduce_bucket_size).unwrap_or(usize::MAX);
+        Self { stage: zero.stage, bucket_size }
     }
 }
 
@@ -142,8 +110,9 @@ impl ZeroConfig {
     /// Returns the settings if they are valid.
     ///
     /// # Errors
-    /// [`Error::InvalidValue`] for an offload that the stage does not support, or an offload to files without a folder.
-    pub(super) fn validated(self) -> Result<Self, Error> {
+    /// [`ConfigError::InvalidValue`] for an offload that the stage does not support, or an offload to files without a
+    /// folder.
+    pub(super) fn validated(self) -> Result<Self, ConfigError> {
         let offloads = [
             ("offload_optimizer", &self.offload_optimizer, ZeroStage::OptimizerStates, "none, or stage 1, 2 or 3"),
             ("offload_param", &self.offload_param, ZeroStage::Weights, "none, or stage 3"),
@@ -152,10 +121,14 @@ impl ZeroConfig {
             let path = |key| format!("zero_optimization.{block}.{key}");
             if offload.device != OffloadDevice::None && self.stage < least {
                 let found = format!("{:?} with stage {}", offload.device, u8::from(self.stage)).to_lowercase();
-                return Err(invalid_value(&path("device"), expected, &found));
+                return Err(ConfigError::invalid_value(path("device"), expected, &found));
             }
             if offload.device == OffloadDevice::Nvme && offload.nvme_path.is_none() {
-                return Err(invalid_value(&path("nvme_path"), "a folder, because device is nvme", "nothing"));
+                return Err(ConfigError::invalid_value(
+                    path("nvme_path"),
+                    "a folder, because device is nvme",
+                    "nothing",
+                ));
             }
         }
         Ok(self)

@@ -2,7 +2,7 @@
 
 use super::Engine;
 use crate::{
-    Error, bucket,
+    CheckpointError, ConfigError, Error, bucket,
     gather::PutParams,
     host_or_device::HostOrDevice,
     offload::{HostOptimizer, OffloadedStates, StateSnapshot},
@@ -47,7 +47,7 @@ impl<B: AutodiffBackend> Engine<B> {
     /// shard in the metadata; otherwise rank 0 writes everything.
     ///
     /// # Errors
-    /// Returns [`Error::Path`] if the file cannot be written; a partly written file is left for the caller to remove.
+    /// Returns [`Error::Io`] if the file cannot be written; a partly written file is left for the caller to remove.
     pub fn save<M: TrainSegments<B>>(&self, model: &M, path: &Path) -> Result<(), Error> {
         let new;
         let layout = match &self.sharding_state {
@@ -70,8 +70,9 @@ impl<B: AutodiffBackend> Engine<B> {
             metadata.insert("places".to_owned(), places.to_string());
         }
         let path = shard_path(path, layout.shard_index, layout.num_shards);
-        let wrong = |source| Error::Path { path: path.clone(), source };
-        safetensors::serialize_to_file(tensors, Some(metadata), &path).map_err(|e| wrong(std::io::Error::other(e)))?;
+        let wrong = |source| Error::Io { path: path.clone(), source };
+        safetensors::serialize_to_file(tensors, Some(metadata), &path)
+            .map_err(|source| CheckpointError::Safetensors { path: path.clone(), source })?;
         states.map_or(Ok(()), |states| states.check_reads())?;
         File::open(&path).and_then(|file| file.sync_all()).map_err(wrong)
     }
@@ -151,14 +152,15 @@ impl<B: AutodiffBackend> Engine<B> {
     /// another stage. Call it before the first micro-batch, with a model that has all its weights.
     ///
     /// # Errors
-    /// Returns [`Error::Path`] if a file cannot be read, [`Error::State`] if the files are not a complete checkpoint of
-    /// this very model (a trainable parameter is missing or has another shape, or the checkpoint contains a tensor that
-    /// is not trainable here), and [`Error::Setting`] if the engine has already sharded the model's weights.
+    /// Returns [`Error::Io`] if a file cannot be read, [`CheckpointError::Mismatch`] if the files are not a complete
+    /// checkpoint of this very model (a trainable parameter is missing or has another shape, or the checkpoint contains
+    /// a tensor that is not trainable here), and [`ConfigError::InvalidValue`] if the engine has already sharded the
+    /// model's weights.
     pub fn restore<M: TrainSegments<B>>(&mut self, model: M, path: &Path) -> Result<M, Error> {
         if self.sharding_state.as_ref().is_some_and(|division| division.weights.is_some()) {
             let (expected, found) =
-                ("a model that has all its weights", "a model whose weights the engine has sharded".to_owned());
-            return Err(Error::Setting { field: "restore", expected, found });
+                ("a model that has all its weights", "a model whose weights the engine has sharded");
+            return Err(ConfigError::invalid_value("restore", expected, found).into());
         }
         let maps = MappedFiles::open(path)?;
         let mut saved = CheckpointReader::open(path, &maps)?;

@@ -18,15 +18,15 @@ use super::{
     update::UpdatePipeline,
 };
 use crate::{
-    Error,
+    Error, NumericError,
     comm::{AsyncCommunicator, Collectives, Lane, Pending},
-    ds_config::ZeroStage,
     gather::{GatheredModel, ReplicatedModel, ShardContext, WeightShards, WeightStore},
     norm::ExactSum,
     optimizer::Hyperparameters,
     reduce::GradientReducer,
     segment::{self, Checkpointing, DynTensor, Gradient, Segments, TrainSegments},
     sharding::ShardLayout,
+    stage::ZeroStage,
 };
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use std::collections::VecDeque;
@@ -43,7 +43,8 @@ impl<B: AutodiffBackend> Engine<B> {
     /// see [`Engine::with_full_params`]. The set of trainable parameters must not change from then on.
     ///
     /// # Errors
-    /// Returns [`Error::Lost`] or another communication error if a rank is lost; the gradients are incomplete then.
+    /// Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error if a rank is lost; the
+    /// gradients are incomplete then.
     pub fn forward_backward<M: TrainSegments<B>>(
         &mut self,
         model: &mut M,
@@ -84,9 +85,9 @@ impl<B: AutodiffBackend> Engine<B> {
     /// or a loss scaler this method makes the two calls.
     ///
     /// # Errors
-    /// Returns the errors of the two methods. One case differs: where updates have already begun, [`Error::NotFinite`]
-    /// comes after the fact. Model and moments then hold values that are not finite, and training can only continue
-    /// from a checkpoint.
+    /// Returns the errors of the two methods. One case differs: where updates have already begun,
+    /// [`NumericError::NotFinite`] comes after the fact. Model and moments then hold values that are not finite, and
+    /// training can only continue from a checkpoint.
     pub fn forward_backward_step<M: TrainSegments<B>>(
         &mut self,
         model: &mut M,
@@ -132,7 +133,7 @@ impl<B: AutodiffBackend> Engine<B> {
         let norm = self.reduce_gradient_stats(layout, &sum, &[])?.norm;
         let report = self.finish_step(norm, false)?;
         if !norm.is_finite() {
-            return Err(Error::NotFinite { step: self.steps - 1, norm });
+            return Err(NumericError::NotFinite { step: self.steps - 1, norm }.into());
         }
         Ok((self.unscaled_loss(loss), report))
     }

@@ -2,7 +2,7 @@
 
 use super::{Engine, ShardingState, StepReport, update::UpdatePipeline};
 use crate::{
-    Error,
+    Error, NumericError,
     comm::{Collectives, Lane},
     gather::{ReplicatedModel, ShardContext, WeightStore},
     host_or_device::HostOrDevice,
@@ -31,9 +31,10 @@ impl<B: AutodiffBackend> Engine<B> {
     /// Half-precision weights are updated through the f32 master weights that this rank keeps of its shards.
     ///
     /// # Errors
-    /// Returns [`Error::NotFinite`] if the norm is not finite on any rank: model, moments and step count are unchanged,
-    /// the gradients are cleared. With a loss scaler all ranks skip the step instead, or return [`Error::LossScale`].
-    /// Returns [`Error::Lost`] or another communication error if a rank is lost; the model is incomplete then.
+    /// Returns [`NumericError::NotFinite`] if the norm is not finite on any rank: model, moments and step count are
+    /// unchanged, the gradients are cleared. With a loss scaler all ranks skip the step instead, or return
+    /// [`NumericError::LossScale`]. Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error
+    /// if a rank is lost; the model is incomplete then.
     pub fn step<M: TrainSegments<B>>(&mut self, model: &mut M, learning_rate: f64) -> Result<StepReport, Error> {
         self.shard_model(model)?;
         let mut sharding_state = self.sharding_state.take().expect("the model was sharded above");
@@ -66,7 +67,7 @@ impl<B: AutodiffBackend> Engine<B> {
         if let Some(scaler) = &mut self.loss_scaler {
             scaler.update(!finite)?;
         } else if !finite {
-            return Err(Error::NotFinite { step: self.steps, norm });
+            return Err(NumericError::NotFinite { step: self.steps, norm }.into());
         }
         if !finite {
             return Ok(StepReport { grad_norm: norm, clipped: false, skipped: true });

@@ -1,6 +1,6 @@
 use super::*;
-use crate::optimizer::AdamW;
 use crate::segment::tests::{TestBackend, Toy, ToyBatch, backward_lock, frozen, toy};
+use crate::{NumericError, optimizer::AdamW};
 use burn::module::AutodiffModule;
 
 mod optimizer_in_backward;
@@ -123,7 +123,7 @@ fn a_gradient_that_is_not_finite_leaves_everything_as_it_was() {
     let before = parameter_snapshot(&model);
     engine.forward_backward(&mut model, &ToyBatch::new(0, 20, 0.0)).unwrap();
     let error = engine.step(&mut model, 1e-3).unwrap_err();
-    assert!(matches!(error, Error::NotFinite { step: 0, .. }), "{error}");
+    assert!(matches!(error, Error::Numeric(NumericError::NotFinite { step: 0, .. })), "{error}");
     assert_eq!(parameter_snapshot(&model), before);
     assert_eq!((engine.steps(), engine.device_states.len(), gradients(&engine).len()), (0, 0, 0));
     engine.forward_backward(&mut model, &ToyBatch::new(0, 20, 13.0)).unwrap();

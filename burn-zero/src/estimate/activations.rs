@@ -1,5 +1,8 @@
 //! The activation memory of a LLaMA: what one micro-batch saves for the backward pass.
 
+use crate::segment::Checkpointing;
+use std::ops::Range;
+
 /// The largest number of logits that exist at a time: the loss is computed in blocks of tokens and vocabulary.
 pub const MAX_LOGITS: u64 = 5 << 20;
 
@@ -22,14 +25,24 @@ pub struct LlamaShape {
     pub vocabulary: u64,
 }
 
-/// The layers that are recomputed in the backward pass (activation checkpointing).
+/// A micro-batch, and what of it is kept for the backward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Recompute {
-    /// No layer: all activations are saved.
-    None,
-    /// All layers: only the inputs of each attention and MLP block are saved, and the activations inside one block at a
-    /// time.
-    Full,
+pub struct MicroBatch {
+    /// The number of tokens.
+    pub tokens: u64,
+    /// The bytes of one activation value.
+    pub value_bytes: u64,
+    /// The segments that are recomputed in the backward pass.
+    pub checkpointing: Checkpointing,
+    /// The index of the first layer with a trained weight: the layers before it run without a graph and save nothing.
+    pub first_layer: u64,
+}
+
+impl Default for MicroBatch {
+    /// Returns a micro-batch without tokens, for activations in f32, of which all are kept.
+    fn default() -> Self {
+        Self { tokens: 0, value_bytes: 4, checkpointing: Checkpointing::None, first_layer: 0 }
+    }
 }
 
 /// The activation memory of one rank in bytes, by kind.
@@ -37,7 +50,8 @@ pub enum Recompute {
 pub struct ActivationMemory {
     /// The inputs of all attention blocks, all MLP blocks and the head.
     pub inputs: u64,
-    /// The activations saved inside the blocks: of all blocks, or of the largest one with recomputation.
+    /// The activations saved inside the blocks, at the peak of the backward pass: those of the blocks that keep theirs,
+    /// and of one block that is recomputed.
     pub saved: u64,
     /// The head: normalised hidden states, their gradient, log-sum-exp, and one block of logits.
     pub head: u64,
@@ -74,35 +88,53 @@ impl LlamaShape {
         3 * self.hidden * self.intermediate + self.hidden
     }
 
-    /// Returns the activation memory of a micro-batch of `tokens` tokens whose activations take `bytes` bytes each.
+    /// Returns the activation memory of a micro-batch.
     ///
     /// An attention block saves its input, queries, keys, values, output and log-sum-exp (four bytes); an MLP block
     /// saves its input, gate and up projections. Normalised inputs and the outputs of the activation function are
     /// recomputed. What only some methods save, such as the products of LoRA's `A` matrices or a P-tuning prefix, is
     /// not counted.
-    pub fn activations(&self, tokens: u64, bytes: u64, recompute: Recompute) -> ActivationMemory {
+    pub fn activations(&self, micro_batch: MicroBatch) -> ActivationMemory {
+        let MicroBatch { tokens, value_bytes: bytes, checkpointing, first_layer } = micro_batch;
         let (wide, narrow) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let attention = tokens * (bytes * 2 * (wide + narrow) + 4 * self.heads);
         let mlp = tokens * bytes * 2 * self.intermediate;
-        let kept = match recompute {
-            Recompute::None => self.layers * (attention + mlp),
-            Recompute::Full if self.layers == 0 => 0,
-            Recompute::Full => attention.max(mlp),
-        };
         let logits = 4 * MAX_LOGITS.min(tokens * self.vocabulary);
         let working = self.hidden + (2 * (wide + narrow)).max(3 * self.intermediate);
+        let layers = first_layer.min(self.layers)..self.layers;
         ActivationMemory {
-            inputs: tokens * bytes * self.hidden * (2 * self.layers + 1),
-            saved: kept,
+            inputs: tokens * bytes * self.hidden * (2 * (layers.end - layers.start) + 1),
+            saved: self.peak_saved(layers, [attention, mlp], checkpointing),
             head: tokens * (bytes * 2 * self.hidden + 4) + logits,
             working: tokens * bytes * working,
         }
+    }
+
+    /// Returns the largest sum of the activations inside blocks that exist at a time: when the backward pass is at a
+    /// block, those of the blocks before it that keep theirs, and its own. `[attention, mlp]` are the bytes of a block
+    /// of each kind.
+    fn peak_saved(&self, layers: Range<u64>, blocks: [u64; 2], checkpointing: Checkpointing) -> u64 {
+        // The embedding is segment 0, then each layer has two; the head is the last.
+        let segments = 2 * self.layers as usize + 2;
+        let (mut kept, mut peak) = (0, 0);
+        for segment in 2 * layers.start as usize + 1..2 * layers.end as usize + 1 {
+            let own = blocks[(segment + 1) % 2];
+            peak = peak.max(kept + own);
+            if checkpointing.keeps_graph(segment, segments) {
+                kept += own;
+            }
+        }
+        peak
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn pass(tokens: u64, value_bytes: u64, checkpointing: Checkpointing) -> MicroBatch {
+        MicroBatch { tokens, value_bytes, checkpointing, first_layer: 0 }
+    }
 
     fn shape(sizes: [u64; 7]) -> LlamaShape {
         let [layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary] = sizes;
@@ -131,7 +163,7 @@ mod tests {
     fn every_kept_tensor_is_counted() {
         let shape = shape([3, 64, 176, 4, 2, 16, 512]);
         let tokens = 10;
-        let found = shape.activations(tokens, 4, Recompute::None);
+        let found = shape.activations(pass(tokens, 4, Checkpointing::None));
         let attention = [64, 32, 32, 64, 4]; // q, k, v, output, log-sum-exp
         let mlp = [176, 176]; // gate, up
         let layer: u64 = attention.iter().chain(&mlp).sum();
@@ -145,15 +177,41 @@ mod tests {
     #[test]
     fn recomputing_keeps_the_inputs_and_one_block() {
         let shape = shape([3, 64, 176, 4, 2, 16, 512]);
-        let (all, none) = (shape.activations(10, 4, Recompute::None), shape.activations(10, 4, Recompute::Full));
+        let (all, none) =
+            (shape.activations(pass(10, 4, Checkpointing::None)), shape.activations(pass(10, 4, Checkpointing::Full)));
         assert_eq!(none.saved, 4 * 10 * 2 * 176);
         assert_eq!(ActivationMemory { saved: all.saved, ..none }, all);
     }
 
     #[test]
+    fn every_second_segment_keeps_every_second_block() {
+        let shape = shape([3, 64, 176, 4, 2, 16, 512]);
+        let saved = |checkpointing| shape.activations(pass(10, 4, checkpointing)).saved;
+        let (attention, mlp) = (10 * 4 * (64 + 32 + 32 + 64 + 4), 10 * 4 * 2 * 176);
+        // Segments 2, 4 and 6 are MLP blocks, 3 is the attention block of the second layer.
+        assert_eq!(saved(Checkpointing::Every(2)), 3 * attention + mlp);
+        assert_eq!(saved(Checkpointing::Every(3)), 2 * attention + 2 * mlp + mlp);
+        assert_eq!(saved(Checkpointing::Every(1)), saved(Checkpointing::Full));
+        assert_eq!(saved(Checkpointing::Every(0)), saved(Checkpointing::None));
+        assert_eq!(saved(Checkpointing::All), saved(Checkpointing::Full));
+        assert_eq!(saved(Checkpointing::Every(100)), saved(Checkpointing::None));
+    }
+
+    #[test]
+    fn layers_before_the_first_trained_one_save_nothing() {
+        let whole = shape([3, 64, 176, 4, 2, 16, 512]);
+        for checkpointing in [Checkpointing::None, Checkpointing::Full, Checkpointing::Every(2)] {
+            let two = MicroBatch { first_layer: 1, ..pass(10, 4, checkpointing) };
+            let expected = LlamaShape { layers: 2, ..whole }.activations(pass(10, 4, checkpointing));
+            assert_eq!(whole.activations(two), expected, "{checkpointing:?}");
+        }
+    }
+
+    #[test]
     fn half_the_bytes_need_half_the_memory_but_for_sums_and_logits() {
         let shape = shape([3, 64, 176, 4, 2, 16, 512]);
-        let (full, half) = (shape.activations(8, 4, Recompute::None), shape.activations(8, 2, Recompute::None));
+        let (full, half) =
+            (shape.activations(pass(8, 4, Checkpointing::None)), shape.activations(pass(8, 2, Checkpointing::None)));
         assert_eq!(full.inputs, 2 * half.inputs);
         assert_eq!(full.saved + 3 * 8 * 4 * 4, 2 * half.saved);
         assert_eq!(full.working, 2 * half.working);
@@ -164,7 +222,7 @@ mod tests {
         let shape = shape([1, 8, 8, 1, 1, 8, 128_256]);
         let rest = |tokens| tokens * (4 * 2 * 8 + 4);
         for (tokens, logits) in [(1, 128_256), (40, 40 * 128_256), (41, MAX_LOGITS), (100_000, MAX_LOGITS)] {
-            let found = shape.activations(tokens, 4, Recompute::None).head;
+            let found = shape.activations(pass(tokens, 4, Checkpointing::None)).head;
             assert_eq!(found, rest(tokens) + 4 * logits, "{tokens} tokens");
         }
     }

@@ -1,12 +1,14 @@
 //! Estimates of the memory that a run needs, from parameter counts and settings alone.
 //!
 //! [`model_states`] estimates weights, gradients and optimizer states on one rank, [`LlamaShape::activations`] what the
-//! layers of a LLaMA save for the backward pass. [`zero2`] and [`zero3`] are DeepSpeed's own estimates, which leave out
+//! layers of a LLaMA save for the backward pass, and [`RunFootprint::peak_memory`] both together. [`zero2`] and [`zero3`] are DeepSpeed's own estimates, which leave out
 //! activations.
 //!
 //! ```
-//! use burn_zero::ds_config::ZeroStage;
-//! use burn_zero::estimate::{ModelSize, StatePlacement, TrainingPrecision, model_states};
+//! use burn_zero::{
+//!     ZeroStage,
+//!     estimate::{ModelSize, StatePlacement, TrainingPrecision, model_states},
+//! };
 //!
 //! let size = ModelSize { trained: 7_500_000_000, ..Default::default() };
 //! let placement = StatePlacement { stage: ZeroStage::Gradients, world_size: 64, ..Default::default() };
@@ -16,8 +18,10 @@
 
 mod activations;
 mod deepspeed;
+mod footprint;
 mod states;
 
-pub use activations::{ActivationMemory, LlamaShape, MAX_LOGITS, Recompute};
+pub use activations::{ActivationMemory, LlamaShape, MAX_LOGITS, MicroBatch};
 pub use deepspeed::{Cluster, CpuOffload, DeepSpeedEstimate, zero2, zero3};
+pub use footprint::{BaseModel, RunFootprint, TrainedWeights, WeightStorage};
 pub use states::{MemoryEstimate, ModelSize, StatePlacement, TrainingPrecision, model_states};

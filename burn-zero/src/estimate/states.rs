@@ -1,6 +1,6 @@
 //! The memory of weights, gradients and optimizer states on one rank.
 
-use crate::ds_config::ZeroStage;
+use crate::{OffloadDevice, ZeroStage};
 
 /// The size of a model, as far as the memory of its states depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -51,10 +51,10 @@ pub struct StatePlacement {
     pub stage: ZeroStage,
     /// The number of ranks.
     pub world_size: u64,
-    /// True if the optimizer, its states and the gradients it reads are on the host.
-    pub offload_optimizer: bool,
-    /// True if the weight shards are on the host, and on the device only while their segment runs; stage 3 only.
-    pub offload_param: bool,
+    /// The place of the optimizer, its states and the gradients it reads; in a file only the moments are.
+    pub offload_optimizer: OffloadDevice,
+    /// The place of the weight shards, stage 3 only; off the device, they are on it only while their segment runs.
+    pub offload_param: OffloadDevice,
     /// True if the optimizer updates weights during the backward pass, so that only one bucket of gradients exists at a
     /// time: [`Engine::forward_backward_step`](crate::Engine::forward_backward_step) with one micro-batch per step and
     /// without clipping.
@@ -63,13 +63,12 @@ pub struct StatePlacement {
 
 impl Default for StatePlacement {
     fn default() -> Self {
-        let (offload_optimizer, offload_param, early_updates) = (false, false, false);
         Self {
             stage: ZeroStage::Disabled,
             world_size: 1,
-            offload_optimizer,
-            offload_param,
-            optimizer_in_backward: early_updates,
+            offload_optimizer: OffloadDevice::None,
+            offload_param: OffloadDevice::None,
+            optimizer_in_backward: false,
         }
     }
 }
@@ -113,7 +112,8 @@ impl MemoryEstimate {
 /// up to whole weights.
 ///
 /// With an offloaded optimizer, the host holds the rank's shard of gradients and moments, four bytes each, and of the
-/// master weights in mixed precision; the device holds gradients only until they are transferred.
+/// master weights in mixed precision; the device holds gradients only until they are transferred. Moments and weight
+/// shards in a file take no memory.
 ///
 /// With the optimizer step in the backward pass no gradients are kept: 12 bytes per weight in f32, 14 in mixed
 /// precision, plus a bucket.
@@ -138,12 +138,14 @@ pub fn model_states(weights: ModelSize, numbers: TrainingPrecision, placement: S
     if !whole {
         memory.buffers += weights.largest_segment_bytes;
     }
-    if placement.offload_optimizer {
-        memory.host += (4 * gradients + numbers.master_bytes() + 8) * divided(ZeroStage::OptimizerStates);
+    if placement.offload_optimizer != OffloadDevice::None {
+        let moments = if placement.offload_optimizer == OffloadDevice::Nvme { 0 } else { 8 };
+        memory.host += (4 * gradients + numbers.master_bytes() + moments) * divided(ZeroStage::OptimizerStates);
         (memory.gradients, memory.master, memory.moments) = (0, 0, 0);
     }
-    if placement.offload_param && !whole {
-        memory.host += memory.parameters + memory.frozen;
+    if placement.offload_param != OffloadDevice::None && !whole {
+        let in_file = placement.offload_param == OffloadDevice::Nvme;
+        memory.host += if in_file { 0 } else { memory.parameters + memory.frozen };
         (memory.parameters, memory.frozen) = (0, 0);
     }
     memory
@@ -216,7 +218,7 @@ mod tests {
         let placement = StatePlacement {
             stage: ZeroStage::Gradients,
             world_size: 4,
-            offload_optimizer: true,
+            offload_optimizer: OffloadDevice::Cpu,
             ..StatePlacement::default()
         };
         let memory = model_states(weights, TrainingPrecision::Mixed, placement);
@@ -224,7 +226,7 @@ mod tests {
             MemoryEstimate { parameters: 2000, frozen: 300, buffers: 20, host: 16 * 250, ..MemoryEstimate::default() };
         assert_eq!(memory, expected);
 
-        let placement = StatePlacement { stage: ZeroStage::Weights, offload_param: true, ..placement };
+        let placement = StatePlacement { stage: ZeroStage::Weights, offload_param: OffloadDevice::Cpu, ..placement };
         let memory = model_states(weights, TrainingPrecision::Mixed, placement);
         let expected = MemoryEstimate { buffers: 20 + 90, host: 16 * 250 + 2 * 250 + 75, ..MemoryEstimate::default() };
         assert_eq!(memory, expected);
@@ -243,7 +245,11 @@ mod tests {
                 assert!(stage > ZeroStage::Disabled || early.device() - early.buffers == one * 1000);
             }
             let off = |placement| {
-                model_states(weights, TrainingPrecision::F32, StatePlacement { offload_optimizer: true, ..placement })
+                model_states(
+                    weights,
+                    TrainingPrecision::F32,
+                    StatePlacement { offload_optimizer: OffloadDevice::Cpu, ..placement },
+                )
             };
             let share = if stage == ZeroStage::Disabled { 1000 } else { 250 };
             assert_eq!(off(late).host - off(early).host, 4 * share);
@@ -254,7 +260,8 @@ mod tests {
     #[test]
     fn three_billion_weights_fit_with_offload() {
         let weights = ModelSize { trained: 3_212_749_824, ..Default::default() };
-        let placement = StatePlacement { stage: ZeroStage::Gradients, offload_optimizer: true, ..Default::default() };
+        let placement =
+            StatePlacement { stage: ZeroStage::Gradients, offload_optimizer: OffloadDevice::Cpu, ..Default::default() };
         let memory = model_states(weights, TrainingPrecision::Mixed, placement);
         let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
         assert!((gib(memory.device()) - 5.98).abs() < 0.005);

@@ -48,7 +48,7 @@ impl<B: Backend> WeightShards<B> {
     /// Takes this rank's shards out of a model and leaves placeholders of one element.
     ///
     /// # Errors
-    /// Returns [`Error::Path`] if the shards go to a file that cannot be written.
+    /// Returns [`Error::Io`] if the shards go to a file that cannot be written.
     pub fn shard<A: AutodiffBackend<InnerBackend = B>, M: Module<A>>(
         model: M,
         layout: &ShardLayout,
@@ -140,7 +140,7 @@ impl<B: Backend> WeightShards<B> {
             (BucketShard::File(start, length), Some(shelf)) => {
                 let read = shelf.reader(*start, *length);
                 PendingGather::InFlight(communicator.submit("all_gather", move |group| {
-                    let bytes = trace.numbered_span(("from the file", index), Lane::Transfer, read)?;
+                    let bytes = trace.numbered_span("from the file", index, Lane::Transfer, read)?;
                     group.all_gather_bytes(&bytes, size)
                 }))
             }

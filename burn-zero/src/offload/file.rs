@@ -86,7 +86,7 @@ fn create_file(folder: &Path, rank: usize, what: &str) -> Result<(PathBuf, Arc<F
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
     let path = folder.join(format!("rank-{rank}-{}-{number}.{what}", std::process::id()));
-    let wrong = |source| Error::Path { path: path.clone(), source };
+    let wrong = |source| Error::Io { path: path.clone(), source };
     std::fs::create_dir_all(folder).map_err(wrong)?;
     let options = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
     Ok((path.clone(), Arc::new(options.map_err(wrong)?)))
@@ -96,10 +96,10 @@ impl MomentFile {
     /// Creates the file and starts the thread that reads and writes it.
     ///
     /// # Errors
-    /// Returns [`Error::Path`] if the file cannot be created.
+    /// Returns [`Error::Io`] if the file cannot be created.
     pub fn create(folder: &Path, rank: usize) -> Result<Self, Error> {
         let (path, file) = create_file(folder, rank, "states")?;
-        let wrong = |source| Error::Path { path: path.clone(), source };
+        let wrong = |source| Error::Io { path: path.clone(), source };
         let ((requests, asked), (answer, answers)) = (channel(), channel());
         let shared = file.clone();
         let work = move || io_loop(&shared, asked, &answer);
@@ -109,7 +109,7 @@ impl MomentFile {
     }
 
     fn wrong(&self, source: io::Error) -> Error {
-        Error::Path { path: self.path.clone(), source }
+        Error::Io { path: self.path.clone(), source }
     }
 
     /// Allocates space for the moments of `n` values, initializes it and returns its offset.
@@ -245,7 +245,7 @@ impl OffloadFile {
     /// Creates the file.
     ///
     /// # Errors
-    /// Returns [`Error::Path`] if the file cannot be created.
+    /// Returns [`Error::Io`] if the file cannot be created.
     pub fn create(folder: &Path, rank: usize) -> Result<Self, Error> {
         let (path, file) = create_file(folder, rank, "weights")?;
         Ok(Self { path, file, allocated: 0 })
@@ -258,7 +258,7 @@ impl OffloadFile {
     }
 
     pub fn write(&self, start: u64, bytes: &[u8]) -> Result<(), Error> {
-        self.file.write_all_at(bytes, start).map_err(|source| Error::Path { path: self.path.clone(), source })
+        self.file.write_all_at(bytes, start).map_err(|source| Error::Io { path: self.path.clone(), source })
     }
 
     /// Returns a closure that reads `length` bytes; any thread can call it.
@@ -266,7 +266,7 @@ impl OffloadFile {
         let (path, file) = (self.path.clone(), self.file.clone());
         move || {
             let mut bytes = vec![0; length];
-            file.read_exact_at(&mut bytes, start).map_err(|source| Error::Path { path, source })?;
+            file.read_exact_at(&mut bytes, start).map_err(|source| Error::Io { path, source })?;
             Ok(bytes)
         }
     }

@@ -38,8 +38,8 @@ impl HostOptimizer {
     pub fn new(offload: OffloadedStates, communicator: &AsyncCommunicator) -> Self {
         let offload = Arc::new(Mutex::new(offload));
         let name = format!("optimizer of rank {}", communicator.rank());
-        let worker =
-            Worker::new(name, offload.clone(), (communicator.compute_lock().clone(), communicator.trace().clone()));
+        let (compute_lock, trace) = (communicator.compute_lock().clone(), communicator.trace().clone());
+        let worker = Worker::new(name, offload.clone(), compute_lock, trace);
         Self { states: offload, worker }
     }
 
@@ -50,7 +50,7 @@ impl HostOptimizer {
 
     /// Queues the updates of a bucket and returns its pending result.
     pub fn submit<B: Backend>(&self, tasks: Vec<ShardUpdate<B>>) -> Pending<Vec<(ParamShard, HostOrDevice<B>)>> {
-        self.worker.submit(("update", Lane::Optimizer), move |offload| {
+        self.worker.submit("update", Lane::Optimizer, move |offload| {
             let mut offload = lock(offload);
             let mut run = |task: ShardUpdate<B>| -> Result<_, Error> {
                 let Some(gradient) = task.gradient else { return Ok((task.piece, task.value)) };

@@ -1,6 +1,6 @@
 //! AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019), as `torch.optim.AdamW` computes it.
 
-use crate::{Error, segment::DynTensor};
+use crate::{ConfigError, segment::DynTensor};
 use burn::tensor::{DType, Tensor, backend::Backend};
 
 /// The settings of AdamW; the defaults are `torch.optim.AdamW`'s.
@@ -35,10 +35,12 @@ impl AdamW {
     /// Checks the settings.
     ///
     /// # Errors
-    /// Returns [`Error::Setting`] if a beta lies outside [0, 1), or if `epsilon` or `weight_decay` is negative or not
-    /// finite.
-    pub fn check(&self) -> Result<(), Error> {
-        let refuse = |field, expected, found: f64| Err(Error::Setting { field, expected, found: found.to_string() });
+    /// Returns [`ConfigError::InvalidValue`] if a beta lies outside [0, 1), or if `epsilon` or `weight_decay` is
+    /// negative or not finite.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let refuse = |field: &str, expected: &str, found: f64| {
+            Err(ConfigError::invalid_value(field, expected, found.to_string()))
+        };
         for beta in [self.betas.0, self.betas.1] {
             if !(0.0..1.0).contains(&beta) {
                 return refuse("betas", "values of at least 0 and below 1", beta);

@@ -7,6 +7,7 @@ mod adamw;
 pub mod cpu_adam;
 mod eight_bit;
 mod group;
+mod kind;
 mod lamb;
 mod lion;
 mod sgd;
@@ -14,11 +15,12 @@ mod sgd;
 pub use adamw::{AdamW, Moments};
 pub(crate) use eight_bit::{EightBitMoments, MIN_8BIT_SIZE as LEAST_8BIT};
 pub use group::{ParamGroup, ParamGroups, no_decay};
+pub use kind::OptimizerKind;
 pub use lamb::Lamb;
 pub use lion::Lion;
 pub use sgd::Sgd;
 
-use crate::{Error, bucket, ds_config, segment::DynTensor};
+use crate::{ConfigError, bucket, segment::DynTensor};
 use burn::tensor::{Tensor, backend::Backend};
 
 /// An optimizer with its settings.
@@ -42,33 +44,6 @@ pub enum Optimizer {
 impl From<AdamW> for Optimizer {
     fn from(settings: AdamW) -> Self {
         Self::AdamW(settings)
-    }
-}
-
-impl From<ds_config::OptimizerConfig> for Optimizer {
-    fn from(optimizer: ds_config::OptimizerConfig) -> Self {
-        let adam = |adam: ds_config::AdamParams| AdamW {
-            betas: adam.betas,
-            epsilon: adam.eps,
-            weight_decay: adam.weight_decay,
-        };
-        match optimizer {
-            ds_config::OptimizerConfig::AdamW(settings) => Self::AdamW(adam(settings)),
-            ds_config::OptimizerConfig::Adam(settings) => Self::Adam(adam(settings)),
-            ds_config::OptimizerConfig::Lamb(lamb) => Self::Lamb(Lamb {
-                betas: lamb.betas,
-                epsilon: lamb.eps,
-                weight_decay: lamb.weight_decay,
-                min_coeff: lamb.min_coeff,
-                max_coeff: lamb.max_coeff,
-            }),
-            ds_config::OptimizerConfig::Lion(lion) => {
-                Self::Lion(Lion { betas: lion.betas, weight_decay: lion.weight_decay })
-            }
-            ds_config::OptimizerConfig::Sgd(sgd) => {
-                Self::Sgd(Sgd { momentum: sgd.momentum, weight_decay: sgd.weight_decay, nesterov: sgd.nesterov })
-            }
-        }
     }
 }
 
@@ -103,8 +78,9 @@ impl Optimizer {
     /// Checks the settings.
     ///
     /// # Errors
-    /// Returns [`Error::Setting`] for a beta or momentum outside [0, 1), and for a negative or non-finite value.
-    pub fn check(&self) -> Result<(), Error> {
+    /// Returns [`ConfigError::InvalidValue`] for a beta or momentum outside [0, 1), and for a negative or non-finite
+    /// value.
+    pub fn check(&self) -> Result<(), ConfigError> {
         let adam = |betas, epsilon, weight_decay| AdamW { betas, epsilon, weight_decay }.check();
         match *self {
             Self::AdamW(settings) | Self::Adam(settings) | Self::AdamW8bit(settings) => settings.check(),

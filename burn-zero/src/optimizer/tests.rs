@@ -161,20 +161,6 @@ fn eight_bits_stay_near_thirty_two() {
 }
 
 #[test]
-fn a_ds_config_s_optimizer_is_taken_over() {
-    let adam = ds_config::AdamParams { lr: 1.0, betas: (0.8, 0.9), eps: 1e-7, weight_decay: 0.3 };
-    let expected = AdamW { betas: (0.8, 0.9), epsilon: 1e-7, weight_decay: 0.3 };
-    assert_eq!(Optimizer::from(ds_config::OptimizerConfig::AdamW(adam)), Optimizer::AdamW(expected));
-    assert_eq!(Optimizer::from(ds_config::OptimizerConfig::Adam(adam)), Optimizer::Adam(expected));
-    let lion = Optimizer::from(ds_config::OptimizerConfig::Lion(ds_config::LionParams::default()));
-    assert_eq!(lion.slot_names(), ["exp_avg"]);
-    assert_eq!(
-        Optimizer::from(ds_config::OptimizerConfig::Lamb(ds_config::LambParams::default())),
-        Optimizer::Lamb(Lamb::default())
-    );
-    assert_eq!(
-        Optimizer::from(ds_config::OptimizerConfig::Sgd(ds_config::SgdParams::default())),
-        Optimizer::Sgd(Sgd::default())
-    );
+fn a_momentum_of_1_is_refused() {
     assert!(Optimizer::Sgd(Sgd { momentum: 1.0, ..Sgd::default() }).check().is_err());
 }

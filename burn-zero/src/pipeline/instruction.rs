@@ -34,6 +34,15 @@ impl Action {
     }
 }
 
+/// An action with the rank that runs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct RankAction {
+    /// The rank.
+    pub rank: usize,
+    /// The action.
+    pub action: Action,
+}
+
 /// One instruction of a rank. DeepSpeed (`runtime/pipe/schedule.py`) has one class per computation, where this type has
 /// a field:
 ///

@@ -47,7 +47,7 @@ mod validate;
 
 pub use cost::{Costs, SendMode, TimedAction, Timeline};
 pub use error::PipelineError;
-pub use instruction::{Action, ComputationType, Instruction};
+pub use instruction::{Action, ComputationType, Instruction, RankAction};
 pub use kind::PipelineKind;
 pub use partition::PartitionMethod;
 pub use program::Program;

@@ -1,6 +1,6 @@
 //! A schedule with its messages, as a list of instructions per rank.
 
-use super::{Action, ComputationType, Instruction, PipelineSchedule, PipelineShape, SendMode};
+use super::{Action, ComputationType, Instruction, PipelineSchedule, PipelineShape, RankAction, SendMode};
 use std::cmp::Reverse;
 
 /// The instructions of every rank for one batch. The lists can be arbitrary; [`Program::validate`] checks that they
@@ -75,7 +75,7 @@ struct StageMessage {
 }
 
 fn stage_message(shape: PipelineShape, from: usize, output: Action) -> Option<StageMessage> {
-    let (to, input) = shape.consumer(from, output).filter(|&(to, _)| to != from)?;
+    let RankAction { rank: to, action: input } = shape.consumer(from, output).filter(|to| to.rank != from)?;
     // The number of a link is that of its rank with the lower stage.
     let link = if output.computation == ComputationType::Forward { from } else { to };
     Some(StageMessage { key: (link % 2, link, Reverse(output.computation)), output, input, from, to })
@@ -84,15 +84,15 @@ fn stage_message(shape: PipelineShape, from: usize, output: Action) -> Option<St
 /// Moves every receive as late as possible; messages from one rank are still received in the order in which they were
 /// sent.
 fn delay_receives(list: Vec<Instruction>) -> Vec<Instruction> {
-    let (mut waiting, mut later): (Vec<(usize, Action)>, Vec<_>) = Default::default();
+    let (mut waiting, mut later): (Vec<RankAction>, Vec<_>) = Default::default();
     for instruction in list {
         match instruction {
-            Instruction::Recv { action: work, from } => waiting.push((from, work)),
+            Instruction::Recv { action: work, from } => waiting.push(RankAction { rank: from, action: work }),
             Instruction::Compute(needed) => {
-                if let Some(last) = waiting.iter().position(|&(_, work)| work == needed) {
-                    let from = waiting[last].0;
-                    let due = waiting.extract_if(..=last, |&mut (peer, _)| peer == from);
-                    later.extend(due.map(|(from, work)| Instruction::Recv { action: work, from }));
+                if let Some(last) = waiting.iter().position(|message| message.action == needed) {
+                    let from = waiting[last].rank;
+                    let due = waiting.extract_if(..=last, |message| message.rank == from);
+                    later.extend(due.map(|message| Instruction::Recv { action: message.action, from }));
                 }
                 later.push(instruction);
             }

@@ -1,7 +1,7 @@
 //! A pipeline schedule: the action of every rank in every slot.
 
 use super::kind::{gpipe_slot, interleaved_order, one_f_one_b_slot};
-use super::{Action, ComputationType, PipelineError, PipelineKind, PipelineShape};
+use super::{Action, ComputationType, PipelineError, PipelineKind, PipelineShape, RankAction};
 use std::collections::HashSet;
 
 /// A pipeline schedule: the action of each rank in each slot, where all slots have equal length. It is complete and
@@ -59,7 +59,8 @@ impl PipelineSchedule {
         let (mut done, mut next) = (HashSet::new(), vec![0; shape.ranks()]);
         while (0..shape.ranks()).any(|rank| next[rank] < orders[rank].len()) {
             let ready = |rank: usize| {
-                orders[rank].get(next[rank]).copied().filter(|&work| missing_input(shape, rank, work, &done).is_none())
+                let next = orders[rank].get(next[rank]).copied();
+                next.filter(|&action| missing_input(shape, RankAction { rank, action }, &done).is_none())
             };
             let slot: Vec<_> = (0..shape.ranks()).map(ready).collect();
             if slot.iter().all(Option::is_none) {
@@ -68,7 +69,7 @@ impl PipelineSchedule {
             for (rank, work) in slot.into_iter().enumerate() {
                 schedule.rows[rank].push(work);
                 next[rank] += usize::from(work.is_some());
-                done.extend(work.map(|work| (rank, work)));
+                done.extend(work.map(|action| RankAction { rank, action }));
             }
         }
         Ok(schedule)
@@ -99,25 +100,21 @@ impl PipelineSchedule {
     fn respects_dependencies(&self) -> bool {
         let mut done = HashSet::new();
         (0..self.rows[0].len()).all(|slot| {
-            let actions: Vec<_> =
-                (0..self.rows.len()).filter_map(|rank| Some((rank, self.rows[rank][slot]?))).collect();
-            let timed = actions.iter().all(|&(rank, work)| missing_input(self.shape, rank, work, &done).is_none());
+            let action = |rank: usize| Some(RankAction { rank, action: self.rows[rank][slot]? });
+            let actions: Vec<_> = (0..self.rows.len()).filter_map(action).collect();
+            let timed = actions.iter().all(|&action| missing_input(self.shape, action, &done).is_none());
             done.extend(actions);
             timed
         })
     }
 }
 
-/// Returns a dependency of `work` that is not in `done`: the action that produces its input, or the forward pass of a
+/// Returns a dependency of an action that is not in `done`: the action that produces its input, or the forward pass of a
 /// backward pass.
-fn missing_input(
-    shape: PipelineShape,
-    rank: usize,
-    action: Action,
-    done: &HashSet<(usize, Action)>,
-) -> Option<(usize, Action)> {
+fn missing_input(shape: PipelineShape, of: RankAction, done: &HashSet<RankAction>) -> Option<RankAction> {
+    let RankAction { rank, action } = of;
     let own = (action.computation == ComputationType::Backward)
-        .then_some((rank, Action { computation: ComputationType::Forward, ..action }));
+        .then_some(RankAction { rank, action: Action { computation: ComputationType::Forward, ..action } });
     own.into_iter().chain(shape.producer(rank, action)).find(|input| !done.contains(input))
 }
 
@@ -145,19 +142,20 @@ fn deadlock_error(
     shape: PipelineShape,
     orders: &[Vec<Action>],
     next: &[usize],
-    done: &HashSet<(usize, Action)>,
+    done: &HashSet<RankAction>,
 ) -> PipelineError {
     let waits = |rank: usize| {
         let found = *orders[rank].get(next[rank])?;
-        let (other, input) = missing_input(shape, rank, found, done)?;
-        let expected = format!("{input} of rank {other} before");
+        let input = missing_input(shape, RankAction { rank, action: found }, done)?;
+        let expected = format!("{} of rank {} before", input.action, input.rank);
         Some(PipelineError::Order { rank, position: next[rank], expected, found: found.to_string() })
     };
     // A backward pass before its own forward pass blocks all other ranks: report its rank, not the first that waits for
     // it.
     let own = |rank: &usize| {
-        let action = orders[*rank].get(next[*rank]);
-        action.is_some_and(|&work| missing_input(shape, *rank, work, done).is_some_and(|(other, _)| other == *rank))
+        let rank = *rank;
+        let action = orders[rank].get(next[rank]).map(|&action| RankAction { rank, action });
+        action.and_then(|action| missing_input(shape, action, done)).is_some_and(|input| input.rank == rank)
     };
     let rank = (0..orders.len()).find(own).or_else(|| (0..orders.len()).find(|&rank| next[rank] < orders[rank].len()));
     rank.and_then(waits).expect("a schedule is stuck only if a rank waits for an input")

@@ -1,6 +1,6 @@
 //! The shape of a pipeline: which rank holds which stage, and which stage gets whose output.
 
-use super::{Action, ComputationType, PipelineError};
+use super::{Action, ComputationType, PipelineError, RankAction};
 
 /// The shape of a pipeline: `ranks · chunks` stages and `micro_batches` per batch. Stage `s` is chunk `s / ranks` of
 /// rank `s mod ranks` (the looped placement of Narayanan et al., 2021, arXiv:2104.04473, section 2.2).
@@ -50,15 +50,15 @@ impl PipelineShape {
         chunk * self.ranks + rank
     }
 
-    /// Returns the action that produces the input of `action` on `rank`, with the rank that runs it; `None` for the
+    /// Returns the action that produces the input of `action` on `rank`; `None` for the
     /// forward pass of the first stage and the backward pass of the last stage.
-    pub fn producer(self, rank: usize, action: Action) -> Option<(usize, Action)> {
+    pub fn producer(self, rank: usize, action: Action) -> Option<RankAction> {
         self.neighbour(rank, action, action.computation == ComputationType::Backward)
     }
 
-    /// Returns the action that consumes the output of `action` on `rank`, with the rank that runs it; `None` for the
+    /// Returns the action that consumes the output of `action` on `rank`; `None` for the
     /// forward pass of the last stage and the backward pass of the first stage.
-    pub fn consumer(self, rank: usize, action: Action) -> Option<(usize, Action)> {
+    pub fn consumer(self, rank: usize, action: Action) -> Option<RankAction> {
         self.neighbour(rank, action, action.computation == ComputationType::Forward)
     }
 
@@ -77,9 +77,10 @@ impl PipelineShape {
         idle / ((self.chunks * self.micro_batches) as f64 + idle)
     }
 
-    fn neighbour(self, rank: usize, action: Action, up: bool) -> Option<(usize, Action)> {
+    fn neighbour(self, rank: usize, action: Action, up: bool) -> Option<RankAction> {
         let stage = self.stage_index(rank, action.chunk);
         let stage = if up { stage + 1 } else { stage.checked_sub(1)? };
-        (stage < self.stages()).then(|| (stage % self.ranks, Action { chunk: stage / self.ranks, ..action }))
+        let action = Action { chunk: stage / self.ranks, ..action };
+        (stage < self.stages()).then_some(RankAction { rank: stage % self.ranks, action })
     }
 }

@@ -1,6 +1,6 @@
 //! Simulation of a program: each rank has a clock, and a message synchronizes the clocks of its two ranks.
 
-use super::{Action, Costs, Instruction, PipelineError, Program, SendMode, TimedAction, Timeline};
+use super::{Action, Costs, Instruction, PipelineError, Program, RankAction, SendMode, TimedAction, Timeline};
 use std::collections::HashMap;
 
 impl Program {
@@ -47,8 +47,8 @@ struct Simulator<'a> {
     /// The position of the next instruction of each rank.
     positions: Vec<usize>,
     clocks: Vec<f64>,
-    /// The arrival times of buffered messages, by the rank and the action that they are for.
-    in_flight: HashMap<(usize, Action), f64>,
+    /// The arrival times of buffered messages, by the action that they are for.
+    in_flight: HashMap<RankAction, f64>,
     timeline: Timeline,
 }
 
@@ -84,9 +84,9 @@ impl Simulator<'_> {
     }
 
     fn try_send(&mut self, rank: usize, action: Action, to: usize) -> bool {
-        let Some((_, input)) = self.program.shape.consumer(rank, action) else { return false };
+        let Some(RankAction { action: input, .. }) = self.program.shape.consumer(rank, action) else { return false };
         if self.costs.send_mode == SendMode::Buffered {
-            self.in_flight.insert((to, input), self.clocks[rank] + self.costs.message);
+            self.in_flight.insert(RankAction { rank: to, action: input }, self.clocks[rank] + self.costs.message);
             return self.advance(rank, 1, self.clocks[rank]);
         }
         self.next_instruction(to, 0) == Some(Instruction::Recv { action: input, from: rank })
@@ -95,7 +95,7 @@ impl Simulator<'_> {
 
     /// Runs a buffered receive. A receive in the other send modes is run by its send.
     fn try_receive(&mut self, rank: usize, action: Action) -> bool {
-        match self.in_flight.remove(&(rank, action)) {
+        match self.in_flight.remove(&RankAction { rank, action }) {
             Some(arrival) => self.advance(rank, 1, self.clocks[rank].max(arrival)),
             None => false,
         }
@@ -106,8 +106,8 @@ impl Simulator<'_> {
             && self.send_recv_pair(rank, peer).zip(self.send_recv_pair(peer, rank)).is_some_and(
                 |((sent, received), (back, input))| {
                     let shape = self.program.shape;
-                    shape.consumer(rank, sent) == Some((peer, input))
-                        && shape.consumer(peer, back) == Some((rank, received))
+                    shape.consumer(rank, sent) == Some(RankAction { rank: peer, action: input })
+                        && shape.consumer(peer, back) == Some(RankAction { rank, action: received })
                 },
             )
             && self.synchronize(rank, peer, 2)
@@ -139,11 +139,11 @@ impl Simulator<'_> {
         let (peer, expected) = match head {
             Some(Instruction::Send { action: work, to }) => (
                 to,
-                self.program.shape.consumer(rank, work).map(|(_, work)| Instruction::Recv { action: work, from: rank }),
+                self.program.shape.consumer(rank, work).map(|to| Instruction::Recv { action: to.action, from: rank }),
             ),
             Some(Instruction::Recv { action: work, from }) => (
                 from,
-                self.program.shape.producer(rank, work).map(|(_, work)| Instruction::Send { action: work, to: rank }),
+                self.program.shape.producer(rank, work).map(|of| Instruction::Send { action: of.action, to: rank }),
             ),
             _ => (rank, None),
         };

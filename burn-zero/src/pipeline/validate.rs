@@ -1,7 +1,7 @@
 //! Validation of a program: it runs every action once, in an order that respects all dependencies, without deadlock.
 
 use super::program::live_activations;
-use super::{Action, ComputationType, Costs, Instruction, PipelineError, PipelineShape, Program, SendMode};
+use super::{Action, ComputationType, Costs, Instruction, PipelineError, PipelineShape, Program, RankAction, SendMode};
 use std::collections::HashSet;
 use std::mem::discriminant;
 
@@ -50,7 +50,7 @@ impl Program {
             Instruction::Recv { action: work, from: peer } if peer == from => Some((position, work)),
             _ => None,
         });
-        for ((_, work), (position, found)) in sent.zip(received) {
+        for (RankAction { action: work, .. }, (position, found)) in sent.zip(received) {
             if work != found {
                 let (expected, found) =
                     (Instruction::Recv { action: work, from }, Instruction::Recv { action: found, from });
@@ -97,7 +97,7 @@ fn check_list(shape: PipelineShape, rank: usize, list: &[Instruction]) -> Result
 
 /// Returns the receive of an action's input, the action and the send of its output, as far as they exist.
 fn with_messages(shape: PipelineShape, rank: usize, action: Action) -> impl Iterator<Item = Instruction> {
-    let other = |neighbour: Option<(usize, Action)>| neighbour.map(|(peer, _)| peer).filter(|&peer| peer != rank);
+    let other = |neighbour: Option<RankAction>| neighbour.map(|peer| peer.rank).filter(|&peer| peer != rank);
     let recv = other(shape.producer(rank, action)).map(|from| Instruction::Recv { action, from });
     let send = other(shape.consumer(rank, action)).map(|to| Instruction::Send { action, to });
     recv.into_iter().chain([Instruction::Compute(action)]).chain(send)
@@ -112,8 +112,8 @@ fn prerequisites(
 ) -> Vec<Instruction> {
     match instruction {
         Instruction::Compute(work) => {
-            let input = shape.producer(rank, work).map(|(from, source)| match from {
-                from if from == rank => Instruction::Compute(source),
+            let input = shape.producer(rank, work).map(|source| match source.rank {
+                from if from == rank => Instruction::Compute(source.action),
                 from => Instruction::Recv { action: work, from },
             });
             let forward = (work.computation == ComputationType::Backward)

@@ -1,7 +1,7 @@
 //! Loss scaling for f16: the loss is multiplied by a scale before the backward pass and the gradients are divided by it
 //! afterwards.
 
-use crate::Error;
+use crate::{ConfigError, NumericError};
 
 /// The settings of dynamic loss scaling: DeepSpeed's `fp16` block, with its defaults.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
@@ -35,8 +35,8 @@ impl Default for DynamicScale {
 }
 
 impl DynamicScale {
-    fn checked(self) -> Result<Self, Error> {
-        let wrong = |field, expected, found| Err(Error::Setting { field, expected, found });
+    fn checked(self) -> Result<Self, ConfigError> {
+        let wrong = |key: &str, expected: &str, found| Err(ConfigError::invalid_value(key, expected, found));
         if self.initial_scale_power > 127 {
             return wrong("fp16.initial_scale_power", "at most 127", self.initial_scale_power.to_string());
         }
@@ -84,11 +84,11 @@ impl LossScaler {
     /// Creates a constant scale: 1 for f32 and bf16, `fp16.loss_scale` if that is not 0.
     ///
     /// # Errors
-    /// Returns [`Error::Setting`] if the scale is not a finite number above 0.
-    pub fn fixed(scale: f64) -> Result<Self, Error> {
+    /// Returns [`ConfigError::InvalidValue`] if the scale is not a finite number above 0.
+    pub fn fixed(scale: f64) -> Result<Self, ConfigError> {
         if !(scale.is_finite() && scale > 0.0) {
             let expected = "a finite number above 0 (0 in a ds_config asks for the dynamic scale)";
-            return Err(Error::Setting { field: "fp16.loss_scale", expected, found: scale.to_string() });
+            return Err(ConfigError::invalid_value("fp16.loss_scale", expected, scale.to_string()));
         }
         Ok(Self { scale, dynamic: None, steps: 0, overflowed: 0, hysteresis: 1 })
     }
@@ -96,9 +96,9 @@ impl LossScaler {
     /// Creates a scale that is halved when gradients overflow and doubled after a window without overflow.
     ///
     /// # Errors
-    /// Returns [`Error::Setting`] for a window or hysteresis of 0, a minimum that is not a finite number above 0, or an
-    /// initial scale that f32 cannot represent.
-    pub fn dynamic(settings: DynamicScale) -> Result<Self, Error> {
+    /// Returns [`ConfigError::InvalidValue`] for a window or hysteresis of 0, a minimum that is not a finite number
+    /// above 0, or an initial scale that f32 cannot represent.
+    pub fn dynamic(settings: DynamicScale) -> Result<Self, ConfigError> {
         let settings = settings.checked()?;
         let scale = f64::from(settings.initial_scale_power).exp2();
         Ok(Self { scale, dynamic: Some(settings), steps: 0, overflowed: 0, hysteresis: settings.hysteresis })
@@ -118,8 +118,8 @@ impl LossScaler {
     /// gradients of any rank contain an infinity or NaN. Scale and hysteresis are then those of the next step.
     ///
     /// # Errors
-    /// Returns [`Error::LossScale`] on an overflow at the smallest scale, if `stop_at_minimum`.
-    pub fn update(&mut self, overflow: bool) -> Result<bool, Error> {
+    /// Returns [`NumericError::LossScale`] on an overflow at the smallest scale, if `stop_at_minimum`.
+    pub fn update(&mut self, overflow: bool) -> Result<bool, NumericError> {
         if let Some(settings) = self.dynamic {
             if overflow {
                 self.lower(settings)?;
@@ -134,11 +134,11 @@ impl LossScaler {
         Ok(!overflow)
     }
 
-    fn lower(&mut self, settings: DynamicScale) -> Result<(), Error> {
+    fn lower(&mut self, settings: DynamicScale) -> Result<(), NumericError> {
         if self.hysteresis > 1 {
             self.hysteresis -= 1;
         } else if self.scale == settings.min_loss_scale && settings.stop_at_minimum {
-            return Err(Error::LossScale { step: self.steps, scale: self.scale });
+            return Err(NumericError::LossScale { step: self.steps, scale: self.scale });
         } else {
             self.scale = (self.scale / 2.0).max(settings.min_loss_scale);
         }

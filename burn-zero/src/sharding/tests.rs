@@ -79,9 +79,3 @@ fn buckets_do_not_depend_on_the_world_and_do_not_mix() {
         }
     }
 }
-
-#[test]
-fn deepspeed_s_settings_are_taken_over() {
-    let zero = ZeroConfig { stage: ZeroStage::Gradients, reduce_bucket_size: 1000, ..ZeroConfig::default() };
-    assert_eq!(Sharding::from(&zero), Sharding { stage: ZeroStage::Gradients, bucket_size: 1000 });
-}

@@ -7,7 +7,7 @@ use crate::{
     cli::EstimateArgs,
     model, process,
     recipe::{MethodKind, Recipe},
-    train::{self, RunFootprint, World, rss_anon_bytes, vm_hwm_bytes},
+    train::{self, RunSizes, World, rss_anon_bytes, vm_hwm_bytes},
 };
 use anyhow::Result;
 use burn::backend::Autodiff;
@@ -101,10 +101,10 @@ fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator:
     let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
     let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
     let (mut model, _) = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
-    let footprint = RunFootprint {
+    let sizes = RunSizes {
         trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
         tokens: args.tokens,
-        ..RunFootprint::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
+        ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
     };
     let mut engine = train::engine::<B>(&recipe, communicator)?;
     let vocabulary = model.config().vocab_size as u64;
@@ -133,7 +133,7 @@ fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator:
             engine.step(&mut model, 1e-5)?;
         }
     }
-    let (peak, estimated) = (engine.peak_memory(), footprint.peak_memory(&recipe));
+    let (peak, estimated) = (engine.peak_memory(), sizes.footprint(&recipe).peak_memory());
     engine.barrier()?;
     let all = sampler.map_or(0, PeakMemorySampler::finish).saturating_sub(before);
     let states = counted_memory.total();

@@ -8,24 +8,15 @@ use crate::{
     recipe::{Recipe, WeightDtype},
 };
 use anyhow::Result;
-use burn_zero::estimate::Recompute;
+use burn_zero::estimate::{
+    BaseModel, MicroBatch, RunFootprint, StatePlacement, TrainedWeights, TrainingPrecision, WeightStorage,
+};
 use std::{fmt, path::Path};
-
-/// Bytes of a trainable f32 parameter with AdamW: weight, gradient and two moments.
-const BYTES_PER_TRAINED: u64 = 16;
 
 /// The memory of a LoRA run on every linear layer, without activation checkpointing.
 pub struct MemoryEstimate {
-    /// Parameters of the base model.
-    parameters: u64,
-    /// Parameters of the adapters.
-    trained: u64,
-    /// Bytes of the base model's weights.
-    frozen: u64,
-    /// Tokens of the largest batch that an epoch could hold: its longest rows together.
-    tokens: u64,
-    /// Bytes of that batch's activations, kept for the backward pass.
-    activations: u64,
+    run: RunFootprint,
+    memory: burn_zero::estimate::MemoryEstimate,
 }
 
 impl MemoryEstimate {
@@ -42,34 +33,46 @@ impl MemoryEstimate {
         let tokens = lengths.iter().take(recipe.train.steps.batch_size).sum();
         let shape = model_shape(config);
         let parameters = shape.parameters(config.tie_word_embeddings);
-        let bytes = if recipe.model.dtype == Some(WeightDtype::F32) { 4 } else { 2 };
-        Ok(Self {
-            parameters,
+        let storage = match recipe.model.dtype {
+            Some(WeightDtype::F32) => WeightStorage::F32,
+            _ => WeightStorage::Half,
+        };
+        let run = RunFootprint {
+            base: BaseModel { shape, weights: parameters, storage },
+            trained_weights: TrainedWeights::Adapters,
             trained: count_lora_params(&shape, &lora_config(recipe))?,
-            frozen: parameters * bytes,
-            tokens,
-            activations: shape.activations(tokens, 4, Recompute::None).total(),
-        })
+            precision: TrainingPrecision::F32,
+            placement: StatePlacement::default(),
+            bucket_size: recipe.parallel.sharding.bucket_size as u64,
+            // The longest rows together are the largest batch that an epoch could hold.
+            micro_batch: MicroBatch { tokens, ..MicroBatch::default() },
+        };
+        Ok(Self { run, memory: run.peak_memory() })
     }
 
-    /// Returns the bytes in total.
+    /// Returns the bytes of the adapters' weights, gradients and moments.
+    fn states(&self) -> u64 {
+        self.memory.parameters + self.memory.gradients + self.memory.moments
+    }
+
+    /// Returns the bytes in total, without the buffers of the communication.
     pub fn total(&self) -> u64 {
-        self.frozen + self.trained * BYTES_PER_TRAINED + self.activations
+        self.memory.frozen + self.states() + self.memory.activations
     }
 }
 
 impl fmt::Display for MemoryEstimate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let states = self.trained * BYTES_PER_TRAINED;
+        let (run, memory) = (&self.run, &self.memory);
         writeln!(f, "memory, estimated")?;
-        writeln!(f, "  {:>9}  {} frozen weights", format_mib(self.frozen), format_millions(self.parameters))?;
+        writeln!(f, "  {:>9}  {} frozen weights", format_mib(memory.frozen), format_millions(run.base.weights))?;
         let adapters = "adapter weights with their gradients and AdamW's two moments";
-        writeln!(f, "  {:>9}  {} {adapters}", format_mib(states), format_millions(self.trained))?;
+        writeln!(f, "  {:>9}  {} {adapters}", format_mib(self.states()), format_millions(run.trained))?;
         writeln!(
             f,
             "  {:>9}  kept for the backward pass, {} tokens at most",
-            format_mib(self.activations),
-            self.tokens
+            format_mib(memory.activations),
+            run.micro_batch.tokens
         )?;
         writeln!(f, "  {:>9}  in all, besides the program itself", format_mib(self.total()))
     }

@@ -3,12 +3,12 @@
 use std::fmt::Display;
 
 use super::{
-    DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OffloadDevice, OptimizerConfig,
-    ParallelConfig, Recipe, StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule, loss_scaler,
+    DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OptimizerConfig, ParallelConfig, Recipe,
+    StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule, loss_scaler,
 };
 use crate::data::Schema;
 use burn_peft::config::InitLoraWeights;
-use burn_zero::ds_config::ZeroStage;
+use burn_zero::{OffloadDevice, ZeroStage};
 
 /// The key and what is wrong with its value.
 type InvalidValue = (&'static str, String);

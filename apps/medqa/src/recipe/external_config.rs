@@ -6,9 +6,10 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail};
 use burn_llama::Checkpoint;
 use burn_zero::{
+    ConfigError, OffloadDevice, ZeroStage,
     ds_config::{
-        AccelerateConfig, AdamParams, AutoPrecision, AutoValues, DsConfig, DsConfigSource, OffloadDevice,
-        OptimizerConfig, Precision, RawDsConfig, ZeroStage,
+        AccelerateConfig, AdamParams, AutoPrecision, AutoValues, DsConfig, DsConfigSource, OptimizerConfig, Precision,
+        RawDsConfig,
     },
     precision::LossScaler,
 };
@@ -168,12 +169,7 @@ impl ExternalConfig {
                 continue;
             }
             let device = path(&format!("{block}.device"));
-            let name = match offload.device {
-                OffloadDevice::None => "none",
-                OffloadDevice::Cpu => "cpu",
-                OffloadDevice::Nvme => "nvme",
-            };
-            self.set(key, device, name);
+            self.set(key, device, Value::try_from(offload.device)?);
             let path = path(&format!("{block}.nvme_path"));
             if let Some(found) = offload.nvme_path.as_ref().filter(|_| offload.device == OffloadDevice::Nvme) {
                 let found = found.display().to_string();
@@ -285,7 +281,7 @@ impl ExternalConfig {
 }
 
 /// Returns the loss scaler for matrix products in f16, by DeepSpeed's `fp16` block or with its defaults.
-pub fn loss_scaler(block: Option<&toml::Table>) -> Result<LossScaler, burn_zero::Error> {
+pub fn loss_scaler(block: Option<&toml::Table>) -> Result<LossScaler, ConfigError> {
     let mut block = block.cloned().unwrap_or_default();
     block.insert("enabled".to_owned(), true.into());
     let text = json!({ "train_micro_batch_size_per_gpu": 1, "fp16": block }).to_string();
@@ -298,7 +294,7 @@ pub fn schedule(
     block: &toml::Table,
     learning_rate: f64,
     (warmup, total): (usize, usize),
-) -> Result<burn_zero::lr_schedule::DeepSpeedLrSchedule, burn_zero::Error> {
+) -> Result<burn_zero::lr_schedule::DeepSpeedLrSchedule, ConfigError> {
     let text = json!({ "train_micro_batch_size_per_gpu": 1, "scheduler": block }).to_string();
     let auto = AutoValues {
         adam: AdamParams { lr: learning_rate, ..AdamParams::default() },

@@ -26,13 +26,10 @@ use crate::fetch;
 
 pub use external_config::{loss_scaler, schedule as deepspeed_schedule};
 pub use method::{AdapterTargets, CommonMethodConfig, LoraOptions, MethodConfig, MethodKind, VirtualTokens};
-pub use parallel::{OffloadConfig, OffloadDevice, ParallelConfig, ParallelFiles, ShardingConfig};
+pub use parallel::{OffloadConfig, ParallelConfig, ParallelFiles, ShardingConfig};
 pub use tables::{ComputeDtype, DataConfig, ModelConfig, OnTooLong, WeightDtype};
-pub use train::{
-    EvalSaveConfig, LrScheduleConfig, LrSchedulerType, OptimizerConfig, OptimizerKind, ReportTo, StepsConfig,
-    TrainConfig,
-};
-pub use value::{ActivationCheckpointing, Packing, TargetModules, TrainableLayers};
+pub use train::{EvalSaveConfig, LrScheduleConfig, OptimizerConfig, ReportTo, StepsConfig, TrainConfig};
+pub use value::{Packing, TargetModules, TrainableLayers};
 
 /// One training run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -1,7 +1,7 @@
 //! The table `[parallel]`: sharding, offload, and configuration files of other programs. One flat table in the file,
 //! three small structs in the program.
 
-use burn_zero::ds_config::{ZeroStage, fsdp_stage};
+use burn_zero::{OffloadDevice, ZeroStage, ds_config::fsdp_stage};
 use serde::{Deserialize, Deserializer, Serialize, de::Error};
 
 /// The table `[parallel]`.
@@ -59,19 +59,6 @@ pub struct ParallelFiles {
     /// A file for the timeline of all ranks, to be opened in Perfetto.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trace: Option<String>,
-}
-
-/// The location of offloaded states, as in DeepSpeed's `offload_optimizer.device`.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OffloadDevice {
-    /// On the training device.
-    #[default]
-    None,
-    /// In host memory; optimizer states are updated by the CPU.
-    Cpu,
-    /// In a file, which is read and written through a few buffers.
-    Nvme,
 }
 
 impl Default for ShardingConfig {

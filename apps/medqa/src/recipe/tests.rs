@@ -53,7 +53,7 @@ fn a_written_recipe_loads_as_itself() {
     }
     let recipe = parse(rich, &[]).unwrap();
     assert_eq!(recipe.data.train[1].weight, 2.0);
-    assert_eq!(recipe.train.steps.activation_checkpointing, ActivationCheckpointing::Every(2));
+    assert_eq!(recipe.train.steps.activation_checkpointing, burn_zero::segment::Checkpointing::Every(2));
     assert_eq!(recipe.train.schedule.warmup, Warmup::Steps(3));
 }
 

@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::value::{ActivationCheckpointing, Warmup};
+use super::value::{Warmup, checkpointing};
 use crate::backend::Device;
+use burn_zero::{lr_schedule::LrKind, optimizer::OptimizerKind, segment::Checkpointing};
 
 /// The table `[train]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -40,7 +41,8 @@ pub struct StepsConfig {
     /// The seed of everything random: order of rows, initialization of adapters, dropout.
     pub seed: u64,
     /// The segments whose activations are recomputed in the backward pass: `"none"`, `"full"` or every k-th.
-    pub activation_checkpointing: ActivationCheckpointing,
+    #[serde(with = "checkpointing")]
+    pub activation_checkpointing: Checkpointing,
 }
 
 impl Default for StepsConfig {
@@ -51,7 +53,7 @@ impl Default for StepsConfig {
             epochs: None,
             max_steps: None,
             seed: 42,
-            activation_checkpointing: ActivationCheckpointing::None,
+            activation_checkpointing: Checkpointing::None,
         }
     }
 }
@@ -61,25 +63,6 @@ impl StepsConfig {
     pub fn total_steps(&self, per_epoch: usize) -> usize {
         self.max_steps.unwrap_or_else(|| (per_epoch as f64 * self.epochs.unwrap_or(1.0)).ceil() as usize)
     }
-}
-
-/// Optimizers.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum OptimizerKind {
-    /// Adam with decoupled weight decay.
-    #[default]
-    AdamW,
-    /// Adam with weight decay in the gradient.
-    Adam,
-    /// AdamW with 8-bit moments.
-    AdamW8bit,
-    /// LAMB.
-    Lamb,
-    /// Lion.
-    Lion,
-    /// SGD, with the first of `betas` as momentum.
-    Sgd,
 }
 
 /// The optimizer and its hyperparameters.
@@ -129,7 +112,7 @@ impl Default for OptimizerConfig {
 #[serde(default)]
 pub struct LrScheduleConfig {
     /// The shape of the schedule after the warmup.
-    pub scheduler: LrSchedulerType,
+    pub scheduler: LrKind,
     /// The length of the warmup: a number of steps, or a fraction of all steps.
     pub warmup: Warmup,
     /// DeepSpeed's `scheduler` block, `{ type, params }`, instead of both: its `"auto"` values are `learning_rate`,
@@ -140,27 +123,6 @@ pub struct LrScheduleConfig {
     /// on, as in DeepSpeed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fp16: Option<toml::Table>,
-}
-
-/// Shapes of the learning rate schedule after the warmup.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum LrSchedulerType {
-    /// Constant.
-    #[serde(rename = "constant")]
-    Constant,
-    /// Linear decay to 0.
-    #[serde(rename = "linear")]
-    Linear,
-    /// Cosine decay to 0.
-    #[default]
-    #[serde(rename = "cosine")]
-    Cosine,
-    /// DeepSpeed's scheduler: constant.
-    WarmupLR,
-    /// DeepSpeed's scheduler: linear decay to 0.
-    WarmupDecayLR,
-    /// DeepSpeed's scheduler: cosine decay to its minimum ratio.
-    WarmupCosineLR,
 }
 
 /// Evaluation, checkpoints, early stopping and logging.

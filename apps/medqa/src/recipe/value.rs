@@ -297,57 +297,52 @@ impl<'de> Deserialize<'de> for Packing {
     }
 }
 
-/// Activation checkpointing: the segments whose activations are dropped in the forward pass and recomputed in the
-/// backward pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ActivationCheckpointing {
-    /// No segment.
-    None,
-    /// Every segment.
-    Full,
-    /// Every k-th segment.
-    Every(usize),
-}
+/// The textual form of activation checkpointing: `"none"`, `"full"` or every k-th segment.
+pub mod checkpointing {
+    use super::{Error, Unexpected, Visitor, fmt};
+    use burn_zero::segment::Checkpointing;
+    use serde::{Deserializer, Serializer};
 
-impl Serialize for ActivationCheckpointing {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match *self {
-            Self::None => serializer.serialize_str("none"),
-            Self::Full => serializer.serialize_str("full"),
-            Self::Every(k) => serializer.serialize_u64(k as u64),
+    /// Writes the settings that a recipe can have.
+    pub fn serialize<S: Serializer>(value: &Checkpointing, serializer: S) -> Result<S::Ok, S::Error> {
+        match *value {
+            Checkpointing::None => serializer.serialize_str("none"),
+            Checkpointing::Full | Checkpointing::All => serializer.serialize_str("full"),
+            Checkpointing::Every(k) => serializer.serialize_u64(k as u64),
         }
     }
-}
 
-impl<'de> Deserialize<'de> for ActivationCheckpointing {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ActivationCheckpointingVisitor;
-        impl Visitor<'_> for ActivationCheckpointingVisitor {
-            type Value = ActivationCheckpointing;
+    /// Reads `"none"`, `"full"` or an integer above 0.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Checkpointing, D::Error> {
+        deserializer.deserialize_any(CheckpointingVisitor)
+    }
 
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("\"none\", \"full\" or an integer k ≥ 1 (every k-th segment)")
-            }
+    struct CheckpointingVisitor;
 
-            fn visit_str<E: Error>(self, word: &str) -> Result<ActivationCheckpointing, E> {
-                match word {
-                    "none" => Ok(ActivationCheckpointing::None),
-                    "full" => Ok(ActivationCheckpointing::Full),
-                    _ => Err(E::invalid_value(Unexpected::Str(word), &self)),
-                }
-            }
+    impl Visitor<'_> for CheckpointingVisitor {
+        type Value = Checkpointing;
 
-            fn visit_u64<E: Error>(self, k: u64) -> Result<ActivationCheckpointing, E> {
-                self.visit_i64(i64::try_from(k).unwrap_or(0))
-            }
+        fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+            f.write_str("\"none\", \"full\" or an integer k ≥ 1 (every k-th segment)")
+        }
 
-            fn visit_i64<E: Error>(self, k: i64) -> Result<ActivationCheckpointing, E> {
-                match usize::try_from(k) {
-                    Ok(k) if k > 0 => Ok(ActivationCheckpointing::Every(k)),
-                    _ => Err(E::invalid_value(Unexpected::Signed(k), &self)),
-                }
+        fn visit_str<E: Error>(self, word: &str) -> Result<Checkpointing, E> {
+            match word {
+                "none" => Ok(Checkpointing::None),
+                "full" => Ok(Checkpointing::Full),
+                _ => Err(E::invalid_value(Unexpected::Str(word), &self)),
             }
         }
-        deserializer.deserialize_any(ActivationCheckpointingVisitor)
+
+        fn visit_u64<E: Error>(self, k: u64) -> Result<Checkpointing, E> {
+            self.visit_i64(i64::try_from(k).unwrap_or(0))
+        }
+
+        fn visit_i64<E: Error>(self, k: i64) -> Result<Checkpointing, E> {
+            match usize::try_from(k) {
+                Ok(k) if k > 0 => Ok(Checkpointing::Every(k)),
+                _ => Err(E::invalid_value(Unexpected::Signed(k), &self)),
+            }
+        }
     }
 }

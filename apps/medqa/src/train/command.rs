@@ -3,7 +3,7 @@
 use super::{
     interrupt::InterruptGuard,
     learner,
-    memory::{self, RunFootprint},
+    memory::{self, RunSizes},
     state,
     trainer::{RunOutcome, Trainer},
     world::{self, World},
@@ -102,7 +102,7 @@ fn run_on<B: Kernels>(
     let interrupt_guard = InterruptGuard::install()?;
     let config = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?.config().clone();
     memory::check(
-        &RunFootprint::lower_bound(&config, &recipe, communicator.world_size() as u64),
+        &RunSizes::lower_bound(&config, &recipe, communicator.world_size() as u64),
         &recipe,
         &options.device,
     )?;

@@ -5,13 +5,17 @@ use crate::{
     estimate,
     method_adapter::lora_config,
     process,
-    recipe::{ActivationCheckpointing, ComputeDtype, MethodKind, OffloadDevice, Recipe, WeightDtype},
+    recipe::{ComputeDtype, MethodKind, Recipe, WeightDtype},
 };
 use anyhow::{Result, bail};
 use burn_llama::LlamaConfig;
 use burn_zero::{
-    ds_config::ZeroStage,
-    estimate::{LlamaShape, MemoryEstimate, ModelSize, Recompute, StatePlacement, TrainingPrecision},
+    OffloadDevice, ZeroStage,
+    estimate::{
+        BaseModel, LlamaShape, MicroBatch, RunFootprint, StatePlacement, TrainedWeights, TrainingPrecision,
+        WeightStorage,
+    },
+    segment::Checkpointing,
 };
 use std::fs;
 
@@ -19,7 +23,8 @@ const GIB: f64 = (1u64 << 30) as f64;
 
 /// The sizes that the memory of a run depends on, besides its recipe.
 #[derive(Debug, Clone, Copy)]
-pub struct RunFootprint {
+pub struct RunSizes {
+    /// The dimensions of the model.
     pub shape: LlamaShape,
     /// Parameters of the base model, without adapters.
     pub parameters: u64,
@@ -31,7 +36,7 @@ pub struct RunFootprint {
     pub world: u64,
 }
 
-impl RunFootprint {
+impl RunSizes {
     /// Returns the lower bound that is known before anything is loaded: the parameters of the base model, all of them
     /// trainable with full fine-tuning, else none.
     pub fn lower_bound(config: &LlamaConfig, recipe: &Recipe, world: u64) -> Self {
@@ -41,75 +46,45 @@ impl RunFootprint {
         Self { shape, parameters, trained, tokens: 0, world }
     }
 
-    /// Returns the peak memory of one rank, in bytes.
-    pub fn peak_memory(&self, recipe: &Recipe) -> MemoryEstimate {
-        let full = recipe.method.common.kind == MethodKind::Full;
-        let dtype = recipe.model.dtype.unwrap_or_default();
-        let numbers = if full && dtype != WeightDtype::F32 { TrainingPrecision::Mixed } else { TrainingPrecision::F32 };
-        let frozen = if full {
-            0
-        } else {
-            weight_bytes(dtype, self.parameters.saturating_sub(self.trained * u64::from(self.is_freeze(recipe))))
+    /// Returns the footprint of a run of these sizes by a recipe.
+    pub fn footprint(&self, recipe: &Recipe) -> RunFootprint {
+        let storage = weight_storage(recipe.model.dtype.unwrap_or_default());
+        let trained_weights = match recipe.method.common.kind {
+            MethodKind::Full => TrainedWeights::All,
+            MethodKind::Freeze => TrainedWeights::Part,
+            _ => TrainedWeights::Adapters,
         };
-        // Quantized blocks are not float parameters: every rank keeps all of them on the device, in every stage.
-        let packed = matches!(dtype, WeightDtype::Packed | WeightDtype::Nf4);
-        let (frozen, blocks) = if packed { (0, frozen) } else { (frozen, 0) };
-        let largest_segment_bytes = if packed { 0 } else { weight_bytes(dtype, self.shape.largest_segment()) };
-        let bucket = recipe.parallel.sharding.bucket_size as u64;
-        let weights =
-            ModelSize { trained: self.trained, frozen_bytes: frozen, largest_segment_bytes, bucket_size: bucket };
-        let (division, offload) = (&recipe.parallel.sharding, &recipe.parallel.offload);
-        let placement = StatePlacement {
-            stage: division.zero_stage,
-            world_size: self.world,
-            offload_optimizer: offload.offload_optimizer != OffloadDevice::None,
-            offload_param: offload.offload_param != OffloadDevice::None,
-            // Gradient accumulation keeps the gradients until the last micro-batch.
-            optimizer_in_backward: steps_in_backward(recipe) && recipe.train.steps.gradient_accumulation == 1,
-        };
-        let mut memory = estimate::model_states_with_f32_gradients(weights, numbers, placement);
-        memory.frozen += blocks;
-        if offload.offload_optimizer == OffloadDevice::Nvme {
-            memory.host -= estimate::moment_bytes(self.trained, placement).min(memory.host);
-        }
-        if offload.offload_param == OffloadDevice::Nvme {
-            let own = (weight_bytes(dtype, self.trained) + frozen) / self.world;
-            memory.host -= own.min(memory.host);
-        }
-        let recompute = match recipe.train.steps.activation_checkpointing {
-            ActivationCheckpointing::Full => Recompute::Full,
-            _ => Recompute::None,
-        };
-        memory.activations = if self.tokens == 0 {
-            0
-        } else {
-            self.activation_shape(recipe).activations(self.tokens, 4, recompute).total()
-        };
-        if full {
-            memory.activations = estimate::peak_transient_bytes(memory.activations, &self.shape, placement);
-        }
-        memory
-    }
-
-    fn is_freeze(&self, recipe: &Recipe) -> bool {
-        recipe.method.common.kind == MethodKind::Freeze
-    }
-
-    /// Returns the shape of the part of the model that keeps activations: only the last blocks if `freeze` trains
-    /// these.
-    fn activation_shape(&self, recipe: &Recipe) -> LlamaShape {
-        let layers = recipe.method.common.layers.as_ref().filter(|layers| self.is_freeze(recipe) && layers.count > 0);
-        let layers = layers.filter(|layers| layers.extra_modules.is_empty());
-        LlamaShape {
-            layers: layers.map_or(self.shape.layers, |layers| self.shape.layers.min(layers.count as u64)),
-            ..self.shape
+        let mixed = trained_weights == TrainedWeights::All && storage != WeightStorage::F32;
+        let (sharding, offload) = (&recipe.parallel.sharding, &recipe.parallel.offload);
+        RunFootprint {
+            base: BaseModel { shape: self.shape, weights: self.parameters, storage },
+            trained_weights,
+            trained: self.trained,
+            precision: if mixed { TrainingPrecision::Mixed } else { TrainingPrecision::F32 },
+            placement: StatePlacement {
+                stage: sharding.zero_stage,
+                world_size: self.world,
+                offload_optimizer: offload.offload_optimizer,
+                offload_param: offload.offload_param,
+                // Gradient accumulation keeps the gradients until the last micro-batch.
+                optimizer_in_backward: steps_in_backward(recipe) && recipe.train.steps.gradient_accumulation == 1,
+            },
+            bucket_size: sharding.bucket_size as u64,
+            micro_batch: MicroBatch {
+                tokens: self.tokens,
+                checkpointing: recipe.train.steps.activation_checkpointing,
+                first_layer: self.first_trained_layer(recipe),
+                ..MicroBatch::default()
+            },
         }
     }
 
-    /// Returns the bytes that one rank needs: for training, or for the whole model, which it loads first, whichever is
-    /// more.
-    fn total_bytes(&self, recipe: &Recipe) -> u64 {
-        self.peak_memory(recipe).total().max(weight_bytes(recipe.model.dtype.unwrap_or_default(), self.parameters))
+    /// Returns the index of the first layer with a trained weight: that of the last blocks if `freeze` trains these.
+    fn first_trained_layer(&self, recipe: &Recipe) -> u64 {
+        let common = &recipe.method.common;
+        let layers = common.layers.as_ref().filter(|layers| layers.count > 0 && layers.extra_modules.is_empty());
+        let layers = layers.filter(|_| common.kind == MethodKind::Freeze);
+        layers.map_or(0, |layers| self.shape.layers.saturating_sub(layers.count as u64))
     }
 }
 
@@ -119,12 +94,12 @@ fn steps_in_backward(recipe: &Recipe) -> bool {
     recipe.train.optimizer.max_grad_norm == 0.0 && recipe.model.compute != ComputeDtype::F16
 }
 
-/// Returns the bytes of this many weights, approximately for quantized blocks.
-fn weight_bytes(dtype: WeightDtype, weights: u64) -> u64 {
+/// Returns the format in which weights of this data type are stored.
+fn weight_storage(dtype: WeightDtype) -> WeightStorage {
     match dtype {
-        WeightDtype::F32 => 4 * weights,
-        WeightDtype::F16 | WeightDtype::Bf16 => 2 * weights,
-        WeightDtype::Packed | WeightDtype::Nf4 => weights * 5 / 8,
+        WeightDtype::F32 => WeightStorage::F32,
+        WeightDtype::F16 | WeightDtype::Bf16 => WeightStorage::Half,
+        WeightDtype::Packed | WeightDtype::Nf4 => WeightStorage::Quantized,
     }
 }
 
@@ -133,7 +108,7 @@ fn weight_bytes(dtype: WeightDtype, weights: u64) -> u64 {
 ///
 /// # Errors
 /// One line with what is needed, what there is, and what would fit.
-pub fn check(footprint: &RunFootprint, recipe: &Recipe, device: &Device) -> Result<()> {
+pub fn check(sizes: &RunSizes, recipe: &Recipe, device: &Device) -> Result<()> {
     if !["cpu", "tch"].contains(&device.to_string().as_str()) {
         return Ok(());
     }
@@ -145,11 +120,11 @@ pub fn check(footprint: &RunFootprint, recipe: &Recipe, device: &Device) -> Resu
             None => return Ok(()),
         },
     };
-    let needed = footprint.total_bytes(recipe);
+    let needed = sizes.footprint(recipe).peak_bytes();
     if needed <= available_bytes {
         return Ok(());
     }
-    let fits: Vec<String> = alternatives(footprint, recipe)
+    let fits: Vec<String> = alternatives(sizes, recipe)
         .into_iter()
         .filter(|(_, bytes)| *bytes <= available_bytes)
         .map(|(words, bytes)| format!("{words} ({:.2} GiB)", bytes as f64 / GIB))
@@ -168,23 +143,23 @@ pub fn check(footprint: &RunFootprint, recipe: &Recipe, device: &Device) -> Resu
 }
 
 /// Returns changes to the recipe that need less memory, each alone and all together, with the bytes of a rank.
-fn alternatives(footprint: &RunFootprint, recipe: &Recipe) -> Vec<(String, u64)> {
+fn alternatives(sizes: &RunSizes, recipe: &Recipe) -> Vec<(String, u64)> {
     let mut all = Vec::new();
-    let (mut together, mut words) = ((recipe.clone(), *footprint), Vec::new());
-    let mut offer = |name: &str, change: &dyn Fn(&mut Recipe, &mut RunFootprint)| {
-        let mut alone = (recipe.clone(), *footprint);
+    let (mut together, mut words) = ((recipe.clone(), *sizes), Vec::new());
+    let mut offer = |name: &str, change: &dyn Fn(&mut Recipe, &mut RunSizes)| {
+        let mut alone = (recipe.clone(), *sizes);
         change(&mut alone.0, &mut alone.1);
         change(&mut together.0, &mut together.1);
-        all.push((name.to_owned(), alone.1.total_bytes(&alone.0)));
+        all.push((name.to_owned(), alone.1.footprint(&alone.0).peak_bytes()));
         words.push(name.to_owned());
     };
     let steps = &recipe.train.steps;
-    if steps.activation_checkpointing != ActivationCheckpointing::Full && footprint.tokens > 0 {
+    if steps.activation_checkpointing != Checkpointing::Full && sizes.tokens > 0 {
         offer("train.activation_checkpointing = \"full\"", &|recipe, _| {
-            recipe.train.steps.activation_checkpointing = ActivationCheckpointing::Full;
+            recipe.train.steps.activation_checkpointing = Checkpointing::Full;
         });
     }
-    if steps.batch_size > 1 && footprint.tokens > 0 {
+    if steps.batch_size > 1 && sizes.tokens > 0 {
         let (name, batch) = (
             format!(
                 "train.batch_size = 1 with gradient_accumulation = {}",
@@ -194,10 +169,10 @@ fn alternatives(footprint: &RunFootprint, recipe: &Recipe) -> Vec<(String, u64)>
         );
         offer(&name, &|_, load| load.tokens = load.tokens.div_ceil(batch));
     }
-    if footprint.world > 1 && recipe.parallel.sharding.zero_stage < ZeroStage::Weights {
+    if sizes.world > 1 && recipe.parallel.sharding.zero_stage < ZeroStage::Weights {
         offer("parallel.zero_stage = 3", &|recipe, _| recipe.parallel.sharding.zero_stage = ZeroStage::Weights);
     }
-    if recipe.parallel.offload.offload_optimizer != OffloadDevice::Nvme && footprint.trained > 0 {
+    if recipe.parallel.offload.offload_optimizer != OffloadDevice::Nvme && sizes.trained > 0 {
         offer("parallel.offload_optimizer = \"nvme\"", &|recipe, _| {
             recipe.parallel.offload.offload_optimizer = OffloadDevice::Nvme;
         });
@@ -209,7 +184,7 @@ fn alternatives(footprint: &RunFootprint, recipe: &Recipe) -> Vec<(String, u64)>
             load.trained = estimate::count_lora_params(&load.shape, &lora_config(recipe)).unwrap_or(0);
         });
     }
-    let bytes = together.1.total_bytes(&together.0);
+    let bytes = together.1.footprint(&together.0).peak_bytes();
     if words.len() > 1 {
         all.push((format!("all of these: {}", words.join(", ")), bytes));
     }
@@ -259,7 +234,7 @@ mod tests {
     }
 
     /// Returns the footprint of a model of a billion weights with 4096 tokens per micro-batch.
-    fn load(trained: u64, world: u64) -> RunFootprint {
+    fn load(trained: u64, world: u64) -> RunSizes {
         let shape = LlamaShape {
             layers: 16,
             hidden: 2048,
@@ -269,10 +244,10 @@ mod tests {
             head_dim: 64,
             vocabulary: 128_256,
         };
-        RunFootprint { shape, parameters: shape.parameters(true), trained, tokens: 4096, world }
+        RunSizes { shape, parameters: shape.parameters(true), trained, tokens: 4096, world }
     }
 
-    fn refusal(load: &RunFootprint, recipe: &Recipe) -> String {
+    fn refusal(load: &RunSizes, recipe: &Recipe) -> String {
         check(load, recipe, &Device::default()).unwrap_err().to_string()
     }
 
@@ -285,7 +260,7 @@ mod tests {
         assert!(found.contains("parallel.offload_optimizer = \"nvme\""), "{found}");
         let none = refusal(&full, &recipe(&["method.kind=full", "train.memory_gib=1"]));
         assert!(none.contains("no setting is enough"), "{none}");
-        let ranks = RunFootprint { world: 4, ..full };
+        let ranks = RunSizes { world: 4, ..full };
         let found = refusal(&ranks, &recipe(&["method.kind=full", "train.memory_gib=14"]));
         assert!(found.contains("parallel.zero_stage = 3"), "{found}");
         for sets in [&["method.kind=full", "train.memory_gib=0"][..], &["method.kind=full", "train.memory_gib=64"]] {
@@ -298,7 +273,8 @@ mod tests {
     fn stage_3_divides_no_blocks() {
         let load = load(1 << 20, 4);
         let frozen = |dtype: &str, stage: u8| {
-            load.peak_memory(&recipe(&[&format!("model.dtype={dtype}"), &format!("parallel.zero_stage={stage}")]))
+            load.footprint(&recipe(&[&format!("model.dtype={dtype}"), &format!("parallel.zero_stage={stage}")]))
+                .peak_memory()
                 .frozen
         };
         assert_eq!(frozen("f32", 3), frozen("f32", 2).div_ceil(4));
@@ -308,12 +284,15 @@ mod tests {
     #[test]
     fn less_is_needed_where_less_is_kept() {
         let load = load(load(0, 1).parameters, 4);
-        let total = |sets: &[&str]| load.total_bytes(&recipe(&[&["method.kind=full"], sets].concat()));
+        let total = |sets: &[&str]| load.footprint(&recipe(&[&["method.kind=full"], sets].concat())).peak_bytes();
         let stages = [0, 1, 2, 3].map(|stage| total(&[&format!("parallel.zero_stage={stage}")]));
         assert!(stages.windows(2).all(|pair| pair[1] < pair[0]), "{stages:?}");
         let files = ["parallel.offload_optimizer=nvme", "parallel.nvme_path=f"];
         assert!(total(&files) + 8 * load.trained - (1 << 20) < total(&[]), "moments are in a file");
         assert!(total(&["train.activation_checkpointing=full"]) < total(&[]));
+        let every = |k: u64| total(&[&format!("train.activation_checkpointing={k}")]);
+        let full = total(&["train.activation_checkpointing=full"]);
+        assert!(full <= every(1) && every(1) < every(2) && every(2) < every(3) && every(3) < total(&[]));
         let unclipped = |more: &[&str]| total(&[&["train.max_grad_norm=0"], more].concat());
         let head = 4 * load.shape.vocabulary * load.shape.hidden;
         assert_eq!(unclipped(&[]) + 4 * load.trained - head, total(&[]), "gradients pass, the head's last");

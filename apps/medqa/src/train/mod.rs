@@ -24,7 +24,7 @@ mod world;
 
 pub use command::{TrainOptions, run, train};
 pub use consolidate::consolidate;
-pub use memory::{RunFootprint, rss_anon_bytes, vm_hwm_bytes};
+pub use memory::{RunSizes, rss_anon_bytes, vm_hwm_bytes};
 pub use record::{Summary, peak_rss_bytes};
 pub use setup::{apply_method, engine};
 pub use world::World;

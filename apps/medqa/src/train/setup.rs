@@ -6,21 +6,17 @@ use crate::{
     fetch,
     method_adapter::{self, AttachedAdapter},
     model::LoadedModel,
-    recipe::{
-        self, ActivationCheckpointing as Recompute, ComputeDtype, DataConfig, LrSchedulerType, MethodKind,
-        OffloadDevice, OptimizerKind, Recipe,
-    },
+    recipe::{self, ComputeDtype, DataConfig, MethodKind, Recipe},
 };
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
 use burn_llama::{Checkpoint, Example, Llama, Tokenizer, kernel::Kernels};
 use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights};
 use burn_zero::{
-    Engine, MemoryTier, Sharding,
+    Engine, MemoryTier, OffloadDevice, Sharding,
     comm::Communicator,
-    lr_schedule::{LrKind, LrSchedule},
-    optimizer::{AdamW, Lamb, Lion, Optimizer, ParamGroups, Sgd},
-    segment::Checkpointing,
+    lr_schedule::LrSchedule,
+    optimizer::{AdamW, Optimizer, OptimizerKind, ParamGroups},
 };
 use std::path::Path;
 
@@ -74,21 +70,14 @@ pub fn init_loftq<B: Kernels>(model: &mut Llama<B>, recipe: &Recipe) -> Result<O
 fn optimizer(recipe: &Recipe) -> Optimizer {
     let settings = &recipe.train.optimizer;
     let (betas, epsilon, weight_decay) = (settings.betas.into(), settings.epsilon, settings.weight_decay);
-    let adam = AdamW { betas, epsilon, weight_decay };
-    match settings.optimizer {
-        OptimizerKind::AdamW => Optimizer::AdamW(adam),
-        OptimizerKind::Adam => Optimizer::Adam(adam),
-        OptimizerKind::AdamW8bit => Optimizer::AdamW8bit(adam),
-        OptimizerKind::Lamb => Optimizer::Lamb(Lamb { betas, epsilon, weight_decay, ..Lamb::default() }),
-        OptimizerKind::Lion => Optimizer::Lion(Lion { betas, weight_decay }),
-        OptimizerKind::Sgd => Optimizer::Sgd(Sgd { momentum: betas.0, weight_decay, nesterov: false }),
-    }
+    settings.optimizer.with_settings(AdamW { betas, epsilon, weight_decay })
 }
 
 /// Creates the engine that computes the steps of a run on this rank.
 pub fn engine<B: Kernels>(recipe: &Recipe, communicator: Box<dyn Communicator>) -> Result<Engine<Autodiff<B>>> {
     let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
-    let engine = Engine::new(optimizer(recipe), clip, checkpointing(recipe)).with_param_groups(param_groups(recipe));
+    let engine = Engine::new(optimizer(recipe), clip, recipe.train.steps.activation_checkpointing)
+        .with_param_groups(param_groups(recipe));
     let engine = engine.in_world(communicator, sharding(recipe)).with_overlap(recipe.parallel.sharding.overlap);
     let engine = match recipe.model.compute {
         ComputeDtype::F16 => engine.with_loss_scaler(recipe::loss_scaler(recipe.train.schedule.fp16.as_ref())?),
@@ -125,20 +114,8 @@ fn optimizer_tier(recipe: &Recipe) -> MemoryTier {
     }
 }
 
-fn memory_tier(recipe: &Recipe, place: OffloadDevice) -> MemoryTier {
-    match (place, &recipe.parallel.offload.nvme_path) {
-        (OffloadDevice::Nvme, Some(folder)) => MemoryTier::File(folder.into()),
-        (OffloadDevice::None, _) => MemoryTier::Device,
-        _ => MemoryTier::Host,
-    }
-}
-
-fn checkpointing(recipe: &Recipe) -> Checkpointing {
-    match recipe.train.steps.activation_checkpointing {
-        Recompute::None => Checkpointing::None,
-        Recompute::Full => Checkpointing::Full,
-        Recompute::Every(k) => Checkpointing::Every(k),
-    }
+fn memory_tier(recipe: &Recipe, device: OffloadDevice) -> MemoryTier {
+    device.tier(recipe.parallel.offload.nvme_path.as_deref().map(Path::new))
 }
 
 /// Reads a file and tokenizes its rows.
@@ -176,13 +153,6 @@ pub fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> 
         let schedule = recipe::deepspeed_schedule(block, peak, (warmup, total));
         return Ok(schedule.context("`train.deepspeed_scheduler`")?.applied_at(step as u64));
     }
-    let kind = match train.schedule.scheduler {
-        LrSchedulerType::Constant => LrKind::Constant,
-        LrSchedulerType::Linear => LrKind::Linear,
-        LrSchedulerType::Cosine => LrKind::Cosine,
-        LrSchedulerType::WarmupLR => LrKind::WarmupLr,
-        LrSchedulerType::WarmupDecayLR => LrKind::WarmupDecayLr,
-        LrSchedulerType::WarmupCosineLR => LrKind::WarmupCosineLr,
-    };
+    let kind = train.schedule.scheduler;
     Ok(LrSchedule { kind, peak, warmup, total }.at(step))
 }

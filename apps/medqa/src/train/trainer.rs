@@ -4,7 +4,7 @@ use super::{
     command::{INTERRUPTED_EXIT_CODE, TrainOptions},
     eval_device::{self, Evaluator},
     learner::BurnTrainReporter,
-    memory::{self, RunFootprint},
+    memory::{self, RunSizes},
     plot,
     record::{Summary, peak_rss_bytes},
     run_log::RunLog,
@@ -94,12 +94,12 @@ impl<B: Kernels> Trainer<B> {
         let lengths = |rows: &Vec<Example>| rows.iter().map(|row| row.ids.len()).collect();
         let batch_sampler =
             BatchSampler::new(&recipe, sources.iter().map(lengths).collect(), communicator.world_size())?;
-        let footprint = RunFootprint {
+        let sizes = RunSizes {
             trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
             tokens: batch_sampler.max_micro_batch_tokens() as u64,
-            ..RunFootprint::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
+            ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
         };
-        memory::check(&footprint, &recipe, &options.device)?;
+        memory::check(&sizes, &recipe, &options.device)?;
         let mut engine = setup::engine::<B>(&recipe, communicator)?;
         let first = engine.rank() == 0;
         let directory = options.directory.clone();

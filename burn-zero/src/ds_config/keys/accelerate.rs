@@ -1,11 +1,11 @@
 //! The keys of the YAML that `accelerate config` writes.
 
-use super::{FixedValue, KeyHandling, KeySpec, POSITIVE, ValueKind, fixed_flag, fixed_number, not_honoured, read};
+use super::{
+    DEVICE, FixedValue, KeyHandling, KeySpec, POSITIVE, PYTHON, SEGMENTS, ValueKind, fixed_flag, fixed_number,
+    not_honoured, read,
+};
 
 const LAUNCHER: &str = "MPI starts and connects the processes";
-const SEGMENTS: &str = "weights are gathered segment by segment";
-const PYTHON: &str = "it concerns Python's runtime; nothing is done";
-const DEVICE: ValueKind = ValueKind::Choice(&["none", "cpu", "nvme"]);
 
 /// Returns a key whose default value `accelerate config` always writes; the default is not reported as not honoured.
 const fn fixed_text(name: &'static str, value: &'static str, what: &'static str) -> KeySpec {

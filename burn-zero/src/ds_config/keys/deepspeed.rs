@@ -3,7 +3,8 @@
 use super::typed::{OPTIMIZERS, SCHEDULERS};
 use super::zero::ZERO;
 use super::{
-    FixedValue, KeyHandling, KeySpec, NON_NEGATIVE, POSITIVE, ValueKind, fixed_flag, fixed_number, not_honoured, read,
+    FixedValue, KeyHandling, KeySpec, NON_NEGATIVE, POSITIVE, PYTHON, ValueKind, fixed_flag, fixed_number,
+    not_honoured, read,
 };
 
 const LOGGING: &str = "the run writes its own logs, as the recipe configures them";
@@ -11,7 +12,6 @@ const BATCH: &str = "the batch keys decide";
 const DENSE: &str = "attention stays dense and causal";
 const MEAN: &str = "gradients are divided once, by the number of target tokens of the step";
 const ORDER: &str = "the recipe decides how the data is ordered and truncated";
-const PYTHON: &str = "it concerns Python's runtime; nothing is done";
 
 /// The `fp16` block.
 const FP16: &[KeySpec] = &[

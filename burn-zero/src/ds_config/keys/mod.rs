@@ -76,6 +76,14 @@ pub(super) enum FixedValue {
 
 pub(super) const NON_NEGATIVE: ValueKind = ValueKind::Integer(0, u64::MAX);
 pub(super) const POSITIVE: ValueKind = ValueKind::Integer(1, u64::MAX);
+/// The devices of an offload.
+const DEVICE: ValueKind = ValueKind::Choice(&["none", "cpu", "nvme"]);
+const PYTHON: &str = "it concerns Python's runtime; nothing is done";
+const SEGMENTS: &str = "weights are gathered segment by segment";
+/// The handling of a cycle of the momentum.
+pub(super) const BETA_CYCLE: &str = "the optimizer's betas stay as they are; only the learning rate moves";
+/// The handling of a choice between implementations of the optimizer.
+pub(super) const ONE_STEP: &str = "there is one implementation of the step";
 
 const fn read(name: &'static str, kind: ValueKind) -> KeySpec {
     KeySpec { name, kind, handling: KeyHandling::Read }

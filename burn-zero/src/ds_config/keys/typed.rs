@@ -1,10 +1,10 @@
 //! The `optimizer` and `scheduler` blocks: their types and the parameters of each type.
 
 use super::{
-    KeySpec, NON_NEGATIVE, POSITIVE, TypeTable, ValueKind, fixed_flag, fixed_number, not_honoured, read, required,
+    BETA_CYCLE, KeySpec, NON_NEGATIVE, ONE_STEP, POSITIVE, TypeTable, ValueKind, fixed_flag, fixed_number,
+    not_honoured, read, required,
 };
 
-const FUSED: &str = "there is one implementation of the step";
 const CLIPPING: &str = "`gradient_clipping` decides";
 const COMPRESSED: &str = "gradients are not compressed to one bit; write Adam or Lamb";
 const WIDTHS: &str = "parameters carry no width multipliers; write Adam, AdamW or SGD";
@@ -16,7 +16,7 @@ const WEIGHT_DECAY: KeySpec = read("weight_decay", ValueKind::Number);
 const BIAS_CORRECTION: KeySpec = fixed_flag("bias_correction", true, "bias correction is always on");
 const AMSGRAD: KeySpec = fixed_flag("amsgrad", false, "the second moment is always that of plain Adam");
 const MAX_GRAD_NORM: KeySpec = fixed_number("max_grad_norm", 0.0, CLIPPING);
-const TORCH_ADAM: KeySpec = not_honoured("torch_adam", ValueKind::Flag, FUSED);
+const TORCH_ADAM: KeySpec = not_honoured("torch_adam", ValueKind::Flag, ONE_STEP);
 
 const ADAM: &[KeySpec] = &[
     LR,
@@ -29,7 +29,7 @@ const ADAM: &[KeySpec] = &[
     AMSGRAD,
     MAX_GRAD_NORM,
     fixed_flag("fp32_optimizer_states", true, "the optimizer keeps its moments in f32"),
-    not_honoured("fused", ValueKind::Flag, FUSED),
+    not_honoured("fused", ValueKind::Flag, ONE_STEP),
 ];
 const LAMB: &[KeySpec] = &[
     LR,
@@ -68,7 +68,6 @@ pub(super) const OPTIMIZERS: TypeTable = TypeTable {
     case_insensitive: true,
 };
 
-const BETA_CYCLE: &str = "the optimizer's betas stay as they are; only the learning rate moves";
 const LAST_BATCH: &str = "a resumed run knows its step from the checkpoint";
 const WARMUP_STEPS: KeySpec = read("warmup_num_steps", POSITIVE);
 const WARMUP_TYPE: KeySpec = read("warmup_type", ValueKind::Choice(&["log", "linear"]));

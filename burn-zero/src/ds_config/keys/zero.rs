@@ -1,8 +1,9 @@
 //! The keys of `zero_optimization`.
 
-use super::{KeySpec, NON_NEGATIVE, POSITIVE, ValueKind, fixed_flag, fixed_number, not_honoured, read};
+use super::{
+    DEVICE, KeySpec, NON_NEGATIVE, POSITIVE, SEGMENTS, ValueKind, fixed_flag, fixed_number, not_honoured, read,
+};
 
-const DEVICE: ValueKind = ValueKind::Choice(&["none", "cpu", "nvme"]);
 const FILES: &str = "files are read ahead and written behind through a few buffers of fixed size";
 const PINNED: &str = "host buffers are pageable memory";
 const GATHER: &str = "a segment's weights are gathered by one all_gather per bucket";
@@ -86,8 +87,8 @@ pub(super) const ZERO: &[KeySpec] = &[
     fixed_flag("log_trace_cache_warnings", false, "the order of segments is fixed; there is no trace"),
     fixed_flag("enable_sanity_checks", false, "shapes and types are always checked"),
     fixed_flag("save_muon_momentum_buffer_in_memory", false, "there is no Muon"),
-    not_honoured("leaf_module", ValueKind::Any, "weights are gathered segment by segment"),
-    fixed_number("stage3_module_granularity_threshold", 0.0, "weights are gathered segment by segment"),
+    not_honoured("leaf_module", ValueKind::Any, SEGMENTS),
+    fixed_number("stage3_module_granularity_threshold", 0.0, SEGMENTS),
     fixed_flag("stage3_use_all_reduce_for_fetch_params", false, GATHER),
     fixed_flag("stage3_allgather_sequential", false, GATHER),
     fixed_number(

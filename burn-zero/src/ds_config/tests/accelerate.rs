@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn parse(text: &str) -> Result<AccelerateConfig, Error> {
+fn parse(text: &str) -> Result<AccelerateConfig, ConfigError> {
     AccelerateConfig::from_yaml(text)
 }
 

@@ -6,21 +6,21 @@ mod keys;
 mod resolve;
 
 use super::*;
-use crate::Error;
+use crate::{ConfigError, OffloadDevice, ZeroStage};
 
 /// Resolves a JSON text for two ranks, with the default values for `"auto"`.
-fn resolve(text: &str) -> Result<DsConfig, Error> {
+fn resolve(text: &str) -> Result<DsConfig, ConfigError> {
     RawDsConfig::from_json(text)?.resolve(2, &AutoValues::default())
 }
 
 /// Resolves a text without batch sizes, with a micro-batch of 1.
-fn with_batch(text: &str) -> Result<DsConfig, Error> {
+fn with_batch(text: &str) -> Result<DsConfig, ConfigError> {
     let text = text.trim().strip_prefix('{').unwrap();
     let comma = if text.trim_start().starts_with('}') { "" } else { "," };
     resolve(&format!("{{\"train_micro_batch_size_per_gpu\": 1{comma} {text}"))
 }
 
-fn message<T: std::fmt::Debug>(result: Result<T, Error>) -> String {
+fn message<T: std::fmt::Debug, E: std::error::Error>(result: Result<T, E>) -> String {
     result.unwrap_err().to_string()
 }
 

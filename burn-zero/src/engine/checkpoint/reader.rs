@@ -1,6 +1,6 @@
 //! Reads a checkpoint from one file or from the files of its shards.
 
-use crate::{Error, precision::LossScaler};
+use crate::{CheckpointError, Error, precision::LossScaler};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use std::{
@@ -18,7 +18,7 @@ impl MappedFiles {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let paths = if path.exists() { vec![path.to_owned()] } else { shard_paths(path)? };
         let map = |path: PathBuf| {
-            let wrong = |source| Error::Path { path: path.clone(), source };
+            let wrong = |source| Error::Io { path: path.clone(), source };
             let file = File::open(&path).map_err(wrong)?;
             // SAFETY: the mapping is read-only and is dropped when loading ends, and a checkpoint file is not modified
             // or truncated after it has been written.
@@ -31,7 +31,7 @@ impl MappedFiles {
 
 /// Returns the files of all shards of a sharded checkpoint.
 fn shard_paths(path: &Path) -> Result<Vec<PathBuf>, Error> {
-    let wrong = |source| Error::Path { path: path.to_owned(), source };
+    let wrong = |source| Error::Io { path: path.to_owned(), source };
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let stem = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let mut count = None;
@@ -43,7 +43,13 @@ fn shard_paths(path: &Path) -> Result<Vec<PathBuf>, Error> {
             let of = of.parse::<usize>().ok();
             if count.is_some() && of != count {
                 let (expected, found) = ("the shards of one checkpoint".to_owned(), "shards of several".to_owned());
-                return Err(Error::State { path: path.to_owned(), key: "parts".to_owned(), expected, found });
+                return Err(CheckpointError::Mismatch {
+                    path: path.to_owned(),
+                    key: "parts".to_owned(),
+                    expected,
+                    found,
+                }
+                .into());
             }
             count = of;
         }
@@ -73,7 +79,7 @@ impl<'a> CheckpointReader<'a> {
         let mut saved =
             Self { path: path.to_owned(), shards: HashMap::new(), unread: BTreeSet::new(), steps: 0, scaler: None };
         for (file, map) in &maps.0 {
-            let state = |key: &str, expected: &str, found: String| Error::State {
+            let state = |key: &str, expected: &str, found: String| CheckpointError::Mismatch {
                 path: file.clone(),
                 key: key.to_owned(),
                 expected: expected.to_owned(),
@@ -105,8 +111,8 @@ impl<'a> CheckpointReader<'a> {
         Ok(saved)
     }
 
-    fn wrong(&self, key: &str, expected: String, found: String) -> Error {
-        Error::State { path: self.path.clone(), key: key.to_owned(), expected, found }
+    fn wrong(&self, key: &str, expected: String, found: String) -> CheckpointError {
+        CheckpointError::Mismatch { path: self.path.clone(), key: key.to_owned(), expected, found }
     }
 
     /// Returns whether the checkpoint contains a tensor of this name.
@@ -118,12 +124,12 @@ impl<'a> CheckpointReader<'a> {
     pub fn read_values(&mut self, key: &str, dims: &[usize], range: Range<usize>) -> Result<Vec<f32>, Error> {
         let expected = format!("f32 {dims:?}");
         let Some(pieces) = self.shards.get(key) else {
-            return Err(self.wrong(key, expected, "no such tensor".to_owned()));
+            return Err(self.wrong(key, expected, "no such tensor".to_owned()).into());
         };
         let (mut values, mut found) = (vec![0.0; range.len()], 0);
         for ((start, whole), view) in pieces {
             if view.dtype() != Dtype::F32 || whole != dims {
-                return Err(self.wrong(key, expected, format!("{:?} {whole:?}", view.dtype())));
+                return Err(self.wrong(key, expected, format!("{:?} {whole:?}", view.dtype())).into());
             }
             let (from, to) = (range.start.max(*start), range.end.min(start + view.data().len() / 4));
             if from < to {
@@ -134,14 +140,14 @@ impl<'a> CheckpointReader<'a> {
             }
         }
         if found != range.len() {
-            return Err(self.wrong(key, expected, format!("{found} of {} values", range.len())));
+            return Err(self.wrong(key, expected, format!("{found} of {} values", range.len())).into());
         }
         self.unread.remove(key);
         Ok(values)
     }
 
     /// Reads the number of updates of a parameter; none if it had no update yet.
-    pub fn read_step(&mut self, key: &str) -> Result<Option<usize>, Error> {
+    pub fn read_step(&mut self, key: &str) -> Result<Option<usize>, CheckpointError> {
         let Some((_, view)) = self.shards.get(key).and_then(|pieces| pieces.first()) else { return Ok(None) };
         let number = view.data().try_into().ok().and_then(|bytes| usize::try_from(i64::from_le_bytes(bytes)).ok());
         self.unread.remove(key);
@@ -150,7 +156,7 @@ impl<'a> CheckpointReader<'a> {
     }
 
     /// Returns an error if a tensor of the checkpoint has not been read.
-    pub fn check_all_read(&self) -> Result<(), Error> {
+    pub fn check_all_read(&self) -> Result<(), CheckpointError> {
         let wrong = |key: &String| {
             let (expected, found) = ("a trainable parameter", "none of that name in this run");
             Err(self.wrong(key, expected.to_owned(), found.to_owned()))
@@ -162,7 +168,8 @@ impl<'a> CheckpointReader<'a> {
 /// Merges the files of a sharded checkpoint into one file, the same as a world of one rank would have saved.
 ///
 /// # Errors
-/// Returns [`Error::Path`] for a file that cannot be read or written, [`Error::State`] if the shards are incomplete.
+/// Returns [`Error::Io`] for a file that cannot be read or written, [`CheckpointError::Mismatch`] if the shards are
+/// incomplete.
 pub fn consolidate(path: &Path) -> Result<(), Error> {
     let maps = MappedFiles::open(path)?;
     let mut saved = CheckpointReader::open(path, &maps)?;
@@ -184,12 +191,11 @@ pub fn consolidate(path: &Path) -> Result<(), Error> {
         let view = TensorView::new(*dtype, dims.clone(), bytes);
         view.map(|view| (name.as_str(), view))
     });
-    let wrong =
-        |e: safetensors::SafeTensorError| Error::Path { path: path.to_owned(), source: std::io::Error::other(e) };
+    let wrong = |source| CheckpointError::Safetensors { path: path.to_owned(), source };
     let views = views.collect::<Result<Vec<_>, _>>().map_err(wrong)?;
     let mut metadata = HashMap::from([("steps".to_owned(), saved.steps.to_string())]);
     if let Some(scaler) = saved.scaler {
         metadata.insert("loss_scaler".to_owned(), serde_json::json!(scaler).to_string());
     }
-    safetensors::serialize_to_file(views, Some(metadata), path).map_err(wrong)
+    Ok(safetensors::serialize_to_file(views, Some(metadata), path).map_err(wrong)?)
 }

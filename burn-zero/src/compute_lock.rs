@@ -52,7 +52,7 @@ impl<F: FnMut()> Drop for OnDrop<F> {
 
 impl ComputeLock {
     /// Returns a lock for the ranks of one process; each gets a clone.
-    pub(super) fn shared() -> Self {
+    pub(crate) fn shared() -> Self {
         Self(Some(Arc::default()))
     }
 

@@ -64,15 +64,21 @@ impl Default for Trace {
 impl Trace {
     /// Runs `work` and records when it ran.
     pub(crate) fn span<R>(&self, name: &'static str, lane: Lane, work: impl FnOnce() -> R) -> R {
-        self.record((name, None), lane, work)
+        self.record(name, None, lane, work)
     }
 
-    /// Like [`Trace::span`], for one of several numbered spans of the same name.
-    pub(crate) fn numbered_span<R>(&self, name: (&'static str, usize), lane: Lane, work: impl FnOnce() -> R) -> R {
-        self.record((name.0, Some(name.1)), lane, work)
+    /// Like [`Trace::span`], for one of several spans of the same name: `number` is that of the segment or bucket.
+    pub(crate) fn numbered_span<R>(
+        &self,
+        name: &'static str,
+        number: usize,
+        lane: Lane,
+        work: impl FnOnce() -> R,
+    ) -> R {
+        self.record(name, Some(number), lane, work)
     }
 
-    fn record<R>(&self, (name, number): (&'static str, Option<usize>), lane: Lane, work: impl FnOnce() -> R) -> R {
+    fn record<R>(&self, name: &'static str, number: Option<usize>, lane: Lane, work: impl FnOnce() -> R) -> R {
         let begin = self.start.elapsed().as_secs_f64();
         let result = work();
         let end = self.start.elapsed().as_secs_f64();
@@ -131,7 +137,7 @@ impl Trace {
     /// Writes the timeline of one rank to a file.
     ///
     /// # Errors
-    /// [`Error::Path`] if the file cannot be written.
+    /// [`Error::Io`] if the file cannot be written.
     pub fn write(&self, path: &Path, rank: usize) -> Result<(), Error> {
         write_events(path, &self.events(rank))
     }
@@ -140,7 +146,7 @@ impl Trace {
 /// Writes the events of any number of ranks to a file.
 pub(crate) fn write_events(path: &Path, events: &[Value]) -> Result<(), Error> {
     let text = json!({ "traceEvents": events }).to_string();
-    std::fs::write(path, text).map_err(|source| Error::Path { path: path.to_owned(), source })
+    std::fs::write(path, text).map_err(|source| Error::Io { path: path.to_owned(), source })
 }
 
 /// Merges overlapping spans.
