@@ -174,7 +174,8 @@ impl MomentFile {
         &mut self,
         start: u64,
         update: &AdamUpdate,
-        (parameter, gradient): (&mut [f32], &[f32]),
+        parameter: &mut [f32],
+        gradient: &[f32],
     ) -> Result<(), Error> {
         let all: Vec<_> = blocks(parameter.len()).collect();
         let place = |(at, _): (usize, usize)| start + 2 * at as u64;

@@ -5,6 +5,14 @@ fn piece(n: usize, k: usize) -> Vec<f32> {
     (0..n).map(|i| ((i * 37 + k * 101) as f32).sin()).collect()
 }
 
+fn id(i: usize) -> ParamId {
+    ParamId::from(i as u64)
+}
+
+fn parameter(i: usize, elements: usize) -> ParamRef {
+    ParamRef { id: id(i), elements }
+}
+
 fn snapshot(offload: &OffloadedStates, id: ParamId) -> StateSnapshot {
     let moments = [0, 1].map(|slot| offload.moment(id, slot).into_owned());
     offload.check_reads().unwrap();
@@ -16,17 +24,16 @@ fn snapshot(offload: &OffloadedStates, id: ParamId) -> StateSnapshot {
 fn run(tier: &MemoryTier, sizes: &[usize], stop: Option<usize>) -> Vec<(Vec<f32>, [Vec<f32>; 2])> {
     let new = || OffloadedStates::new(Optimizer::AdamW(AdamW::default()), tier, 0).unwrap();
     let (mut offload, mut values): (_, Vec<_>) = (new(), sizes.iter().map(|&n| piece(n, 1000)).collect());
-    let id = |i: usize| ParamId::from(i as u64);
     for step in 0..4 {
-        let rates = Hyperparameters { lr: 1e-2, weight_decay: 0.1, grad_scale: 0.5 };
+        let hyperparameters = Hyperparameters { lr: 1e-2, weight_decay: 0.1, grad_scale: 0.5 };
         for (i, (value, &n)) in values.iter_mut().zip(sizes).enumerate() {
-            offload.update((id(i), n), rates, (value, &piece(n, step))).unwrap();
+            offload.update(parameter(i, n), hyperparameters, value, &piece(n, step)).unwrap();
         }
         offload.flush().unwrap();
         if stop == Some(step) {
             let mut next = new();
             for (i, &n) in sizes.iter().enumerate() {
-                next.restore((id(i), n), snapshot(&offload, id(i))).unwrap();
+                next.restore(parameter(i, n), snapshot(&offload, id(i))).unwrap();
             }
             offload = next;
         }

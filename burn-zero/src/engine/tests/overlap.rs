@@ -35,7 +35,7 @@ fn wherever_things_are_a_world_is_one_process_bit_for_bit() {
     let early = [0, 1, 2, 4, 5, 6].map(|case: usize| CASES[case].with_optimizer_in_backward());
     for case in cases.into_iter().chain(early) {
         let whole = Case { optimizer_in_backward: false, ..case };
-        let [one, two, three, four] = [1, 2, 3, 4].map(|micros| run(whole, whole.engine(), micros).0);
+        let [one, two, three, four] = [1, 2, 3, 4].map(|micros| run(whole, whole.config(), micros).0);
         for (world, expected) in [(1, one), (2, two), (3, three), (4, four)] {
             for stage in STAGES {
                 for (states, weights) in tiers(folder.path()) {
@@ -45,10 +45,10 @@ fn wherever_things_are_a_world_is_one_process_bit_for_bit() {
                     let what = format!("{case:?}, {stage:?}, {world} ranks, {states:?}, {weights:?}");
                     for (found, memory) in threads::run(world, |group| {
                         let sharding = Sharding { stage, bucket_size: case.bucket_size };
-                        let engine = case.engine().in_world(Box::new(group), sharding);
-                        let engine = engine.with_weights_in(weights.clone()).with_optimizer_states_in(&states).unwrap();
-                        let (found, engine, model) = run(case, engine, 1);
-                        (found, engine.memory(&model))
+                        let config = case.config().with_communicator(Box::new(group)).with_sharding(sharding);
+                        let config = config.with_weights_in(weights.clone()).with_optimizer_states_in(states.clone());
+                        let (found, engine) = run(case, config, 1);
+                        (found, engine.memory())
                     }) {
                         assert_same(&found.parameters, &expected.parameters, &what);
                         assert_eq!(found.norms, expected.norms, "{what}");
@@ -83,8 +83,8 @@ fn overlap_changes_no_number() {
             let outcome = |overlap| {
                 threads::run(2, |group| {
                     let sharding = Sharding { stage, bucket_size: 300 };
-                    let engine = case.engine().in_world(Box::new(group), sharding).with_overlap(overlap);
-                    run(case, engine.with_optimizer_states_in(&tier).unwrap(), 2).0
+                    let config = case.config().with_communicator(Box::new(group)).with_sharding(sharding);
+                    run(case, config.with_overlap(overlap).with_optimizer_states_in(tier.clone()), 2).0
                 })
             };
             assert_eq!(outcome(true), outcome(false), "{stage:?}");
@@ -102,12 +102,13 @@ pub(super) const LARGE: Case =
 /// Returns the timelines of two ranks that take two steps.
 fn timeline(sharding: Sharding, states: &MemoryTier, overlap: bool) -> Vec<crate::comm::Trace> {
     threads::run(2, |group| {
-        let engine = LARGE.engine().in_world(Box::new(group), sharding).with_overlap(overlap);
-        let mut engine = engine.with_optimizer_states_in(states).unwrap();
-        let (mut model, rank) = (LARGE.model(), engine.rank());
+        let config = LARGE.config().with_communicator(Box::new(group)).with_sharding(sharding);
+        let config = config.with_overlap(overlap).with_optimizer_states_in(states.clone());
+        let mut engine = config.init(LARGE.model()).unwrap();
+        let rank = engine.rank();
         for step in 0..2 {
-            engine.forward_backward(&mut model, &batch(step, rank)).unwrap();
-            engine.step(&mut model, 1e-3).unwrap();
+            engine.forward_backward(&batch(step, rank)).unwrap();
+            engine.step(1e-3).unwrap();
         }
         engine.trace().clone()
     })
@@ -140,13 +141,11 @@ fn collectives_lie_inside_segments_only_with_overlap() {
 #[test]
 fn offload_overlaps_the_backward_pass() {
     let _alone = backward_lock();
-    let mut engine =
-        LARGE.engine().in_world(Box::new(crate::comm::Solo), Sharding { stage: ZeroStage::Gradients, bucket_size: 1 });
-    engine = engine.with_optimizer_states_in(&MemoryTier::Host).unwrap();
-    let mut model = LARGE.model();
+    let config = LARGE.config().with_sharding(Sharding { stage: ZeroStage::Gradients, bucket_size: 1 });
+    let mut engine = config.with_optimizer_states_in(MemoryTier::Host).init(LARGE.model()).unwrap();
     let mut step = |number| {
-        engine.forward_backward(&mut model, &batch(number, 0)).unwrap();
-        engine.step(&mut model, 1e-3).unwrap();
+        engine.forward_backward(&batch(number, 0)).unwrap();
+        engine.step(1e-3).unwrap();
         let share = |lane, within| engine.trace().overlap_fraction_in(lane, within).expect("both happen");
         [share(Lane::Transfer, "backward"), share(Lane::Optimizer, "step")].map(|share| share > 0.0)
     };
@@ -160,7 +159,7 @@ fn offload_overlaps_the_backward_pass() {
         }
     }
     assert_eq!(seen, [true; 2], "gradients leave during backward, updates overlap with uploads: not in {RUNS} steps");
-    let whole: usize = values(&model).iter().map(Vec::len).sum::<usize>() * 4;
+    let whole: usize = values(engine.model()).iter().map(Vec::len).sum::<usize>() * 4;
     // Reduced gradients on the host count too; unreduced ones on the device were at most those of one segment.
     assert!(engine.peak_memory().gradients <= whole + 4 * 2000 * 320 + 4096, "{:?} of {whole}", engine.peak_memory());
     let folder = tempfile::tempdir().unwrap();
@@ -181,17 +180,16 @@ fn masters_are_where_the_states_are() {
     let _alone = backward_lock();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("state.safetensors");
-    let outcome = |tier: &MemoryTier| {
-        let mut engine = super::engine(Some(1.0)).with_optimizer_states_in(tier).unwrap();
-        let mut model = super::optimizers::toy_with_bf16_matrix();
+    let outcome = |tier: MemoryTier| {
+        let config = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).with_optimizer_states_in(tier);
+        let mut engine = config.init(super::optimizers::toy_with_bf16_matrix()).unwrap();
         for step in 0..3 {
-            engine.forward_backward(&mut model, &batch(step, 0)).unwrap();
-            engine.step(&mut model, 1e-3).unwrap();
+            engine.train_step(&batch(step, 0), 1e-3).unwrap();
         }
-        engine.save(&model, &path).unwrap();
-        (engine.memory(&model), std::fs::read(&path).unwrap())
+        engine.save(&path).unwrap();
+        (engine.memory(), std::fs::read(&path).unwrap())
     };
-    let ((device, expected), (host, found)) = (outcome(&MemoryTier::Device), outcome(&MemoryTier::Host));
+    let ((device, expected), (host, found)) = (outcome(MemoryTier::Device), outcome(MemoryTier::Host));
     assert!(device.master > 0 && device.moments > 0 && device.host == 0);
     assert_eq!((host.master, host.moments, host.host), (0, 0, device.master + device.moments));
     assert!(found == expected, "the states are the same");
