@@ -57,6 +57,37 @@ fn a_file_holds_what_memory_holds() {
     assert_eq!(left, 0, "the file is removed when its owner is dropped");
 }
 
+/// An error ends a step, but neither a later flush nor the update of another shard may wait for a request that is lost.
+#[test]
+fn after_an_error_of_the_file_nothing_is_in_flight() {
+    let folder = tempfile::tempdir().unwrap();
+    let tier = MemoryTier::File(folder.path().to_owned());
+    let new = |tier: &MemoryTier| OffloadedStates::new(Optimizer::AdamW(AdamW::default()), tier, 0).unwrap();
+    let hyperparameters = Hyperparameters { lr: 1e-2, weight_decay: 0.1, grad_scale: 1.0 };
+    let (n, mut states) = ((256 << 10) * 3 + 17, new(&tier));
+    let mut large = piece(n, 1000);
+    states.update(parameter(0, n), hyperparameters, &mut large, &piece(n, 0)).unwrap();
+    states.flush().unwrap();
+    // The file ends in its second block.
+    let path = folder.path().read_dir().unwrap().next().unwrap().unwrap().path();
+    std::fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4 * n as u64).unwrap();
+    let (done, outcome) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let error = states.update(parameter(0, n), hyperparameters, &mut large, &piece(n, 1)).unwrap_err();
+        states.flush().unwrap();
+        let mut small = piece(3000, 1000);
+        states.update(parameter(1, 3000), hyperparameters, &mut small, &piece(3000, 0)).unwrap();
+        states.flush().unwrap();
+        done.send((error, small, snapshot(&states, id(1)).moments)).unwrap();
+    });
+    let outcome = outcome.recv_timeout(std::time::Duration::from_secs(60));
+    let (error, small, moments) = outcome.expect("neither a wait without end nor a panic");
+    assert!(matches!(error, Error::Path { .. }), "{error}");
+    let (mut memory, mut expected) = (new(&MemoryTier::Host), piece(3000, 1000));
+    memory.update(parameter(1, 3000), hyperparameters, &mut expected, &piece(3000, 0)).unwrap();
+    assert!((small, moments) == (expected, snapshot(&memory, id(1)).moments), "the file goes on as memory does");
+}
+
 #[test]
 fn what_the_host_cannot_do_is_refused() {
     let error = OffloadedStates::new(Optimizer::Lion(Lion::default()), &MemoryTier::Host, 0).err().unwrap();
