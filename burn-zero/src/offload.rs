@@ -27,7 +27,7 @@ use crate::{
     Error, ds_config,
     optimizer::{
         EightBitMoments, Hyperparameters, MIN_8BIT_SIZE, Optimizer,
-        cpu_adam::{AdamSlices, HalfCopy},
+        cpu_adam::{AdamSlices, AdamUpdate, HalfCopy},
     },
 };
 use burn::module::ParamId;
@@ -149,7 +149,7 @@ impl OffloadedStates {
         };
         state.step += 1;
         let adam = self.optimizer.adam_variant().expect("checked by the constructor");
-        let update = adam.cpu_update(hyperparameters, state.step);
+        let update = AdamUpdate::new(adam, hyperparameters, state.step);
         match &mut state.moments {
             MomentStorage::Memory { exp_avg, exp_avg_sq } => {
                 update.apply(AdamSlices { parameter: values, gradient, exp_avg, exp_avg_sq }, HalfCopy::None);

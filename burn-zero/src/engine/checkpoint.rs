@@ -202,8 +202,8 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
             }
             let range = shard.as_ref().map_or(0..0, |shard| shard.range.clone());
             let state = self.read_optimizer_state(saved, parameter, range)?;
-            let place = ParamRef { id: parameter.id, elements: parameter.elements() };
-            restored.states.extend(state.map(|state| (place, state)));
+            let reference = ParamRef { id: parameter.id, elements: parameter.elements() };
+            restored.states.extend(state.map(|state| (reference, state)));
             let value = full.into_dtype(parameter.dtype);
             if weights.is_none() {
                 restored.values.insert(parameter.id, value);

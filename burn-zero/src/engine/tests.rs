@@ -12,6 +12,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
+mod failures;
 mod optimizer_in_backward;
 mod optimizers;
 mod overlap;

@@ -1,6 +1,6 @@
 //! AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019), as `torch.optim.AdamW` computes it.
 
-use super::{Hyperparameters, cpu_adam::AdamUpdate, scale_gradient};
+use super::{Hyperparameters, scale_gradient};
 use crate::{Error, segment::DynTensor};
 use burn::tensor::{DType, Tensor, backend::Backend};
 
@@ -86,12 +86,6 @@ pub(crate) struct AdamVariant {
 }
 
 impl AdamVariant {
-    /// Returns the update number `step` over slices in host memory.
-    pub fn cpu_update(self, hyperparameters: Hyperparameters, step: usize) -> AdamUpdate {
-        let Hyperparameters { lr, weight_decay, grad_scale } = hyperparameters;
-        AdamUpdate { settings: self.settings, decoupled: self.decoupled, lr, weight_decay, grad_scale, step }
-    }
-
     /// Computes [`AdamW::update`] or the update of Adam.
     pub(super) fn update<B: Backend, const D: usize>(
         self,

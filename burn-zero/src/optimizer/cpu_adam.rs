@@ -4,7 +4,7 @@
 //! operation in f32, so the result is the same bit for bit. Threads process blocks, and vector instructions are chosen
 //! at run time.
 
-use super::AdamW;
+use super::{AdamVariant, AdamW, Hyperparameters};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
@@ -68,6 +68,13 @@ pub(super) struct AdamConstants {
 }
 
 impl AdamUpdate {
+    /// Returns the update number `step`, counted from 1.
+    pub(crate) fn new(adam: AdamVariant, hyperparameters: Hyperparameters, step: usize) -> Self {
+        let AdamVariant { settings, decoupled } = adam;
+        let Hyperparameters { lr, weight_decay, grad_scale } = hyperparameters;
+        Self { settings, decoupled, lr, weight_decay, grad_scale, step }
+    }
+
     pub(super) fn constants(&self) -> AdamConstants {
         let AdamW { betas: (beta1, beta2), epsilon, .. } = self.settings;
         let correction = |beta: f64| 1.0 - beta.powi(self.step as i32);

@@ -219,7 +219,7 @@ fn adam_on_host<B: Backend>(
         exp_avg: &mut exp_avg,
         exp_avg_sq: &mut exp_avg_sq,
     };
-    adam.cpu_update(hyperparameters, step).apply(slices, cpu_adam::HalfCopy::None);
+    cpu_adam::AdamUpdate::new(adam, hyperparameters, step).apply(slices, cpu_adam::HalfCopy::None);
     let slots = [exp_avg, exp_avg_sq].map(|moment| bucket::tensor_from_vec(moment, &device)).into();
     (bucket::tensor_from_vec(parameter, &device).tensor(), OptimizerState { step, slots })
 }
