@@ -7,7 +7,7 @@ use burn::{
 };
 use burn_llama::{Checkpoint, Example, SequenceLayout, Tokenizer};
 use burn_peft::{AdapterModel, ForwardContext, LoraConfig, TargetModules, adapter, param};
-use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
+use burn_zero::{EngineConfig, optimizer::AdamW};
 use std::{error::Error, path::Path};
 
 type Train = Autodiff<Flex>;
@@ -20,18 +20,17 @@ fn main() -> Result<(), Box<dyn Error>> {
 
     let target_modules = TargetModules::Pattern("all-linear".into());
     let config = LoraConfig { r: 8, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
-    let mut model = adapter::attach_and_freeze(model, "default", &config)?;
+    let model = adapter::attach_and_freeze(model, "default", &config)?;
     println!("{} values are trained", param::count_trainable::<Train, _>(&model));
 
     let (prompt, answer) = (tokenizer.encode("The heart is", true)?, tokenizer.encode(" a pump of muscle.", false)?);
     let rows = [Example::new(&prompt, &answer, 512)];
     let (layout, weight) = (SequenceLayout::padded(&[rows[0].ids.len()]), 1.0 / rows[0].num_targets() as f32);
-    let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
+    let mut engine = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).init(model)?;
     for step in 1..=20 {
-        let batch = model.batch(&rows, &layout, weight, ForwardContext::default())?;
-        let loss = engine.forward_backward(&mut model, &batch)?;
-        engine.step(&mut model, 1e-3)?;
+        let batch = engine.model().batch(&rows, &layout, weight, ForwardContext::default())?;
+        let loss = engine.train_step(&batch, 1e-3)?;
         println!("step {step}: loss {loss:.4}");
     }
-    Ok(model.save_adapter("default", Path::new(out))?)
+    Ok(engine.into_model()?.save_adapter("default", Path::new(out))?)
 }

@@ -8,7 +8,7 @@ use burn::{
 };
 use burn_llama::{Checkpoint, Example, SequenceLayout, Tokenizer};
 use burn_peft::{ForwardContext, PromptConfig, adapter, param};
-use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
+use burn_zero::{EngineConfig, optimizer::AdamW};
 use std::{error::Error, path::Path};
 
 type Train = Autodiff<Flex>;
@@ -27,16 +27,15 @@ fn main() -> Result<(), Box<dyn Error>> {
     for (start, text) in [("random numbers", None), ("a text", Some(text.as_slice()))] {
         let mut model = base.clone();
         model.prompts = vec![model.new_prompt(&PromptConfig::prefix(16), text, 0)?];
-        let mut model = param::train_only(model, adapter::is_adapter);
-        let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
+        let model = param::train_only(model, adapter::is_adapter);
+        let mut engine = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).init(model)?;
         let mut losses = Vec::new();
         for _ in 0..=20 {
-            let batch = model.batch(&rows, &layout, weight, ForwardContext::default())?;
-            losses.push(engine.forward_backward(&mut model, &batch)?);
-            engine.step(&mut model, 5e-3)?;
+            let batch = engine.model().batch(&rows, &layout, weight, ForwardContext::default())?;
+            losses.push(engine.train_step(&batch, 5e-3)?);
         }
         println!("from {start}: loss {:.4} at first, {:.4} after 20 steps", losses[0], losses[20]);
-        model.prompts.iter().try_for_each(|prompt| prompt.save(Path::new(out)))?;
+        engine.model().prompts.iter().try_for_each(|prompt| prompt.save(Path::new(out)))?;
     }
     Ok(())
 }

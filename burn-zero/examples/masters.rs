@@ -14,7 +14,7 @@ use burn::{
     },
 };
 use burn_zero::{
-    Engine, Error, Sharding,
+    EngineConfig, Error, Sharding,
     comm::{Collectives, Communicator, ProcessGroup, mpi},
     ds_config::ZeroStage,
     estimate::MemoryEstimate,
@@ -78,23 +78,23 @@ impl<B: AutodiffBackend> TrainSegments<B> for Stack<B> {
 /// Returns the memory that a rank holds after the backward pass of the second step (gradients kept, or with `early`
 /// already applied), and the largest number of bytes of gradients at a time.
 fn measure(group: Box<dyn Communicator>, stage: ZeroStage, early: bool) -> Result<(MemoryEstimate, usize), Error> {
-    let engine = Engine::<TrainBackend>::new(AdamW::default(), None, Checkpointing::Full);
-    let mut engine = engine.in_world(group, Sharding { stage, bucket_size: SIZE * SIZE });
-    let (mut model, batch) = (stack(), Tensor::ones([1, SIZE], &Default::default()));
-    engine.forward_backward_step(&mut model, &batch, 1e-3)?;
+    let config = EngineConfig::new(AdamW::default()).with_checkpointing(Checkpointing::Full);
+    let config = config.with_communicator(group).with_sharding(Sharding { stage, bucket_size: SIZE * SIZE });
+    let (mut engine, batch) = (config.init(stack())?, Tensor::ones([1, SIZE], &Default::default()));
+    engine.forward_backward_step(&batch, 1e-3)?;
     if early {
-        engine.forward_backward_step(&mut model, &batch, 1e-3)?;
+        engine.forward_backward_step(&batch, 1e-3)?;
     } else {
-        engine.forward_backward(&mut model, &batch)?;
+        engine.forward_backward(&batch)?;
         // Wait for the buckets in flight.
         engine.barrier()?;
     }
-    Ok((engine.memory(&model), engine.peak_memory().gradients))
+    Ok((engine.memory(), engine.peak_memory().gradients))
 }
 
 /// Returns the expected bytes per weight: 2 + 4 + 12, or 2 + 12 with early updates, each part sharded from its stage
 /// on.
-fn expected_bytes(stage: ZeroStage, world: usize, (weight, gradient): (f64, f64)) -> f64 {
+fn expected_bytes(stage: ZeroStage, world: usize, weight: f64, gradient: f64) -> f64 {
     let divided = |bytes: f64, from: ZeroStage| if stage >= from { bytes / world as f64 } else { bytes };
     divided(weight, ZeroStage::Weights)
         + divided(gradient, ZeroStage::Gradients)
@@ -110,7 +110,7 @@ fn table(group: &mut ProcessGroup) -> Result<(), Error> {
             let per_weight = |bytes: u64| bytes as f64 / WEIGHTS as f64;
             let kinds = [memory.parameters, memory.gradients, memory.master, memory.moments].map(per_weight);
             let total = per_weight(memory.total());
-            let expected = expected_bytes(stage, world, (2.0, if early { 0.0 } else { 4.0 }));
+            let expected = expected_bytes(stage, world, 2.0, if early { 0.0 } else { 4.0 });
             assert!((total / expected - 1.0).abs() < 0.02, "{stage:?}, early {early}: {total}, expected {expected}");
             let [weights, gradients, master, moments] = kinds.map(|bytes| format!("{bytes:.3}"));
             lines.push(format!(
@@ -118,7 +118,7 @@ fn table(group: &mut ProcessGroup) -> Result<(), Error> {
                  {:.3} | {:.3} |",
                 u8::from(stage),
                 if early { ", early updates" } else { "" },
-                expected_bytes(stage, world, (2.0, 2.0)),
+                expected_bytes(stage, world, 2.0, 2.0),
                 per_weight(live as u64),
             ));
         }

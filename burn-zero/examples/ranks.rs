@@ -17,7 +17,7 @@ use burn::{
     },
 };
 use burn_zero::{
-    Engine, Error, MemoryTier, Sharding,
+    Engine, EngineConfig, Error, MemoryTier, Sharding,
     comm::{Collectives, Communicator, ProcessGroup, mpi},
     ds_config::ZeroStage,
     optimizer::AdamW,
@@ -155,34 +155,34 @@ fn values(model: &Stack<TrainBackend>) -> Vec<f32> {
     values.0
 }
 
-fn engine(max_grad_norm: Option<f64>) -> Engine<TrainBackend> {
-    Engine::new(AdamW::default(), max_grad_norm, Checkpointing::All)
+fn config(max_grad_norm: Option<f64>) -> EngineConfig {
+    EngineConfig::new(AdamW::default()).with_max_grad_norm(max_grad_norm).with_checkpointing(Checkpointing::All)
 }
 
-/// Returns the parameters after ten steps, and the numbers of gradient and weight elements sent until then. With
-/// `early` and without clipping, the parameters are updated during the last backward pass of a step.
+/// Returns the parameters after ten steps of the micro-batches `micros` of this rank, and the numbers of gradient and
+/// weight elements sent until then. With `in_backward` and without clipping, the parameters are updated during the last
+/// backward pass of a step.
 fn train(
-    shape: ModelVariant,
-    mut engine: Engine<TrainBackend>,
-    (micros, early): (&[usize], bool),
+    mut engine: Engine<TrainBackend, Stack<TrainBackend>>,
+    micros: &[usize],
+    in_backward: bool,
     world: usize,
 ) -> Result<(Vec<f32>, [u64; 2]), Error> {
-    let mut model = shape.stack();
     let (last, others) = micros.split_last().expect("a step has a micro-batch");
     for step in 0..STEPS {
         let rows = |micro| rows(step * world + micro);
         for &micro in others {
-            engine.forward_backward(&mut model, &rows(micro))?;
+            engine.forward_backward(&rows(micro))?;
         }
-        if early {
-            engine.forward_backward_step(&mut model, &rows(*last), 1e-3)?;
+        if in_backward {
+            engine.forward_backward_step(&rows(*last), 1e-3)?;
         } else {
-            engine.forward_backward(&mut model, &rows(*last))?;
-            engine.step(&mut model, 1e-3)?;
+            engine.forward_backward(&rows(*last))?;
+            engine.step(1e-3)?;
         }
     }
     let traffic = engine.traffic();
-    let found = engine.with_full_params(&model, values)?;
+    let found = engine.with_full_params(values)?;
     if let Some(folder) = std::env::var_os("TRACE") {
         let path = Path::new(&folder).join(format!("rank-{}-of-{world}.json", engine.rank()));
         engine.trace().write(&path, engine.rank())?;
@@ -211,13 +211,14 @@ fn stages(group: &mut ProcessGroup) -> Result<(), Error> {
     let shapes = [(false, false), (true, false), (false, true), (true, true)];
     for ((tied, frozen), clip) in shapes.into_iter().flat_map(|shape| [(shape, Some(0.5)), (shape, None)]) {
         let shape = ModelVariant { tied, frozen };
-        let (expected, _) = train(shape, engine(clip), (&everyone, false), world)?;
+        let (expected, _) = train(config(clip).init(shape.stack())?, &everyone, false, world)?;
         for tier in [MemoryTier::Device, MemoryTier::Host, MemoryTier::File(folder.clone())] {
             for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
                 let what = format!("{shape:?}, clipped to {clip:?}, {tier:?}, {stage:?}, rank {rank} of {world}");
-                let engine = engine(clip).in_world(group.split(0, rank)?, Sharding { stage, bucket_size: BUCKET });
-                let engine = engine.with_weights_in(tier.clone()).with_optimizer_states_in(&tier)?;
-                let (found, sent) = train(shape, engine, (&[rank], true), world)?;
+                let config = config(clip).with_communicator(group.split(0, rank)?);
+                let config = config.with_sharding(Sharding { stage, bucket_size: BUCKET });
+                let config = config.with_weights_in(tier.clone()).with_optimizer_states_in(tier.clone());
+                let (found, sent) = train(config.init(shape.stack())?, &[rank], true, world)?;
                 let apart = found.iter().zip(&expected).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
                 assert_eq!((found.len(), apart), (expected.len(), 0), "values that differ: {what}");
                 let steps = STEPS as u64;
@@ -266,8 +267,9 @@ fn collectives(group: &mut ProcessGroup) -> Result<(), Error> {
 fn until_lost(group: ProcessGroup, kill: bool) -> Result<(), Error> {
     let rank = group.rank();
     let sharding = Sharding { stage: ZeroStage::Gradients, bucket_size: BUCKET };
-    let mut engine = engine(Some(0.5)).in_world(Box::new(group.with_deadline(Duration::from_secs(5))), sharding);
-    let mut model = ModelVariant { tied: true, frozen: false }.stack();
+    let communicator = Box::new(group.with_deadline(Duration::from_secs(5)));
+    let config = config(Some(0.5)).with_communicator(communicator).with_sharding(sharding);
+    let mut engine = config.init(ModelVariant { tied: true, frozen: false }.stack())?;
     for step in 0..1_000_000 {
         if rank == 1 && step == 20 {
             if kill {
@@ -275,8 +277,7 @@ fn until_lost(group: ProcessGroup, kill: bool) -> Result<(), Error> {
             }
             std::thread::sleep(Duration::from_secs(25));
         }
-        engine.forward_backward(&mut model, &rows(step))?;
-        engine.step(&mut model, 1e-3)?;
+        engine.train_step(&rows(step), 1e-3)?;
     }
     Ok(())
 }

@@ -2,14 +2,17 @@
 
 use crate::{
     segment::DynTensor,
-    sharding::{Bucket, ParamShard, ShardLayout},
+    sharding::{Bucket, ParamOffset, ParamShard, ShardLayout},
 };
-use burn::tensor::{DType, TensorData, backend::Backend};
+use burn::{
+    module::ParamId,
+    tensor::{DType, TensorData, backend::Backend},
+};
 use half::{bf16, f16};
 
 /// Flattens full parameters into the f32 buffer of a bucket; a parameter without a value is filled with zeros.
 pub(crate) fn flatten<B: Backend>(bucket: &Bucket, mut values: impl FnMut(usize) -> Option<DynTensor<B>>) -> Vec<f32> {
-    if let &[(parameter, _)] = bucket.param_offsets.as_slice() {
+    if let &[ParamOffset { parameter, .. }] = bucket.param_offsets.as_slice() {
         // Reuse the tensor's own buffer if possible: the only parameter of a bucket may be the largest tensor of the
         // model.
         let mut flat = values(parameter).map_or_else(Vec::new, to_host);
@@ -17,10 +20,10 @@ pub(crate) fn flatten<B: Backend>(bucket: &Bucket, mut values: impl FnMut(usize)
         return flat;
     }
     let mut flat = vec![0.0; bucket.length];
-    for &(parameter, start) in &bucket.param_offsets {
+    for &ParamOffset { parameter, offset } in &bucket.param_offsets {
         let Some(value) = values(parameter) else { continue };
         let data = value.into_f32().flatten().into_data();
-        flat[start..start + data.num_elements()].iter_mut().zip(data.iter::<f32>()).for_each(|(to, from)| *to = from);
+        flat[offset..offset + data.num_elements()].iter_mut().zip(data.iter::<f32>()).for_each(|(to, from)| *to = from);
     }
     flat
 }
@@ -47,21 +50,21 @@ pub(crate) fn unpack_parameters<B: Backend>(
     bucket: &Bucket,
     mut bytes: Vec<u8>,
     device: &B::Device,
-) -> Vec<(usize, DynTensor<B>)> {
+) -> Vec<(ParamId, DynTensor<B>)> {
     let size = bucket.dtype.size();
-    if let &[(parameter, _)] = bucket.param_offsets.as_slice() {
+    if let &[ParamOffset { parameter, .. }] = bucket.param_offsets.as_slice() {
         // Reuse the received buffer: the only parameter of a bucket may be the largest tensor of the model.
         let known = &layout.parameters[parameter];
         bytes.truncate(known.elements() * size);
         let data = TensorData::from_bytes_vec(bytes, known.dims.clone(), bucket.dtype);
-        return vec![(parameter, DynTensor::from_primitive(B::float_from_data(data, device)))];
+        return vec![(known.id, DynTensor::from_primitive(B::float_from_data(data, device)))];
     }
-    let whole = |&(parameter, start): &(usize, usize)| {
+    let unpack = |&ParamOffset { parameter, offset }: &ParamOffset| {
         let known = &layout.parameters[parameter];
-        let bytes = &bytes[start * size..][..known.elements() * size];
-        (parameter, tensor_from_bytes(bytes, &known.dims, bucket.dtype, device))
+        let bytes = &bytes[offset * size..][..known.elements() * size];
+        (known.id, tensor_from_bytes(bytes, &known.dims, bucket.dtype, device))
     };
-    bucket.param_offsets.iter().map(whole).collect()
+    bucket.param_offsets.iter().map(unpack).collect()
 }
 
 /// Creates a tensor from little-endian bytes, with a buffer of its own.

@@ -47,9 +47,9 @@ pub(crate) struct GatherStep {
 /// backward pass.
 pub(crate) fn gather_schedule(layout: &ShardLayout, checkpointing: Checkpointing) -> Vec<GatherStep> {
     let (segments, first) = (layout.num_segments, layout.first_trainable_segment());
-    let visit = |direction| move |segment| GatherStep { direction, segment, gather: Vec::new(), release: Vec::new() };
-    let forward = (0..segments).map(visit(Direction::Forward));
-    let mut all: Vec<GatherStep> = forward.chain((first..segments).rev().map(visit(Direction::Backward))).collect();
+    let step = |direction| move |segment| GatherStep { direction, segment, gather: Vec::new(), release: Vec::new() };
+    let forward = (0..segments).map(step(Direction::Forward));
+    let mut all: Vec<GatherStep> = forward.chain((first..segments).rev().map(step(Direction::Backward))).collect();
     let backward = |segment: usize| segments + (segments - 1 - segment);
     for (index, bucket) in layout.buckets.iter().enumerate() {
         let uses = &bucket.segments;
@@ -74,7 +74,7 @@ pub(crate) fn gather_schedule(layout: &ShardLayout, checkpointing: Checkpointing
 /// An all-gather of a bucket whose result is still to come.
 pub(crate) enum PendingGather<B: Backend> {
     /// The shards are already the full parameters, so no communication is needed.
-    Local(Vec<(ParamShard, DynTensor<B>)>),
+    Local(ShardTensors<B>),
     /// The bytes of the full bucket, not yet received.
     InFlight(Pending<Vec<u8>>),
 }
@@ -84,14 +84,14 @@ pub(crate) enum PendingGather<B: Backend> {
 pub(crate) fn start_all_gather<B: Backend>(
     layout: &ShardLayout,
     bucket: &Bucket,
-    pieces: Vec<(ParamShard, DynTensor<B>)>,
-    queue: &AsyncCommunicator,
+    shards: ShardTensors<B>,
+    communicator: &AsyncCommunicator,
 ) -> PendingGather<B> {
     if layout.num_shards == 1 {
-        return PendingGather::Local(pieces);
+        return PendingGather::Local(shards);
     }
-    let (bytes, size) = (bucket::pack_shard(layout, bucket, &pieces), bucket.dtype.size());
-    PendingGather::InFlight(queue.submit("all_gather", move |group| group.all_gather_bytes(&bytes, size)))
+    let (bytes, size) = (bucket::pack_shard(layout, bucket, &shards), bucket.dtype.size());
+    PendingGather::InFlight(communicator.submit("all_gather", move |group| group.all_gather_bytes(&bytes, size)))
 }
 
 impl<B: Backend> PendingGather<B> {
@@ -101,13 +101,14 @@ impl<B: Backend> PendingGather<B> {
         layout: &ShardLayout,
         bucket: &Bucket,
         device: &B::Device,
-    ) -> Result<Vec<(usize, DynTensor<B>)>, Error> {
+    ) -> Result<Vec<(ParamId, DynTensor<B>)>, Error> {
         match self {
-            Self::Local(pieces) => {
-                let whole = |(shard, value): (ParamShard, DynTensor<B>)| {
-                    (shard.parameter, value.reshape(&layout.parameters[shard.parameter].dims))
+            Self::Local(shards) => {
+                let full = |(shard, value): (ParamShard, DynTensor<B>)| {
+                    let parameter = &layout.parameters[shard.parameter];
+                    (parameter.id, value.reshape(&parameter.dims))
                 };
-                Ok(pieces.into_iter().map(whole).collect())
+                Ok(shards.into_iter().map(full).collect())
             }
             Self::InFlight(pending) => Ok(bucket::unpack_parameters(layout, bucket, pending.wait()?, device)),
         }
@@ -165,16 +166,16 @@ impl<'a, B: AutodiffBackend, M: Module<B>> GatheredModel<'a, B, M> {
         model: M,
         weights: &'a mut WeightShards<B::InnerBackend>,
         context: ShardContext<'a, B::InnerBackend>,
-        (checkpointing, ahead): (Checkpointing, usize),
+        checkpointing: Checkpointing,
+        prefetch: usize,
     ) -> Self {
-        let visits = gather_schedule(context.layout, checkpointing);
         Self {
             model: Some(model),
             weights,
             context,
-            schedule: visits,
+            schedule: gather_schedule(context.layout, checkpointing),
             next_step: 0,
-            prefetch: ahead,
+            prefetch,
             in_flight: HashMap::new(),
             live_bytes: 0,
             peak_bytes: 0,
@@ -185,9 +186,9 @@ impl<'a, B: AutodiffBackend, M: Module<B>> GatheredModel<'a, B, M> {
         self.model = self.model.take().map(|model| model.map(mapper));
     }
 
-    fn prefetch_step(&mut self, visit: usize) {
-        let Some(visit) = self.schedule.get(visit) else { return };
-        for &index in &visit.gather {
+    fn prefetch_step(&mut self, step: usize) {
+        let Some(step) = self.schedule.get(step) else { return };
+        for &index in &step.gather {
             if !self.in_flight.contains_key(&index) {
                 let gathering = self.weights.gather(self.context.layout, index, self.context.communicator);
                 self.in_flight.insert(index, gathering);
@@ -210,16 +211,15 @@ impl<B: AutodiffBackend, M: Module<B>> WeightProvider<M> for GatheredModel<'_, B
     }
 
     fn fetch_segment(&mut self, direction: Direction, segment: usize) -> Result<(), Error> {
-        let visit = &self.schedule[self.next_step];
-        assert_eq!((visit.direction, visit.segment), (direction, segment), "the driver follows the gather schedule");
-        let due = visit.gather.clone();
+        let step = &self.schedule[self.next_step];
+        assert_eq!((step.direction, step.segment), (direction, segment), "the driver follows the gather schedule");
+        let due = step.gather.clone();
         self.prefetch_step(self.next_step);
         let ShardContext { layout, device, .. } = self.context;
         let mut values = HashMap::new();
         for index in due {
             let gathering = self.in_flight.remove(&index).expect("the gathering was started above at the latest");
-            let whole = gathering.wait(layout, &layout.buckets[index], device)?;
-            values.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
+            values.extend(gathering.wait(layout, &layout.buckets[index], device)?);
         }
         for next in 1..=self.prefetch {
             self.prefetch_step(self.next_step + next);
@@ -234,8 +234,8 @@ impl<B: AutodiffBackend, M: Module<B>> WeightProvider<M> for GatheredModel<'_, B
         let release = std::mem::take(&mut self.schedule[self.next_step].release);
         self.next_step += 1;
         let layout = self.context.layout;
-        let slots = release.iter().flat_map(|&index| &layout.buckets[index].param_offsets);
-        let ids: HashSet<ParamId> = slots.map(|&(parameter, _)| layout.parameters[parameter].id).collect();
+        let parameters = release.iter().flat_map(|&index| layout.buckets[index].parameters());
+        let ids: HashSet<ParamId> = parameters.map(|index| layout.parameters[index].id).collect();
         self.live_bytes -= release.iter().map(|&index| bucket_bytes(&layout.buckets[index])).sum::<usize>();
         if !ids.is_empty() {
             self.map(&mut TakeParams { layout, selects: |id| ids.contains(&id), values: HashMap::new() });
@@ -267,10 +267,10 @@ impl<B: AutodiffBackend, F: Fn(ParamId) -> bool> ModuleMapper<B> for TakeParams<
             return param;
         };
         let (id, tensor, mapper) = param.consume();
-        let shell =
+        let placeholder =
             Tensor::empty([1; D], (&tensor.device(), tensor.dtype())).set_require_grad(tensor.is_require_grad());
         self.values.insert(index, DynTensor::new(tensor.inner()));
-        Param::from_mapped_value(id, shell, mapper)
+        Param::from_mapped_value(id, placeholder, mapper)
     }
 }
 
@@ -282,8 +282,8 @@ pub(crate) struct PutParams<B: Backend> {
 impl<B: AutodiffBackend> ModuleMapper<B> for PutParams<B::InnerBackend> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let Some(value) = self.values.remove(&param.id) else { return param };
-        let (id, shell, mapper) = param.consume();
-        let tensor = Tensor::from_inner(value.tensor()).set_require_grad(shell.is_require_grad());
+        let (id, placeholder, mapper) = param.consume();
+        let tensor = Tensor::from_inner(value.tensor()).set_require_grad(placeholder.is_require_grad());
         Param::from_mapped_value(id, tensor, mapper)
     }
 }

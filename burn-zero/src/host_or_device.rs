@@ -2,6 +2,7 @@
 
 use crate::{bucket, segment::DynTensor};
 use burn::tensor::backend::Backend;
+use std::iter::Sum;
 
 /// The flat f32 values of a shard, on the device or in host memory.
 #[derive(Debug, Clone)]
@@ -10,6 +11,25 @@ pub(crate) enum HostOrDevice<B: Backend> {
     Device(DynTensor<B>),
     /// In host memory.
     Host(Vec<f32>),
+}
+
+/// A number of bytes on the device and a number of bytes in host memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct DeviceHostBytes {
+    pub device: usize,
+    pub host: usize,
+}
+
+impl DeviceHostBytes {
+    pub fn total(self) -> usize {
+        self.device + self.host
+    }
+}
+
+impl Sum for DeviceHostBytes {
+    fn sum<I: Iterator<Item = Self>>(terms: I) -> Self {
+        terms.fold(Self::default(), |a, b| Self { device: a.device + b.device, host: a.host + b.host })
+    }
 }
 
 impl<B: Backend> HostOrDevice<B> {
@@ -29,11 +49,11 @@ impl<B: Backend> HostOrDevice<B> {
         }
     }
 
-    /// Returns the bytes on the device and the bytes in host memory.
-    pub fn device_and_host_bytes(&self) -> (usize, usize) {
+    /// Returns the bytes of the values.
+    pub fn device_and_host_bytes(&self) -> DeviceHostBytes {
         match self {
-            Self::Device(value) => (value.bytes(), 0),
-            Self::Host(values) => (0, size_of_val(values.as_slice())),
+            Self::Device(value) => DeviceHostBytes { device: value.bytes(), host: 0 },
+            Self::Host(values) => DeviceHostBytes { device: 0, host: size_of_val(values.as_slice()) },
         }
     }
 }

@@ -29,8 +29,8 @@
 //!
 //! | what | where |
 //! |---|---|
-//! | training on one rank, ZeRO stages 0 to 3, checkpoints that a world of any size resumes | [`Engine`] |
-//! | optimizer states on the host or in a file | [`Engine::with_optimizer_states_in`] |
+//! | training on one rank, ZeRO stages 0 to 3, checkpoints that a world of any size resumes | [`EngineConfig`], [`Engine`] |
+//! | optimizer states on the host or in a file | [`EngineConfig::with_optimizer_states_in`] |
 //! | ZeRO stages 0 to 2 for a plain Burn loop | [`ShardedOptimizer`] |
 //! | ranks as threads, as processes under `mpirun` (feature `mpi`) | [`comm`] |
 //! | the settings of DeepSpeed and FSDP | [`ds_config`] |
@@ -70,7 +70,7 @@ mod stage;
 mod trace;
 mod worker;
 
-pub use engine::{Engine, StepReport, consolidate, restore_weights};
+pub use engine::{Engine, EngineConfig, StepReport, consolidate, restore_weights};
 pub use error::{CheckpointError, CommError, ConfigError, Error, NumericError};
 pub use offload::{MemoryTier, OffloadDevice};
 pub use reduce::PeakMemory;

@@ -26,7 +26,7 @@
 use crate::{
     ConfigError, Error,
     optimizer::{
-        EightBitMoments, Hyperparameters, LEAST_8BIT, Optimizer,
+        EightBitMoments, Hyperparameters, MIN_8BIT_SIZE, Optimizer,
         cpu_adam::{AdamSlices, AdamUpdate, HalfCopy},
     },
 };
@@ -82,6 +82,14 @@ enum MomentStorage {
     },
 }
 
+/// A parameter to which a shard belongs.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ParamRef {
+    pub id: ParamId,
+    /// The number of values of the full parameter.
+    pub elements: usize,
+}
+
 /// A saved optimizer state: the number of updates, both moments, and the block scales of 8-bit moments.
 pub(crate) struct StateSnapshot {
     pub step: usize,
@@ -96,7 +104,7 @@ impl OffloadedStates {
     /// Returns [`ConfigError::InvalidValue`] for an optimizer that cannot run on the host, [`Error::Io`] if the file
     /// cannot be created.
     pub fn new(optimizer: Optimizer, tier: &MemoryTier, rank: usize) -> Result<Self, Error> {
-        if optimizer.adam_settings().is_none() {
+        if optimizer.adam_variant().is_none() {
             let (expected, found) = ("Adam or AdamW if optimizer states are offloaded", format!("{optimizer:?}"));
             return Err(ConfigError::invalid_value("optimizer", expected, found).into());
         }
@@ -107,9 +115,9 @@ impl OffloadedStates {
         Ok(Self { optimizer, file, states: HashMap::new(), read_error: RefCell::default() })
     }
 
-    /// Returns the initial moments of a shard of `n` values; the full parameter has `full_len` values.
-    fn initial_moments(&mut self, n: usize, full_len: usize) -> Result<MomentStorage, Error> {
-        if matches!(self.optimizer, Optimizer::AdamW8bit(_)) && full_len >= LEAST_8BIT {
+    /// Returns the initial moments of a shard of `n` values of a parameter.
+    fn initial_moments(&mut self, n: usize, parameter: ParamRef) -> Result<MomentStorage, Error> {
+        if matches!(self.optimizer, Optimizer::AdamW8bit(_)) && parameter.elements >= MIN_8BIT_SIZE {
             return Ok(MomentStorage::EightBit(EightBitMoments::new(n)));
         }
         match &mut self.file {
@@ -118,32 +126,32 @@ impl OffloadedStates {
         }
     }
 
-    /// Updates a flat f32 shard in place; the full parameter has `full_len` values.
+    /// Updates a flat f32 shard of a parameter in place.
     pub fn update(
         &mut self,
-        (id, full_len): (ParamId, usize),
-        rates: Hyperparameters,
-        (parameter, gradient): (&mut [f32], &[f32]),
+        parameter: ParamRef,
+        hyperparameters: Hyperparameters,
+        values: &mut [f32],
+        gradient: &[f32],
     ) -> Result<(), Error> {
-        let mut state = match self.states.remove(&id) {
+        let mut state = match self.states.remove(&parameter.id) {
             Some(state) => state,
-            None => OffloadedState { step: 0, moments: self.initial_moments(parameter.len(), full_len)? },
+            None => OffloadedState { step: 0, moments: self.initial_moments(values.len(), parameter)? },
         };
         state.step += 1;
-        let (settings, decoupled) = self.optimizer.adam_settings().expect("checked by the constructor");
-        let Hyperparameters { lr, weight_decay, grad_scale: scale } = rates;
-        let update = AdamUpdate { settings, decoupled, lr, weight_decay, grad_scale: scale, step: state.step };
+        let adam = self.optimizer.adam_variant().expect("checked by the constructor");
+        let update = AdamUpdate::new(adam, hyperparameters, state.step);
         match &mut state.moments {
             MomentStorage::Memory { exp_avg, exp_avg_sq } => {
-                update.apply(AdamSlices { parameter, gradient, exp_avg, exp_avg_sq }, HalfCopy::None);
+                update.apply(AdamSlices { parameter: values, gradient, exp_avg, exp_avg_sq }, HalfCopy::None);
             }
-            MomentStorage::EightBit(codes) => codes.apply(&update, parameter, gradient),
+            MomentStorage::EightBit(codes) => codes.apply(&update, values, gradient),
             MomentStorage::File { start, .. } => {
                 let file = self.file.as_mut().expect("the state is in the file");
-                file.update(*start, &update, (parameter, gradient))?;
+                file.update(*start, &update, values, gradient)?;
             }
         }
-        self.states.insert(id, state);
+        self.states.insert(parameter.id, state);
         Ok(())
     }
 
@@ -191,9 +199,9 @@ impl OffloadedStates {
     }
 
     /// Loads a saved state.
-    pub fn restore(&mut self, (id, full_len): (ParamId, usize), saved: StateSnapshot) -> Result<(), Error> {
+    pub fn restore(&mut self, parameter: ParamRef, saved: StateSnapshot) -> Result<(), Error> {
         let StateSnapshot { step, moments: [exp_avg, exp_avg_sq], scales } = saved;
-        let moments = match self.initial_moments(exp_avg.len(), full_len)? {
+        let moments = match self.initial_moments(exp_avg.len(), parameter)? {
             MomentStorage::Memory { .. } => MomentStorage::Memory { exp_avg, exp_avg_sq },
             MomentStorage::EightBit(_) => {
                 let scales = scales.as_ref().map(|[first, second]| [first.as_slice(), second.as_slice()]);
@@ -205,7 +213,7 @@ impl OffloadedStates {
                 MomentStorage::File { start, length }
             }
         };
-        self.states.insert(id, OffloadedState { step, moments });
+        self.states.insert(parameter.id, OffloadedState { step, moments });
         Ok(())
     }
 

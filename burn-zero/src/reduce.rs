@@ -8,7 +8,7 @@
 use crate::{
     Error, bucket,
     comm::{AsyncCommunicator, Collectives, Lane, Pending},
-    host_or_device::HostOrDevice,
+    host_or_device::{DeviceHostBytes, HostOrDevice},
     segment::{DynTensor, Gradient},
     sharding::{Bucket, ParamShard, ShardLayout},
     stage::ZeroStage,
@@ -25,8 +25,8 @@ pub(crate) struct GradientReducer<B: Backend> {
     unreduced: HashMap<usize, DynTensor<B>>,
     /// This rank's shards of reduced buckets.
     reduced_shards: HashMap<usize, Vec<f32>>,
-    /// The buckets in flight, oldest first, each with the bytes of this rank's shard.
-    pending: VecDeque<(usize, usize, Pending<Vec<f32>>)>,
+    /// The buckets in flight, oldest first.
+    pending: VecDeque<InFlightReduction>,
     /// For each parameter, true if this rank had a gradient.
     has_gradient: Vec<bool>,
     /// Bytes of the buckets in flight.
@@ -34,6 +34,15 @@ pub(crate) struct GradientReducer<B: Backend> {
     /// Bytes that have been [taken](Self::take_bucket) and wait for their update.
     pub updating_bytes: usize,
     pub peak: PeakMemory,
+}
+
+/// A bucket whose reduction has been started.
+struct InFlightReduction {
+    /// The index of the bucket.
+    bucket: usize,
+    /// The bytes of this rank's shard.
+    shard_bytes: usize,
+    result: Pending<Vec<f32>>,
 }
 
 /// The largest number of bytes that were in use at a time.
@@ -80,15 +89,14 @@ impl<B: Backend> GradientReducer<B> {
 
     /// Returns the bytes of all gradients, without the buffers of buckets in flight.
     pub fn bytes(&self) -> usize {
-        let (whole, parts) = self.device_and_host_bytes();
-        whole + parts
+        self.device_and_host_bytes().total()
     }
 
     /// Returns the bytes of full gradients on the device, and of this rank's shards in host memory.
-    pub fn device_and_host_bytes(&self) -> (usize, usize) {
-        let parts: usize = self.reduced_shards.values().map(|part| part.len() * 4).sum();
-        let parts = parts + self.pending.iter().map(|(_, bytes, _)| bytes).sum::<usize>();
-        (self.unreduced.values().map(DynTensor::bytes).sum(), parts)
+    pub fn device_and_host_bytes(&self) -> DeviceHostBytes {
+        let reduced: usize = self.reduced_shards.values().map(|shard| shard.len() * 4).sum();
+        let in_flight: usize = self.pending.iter().map(|reduction| reduction.shard_bytes).sum();
+        DeviceHostBytes { device: self.unreduced.values().map(DynTensor::bytes).sum(), host: reduced + in_flight }
     }
 
     /// Returns the gradients that have not been reduced yet, by parameter index.
@@ -120,24 +128,21 @@ impl<B: Backend> GradientReducer<B> {
         index: usize,
         communicator: &AsyncCommunicator,
     ) -> Result<(), Error> {
-        while self.pending.len() >= MAX_IN_FLIGHT || self.pending.iter().any(|(other, ..)| *other == index) {
+        while self.pending.len() >= MAX_IN_FLIGHT || self.is_in_flight(index) {
             self.wait_oldest(layout)?;
         }
         let bucket = layout.buckets[index].clone();
         let num_shards = layout.num_shards;
-        let taken = bucket
-            .param_offsets
-            .iter()
-            .filter_map(|(parameter, _)| Some((*parameter, self.unreduced.remove(parameter)?)));
-        let mut whole: HashMap<usize, DynTensor<B>> = taken.collect();
+        let taken = bucket.parameters().filter_map(|parameter| Some((parameter, self.unreduced.remove(&parameter)?)));
+        let mut full: HashMap<usize, DynTensor<B>> = taken.collect();
         self.in_flight_bytes += bucket.length * 4;
         self.peak.buckets = self.peak.buckets.max(self.in_flight_bytes);
         let trace = communicator.trace().clone();
         let mut flatten = move |bucket: &Bucket| {
-            let flat = || bucket::flatten(bucket, |parameter| whole.remove(&parameter));
+            let flat = || bucket::flatten(bucket, |parameter| full.remove(&parameter));
             trace.numbered_span("to the host", index, Lane::Transfer, flat)
         };
-        let pending = if num_shards == 1 && communicator.world_size() > 1 {
+        let result = if num_shards == 1 && communicator.world_size() > 1 {
             communicator.submit("all_reduce", move |group| {
                 let mut flat = flatten(&bucket);
                 group.all_reduce(&mut flat).map(|()| flat)
@@ -147,19 +152,24 @@ impl<B: Backend> GradientReducer<B> {
             communicator.submit("reduce_scatter", move |group| {
                 let flat = flatten(&bucket);
                 // Adding to -0 leaves any value unchanged, including the sign of zero.
-                let mut part = shard.unwrap_or_else(|| vec![-0.0; bucket.length / num_shards]);
-                group.reduce_scatter_accumulate(&flat, &mut part).map(|()| part)
+                let mut shard = shard.unwrap_or_else(|| vec![-0.0; bucket.length / num_shards]);
+                group.reduce_scatter_accumulate(&flat, &mut shard).map(|()| shard)
             })
         };
-        self.pending.push_back((index, layout.buckets[index].length / num_shards * 4, pending));
+        let shard_bytes = layout.buckets[index].length / num_shards * 4;
+        self.pending.push_back(InFlightReduction { bucket: index, shard_bytes, result });
         Ok(())
+    }
+
+    fn is_in_flight(&self, bucket: usize) -> bool {
+        self.pending.iter().any(|reduction| reduction.bucket == bucket)
     }
 
     /// Waits for the oldest bucket in flight.
     fn wait_oldest(&mut self, layout: &ShardLayout) -> Result<(), Error> {
-        let Some((index, _, pending)) = self.pending.pop_front() else { return Ok(()) };
-        self.reduced_shards.insert(index, pending.wait()?);
-        self.in_flight_bytes -= layout.buckets[index].length * 4;
+        let Some(InFlightReduction { bucket, result, .. }) = self.pending.pop_front() else { return Ok(()) };
+        self.reduced_shards.insert(bucket, result.wait()?);
+        self.in_flight_bytes -= layout.buckets[bucket].length * 4;
         Ok(())
     }
 
@@ -176,7 +186,8 @@ impl<B: Backend> GradientReducer<B> {
     pub fn finish(
         mut self,
         layout: &ShardLayout,
-        (stage, communicator): (ZeroStage, &AsyncCommunicator),
+        stage: ZeroStage,
+        communicator: &AsyncCommunicator,
         device: Option<&B::Device>,
     ) -> Result<HashMap<usize, ShardGradients<B>>, Error> {
         let alone = communicator.world_size() == 1;
@@ -195,18 +206,20 @@ impl<B: Backend> GradientReducer<B> {
         index: usize,
         device: Option<&B::Device>,
     ) -> Result<ShardGradients<B>, Error> {
-        while self.pending.iter().any(|(under_way, ..)| *under_way == index) {
+        while self.is_in_flight(index) {
             self.wait_oldest(layout)?;
         }
         let bucket_shard = self.reduced_shards.remove(&index);
         let gradient = |shard: ParamShard| {
-            let own = |part: &Vec<f32>| part[shard.offset..shard.offset + shard.range.len()].to_vec();
+            let slice = |reduced: &Vec<f32>| reduced[shard.offset..shard.offset + shard.range.len()].to_vec();
             let value = match (&bucket_shard, device) {
-                (Some(part), Some(device)) => Some(HostOrDevice::Device(bucket::tensor_from_vec(own(part), device))),
-                (Some(part), None) => Some(HostOrDevice::Host(own(part))),
+                (Some(reduced), Some(device)) => {
+                    Some(HostOrDevice::Device(bucket::tensor_from_vec(slice(reduced), device)))
+                }
+                (Some(reduced), None) => Some(HostOrDevice::Host(slice(reduced))),
                 (None, _) => {
-                    let whole = self.unreduced.remove(&shard.parameter);
-                    whole.map(|whole| HostOrDevice::Device(DynTensor::new(whole.flatten())))
+                    let full = self.unreduced.remove(&shard.parameter);
+                    full.map(|full| HostOrDevice::Device(DynTensor::new(full.flatten())))
                 }
             };
             (shard, value)

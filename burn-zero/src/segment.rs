@@ -197,7 +197,7 @@ pub fn forward_backward<B: AutodiffBackend, M: TrainSegments<B>>(
         Ok(())
     };
     let trace = Trace::default();
-    match forward_backward_with(&mut ResidentModel::new(model), batch, (checkpointing, &trace), &mut each) {
+    match forward_backward_with(&mut ResidentModel::new(model), batch, checkpointing, &trace, &mut each) {
         Ok(loss) => loss,
         Err(error) => unreachable!("neither a resident model nor this hook can fail: {error}"),
     }
@@ -212,18 +212,19 @@ pub(crate) type PostBackwardHook<'a, B, S> =
 pub(crate) fn forward_backward_with<B: AutodiffBackend, M: TrainSegments<B>, S: WeightProvider<M>>(
     source: &mut S,
     batch: &<M as Segments<B>>::Batch,
-    (checkpointing, trace): (Checkpointing, &Trace),
+    checkpointing: Checkpointing,
+    trace: &Trace,
     hook: &mut PostBackwardHook<B, S>,
 ) -> Result<DynTensor<B::InnerBackend>, Error> {
     let (plan, segments) = (BackwardPlan::new(source.model()), source.model().segments());
-    let (loss, mut saved) = forward(source, batch, (checkpointing, trace), &plan)?;
+    let (loss, mut saved) = forward(source, batch, checkpointing, trace, &plan)?;
     let mut pending = HashMap::new();
     let mut upstream = None; // None stands for a gradient of ones: the loss.
     for segment in (plan.first_trainable..segments).rev() {
         source.fetch_segment(Direction::Backward, segment)?;
         let saved = saved.pop().expect("one entry was saved for each segment with a graph");
-        let walk = || backward(source.model(), batch, segment, (saved, upstream));
-        let (grads, inputs) = trace.numbered_span("backward", segment, Lane::Compute, walk);
+        let run = || backward(source.model(), batch, segment, saved, upstream);
+        let (grads, inputs) = trace.numbered_span("backward", segment, Lane::Compute, run);
         let mut collect = SegmentGradientCollector {
             plan: &plan,
             segment,
@@ -255,7 +256,8 @@ type ForwardOutput<B> = (DynTensor<<B as AutodiffBackend>::InnerBackend>, Vec<Sa
 fn forward<B: AutodiffBackend, M: TrainSegments<B>, S: WeightProvider<M>>(
     source: &mut S,
     batch: &<M as Segments<B>>::Batch,
-    (checkpointing, trace): (Checkpointing, &Trace),
+    checkpointing: Checkpointing,
+    trace: &Trace,
     plan: &BackwardPlan,
 ) -> Result<ForwardOutput<B>, Error> {
     let segments = source.model().segments();
@@ -301,7 +303,8 @@ fn backward<B: AutodiffBackend, M: TrainSegments<B>>(
     model: &M,
     batch: &<M as Segments<B>>::Batch,
     segment: usize,
-    (saved, upstream): (SavedForBackward<B>, Option<ActivationGradients<B>>),
+    saved: SavedForBackward<B>,
+    upstream: Option<ActivationGradients<B>>,
 ) -> (Option<B::Gradients>, ActivationGradients<B>) {
     if upstream.as_ref().is_some_and(|gradients| gradients.iter().all(Option::is_none)) {
         let inputs = match saved {

@@ -3,12 +3,11 @@
 use crate::{
     ConfigError, Error, Sharding,
     comm::{AsyncCommunicator, Collectives, Communicator},
-    engine::FindDevice,
     gather::{ReplicatedModel, ShardContext, ShardTensors, WeightStore},
     host_or_device::HostOrDevice,
     reduce::GradientReducer,
     segment::{DynTensor, Gradient},
-    sharding::{ParamShard, ShardLayout},
+    sharding::{ParamShard, RankInfo, ShardLayout, device_of},
     stage::ZeroStage,
 };
 use burn::{
@@ -109,28 +108,18 @@ where
 
     fn try_step<M: AutodiffModule<B>>(&mut self, lr: f64, mut module: M, grads: GradAdaptor) -> Result<M, Error> {
         let communicator = self.communicator.clone();
-        let new = || {
-            Arc::new(ShardLayout::for_module::<B, M>(
-                &module,
-                self.sharding,
-                (communicator.rank(), communicator.world_size()),
-            ))
-        };
+        let rank = RankInfo::from(communicator.as_ref());
+        let new = || Arc::new(ShardLayout::for_module::<B, M>(&module, self.sharding, rank));
         let layout = self.layout.take().unwrap_or_else(new);
-        let mut find = FindDevice::<B>(None);
-        module.visit(&mut find);
-        let device = &find.0.unwrap_or_default();
+        let device = &device_of::<B, M>(&module);
         let mut collect = ModuleGradientCollector::<B> { grads, path: Vec::new(), gradients: Vec::new() };
         module.visit(&mut collect);
         let mut gradients = GradientReducer::new(&layout);
         gradients.accumulate(&layout, collect.gradients);
         let flags: Vec<u8> = gradients.has_gradient().iter().map(|&present| u8::from(present)).collect();
         // All gradients arrive at once, so stage 2 is the same as stage 1 here.
-        let mut reduced = gradients.finish(
-            &layout,
-            (self.sharding.stage.min(ZeroStage::OptimizerStates), &communicator),
-            Some(device),
-        )?;
+        let stage = self.sharding.stage.min(ZeroStage::OptimizerStates);
+        let mut reduced = gradients.finish(&layout, stage, &communicator, Some(device))?;
         let all = communicator.submit("share", move |group| group.all_gather_object(&flags)).wait()?;
         let present = |parameter: usize| all.iter().any(|flags| flags.get(parameter).is_some_and(|&flag| flag != 0));
         let share = 1.0 / communicator.world_size() as f64;
@@ -150,15 +139,13 @@ where
             };
             shards.into_iter().zip(gradients).map(one).collect()
         };
-        let mut whole = ReplicatedModel::take_from(
-            &mut module,
-            ShardContext { layout: &layout, communicator: &communicator, device },
-        );
+        let context = ShardContext { layout: &layout, communicator: &communicator, device };
+        let mut replicated = ReplicatedModel::take_from(&mut module, context);
         let done = layout.trainable_buckets().try_for_each(|(index, _)| {
-            let new = update(index, whole.take(index)?);
-            whole.put(index, new)
+            let new = update(index, replicated.take(index)?);
+            replicated.put(index, new)
         });
-        whole.put_back(&mut module, done)?;
+        replicated.put_back(&mut module, done)?;
         self.layout = Some(layout);
         Ok(module)
     }

@@ -12,12 +12,13 @@
 //! block (the terms of the global norm, the scales of 8-bit states) do not depend on the number of ranks.
 
 use crate::{
+    comm::AsyncCommunicator,
     segment::{Segments, TrainSegments},
     stage::ZeroStage,
 };
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
-    tensor::{DType, Tensor, backend::AutodiffBackend},
+    tensor::{DType, Device, Tensor, backend::AutodiffBackend},
 };
 use std::{collections::HashMap, ops::Range};
 
@@ -37,6 +38,19 @@ pub struct Sharding {
 impl Default for Sharding {
     fn default() -> Self {
         Self { stage: ZeroStage::Disabled, bucket_size: 4 << 20 }
+    }
+}
+
+/// A rank's number and the number of ranks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct RankInfo {
+    pub rank: usize,
+    pub world: usize,
+}
+
+impl From<&AsyncCommunicator> for RankInfo {
+    fn from(communicator: &AsyncCommunicator) -> Self {
+        Self { rank: communicator.rank(), world: communicator.world_size() }
     }
 }
 
@@ -61,14 +75,30 @@ impl Parameter {
 /// Parameters that are communicated together; all have one dtype.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Bucket {
-    /// Parameter indices, each with the parameter's offset in the bucket, ascending.
-    pub param_offsets: Vec<(usize, usize)>,
+    /// The parameters, in ascending order of their offsets.
+    pub param_offsets: Vec<ParamOffset>,
     /// The number of values including padding: a multiple of [`ALIGN`] times the world size.
     pub length: usize,
     pub dtype: DType,
     pub trainable: bool,
     /// The segments that use a parameter of the bucket, ascending.
     pub segments: Vec<usize>,
+}
+
+impl Bucket {
+    /// Returns the indices of the parameters, in the order of their offsets.
+    pub fn parameters(&self) -> impl Iterator<Item = usize> {
+        self.param_offsets.iter().map(|slot| slot.parameter)
+    }
+}
+
+/// The place of a parameter in a bucket.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct ParamOffset {
+    /// The index of the parameter in the layout.
+    pub parameter: usize,
+    /// The offset of its first value in the bucket.
+    pub offset: usize,
 }
 
 /// A parameter shard: the part of a parameter that lies in one shard of a bucket.
@@ -98,41 +128,34 @@ impl ShardLayout {
     /// Computes the layout of a model that has all its weights. In stage 3 all float parameters are sharded and no
     /// bucket mixes parameters that are used by different segments; in the other stages frozen parameters are not
     /// sharded.
-    pub fn new<B: AutodiffBackend, M: TrainSegments<B>>(
-        model: &M,
-        sharding: Sharding,
-        (rank, world): (usize, usize),
-    ) -> Self {
-        let mut visitor =
-            ParameterVisitor { segment: 0, path: Vec::new(), index: HashMap::new(), parameters: Vec::new() };
+    pub fn new<B: AutodiffBackend, M: TrainSegments<B>>(model: &M, sharding: Sharding, rank: RankInfo) -> Self {
+        let mut visitor = ParameterVisitor::default();
         let segments = Segments::segments(model);
         for segment in 0..segments {
             visitor.segment = segment;
             model.visit_segment(segment, &mut visitor);
         }
-        visitor.into_layout(sharding, (rank, world), segments)
+        visitor.into_layout(sharding, rank, segments)
     }
 
     /// Computes the layout of a module that is not a list of segments.
-    pub fn for_module<B: AutodiffBackend, M: Module<B>>(
-        model: &M,
-        sharding: Sharding,
-        rank_and_world: (usize, usize),
-    ) -> Self {
-        let mut visitor =
-            ParameterVisitor { segment: 0, path: Vec::new(), index: HashMap::new(), parameters: Vec::new() };
+    pub fn for_module<B: AutodiffBackend, M: Module<B>>(model: &M, sharding: Sharding, rank: RankInfo) -> Self {
+        let mut visitor = ParameterVisitor::default();
         model.visit(&mut visitor);
-        visitor.into_layout(sharding, rank_and_world, 1)
+        visitor.into_layout(sharding, rank, 1)
     }
 
     /// Returns the parameter shards in one shard of a bucket, ascending.
-    pub fn param_shards(&self, bucket: &Bucket, part: usize) -> Vec<ParamShard> {
+    pub fn param_shards(&self, bucket: &Bucket, shard_index: usize) -> Vec<ParamShard> {
         let length = bucket.length / self.num_shards;
-        let part = part * length..(part + 1) * length;
-        let shard = |&(parameter, start): &(usize, usize)| {
+        let bucket_shard = shard_index * length..(shard_index + 1) * length;
+        let shard = |&ParamOffset { parameter, offset: start }: &ParamOffset| {
             let end = start + self.parameters[parameter].elements();
-            let (from, to) = (start.max(part.start), end.min(part.end));
-            (from < to).then(|| ParamShard { parameter, range: from - start..to - start, offset: from - part.start })
+            let (from, to) = (start.max(bucket_shard.start), end.min(bucket_shard.end));
+            (from < to).then(|| {
+                let range = from - start..to - start;
+                ParamShard { parameter, range, offset: from - bucket_shard.start }
+            })
         };
         bucket.param_offsets.iter().filter_map(shard).collect()
     }
@@ -159,12 +182,23 @@ impl ShardLayout {
     }
 }
 
-/// The properties that all parameters of a bucket share; buckets are sorted by this key.
-type BucketKey<'a> = (bool, bool, usize, &'a [usize]);
+/// The properties that all parameters of a bucket share; buckets are sorted by them, in the order of the fields.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct BucketKey<'a> {
+    trainable: bool,
+    has_master_weights: bool,
+    dtype_size: usize,
+    /// The segments that use the parameters; empty unless weights are sharded.
+    segments: &'a [usize],
+}
 
 fn bucket_key(parameter: &Parameter, stage: ZeroStage) -> BucketKey<'_> {
-    let segments = if stage == ZeroStage::Weights { parameter.segments.as_slice() } else { &[] };
-    (parameter.trainable, parameter.dtype != DType::F32, parameter.dtype.size(), segments)
+    BucketKey {
+        trainable: parameter.trainable,
+        has_master_weights: parameter.dtype != DType::F32,
+        dtype_size: parameter.dtype.size(),
+        segments: if stage == ZeroStage::Weights { &parameter.segments } else { &[] },
+    }
 }
 
 fn build_buckets(parameters: &[Parameter], sharding: Sharding, world: usize) -> Vec<Bucket> {
@@ -180,7 +214,7 @@ fn build_buckets(parameters: &[Parameter], sharding: Sharding, world: usize) -> 
         let fits = |bucket: &&mut Bucket| {
             bucket.length + parameter.elements() <= sharding.bucket_size && bucket.dtype == parameter.dtype
         };
-        let open = buckets.last_mut().filter(|_| last == Some(new)).filter(fits);
+        let open = buckets.last_mut().filter(|_| last.as_ref() == Some(&new)).filter(fits);
         let bucket = match open {
             Some(bucket) => bucket,
             None => {
@@ -189,7 +223,7 @@ fn build_buckets(parameters: &[Parameter], sharding: Sharding, world: usize) -> 
                 buckets.last_mut().expect("a bucket was pushed above")
             }
         };
-        bucket.param_offsets.push((i, bucket.length));
+        bucket.param_offsets.push(ParamOffset { parameter: i, offset: bucket.length });
         bucket.length += parameter.elements().next_multiple_of(ALIGN);
         bucket.segments.extend(&parameter.segments);
         last = Some(new);
@@ -202,6 +236,8 @@ fn build_buckets(parameters: &[Parameter], sharding: Sharding, world: usize) -> 
     buckets
 }
 
+/// Collects the metadata of float parameters.
+#[derive(Default)]
 struct ParameterVisitor {
     segment: usize,
     path: Vec<String>,
@@ -210,15 +246,16 @@ struct ParameterVisitor {
 }
 
 impl ParameterVisitor {
-    fn into_layout(self, sharding: Sharding, (rank, world): (usize, usize), segments: usize) -> ShardLayout {
+    fn into_layout(self, sharding: Sharding, RankInfo { rank, world }: RankInfo, segments: usize) -> ShardLayout {
         let buckets = build_buckets(&self.parameters, sharding, world);
-        let (part, parts) = if sharding.stage >= ZeroStage::OptimizerStates { (rank, world) } else { (0, 1) };
+        let (shard_index, num_shards) =
+            if sharding.stage >= ZeroStage::OptimizerStates { (rank, world) } else { (0, 1) };
         ShardLayout {
             parameters: self.parameters,
             parameter_index: self.index,
             buckets,
-            num_shards: parts,
-            shard_index: part,
+            num_shards,
+            shard_index,
             num_segments: segments,
         }
     }
@@ -251,6 +288,21 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for ParameterVisitor {
             trainable: value.is_require_grad(),
             segments: vec![self.segment],
         });
+    }
+}
+
+/// Returns the device of the first float parameter; the default device for a model without float parameters.
+pub(crate) fn device_of<B: AutodiffBackend, M: Module<B>>(model: &M) -> Device<B> {
+    let mut find = FindDevice::<B>(None);
+    model.visit(&mut find);
+    find.0.unwrap_or_default()
+}
+
+struct FindDevice<B: AutodiffBackend>(Option<Device<B>>);
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for FindDevice<B> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        self.0.get_or_insert_with(|| param.val().device());
     }
 }
 

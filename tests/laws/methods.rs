@@ -17,7 +17,7 @@ use burn_peft::{
     param,
     prompt::{PromptMethod, PromptTuningInit},
 };
-use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
+use burn_zero::{EngineConfig, optimizer::AdamW, segment::Checkpointing};
 use laws::{fixture, floats, max_abs, max_diff, one_backward_at_a_time, reference::driven_rows};
 use serde_json::{Map, Value, json};
 use std::{
@@ -240,16 +240,16 @@ fn values(model: &Llama<Train>) -> BTreeMap<String, Vec<f32>> {
 }
 
 /// Returns the model after a few training steps, with dropout if the method has it.
-fn trained(mut model: Llama<Train>) -> Llama<Train> {
+fn trained(model: Llama<Train>) -> Llama<Train> {
     let (rows, layout) = (rows(), SequenceLayout::padded(&[12, 7]));
-    let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::Full);
+    let config = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0);
+    let mut engine = config.with_checkpointing(Checkpointing::Full).init(model).unwrap();
     for step in 0..3 {
         let pass = ForwardContext::training(DropoutKey { seed: 1, step, tokens: layout.dropout_tokens(0) });
-        let batch = model.batch(&rows, &layout, 0.1, pass).unwrap();
-        engine.forward_backward(&mut model, &batch).unwrap();
-        engine.step(&mut model, 2e-2).unwrap();
+        let batch = engine.model().batch(&rows, &layout, 0.1, pass).unwrap();
+        engine.train_step(&batch, 2e-2).unwrap();
     }
-    model
+    engine.into_model().unwrap()
 }
 
 /// Checks a property for every method on every model, with one trained adapter named `learned`.

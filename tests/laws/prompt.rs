@@ -10,7 +10,7 @@ use burn_peft::{
     DropoutKey, ForwardContext, LoraConfig, Prompt, PromptConfig, adapter, param,
     prompt::{PromptMethod, PromptTuningInit},
 };
-use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
+use burn_zero::{EngineConfig, optimizer::AdamW, segment::Checkpointing};
 use laws::{
     files::{fields, same_files, saved_adapters},
     fixture, floats, integers, max_abs, max_diff, one_backward_at_a_time,
@@ -139,7 +139,7 @@ fn trained(name: &str, base: &str, micro: usize, packed: bool) -> Vec<f32> {
     let (mut model, rows) = (whole(name, base, 0.2), rows());
     let lora = LoraConfig { r: 2, lora_dropout: 0.1, ..LoraConfig::default() };
     adapter::attach(&mut model, "lora", &lora, 5).unwrap();
-    let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
+    let mut engine = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).init(model).unwrap();
     let targets: usize = rows.iter().map(Example::num_targets).sum();
     for step in 0..3 {
         for (index, part) in rows.chunks(micro).enumerate() {
@@ -147,12 +147,12 @@ fn trained(name: &str, base: &str, micro: usize, packed: bool) -> Vec<f32> {
                 SequenceLayout::from_lengths(&part.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
             let tokens = layout.dropout_tokens((index * micro) as u64);
             let pass = ForwardContext::training(DropoutKey { seed: 1, step, tokens });
-            let batch = model.batch(part, &layout, 1.0 / targets as f32, pass).unwrap();
-            engine.forward_backward(&mut model, &batch).unwrap();
+            let batch = engine.model().batch(part, &layout, 1.0 / targets as f32, pass).unwrap();
+            engine.forward_backward(&batch).unwrap();
         }
-        engine.step(&mut model, 1e-2).unwrap();
+        engine.step(1e-2).unwrap();
     }
-    floats(&model.prompts[0].encoder.forward().into_data())
+    floats(&engine.model().prompts[0].encoder.forward().into_data())
 }
 
 #[test]
@@ -185,7 +185,7 @@ fn dropout_on_the_prefix_is_recomputed_alike_and_matters() {
 #[test]
 fn only_the_prompt_learns() {
     let _lock = one_backward_at_a_time();
-    let mut model = whole("p_tuning", "gqa_llama3", 0.0);
+    let model = whole("p_tuning", "gqa_llama3", 0.0);
     let before = param::named_parameters::<Train, _>(&model);
     let weights = |model: &Llama<Train>| {
         let mut all = Vec::new();
@@ -195,12 +195,13 @@ fn only_the_prompt_learns() {
     };
     let frozen = weights(&model);
     let (rows, layout) = (rows(), SequenceLayout::padded(&[20, 9, 14, 31]));
-    let mut engine = Engine::<Train>::new(AdamW::default(), None, Checkpointing::None);
+    let mut engine = EngineConfig::new(AdamW::default()).init(model).unwrap();
     for _ in 0..3 {
-        let batch = model.batch(&rows, &layout, 0.1, ForwardContext::default()).unwrap();
-        engine.forward_backward(&mut model, &batch).unwrap();
-        engine.step(&mut model, 1e-2).unwrap();
+        let batch = engine.model().batch(&rows, &layout, 0.1, ForwardContext::default()).unwrap();
+        engine.forward_backward(&batch).unwrap();
+        engine.step(1e-2).unwrap();
     }
+    let model = engine.into_model().unwrap();
     assert_eq!(weights(&model), frozen);
     let config = model.prompts[0].config().clone();
     assert_eq!(param::count_trainable::<Train, _>(&model), config.count_trainable(&model.config().base_shape()));

@@ -7,7 +7,7 @@ use burn::{
 use burn_llama::{Checkpoint, Example, Llama, SequenceLayout};
 use burn_peft::{DropoutKey, ForwardContext, LoraConfig, MatmulPrecision, TargetModules, adapter, param};
 use burn_zero::{
-    Engine,
+    EngineConfig,
     optimizer::{AdamW, ParamGroups},
     segment::{self, Checkpointing, Segments},
 };
@@ -115,20 +115,20 @@ fn a_tied_embedding_s_gradient_comes_once_and_whole() {
 
 /// Returns the adapter values after three steps.
 fn trained(micro: usize, packed: bool, dtype: DType) -> Vec<f32> {
-    let (mut model, rows) = (adapted(0.1, dtype), rows());
-    let mut engine = Engine::<Train>::new(AdamW::default(), Some(1.0), Checkpointing::None);
+    let (model, rows) = (adapted(0.1, dtype), rows());
+    let mut engine = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).init(model).unwrap();
     let targets: usize = rows.iter().map(Example::num_targets).sum();
     for _ in 0..3 {
         for (index, part) in rows.chunks(micro).enumerate() {
             let layout = layout(part, packed);
             let pass = pass(&layout, index * micro);
-            let batch = model.batch(part, &layout, 1.0 / targets as f32, pass).unwrap();
-            engine.forward_backward(&mut model, &batch).unwrap();
+            let batch = engine.model().batch(part, &layout, 1.0 / targets as f32, pass).unwrap();
+            engine.forward_backward(&batch).unwrap();
         }
-        engine.step(&mut model, 1e-2).unwrap();
+        engine.step(1e-2).unwrap();
     }
     let mut all = Vec::new();
-    burn_peft::Linears::linears(&model, &mut |_, linear| {
+    burn_peft::Linears::linears(engine.model(), &mut |_, linear| {
         for adapter in &linear.adapters {
             all.extend(floats(&adapter.lora_a.val().into_data()));
             all.extend(floats(&adapter.lora_b.val().into_data()));
@@ -217,7 +217,7 @@ fn trainable_counts_are_peft_s() {
 fn lora_plus_moves_b_ratio_times_as_fast() {
     let _lock = one_backward_at_a_time();
     let moved = |groups: ParamGroups| {
-        let (mut model, rows) = (adapted(0.0, DType::F32), rows());
+        let (model, rows) = (adapted(0.0, DType::F32), rows());
         let values = |model: &Llama<Train>| {
             let mut all = [Vec::new(), Vec::new()];
             burn_peft::Linears::linears(model, &mut |_, linear| {
@@ -229,13 +229,12 @@ fn lora_plus_moves_b_ratio_times_as_fast() {
             all
         };
         let before = values(&model);
-        let mut engine =
-            Engine::<Train>::new(AdamW { weight_decay: 0.0, ..AdamW::default() }, None, Checkpointing::None)
-                .with_param_groups(groups);
         let batch = model.batch(&rows, &layout(&rows, true), 0.1, ForwardContext::default()).unwrap();
-        engine.forward_backward(&mut model, &batch).unwrap();
-        engine.step(&mut model, 1e-4).unwrap();
-        let after = values(&model);
+        let config = EngineConfig::new(AdamW { weight_decay: 0.0, ..AdamW::default() }).with_param_groups(groups);
+        let mut engine = config.init(model).unwrap();
+        engine.forward_backward(&batch).unwrap();
+        engine.step(1e-4).unwrap();
+        let after = values(engine.model());
         [0, 1].map(|i| before[i].iter().zip(&after[i]).map(|(a, b)| (a - b).abs() as f64).sum::<f64>())
     };
     let ([a, b], [same, faster]) = (moved(ParamGroups::default()), moved(ParamGroups::lora_plus(16.0)));

@@ -15,7 +15,7 @@ use burn_llama::{
     kernel::Kernels,
 };
 use burn_peft::{ForwardContext, LoraConfig, adapter, param, random};
-use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
+use burn_zero::{EngineConfig, optimizer::AdamW, segment::Checkpointing};
 use serde_json::{Value, json};
 use std::time::Instant;
 
@@ -101,22 +101,23 @@ fn train<B: Kernels>(mut model: Llama<Autodiff<B>>, args: &BenchArgs) -> Result<
     let row = |row| Example { ids: random_tokens(args.length, vocabulary, row), loss_mask: vec![true; args.length] };
     let rows: Vec<Example> = (0..args.batch_size.get()).map(row).collect();
     let checkpointing = if args.recompute { Checkpointing::Full } else { Checkpointing::None };
-    let mut engine = Engine::<Autodiff<B>>::new(AdamW::default(), Some(1.0), checkpointing);
     let weight = 1.0 / (args.batch_size.get() * (args.length - 1)) as f32;
     let layout = SequenceLayout::from_lengths(&vec![args.length; args.batch_size.get()], true);
     let batch = model.batch(&rows, &layout, weight, ForwardContext::default())?;
+    let config = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).with_checkpointing(checkpointing);
+    let mut engine = config.init(model)?;
     let seconds = fastest(args.rounds.get(), || {
         timed(|| {
             B::with_spinning_pool(|| {
-                engine.forward_backward(&mut model, &batch)?;
-                Ok(engine.step(&mut model, 1e-5)?)
+                engine.forward_backward(&batch)?;
+                Ok(engine.step(1e-5)?)
             })
         })
     })?;
     let tokens = args.batch_size.get() * args.length;
     Ok(json!({
         "method": args.train, "rows": args.batch_size.get(), "tokens": tokens, "recompute": args.recompute,
-        "trainable_parameters": param::count_trainable::<Autodiff<B>, _>(&model), "seconds_per_step": seconds,
+        "trainable_parameters": param::count_trainable::<Autodiff<B>, _>(engine.model()), "seconds_per_step": seconds,
         "tokens_per_second": tokens as f64 / seconds,
     }))
 }

@@ -1,14 +1,16 @@
 //! Training checkpoints: everything that is needed to resume bit for bit, in the same world or in another one.
 
-use super::Engine;
+use super::{Engine, OptimizerStates, ShardingState};
 use crate::{
-    CheckpointError, ConfigError, Error, bucket,
-    gather::PutParams,
+    CheckpointError, Error, bucket,
+    gather::{PutParams, ShardContext, ShardTensors, WeightStore},
     host_or_device::HostOrDevice,
-    offload::{HostOptimizer, OffloadedStates, StateSnapshot},
+    offload::{HostOptimizer, OffloadedStates, ParamRef, StateSnapshot},
     optimizer::OptimizerState,
+    precision::LossScaler,
+    reduce::GradientReducer,
     segment::{DynTensor, TrainSegments},
-    sharding::{ALIGN, ParamShard, Parameter, ShardLayout, Sharding},
+    sharding::{ALIGN, Bucket, ParamShard, Parameter, RankInfo, ShardLayout, Sharding, device_of},
 };
 use burn::{
     module::{ModuleVisitor, Param, ParamId},
@@ -37,7 +39,14 @@ fn shard_path(path: &Path, part: usize, parts: usize) -> PathBuf {
     if parts == 1 { path.to_owned() } else { path.with_extension(format!("{part}-of-{parts}.safetensors")) }
 }
 
-impl<B: AutodiffBackend> Engine<B> {
+/// Returns the metadata of a checkpoint file.
+fn metadata(steps: usize, scaler: Option<LossScaler>) -> HashMap<String, String> {
+    let mut metadata = HashMap::from([("steps".to_owned(), steps.to_string())]);
+    metadata.extend(scaler.map(|scaler| ("loss_scaler".to_owned(), json!(scaler).to_string())));
+    metadata
+}
+
+impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// Writes every trainable parameter in f32 under its path, and its optimizer state: `<path>.exp_avg`,
     /// `<path>.exp_avg_sq` (f32) and `<path>.step` (i64). Tensors leave the device one at a time. Gradients that were
     /// accumulated since the last step are not saved.
@@ -48,26 +57,16 @@ impl<B: AutodiffBackend> Engine<B> {
     ///
     /// # Errors
     /// Returns [`Error::Io`] if the file cannot be written; a partly written file is left for the caller to remove.
-    pub fn save<M: TrainSegments<B>>(&self, model: &M, path: &Path) -> Result<(), Error> {
-        let new;
-        let layout = match &self.sharding_state {
-            Some(division) => &division.layout,
-            None => {
-                new = ShardLayout::new::<B, M>(model, self.sharding, (self.rank(), self.world()));
-                &new
-            }
-        };
+    pub fn save(&self, path: &Path) -> Result<(), Error> {
+        let layout = &self.sharded.layout;
         if layout.num_shards == 1 && self.rank() != 0 {
             return Ok(());
         }
-        let states = self.host_optimizer.as_ref().map(HostOptimizer::lock_states);
-        let (tensors, places) = self.local_tensors(model, layout, states.as_deref())?;
-        let mut metadata = HashMap::from([("steps".to_owned(), self.steps.to_string())]);
-        if let Some(scaler) = &self.loss_scaler {
-            metadata.insert("loss_scaler".to_owned(), json!(scaler).to_string());
-        }
+        let states = self.states.host.as_ref().map(HostOptimizer::lock_states);
+        let CheckpointTensors { tensors, positions, .. } = self.local_tensors(states.as_deref())?;
+        let mut metadata = metadata(self.steps, self.loss_scaler);
         if layout.num_shards > 1 {
-            metadata.insert("places".to_owned(), places.to_string());
+            metadata.insert("places".to_owned(), serde_json::Value::from(positions).to_string());
         }
         let path = shard_path(path, layout.shard_index, layout.num_shards);
         let wrong = |source| Error::Io { path: path.clone(), source };
@@ -77,138 +76,145 @@ impl<B: AutodiffBackend> Engine<B> {
         File::open(&path).and_then(|file| file.sync_all()).map_err(wrong)
     }
 
-    /// Returns this rank's tensors and, for each tensor, the offset of the shard and the shape of the full tensor.
-    fn local_tensors<'a, M: TrainSegments<B>>(
+    /// Returns this rank's tensors.
+    fn local_tensors<'a>(
         &'a self,
-        model: &M,
-        layout: &ShardLayout,
-        offload: Option<&'a OffloadedStates>,
-    ) -> Result<(CheckpointTensors<'a, B>, serde_json::Value), Error> {
-        let weights = self.sharding_state.as_ref().and_then(|division| division.weights.as_ref());
-        let device = &self.sharding_state.as_ref().map(|division| division.device.clone()).unwrap_or_default();
-        let mut read = TrainableValues::<B::InnerBackend> { values: HashMap::new() };
-        model.visit(&mut read);
-        let (mut tensors, mut places) = (Vec::new(), serde_json::Map::new());
+        offloaded: Option<&'a OffloadedStates>,
+    ) -> Result<CheckpointTensors<'a, B::InnerBackend>, Error> {
+        let ShardingState { layout, device, weights, .. } = &self.sharded;
+        let mut resident = TrainableValues::<B::InnerBackend> { values: HashMap::new() };
+        self.model.visit(&mut resident);
+        let (tensors, positions) = (Vec::new(), serde_json::Map::new());
+        let mut found = CheckpointTensors { tensors, positions, num_shards: layout.num_shards };
         for (index, bucket) in layout.trainable_buckets() {
-            let own = match weights {
+            let shards = match weights {
                 Some(weights) => weights.read(layout, index, device)?,
                 None => {
-                    let cut = |shard: ParamShard| {
-                        let value = read.values[&layout.parameters[shard.parameter].id].clone();
+                    let slice = |shard: ParamShard| {
+                        let value = resident.values[&layout.parameters[shard.parameter].id].clone();
                         let value = bucket::slice_shard(value, &shard, false, device);
                         (shard, value)
                     };
-                    layout.local_param_shards(bucket).into_iter().map(cut).collect()
+                    layout.local_param_shards(bucket).into_iter().map(slice).collect()
                 }
             };
-            for (piece, value) in own {
-                let parameter = &layout.parameters[piece.parameter];
-                let (id, path, length) = (parameter.id, &parameter.path, piece.range.len());
-                let mut add = |name: String, (start, length, dims): (usize, usize, Vec<usize>), source| {
-                    places.insert(name.clone(), json!([start, dims]));
-                    let shape = if layout.num_shards == 1 { dims } else { vec![length] };
-                    tensors.push((name, CheckpointTensor::Floats(shape, source)));
-                };
-                let place = || (piece.range.start, length, parameter.dims.clone());
-                let source = match self.master_weights.get(&id) {
+            for (shard, value) in shards {
+                let parameter = &layout.parameters[shard.parameter];
+                let value = match self.states.master_weights.get(&parameter.id) {
                     Some(HostOrDevice::Host(values)) => TensorSource::Host(values),
                     Some(HostOrDevice::Device(master)) => TensorSource::Device(master.clone().flatten()),
                     None => TensorSource::Device(value.flatten()),
                 };
-                add(path.clone(), place(), source);
-                let state = self.device_states.get(&id);
-                let offload = offload.filter(|offload| offload.step(id).is_some());
-                for (slot, name) in self.optimizer.slot_names().iter().enumerate() {
-                    if let Some(state) = state {
-                        add(
-                            format!("{path}.{name}"),
-                            place(),
-                            TensorSource::Device(state.slots[slot].clone().flatten()),
-                        );
-                    } else if let Some(offload) = offload {
-                        add(format!("{path}.{name}"), place(), TensorSource::Offload(offload, id, slot));
-                        if let Some(scales) = offload.scales(id, slot) {
-                            let scales = Tensor::from_floats(scales, device);
-                            let blocks = (piece.range.start / ALIGN, length.div_ceil(ALIGN));
-                            let whole = vec![parameter.elements().div_ceil(ALIGN)];
-                            add(
-                                format!("{path}.{name}_scale"),
-                                (blocks.0, blocks.1, whole),
-                                TensorSource::Device(scales),
-                            );
-                        }
-                    }
-                }
-                let step = state.map(|state| state.step).or(offload.and_then(|offload| offload.step(id)));
-                if let Some(step) = step {
-                    tensors.push((format!("{path}.step"), CheckpointTensor::Step((step as i64).to_le_bytes())));
+                found.add(parameter.path.clone(), &shard.range, parameter.dims.clone(), value);
+                self.add_optimizer_state(&mut found, parameter, &shard.range, offloaded);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Adds the optimizer state of this rank's shard of a parameter, which has the values `range`.
+    fn add_optimizer_state<'a>(
+        &'a self,
+        found: &mut CheckpointTensors<'a, B::InnerBackend>,
+        parameter: &Parameter,
+        range: &Range<usize>,
+        offloaded: Option<&'a OffloadedStates>,
+    ) {
+        let Parameter { id, path, dims, .. } = parameter;
+        let state = self.states.device.get(id);
+        let offloaded = offloaded.filter(|offloaded| offloaded.step(*id).is_some());
+        for (slot, name) in self.settings.optimizer.slot_names().iter().enumerate() {
+            let name = format!("{path}.{name}");
+            if let Some(state) = state {
+                let values = TensorSource::Device(state.slots[slot].clone().flatten());
+                found.add(name, range, dims.clone(), values);
+            } else if let Some(offloaded) = offloaded {
+                found.add(name.clone(), range, dims.clone(), TensorSource::Offload(offloaded, *id, slot));
+                if let Some(scales) = offloaded.scales(*id, slot) {
+                    let scales = Tensor::from_floats(scales, &self.sharded.device);
+                    let dims = vec![parameter.elements().div_ceil(ALIGN)];
+                    found.add(format!("{name}_scale"), &blocks(range), dims, TensorSource::Device(scales));
                 }
             }
         }
-        Ok((tensors, places.into()))
+        let step = state.map(|state| state.step).or(offloaded.and_then(|offloaded| offloaded.step(*id)));
+        if let Some(step) = step {
+            let step = CheckpointTensor::Step((step as i64).to_le_bytes());
+            found.tensors.push((format!("{path}.step"), step));
+        }
     }
 
     /// Loads a checkpoint into the model and this engine; the checkpoint may come from a world of another size or from
-    /// another stage. Call it before the first micro-batch, with a model that has all its weights.
+    /// another stage. Accumulated gradients are dropped.
     ///
     /// # Errors
-    /// Returns [`Error::Io`] if a file cannot be read, [`CheckpointError::Mismatch`] if the files are not a complete
+    /// Returns [`Error::Io`] if a file cannot be read, and [`CheckpointError::Mismatch`] if the files are not a complete
     /// checkpoint of this very model (a trainable parameter is missing or has another shape, or the checkpoint contains
-    /// a tensor that is not trainable here), and [`ConfigError::InvalidValue`] if the engine has already sharded the
-    /// model's weights.
-    pub fn restore<M: TrainSegments<B>>(&mut self, model: M, path: &Path) -> Result<M, Error> {
-        if self.sharding_state.as_ref().is_some_and(|division| division.weights.is_some()) {
-            let (expected, found) =
-                ("a model that has all its weights", "a model whose weights the engine has sharded");
-            return Err(ConfigError::invalid_value("restore", expected, found).into());
-        }
+    /// a tensor that is not trainable here); the engine is unchanged then. Returns [`Error::Io`] also if states or
+    /// weights cannot be written to their files.
+    pub fn restore(&mut self, path: &Path) -> Result<(), Error> {
         let maps = MappedFiles::open(path)?;
         let mut saved = CheckpointReader::open(path, &maps)?;
-        let layout = ShardLayout::new::<B, M>(&model, self.sharding, (self.rank(), self.world()));
-        let mut find = super::FindDevice::<B>(None);
-        model.visit(&mut find);
-        let device = &find.0.unwrap_or_default();
-        let (mut values, mut master_weights, mut states) = (HashMap::new(), HashMap::new(), Vec::new());
-        for (_, bucket) in layout.trainable_buckets() {
-            for &(index, _) in &bucket.param_offsets {
-                let parameter = &layout.parameters[index];
-                let dims = &parameter.dims;
-                let whole = saved.read_values(&parameter.path, dims, 0..parameter.elements())?;
-                let value = bucket::tensor_from_vec::<B::InnerBackend>(whole, device).reshape(dims);
-                let shard = layout.local_param_shards(bucket).into_iter().find(|piece| piece.parameter == index);
-                if let Some(piece) = shard.as_ref().filter(|_| parameter.dtype != DType::F32) {
-                    let master = bucket::slice_shard(value.clone(), piece, true, device);
-                    let host = self.host_optimizer.is_some();
-                    let held =
-                        if host { HostOrDevice::Host(bucket::to_host(master)) } else { HostOrDevice::Device(master) };
-                    master_weights.insert(parameter.id, held);
-                }
-                values.insert(parameter.id, value.into_dtype(parameter.dtype));
-                let range = shard.map_or(0..0, |piece| piece.range);
-                let state = self.read_optimizer_state(&mut saved, parameter, range)?;
-                states.extend(state.map(|state| ((parameter.id, parameter.elements()), state)));
-            }
+        let mut restored =
+            RestoredState { values: HashMap::new(), weight_shards: Vec::new(), master: HashMap::new(), states: vec![] };
+        for (index, bucket) in self.sharded.layout.trainable_buckets() {
+            self.read_bucket(&mut saved, index, bucket, &mut restored)?;
         }
         saved.check_all_read()?;
-        self.device_states.clear();
-        let mut offload = self.host_optimizer.as_ref().map(HostOptimizer::lock_states);
-        offload.iter_mut().for_each(|offload| offload.clear());
-        for (place, SavedOptimizerState { step, slots, scales }) in states {
-            match &mut offload {
-                Some(offload) => {
-                    let moments = slots.try_into().unwrap_or_default();
-                    offload.restore(place, StateSnapshot { step, moments, scales })?;
-                }
-                None => {
-                    let slots = slots.into_iter().map(|values| bucket::tensor_from_vec(values, device)).collect();
-                    self.device_states.insert(place.0, OptimizerState { step, slots });
-                }
+        let RestoredState { values, weight_shards, master, states } = restored;
+        let ShardingState { layout, device, weights, reducer } = &mut self.sharded;
+        self.states.replace(states, device)?;
+        self.states.master_weights = master;
+        *reducer = GradientReducer::new(layout);
+        self.steps = saved.steps;
+        self.loss_scaler = self.loss_scaler.map(|scaler| saved.scaler.unwrap_or(scaler));
+        let context = ShardContext { layout, communicator: &self.communicator, device };
+        match weights {
+            Some(weights) => {
+                let mut store = weights.as_store(context);
+                weight_shards.into_iter().try_for_each(|(index, shards)| store.put(index, shards))?;
+            }
+            None => self.model = self.model.clone().map(&mut PutParams { values }),
+        }
+        Ok(())
+    }
+
+    /// Reads the parameters of a bucket, and this rank's optimizer states of them.
+    fn read_bucket(
+        &self,
+        saved: &mut CheckpointReader,
+        index: usize,
+        bucket: &Bucket,
+        restored: &mut RestoredState<B::InnerBackend>,
+    ) -> Result<(), Error> {
+        let ShardingState { layout, device, weights, .. } = &self.sharded;
+        let mut shards = layout.local_param_shards(bucket).into_iter().peekable();
+        let mut weight_shards = Vec::new();
+        for parameter_index in bucket.parameters() {
+            let parameter = &layout.parameters[parameter_index];
+            let full: DynTensor<B::InnerBackend> = saved.read_parameter(parameter, device)?;
+            let shard = shards.next_if(|shard| shard.parameter == parameter_index);
+            if let Some(shard) = shard.as_ref().filter(|_| parameter.dtype != DType::F32) {
+                let master = bucket::slice_shard(full.clone(), shard, true, device);
+                let on_host = self.states.host.is_some();
+                let master =
+                    if on_host { HostOrDevice::Host(bucket::to_host(master)) } else { HostOrDevice::Device(master) };
+                restored.master.insert(parameter.id, master);
+            }
+            let range = shard.as_ref().map_or(0..0, |shard| shard.range.clone());
+            let state = self.read_optimizer_state(saved, parameter, range)?;
+            let reference = ParamRef { id: parameter.id, elements: parameter.elements() };
+            restored.states.extend(state.map(|state| (reference, state)));
+            let value = full.into_dtype(parameter.dtype);
+            if weights.is_none() {
+                restored.values.insert(parameter.id, value);
+            } else if let Some(shard) = shard {
+                let value = bucket::slice_shard(value, &shard, true, device);
+                weight_shards.push((shard, value));
             }
         }
-        drop(offload);
-        (self.steps, self.master_weights, self.sharding_state) = (saved.steps, master_weights, None);
-        self.loss_scaler = self.loss_scaler.map(|scaler| saved.scaler.unwrap_or(scaler));
-        Ok(model.map(&mut PutParams { values }))
+        restored.weight_shards.push((index, weight_shards));
+        Ok(())
     }
 
     /// Reads the optimizer state of this rank's shard of a parameter; none if the parameter has not been updated yet or
@@ -222,16 +228,38 @@ impl<B: AutodiffBackend> Engine<B> {
         let path = &parameter.path;
         let Some(step) = saved.read_step(&format!("{path}.step"))? else { return Ok(None) };
         let (mut slots, mut scales) = (Vec::new(), Vec::new());
-        for name in self.optimizer.slot_names() {
+        for name in self.settings.optimizer.slot_names() {
             slots.push(saved.read_values(&format!("{path}.{name}"), &parameter.dims, range.clone())?);
             let key = format!("{path}.{name}_scale");
             if saved.contains(&key) {
                 let dims = [parameter.elements().div_ceil(ALIGN)];
-                scales.push(saved.read_values(&key, &dims, range.start / ALIGN..range.end.div_ceil(ALIGN))?);
+                scales.push(saved.read_values(&key, &dims, blocks(&range))?);
             }
         }
         let state = SavedOptimizerState { step, slots, scales: scales.try_into().ok() };
         Ok((!range.is_empty()).then_some(state))
+    }
+}
+
+impl<B: AutodiffBackend> OptimizerStates<B> {
+    /// Replaces all optimizer states.
+    fn replace(&mut self, states: Vec<(ParamRef, SavedOptimizerState)>, device: &B::Device) -> Result<(), Error> {
+        self.device.clear();
+        let mut host = self.host.as_ref().map(HostOptimizer::lock_states);
+        host.iter_mut().for_each(|host| host.clear());
+        for (parameter, SavedOptimizerState { step, slots, scales }) in states {
+            match &mut host {
+                Some(host) => {
+                    let moments = slots.try_into().unwrap_or_default();
+                    host.restore(parameter, StateSnapshot { step, moments, scales })?;
+                }
+                None => {
+                    let slots = slots.into_iter().map(|values| bucket::tensor_from_vec(values, device)).collect();
+                    self.device.insert(parameter.id, OptimizerState { step, slots });
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -243,18 +271,30 @@ impl<B: AutodiffBackend> Engine<B> {
 pub fn restore_weights<B: AutodiffBackend, M: TrainSegments<B>>(model: M, path: &Path) -> Result<M, Error> {
     let maps = MappedFiles::open(path)?;
     let mut saved = CheckpointReader::open(path, &maps)?;
-    let layout = ShardLayout::new::<B, M>(&model, Sharding::default(), (0, 1));
-    let mut find = super::FindDevice::<B>(None);
-    model.visit(&mut find);
-    let device = &find.0.unwrap_or_default();
-    let mut values = HashMap::new();
-    for (index, _) in layout.trainable_buckets().flat_map(|(_, bucket)| &bucket.param_offsets) {
-        let parameter = &layout.parameters[*index];
-        let whole = saved.read_values(&parameter.path, &parameter.dims, 0..parameter.elements())?;
-        let value = bucket::tensor_from_vec::<B::InnerBackend>(whole, device).reshape(&parameter.dims);
+    let layout = ShardLayout::new::<B, M>(&model, Sharding::default(), RankInfo { rank: 0, world: 1 });
+    let (device, mut values) = (device_of::<B, M>(&model), HashMap::new());
+    for index in layout.trainable_buckets().flat_map(|(_, bucket)| bucket.parameters()) {
+        let parameter = &layout.parameters[index];
+        let value: DynTensor<B::InnerBackend> = saved.read_parameter(parameter, &device)?;
         values.insert(parameter.id, value.into_dtype(parameter.dtype));
     }
     Ok(model.map(&mut PutParams { values }))
+}
+
+/// Returns the blocks that contain the values `range` of a parameter.
+fn blocks(range: &Range<usize>) -> Range<usize> {
+    range.start / ALIGN..range.end.div_ceil(ALIGN)
+}
+
+/// The contents of a checkpoint that belong to one rank.
+struct RestoredState<B: Backend> {
+    /// Full parameters; empty in stage 3.
+    values: HashMap<ParamId, DynTensor<B>>,
+    /// The weight shards of stage 3, by bucket; without tensors in the other stages.
+    weight_shards: Vec<(usize, ShardTensors<B>)>,
+    /// The master weights of half-precision parameters.
+    master: HashMap<ParamId, HostOrDevice<B>>,
+    states: Vec<(ParamRef, SavedOptimizerState)>,
 }
 
 /// The saved optimizer state of a shard.
@@ -266,7 +306,23 @@ struct SavedOptimizerState {
     scales: Option<[Vec<f32>; 2]>,
 }
 
-type CheckpointTensors<'a, B> = Vec<(String, CheckpointTensor<'a, <B as AutodiffBackend>::InnerBackend>)>;
+/// The tensors of one file of a checkpoint.
+struct CheckpointTensors<'a, B: Backend> {
+    /// The tensors, by name.
+    tensors: Vec<(String, CheckpointTensor<'a, B>)>,
+    /// The [`reader::ShardPosition`] of each float tensor, as `[offset, dims]`.
+    positions: serde_json::Map<String, serde_json::Value>,
+    num_shards: usize,
+}
+
+impl<'a, B: Backend> CheckpointTensors<'a, B> {
+    /// Adds the values `range` of a float tensor whose full shape is `dims`.
+    fn add(&mut self, name: String, range: &Range<usize>, dims: Vec<usize>, source: TensorSource<'a, B>) {
+        self.positions.insert(name.clone(), json!([range.start, dims]));
+        let shape = if self.num_shards == 1 { dims } else { vec![range.len()] };
+        self.tensors.push((name, CheckpointTensor::Floats(shape, source)));
+    }
+}
 
 /// A tensor of a checkpoint that is fetched from device, host or file when it is written.
 enum CheckpointTensor<'a, B: Backend> {
@@ -301,12 +357,9 @@ impl<B: Backend> View for CheckpointTensor<'_, B> {
             Self::Floats(_, TensorSource::Device(values)) => {
                 Cow::Owned(values.clone().into_data().convert_dtype(DType::F32).as_bytes().to_vec())
             }
-            Self::Floats(_, TensorSource::Host(values)) => {
-                Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect())
-            }
-            Self::Floats(_, TensorSource::Offload(offload, id, slot)) => {
-                let values = offload.moment(*id, *slot);
-                Cow::Owned(values.iter().flat_map(|value| value.to_le_bytes()).collect())
+            Self::Floats(_, TensorSource::Host(values)) => Cow::Owned(le_bytes(values)),
+            Self::Floats(_, TensorSource::Offload(offloaded, id, slot)) => {
+                Cow::Owned(le_bytes(&offloaded.moment(*id, *slot)))
             }
             Self::Step(bytes) => Cow::Borrowed(bytes),
         }
@@ -318,6 +371,11 @@ impl<B: Backend> View for CheckpointTensor<'_, B> {
             Self::Step(bytes) => bytes.len(),
         }
     }
+}
+
+/// Returns the little-endian bytes of values.
+fn le_bytes(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
 /// Collects the values of trainable parameters.

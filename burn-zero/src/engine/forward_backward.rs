@@ -14,7 +14,7 @@
 
 use super::{
     Engine, ShardingState, StepReport,
-    step::{add_gradient_squares, retain_present},
+    step::{add_gradient_squares, reduce_gradient_stats, retain_present},
     update::UpdatePipeline,
 };
 use crate::{
@@ -25,13 +25,21 @@ use crate::{
     optimizer::Hyperparameters,
     reduce::GradientReducer,
     segment::{self, Checkpointing, DynTensor, Gradient, Segments, TrainSegments},
-    sharding::ShardLayout,
     stage::ZeroStage,
 };
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use std::collections::VecDeque;
 
-impl<B: AutodiffBackend> Engine<B> {
+impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
+    /// Takes an optimizer step of one micro-batch; returns the sum of this rank's loss before the step. It is
+    /// [`Engine::forward_backward_step`] for callers that do not need the report.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Engine::forward_backward_step`].
+    pub fn train_step(&mut self, batch: &<M as Segments<B>>::Batch, learning_rate: f64) -> Result<f64, Error> {
+        self.forward_backward_step(batch, learning_rate).map(|(loss, _)| loss)
+    }
+
     /// Runs the forward and backward pass of one micro-batch and accumulates its gradients; returns the sum of this
     /// rank's loss.
     ///
@@ -39,37 +47,24 @@ impl<B: AutodiffBackend> Engine<B> {
     /// ranks and micro-batches. The sum of the gradients is then the gradient of the step, whatever the sizes of the
     /// micro-batches. Gradients are accumulated in f32.
     ///
-    /// In stage 3 the first call takes this rank's weight shards and leaves placeholders of one element in the model,
-    /// see [`Engine::with_full_params`]. The set of trainable parameters must not change from then on.
-    ///
     /// # Errors
-    /// Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error if a rank is lost; the
-    /// gradients are incomplete then.
-    pub fn forward_backward<M: TrainSegments<B>>(
-        &mut self,
-        model: &mut M,
-        batch: &<M as Segments<B>>::Batch,
-    ) -> Result<f64, Error> {
-        self.shard_model(model)?;
-        let (communicator, overlap) = (&self.communicator, self.overlap);
+    /// Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error if a rank is lost; the gradients are incomplete then.
+    pub fn forward_backward(&mut self, batch: &<M as Segments<B>>::Batch) -> Result<f64, Error> {
+        let Self { model, settings, communicator, sharded, states, .. } = self;
+        let ShardingState { layout, device, reducer, weights } = sharded;
+        let context = ShardContext { layout, communicator, device };
         // With one rank a reduction is the identity, so it can wait until the step, unless it moves gradients off the
         // device.
-        let gradients_sharded = self.sharding.stage >= ZeroStage::Gradients;
-        let reduce_in_backward =
-            if communicator.world_size() > 1 { gradients_sharded } else { self.host_optimizer.is_some() };
-        let ShardingState { layout, device, reducer, weights } =
-            self.sharding_state.as_mut().expect("the model was sharded above");
-        let context = ShardContext { layout, communicator, device };
+        let gradients_sharded = settings.sharding.stage >= ZeroStage::Gradients;
+        let reduce_in_backward = if communicator.world_size() > 1 { gradients_sharded } else { states.host.is_some() };
         let pass = ForwardBackward {
             context,
             weights: weights.as_mut(),
-            checkpointing_and_prefetch: (self.checkpointing, usize::from(overlap)),
+            checkpointing: settings.checkpointing,
+            prefetch: usize::from(settings.overlap),
         };
-        let (loss, gathered) = pass.run(
-            model,
-            batch,
-            &mut GradientAccumulation { reducer, layout, communicator, reduce_in_backward, overlap },
-        )?;
+        let mut sink = GradientAccumulation { reducer, context, reduce_in_backward, overlap: settings.overlap };
+        let (loss, gathered) = pass.run(model, batch, &mut sink)?;
         reducer.peak.gathered = reducer.peak.gathered.max(gathered);
         Ok(self.unscaled_loss(loss))
     }
@@ -85,52 +80,49 @@ impl<B: AutodiffBackend> Engine<B> {
     /// or a loss scaler this method makes the two calls.
     ///
     /// # Errors
-    /// Returns the errors of the two methods. One case differs: where updates have already begun,
-    /// [`NumericError::NotFinite`] comes after the fact. Model and moments then hold values that are not finite, and
-    /// training can only continue from a checkpoint.
-    pub fn forward_backward_step<M: TrainSegments<B>>(
+    /// Returns the errors of the two methods. One case differs: where updates have already begun, [`NumericError::NotFinite`]
+    /// comes after the fact. Model and moments then hold values that are not finite, and training can only continue
+    /// from a checkpoint.
+    pub fn forward_backward_step(
         &mut self,
-        model: &mut M,
         batch: &<M as Segments<B>>::Batch,
         learning_rate: f64,
     ) -> Result<(f64, StepReport), Error> {
-        if self.max_grad_norm.is_some() || self.loss_scaler.is_some() {
-            let loss = self.forward_backward(model, batch)?;
-            return Ok((loss, self.step(model, learning_rate)?));
+        if self.settings.max_grad_norm.is_some() || self.loss_scaler.is_some() {
+            let loss = self.forward_backward(batch)?;
+            return Ok((loss, self.step(learning_rate)?));
         }
-        self.shard_model(model)?;
-        let mut sharding_state = self.sharding_state.take().expect("the model was sharded above");
-        let mut reducer = sharding_state.take_gradients();
-        let done = self.optimizer_in_backward(model, batch, (&mut sharding_state, &mut reducer), learning_rate);
-        sharding_state.reducer.peak = reducer.peak;
-        self.sharding_state = Some(sharding_state);
-        done
+        let mut reducer = self.sharded.take_gradients();
+        let result = self.optimizer_in_backward(batch, &mut reducer, learning_rate);
+        self.sharded.reducer.peak = reducer.peak;
+        result
     }
 
-    fn optimizer_in_backward<M: TrainSegments<B>>(
+    fn optimizer_in_backward(
         &mut self,
-        model: &mut M,
         batch: &<M as Segments<B>>::Batch,
-        (sharding_state, reducer): (&mut ShardingState<B>, &mut GradientReducer<B::InnerBackend>),
+        reducer: &mut GradientReducer<B::InnerBackend>,
         learning_rate: f64,
     ) -> Result<(f64, StepReport), Error> {
-        let (communicator, overlap) = (self.communicator.clone(), usize::from(self.overlap));
-        let ShardingState { layout, device, weights, .. } = sharding_state;
-        let context = ShardContext { layout, communicator: &communicator, device };
+        let Self { model, settings, communicator, sharded, states, .. } = self;
+        let ShardingState { layout, device, weights, .. } = sharded;
+        let context = ShardContext { layout, communicator, device };
         let pass = ForwardBackward {
             context,
             weights: weights.as_mut(),
-            checkpointing_and_prefetch: (self.checkpointing, overlap),
+            checkpointing: settings.checkpointing,
+            prefetch: usize::from(settings.overlap),
         };
-        let needs_transfer = communicator.world_size() > 1 || self.host_optimizer.is_some();
-        let rates = Hyperparameters { lr: learning_rate, weight_decay: self.optimizer.weight_decay(), grad_scale: 1.0 };
-        let updates = UpdatePipeline::new(self, context, rates);
+        let needs_transfer = communicator.world_size() > 1 || states.host.is_some();
+        let weight_decay = settings.optimizer.weight_decay();
+        let hyperparameters = Hyperparameters { lr: learning_rate, weight_decay, grad_scale: 1.0 };
+        let updates = UpdatePipeline::new(settings, states, context, hyperparameters);
         let (ready, squared_norm) = (VecDeque::new(), ExactSum::default());
         let mut sink = OptimizerInBackward { reducer, updates, needs_transfer, ready, squared_norm };
         let (loss, gathered) = pass.run(model, batch, &mut sink)?;
-        let OptimizerInBackward { reducer: gradients, squared_norm: sum, .. } = sink;
-        gradients.peak.gathered = gradients.peak.gathered.max(gathered);
-        let norm = self.reduce_gradient_stats(layout, &sum, &[])?.norm;
+        let squared_norm = sink.squared_norm;
+        reducer.peak.gathered = reducer.peak.gathered.max(gathered);
+        let norm = reduce_gradient_stats(context, &squared_norm, &[])?.norm;
         let report = self.finish_step(norm, false)?;
         if !norm.is_finite() {
             return Err(NumericError::NotFinite { step: self.steps - 1, norm }.into());
@@ -164,8 +156,9 @@ struct ForwardBackward<'a, B: AutodiffBackend> {
     context: ShardContext<'a, B::InnerBackend>,
     /// The weight shards of stage 3; none if all weights are in the model.
     weights: Option<&'a mut WeightShards<B::InnerBackend>>,
-    /// The activation checkpointing, and the number of segments for which weights are prefetched.
-    checkpointing_and_prefetch: (Checkpointing, usize),
+    checkpointing: Checkpointing,
+    /// The number of segments for which weights are prefetched.
+    prefetch: usize,
 }
 
 impl<B: AutodiffBackend> ForwardBackward<'_, B> {
@@ -176,16 +169,16 @@ impl<B: AutodiffBackend> ForwardBackward<'_, B> {
         batch: &<M as Segments<B>>::Batch,
         sink: &mut dyn GradientSink<B::InnerBackend>,
     ) -> Result<(DynTensor<B::InnerBackend>, usize), Error> {
-        let Self { context, weights, checkpointing_and_prefetch: how } = self;
+        let Self { context, weights, checkpointing, prefetch } = self;
         match weights {
             None => {
-                let mut whole = ReplicatedModel::take_from(model, context);
-                let loss = run_segments(&mut whole, (batch, how.0), context.communicator, sink);
-                Ok((whole.put_back(model, loss)?, 0))
+                let mut replicated = ReplicatedModel::take_from(model, context);
+                let loss = run_segments(&mut replicated, batch, checkpointing, context.communicator, sink);
+                Ok((replicated.put_back(model, loss)?, 0))
             }
             Some(weights) => {
-                let mut gathered = GatheredModel::new(model.clone(), weights, context, how);
-                let loss = run_segments(&mut gathered, (batch, how.0), context.communicator, sink)?;
+                let mut gathered = GatheredModel::new(model.clone(), weights, context, checkpointing, prefetch);
+                let loss = run_segments(&mut gathered, batch, checkpointing, context.communicator, sink)?;
                 Ok((loss, gathered.peak_bytes))
             }
         }
@@ -194,7 +187,8 @@ impl<B: AutodiffBackend> ForwardBackward<'_, B> {
 
 fn run_segments<B, M, S>(
     source: &mut S,
-    (batch, checkpointing): (&<M as Segments<B>>::Batch, Checkpointing),
+    batch: &<M as Segments<B>>::Batch,
+    checkpointing: Checkpointing,
     communicator: &AsyncCommunicator,
     sink: &mut dyn GradientSink<B::InnerBackend>,
 ) -> Result<DynTensor<B::InnerBackend>, Error>
@@ -204,8 +198,8 @@ where
     S: segment::WeightProvider<M> + WeightStore<B::InnerBackend>,
 {
     let trace = communicator.trace();
-    let mut after = |source: &mut S, segment, found| sink.post_backward(source, segment, found);
-    let drive = || segment::forward_backward_with::<B, M, S>(source, batch, (checkpointing, trace), &mut after);
+    let mut hook = |source: &mut S, segment, found| sink.post_backward(source, segment, found);
+    let drive = || segment::forward_backward_with::<B, M, S>(source, batch, checkpointing, trace, &mut hook);
     let loss = trace.span("micro-batch", Lane::Compute, drive)?;
     sink.finish(source)?;
     Ok(loss)
@@ -214,8 +208,7 @@ where
 /// Accumulates gradients for a later optimizer step.
 struct GradientAccumulation<'a, B: Backend> {
     reducer: &'a mut GradientReducer<B>,
-    layout: &'a ShardLayout,
-    communicator: &'a AsyncCommunicator,
+    context: ShardContext<'a, B>,
     /// True if buckets are reduced during the backward pass.
     reduce_in_backward: bool,
     overlap: bool,
@@ -228,11 +221,12 @@ impl<B: Backend> GradientSink<B> for GradientAccumulation<'_, B> {
         segment: usize,
         found: Vec<Gradient<B>>,
     ) -> Result<(), Error> {
-        self.reducer.accumulate(self.layout, found);
+        let ShardContext { layout, communicator, .. } = self.context;
+        self.reducer.accumulate(layout, found);
         if self.reduce_in_backward {
-            self.reducer.reduce_ready_after(self.layout, segment, self.communicator)?;
+            self.reducer.reduce_ready_after(layout, segment, communicator)?;
             if !self.overlap {
-                self.reducer.wait_all(self.layout)?;
+                self.reducer.wait_all(layout)?;
             }
         }
         Ok(())
@@ -262,8 +256,8 @@ impl<B: AutodiffBackend> OptimizerInBackward<'_, B> {
         if self.needs_transfer {
             self.reducer.reduce(layout, index, communicator)?;
         }
-        let slots = layout.buckets[index].param_offsets.iter();
-        let flags: Vec<u8> = slots.map(|&(parameter, _)| u8::from(self.reducer.has_gradient()[parameter])).collect();
+        let parameters = layout.buckets[index].parameters();
+        let flags: Vec<u8> = parameters.map(|index| u8::from(self.reducer.has_gradient()[index])).collect();
         self.ready.push_back((index, communicator.submit("share", move |group| group.all_gather_object(&flags))));
         Ok(())
     }
@@ -273,11 +267,11 @@ impl<B: AutodiffBackend> OptimizerInBackward<'_, B> {
         let ShardContext { layout, device, .. } = self.updates.context;
         while self.ready.len() > max_waiting {
             let Some((index, flags)) = self.ready.pop_front() else { return Ok(()) };
-            let device = self.updates.engine.host_optimizer.is_none().then_some(device);
+            let device = self.updates.states.host.is_none().then_some(device);
             let gradients = self.reducer.take_bucket(layout, index, device)?;
             add_gradient_squares(&mut self.squared_norm, &gradients);
             let flags = flags.wait()?;
-            let slot = |parameter| layout.buckets[index].param_offsets.iter().position(|&(slot, _)| slot == parameter);
+            let slot = |parameter| layout.buckets[index].parameters().position(|other| other == parameter);
             let present = |parameter| slot(parameter).is_some_and(|slot| flags.iter().any(|flags| flags[slot] != 0));
             self.updates.update_bucket(store, index, retain_present(gradients, present))?;
             self.reducer.updating_bytes = self.updates.gradient_bytes();
@@ -295,10 +289,10 @@ impl<B: AutodiffBackend> GradientSink<B::InnerBackend> for OptimizerInBackward<'
     ) -> Result<(), Error> {
         let layout = self.updates.context.layout;
         self.reducer.accumulate(layout, found);
-        let ahead = usize::from(self.needs_transfer && self.updates.engine.overlap);
+        let max_waiting = usize::from(self.needs_transfer && self.updates.settings.overlap);
         for index in layout.buckets_ready_after(segment) {
             self.mark_ready(index)?;
-            self.update_ready(store, ahead)?;
+            self.update_ready(store, max_waiting)?;
         }
         Ok(())
     }

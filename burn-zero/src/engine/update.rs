@@ -1,17 +1,17 @@
 //! The updates of an optimizer step, bucket by bucket.
 
-use super::Engine;
+use super::{EngineSettings, OptimizerStates};
 use crate::{
     Error, bucket,
     comm::{Collectives, Lane, Pending},
     gather::{ShardContext, ShardTensors, WeightStore},
     host_or_device::HostOrDevice,
     norm::{ExactSum, add_squares},
-    offload::ShardUpdate,
+    offload::{ParamRef, ShardUpdate},
     optimizer::{self, Hyperparameters, Lamb, Optimizer},
     reduce::ShardGradients,
     segment::DynTensor,
-    sharding::{ParamShard, ShardLayout},
+    sharding::{ParamShard, Parameter},
 };
 use burn::tensor::{
     DType,
@@ -19,20 +19,21 @@ use burn::tensor::{
 };
 use std::collections::{HashMap, VecDeque};
 
-/// Gradients of parameter shards, on the device.
-type DeviceGradients<B> = Vec<(ParamShard, Option<DynTensor<B>>)>;
-
 /// The pipeline of a step's updates: while one bucket is updated, the previous one is written back.
 pub(super) struct UpdatePipeline<'a, B: AutodiffBackend> {
-    pub engine: &'a mut Engine<B>,
+    pub settings: &'a EngineSettings,
+    pub states: &'a mut OptimizerStates<B>,
     pub context: ShardContext<'a, B::InnerBackend>,
-    pub hyperparameters: Hyperparameters,
+    hyperparameters: Hyperparameters,
     /// The buckets in flight, oldest first.
-    in_flight: VecDeque<(usize, InFlightUpdate<B::InnerBackend>)>,
+    in_flight: VecDeque<InFlightUpdate<B::InnerBackend>>,
 }
 
-/// A bucket whose update has been started, and the dtypes of its weights.
+/// A bucket whose update has been started.
 struct InFlightUpdate<B: Backend> {
+    /// The index of the bucket.
+    bucket: usize,
+    /// The dtypes of the bucket's weights.
     dtypes: Vec<DType>,
     /// Bytes of the bucket's gradients.
     gradient_bytes: usize,
@@ -46,153 +47,166 @@ enum UpdatedShards<B: Backend> {
     Host(Pending<Vec<(ParamShard, HostOrDevice<B>)>>),
 }
 
+/// A parameter shard in f32 with its gradient; without a gradient it stays as it is. `T` holds flat values.
+struct ShardStep<T> {
+    shard: ParamShard,
+    value: T,
+    gradient: Option<T>,
+}
+
+/// The direction in which LAMB moves a shard; none without a gradient.
+struct ShardDirection<B: Backend> {
+    shard: ParamShard,
+    value: DynTensor<B>,
+    direction: Option<DynTensor<B>>,
+}
+
+/// The squared norms of a tensor and of its update direction.
+#[derive(Default)]
+struct SquaredNorms {
+    parameter: ExactSum,
+    direction: ExactSum,
+}
+
 impl<'a, B: AutodiffBackend> UpdatePipeline<'a, B> {
-    pub fn new(engine: &'a mut Engine<B>, context: ShardContext<'a, B::InnerBackend>, rates: Hyperparameters) -> Self {
-        Self { engine, context, hyperparameters: rates, in_flight: VecDeque::new() }
+    pub fn new(
+        settings: &'a EngineSettings,
+        states: &'a mut OptimizerStates<B>,
+        context: ShardContext<'a, B::InnerBackend>,
+        hyperparameters: Hyperparameters,
+    ) -> Self {
+        Self { settings, states, context, hyperparameters, in_flight: VecDeque::new() }
     }
 
     /// Updates this rank's shards of a bucket; a shard without gradient (no rank had one) stays as it is.
     pub fn update_bucket(
         &mut self,
         store: &mut dyn WeightStore<B::InnerBackend>,
-        index: usize,
+        bucket: usize,
         gradients: ShardGradients<B::InnerBackend>,
     ) -> Result<(), Error> {
-        let update = self.start_update(store.take(index)?, gradients)?;
-        self.in_flight.push_back((index, update));
-        self.drain(store, usize::from(self.engine.overlap))
+        let update = self.start_update(bucket, store.take(bucket)?, gradients)?;
+        self.in_flight.push_back(update);
+        self.drain(store, usize::from(self.settings.overlap))
     }
 
     /// Waits until at most `max_in_flight` buckets are in flight.
     pub fn drain(&mut self, store: &mut dyn WeightStore<B::InnerBackend>, max_in_flight: usize) -> Result<(), Error> {
         while self.in_flight.len() > max_in_flight {
-            let Some((index, update)) = self.in_flight.pop_front() else { return Ok(()) };
+            let Some(update) = self.in_flight.pop_front() else { return Ok(()) };
+            let bucket = update.bucket;
             let shards = self.finish_update(update)?;
-            store.put(index, shards)?;
+            store.put(bucket, shards)?;
         }
         Ok(())
     }
 
     /// Returns the bytes of the gradients held by the host optimizer.
     pub fn gradient_bytes(&self) -> usize {
-        self.in_flight.iter().map(|(_, update)| update.gradient_bytes).sum()
+        self.in_flight.iter().map(|update| update.gradient_bytes).sum()
     }
 
-    /// Returns the updates of a bucket for the host optimizer.
-    fn shard_updates(
-        &self,
-        shards: Vec<(ParamShard, HostOrDevice<B::InnerBackend>)>,
-        gradients: ShardGradients<B::InnerBackend>,
-    ) -> Vec<ShardUpdate<B::InnerBackend>> {
-        let layout = self.context.layout;
-        let task = |((shard, value), (_, gradient)): (
-            (ParamShard, HostOrDevice<_>),
-            (ParamShard, Option<HostOrDevice<_>>),
-        )| {
-            let parameter = &layout.parameters[shard.parameter];
-            let rates = self.engine.shard_hyperparameters(layout, &shard, self.hyperparameters);
-            ShardUpdate { parameter: (parameter.id, parameter.elements()), piece: shard, rates, value, gradient }
-        };
-        shards.into_iter().zip(gradients).map(task).collect()
+    fn parameter(&self, shard: &ParamShard) -> &'a Parameter {
+        &self.context.layout.parameters[shard.parameter]
     }
 
     fn start_update(
         &mut self,
+        bucket: usize,
         shards: ShardTensors<B::InnerBackend>,
         gradients: ShardGradients<B::InnerBackend>,
     ) -> Result<InFlightUpdate<B::InnerBackend>, Error> {
         let ShardContext { layout, communicator, device } = self.context;
         let dtypes = shards.iter().map(|(_, value)| value.dtype()).collect();
-        let master = |(shard, value): (ParamShard, DynTensor<_>)| {
-            let kept = self.engine.master_weights.remove(&layout.parameters[shard.parameter].id);
-            (shard, kept.unwrap_or_else(|| HostOrDevice::Device(value.into_f32())))
-        };
-        let pieces: Vec<_> = shards.into_iter().map(master).collect();
-        if let Some(host_optimizer) = &self.engine.host_optimizer {
-            let bytes = |held: &HostOrDevice<_>| held.device_and_host_bytes().0 + held.device_and_host_bytes().1;
-            let bytes = gradients.iter().filter_map(|(_, held)| held.as_ref()).map(bytes).sum();
-            let pieces = UpdatedShards::Host(host_optimizer.submit(self.shard_updates(pieces, gradients)));
-            return Ok(InFlightUpdate { dtypes, gradient_bytes: bytes, shards: pieces });
+        let pairs = shards.into_iter().zip(gradients);
+        let steps: Vec<_> = pairs
+            .map(|((shard, value), (_, gradient))| {
+                let master = self.states.master_weights.remove(&layout.parameters[shard.parameter].id);
+                let value = master.unwrap_or_else(|| HostOrDevice::Device(value.into_f32()));
+                ShardStep { shard, value, gradient }
+            })
+            .collect();
+        if let Some(host) = &self.states.host {
+            let gradients = steps.iter().filter_map(|step| step.gradient.as_ref());
+            let gradient_bytes = gradients.map(|gradient| gradient.device_and_host_bytes().total()).sum();
+            let updates = steps.into_iter().map(|step| self.host_update(step)).collect();
+            let shards = UpdatedShards::Host(host.submit(updates));
+            return Ok(InFlightUpdate { bucket, dtypes, gradient_bytes, shards });
         }
-        let pieces = pieces.into_iter().map(|(piece, held)| (piece, held.into_device(device))).collect();
-        let gradients =
-            gradients.into_iter().map(|(piece, held)| (piece, held.map(|held| held.into_device(device)))).collect();
-        let trace = communicator.trace();
-        let update = || self.engine.update_shards(layout, (pieces, gradients), self.hyperparameters);
-        let new = trace.span("update", Lane::Compute, update)?;
-        Ok(InFlightUpdate { dtypes, gradient_bytes: 0, shards: UpdatedShards::Device(new) })
+        let steps = steps.into_iter().map(|ShardStep { shard, value, gradient }| {
+            let gradient = gradient.map(|gradient| gradient.into_device(device));
+            ShardStep { shard, value: value.into_device(device), gradient }
+        });
+        let steps = steps.collect();
+        let shards = communicator.trace().span("update", Lane::Compute, || self.update_on_device(steps))?;
+        Ok(InFlightUpdate { bucket, dtypes, gradient_bytes: 0, shards: UpdatedShards::Device(shards) })
+    }
+
+    /// Returns the update of a shard for the host optimizer.
+    fn host_update(&self, step: ShardStep<HostOrDevice<B::InnerBackend>>) -> ShardUpdate<B::InnerBackend> {
+        let ShardStep { shard, value, gradient } = step;
+        let parameter = self.parameter(&shard);
+        let hyperparameters = self.shard_hyperparameters(&shard);
+        let parameter = ParamRef { id: parameter.id, elements: parameter.elements() };
+        ShardUpdate { parameter, shard, hyperparameters, value, gradient }
     }
 
     fn finish_update(
         &mut self,
         update: InFlightUpdate<B::InnerBackend>,
     ) -> Result<ShardTensors<B::InnerBackend>, Error> {
-        let ShardContext { layout, device, .. } = self.context;
+        let device = self.context.device;
         let shards: Vec<(ParamShard, HostOrDevice<_>)> = match update.shards {
-            UpdatedShards::Device(pieces) => {
-                pieces.into_iter().map(|(shard, value)| (shard, HostOrDevice::Device(value))).collect()
+            UpdatedShards::Device(shards) => {
+                shards.into_iter().map(|(shard, value)| (shard, HostOrDevice::Device(value))).collect()
             }
             UpdatedShards::Host(pending) => pending.wait()?,
         };
-        let round = |((piece, held), dtype): ((ParamShard, HostOrDevice<_>), DType)| {
+        let round = |((shard, master), dtype): ((ParamShard, HostOrDevice<_>), DType)| {
             if dtype == DType::F32 {
-                return (piece, held.into_device(device));
+                return (shard, master.into_device(device));
             }
-            let value = match &held {
+            let value = match &master {
                 HostOrDevice::Device(value) => value.clone().into_dtype(dtype),
                 HostOrDevice::Host(values) => bucket::cast_on_host(values, dtype, device),
             };
-            self.engine.master_weights.insert(layout.parameters[piece.parameter].id, held);
-            (piece, value)
+            self.states.master_weights.insert(self.context.layout.parameters[shard.parameter].id, master);
+            (shard, value)
         };
         Ok(shards.into_iter().zip(update.dtypes).map(round).collect())
     }
-}
 
-impl<B: AutodiffBackend> Engine<B> {
     /// Updates this rank's shards of a bucket, in f32 on the device.
-    fn update_shards(
+    fn update_on_device(
         &mut self,
-        layout: &ShardLayout,
-        (shards, gradients): (ShardTensors<B::InnerBackend>, DeviceGradients<B::InnerBackend>),
-        rates: Hyperparameters,
+        steps: Vec<ShardStep<DynTensor<B::InnerBackend>>>,
     ) -> Result<ShardTensors<B::InnerBackend>, Error> {
-        match self.optimizer {
-            Optimizer::Lamb(lamb) => self.update_layerwise(lamb, layout, (shards, gradients), rates),
-            _ => Ok(self.update_elementwise(layout, (shards, gradients), rates)),
+        match self.settings.optimizer {
+            Optimizer::Lamb(lamb) => self.update_layerwise(lamb, steps),
+            _ => Ok(steps.into_iter().map(|step| self.update_elementwise(step)).collect()),
         }
     }
 
-    /// Updates the shards of a bucket with an element-wise optimizer.
+    /// Updates a shard with an element-wise optimizer.
     fn update_elementwise(
         &mut self,
-        layout: &ShardLayout,
-        (shards, gradients): (ShardTensors<B::InnerBackend>, DeviceGradients<B::InnerBackend>),
-        rates: Hyperparameters,
-    ) -> ShardTensors<B::InnerBackend> {
-        let update =
-            |((shard, value), (_, gradient)): ((ParamShard, DynTensor<_>), (ParamShard, Option<DynTensor<_>>))| {
-                let Some(gradient) = gradient else { return (shard, value) };
-                let (id, rate) =
-                    (layout.parameters[shard.parameter].id, self.shard_hyperparameters(layout, &shard, rates));
-                let state = self.device_states.remove(&id);
-                let (value, state) = self.optimizer.update(rate, value.tensor(), gradient.tensor(), state);
-                self.device_states.insert(id, state);
-                (shard, DynTensor::new(value))
-            };
-        shards.into_iter().zip(gradients).map(update).collect()
+        step: ShardStep<DynTensor<B::InnerBackend>>,
+    ) -> (ParamShard, DynTensor<B::InnerBackend>) {
+        let ShardStep { shard, value, gradient } = step;
+        let Some(gradient) = gradient else { return (shard, value) };
+        let (id, hyperparameters) = (self.parameter(&shard).id, self.shard_hyperparameters(&shard));
+        let state = self.states.device.remove(&id);
+        let optimizer = self.settings.optimizer;
+        let (value, state) = optimizer.update(hyperparameters, value.tensor(), gradient.tensor(), state);
+        self.states.device.insert(id, state);
+        (shard, DynTensor::new(value))
     }
 
     /// Returns the hyperparameters of a shard: learning rate and weight decay of its parameter group.
-    fn shard_hyperparameters(
-        &self,
-        layout: &ShardLayout,
-        shard: &ParamShard,
-        rates: Hyperparameters,
-    ) -> Hyperparameters {
-        let parameter = &layout.parameters[shard.parameter];
-        let group = self.param_groups.group_of(&parameter.path, parameter.dims.len(), rates.weight_decay);
-        Hyperparameters { lr: rates.lr * group.lr_scale, weight_decay: group.weight_decay, ..rates }
+    fn shard_hyperparameters(&self, shard: &ParamShard) -> Hyperparameters {
+        let (parameter, all) = (self.parameter(shard), self.hyperparameters);
+        let group = self.settings.param_groups.group_of(&parameter.path, parameter.dims.len(), all.weight_decay);
+        Hyperparameters { lr: all.lr * group.lr_scale, weight_decay: group.weight_decay, ..all }
     }
 
     /// Updates the shards of a bucket with LAMB: the norms of the tensors and of their update directions are summed
@@ -200,61 +214,69 @@ impl<B: AutodiffBackend> Engine<B> {
     fn update_layerwise(
         &mut self,
         lamb: Lamb,
-        layout: &ShardLayout,
-        (shards, gradients): (ShardTensors<B::InnerBackend>, DeviceGradients<B::InnerBackend>),
-        rates: Hyperparameters,
+        steps: Vec<ShardStep<DynTensor<B::InnerBackend>>>,
     ) -> Result<ShardTensors<B::InnerBackend>, Error> {
-        let (mut moving, mut norms) = (Vec::new(), HashMap::new());
-        for ((shard, value), (_, gradient)) in shards.into_iter().zip(gradients) {
-            let Some(gradient) = gradient else {
-                moving.push((shard, value, None));
-                continue;
-            };
-            let (id, rate) = (layout.parameters[shard.parameter].id, self.shard_hyperparameters(layout, &shard, rates));
-            let state = self.device_states.remove(&id);
-            let parameter = value.clone().tensor::<1>();
-            let gradient = optimizer::scale_gradient(gradient.tensor(), rates.grad_scale);
-            let (direction, state) = lamb.direction(rate.weight_decay, &parameter, gradient, state);
-            self.device_states.insert(id, state);
-            let direction = DynTensor::new(direction);
-            let sums: &mut [ExactSum; 2] = norms.entry(shard.parameter).or_default();
-            add_squares(&mut sums[0], &value);
-            add_squares(&mut sums[1], &direction);
-            moving.push((shard, value, Some(direction)));
-        }
-        let norms = self.all_reduce_norms(layout, norms)?;
-        let step = |(piece, value, direction): (ParamShard, DynTensor<B::InnerBackend>, Option<DynTensor<_>>)| {
-            let Some(direction) = direction else { return (piece, value) };
-            let [parameter, length] = &norms[&piece.parameter];
+        let mut norms: HashMap<usize, SquaredNorms> = HashMap::new();
+        let directions: Vec<_> = steps
+            .into_iter()
+            .map(|step| {
+                let moved = self.lamb_direction(lamb, step);
+                if let Some(direction) = &moved.direction {
+                    let sums = norms.entry(moved.shard.parameter).or_default();
+                    add_squares(&mut sums.parameter, &moved.value);
+                    add_squares(&mut sums.direction, direction);
+                }
+                moved
+            })
+            .collect();
+        let norms = self.all_reduce_norms(norms)?;
+        let apply = |ShardDirection { shard, value, direction }: ShardDirection<B::InnerBackend>| {
+            let Some(direction) = direction else { return (shard, value) };
+            let SquaredNorms { parameter, direction: length } = &norms[&shard.parameter];
             let ratio = lamb.trust_ratio(parameter.value().sqrt(), length.value().sqrt());
-            let Hyperparameters { lr, .. } = self.shard_hyperparameters(layout, &piece, rates);
+            let Hyperparameters { lr, .. } = self.shard_hyperparameters(&shard);
             let moved = value.tensor::<1>().sub(direction.tensor::<1>().mul_scalar(lr * ratio));
-            (piece, DynTensor::new(moved))
+            (shard, DynTensor::new(moved))
         };
-        Ok(moving.into_iter().map(step).collect())
+        Ok(directions.into_iter().map(apply).collect())
+    }
+
+    /// Computes LAMB's update direction of a shard.
+    fn lamb_direction(
+        &mut self,
+        lamb: Lamb,
+        step: ShardStep<DynTensor<B::InnerBackend>>,
+    ) -> ShardDirection<B::InnerBackend> {
+        let ShardStep { shard, value, gradient } = step;
+        let Some(gradient) = gradient else { return ShardDirection { shard, value, direction: None } };
+        let (id, hyperparameters) = (self.parameter(&shard).id, self.shard_hyperparameters(&shard));
+        let state = self.states.device.remove(&id);
+        let gradient = optimizer::scale_gradient(gradient.tensor(), hyperparameters.grad_scale);
+        let parameter = value.clone().tensor::<1>();
+        let (direction, state) = lamb.direction(hyperparameters.weight_decay, &parameter, gradient, state);
+        self.states.device.insert(id, state);
+        ShardDirection { shard, value, direction: Some(DynTensor::new(direction)) }
     }
 
     /// Sums the squared norms of all shards, by parameter.
-    fn all_reduce_norms(
-        &self,
-        layout: &ShardLayout,
-        norms: HashMap<usize, [ExactSum; 2]>,
-    ) -> Result<HashMap<usize, [ExactSum; 2]>, Error> {
-        let mut message = Vec::new();
+    fn all_reduce_norms(&self, norms: HashMap<usize, SquaredNorms>) -> Result<HashMap<usize, SquaredNorms>, Error> {
+        let ShardContext { layout, communicator, .. } = self.context;
+        let mut own = Vec::new();
         for (parameter, sums) in &norms {
-            message.extend((*parameter as u64).to_le_bytes());
-            sums.iter().for_each(|sum| message.extend(sum.to_bytes()));
+            own.extend((*parameter as u64).to_le_bytes());
+            own.extend(sums.parameter.to_bytes());
+            own.extend(sums.direction.to_bytes());
         }
-        let messages = self.communicator.submit("share", move |group| group.all_gather_object(&message)).wait()?;
-        let mut all: HashMap<usize, [ExactSum; 2]> = HashMap::new();
-        for note in messages.iter().take(layout.num_shards) {
-            let mut rest = note.as_slice();
+        let messages = communicator.submit("share", move |group| group.all_gather_object(&own)).wait()?;
+        let mut all: HashMap<usize, SquaredNorms> = HashMap::new();
+        for message in messages.iter().take(layout.num_shards) {
+            let mut rest = message.as_slice();
             while let Some((number, after)) = rest.split_first_chunk::<8>() {
-                let (first, after) = ExactSum::from_bytes(after);
-                let (second, after) = ExactSum::from_bytes(after);
+                let (parameter, after) = ExactSum::from_bytes(after);
+                let (direction, after) = ExactSum::from_bytes(after);
                 let sums = all.entry(u64::from_le_bytes(*number) as usize).or_default();
-                sums[0].merge(first);
-                sums[1].merge(second);
+                sums.parameter.merge(parameter);
+                sums.direction.merge(direction);
                 rest = after;
             }
         }

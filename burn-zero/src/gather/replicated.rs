@@ -30,11 +30,11 @@ impl<'a, B: AutodiffBackend, M: Module<B>> ReplicatedModel<'a, B, M> {
     /// Takes the trainable weights out of a model and leaves placeholders of one element, so that the weights have no
     /// other owner.
     pub fn take_from(model: &mut M, context: ShardContext<'a, B::InnerBackend>) -> Self {
-        let whole = detach_parameters(model.clone());
+        let full = detach_parameters(model.clone());
         let layout = context.layout;
-        let which = |id: ParamId| layout.parameters[layout.parameter_index[&id]].trainable;
-        *model = model.clone().map(&mut TakeParams { layout, selects: which, values: HashMap::new() });
-        Self { model: Some(whole), context, in_flight: VecDeque::new(), updated: HashMap::new() }
+        let selects = |id: ParamId| layout.parameters[layout.parameter_index[&id]].trainable;
+        *model = model.clone().map(&mut TakeParams { layout, selects, values: HashMap::new() });
+        Self { model: Some(full), context, in_flight: VecDeque::new(), updated: HashMap::new() }
     }
 
     /// Waits until at most `max_in_flight` buckets are in flight.
@@ -42,8 +42,7 @@ impl<'a, B: AutodiffBackend, M: Module<B>> ReplicatedModel<'a, B, M> {
         let ShardContext { layout, device, .. } = self.context;
         while self.in_flight.len() > max_in_flight {
             let Some((index, gathering)) = self.in_flight.pop_front() else { return Ok(()) };
-            let whole = gathering.wait(layout, &layout.buckets[index], device)?;
-            self.updated.extend(whole.into_iter().map(|(parameter, value)| (layout.parameters[parameter].id, value)));
+            self.updated.extend(gathering.wait(layout, &layout.buckets[index], device)?);
         }
         Ok(())
     }
@@ -53,8 +52,8 @@ impl<'a, B: AutodiffBackend, M: Module<B>> ReplicatedModel<'a, B, M> {
     pub fn put_back<R>(mut self, model: &mut M, done: Result<R, Error>) -> Result<R, Error> {
         let done = done.and_then(|done| self.drain(0).map(|()| done));
         let values = std::mem::take(&mut self.updated);
-        if let Some(whole) = self.model {
-            *model = if values.is_empty() { whole } else { whole.map(&mut PutParams { values }) };
+        if let Some(full) = self.model {
+            *model = if values.is_empty() { full } else { full.map(&mut PutParams { values }) };
         }
         done
     }
@@ -78,8 +77,8 @@ impl<B: AutodiffBackend, M: Module<B>> WeightStore<B::InnerBackend> for Replicat
     fn take(&mut self, index: usize) -> Result<ShardTensors<B::InnerBackend>, Error> {
         let ShardContext { layout, device, .. } = self.context;
         let bucket = &layout.buckets[index];
-        let which = |id| bucket.param_offsets.iter().any(|&(parameter, _)| layout.parameters[parameter].id == id);
-        let mut take = TakeParams { layout, selects: which, values: HashMap::new() };
+        let selects = |id| bucket.parameters().any(|index| layout.parameters[index].id == id);
+        let mut take = TakeParams { layout, selects, values: HashMap::new() };
         self.model = self.model.take().map(|model| model.map(&mut take));
         let mut values = take.values;
         let shards = layout.local_param_shards(bucket).into_iter().map(|shard| {

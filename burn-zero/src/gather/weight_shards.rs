@@ -4,11 +4,13 @@ use super::{PendingGather, ShardContext, ShardTensors, TakeParams, WeightStore, 
 use crate::{
     Error, bucket,
     comm::{AsyncCommunicator, Collectives, Lane},
+    host_or_device::DeviceHostBytes,
     offload::{MemoryTier, OffloadFile},
+    segment::DynTensor,
     sharding::{ParamShard, ShardLayout},
 };
 use burn::{
-    module::Module,
+    module::{Module, ParamId},
     tensor::backend::{AutodiffBackend, Backend},
 };
 use std::{collections::HashMap, sync::Arc};
@@ -40,8 +42,11 @@ enum BucketShard<B: Backend> {
     Device(ShardTensors<B>),
     /// The bytes of the bucket shard, as the all-gather sends them.
     Host(Arc<Vec<u8>>),
-    /// Offset and length of the bytes in the file.
-    File(u64, usize),
+    /// The place of the bytes in the file.
+    File {
+        start: u64,
+        length: usize,
+    },
 }
 
 impl<B: Backend> WeightShards<B> {
@@ -52,7 +57,8 @@ impl<B: Backend> WeightShards<B> {
     pub fn shard<A: AutodiffBackend<InnerBackend = B>, M: Module<A>>(
         model: M,
         layout: &ShardLayout,
-        (device, tier): (&B::Device, &MemoryTier),
+        device: &B::Device,
+        tier: &MemoryTier,
     ) -> Result<(M, Self), Error> {
         let mut take = TakeParams { layout, selects: |_| true, values: HashMap::new() };
         let model = model.map(&mut take);
@@ -64,12 +70,12 @@ impl<B: Backend> WeightShards<B> {
         let mut weights = Self { shards: HashMap::new(), file, tier: tier.clone() };
         for (index, bucket) in layout.buckets.iter().enumerate() {
             let own = layout.local_param_shards(bucket).into_iter();
-            let cut = own.map(|shard| {
+            let shards = own.map(|shard| {
                 let value = values.remove(&shard.parameter).expect("the model has every parameter of the layout");
-                let part = bucket::slice_shard(value, &shard, true, device);
-                (shard, part)
+                let value = bucket::slice_shard(value, &shard, true, device);
+                (shard, value)
             });
-            weights.put(layout, index, cut.collect())?;
+            weights.put(layout, index, shards.collect())?;
         }
         Ok((model, weights))
     }
@@ -88,11 +94,11 @@ impl<B: Backend> WeightShards<B> {
             (_, Some(file)) => {
                 let bytes = bytes();
                 let start = match self.shards.get(&index) {
-                    Some(&BucketShard::File(start, _)) => start,
+                    Some(&BucketShard::File { start, .. }) => start,
                     _ => file.allocate(bytes.len()),
                 };
                 file.write(start, &bytes)?;
-                BucketShard::File(start, bytes.len())
+                BucketShard::File { start, length: bytes.len() }
             }
         };
         self.shards.insert(index, shard);
@@ -102,7 +108,7 @@ impl<B: Backend> WeightShards<B> {
     /// Returns this rank's shards of a bucket on the device, to be updated in place and [put](Self::put) back.
     fn take(&mut self, layout: &ShardLayout, index: usize, device: &B::Device) -> Result<ShardTensors<B>, Error> {
         match self.shards.get_mut(&index) {
-            Some(BucketShard::Device(pieces)) => Ok(std::mem::take(pieces)),
+            Some(BucketShard::Device(shards)) => Ok(std::mem::take(shards)),
             _ => self.read(layout, index, device),
         }
     }
@@ -111,18 +117,18 @@ impl<B: Backend> WeightShards<B> {
     pub fn read(&self, layout: &ShardLayout, index: usize, device: &B::Device) -> Result<ShardTensors<B>, Error> {
         let bucket = &layout.buckets[index];
         let bytes = match (&self.shards[&index], &self.file) {
-            (BucketShard::Device(pieces), _) => return Ok(pieces.clone()),
+            (BucketShard::Device(shards), _) => return Ok(shards.clone()),
             (BucketShard::Host(bytes), _) => bytes.clone(),
-            (BucketShard::File(start, length), Some(shelf)) => Arc::new(shelf.reader(*start, *length)()?),
-            (BucketShard::File(..), None) => unreachable!("a shard in a file implies an open file"),
+            (BucketShard::File { start, length }, Some(file)) => Arc::new(file.reader(*start, *length)()?),
+            (BucketShard::File { .. }, None) => unreachable!("a shard in a file implies an open file"),
         };
         let size = bucket.dtype.size();
-        let shard = |piece: ParamShard| {
-            let bytes = &bytes[piece.offset * size..][..piece.range.len() * size];
-            let value = bucket::tensor_from_bytes(bytes, &[piece.range.len()], bucket.dtype, device);
-            (piece, value)
+        let read = |shard: ParamShard| {
+            let bytes = &bytes[shard.offset * size..][..shard.range.len() * size];
+            let value = bucket::tensor_from_bytes(bytes, &[shard.range.len()], bucket.dtype, device);
+            (shard, value)
         };
-        Ok(layout.local_param_shards(bucket).into_iter().map(shard).collect())
+        Ok(layout.local_param_shards(bucket).into_iter().map(read).collect())
     }
 
     /// Starts the all-gather of a bucket.
@@ -130,33 +136,44 @@ impl<B: Backend> WeightShards<B> {
         let bucket = &layout.buckets[index];
         let (size, trace) = (bucket.dtype.size(), communicator.trace().clone());
         match (&self.shards[&index], &self.file) {
-            (BucketShard::Device(pieces), _) => start_all_gather(layout, bucket, pieces.clone(), communicator),
+            (BucketShard::Device(shards), _) => start_all_gather(layout, bucket, shards.clone(), communicator),
             (BucketShard::Host(bytes), _) => {
                 let bytes = bytes.clone();
                 PendingGather::InFlight(
                     communicator.submit("all_gather", move |group| group.all_gather_bytes(&bytes, size)),
                 )
             }
-            (BucketShard::File(start, length), Some(shelf)) => {
-                let read = shelf.reader(*start, *length);
+            (BucketShard::File { start, length }, Some(file)) => {
+                let read = file.reader(*start, *length);
                 PendingGather::InFlight(communicator.submit("all_gather", move |group| {
                     let bytes = trace.numbered_span("from the file", index, Lane::Transfer, read)?;
                     group.all_gather_bytes(&bytes, size)
                 }))
             }
-            (BucketShard::File(..), None) => unreachable!("a shard in a file implies an open file"),
+            (BucketShard::File { .. }, None) => unreachable!("a shard in a file implies an open file"),
         }
     }
 
-    /// Returns the bytes on the device and in host memory, of the trainable or of the frozen buckets.
-    pub fn bytes(&self, layout: &ShardLayout, trainable: bool) -> (usize, usize) {
+    /// Gathers all weights and returns them by parameter.
+    pub fn gather_all(&self, context: ShardContext<'_, B>) -> Result<HashMap<ParamId, DynTensor<B>>, Error> {
+        let ShardContext { layout, communicator, device } = context;
+        let mut values = HashMap::new();
+        for (index, bucket) in layout.buckets.iter().enumerate() {
+            values.extend(self.gather(layout, index, communicator).wait(layout, bucket, device)?);
+        }
+        Ok(values)
+    }
+
+    /// Returns the bytes of the trainable or of the frozen buckets.
+    pub fn bytes(&self, layout: &ShardLayout, trainable: bool) -> DeviceHostBytes {
         let own = self.shards.iter().filter(|(index, _)| layout.buckets[**index].trainable == trainable);
-        own.fold((0, 0), |(device, host), (_, part)| match part {
-            BucketShard::Device(pieces) => {
-                (device + pieces.iter().map(|(_, value)| value.bytes()).sum::<usize>(), host)
+        let bytes = |(_, shard): (&usize, &BucketShard<B>)| match shard {
+            BucketShard::Device(shards) => {
+                DeviceHostBytes { device: shards.iter().map(|(_, value)| value.bytes()).sum(), host: 0 }
             }
-            BucketShard::Host(bytes) => (device, host + bytes.len()),
-            BucketShard::File(..) => (device, host),
-        })
+            BucketShard::Host(bytes) => DeviceHostBytes { device: 0, host: bytes.len() },
+            BucketShard::File { .. } => DeviceHostBytes::default(),
+        };
+        own.map(bytes).sum()
     }
 }

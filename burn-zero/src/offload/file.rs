@@ -20,8 +20,8 @@ use std::{
 /// The number of values of each moment in a buffer. In the file a shard is a sequence of such blocks, each with its
 /// `exp_avg` followed by its `exp_avg_sq`.
 const FILE_BLOCK: usize = 256 << 10;
-/// The number of buffers: one to read ahead, one to compute with, two to write behind.
-const BUFFERS: usize = 4;
+/// The largest number of requests in flight while a block is updated: one to read ahead, two to write behind.
+const MAX_IN_FLIGHT: usize = 3;
 
 /// A rank's file of moments. A thread reads ahead and writes behind; the data passes through a few buffers instead of a
 /// memory map.
@@ -31,7 +31,10 @@ pub(super) struct MomentFile {
     /// The number of values allocated so far.
     allocated: u64,
     requests: Option<Sender<IoRequest>>,
-    completions: Receiver<io::Result<IoCompletion>>,
+    completions: Receiver<IoCompletion>,
+    /// The number of requests without completion.
+    in_flight: usize,
+    /// Buffers for further requests.
     free: Vec<Vec<f32>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -41,9 +44,25 @@ enum IoRequest {
     Write { start: u64, buffer: Vec<f32> },
 }
 
-enum IoCompletion {
-    Read(Vec<f32>),
-    Written(Vec<f32>),
+/// A completed request; its buffer comes back whether it succeeded or not.
+struct IoCompletion {
+    is_read: bool,
+    buffer: Vec<f32>,
+    result: io::Result<()>,
+}
+
+/// A part of a shard: the offset of its first value in the shard and the number of its values.
+#[derive(Clone, Copy)]
+struct FileBlock {
+    offset: usize,
+    length: usize,
+}
+
+impl FileBlock {
+    /// Returns the offset in the file, in values, for a shard whose moments start at `start`.
+    fn position(self, start: u64) -> u64 {
+        start + 2 * self.offset as u64
+    }
 }
 
 fn bytes(values: &[f32]) -> &[u8] {
@@ -58,34 +77,37 @@ fn bytes_mut(values: &mut [f32]) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), size_of_val(values)) }
 }
 
-fn io_loop(file: &File, requests: Receiver<IoRequest>, answers: &Sender<io::Result<IoCompletion>>) {
+fn io_loop(file: &File, requests: Receiver<IoRequest>, completions: &Sender<IoCompletion>) {
     for request in requests {
-        let answer = match request {
+        let completion = match request {
             IoRequest::Read { start, length, mut buffer } => {
                 buffer.resize(length, 0.0);
-                file.read_exact_at(bytes_mut(&mut buffer), 4 * start).map(|()| IoCompletion::Read(buffer))
+                let result = file.read_exact_at(bytes_mut(&mut buffer), 4 * start);
+                IoCompletion { is_read: true, buffer, result }
             }
             IoRequest::Write { start, buffer } => {
-                file.write_all_at(bytes(&buffer), 4 * start).map(|()| IoCompletion::Written(buffer))
+                let result = file.write_all_at(bytes(&buffer), 4 * start);
+                IoCompletion { is_read: false, buffer, result }
             }
         };
-        if answers.send(answer).is_err() {
+        if completions.send(completion).is_err() {
             return;
         }
     }
 }
 
-/// Returns the blocks of a shard of `n` values: offset in the shard and length of each.
-fn blocks(n: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..n.div_ceil(FILE_BLOCK)).map(move |i| (i * FILE_BLOCK, FILE_BLOCK.min(n - i * FILE_BLOCK)))
+/// Returns the blocks of a shard of `n` values.
+fn blocks(n: usize) -> impl Iterator<Item = FileBlock> {
+    let offsets = (0..n).step_by(FILE_BLOCK);
+    offsets.map(move |offset| FileBlock { offset, length: FILE_BLOCK.min(n - offset) })
 }
 
-/// Creates a file for one rank; `what` is its extension.
-fn create_file(folder: &Path, rank: usize, what: &str) -> Result<(PathBuf, Arc<File>), Error> {
+/// Creates a file for one rank.
+fn create_file(folder: &Path, rank: usize, extension: &str) -> Result<(PathBuf, Arc<File>), Error> {
     // The number keeps the files of two engines in one process apart.
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let path = folder.join(format!("rank-{rank}-{}-{number}.{what}", std::process::id()));
+    let path = folder.join(format!("rank-{rank}-{}-{number}.{extension}", std::process::id()));
     let wrong = |source| Error::Io { path: path.clone(), source };
     std::fs::create_dir_all(folder).map_err(wrong)?;
     let options = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path);
@@ -100,12 +122,13 @@ impl MomentFile {
     pub fn create(folder: &Path, rank: usize) -> Result<Self, Error> {
         let (path, file) = create_file(folder, rank, "states")?;
         let wrong = |source| Error::Io { path: path.clone(), source };
-        let ((requests, asked), (answer, answers)) = (channel(), channel());
+        let (requests, submitted) = channel();
+        let (completed, completions) = channel();
         let shared = file.clone();
-        let work = move || io_loop(&shared, asked, &answer);
+        let work = move || io_loop(&shared, submitted, &completed);
         let thread = std::thread::Builder::new().name("optimizer states".to_owned()).spawn(work).map_err(wrong)?;
         let (requests, thread) = (Some(requests), Some(thread));
-        Ok(Self { path, file, allocated: 0, requests, completions: answers, free: vec![Vec::new(); BUFFERS], thread })
+        Ok(Self { path, file, allocated: 0, requests, completions, in_flight: 0, free: Vec::new(), thread })
     }
 
     fn wrong(&self, source: io::Error) -> Error {
@@ -118,11 +141,11 @@ impl MomentFile {
         self.allocated += 2 * n as u64;
         let mut buffer = self.free.pop().unwrap_or_default();
         let mut result = Ok(());
-        for (at, length) in blocks(n) {
+        for block in blocks(n) {
             buffer.clear();
-            buffer.resize(length, -0.0);
-            buffer.resize(2 * length, 0.0);
-            result = result.and_then(|()| self.file.write_all_at(bytes(&buffer), 4 * (start + 2 * at as u64)));
+            buffer.resize(block.length, -0.0);
+            buffer.resize(2 * block.length, 0.0);
+            result = result.and_then(|()| self.file.write_all_at(bytes(&buffer), 4 * block.position(start)));
         }
         self.free.push(buffer);
         result.map(|()| start).map_err(|source| self.wrong(source))
@@ -133,69 +156,92 @@ impl MomentFile {
         self.allocated = 0;
     }
 
-    fn submit(&self, request: IoRequest) {
+    fn submit(&mut self, request: IoRequest) {
+        self.in_flight += 1;
         if let Some(requests) = &self.requests {
             // If the thread has ended, waiting for its completion reports that.
             let _ = requests.send(request);
         }
     }
 
-    /// Waits for the next block that has been read; buffers of completed writes become free.
+    fn submit_read(&mut self, start: u64, block: FileBlock) -> Result<(), Error> {
+        let buffer = self.free_buffer()?;
+        self.submit(IoRequest::Read { start: block.position(start), length: 2 * block.length, buffer });
+        Ok(())
+    }
+
+    /// Waits for the next completed request; keeps the buffer if it is not a block that has been read.
+    fn next_completion(&mut self) -> Result<Option<Vec<f32>>, Error> {
+        let Ok(IoCompletion { is_read, buffer, result }) = self.completions.recv() else {
+            self.in_flight = 0;
+            return Err(self.wrong(io::Error::other("the thread that reads and writes has ended")));
+        };
+        self.in_flight -= 1;
+        match result {
+            Ok(()) if is_read => Ok(Some(buffer)),
+            result => {
+                self.free.push(buffer);
+                result.map(|()| None).map_err(|source| self.wrong(source))
+            }
+        }
+    }
+
+    /// Waits for the next block that has been read.
     fn next_read(&mut self) -> Result<Vec<f32>, Error> {
         loop {
-            match self.next_completion()? {
-                IoCompletion::Read(buffer) => return Ok(buffer),
-                IoCompletion::Written(buffer) => self.free.push(buffer),
-            }
-        }
-    }
-
-    fn next_completion(&self) -> Result<IoCompletion, Error> {
-        let ended = || io::Error::other("the thread that reads and writes has ended");
-        self.completions.recv().unwrap_or_else(|_| Err(ended())).map_err(|source| self.wrong(source))
-    }
-
-    /// Returns a free buffer; waits for a write to complete if there is none.
-    fn free_buffer(&mut self) -> Result<Vec<f32>, Error> {
-        loop {
-            if let Some(buffer) = self.free.pop() {
+            if let Some(buffer) = self.next_completion()? {
                 return Ok(buffer);
             }
-            match self.next_completion()? {
-                IoCompletion::Written(buffer) => self.free.push(buffer),
-                IoCompletion::Read(_) => unreachable!("only one block is read ahead at a time"),
-            }
         }
+    }
+
+    /// Returns a buffer for a request; waits for a write to complete if too many requests are in flight.
+    fn free_buffer(&mut self) -> Result<Vec<f32>, Error> {
+        while self.in_flight >= MAX_IN_FLIGHT {
+            // A block is read ahead only after the one before it has been received.
+            self.next_completion()?;
+        }
+        Ok(self.free.pop().unwrap_or_default())
     }
 
     /// Updates a shard block by block: while one block is updated, the next one is read and the previous one is
-    /// written.
+    /// written. After an error no request is in flight, and some of the moments are those before the update.
     pub fn update(
         &mut self,
         start: u64,
         update: &AdamUpdate,
-        (parameter, gradient): (&mut [f32], &[f32]),
+        parameter: &mut [f32],
+        gradient: &[f32],
     ) -> Result<(), Error> {
-        let all: Vec<_> = blocks(parameter.len()).collect();
-        let place = |(at, _): (usize, usize)| start + 2 * at as u64;
-        let read = |states: &mut Self, block: (usize, usize)| -> Result<(), Error> {
-            let buffer = states.free_buffer()?;
-            states.submit(IoRequest::Read { start: place(block), length: 2 * block.1, buffer });
-            Ok(())
-        };
-        if let Some(&first) = all.first() {
-            read(self, first)?;
+        let result = self.update_blocks(start, update, parameter, gradient);
+        if result.is_err() {
+            // The first error is the one to report.
+            let _ = self.flush();
         }
-        for (i, &(at, length)) in all.iter().enumerate() {
+        result
+    }
+
+    fn update_blocks(
+        &mut self,
+        start: u64,
+        update: &AdamUpdate,
+        parameter: &mut [f32],
+        gradient: &[f32],
+    ) -> Result<(), Error> {
+        let mut ahead = blocks(parameter.len());
+        if let Some(first) = ahead.next() {
+            self.submit_read(start, first)?;
+        }
+        for block in blocks(parameter.len()) {
             let mut buffer = self.next_read()?;
-            if let Some(&next) = all.get(i + 1) {
-                read(self, next)?;
+            if let Some(next) = ahead.next() {
+                self.submit_read(start, next)?;
             }
-            let (exp_avg, exp_avg_sq) = buffer.split_at_mut(length);
-            let range = at..at + length;
+            let (exp_avg, exp_avg_sq) = buffer.split_at_mut(block.length);
+            let range = block.offset..block.offset + block.length;
             let (parameter, gradient) = (&mut parameter[range.clone()], &gradient[range]);
             update.apply(AdamSlices { parameter, gradient, exp_avg, exp_avg_sq }, HalfCopy::None);
-            self.submit(IoRequest::Write { start: place((at, length)), buffer });
+            self.submit(IoRequest::Write { start: block.position(start), buffer });
         }
         Ok(())
     }
@@ -203,30 +249,34 @@ impl MomentFile {
     /// Reads a moment of a shard; all writes must have been completed by [`MomentFile::flush`].
     pub fn read(&self, start: u64, n: usize, slot: usize) -> Result<Vec<f32>, Error> {
         let mut moment = vec![0.0; n];
-        for (at, length) in blocks(n) {
-            let begin = 4 * (start + (2 * at + slot * length) as u64);
-            let found = self.file.read_exact_at(bytes_mut(&mut moment[at..at + length]), begin);
-            found.map_err(|source| self.wrong(source))?;
+        for block @ FileBlock { offset, length } in blocks(n) {
+            let begin = 4 * (block.position(start) + (slot * length) as u64);
+            let read = self.file.read_exact_at(bytes_mut(&mut moment[offset..offset + length]), begin);
+            read.map_err(|source| self.wrong(source))?;
         }
         Ok(moment)
     }
 
-    /// Waits until all writes are complete.
+    /// Waits until no request is in flight.
+    ///
+    /// # Errors
+    /// Returns the first error since the last update or flush.
     pub fn flush(&mut self) -> Result<(), Error> {
-        while self.free.len() < BUFFERS {
-            match self.next_completion()? {
-                IoCompletion::Written(buffer) | IoCompletion::Read(buffer) => self.free.push(buffer),
-            }
+        let mut result = Ok(());
+        while self.in_flight > 0 {
+            let completion = self.next_completion();
+            result = result.and(completion.map(|read| self.free.extend(read)));
         }
-        Ok(())
+        result
     }
 
     /// Overwrites both moments of a shard.
     pub fn write(&mut self, start: u64, moments: [&[f32]; 2]) -> Result<(), Error> {
-        for (at, length) in blocks(moments[0].len()) {
-            let begin = 4 * (start + 2 * at as u64);
-            for (k, moment) in moments.iter().enumerate() {
-                let written = self.file.write_all_at(bytes(&moment[at..at + length]), begin + (4 * k * length) as u64);
+        for block @ FileBlock { offset, length } in blocks(moments[0].len()) {
+            let begin = 4 * block.position(start);
+            for (slot, moment) in moments.iter().enumerate() {
+                let values = bytes(&moment[offset..offset + length]);
+                let written = self.file.write_all_at(values, begin + (4 * slot * length) as u64);
                 written.map_err(|source| self.wrong(source))?;
             }
         }

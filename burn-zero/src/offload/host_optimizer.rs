@@ -1,6 +1,6 @@
 //! The thread that updates weights on the host, in parallel with computation and communication.
 
-use super::OffloadedStates;
+use super::{OffloadedStates, ParamRef};
 use crate::{
     Error,
     comm::{AsyncCommunicator, Lane, Pending},
@@ -9,7 +9,7 @@ use crate::{
     sharding::ParamShard,
     worker::Worker,
 };
-use burn::{module::ParamId, tensor::backend::Backend};
+use burn::tensor::backend::Backend;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The host optimizer: a rank's optimizer states and the thread that updates them.
@@ -20,27 +20,26 @@ pub(crate) struct HostOptimizer {
 
 /// The update of one parameter shard.
 pub(crate) struct ShardUpdate<B: Backend> {
-    pub piece: ParamShard,
-    /// The parameter's id and its number of values in full.
-    pub parameter: (ParamId, usize),
-    pub rates: Hyperparameters,
+    pub shard: ParamShard,
+    pub parameter: ParamRef,
+    pub hyperparameters: Hyperparameters,
     pub value: HostOrDevice<B>,
     /// The gradient; without one the weights stay as they are.
     pub gradient: Option<HostOrDevice<B>>,
 }
 
-fn lock(offload: &Mutex<OffloadedStates>) -> MutexGuard<'_, OffloadedStates> {
-    offload.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(states: &Mutex<OffloadedStates>) -> MutexGuard<'_, OffloadedStates> {
+    states.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl HostOptimizer {
     /// Starts the thread; its work is recorded in the communicator's trace.
-    pub fn new(offload: OffloadedStates, communicator: &AsyncCommunicator) -> Self {
-        let offload = Arc::new(Mutex::new(offload));
+    pub fn new(states: OffloadedStates, communicator: &AsyncCommunicator) -> Self {
+        let states = Arc::new(Mutex::new(states));
         let name = format!("optimizer of rank {}", communicator.rank());
-        let (compute_lock, trace) = (communicator.compute_lock().clone(), communicator.trace().clone());
-        let worker = Worker::new(name, offload.clone(), compute_lock, trace);
-        Self { states: offload, worker }
+        let worker =
+            Worker::new(name, states.clone(), communicator.compute_lock().clone(), communicator.trace().clone());
+        Self { states, worker }
     }
 
     /// Locks and returns the states; waits for an update that is running.
@@ -49,16 +48,17 @@ impl HostOptimizer {
     }
 
     /// Queues the updates of a bucket and returns its pending result.
-    pub fn submit<B: Backend>(&self, tasks: Vec<ShardUpdate<B>>) -> Pending<Vec<(ParamShard, HostOrDevice<B>)>> {
-        self.worker.submit("update", Lane::Optimizer, move |offload| {
-            let mut offload = lock(offload);
-            let mut run = |task: ShardUpdate<B>| -> Result<_, Error> {
-                let Some(gradient) = task.gradient else { return Ok((task.piece, task.value)) };
-                let mut values = task.value.into_host();
-                offload.update(task.parameter, task.rates, (&mut values, &gradient.into_host()))?;
-                Ok((task.piece, HostOrDevice::Host(values)))
+    pub fn submit<B: Backend>(&self, updates: Vec<ShardUpdate<B>>) -> Pending<Vec<(ParamShard, HostOrDevice<B>)>> {
+        self.worker.submit("update", Lane::Optimizer, move |states| {
+            let mut states = lock(states);
+            let mut run = |update: ShardUpdate<B>| -> Result<_, Error> {
+                let ShardUpdate { shard, parameter, hyperparameters, value, gradient } = update;
+                let Some(gradient) = gradient else { return Ok((shard, value)) };
+                let mut values = value.into_host();
+                states.update(parameter, hyperparameters, &mut values, &gradient.into_host())?;
+                Ok((shard, HostOrDevice::Host(values)))
             };
-            tasks.into_iter().map(&mut run).collect()
+            updates.into_iter().map(&mut run).collect()
         })
     }
 }

@@ -1,5 +1,6 @@
 //! AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019), as `torch.optim.AdamW` computes it.
 
+use super::{Hyperparameters, scale_gradient};
 use crate::{ConfigError, segment::DynTensor};
 use burn::tensor::{DType, Tensor, backend::Backend};
 
@@ -73,22 +74,34 @@ impl AdamW {
         gradient: Tensor<B, D>,
         state: Option<Moments<B>>,
     ) -> (Tensor<B, D>, Moments<B>) {
-        self.update_with(true, (lr, weight_decay), (parameter, gradient), state)
+        let adam = AdamVariant { settings: *self, decoupled: true };
+        adam.update(Hyperparameters { lr, weight_decay, grad_scale: 1.0 }, parameter, gradient, state)
     }
+}
 
-    /// Computes [`AdamW::update`], or the update of `torch.optim.Adam` (weight decay added to the gradient) if not
-    /// `decoupled`.
-    pub(super) fn update_with<B: Backend, const D: usize>(
-        &self,
-        decoupled: bool,
-        (lr, weight_decay): (f64, f64),
-        (parameter, gradient): (Tensor<B, D>, Tensor<B, D>),
+/// AdamW or Adam.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AdamVariant {
+    pub settings: AdamW,
+    /// True if weight decay is decoupled (AdamW), false if it is added to the gradient (`torch.optim.Adam`).
+    pub decoupled: bool,
+}
+
+impl AdamVariant {
+    /// Computes [`AdamW::update`] or the update of Adam.
+    pub(super) fn update<B: Backend, const D: usize>(
+        self,
+        hyperparameters: Hyperparameters,
+        parameter: Tensor<B, D>,
+        gradient: Tensor<B, D>,
         state: Option<Moments<B>>,
     ) -> (Tensor<B, D>, Moments<B>) {
-        let (beta1, beta2) = self.betas;
+        let AdamW { betas: (beta1, beta2), epsilon, .. } = self.settings;
+        let Hyperparameters { lr, weight_decay, grad_scale } = hyperparameters;
         let dtype = parameter.dtype();
-        let (mut parameter, mut gradient) = (to_dtype(parameter, DType::F32), to_dtype(gradient, DType::F32));
-        if weight_decay != 0.0 && decoupled {
+        let mut parameter = to_dtype(parameter, DType::F32);
+        let mut gradient = scale_gradient(to_dtype(gradient, DType::F32), grad_scale);
+        if weight_decay != 0.0 && self.decoupled {
             parameter = parameter.mul_scalar(1.0 - lr * weight_decay);
         } else if weight_decay != 0.0 {
             gradient = gradient.add(parameter.clone().mul_scalar(weight_decay));
@@ -104,7 +117,7 @@ impl AdamW {
         };
         let correction1 = 1.0 - beta1.powi(step as i32);
         let correction2 = 1.0 - beta2.powi(step as i32);
-        let denominator = exp_avg_sq.clone().sqrt().div_scalar(correction2.sqrt()).add_scalar(self.epsilon);
+        let denominator = exp_avg_sq.clone().sqrt().div_scalar(correction2.sqrt()).add_scalar(epsilon);
         parameter = parameter.add(exp_avg.clone().mul_scalar(-lr / correction1).div(denominator));
         let moments = Moments { step, exp_avg: DynTensor::new(exp_avg), exp_avg_sq: DynTensor::new(exp_avg_sq) };
         (to_dtype(parameter, dtype), moments)

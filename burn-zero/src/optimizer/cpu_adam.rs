@@ -4,7 +4,7 @@
 //! operation in f32, so the result is the same bit for bit. Threads process blocks, and vector instructions are chosen
 //! at run time.
 
-use super::AdamW;
+use super::{AdamVariant, AdamW, Hyperparameters};
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
@@ -68,6 +68,13 @@ pub(super) struct AdamConstants {
 }
 
 impl AdamUpdate {
+    /// Returns the update number `step`, counted from 1.
+    pub(crate) fn new(adam: AdamVariant, hyperparameters: Hyperparameters, step: usize) -> Self {
+        let AdamVariant { settings, decoupled } = adam;
+        let Hyperparameters { lr, weight_decay, grad_scale } = hyperparameters;
+        Self { settings, decoupled, lr, weight_decay, grad_scale, step }
+    }
+
     pub(super) fn constants(&self) -> AdamConstants {
         let AdamW { betas: (beta1, beta2), epsilon, .. } = self.settings;
         let correction = |beta: f64| 1.0 - beta.powi(self.step as i32);
@@ -97,6 +104,12 @@ impl AdamUpdate {
         assert_eq!(lengths, [parameter.len(); 3], "gradients and moments have the length of the parameters");
         let blocks = parameter.par_chunks_mut(THREAD_BLOCK).zip(gradient.par_chunks(THREAD_BLOCK));
         let blocks = blocks.zip(exp_avg.par_chunks_mut(THREAD_BLOCK)).zip(exp_avg_sq.par_chunks_mut(THREAD_BLOCK));
+        let blocks = blocks.map(|(((parameter, gradient), exp_avg), exp_avg_sq)| AdamSlices {
+            parameter,
+            gradient,
+            exp_avg,
+            exp_avg_sq,
+        });
         match copy {
             HalfCopy::None => blocks.for_each(|block| constants.update_block(block, &mut [])),
             HalfCopy::Bf16(copy) => {
@@ -107,9 +120,11 @@ impl AdamUpdate {
             }
             HalfCopy::F16(copy) => {
                 assert_eq!(copy.len(), lengths[0], "the copy has the length of the parameters");
-                blocks.zip(copy.par_chunks_mut(THREAD_BLOCK)).for_each(|((((p, g), m), v), copy)| {
-                    constants.update_block((((&mut *p, g), m), v), &mut []);
-                    copy.convert_from_f32_slice(p);
+                blocks.zip(copy.par_chunks_mut(THREAD_BLOCK)).for_each(|(block, copy)| {
+                    let AdamSlices { parameter, gradient, exp_avg, exp_avg_sq } = block;
+                    let block = AdamSlices { parameter: &mut *parameter, gradient, exp_avg, exp_avg_sq };
+                    constants.update_block(block, &mut []);
+                    copy.convert_from_f32_slice(parameter);
                 });
             }
         }
@@ -118,19 +133,16 @@ impl AdamUpdate {
 
 impl AdamConstants {
     /// Updates one block, with code compiled for the widest vector instructions of this machine.
-    pub(super) fn update_block(self, block: AdamBlock, copy: &mut [bf16]) {
+    pub(super) fn update_block(self, block: AdamSlices<'_>, copy: &mut [bf16]) {
         pulp::Arch::new().dispatch(AdamKernel { constants: self, block, copy });
     }
 }
-
-/// A parameter, its gradient and its two moments, nested as iterators zip them.
-pub(super) type AdamBlock<'a> = (((&'a mut [f32], &'a [f32]), &'a mut [f32]), &'a mut [f32]);
 
 /// The kernel that updates a block. It is a struct because a closure would not be compiled with the dispatched target
 /// features.
 struct AdamKernel<'a> {
     constants: AdamConstants,
-    block: AdamBlock<'a>,
+    block: AdamSlices<'a>,
     /// The destination of the bf16 copy: empty, or as long as the block.
     copy: &'a mut [bf16],
 }
@@ -140,7 +152,7 @@ impl pulp::NullaryFnOnce for AdamKernel<'_> {
 
     #[inline(always)]
     fn call(self) {
-        let Self { constants: c, block: (((parameter, gradient), exp_avg), exp_avg_sq), copy } = self;
+        let Self { constants: c, block: AdamSlices { parameter, gradient, exp_avg, exp_avg_sq }, copy } = self;
         let n = parameter.len();
         let (gradient, exp_avg, exp_avg_sq) = (&gradient[..n], &mut exp_avg[..n], &mut exp_avg_sq[..n]);
         for i in 0..n {

@@ -4,7 +4,7 @@
 //! quantization levels that are dense near zero (bitsandbytes' `create_dynamic_map`). Blocks start at multiples of 256
 //! in their parameter, so they are the same in every world size.
 
-use super::cpu_adam::AdamUpdate;
+use super::cpu_adam::{AdamSlices, AdamUpdate};
 use crate::sharding::ALIGN;
 use rayon::prelude::*;
 use std::sync::LazyLock;
@@ -185,7 +185,8 @@ impl EightBitMoments {
             let (exp_avg, exp_avg_sq) = (&mut exp_avg[..n], &mut exp_avg_sq[..n]);
             dequantize_block(&SIGNED, m, *m_scale, exp_avg);
             dequantize_block(&UNSIGNED, v, *v_scale, exp_avg_sq);
-            constants.update_block((((parameter, gradient), &mut *exp_avg), &mut *exp_avg_sq), &mut []);
+            let block = AdamSlices { parameter, gradient, exp_avg: &mut *exp_avg, exp_avg_sq: &mut *exp_avg_sq };
+            constants.update_block(block, &mut []);
             (*m_scale, *v_scale) = (absmax(exp_avg), absmax(exp_avg_sq));
             quantize_block(&SIGNED, exp_avg, *m_scale, m);
             quantize_block(&UNSIGNED, exp_avg_sq, *v_scale, v);

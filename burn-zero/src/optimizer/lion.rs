@@ -1,6 +1,6 @@
 //! Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, algorithm 2).
 
-use super::{OptimizerState, adamw::to_dtype};
+use super::{Hyperparameters, OptimizerState, adamw::to_dtype, scale_gradient};
 use crate::segment::DynTensor;
 use burn::tensor::{DType, Tensor, backend::Backend};
 
@@ -27,14 +27,16 @@ impl Lion {
     /// ```
     pub(super) fn update<B: Backend>(
         &self,
-        (lr, weight_decay): (f64, f64),
+        hyperparameters: Hyperparameters,
         parameter: Tensor<B, 1>,
         gradient: Tensor<B, 1>,
         state: Option<OptimizerState<B>>,
     ) -> (Tensor<B, 1>, OptimizerState<B>) {
         let (beta1, beta2) = self.betas;
+        let Hyperparameters { lr, weight_decay, grad_scale } = hyperparameters;
         let dtype = parameter.dtype();
-        let (mut parameter, gradient) = (to_dtype(parameter, DType::F32), to_dtype(gradient, DType::F32));
+        let mut parameter = to_dtype(parameter, DType::F32);
+        let gradient = scale_gradient(to_dtype(gradient, DType::F32), grad_scale);
         if weight_decay != 0.0 {
             parameter = parameter.mul_scalar(1.0 - lr * weight_decay);
         }

@@ -12,8 +12,9 @@ mod lamb;
 mod lion;
 mod sgd;
 
+pub(crate) use adamw::AdamVariant;
 pub use adamw::{AdamW, Moments};
-pub(crate) use eight_bit::{EightBitMoments, MIN_8BIT_SIZE as LEAST_8BIT};
+pub(crate) use eight_bit::{EightBitMoments, MIN_8BIT_SIZE};
 pub use group::{ParamGroup, ParamGroups, no_decay};
 pub use kind::OptimizerKind;
 pub use lamb::Lamb;
@@ -110,11 +111,11 @@ impl Optimizer {
         }
     }
 
-    /// Returns the settings of the optimizers that can run on the host, and whether their weight decay is decoupled.
-    pub(crate) fn adam_settings(&self) -> Option<(AdamW, bool)> {
+    /// Returns the settings of AdamW and Adam, the optimizers that can run on the host; none for the others.
+    pub(crate) fn adam_variant(&self) -> Option<AdamVariant> {
         match *self {
-            Self::AdamW(settings) | Self::AdamW8bit(settings) => Some((settings, true)),
-            Self::Adam(settings) => Some((settings, false)),
+            Self::AdamW(settings) | Self::AdamW8bit(settings) => Some(AdamVariant { settings, decoupled: true }),
+            Self::Adam(settings) => Some(AdamVariant { settings, decoupled: false }),
             _ => None,
         }
     }
@@ -125,38 +126,38 @@ impl Optimizer {
     /// Panics for LAMB, which needs the norms of full tensors, and for AdamW with 8-bit states, which are on the host.
     pub(crate) fn update<B: Backend>(
         &self,
-        rates: Hyperparameters,
+        hyperparameters: Hyperparameters,
         parameter: Tensor<B, 1>,
         gradient: Tensor<B, 1>,
         state: Option<OptimizerState<B>>,
     ) -> (Tensor<B, 1>, OptimizerState<B>) {
-        if let (Some((settings, decoupled)), true) = (self.adam_settings(), is_host_backend::<B>()) {
-            return adam_on_host((settings, decoupled), rates, (parameter, gradient), state);
+        if let (Some(adam), true) = (self.adam_variant(), is_host_backend::<B>()) {
+            return adam_on_host(adam, hyperparameters, parameter, gradient, state);
         }
-        let (pair, gradient) = ((rates.lr, rates.weight_decay), scale_gradient(gradient, rates.grad_scale));
-        match self {
-            Self::AdamW(settings) => adam_on_device(settings, true, pair, (parameter, gradient), state),
-            Self::Adam(settings) => adam_on_device(settings, false, pair, (parameter, gradient), state),
-            Self::Lion(lion) => lion.update(pair, parameter, gradient, state),
-            Self::Sgd(sgd) => sgd.update(pair, parameter, gradient, state),
-            Self::Lamb(_) | Self::AdamW8bit(_) => panic!("{self:?} does not update single shards on the device"),
+        match (self, self.adam_variant()) {
+            (Self::Lion(lion), _) => lion.update(hyperparameters, parameter, gradient, state),
+            (Self::Sgd(sgd), _) => sgd.update(hyperparameters, parameter, gradient, state),
+            (Self::AdamW(_) | Self::Adam(_), Some(adam)) => {
+                adam_on_device(adam, hyperparameters, parameter, gradient, state)
+            }
+            _ => panic!("{self:?} does not update single shards on the device"),
         }
     }
 }
 
 /// Runs Adam on the device. The tensors are passed by value, so those without another owner are updated in place.
 fn adam_on_device<B: Backend>(
-    settings: &AdamW,
-    decoupled: bool,
-    rates: (f64, f64),
-    tensors: (Tensor<B, 1>, Tensor<B, 1>),
+    adam: AdamVariant,
+    hyperparameters: Hyperparameters,
+    parameter: Tensor<B, 1>,
+    gradient: Tensor<B, 1>,
     state: Option<OptimizerState<B>>,
 ) -> (Tensor<B, 1>, OptimizerState<B>) {
     let moments = state.map(|state| {
         let (step, [exp_avg, exp_avg_sq]) = state.into_parts();
         Moments { step, exp_avg, exp_avg_sq }
     });
-    let (parameter, moments) = settings.update_with(decoupled, rates, tensors, moments);
+    let (parameter, moments) = adam.update(hyperparameters, parameter, gradient, moments);
     let Moments { step, exp_avg, exp_avg_sq } = moments;
     (parameter, OptimizerState { step, slots: vec![exp_avg, exp_avg_sq] })
 }
@@ -171,9 +172,10 @@ fn is_host_backend<B: Backend>() -> bool {
 
 /// Runs Adam on the tensors' own host buffers, in one pass.
 fn adam_on_host<B: Backend>(
-    (settings, decoupled): (AdamW, bool),
-    Hyperparameters { lr, weight_decay, grad_scale: scale }: Hyperparameters,
-    (parameter, gradient): (Tensor<B, 1>, Tensor<B, 1>),
+    adam: AdamVariant,
+    hyperparameters: Hyperparameters,
+    parameter: Tensor<B, 1>,
+    gradient: Tensor<B, 1>,
     state: Option<OptimizerState<B>>,
 ) -> (Tensor<B, 1>, OptimizerState<B>) {
     let (device, n) = (parameter.device(), parameter.dims()[0]);
@@ -193,14 +195,13 @@ fn adam_on_host<B: Backend>(
         exp_avg: &mut exp_avg,
         exp_avg_sq: &mut exp_avg_sq,
     };
-    cpu_adam::AdamUpdate { settings, decoupled, lr, weight_decay, grad_scale: scale, step }
-        .apply(slices, cpu_adam::HalfCopy::None);
+    cpu_adam::AdamUpdate::new(adam, hyperparameters, step).apply(slices, cpu_adam::HalfCopy::None);
     let slots = [exp_avg, exp_avg_sq].map(|moment| bucket::tensor_from_vec(moment, &device)).into();
     (bucket::tensor_from_vec(parameter, &device).tensor(), OptimizerState { step, slots })
 }
 
 /// Multiplies a gradient by the factor for clipping and loss scale.
-pub(crate) fn scale_gradient<B: Backend>(gradient: Tensor<B, 1>, scale: f64) -> Tensor<B, 1> {
+pub(crate) fn scale_gradient<B: Backend, const D: usize>(gradient: Tensor<B, D>, scale: f64) -> Tensor<B, D> {
     if scale == 1.0 { gradient } else { gradient.mul_scalar(scale) }
 }
 

@@ -1,6 +1,6 @@
 //! Stochastic gradient descent with momentum, as `torch.optim.SGD` computes it.
 
-use super::{OptimizerState, adamw::to_dtype};
+use super::{Hyperparameters, OptimizerState, adamw::to_dtype, scale_gradient};
 use crate::segment::DynTensor;
 use burn::tensor::{DType, Tensor, backend::Backend};
 
@@ -23,13 +23,14 @@ impl Sgd {
     /// ```
     pub(super) fn update<B: Backend>(
         &self,
-        (lr, weight_decay): (f64, f64),
+        hyperparameters: Hyperparameters,
         parameter: Tensor<B, 1>,
         gradient: Tensor<B, 1>,
         state: Option<OptimizerState<B>>,
     ) -> (Tensor<B, 1>, OptimizerState<B>) {
-        let dtype = parameter.dtype();
-        let (parameter, mut gradient) = (to_dtype(parameter, DType::F32), to_dtype(gradient, DType::F32));
+        let Hyperparameters { lr, weight_decay, grad_scale } = hyperparameters;
+        let (dtype, parameter) = (parameter.dtype(), to_dtype(parameter, DType::F32));
+        let mut gradient = scale_gradient(to_dtype(gradient, DType::F32), grad_scale);
         if weight_decay != 0.0 {
             gradient = gradient.add(parameter.clone().mul_scalar(weight_decay));
         }

@@ -124,14 +124,14 @@ fn adam_on_the_host_is_adam_on_the_device_bit_for_bit() {
                 let gradients: Vec<Vec<f32>> = (0..10).map(gradient).collect();
                 let update = AdamUpdate { settings, decoupled, lr: 3e-3, weight_decay, grad_scale: scale, step: 0 };
                 let (found, ..) = updates_on_host(update, &start, &gradients);
-                let rates = Hyperparameters { lr: 3e-3, weight_decay, grad_scale: scale };
+                let hyperparameters = Hyperparameters { lr: 3e-3, weight_decay, grad_scale: scale };
                 let (mut by_tensors, mut moments, mut in_place, mut state) =
                     (tensor(&start), None, tensor(&start), None);
                 for gradient in &gradients {
-                    let tensors = (by_tensors, scale_gradient(tensor(gradient), scale));
-                    let (new, next) = settings.update_with(decoupled, (3e-3, weight_decay), tensors, moments);
+                    let adam = AdamVariant { settings, decoupled };
+                    let (new, next) = adam.update(hyperparameters, by_tensors, tensor(gradient), moments);
                     (by_tensors, moments) = (new, Some(next));
-                    let (new, next) = optimizer.update(rates, in_place, tensor(gradient), state);
+                    let (new, next) = optimizer.update(hyperparameters, in_place, tensor(gradient), state);
                     (in_place, state) = (new, Some(next));
                 }
                 for tensor in [by_tensors, in_place] {

@@ -58,7 +58,7 @@ fn parts_are_equal_and_aligned_and_padding_is_bounded() {
     for (sharding, world, layout) in layouts() {
         for bucket in &layout.buckets {
             assert!(bucket.length.is_multiple_of(ALIGN * world), "{sharding:?}, {world}");
-            let filled: usize = bucket.param_offsets.iter().map(|&(p, _)| layout.parameters[p].elements()).sum();
+            let filled: usize = bucket.parameters().map(|p| layout.parameters[p].elements()).sum();
             assert!(bucket.length < filled + ALIGN * (bucket.param_offsets.len() + world), "{sharding:?}, {world}");
             assert!(bucket.param_offsets.len() == 1 || filled <= sharding.bucket_size, "{sharding:?}, {world}");
         }
@@ -72,7 +72,7 @@ fn buckets_do_not_depend_on_the_world_and_do_not_mix() {
         assert_eq!(one.len(), layout.buckets.len());
         for (bucket, one) in layout.buckets.iter().zip(one) {
             assert_eq!(bucket.param_offsets, one.param_offsets, "{sharding:?}, {world}");
-            for &(p, _) in &bucket.param_offsets {
+            for p in bucket.parameters() {
                 assert_eq!(layout.parameters[p].trainable, bucket.trainable);
                 assert!(sharding.stage < ZeroStage::Weights || layout.parameters[p].segments == bucket.segments);
             }

@@ -9,7 +9,7 @@ use burn::{backend::Autodiff, tensor::DType};
 use burn_llama::{Example, SequenceLayout, generate, kernel::Kernels};
 use burn_peft::{AdapterModel, ForwardContext, Linears, LoraConfig, TargetModules, adapter, param};
 use burn_zero::{
-    Engine,
+    EngineConfig,
     optimizer::AdamW,
     segment::{self, Checkpointing},
 };
@@ -82,7 +82,7 @@ fn train_adapter<B: Kernels>(
         // B starts at zero, which would make the gradient of A zero too.
         linear.adapters.iter_mut().for_each(|lora| lora.lora_b = lora.lora_b.clone().map(|b| b + 0.01));
     });
-    let mut model = param::train_only(model, adapter::is_adapter);
+    let model = param::train_only(model, adapter::is_adapter);
     let row = Example { ids: ids.to_vec(), loss_mask: vec![true; ids.len()] };
     let weight = 1.0 / row.num_targets() as f32;
     let batch = model.batch(
@@ -95,12 +95,12 @@ fn train_adapter<B: Kernels>(
     segment::forward_backward(&model, &batch, Checkpointing::None, &mut |found| {
         gradients.extend(found.into_iter().map(|found| (found.path, found.value.flatten().into_data())));
     });
-    let mut engine = Engine::<Autodiff<B>>::new(AdamW::default(), Some(1.0), Checkpointing::None);
+    let mut engine = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).init(model)?;
     let mut losses = Vec::new();
     for _ in 0..STEPS {
-        losses.push(engine.forward_backward(&mut model, &batch)?);
-        engine.step(&mut model, 2e-3)?;
+        losses.push(engine.train_step(&batch, 2e-3)?);
     }
+    let model = engine.into_model()?;
     losses.push(model.batch_loss(&batch).sum().into_data().iter::<f64>().sum());
     model.save_adapter(ADAPTER, directory)?;
     let gradients = gradients.into_iter().map(|(path, data)| (path, data.iter::<f32>().collect())).collect();

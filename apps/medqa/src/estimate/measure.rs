@@ -100,14 +100,14 @@ fn recipe_from_args(args: &EstimateArgs) -> Result<Recipe> {
 fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
     let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
     let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
-    let (mut model, _) = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
+    let (model, _) = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
     let sizes = RunSizes {
         trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
         tokens: args.tokens,
         ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
     };
-    let mut engine = train::engine::<B>(&recipe, communicator)?;
     let vocabulary = model.config().vocab_size as u64;
+    let mut engine = train::engine_config(&recipe, communicator)?.init(model)?;
     let row = |number: u64| {
         let length = MAX_ROW_TOKENS.min(args.tokens - number * MAX_ROW_TOKENS) as usize;
         let ids: Vec<u32> = (0..length as u64).map(|i| ((i * 7919 + number * 104_729) % vocabulary) as u32).collect();
@@ -122,15 +122,15 @@ fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator:
         process::trim_heap();
         sampler.replace(PeakMemorySampler::start()?).map(PeakMemorySampler::finish);
         let noise = DropoutKey { seed: 0, step, tokens: layout.dropout_tokens(0) };
-        let batch = model.batch(&rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?;
+        let batch = engine.model().batch(&rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?;
         // The step frees accumulated gradients, and the first step allocates the moments.
         if args.max_grad_norm == 0.0 {
-            engine.forward_backward_step(&mut model, &batch, 1e-5)?;
-            counted_memory = engine.memory(&model);
+            engine.forward_backward_step(&batch, 1e-5)?;
+            counted_memory = engine.memory();
         } else {
-            engine.forward_backward(&mut model, &batch)?;
-            counted_memory = engine.memory(&model);
-            engine.step(&mut model, 1e-5)?;
+            engine.forward_backward(&batch)?;
+            counted_memory = engine.memory();
+            engine.step(1e-5)?;
         }
     }
     let (peak, estimated) = (engine.peak_memory(), sizes.footprint(&recipe).peak_memory());

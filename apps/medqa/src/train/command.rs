@@ -109,6 +109,6 @@ fn run_on<B: Kernels>(
     let mut loaded =
         model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
     loaded.model = model::with_compute(loaded.model, recipe.model.compute)?;
-    let (run, model) = Trainer::<B>::new(recipe, options, (loaded, communicator))?;
-    learner::run_in_burn_train(run, model, interrupt_guard.interrupter())
+    let run = Trainer::<B>::new(recipe, options, (loaded, communicator))?;
+    learner::run_in_burn_train(run, interrupt_guard.interrupter())
 }

@@ -1,5 +1,4 @@
-//! The run inside burn-train: a module with a training step, and a strategy that hands the model to the run's own
-//! training loop.
+//! The run inside burn-train: a module with a training step, and a strategy that starts the run's own training loop.
 
 use super::{
     burn_metrics::{LossInput, MetricInput, NumericMetric, StepMetrics, ThroughputInput},
@@ -38,8 +37,7 @@ type Components<B> = LearningComponentsMarker<Autodiff<B>, f64, LearnerModule<Au
 /// The optimizer type that the learner requires; it is not used, because the engine has its own optimizer.
 type UnusedOptimizer<B> = OptimizerAdaptor<AdamW, LearnerModule<Autodiff<B>>, Autodiff<B>>;
 
-/// The module that wraps the model for burn-train's learner. The run takes the model out, so parameter paths do not
-/// contain it.
+/// The module that wraps the model for burn-train's learner. The run trains the model in its own engine.
 #[derive(Module, Debug)]
 pub struct LearnerModule<B: Kernels> {
     llama: Llama<B>,
@@ -187,7 +185,6 @@ impl<B: Kernels> SupervisedLearningStrategy<Components<B>> for RunStrategy<B> {
         _: ValidLoader<Components<B>>,
         _: usize,
     ) -> (LearnerModule<Autodiff<B>>, SupervisedTrainingEventProcessor<Components<B>>) {
-        let mut wrapper = learner.model();
         // With a second handle to the parameters, every update would copy them.
         drop(learner);
         let mut run = self.run.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -199,7 +196,8 @@ impl<B: Kernels> SupervisedLearningStrategy<Components<B>> for RunStrategy<B> {
             interval_and_total: run.eval_interval(),
             epoch: 1,
         };
-        let outcome = run.train(&mut wrapper.llama, &mut reporter);
+        let outcome = run.train(&mut reporter);
+        let wrapper = LearnerModule { llama: run.model().clone() };
         *self.outcome.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(outcome);
         (wrapper, reporter.processor)
     }
@@ -207,12 +205,8 @@ impl<B: Kernels> SupervisedLearningStrategy<Components<B>> for RunStrategy<B> {
 
 /// Runs the training loop inside burn-train: with its display on a terminal, else with a silent renderer and the run's
 /// own lines.
-pub fn run_in_burn_train<B: Kernels>(
-    run: Trainer<B>,
-    model: Llama<Autodiff<B>>,
-    interrupter: Interrupter,
-) -> Result<RunOutcome> {
-    let (patience, display) = (run.patience(), run.display);
+pub fn run_in_burn_train<B: Kernels>(run: Trainer<B>, interrupter: Interrupter) -> Result<RunOutcome> {
+    let (patience, display, model) = (run.patience(), run.display, run.model().clone());
     let steps = Arc::new(RunStrategy { run: Mutex::new(run), outcome: Mutex::new(None) });
     let metric = NumericMetric::<LossInput>::new();
     let mut training: SupervisedTraining<Components<B>> =

@@ -26,5 +26,5 @@ pub use command::{TrainOptions, run, train};
 pub use consolidate::consolidate;
 pub use memory::{RunSizes, rss_anon_bytes, vm_hwm_bytes};
 pub use record::{Summary, peak_rss_bytes};
-pub use setup::{apply_method, engine};
+pub use setup::{apply_method, engine_config};
 pub use world::World;

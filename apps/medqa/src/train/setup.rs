@@ -9,14 +9,13 @@ use crate::{
     recipe::{self, ComputeDtype, DataConfig, MethodKind, Recipe},
 };
 use anyhow::{Context, Result, bail};
-use burn::backend::Autodiff;
 use burn_llama::{Checkpoint, Example, Llama, Tokenizer, kernel::Kernels};
 use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights};
 use burn_zero::{
-    Engine, MemoryTier, OffloadDevice, Sharding,
+    EngineConfig, MemoryTier, OffloadDevice, Sharding,
     comm::Communicator,
     lr_schedule::LrSchedule,
-    optimizer::{AdamW, Optimizer, OptimizerKind, ParamGroups},
+    optimizer::{AdamW, Optimizer, ParamGroups},
 };
 use std::path::Path;
 
@@ -73,20 +72,22 @@ fn optimizer(recipe: &Recipe) -> Optimizer {
     settings.optimizer.with_settings(AdamW { betas, epsilon, weight_decay })
 }
 
-/// Creates the engine that computes the steps of a run on this rank.
-pub fn engine<B: Kernels>(recipe: &Recipe, communicator: Box<dyn Communicator>) -> Result<Engine<Autodiff<B>>> {
-    let clip = Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0);
-    let engine = Engine::new(optimizer(recipe), clip, recipe.train.steps.activation_checkpointing)
-        .with_param_groups(param_groups(recipe));
-    let engine = engine.in_world(communicator, sharding(recipe)).with_overlap(recipe.parallel.sharding.overlap);
-    let engine = match recipe.model.compute {
-        ComputeDtype::F16 => engine.with_loss_scaler(recipe::loss_scaler(recipe.train.schedule.fp16.as_ref())?),
-        ComputeDtype::F32 | ComputeDtype::Bf16 => engine,
-    };
+/// Returns the settings of the engine that computes the steps of a run on this rank.
+pub fn engine_config(recipe: &Recipe, communicator: Box<dyn Communicator>) -> Result<EngineConfig> {
     let offload = &recipe.parallel.offload;
-    Ok(engine
+    let config = EngineConfig::new(optimizer(recipe))
+        .with_max_grad_norm(Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0))
+        .with_checkpointing(recipe.train.steps.activation_checkpointing)
+        .with_param_groups(param_groups(recipe))
+        .with_communicator(communicator)
+        .with_sharding(sharding(recipe))
+        .with_overlap(recipe.parallel.sharding.overlap)
         .with_weights_in(memory_tier(recipe, offload.offload_param))
-        .with_optimizer_states_in(&optimizer_tier(recipe))?)
+        .with_optimizer_states_in(memory_tier(recipe, offload.offload_optimizer));
+    Ok(match recipe.model.compute {
+        ComputeDtype::F16 => config.with_loss_scaler(recipe::loss_scaler(recipe.train.schedule.fp16.as_ref())?),
+        ComputeDtype::F32 | ComputeDtype::Bf16 => config,
+    })
 }
 
 /// Returns the parameter groups, with the scales of their learning rates.
@@ -103,15 +104,6 @@ fn param_groups(recipe: &Recipe) -> ParamGroups {
 fn sharding(recipe: &Recipe) -> Sharding {
     let recipe::ShardingConfig { zero_stage: stage, bucket_size, .. } = recipe.parallel.sharding;
     Sharding { stage, bucket_size }
-}
-
-/// Returns the memory tier of the optimizer states.
-fn optimizer_tier(recipe: &Recipe) -> MemoryTier {
-    match memory_tier(recipe, recipe.parallel.offload.offload_optimizer) {
-        // 8-bit states are always in host memory.
-        MemoryTier::Device if recipe.train.optimizer.optimizer == OptimizerKind::AdamW8bit => MemoryTier::Host,
-        tier => tier,
-    }
 }
 
 fn memory_tier(recipe: &Recipe, device: OffloadDevice) -> MemoryTier {

@@ -40,7 +40,7 @@ pub const STATE_FILE: &str = "training.safetensors";
 pub struct Trainer<B: Kernels> {
     recipe: Recipe,
     directory: PathBuf,
-    engine: Engine<Autodiff<B>>,
+    engine: Engine<Autodiff<B>, Llama<Autodiff<B>>>,
     output: RunOutput,
     sources: Vec<Vec<Example>>,
     batch_sampler: BatchSampler,
@@ -75,12 +75,12 @@ pub enum RunOutcome {
 }
 
 impl<B: Kernels> Trainer<B> {
-    /// Prepares a new or a resumed run, and returns it with its model.
+    /// Prepares a new or a resumed run.
     pub fn new(
         recipe: Recipe,
         options: &TrainOptions,
         (loaded, communicator): (LoadedModel<Autodiff<B>>, Box<dyn Communicator>),
-    ) -> Result<(Self, Llama<Autodiff<B>>)> {
+    ) -> Result<Self> {
         let data = &recipe.data;
         let sources = data.train.iter();
         let sources =
@@ -89,7 +89,7 @@ impl<B: Kernels> Trainer<B> {
         let valid = data.valid.as_ref().map(|path| setup::load_examples(&loaded, data, path, &data.schema(None)));
         let mut valid = valid.transpose()?.unwrap_or_default();
         valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
-        let (model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
+        let (mut model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
         let elsewhere = eval_device::open(&recipe)?;
         let lengths = |rows: &Vec<Example>| rows.iter().map(|row| row.ids.len()).collect();
         let batch_sampler =
@@ -100,12 +100,14 @@ impl<B: Kernels> Trainer<B> {
             ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
         };
         memory::check(&sizes, &recipe, &options.device)?;
-        let mut engine = setup::engine::<B>(&recipe, communicator)?;
-        let first = engine.rank() == 0;
+        let first = communicator.rank() == 0;
+        let config = setup::engine_config(&recipe, communicator)?;
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
-        let (mut model, mut progress) = (model, TrainerState::default());
-        if let Some(checkpoint) = state::checkpoints(&directory)?.last() {
+        let mut progress = TrainerState::default();
+        let checkpoints = state::checkpoints(&directory)?;
+        let checkpoint = checkpoints.last();
+        if let Some(checkpoint) = checkpoint {
             progress = state::read_state(checkpoint)?;
             let rows = batch_sampler.rows_per_step();
             if progress.rows_per_step != rows {
@@ -116,15 +118,18 @@ impl<B: Kernels> Trainer<B> {
                     progress.rows_per_step
                 );
             }
-            model = engine.restore(model, &checkpoint.join(STATE_FILE)).with_context(|| state::advice(checkpoint))?;
-            if first {
-                eprintln!("going on after step {} ({})", progress.step, checkpoint.display());
-            }
         } else if let Some(QuantizationResidual { layers, without_adapter: taken, with_adapter: left }) =
             setup::init_loftq(&mut model, &recipe)?.filter(|_| first)
         {
             let share = 100.0 * (1.0 - left / taken);
             eprintln!("loftq: the adapters of {layers} layers remove {share:.1} % of the squared error of nf4");
+        }
+        let mut engine = config.init(model)?;
+        if let Some(checkpoint) = checkpoint {
+            engine.restore(&checkpoint.join(STATE_FILE)).with_context(|| state::advice(checkpoint))?;
+            if first {
+                eprintln!("going on after step {} ({})", progress.step, checkpoint.display());
+            }
         }
         if first {
             write::write_atomically(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
@@ -134,7 +139,7 @@ impl<B: Kernels> Trainer<B> {
         let tokenizer = loaded.tokenizer;
         let trained = adapter.map_or_else(|| RunOutput::Model(Box::new(tokenizer)), RunOutput::Adapter);
         let display = options.display;
-        let run = Self {
+        Ok(Self {
             recipe,
             directory,
             engine,
@@ -148,8 +153,12 @@ impl<B: Kernels> Trainer<B> {
             start: Instant::now(),
             seconds_to_first_step: None,
             state: progress,
-        };
-        Ok((run, model))
+        })
+    }
+
+    /// Returns the model; in ZeRO stage 3 its weights are placeholders.
+    pub fn model(&self) -> &Llama<Autodiff<B>> {
+        self.engine.model()
     }
 
     /// Returns the steps between two evaluations, and in total.
@@ -164,43 +173,38 @@ impl<B: Kernels> Trainer<B> {
     }
 
     /// Takes the remaining steps and writes the result.
-    pub fn train(&mut self, model: &mut Llama<Autodiff<B>>, reporter: &mut BurnTrainReporter<B>) -> Result<RunOutcome> {
+    pub fn train(&mut self, reporter: &mut BurnTrainReporter<B>) -> Result<RunOutcome> {
         let steps = self.batch_sampler.total_steps();
         for line in self.run_log.lines()? {
             reporter.report(&line);
         }
         if self.state.step == 0 {
-            self.state.valid_loss_before = self.evaluate(model, 0, reporter)?.map(|(loss, _)| loss);
+            self.state.valid_loss_before = self.evaluate(0, reporter)?.map(|(loss, _)| loss);
         }
         let mut taken = self.state.step;
         while taken < steps {
-            self.step(model, taken, reporter)?;
+            self.step(taken, reporter)?;
             taken += 1;
-            if taken < steps && self.after_step(model, taken, reporter)? {
+            if taken < steps && self.after_step(taken, reporter)? {
                 break;
             }
             if taken < steps && self.any_rank(reporter.interrupter.should_stop())? {
-                self.save_checkpoint(model, taken)?;
+                self.save_checkpoint(taken)?;
                 self.run_log.finish(INTERRUPTED_EXIT_CODE as u8)?;
                 return Ok(RunOutcome::Interrupted(taken));
             }
         }
-        self.finish(model, taken, reporter).map(RunOutcome::Complete)
+        self.finish(taken, reporter).map(RunOutcome::Complete)
     }
 
     /// Evaluates and saves a checkpoint if they are due after `step`; returns whether to stop early.
-    fn after_step(
-        &mut self,
-        model: &Llama<Autodiff<B>>,
-        step: usize,
-        reporter: &mut BurnTrainReporter<B>,
-    ) -> Result<bool> {
+    fn after_step(&mut self, step: usize, reporter: &mut BurnTrainReporter<B>) -> Result<bool> {
         let saving = &self.recipe.train.eval_save;
         let due = |every: Option<usize>| every.is_some_and(|every| step.is_multiple_of(every));
         let (evaluate, save) = (due(saving.eval_every), due(saving.save_every));
-        let stop = evaluate && self.evaluate(model, step, reporter)?.is_some_and(|(_, enough)| enough);
+        let stop = evaluate && self.evaluate(step, reporter)?.is_some_and(|(_, enough)| enough);
         if save {
-            self.save_checkpoint(model, step)?;
+            self.save_checkpoint(step)?;
         }
         Ok(stop)
     }
@@ -215,7 +219,7 @@ impl<B: Kernels> Trainer<B> {
         Ok(self.engine.sum_over_ranks(&[f64::from(value)])?[0] > 0.0)
     }
 
-    fn step(&mut self, model: &mut Llama<Autodiff<B>>, step: usize, reporter: &mut BurnTrainReporter<B>) -> Result<()> {
+    fn step(&mut self, step: usize, reporter: &mut BurnTrainReporter<B>) -> Result<()> {
         self.seconds_to_first_step.get_or_insert_with(|| process::uptime().as_secs_f64());
         let (begin, steps, planned) = (Instant::now(), self.batch_sampler.total_steps(), self.batch_sampler.step(step));
         let rows = planned.rows.iter().map(|&(source, row)| self.sources[source][row].clone());
@@ -225,9 +229,8 @@ impl<B: Kernels> Trainer<B> {
         let micro_batches = planned.micro_batches_of_rank(self.engine.rank(), self.engine.world());
         let learning_rate = setup::learning_rate(&self.recipe, step - self.state.skipped, steps)?;
         let loss_scale = self.engine.loss_scale();
-        let (loss, report) = B::with_spinning_pool(|| {
-            self.run_micro_batches(model, (&rows, targets), (step, micro_batches), learning_rate)
-        })?;
+        let (loss, report) =
+            B::with_spinning_pool(|| self.run_micro_batches((&rows, targets), (step, micro_batches), learning_rate))?;
         self.state.skipped += usize::from(report.skipped);
         let seconds = begin.elapsed().as_secs_f64();
         self.state.tokens += tokens;
@@ -252,27 +255,25 @@ impl<B: Kernels> Trainer<B> {
     /// of all ranks and the report of the step.
     fn run_micro_batches(
         &mut self,
-        model: &mut Llama<Autodiff<B>>,
         (rows, targets): (&[Example], usize),
         (step, micro_batches): (usize, impl Iterator<Item = Range<usize>>),
         learning_rate: f64,
     ) -> Result<(f64, StepReport)> {
         let (mut loss, mut own) = (0.0, micro_batches.peekable());
         while let Some(micro) = own.next() {
-            let batch = self.micro_batch(model, (rows, targets), (step, micro))?;
+            let batch = self.micro_batch((rows, targets), (step, micro))?;
             if own.peek().is_none() {
-                let (last, report) = self.engine.forward_backward_step(model, &batch, learning_rate)?;
+                let (last, report) = self.engine.forward_backward_step(&batch, learning_rate)?;
                 return Ok((self.engine.sum_over_ranks(&[loss + last])?[0], report));
             }
-            loss += self.engine.forward_backward(model, &batch)?;
+            loss += self.engine.forward_backward(&batch)?;
         }
         bail!("step {step} has no micro-batch")
     }
 
     /// Builds one micro-batch of a step.
     fn micro_batch(
-        &mut self,
-        model: &Llama<Autodiff<B>>,
+        &self,
         (rows, targets): (&[Example], usize),
         (step, micro): (usize, Range<usize>),
     ) -> Result<Batch<Autodiff<B>>> {
@@ -287,7 +288,7 @@ impl<B: Kernels> Trainer<B> {
             tokens: layout.dropout_tokens(first as u64),
         };
         let weight = weight * self.engine.loss_scale() as f32;
-        Ok(model.batch(micro, &layout, weight, ForwardContext::training(noise))?)
+        Ok(self.engine.model().batch(micro, &layout, weight, ForwardContext::training(noise))?)
     }
 
     /// Writes a line of metrics to the run log and to burn-train; returns whether to stop early.
@@ -296,12 +297,7 @@ impl<B: Kernels> Trainer<B> {
     }
 
     /// Computes the validation loss, if there are validation rows; returns it and whether to stop early.
-    fn evaluate(
-        &mut self,
-        model: &Llama<Autodiff<B>>,
-        step: usize,
-        reporter: &mut BurnTrainReporter<B>,
-    ) -> Result<Option<(f64, bool)>> {
+    fn evaluate(&mut self, step: usize, reporter: &mut BurnTrainReporter<B>) -> Result<Option<(f64, bool)>> {
         if self.valid.is_empty() {
             return Ok(None);
         }
@@ -311,7 +307,7 @@ impl<B: Kernels> Trainer<B> {
         let rows = self.valid.chunks(steps.batch_size).skip(self.engine.rank()).step_by(self.engine.world());
         let own: Vec<Example> = rows.flatten().cloned().collect();
         let elsewhere = &mut self.evaluator;
-        let (sum, targets) = self.engine.with_full_params(model, |model| match elsewhere {
+        let (sum, targets) = self.engine.with_full_params(|model| match elsewhere {
             Some(there) => there.loss(eval_device::trainable_values::<Autodiff<B>, _>(model), &own, batching),
             None => loss_sum(&model.valid(), &own, batching),
         })??;
@@ -325,9 +321,9 @@ impl<B: Kernels> Trainer<B> {
     }
 
     /// Writes the result into `directory`: `adapter/` or `model/`. Every rank calls this; rank 0 writes.
-    fn save(&mut self, model: &Llama<Autodiff<B>>, directory: &Path) -> Result<()> {
+    fn save(&self, directory: &Path) -> Result<()> {
         let (first, trained) = (self.engine.rank() == 0, &self.output);
-        self.engine.with_full_params(model, |model| match trained {
+        self.engine.with_full_params(|model| match trained {
             _ if !first => Ok(()),
             RunOutput::Adapter(adapter) => adapter.save(model, &directory.join("adapter")),
             RunOutput::Model(tokenizer) => {
@@ -339,7 +335,7 @@ impl<B: Kernels> Trainer<B> {
     }
 
     /// Writes a checkpoint to resume from after `step`, and removes the oldest ones beyond `train.keep`.
-    fn save_checkpoint(&mut self, model: &Llama<Autodiff<B>>, step: usize) -> Result<()> {
+    fn save_checkpoint(&mut self, step: usize) -> Result<()> {
         let (seconds, metrics_bytes) = (self.elapsed(), self.run_log.metrics_bytes());
         let rows_per_step = self.batch_sampler.rows_per_step();
         let progress = TrainerState { step, rows_per_step, seconds, metrics_bytes, ..self.state.clone() };
@@ -349,8 +345,8 @@ impl<B: Kernels> Trainer<B> {
         // All ranks write into the folder once it exists; it is complete when all have written.
         self.engine.barrier()?;
         let written = self
-            .save(model, &partial)
-            .and_then(|()| Ok(self.engine.save(model, &partial.join(STATE_FILE))?))
+            .save(&partial)
+            .and_then(|()| Ok(self.engine.save(&partial.join(STATE_FILE))?))
             .and_then(|()| Ok(self.engine.barrier()?));
         if first {
             state::commit(&path, &progress, written)?;
@@ -361,12 +357,7 @@ impl<B: Kernels> Trainer<B> {
         written
     }
 
-    fn finish(
-        &mut self,
-        model: &Llama<Autodiff<B>>,
-        steps: usize,
-        reporter: &mut BurnTrainReporter<B>,
-    ) -> Result<Summary> {
+    fn finish(&mut self, steps: usize, reporter: &mut BurnTrainReporter<B>) -> Result<Summary> {
         if let Some(trace) = &self.recipe.parallel.files.trace {
             // Written before the last evaluation, which is not part of training.
             self.engine.write_trace(Path::new(trace))?;
@@ -377,9 +368,9 @@ impl<B: Kernels> Trainer<B> {
                 ));
             }
         }
-        let after = self.evaluate(model, steps, reporter)?.map(|(loss, _)| loss);
+        let after = self.evaluate(steps, reporter)?.map(|(loss, _)| loss);
         let directory = self.directory.clone();
-        self.save(model, &directory)?;
+        self.save(&directory)?;
         self.run_log.finish(0)?;
         let first = self.engine.rank() == 0;
         let (metrics, picture) = (directory.join("metrics.jsonl"), directory.join("training_loss.png"));
@@ -396,7 +387,7 @@ impl<B: Kernels> Trainer<B> {
             tokens,
             tokens_per_second: tokens as f64 / stepping,
             peak_rss_bytes: peak_rss_bytes(),
-            trainable_parameters: self.engine.with_full_params(model, param::count_trainable::<Autodiff<B>, _>)?,
+            trainable_parameters: self.engine.with_full_params(param::count_trainable::<Autodiff<B>, _>)?,
         };
         if first {
             let text = serde_json::to_string_pretty(&summary)?;

@@ -1,8 +1,11 @@
 //! Reads a checkpoint from one file or from the files of its shards.
 
-use crate::{CheckpointError, Error, precision::LossScaler};
+use super::{le_bytes, metadata, shard_path};
+use crate::{CheckpointError, Error, bucket, precision::LossScaler, segment::DynTensor, sharding::Parameter};
+use burn::tensor::backend::Backend;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::Deserialize;
 use std::{
     collections::{BTreeSet, HashMap},
     fs::File,
@@ -55,17 +58,29 @@ fn shard_paths(path: &Path) -> Result<Vec<PathBuf>, Error> {
         }
     }
     let count = count.ok_or_else(|| wrong(std::io::ErrorKind::NotFound.into()))?;
-    Ok((0..count).map(|part| super::shard_path(path, part, count)).collect())
+    Ok((0..count).map(|part| shard_path(path, part, count)).collect())
 }
 
-/// The position of a saved tensor: offset of its first value in the full tensor, and the shape of the full tensor.
-type ShardPosition = (usize, Vec<usize>);
+/// The position of a saved tensor in the full tensor; serialized as `[offset, dims]`.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct ShardPosition {
+    /// The offset of the first value.
+    offset: usize,
+    /// The shape of the full tensor.
+    dims: Vec<usize>,
+}
+
+/// A saved tensor, or a shard of one.
+struct SavedShard<'a> {
+    position: ShardPosition,
+    view: TensorView<'a>,
+}
 
 /// Reads tensors of a checkpoint by name and keeps track of those not read yet.
 pub(super) struct CheckpointReader<'a> {
     path: PathBuf,
     /// The shards of each tensor.
-    shards: HashMap<String, Vec<(ShardPosition, TensorView<'a>)>>,
+    shards: HashMap<String, Vec<SavedShard<'a>>>,
     /// Names of tensors that have not been read yet.
     unread: BTreeSet<String>,
     /// The number of optimizer steps.
@@ -96,16 +111,17 @@ impl<'a> CheckpointReader<'a> {
                 let scaler = serde_json::from_str(text);
                 saved.scaler = Some(scaler.map_err(|e| state("loss_scaler", "a loss scaler", e.to_string()))?);
             }
-            let places: HashMap<String, ShardPosition> = match metadata.get("places") {
+            let positions: HashMap<String, ShardPosition> = match metadata.get("places") {
                 Some(text) => {
                     serde_json::from_str(text).map_err(|e| state("places", "shard positions", e.to_string()))?
                 }
                 None => HashMap::new(),
             };
             for (name, view) in tensors.tensors() {
-                let place = places.get(&name).cloned().unwrap_or_else(|| (0, view.shape().to_vec()));
+                let all = || ShardPosition { offset: 0, dims: view.shape().to_vec() };
+                let position = positions.get(&name).cloned().unwrap_or_else(all);
                 saved.unread.insert(name.clone());
-                saved.shards.entry(name).or_default().push((place, view));
+                saved.shards.entry(name).or_default().push(SavedShard { position, view });
             }
         }
         Ok(saved)
@@ -123,17 +139,17 @@ impl<'a> CheckpointReader<'a> {
     /// Reads `range` of the flattened tensor `key`, whose full shape must be `dims`.
     pub fn read_values(&mut self, key: &str, dims: &[usize], range: Range<usize>) -> Result<Vec<f32>, Error> {
         let expected = format!("f32 {dims:?}");
-        let Some(pieces) = self.shards.get(key) else {
+        let Some(shards) = self.shards.get(key) else {
             return Err(self.wrong(key, expected, "no such tensor".to_owned()).into());
         };
         let (mut values, mut found) = (vec![0.0; range.len()], 0);
-        for ((start, whole), view) in pieces {
-            if view.dtype() != Dtype::F32 || whole != dims {
-                return Err(self.wrong(key, expected, format!("{:?} {whole:?}", view.dtype())).into());
+        for SavedShard { position: ShardPosition { offset, dims: full }, view } in shards {
+            if view.dtype() != Dtype::F32 || full != dims {
+                return Err(self.wrong(key, expected, format!("{:?} {full:?}", view.dtype())).into());
             }
-            let (from, to) = (range.start.max(*start), range.end.min(start + view.data().len() / 4));
+            let (from, to) = (range.start.max(*offset), range.end.min(offset + view.data().len() / 4));
             if from < to {
-                let bytes = &view.data()[(from - start) * 4..(to - start) * 4];
+                let bytes = &view.data()[(from - offset) * 4..(to - offset) * 4];
                 let read = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
                 values[from - range.start..to - range.start].iter_mut().zip(read).for_each(|(to, from)| *to = from);
                 found += to - from;
@@ -146,13 +162,25 @@ impl<'a> CheckpointReader<'a> {
         Ok(values)
     }
 
+    /// Reads a full parameter, in f32.
+    pub fn read_parameter<B: Backend>(
+        &mut self,
+        parameter: &Parameter,
+        device: &B::Device,
+    ) -> Result<DynTensor<B>, Error> {
+        let values = self.read_values(&parameter.path, &parameter.dims, 0..parameter.elements())?;
+        Ok(bucket::tensor_from_vec::<B>(values, device).reshape(&parameter.dims))
+    }
+
     /// Reads the number of updates of a parameter; none if it had no update yet.
-    pub fn read_step(&mut self, key: &str) -> Result<Option<usize>, CheckpointError> {
-        let Some((_, view)) = self.shards.get(key).and_then(|pieces| pieces.first()) else { return Ok(None) };
+    pub fn read_step(&mut self, key: &str) -> Result<Option<usize>, Error> {
+        let Some(SavedShard { view, .. }) = self.shards.get(key).and_then(|shards| shards.first()) else {
+            return Ok(None);
+        };
         let number = view.data().try_into().ok().and_then(|bytes| usize::try_from(i64::from_le_bytes(bytes)).ok());
         self.unread.remove(key);
         let wrong = || self.wrong(key, "a number of updates".to_owned(), format!("{:?}", view.dtype()));
-        number.map(Some).ok_or_else(wrong)
+        Ok(Some(number.ok_or_else(wrong)?))
     }
 
     /// Returns an error if a tensor of the checkpoint has not been read.
@@ -173,29 +201,29 @@ impl<'a> CheckpointReader<'a> {
 pub fn consolidate(path: &Path) -> Result<(), Error> {
     let maps = MappedFiles::open(path)?;
     let mut saved = CheckpointReader::open(path, &maps)?;
-    let mut whole: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    let mut merged = Vec::new();
     for name in saved.unread.clone() {
-        let (dtype, dims, first) = {
-            let ((_, dims), view) = &saved.shards[&name][0];
-            (view.dtype(), dims.clone(), view.data())
+        let SavedShard { position, view } = &saved.shards[&name][0];
+        let (dtype, dims) = (view.dtype(), position.dims.clone());
+        let bytes = match dtype {
+            Dtype::F32 => le_bytes(&saved.read_values(&name, &dims, 0..dims.iter().product())?),
+            _ => view.data().to_vec(),
         };
-        let bytes = if dtype == Dtype::F32 {
-            let values = saved.read_values(&name, &dims, 0..dims.iter().product())?;
-            values.iter().flat_map(|value| value.to_le_bytes()).collect()
-        } else {
-            first.to_vec()
-        };
-        whole.push((name, dtype, dims, bytes));
+        merged.push(MergedTensor { name, dtype, dims, bytes });
     }
-    let views = whole.iter().map(|(name, dtype, dims, bytes)| {
+    let views = merged.iter().map(|MergedTensor { name, dtype, dims, bytes }| {
         let view = TensorView::new(*dtype, dims.clone(), bytes);
         view.map(|view| (name.as_str(), view))
     });
     let wrong = |source| CheckpointError::Safetensors { path: path.to_owned(), source };
     let views = views.collect::<Result<Vec<_>, _>>().map_err(wrong)?;
-    let mut metadata = HashMap::from([("steps".to_owned(), saved.steps.to_string())]);
-    if let Some(scaler) = saved.scaler {
-        metadata.insert("loss_scaler".to_owned(), serde_json::json!(scaler).to_string());
-    }
-    Ok(safetensors::serialize_to_file(views, Some(metadata), path).map_err(wrong)?)
+    Ok(safetensors::serialize_to_file(views, Some(metadata(saved.steps, saved.scaler)), path).map_err(wrong)?)
+}
+
+/// A tensor merged from the shards of all ranks.
+struct MergedTensor {
+    name: String,
+    dtype: Dtype,
+    dims: Vec<usize>,
+    bytes: Vec<u8>,
 }

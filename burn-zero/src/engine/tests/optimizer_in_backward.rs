@@ -6,20 +6,16 @@ use super::{
     world::{CASES, Case, STAGES, batch, take_step, values},
     *,
 };
-use crate::{
-    MemoryTier,
-    comm::threads,
-    segment::{DynTensor, Segments},
-};
+use crate::{comm::threads, segment::Segments};
 
-/// Runs two steps of a model, with or without updates during the backward pass.
-fn two_steps(case: Case, engine: Engine<TestBackend>) -> (Engine<TestBackend>, Toy<TestBackend>) {
-    let (mut engine, mut model) = (engine, case.model());
+/// Runs two steps of a case, with or without updates during the backward pass.
+fn two_steps(case: Case, config: EngineConfig) -> ToyEngine {
+    let mut engine = config.init(case.model()).unwrap();
     for step in 0..2 {
         let own = batch(step, engine.rank());
-        take_step((case.optimizer_in_backward, 1e-3), &mut engine, &mut model, &[own]);
+        take_step(&mut engine, &[own], 1e-3, case.optimizer_in_backward);
     }
-    (engine, model)
+    engine
 }
 
 /// Without clipping the gradients of the whole model never exist at once: alive are those of the segment just left, of
@@ -34,8 +30,9 @@ fn early_updates_hold_few_gradients() {
             for tier in [MemoryTier::Device, MemoryTier::Host] {
                 let peaks = |case: Case| {
                     threads::run(world, |group| {
-                        let engine = case.engine().in_world(Box::new(group), Sharding { stage, bucket_size: 1 });
-                        two_steps(case, engine.with_optimizer_states_in(&tier).unwrap()).0.peak_memory().gradients
+                        let sharding = Sharding { stage, bucket_size: 1 };
+                        let config = case.config().with_communicator(Box::new(group)).with_sharding(sharding);
+                        two_steps(case, config.with_optimizer_states_in(tier.clone())).peak_memory().gradients
                     })
                 };
                 let what = format!("{world} ranks, {stage:?}, {tier:?}");
@@ -76,10 +73,10 @@ fn early_updates_are_in_place() {
         for checkpointing in [Checkpointing::None, Checkpointing::Full, Checkpointing::All] {
             for tier in [MemoryTier::Device, MemoryTier::Host] {
                 let case = Case { tied, checkpointing, ..LARGE.with_optimizer_in_backward() };
-                let (mut engine, mut model) = two_steps(case, case.engine().with_optimizer_states_in(&tier).unwrap());
-                let before = buffers(&model);
-                engine.forward_backward_step(&mut model, &batch(2, 0), 1e-3).unwrap();
-                assert_eq!(buffers(&model), before, "{tied}, {checkpointing:?}, {tier:?}");
+                let mut engine = two_steps(case, case.config().with_optimizer_states_in(tier.clone()));
+                let before = buffers(engine.model());
+                engine.forward_backward_step(&batch(2, 0), 1e-3).unwrap();
+                assert_eq!(buffers(engine.model()), before, "{tied}, {checkpointing:?}, {tier:?}");
             }
         }
     }
@@ -92,8 +89,8 @@ fn early_updates_lie_inside_the_backward_pass() {
     for tier in [MemoryTier::Device, MemoryTier::Host] {
         let events = |case: Case| {
             let sharding = Sharding { stage: ZeroStage::Gradients, bucket_size: 1 };
-            let engine = case.engine().in_world(Box::new(Solo), sharding).with_optimizer_states_in(&tier).unwrap();
-            two_steps(case, engine).0.trace().events(0)
+            let config = case.config().with_sharding(sharding).with_optimizer_states_in(tier.clone());
+            two_steps(case, config).trace().events(0)
         };
         let spans = |events: &[serde_json::Value], name: &str| -> Vec<[f64; 2]> {
             let own = events.iter().filter(|event| event["name"] == name);
@@ -121,13 +118,14 @@ fn an_early_update_with_what_is_not_finite_is_an_error_after_the_fact() {
     for stage in STAGES {
         for errors in threads::run(2, |group| {
             let case = CASES[0].with_optimizer_in_backward();
-            let mut engine = case.engine().in_world(Box::new(group), Sharding { stage, bucket_size: 300 });
-            let mut model = case.model();
+            let sharding = Sharding { stage, bucket_size: 300 };
+            let config = case.config().with_communicator(Box::new(group)).with_sharding(sharding);
+            let mut engine = config.init(case.model()).unwrap();
             let total = if engine.rank() == 1 { 0.0 } else { 20.0 };
-            let error = engine.forward_backward_step(&mut model, &ToyBatch::new(0, 9, total), 1e-3).unwrap_err();
-            let updated = engine.with_full_params(&model, values).unwrap();
+            let error = engine.forward_backward_step(&ToyBatch::new(0, 9, total), 1e-3).unwrap_err();
+            let updated = engine.with_full_params(values).unwrap();
             (
-                matches!(error, Error::Numeric(NumericError::NotFinite { step: 0, .. })),
+                matches!(error, Error::Numeric(crate::NumericError::NotFinite { step: 0, .. })),
                 updated.iter().flatten().any(|value| value.is_nan()),
             )
         }) {
@@ -183,24 +181,24 @@ fn who_has_a_gradient_is_agreed_upon_early_too() {
         let outcome = |early: bool, uses: [bool; 2]| {
             threads::run(2, |group| {
                 let param = |value: f32| Param::from_tensor(Tensor::full([3], value, &Default::default()));
-                let mut model = ConditionalModel::<TestBackend> { always: param(1.0), at_times: param(2.0) };
-                let engine = Engine::new(AdamW::default(), None, Checkpointing::None);
-                let engine = engine.in_world(Box::new(group), Sharding { stage, bucket_size: 1 });
-                let mut engine = engine.with_optimizer_states_in(&tier).unwrap();
+                let model = ConditionalModel::<TestBackend> { always: param(1.0), at_times: param(2.0) };
+                let config = EngineConfig::new(AdamW::default()).with_communicator(Box::new(group));
+                let config = config.with_sharding(Sharding { stage, bucket_size: 1 });
+                let mut engine = config.with_optimizer_states_in(tier.clone()).init(model).unwrap();
                 let rank = engine.rank();
                 for step in 0..3 {
                     let used = uses[rank] && step != 1;
                     if early {
-                        engine.forward_backward_step(&mut model, &used, 0.1).unwrap();
+                        engine.forward_backward_step(&used, 0.1).unwrap();
                     } else {
-                        engine.forward_backward(&mut model, &used).unwrap();
-                        engine.step(&mut model, 0.1).unwrap();
+                        engine.forward_backward(&used).unwrap();
+                        engine.step(0.1).unwrap();
                     }
                 }
                 let read = |model: &ConditionalModel<TestBackend>| {
                     [&model.always, &model.at_times].map(|param| param.val().into_data().to_vec::<f32>().unwrap())
                 };
-                engine.with_full_params(&model, read).unwrap()
+                engine.with_full_params(read).unwrap()
             })
         };
         for uses in uses {

@@ -25,12 +25,14 @@ fn optimizers() -> [Optimizer; 6] {
 /// A model with a matrix that is large enough for 8-bit states.
 const CASE: Case = Case { vocab: 150, hidden: 32, ..CASES[0] };
 
-fn engine(optimizer: Optimizer) -> Engine<TestBackend> {
-    engine_of(CASE, optimizer)
+fn config(optimizer: Optimizer) -> EngineConfig {
+    config_of(CASE, optimizer)
 }
 
-fn engine_of(case: Case, optimizer: Optimizer) -> Engine<TestBackend> {
-    Engine::new(optimizer, case.max_grad_norm, case.checkpointing)
+fn config_of(case: Case, optimizer: Optimizer) -> EngineConfig {
+    EngineConfig::new(optimizer)
+        .with_max_grad_norm(case.max_grad_norm)
+        .with_checkpointing(case.checkpointing)
         .with_param_groups(ParamGroups { lr_scales: vec![("up".into(), 2.0)], ..ParamGroups::default() })
 }
 
@@ -40,16 +42,12 @@ fn every_optimizer_is_one_process_s_bit_for_bit_in_every_stage() {
     for (optimizer, case) in
         optimizers().into_iter().flat_map(|one| [(one, CASE), (one, CASE.with_optimizer_in_backward())])
     {
-        let new = || engine_of(case, optimizer);
-        let (expected, ..) = run(
-            Case { optimizer_in_backward: false, ..case },
-            new().with_optimizer_states_in(&MemoryTier::Device).unwrap(),
-            3,
-        );
+        let new = || config_of(case, optimizer);
+        let (expected, ..) = run(Case { optimizer_in_backward: false, ..case }, new(), 3);
         for stage in STAGES {
             for found in threads::run(3, |group| {
-                let engine = new().in_world(Box::new(group), Sharding { stage, bucket_size: 6000 });
-                run(case, engine.with_optimizer_states_in(&MemoryTier::Device).unwrap(), 1).0
+                let sharding = Sharding { stage, bucket_size: 6000 };
+                run(case, new().with_communicator(Box::new(group)).with_sharding(sharding), 1).0
             }) {
                 let what = format!("{optimizer:?}, {stage:?}, early {}", case.optimizer_in_backward);
                 assert_same(&found.parameters, &expected.parameters, &what);
@@ -64,16 +62,15 @@ fn states_off_the_device_give_the_same_parameters() {
     let _alone = backward_lock();
     let folder = tempfile::tempdir().unwrap();
     for optimizer in &optimizers()[..2] {
-        let (expected, ..) = run(CASE, engine(*optimizer), 2);
+        let (expected, ..) = run(CASE, config(*optimizer), 2);
         for tier in [MemoryTier::Host, MemoryTier::File(folder.path().to_owned())] {
             for stage in STAGES {
                 for world in [1, 2] {
                     for (found, memory) in threads::run(world, |group| {
                         let sharding = Sharding { stage, bucket_size: 6000 };
-                        let engine = engine(*optimizer).in_world(Box::new(group), sharding);
-                        let (found, engine, model) =
-                            run(CASE, engine.with_optimizer_states_in(&tier).unwrap(), 2 / world);
-                        (found, engine.memory(&model))
+                        let config = config(*optimizer).with_communicator(Box::new(group)).with_sharding(sharding);
+                        let (found, engine) = run(CASE, config.with_optimizer_states_in(tier.clone()), 2 / world);
+                        (found, engine.memory())
                     }) {
                         assert_same(&found.parameters, &expected.parameters, &format!("{tier:?}, {stage:?}, {world}"));
                         assert_eq!(memory.moments, 0, "no state is on the device");
@@ -95,27 +92,27 @@ fn every_optimizer_resumes_bit_for_bit_also_elsewhere() {
         for tier in tiers {
             threads::run(2, |group| {
                 let sharding = Sharding { stage: ZeroStage::Gradients, bucket_size: 6000 };
-                let engine =
-                    engine(optimizer).in_world(Box::new(group), sharding).with_optimizer_states_in(tier).unwrap();
-                let (_, engine, model) = run(CASE, engine, 1);
-                engine.save(&model, &path).unwrap();
+                let config = config(optimizer).with_communicator(Box::new(group)).with_sharding(sharding);
+                let (_, engine) = run(CASE, config.with_optimizer_states_in(tier.clone()), 1);
+                engine.save(&path).unwrap();
             });
-            let (_, mut unbroken, mut model) = run(CASE, engine(optimizer).with_optimizer_states_in(tier).unwrap(), 2);
+            let (_, mut unbroken) = run(CASE, config(optimizer).with_optimizer_states_in(tier.clone()), 2);
             for micro in 0..3 {
-                unbroken.forward_backward(&mut model, &batch(77, micro)).unwrap();
+                unbroken.forward_backward(&batch(77, micro)).unwrap();
             }
-            unbroken.step(&mut model, 1e-3).unwrap();
+            unbroken.step(1e-3).unwrap();
             for found in threads::run(3, |group| {
                 let sharding = Sharding { stage: ZeroStage::Weights, bucket_size: 300 };
-                let engine = engine(optimizer).in_world(Box::new(group), sharding);
-                let mut engine = engine.with_optimizer_states_in(tiers.last().unwrap()).unwrap();
-                let mut model = engine.restore(CASE.model(), &path).unwrap();
+                let config = config(optimizer).with_communicator(Box::new(group)).with_sharding(sharding);
+                let config = config.with_optimizer_states_in(tiers.last().unwrap().clone());
+                let mut engine = config.init(CASE.model()).unwrap();
+                engine.restore(&path).unwrap();
                 let rank = engine.rank();
-                engine.forward_backward(&mut model, &batch(77, rank)).unwrap();
-                engine.step(&mut model, 1e-3).unwrap();
-                engine.with_full_params(&model, values).unwrap()
+                engine.forward_backward(&batch(77, rank)).unwrap();
+                engine.step(1e-3).unwrap();
+                engine.with_full_params(values).unwrap()
             }) {
-                assert_same(&found, &values(&model), &format!("{optimizer:?}, from {tier:?}"));
+                assert_same(&found, &values(unbroken.model()), &format!("{optimizer:?}, from {tier:?}"));
             }
         }
     }
@@ -138,20 +135,15 @@ pub(super) fn toy_with_bf16_matrix() -> Toy<TestBackend> {
     model
 }
 
-/// Runs five steps of a model with a bf16 matrix; the single steps are too small to change a bf16 value.
-fn train_bf16(
-    early: bool,
-    mut engine: Engine<TestBackend>,
-    mut model: Toy<TestBackend>,
-    (micros, from): (usize, usize),
-) -> (Vec<f32>, Engine<TestBackend>, Toy<TestBackend>) {
+/// Runs five steps of a model with a bf16 matrix, from step `from` on, and returns the matrix; the single steps are too
+/// small to change a bf16 value.
+fn train_bf16(engine: &mut ToyEngine, optimizer_in_backward: bool, micros: usize, from: usize) -> Vec<f32> {
     let (rank, world) = (engine.rank(), engine.world());
     for step in from..from + 5 {
         let batches: Vec<_> = (0..micros).map(|micro| batch(step, micro * world + rank)).collect();
-        take_step((early, 1e-4), &mut engine, &mut model, &batches);
+        take_step(engine, &batches, 1e-4, optimizer_in_backward);
     }
-    let down = engine.with_full_params(&model, |model| model.down.val().into_data().iter::<f32>().collect()).unwrap();
-    (down, engine, model)
+    engine.with_full_params(|model| model.down.val().into_data().iter::<f32>().collect()).unwrap()
 }
 
 #[test]
@@ -164,8 +156,9 @@ fn masters_keep_what_half_precision_rounds_away() {
 
 fn assert_master_weights(case: Case) {
     let (folder, adam) = (tempfile::tempdir().unwrap(), optimizers()[0]);
-    let (expected, one, model) = train_bf16(false, engine_of(case, adam), toy_with_bf16_matrix(), (2, 0));
-    let (later, ..) = train_bf16(false, one, model, (2, 5));
+    let mut one = config_of(case, adam).init(toy_with_bf16_matrix()).unwrap();
+    let expected = train_bf16(&mut one, false, 2, 0);
+    let later = train_bf16(&mut one, false, 2, 5);
     let start: Vec<f32> = toy_with_bf16_matrix().down.val().into_data().iter::<f32>().collect();
     // Without master weights a step of 1e-4 is rounded away: above 0.1 bf16 numbers are at least 5e-4 apart.
     let large = |start: &f32| start.abs() > 0.1;
@@ -178,17 +171,18 @@ fn assert_master_weights(case: Case) {
         for (found, resumed) in threads::run(2, |group| {
             let new = |communicator| {
                 let sharding = Sharding { stage, bucket_size: 6000 };
-                engine_of(case, adam).in_world(communicator, sharding).with_optimizer_states_in(tier).unwrap()
+                let config = config_of(case, adam).with_communicator(communicator).with_sharding(sharding);
+                config.with_optimizer_states_in(tier.clone()).init(toy_with_bf16_matrix()).unwrap()
             };
             let mut group = group;
             let again = crate::comm::Communicator::split(&mut group, 0, 0).unwrap();
-            let (found, first, model) =
-                train_bf16(case.optimizer_in_backward, new(Box::new(group)), toy_with_bf16_matrix(), (1, 0));
-            first.save(&model, &path).unwrap();
+            let mut first = new(Box::new(group));
+            let found = train_bf16(&mut first, case.optimizer_in_backward, 1, 0);
+            first.save(&path).unwrap();
             first.barrier().unwrap();
             let mut second = new(again);
-            let model = second.restore(toy_with_bf16_matrix(), &path).unwrap();
-            (found, train_bf16(case.optimizer_in_backward, second, model, (1, 5)).0)
+            second.restore(&path).unwrap();
+            (found, train_bf16(&mut second, case.optimizer_in_backward, 1, 5))
         }) {
             assert_eq!(found, expected, "{case:?}, {tier:?}, {stage:?}");
             assert_eq!(resumed, later, "{case:?}, {tier:?}, {stage:?} resumed");
@@ -201,30 +195,30 @@ fn an_overflow_on_one_rank_skips_the_step_on_all_and_halves_the_scale() {
     use crate::precision::{DynamicScale, LossScaler};
     let _alone = backward_lock();
     let settings = DynamicScale { initial_scale_power: 4, hysteresis: 1, ..DynamicScale::default() };
-    let scaled = |engine: Engine<TestBackend>| engine.with_loss_scaler(LossScaler::dynamic(settings).unwrap());
-    let (expected, ..) = run(CASES[0], CASES[0].engine(), 2);
+    let scaler = LossScaler::dynamic(settings).unwrap();
+    let (expected, ..) = run(CASES[0], CASES[0].config(), 2);
     for stage in STAGES {
         for (before, skipped, after, scale, reference) in threads::run(2, |group| {
             let sharding = Sharding { stage, bucket_size: 1500 };
-            let mut engine = scaled(CASES[0].engine().in_world(Box::new(group), sharding));
-            let mut model = CASES[0].model();
+            let config = CASES[0].config().with_communicator(Box::new(group)).with_sharding(sharding);
+            let mut engine = config.with_loss_scaler(scaler).init(CASES[0].model()).unwrap();
             let rank = engine.rank();
             let total = if rank == 1 { 0.0 } else { 20.0 };
-            let before = values(&model);
-            engine.forward_backward(&mut model, &ToyBatch::new(0, 9, total)).unwrap();
-            let skipped = engine.step(&mut model, 1e-3).unwrap().skipped;
-            let after = engine.with_full_params(&model, values).unwrap();
+            let before = engine.with_full_params(values).unwrap();
+            engine.forward_backward(&ToyBatch::new(0, 9, total)).unwrap();
+            let skipped = engine.step(1e-3).unwrap().skipped;
+            let after = engine.with_full_params(values).unwrap();
             let scale = engine.loss_scale();
             // Scaling by powers of two is exact, so the results are those without a loss scale.
             let mut losses = 0.0;
             for step in 0..10 {
                 let from = (step * 40 + rank * 7) as i32;
                 let scaled = ToyBatch::new(from, from + 5 + rank as i32, 20.0 / engine.loss_scale() as f32);
-                losses += engine.forward_backward(&mut model, &scaled).unwrap();
-                assert!(!engine.step(&mut model, 1e-3).unwrap().skipped);
+                losses += engine.forward_backward(&scaled).unwrap();
+                assert!(!engine.step(1e-3).unwrap().skipped);
             }
             assert!(losses > 0.0);
-            (before, skipped, after, scale, engine.with_full_params(&model, values).unwrap())
+            (before, skipped, after, scale, engine.with_full_params(values).unwrap())
         }) {
             assert!(skipped && scale == 8.0, "{stage:?}: {scale}");
             assert_same(&after, &before, "skipped");

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::{
-    comm::{Communicator, threads},
+    comm::threads,
     gather::gather_schedule,
     segment::tests::{freeze, toy_of},
 };
@@ -61,8 +61,14 @@ impl Case {
         freeze(toy_of(self.vocab, self.hidden, self.tied), self.frozen)
     }
 
-    pub fn engine(&self) -> Engine<TestBackend> {
-        Engine::new(AdamW::default(), self.max_grad_norm, self.checkpointing)
+    pub fn config(&self) -> EngineConfig {
+        let config = EngineConfig::new(AdamW::default()).with_max_grad_norm(self.max_grad_norm);
+        config.with_checkpointing(self.checkpointing)
+    }
+
+    /// Returns an engine with the model of this case.
+    pub fn engine(&self) -> ToyEngine {
+        self.config().init(self.model()).unwrap()
     }
 
     /// Returns the same case without clipping and with updates during the backward pass.
@@ -113,51 +119,48 @@ pub(super) struct Outcome {
 
 /// Takes one optimizer step of at least one micro-batch on this rank; returns the loss and the report.
 pub(super) fn take_step(
-    (early, learning_rate): (bool, f64),
-    engine: &mut Engine<TestBackend>,
-    model: &mut Toy<TestBackend>,
+    engine: &mut ToyEngine,
     batches: &[ToyBatch<TestBackend>],
+    learning_rate: f64,
+    optimizer_in_backward: bool,
 ) -> (f64, StepReport) {
     let (last, others) = batches.split_last().unwrap();
-    let loss: f64 = others.iter().map(|batch| engine.forward_backward(model, batch).unwrap()).sum();
-    let (more, report) = if early {
-        engine.forward_backward_step(model, last, learning_rate).unwrap()
+    let loss: f64 = others.iter().map(|batch| engine.forward_backward(batch).unwrap()).sum();
+    let (more, report) = if optimizer_in_backward {
+        engine.forward_backward_step(last, learning_rate).unwrap()
     } else {
-        (engine.forward_backward(model, last).unwrap(), engine.step(model, learning_rate).unwrap())
+        (engine.forward_backward(last).unwrap(), engine.step(learning_rate).unwrap())
     };
     (loss + more, report)
 }
 
 /// Runs [`STEPS`] steps of `micros` micro-batches each on this rank.
-pub(super) fn run(
-    case: Case,
-    mut engine: Engine<TestBackend>,
-    micros: usize,
-) -> (Outcome, Engine<TestBackend>, Toy<TestBackend>) {
-    let (mut model, rank, world) = (case.model(), engine.rank(), engine.world());
+pub(super) fn run(case: Case, config: EngineConfig, micros: usize) -> (Outcome, ToyEngine) {
+    let mut engine = config.init(case.model()).unwrap();
+    let (rank, world) = (engine.rank(), engine.world());
     let (mut norms, mut losses) = (vec![], vec![]);
     for step in 0..STEPS {
-        let batches = (0..micros).map(|micro| batch(step, micro * world + rank));
-        let (loss, report) =
-            take_step((case.optimizer_in_backward, 1e-3), &mut engine, &mut model, &batches.collect::<Vec<_>>());
+        let batches: Vec<_> = (0..micros).map(|micro| batch(step, micro * world + rank)).collect();
+        let (loss, report) = take_step(&mut engine, &batches, 1e-3, case.optimizer_in_backward);
         losses.extend(engine.sum_over_ranks(&[loss]).unwrap());
         norms.push(report.grad_norm);
     }
-    let parameters = engine.with_full_params(&model, values).unwrap();
-    (Outcome { parameters, norms, losses }, engine, model)
+    let parameters = engine.with_full_params(values).unwrap();
+    (Outcome { parameters, norms, losses }, engine)
 }
 
-fn in_world<R: Send>(
+pub(super) fn in_world<R: Send>(
     case: Case,
-    (stage, world): (ZeroStage, usize),
+    stage: ZeroStage,
+    world: usize,
     micros: usize,
-    look: impl Fn(Outcome, Engine<TestBackend>, Toy<TestBackend>) -> R + Sync,
+    look: impl Fn(Outcome, ToyEngine) -> R + Sync,
 ) -> Vec<R> {
     threads::run(world, |group| {
         let sharding = Sharding { stage, bucket_size: case.bucket_size };
-        let engine = case.engine().in_world(Box::new(group) as Box<dyn Communicator>, sharding);
-        let (outcome, engine, model) = run(case, engine, micros);
-        look(outcome, engine, model)
+        let config = case.config().with_communicator(Box::new(group)).with_sharding(sharding);
+        let (outcome, engine) = run(case, config, micros);
+        look(outcome, engine)
     })
 }
 
@@ -168,11 +171,11 @@ fn accumulated_gradients_of_kept_and_remade_graphs_are_the_same_each_time() {
     let _alone = backward_lock();
     for tied in [true, false] {
         let remade = Case { tied, checkpointing: Checkpointing::All, ..CASES[0] };
-        let (expected, ..) = run(remade, remade.engine(), 5);
+        let (expected, ..) = run(remade, remade.config(), 5);
         for checkpointing in [Checkpointing::None, Checkpointing::Every(2), Checkpointing::Full] {
             let case = Case { checkpointing, ..remade };
             for _ in 0..20 {
-                let found = run(case, case.engine(), 5).0;
+                let found = run(case, case.config(), 5).0;
                 assert_same(&found.parameters, &expected.parameters, &format!("{case:?}"));
                 assert_eq!(found.norms, expected.norms);
             }
@@ -185,10 +188,10 @@ fn every_stage_in_every_world_is_one_process_bit_for_bit() {
     let _alone = backward_lock();
     for case in CASES {
         for world in 1..=4 {
-            let (expected, ..) = run(case, case.engine(), world);
+            let (expected, ..) = run(case, case.config(), world);
             assert!(expected.norms.iter().any(|&norm| norm > CLIP), "nothing is clipped: {:?}", expected.norms);
             for stage in STAGES {
-                for (rank, found) in in_world(case, (stage, world), 1, |found, _, _| found).iter().enumerate() {
+                for (rank, found) in in_world(case, stage, world, 1, |found, _| found).iter().enumerate() {
                     let what = format!("{stage:?}, rank {rank} of {world}, {case:?}");
                     assert_same(&found.parameters, &expected.parameters, &what);
                     assert_eq!(found.norms, expected.norms, "{what}");
@@ -208,8 +211,8 @@ fn several_micro_batches_per_rank_are_one_process_too() {
     for case in [CASES[0], CASES[4], CASES[0].with_optimizer_in_backward(), CASES[4].with_optimizer_in_backward()] {
         let (world, micros) = (3, 2);
         let whole = Case { optimizer_in_backward: false, ..case };
-        let (one, ..) = run(whole, whole.engine(), world * micros);
-        let stages = STAGES.map(|stage| in_world(case, (stage, world), micros, |found, _, _| found));
+        let (one, ..) = run(whole, whole.config(), world * micros);
+        let stages = STAGES.map(|stage| in_world(case, stage, world, micros, |found, _| found));
         for found in stages[2].iter().chain(&stages[3]) {
             assert_same(&found.parameters, &one.parameters, "divided");
             assert_eq!(found.norms, one.norms);
@@ -224,11 +227,13 @@ fn several_micro_batches_per_rank_are_one_process_too() {
 }
 
 /// Returns the padded sizes of the buckets that are reduced, and of all buckets that are gathered.
-fn padded(engine: &Engine<TestBackend>) -> (u64, u64) {
-    let layout = &engine.sharding_state.as_ref().unwrap().layout;
+fn padded(engine: &ToyEngine) -> (u64, u64) {
+    let layout = &engine.sharded.layout;
     let trained: usize = layout.trainable_buckets().map(|(_, bucket)| bucket.length).sum();
-    let gathered =
-        gather_schedule(layout, engine.checkpointing).iter().flat_map(|visit| visit.gather.clone()).collect::<Vec<_>>();
+    let gathered = gather_schedule(layout, engine.settings.checkpointing)
+        .iter()
+        .flat_map(|step| step.gather.clone())
+        .collect::<Vec<_>>();
     (trained as u64, gathered.iter().map(|&index| layout.buckets[index].length as u64).sum())
 }
 
@@ -238,15 +243,12 @@ fn communication_is_what_the_paper_says() {
     for case in CASES {
         for world in 1..=4 {
             for stage in STAGES {
-                for (traffic, before_whole, (trained, gathered)) in
-                    in_world(case, (stage, world), 1, |_, engine, model| {
-                        let before = engine.traffic();
-                        let mut engine = engine;
-                        engine.with_full_params(&model, |_| ()).unwrap();
-                        // In stage 3 `with_full_params` gathers all weights once: at the end of `run` and here.
-                        (engine.traffic(), before, padded(&engine))
-                    })
-                {
+                for (traffic, before_whole, (trained, gathered)) in in_world(case, stage, world, 1, |_, engine| {
+                    let before = engine.traffic();
+                    engine.with_full_params(|_| ()).unwrap();
+                    // In stage 3 `with_full_params` gathers all weights once: at the end of `run` and here.
+                    (engine.traffic(), before, padded(&engine))
+                }) {
                     let whole = traffic.gathered.elements - before_whole.gathered.elements;
                     let (reduced, found) = (before_whole.reduced.elements, before_whole.gathered.elements);
                     let found = if stage == ZeroStage::Weights { found - whole } else { found };
@@ -276,13 +278,13 @@ fn memory_is_divided_as_the_paper_says() {
     let case = Case { bucket_size: 1 << 20, ..CASES[1] };
     for world in [1, 2, 4] {
         for stage in STAGES {
-            let counted = in_world(case, (stage, world), 1, |_, mut engine, mut model| {
-                engine.forward_backward(&mut model, &batch(0, 0)).unwrap();
+            let counted = in_world(case, stage, world, 1, |_, mut engine| {
+                engine.forward_backward(&batch(0, 0)).unwrap();
                 engine.barrier().unwrap();
-                let gradients = engine.sharding_state.as_mut().unwrap();
+                let sharded = &mut engine.sharded;
                 // Wait for the buckets in flight.
-                gradients.reducer.wait_all(&gradients.layout).unwrap();
-                (engine.memory(&model), engine.peak_memory(), padded(&engine).0)
+                sharded.reducer.wait_all(&sharded.layout).unwrap();
+                (engine.memory(), engine.peak_memory(), padded(&engine).0)
             });
             let whole = 4 * values(&case.model()).iter().map(Vec::len).sum::<usize>() as u64;
             let shells = 4 * 6;
@@ -327,86 +329,39 @@ fn a_state_goes_on_in_another_world_and_stage() {
     ];
     for (i, from) in settings.into_iter().enumerate() {
         let path = folder.path().join(format!("{i}.safetensors"));
-        in_world(case, from, 1, |_, engine, model| {
-            engine.save(&model, &path).unwrap();
+        in_world(case, from.0, from.1, 1, |_, engine| {
+            engine.save(&path).unwrap();
             engine.barrier().unwrap();
         });
         // The reference is one process that takes all micro-batches and saves a checkpoint.
-        let (expected_there, whole, whole_model) = run(case, case.engine(), from.1);
+        let (expected_there, whole) = run(case, case.config(), from.1);
         let reference = folder.path().join(format!("{i}.whole"));
-        whole.save(&whole_model, &reference).unwrap();
+        whole.save(&reference).unwrap();
         for to in settings {
             let restored = threads::run(to.1, |group| {
                 let sharding = Sharding { stage: to.0, bucket_size: case.bucket_size };
-                let mut engine = case.engine().in_world(Box::new(group), sharding);
-                let mut model = engine.restore(case.model(), &path).unwrap();
+                let config = case.config().with_communicator(Box::new(group)).with_sharding(sharding);
+                let mut engine = config.init(case.model()).unwrap();
+                engine.restore(&path).unwrap();
                 assert_eq!(engine.steps(), STEPS);
-                let first = engine.with_full_params(&model, values).unwrap();
+                let first = engine.with_full_params(values).unwrap();
                 let rank = engine.rank();
-                engine.forward_backward(&mut model, &batch(99, rank)).unwrap();
-                engine.step(&mut model, 1e-3).unwrap();
-                (first, engine.with_full_params(&model, values).unwrap())
+                engine.forward_backward(&batch(99, rank)).unwrap();
+                engine.step(1e-3).unwrap();
+                (first, engine.with_full_params(values).unwrap())
             });
             let mut one = case.engine();
-            let mut model = one.restore(case.model(), &reference).unwrap();
+            one.restore(&reference).unwrap();
             for rank in 0..to.1 {
-                one.forward_backward(&mut model, &batch(99, rank)).unwrap();
+                one.forward_backward(&batch(99, rank)).unwrap();
             }
-            one.step(&mut model, 1e-3).unwrap();
+            one.step(1e-3).unwrap();
             for (first, then) in restored {
                 assert_same(&first, &expected_there.parameters, &format!("{from:?} to {to:?}"));
-                assert_same(&then, &values(&model), &format!("{from:?} to {to:?}, a step later"));
+                assert_same(&then, &values(one.model()), &format!("{from:?} to {to:?}, a step later"));
             }
         }
         consolidate(&path).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), std::fs::read(&reference).unwrap(), "{from:?} consolidated");
-    }
-}
-
-#[test]
-fn an_incomplete_state_is_refused() {
-    let _alone = backward_lock();
-    let (case, folder) = (CASES[0], tempfile::tempdir().unwrap());
-    let path = folder.path().join("state.safetensors");
-    in_world(case, (ZeroStage::OptimizerStates, 3), 1, |_, engine, model| engine.save(&model, &path).unwrap());
-    let missing = case.engine().restore(case.model(), &folder.path().join("other.safetensors")).unwrap_err();
-    assert!(matches!(missing, Error::Io { .. }), "{missing}");
-    std::fs::remove_file(folder.path().join("state.1-of-3.safetensors")).unwrap();
-    let incomplete = case.engine().restore(case.model(), &path).unwrap_err();
-    assert!(incomplete.to_string().contains("1-of-3"), "{incomplete}");
-}
-
-#[test]
-fn a_lost_rank_ends_the_step_of_the_others() {
-    let _alone = backward_lock();
-    for stage in STAGES {
-        let errors = threads::run(3, |group| {
-            let sharding = Sharding { stage, bucket_size: 300 };
-            let (mut engine, mut model) = (CASES[0].engine().in_world(Box::new(group), sharding), CASES[0].model());
-            if engine.rank() == 2 {
-                return None;
-            }
-            let lost = engine.forward_backward(&mut model, &batch(0, 0)).and_then(|_| engine.step(&mut model, 1e-3));
-            Some(lost.unwrap_err().to_string())
-        });
-        assert!(errors.iter().flatten().any(|error| error.contains("rank 2 has ended")), "{stage:?}: {errors:?}");
-    }
-}
-
-#[test]
-fn a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all() {
-    let _alone = backward_lock();
-    for stage in STAGES {
-        let skipped = threads::run(3, |group| {
-            let sharding = Sharding { stage, bucket_size: 300 };
-            let (mut engine, mut model) = (CASES[0].engine().in_world(Box::new(group), sharding), CASES[0].model());
-            let before = values(&model);
-            let total = if engine.rank() == 1 { 0.0 } else { 20.0 };
-            engine.forward_backward(&mut model, &ToyBatch::new(0, 9, total)).unwrap();
-            let error = engine.step(&mut model, 1e-3).unwrap_err();
-            assert!(matches!(error, Error::Numeric(NumericError::NotFinite { step: 0, .. })), "{error}");
-            engine.with_full_params(&model, values).unwrap() == before
-        });
-        assert!(skipped.into_iter().all(|same| same), "{stage:?}");
     }
 }
