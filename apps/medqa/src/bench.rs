@@ -1,8 +1,8 @@
 //! The verb `bench`: measures the speed of the forward pass, decoding and training, and the peak memory.
 
 use crate::{
+    args::{DeviceArgs, ModelArgs, WeightsArgs},
     backend::{Device, with_backend},
-    cli::{BenchArgs, BenchMethod},
     model::{self, LoadedModel},
     recipe::WeightDtype,
     train::peak_rss_bytes,
@@ -16,8 +16,54 @@ use burn_llama::{
 };
 use burn_peft::{ForwardContext, LoraConfig, adapter, param, random};
 use burn_zero::{Engine, optimizer::AdamW, segment::Checkpointing};
+use clap::{Args, ValueEnum};
+use serde::Serialize;
 use serde_json::{Value, json};
-use std::time::Instant;
+use std::{num::NonZeroUsize, time::Instant};
+
+/// Parameters that the training benchmark updates.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BenchMethod {
+    /// No training
+    None,
+    /// LoRA of rank 8 on q_proj and v_proj
+    Lora,
+    /// All weights
+    Full,
+}
+
+/// Arguments of `bench`.
+#[derive(Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// Tokens of the sequence in the forward benchmark, and of each row in the training benchmark
+    #[arg(long, default_value_t = 512)]
+    pub length: usize,
+    /// Tokens of the prompt in the decoding benchmark
+    #[arg(long, default_value = "32")]
+    pub prompt: NonZeroUsize,
+    /// Tokens to decode
+    #[arg(long, default_value = "64")]
+    pub new_tokens: NonZeroUsize,
+    /// Parameters to train in the training benchmark
+    #[arg(long, default_value = "lora")]
+    pub train: BenchMethod,
+    /// Rows per training step
+    #[arg(long, default_value = "2")]
+    pub batch_size: NonZeroUsize,
+    /// Train with full activation checkpointing, as with activation_checkpointing = "full" in a recipe
+    #[arg(long)]
+    pub recompute: bool,
+    /// Number of timed rounds; the fastest one counts
+    #[arg(long, default_value = "3")]
+    pub rounds: NonZeroUsize,
+}
 
 /// Runs the benchmarks and prints the results as one JSON object.
 pub fn bench(args: &BenchArgs) -> Result<()> {

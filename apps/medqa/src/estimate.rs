@@ -1,18 +1,76 @@
 //! The command `estimate`: the memory that a run would need, for every ZeRO stage and offload setting.
 
-use crate::{cli::EstimateArgs, fetch, recipe::MethodKind};
+use crate::{
+    fetch,
+    footprint::{
+        count_lora_params, gib, model_shape, model_states_with_f32_gradients, moment_bytes, peak_transient_bytes,
+    },
+    recipe::MethodKind,
+};
 use anyhow::Result;
 use burn_llama::{Checkpoint, LlamaConfig};
 use burn_peft::{LoraConfig, TargetModules};
 use burn_zero::{
     ds_config::ZeroStage,
     estimate::{
-        Cluster, CpuOffload, DeepSpeedEstimate, LlamaShape, MemoryEstimate, ModelSize, Recompute, StatePlacement,
-        TrainingPrecision, model_states, zero2, zero3,
+        Cluster, CpuOffload, DeepSpeedEstimate, ModelSize, Recompute, StatePlacement, TrainingPrecision, zero2, zero3,
     },
 };
+use clap::Args;
+use std::{num::NonZeroU64, path::PathBuf};
 
 mod measure;
+
+/// Arguments of `estimate`.
+#[derive(Args)]
+pub struct EstimateArgs {
+    /// Model as for `chat`
+    #[arg(long, default_value = fetch::SMOLLM2)]
+    pub model: String,
+    /// Read the model's dimensions from this config.json instead
+    #[arg(long, conflicts_with = "model")]
+    pub config: Option<PathBuf>,
+    /// Fine-tuning method: full or lora
+    #[arg(long, default_value = "lora", value_parser = parse_method)]
+    pub method: MethodKind,
+    /// LoRA rank (for lora)
+    #[arg(long, default_value_t = 8)]
+    pub r: u64,
+    /// Linear layers that get a LoRA adapter: names separated by commas, or all-linear
+    #[arg(long, default_value = "all-linear", value_delimiter = ',', value_name = "NAMES")]
+    pub target_modules: Vec<String>,
+    /// Number of ranks that share the run
+    #[arg(long, default_value = "1")]
+    pub world: NonZeroU64,
+    /// Tokens in a micro-batch, summed over its rows
+    #[arg(long, default_value_t = 2048)]
+    pub tokens: u64,
+    /// Use full activation checkpointing, as with activation_checkpointing = "full" in a recipe
+    #[arg(long)]
+    pub recompute: bool,
+    /// Gradient norm to clip to, as in a recipe; with 0, gradients are not clipped, and those of the whole model never
+    /// exist at the same time
+    #[arg(long, default_value_t = 1.0)]
+    pub max_grad_norm: f64,
+    /// Train two steps on meaningless tokens, in f32, and print the estimate next to the counted and the measured
+    /// memory; under mpirun, every rank does so
+    #[arg(long, conflicts_with = "config")]
+    pub measure: bool,
+    /// ZeRO stage of --measure: 0 to 3
+    #[arg(long, default_value_t = 0, requires = "measure")]
+    pub zero_stage: u8,
+    /// Offload of the optimizer states in --measure: none, cpu (host memory) or nvme (files in the temporary directory)
+    #[arg(long, default_value = "none", requires = "measure")]
+    pub offload_optimizer: String,
+}
+
+fn parse_method(name: &str) -> Result<MethodKind, String> {
+    match name {
+        "full" => Ok(MethodKind::Full),
+        "lora" => Ok(MethodKind::Lora),
+        other => Err(format!("expected full or lora, found {other:?}")),
+    }
+}
 
 /// Runs the command `estimate`: prints a table on stdout. Only the model's configuration is read, no weights.
 pub fn estimate(args: &EstimateArgs) -> Result<()> {
@@ -122,98 +180,5 @@ fn print_deepspeed_estimates(all: u64, largest_layer: u64, devices: u64) {
         [("device", CpuOffload::None), ("host", CpuOffload::Optimizer), (OFFLOAD_SETTINGS[3].0, CpuOffload::All)]
     {
         row(3, place, zero3(all, largest_layer, nodes, offload, true));
-    }
-}
-
-/// Returns the memory of a rank's model states: [`model_states`] with gradients in f32, in which this engine accumulates them
-/// whatever the model computes in.
-pub fn model_states_with_f32_gradients(
-    weights: ModelSize,
-    numbers: TrainingPrecision,
-    placement: StatePlacement,
-) -> MemoryEstimate {
-    let memory = model_states(weights, numbers, placement);
-    MemoryEstimate { gradients: memory.gradients * 4 / numbers.bytes_per_weight(), ..memory }
-}
-
-/// Returns the bytes of this rank's two Adam moments.
-pub fn moment_bytes(trained: u64, placement: StatePlacement) -> u64 {
-    8 * if placement.stage >= ZeroStage::OptimizerStates { trained.div_ceil(placement.world_size) } else { trained }
-}
-
-/// Returns the peak of the transient memory: the activations, or the gradient of a trained embedding, the largest
-/// tensor. When the backward pass reaches the embedding, the layers' activations have been freed; the gradient gets a
-/// buffer of its own and is added to that of the tied output head, and with sharded gradients it is whole until then.
-/// If the optimizer steps during the backward pass, the output head's gradient waits for the whole pass.
-pub fn peak_transient_bytes(activations: u64, shape: &LlamaShape, placement: StatePlacement) -> u64 {
-    let bytes = 4 * shape.vocabulary * shape.hidden;
-    let whole = if placement.stage >= ZeroStage::Gradients { bytes - bytes / placement.world_size } else { 0 };
-    let waits = if placement.optimizer_in_backward { bytes } else { 0 };
-    activations.max(bytes + whole) + waits
-}
-
-pub fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
-}
-
-/// Returns the number of parameters that LoRA with this configuration trains on a model of this shape.
-///
-/// # Errors
-/// If the configuration is invalid.
-pub fn count_lora_params(shape: &LlamaShape, lora: &LoraConfig) -> Result<u64> {
-    let layers = linear_layers(shape);
-    Ok(lora.count_trainable(layers.iter().map(|(path, shape)| (path.as_str(), *shape)))? as u64)
-}
-
-/// Returns the paths and shapes `[out, in]` of the linear layers.
-fn linear_layers(shape: &LlamaShape) -> Vec<(String, [usize; 2])> {
-    let (wide, narrow) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-    let (hidden, mlp) = (shape.hidden, shape.intermediate);
-    let block = [
-        ("self_attn.q_proj", [wide, hidden]),
-        ("self_attn.k_proj", [narrow, hidden]),
-        ("self_attn.v_proj", [narrow, hidden]),
-        ("self_attn.o_proj", [hidden, wide]),
-        ("mlp.gate_proj", [mlp, hidden]),
-        ("mlp.up_proj", [mlp, hidden]),
-        ("mlp.down_proj", [hidden, mlp]),
-    ];
-    let blocks = (0..shape.layers).flat_map(|index| {
-        block.map(|(name, sizes)| (format!("model.layers.{index}.{name}"), sizes.map(|size| size as usize)))
-    });
-    let head = ("lm_head".to_owned(), [shape.vocabulary as usize, hidden as usize]);
-    blocks.chain([head]).collect()
-}
-
-/// Returns the dimensions of a model that an estimate needs.
-pub fn model_shape(config: &LlamaConfig) -> LlamaShape {
-    LlamaShape {
-        layers: config.num_hidden_layers as u64,
-        hidden: config.hidden_size as u64,
-        intermediate: config.intermediate_size as u64,
-        heads: config.num_attention_heads as u64,
-        kv_heads: config.num_key_value_heads as u64,
-        head_dim: config.head_dim as u64,
-        vocabulary: config.vocab_size as u64,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// SmolLM2-135M: PEFT counts 2,442,240 for rank 8 on all linear layers, the published checkpoint has 134,515,008.
-    #[test]
-    fn the_counts_are_those_of_the_published_model() {
-        let (layers, hidden, intermediate, vocabulary) = (30, 576, 1536, 49152);
-        let shape = LlamaShape { layers, hidden, intermediate, heads: 9, kv_heads: 3, head_dim: 64, vocabulary };
-        assert_eq!(shape.parameters(true), 134_515_008);
-        let count = |target_modules| {
-            count_lora_params(&shape, &LoraConfig { target_modules, ..LoraConfig::default() }).unwrap()
-        };
-        assert_eq!(count(TargetModules::Pattern("all-linear".to_owned())), 2_442_240);
-        assert_eq!(count(TargetModules::default()), 460_800);
-        let head = TargetModules::Suffixes(vec!["lm_head".to_owned()]);
-        assert_eq!(count(head), 8 * (49152 + 576));
     }
 }

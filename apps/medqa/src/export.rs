@@ -1,9 +1,9 @@
 //! The verb `export`: writes a model as a Hugging Face directory, or as a GGUF file that llama.cpp loads.
 
 use crate::{
+    args::ModelArgs,
     backend::{Device, with_backend},
-    cli::{ExportArgs, ExportDtype, ModelArgs},
-    fetch,
+    fetch, method_adapter,
     model::{self, LoadedModel},
     write::{create_parent_dir, write_dir_atomically},
 };
@@ -17,7 +17,41 @@ use burn_llama::{
     },
     kernel::Kernels,
 };
-use std::path::Path;
+use clap::{Args, ValueEnum};
+use std::path::{Path, PathBuf};
+
+/// Numeric format of the matrices in an exported file.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportDtype {
+    /// 32-bit floating point
+    F32,
+    /// 16-bit floating point
+    F16,
+    /// 8-bit integers with one scale per block of 32 values (GGUF only)
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+/// Arguments of `export` and `adapters merge`.
+#[derive(Args)]
+pub struct ExportArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Output: FILE.gguf for a GGUF file; any other name for a new directory with config.json, model.safetensors and
+    /// the tokenizer
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Numeric format of the matrices; in a GGUF file, norms and biases are always f32
+    #[arg(long, default_value = "f32")]
+    pub dtype: ExportDtype,
+    /// Round the weights of the linear layers to nf4 and export the rounded values as floats; these are the weights
+    /// that training with model.dtype = "nf4" computes with
+    #[arg(long, conflicts_with = "adapter_only")]
+    pub nf4: bool,
+    /// Export only the adapter, as a GGUF file that llama.cpp applies with --lora to the model exported as GGUF
+    #[arg(long)]
+    pub adapter_only: bool,
+}
 
 /// Runs the verb `export`.
 pub fn export(args: &ExportArgs) -> Result<()> {
@@ -120,6 +154,6 @@ pub fn write_adapter_gguf(model: &str, directory: &Path, (precision, out): (Expo
     let checkpoint = Checkpoint::open(&fetch::resolve(model)?)?;
     create_parent_dir(out)?;
     let unknown = write::save_adapter(checkpoint.config(), directory, block_type(precision), out)?;
-    model::warn_unknown_fields(directory, &unknown);
+    method_adapter::warn_unknown_fields(directory, &unknown);
     Ok(())
 }

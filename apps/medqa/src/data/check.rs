@@ -5,10 +5,32 @@ use super::{
     encode::EncodedRows,
     reader::{Row, RowLocation, read_each_row},
 };
-use crate::{cli::CheckArgs, model};
+use crate::{
+    args::{ModelArgs, RowsArgs},
+    model,
+    recipe::OnTooLong,
+};
 use anyhow::{Result, bail};
 use burn_llama::{Example, Tokenizer};
-use std::{fmt::Write as _, io::IsTerminal};
+use clap::Args;
+use std::{fmt::Write as _, io::IsTerminal, path::PathBuf};
+
+/// Arguments of `data check`.
+#[derive(Args)]
+pub struct CheckArgs {
+    /// Data file to check
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub rows: RowsArgs,
+    /// Maximum length of a row, in tokens
+    #[arg(long, default_value_t = 512)]
+    pub max_length: usize,
+    /// Treatment of longer rows
+    #[arg(long, default_value = "truncate")]
+    pub on_too_long: OnTooLong,
+}
 
 /// The largest number of mistakes to print.
 const MAX_SHOWN: usize = 10;

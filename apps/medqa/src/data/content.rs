@@ -1,6 +1,6 @@
 //! Parsing one JSON row according to its format.
 
-use super::schema::{Columns, Format, Schema};
+use crate::schema::{Columns, Format, Schema};
 use anyhow::{Context, Result, bail};
 use burn_llama::Message;
 use serde_json::{Map, Value};

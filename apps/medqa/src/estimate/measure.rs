@@ -1,10 +1,10 @@
 //! `estimate --measure`: runs two steps and prints the estimate beside the bytes counted in the second step and the
 //! measured memory of the process.
 
-use super::gib;
+use super::EstimateArgs;
 use crate::{
     backend::{Device, with_backend},
-    cli::EstimateArgs,
+    footprint::gib,
     model, process,
     recipe::{MethodKind, Recipe},
     train::{self, RunFootprint, World, rss_anon_bytes, vm_hwm_bytes},

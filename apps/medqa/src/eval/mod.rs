@@ -8,15 +8,58 @@ mod qa_loss;
 pub use qa_loss::loss_sum;
 
 use crate::{
+    args::{DeviceArgs, ModelArgs, RowsArgs, WeightsArgs},
     backend::with_backend,
-    cli::{EvalArgs, EvalTask},
-    data::{Format, Row, Schema, read_rows},
+    data::{Row, read_rows},
     model::{self, LoadedModel},
+    schema::{Format, Schema},
     write,
 };
 use anyhow::{Context, Result};
 use burn_llama::kernel::Kernels;
+use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
+use std::{num::NonZeroUsize, path::PathBuf};
+
+/// Evaluation task.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum EvalTask {
+    /// Mean loss over the answer tokens
+    QaLoss,
+    /// PubMedQA accuracy; the answer is the most likely of yes, no and maybe
+    Pubmedqa,
+}
+
+/// Arguments of `eval`.
+#[derive(Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// Evaluation task
+    #[arg(long)]
+    pub task: EvalTask,
+    /// Data file to evaluate on
+    #[arg(long)]
+    pub data: PathBuf,
+    #[command(flatten)]
+    pub rows: RowsArgs,
+    /// Evaluate only this many rows, from the start of the file
+    #[arg(long)]
+    pub limit: Option<NonZeroUsize>,
+    /// Truncate rows to this many tokens; default: the model's maximum length
+    #[arg(long)]
+    pub max_length: Option<usize>,
+    /// Rows per forward pass, for qa-loss
+    #[arg(long, default_value = "4")]
+    pub batch_size: NonZeroUsize,
+    /// Write the result as JSON to this file, for pubmedqa with every item
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
 
 /// Runs the verb `eval`: prints the metrics on stdout and writes the full result to `--out`.
 pub fn eval(args: &EvalArgs) -> Result<()> {

@@ -1,8 +1,10 @@
 //! PubMedQA by log-likelihood, like the task `pubmedqa` of lm-evaluation-harness.
 
-use super::metrics::{accuracy, macro_f1};
+use super::{
+    EvalArgs,
+    metrics::{accuracy, macro_f1},
+};
 use crate::{
-    cli::EvalArgs,
     data::{Row, RowContent, pubmedqa_prompt},
     model::LoadedModel,
 };

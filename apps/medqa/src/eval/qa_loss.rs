@@ -1,7 +1,7 @@
 //! The evaluation task `qa-loss`: the mean loss over the answer tokens.
 
+use super::EvalArgs;
 use crate::{
-    cli::EvalArgs,
     data::{Row, encode_rows},
     model::LoadedModel,
     recipe::OnTooLong,

@@ -2,8 +2,8 @@
 
 use super::lessons::{Lesson, LessonKind, LessonSplit, parse_headings, parse_refusal};
 use crate::{
+    args::ModelArgs,
     backend::{Device, with_backend},
-    cli::ModelArgs,
     model::{self, apply_chat_template},
 };
 use anyhow::Result;

@@ -15,14 +15,14 @@ mod report;
 mod tiny;
 
 use crate::{
-    cli::{ModelArgs, QuickstartArgs},
+    args::{AdapterPath, DeviceArgs, ModelArgs},
     fetch,
-    method_adapter::AdapterPath,
     recipe::Recipe,
     train::{self, TrainOptions, World},
 };
 use anyhow::{Context, Result, bail};
 use ask::Questions;
+use clap::Args;
 use estimate::MemoryEstimate;
 use lessons::{Lesson, LessonKind, LessonSplit};
 use report::QuickstartReport;
@@ -32,6 +32,23 @@ use std::{
     path::{Path, PathBuf},
     time::Instant,
 };
+
+/// Arguments of `quickstart`.
+#[derive(Args)]
+pub struct QuickstartArgs {
+    /// Run directory, for everything that the run writes
+    #[arg(long, default_value = "runs/quickstart")]
+    pub dir: PathBuf,
+    /// Model as for `chat`, or `tiny`, a small model that is trained on the spot and needs no network; default:
+    /// smollm2-135m-instruct, or `tiny` if that cannot be fetched
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Number of optimizer steps; fewer steps take less time and teach less
+    #[arg(long)]
+    pub steps: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
 
 /// The name of the model that is trained from scratch.
 const TINY: &str = "tiny";

@@ -6,7 +6,7 @@ use super::{
     DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OffloadDevice, OptimizerConfig,
     ParallelConfig, Recipe, StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule, loss_scaler,
 };
-use crate::data::Schema;
+use crate::schema::Schema;
 use burn_peft::config::InitLoraWeights;
 use burn_zero::ds_config::ZeroStage;
 

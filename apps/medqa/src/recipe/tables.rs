@@ -6,7 +6,7 @@ use burn_peft::kernel;
 use serde::{Deserialize, Serialize};
 
 use super::value::{DatasetSource, Packing, sources};
-use crate::data::{Columns, Format, Schema};
+use crate::schema::{Columns, Format, Schema};
 
 /// The table `[model]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

@@ -1,6 +1,6 @@
 use super::value::Warmup;
 use super::*;
-use crate::data::Format;
+use crate::schema::Format;
 
 const LEAST: &str = "[model]\npath = \"m.gguf\"\n[data]\ntrain = \"t.jsonl\"\n";
 

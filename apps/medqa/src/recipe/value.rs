@@ -5,7 +5,7 @@ use std::fmt;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::data::{Columns, Format};
+use crate::schema::{Columns, Format};
 
 /// A file of training rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

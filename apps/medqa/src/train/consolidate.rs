@@ -3,7 +3,6 @@
 use super::{setup, state, trainer::STATE_FILE};
 use crate::{
     backend::{Device, with_backend},
-    cli::ConsolidateArgs,
     model,
     recipe::Recipe,
     write::write_dir_atomically,
@@ -11,7 +10,18 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
 use burn_llama::{checkpoint, kernel::Kernels};
+use clap::Args;
 use std::path::{Path, PathBuf};
+
+/// Arguments of `consolidate`.
+#[derive(Args)]
+pub struct ConsolidateArgs {
+    /// Run directory, whose last checkpoint is used, or one of its checkpoint directories
+    pub checkpoint: PathBuf,
+    /// New directory for the result: a Hugging Face model, or an adapter in PEFT's format
+    #[arg(long)]
+    pub out: PathBuf,
+}
 
 /// Runs the command `consolidate` in one process. It reads only the weights, of a run with any number of ranks and any
 /// ZeRO stage.

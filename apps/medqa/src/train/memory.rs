@@ -2,7 +2,7 @@
 
 use crate::{
     backend::Device,
-    estimate,
+    footprint,
     method_adapter::lora_config,
     process,
     recipe::{ActivationCheckpointing, ComputeDtype, MethodKind, OffloadDevice, Recipe, WeightDtype},
@@ -35,7 +35,7 @@ impl RunFootprint {
     /// Returns the lower bound that is known before anything is loaded: the parameters of the base model, all of them
     /// trainable with full fine-tuning, else none.
     pub fn lower_bound(config: &LlamaConfig, recipe: &Recipe, world: u64) -> Self {
-        let shape = estimate::model_shape(config);
+        let shape = footprint::model_shape(config);
         let parameters = shape.parameters(config.tie_word_embeddings);
         let trained = if recipe.method.common.kind == MethodKind::Full { parameters } else { 0 };
         Self { shape, parameters, trained, tokens: 0, world }
@@ -67,10 +67,10 @@ impl RunFootprint {
             // Gradient accumulation keeps the gradients until the last micro-batch.
             optimizer_in_backward: steps_in_backward(recipe) && recipe.train.steps.gradient_accumulation == 1,
         };
-        let mut memory = estimate::model_states_with_f32_gradients(weights, numbers, placement);
+        let mut memory = footprint::model_states_with_f32_gradients(weights, numbers, placement);
         memory.frozen += blocks;
         if offload.offload_optimizer == OffloadDevice::Nvme {
-            memory.host -= estimate::moment_bytes(self.trained, placement).min(memory.host);
+            memory.host -= footprint::moment_bytes(self.trained, placement).min(memory.host);
         }
         if offload.offload_param == OffloadDevice::Nvme {
             let own = (weight_bytes(dtype, self.trained) + frozen) / self.world;
@@ -86,7 +86,7 @@ impl RunFootprint {
             self.activation_shape(recipe).activations(self.tokens, 4, recompute).total()
         };
         if full {
-            memory.activations = estimate::peak_transient_bytes(memory.activations, &self.shape, placement);
+            memory.activations = footprint::peak_transient_bytes(memory.activations, &self.shape, placement);
         }
         memory
     }
@@ -206,7 +206,7 @@ fn alternatives(footprint: &RunFootprint, recipe: &Recipe) -> Vec<(String, u64)>
         offer("method.kind = \"lora\"", &|recipe, load| {
             recipe.method.common.kind = MethodKind::Lora;
             // A recipe that is invalid with LoRA is refused when it is run.
-            load.trained = estimate::count_lora_params(&load.shape, &lora_config(recipe)).unwrap_or(0);
+            load.trained = footprint::count_lora_params(&load.shape, &lora_config(recipe)).unwrap_or(0);
         });
     }
     let bytes = together.1.total_bytes(&together.0);

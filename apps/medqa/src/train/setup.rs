@@ -2,7 +2,7 @@
 
 use super::freeze::freeze;
 use crate::{
-    data::{EncodedRows, Schema, encode_rows, read_rows},
+    data::{EncodedRows, encode_rows, read_rows},
     fetch,
     method_adapter::{self, AttachedAdapter},
     model::LoadedModel,
@@ -10,6 +10,7 @@ use crate::{
         self, ActivationCheckpointing as Recompute, ComputeDtype, DataConfig, LrSchedulerType, MethodKind,
         OffloadDevice, OptimizerKind, Recipe,
     },
+    schema::Schema,
 };
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
