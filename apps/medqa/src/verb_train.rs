@@ -2,7 +2,7 @@
 
 use crate::{
     args::DeviceArgs,
-    recipe::Recipe,
+    recipe::{LoadedRecipe, Recipe},
     train::{TrainOptions, World, launched_by_mpirun, run, world_size_and_rank},
 };
 use anyhow::{Result, bail};
@@ -64,7 +64,7 @@ impl FilesArgs {
 pub fn train(args: TrainArgs) -> Result<()> {
     let (ranks, rank) = world_size_and_rank();
     let sets: Vec<String> = args.sets.iter().cloned().chain(args.files.overrides()).collect();
-    let (recipe, notes) = Recipe::load(&args.recipe, &sets, ranks)?;
+    let LoadedRecipe { recipe, notes } = Recipe::load(&args.recipe, &sets, ranks)?;
     if rank == 0 {
         notes.iter().for_each(|note| eprintln!("note: {note}"));
     }

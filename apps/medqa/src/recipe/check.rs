@@ -215,7 +215,7 @@ fn schedule(schedule: &LrScheduleConfig) -> Result<(), InvalidValue> {
         loss_scaler(Some(block)).map_err(|error| ("train.fp16", error.to_string()))?;
     }
     let Some(block) = &schedule.deepspeed_scheduler else { return Ok(()) };
-    deepspeed_schedule(block, 1.0, (1, 1)).map(drop).map_err(|error| ("train.deepspeed_scheduler", error.to_string()))
+    deepspeed_schedule(block, 1.0, 1, 1).map(drop).map_err(|error| ("train.deepspeed_scheduler", error.to_string()))
 }
 
 fn parallel(parallel: &ParallelConfig) -> Result<(), InvalidValue> {

@@ -23,8 +23,9 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::fetch;
+use read::ParsedRecipe;
 
-pub use external_config::{loss_scaler, schedule as deepspeed_schedule};
+pub use external_config::{deepspeed_schedule, loss_scaler};
 pub use method::{AdapterTargets, CommonMethodConfig, LoraOptions, MethodConfig, MethodKind, VirtualTokens};
 pub use parallel::{OffloadConfig, OffloadDevice, ParallelConfig, ParallelFiles, ShardingConfig};
 pub use tables::{ComputeDtype, DataConfig, ModelConfig, OnTooLong, WeightDtype};
@@ -32,7 +33,16 @@ pub use train::{
     EvalSaveConfig, LrScheduleConfig, LrSchedulerType, OptimizerConfig, OptimizerKind, ReportTo, StepsConfig,
     TrainConfig,
 };
-pub use value::{ActivationCheckpointing, Packing, TargetModules, TrainableLayers};
+pub use value::{ActivationCheckpointing, DatasetSource, Packing, TargetModules, TrainableLayers};
+
+/// A valid recipe, and notes for its user.
+#[derive(Debug)]
+pub struct LoadedRecipe {
+    /// The recipe, with every default filled in.
+    pub recipe: Recipe,
+    /// One line for each key of a ds_config or Accelerate file that is not honoured.
+    pub notes: Vec<String>,
+}
 
 /// One training run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -51,22 +61,32 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// Reads the recipe at `path` for a run of `world` ranks; each of `sets` is a `table.key=value` that overrides it.
-    /// A ds_config or Accelerate file that it names is merged into the recipe; the second return value lists the keys
-    /// of that file that are not honoured.
+    /// Reads the recipe at `path` for a run of `world` ranks, as [`Recipe::resolve`] does.
     ///
     /// # Errors
     /// One line that names the file (or `--set`), the key, what was expected and what was found.
-    pub fn load(path: &Path, sets: &[String], world: u64) -> Result<(Self, Vec<String>)> {
+    pub fn load(path: &Path, sets: &[String], world: u64) -> Result<LoadedRecipe> {
         let text =
             std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()))?;
-        let (recipe, origin, notes) = read::read(&text, path, sets, Some(world))?;
-        Ok((recipe.validated(&origin)?, notes))
+        Self::resolve(&text, path, sets, world)
+    }
+
+    /// Parses a recipe for a run of `world` ranks from `text`, which came from `path`; each of `sets` is a
+    /// `table.key=value` that overrides it. A ds_config or Accelerate file that it names is merged into the recipe.
+    ///
+    /// # Errors
+    /// One line that names `path` (or `--set`), the key, what was expected and what was found.
+    pub fn resolve(text: &str, path: &Path, sets: &[String], world: u64) -> Result<LoadedRecipe> {
+        let ParsedRecipe { recipe, origin, notes } = read::read(text, path, sets, Some(world))?;
+        Ok(LoadedRecipe { recipe: recipe.validated(&origin)?, notes })
     }
 
     /// Parses a recipe from `text`, which came from `path`. A ds_config or Accelerate file that it names is not read.
+    ///
+    /// # Errors
+    /// One line that names `path` (or `--set`), the key, what was expected and what was found.
     pub fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Self> {
-        let (recipe, origin, _) = read::read(text, path, sets, None)?;
+        let ParsedRecipe { recipe, origin, .. } = read::read(text, path, sets, None)?;
         recipe.validated(&origin)
     }
 

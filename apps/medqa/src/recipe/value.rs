@@ -20,23 +20,23 @@ pub struct DatasetSource {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub columns: Option<Columns>,
     /// The mean number of times that a row is seen per epoch.
-    #[serde(default = "once")]
+    #[serde(default = "default_weight")]
     pub weight: f64,
 }
 
-fn once() -> f64 {
+fn default_weight() -> f64 {
     1.0
 }
 
 impl DatasetSource {
     /// Creates a source of weight 1 in the format of `[data]`.
     fn from_path(path: impl Into<String>) -> Self {
-        Self { path: path.into(), format: None, columns: None, weight: once() }
+        Self { path: path.into(), format: None, columns: None, weight: default_weight() }
     }
 }
 
 /// Reads `data.train`: a path, or a list whose items are paths or tables.
-pub fn sources<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DatasetSource>, D::Error> {
+pub fn deserialize_sources<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DatasetSource>, D::Error> {
     deserializer.deserialize_any(SourcesVisitor)
 }
 

@@ -34,7 +34,7 @@ pub fn consolidate(args: &ConsolidateArgs) -> Result<()> {
     if args.out.exists() {
         bail!("{out}: it exists already; choose another --out");
     }
-    let (recipe, _) = Recipe::load(&run.join("recipe.toml"), &[], 1)?;
+    let recipe = Recipe::load(&run.join("recipe.toml"), &[], 1)?.recipe;
     let state = checkpoint.join(STATE_FILE);
     with_backend!(Device::default(), |B, device| write_dir_atomically(&args.out, |part| write::<B>(
         &recipe,

@@ -178,7 +178,7 @@ pub fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> 
     let train = &recipe.train;
     let (peak, warmup) = (train.optimizer.learning_rate.unwrap_or_default(), train.schedule.warmup.steps(total));
     if let Some(block) = &train.schedule.deepspeed_scheduler {
-        let schedule = recipe::deepspeed_schedule(block, peak, (warmup, total));
+        let schedule = recipe::deepspeed_schedule(block, peak, warmup, total);
         return Ok(schedule.context("`train.deepspeed_scheduler`")?.applied_at(step as u64));
     }
     let kind = match train.schedule.scheduler {
