@@ -21,7 +21,7 @@ enum Verb {
     Quickstart(quickstart::QuickstartArgs),
     /// Download a model, unless it is already in the cache, and print its path
     FetchModel(fetch::FetchModelArgs),
-    /// Fine-tune a model as described by a recipe file
+    /// Fine-tune a model as described by a recipe file, or by --model and --data
     Train(verb_train::TrainArgs),
     /// Merge a checkpoint that several ranks have written in shards into one model or one adapter
     Consolidate(train::ConsolidateArgs),

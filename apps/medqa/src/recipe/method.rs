@@ -40,7 +40,7 @@ pub struct CommonMethodConfig {
 }
 
 /// The fine-tuning method.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum MethodKind {
     /// Low-rank adapters beside frozen weights.
@@ -48,6 +48,7 @@ pub enum MethodKind {
     Lora,
     /// LoRA on weights that stay quantized: a GGUF file's blocks, or nf4.
     #[serde(rename = "qlora")]
+    #[value(name = "qlora")]
     QLora,
     /// LoRA with the magnitude and the direction of the weights trained separately.
     Dora,

@@ -17,7 +17,7 @@ mod tables;
 mod train;
 mod value;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -34,6 +34,26 @@ pub use train::{
     TrainConfig,
 };
 pub use value::{ActivationCheckpointing, DatasetSource, Packing, TargetModules, TrainableLayers};
+
+/// The text of a recipe, in TOML.
+#[derive(Debug)]
+pub struct RecipeText {
+    pub text: String,
+    /// The file that it came from, or other words for its origin; error messages begin with it.
+    pub origin: PathBuf,
+}
+
+impl RecipeText {
+    /// Reads a recipe file.
+    ///
+    /// # Errors
+    /// One line that names the file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()))?;
+        Ok(Self { text, origin: path.to_owned() })
+    }
+}
 
 /// A valid recipe, and notes for its user.
 #[derive(Debug)]
@@ -61,23 +81,13 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// Reads the recipe at `path` for a run of `world` ranks, as [`Recipe::resolve`] does.
+    /// Loads a recipe for a run of `world` ranks; each of `sets` is a `table.key=value` that overrides it. A ds_config
+    /// or Accelerate file that it names is merged into the recipe.
     ///
     /// # Errors
-    /// One line that names the file (or `--set`), the key, what was expected and what was found.
-    pub fn load(path: &Path, sets: &[String], world: u64) -> Result<LoadedRecipe> {
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()))?;
-        Self::resolve(&text, path, sets, world)
-    }
-
-    /// Parses a recipe for a run of `world` ranks from `text`, which came from `path`; each of `sets` is a
-    /// `table.key=value` that overrides it. A ds_config or Accelerate file that it names is merged into the recipe.
-    ///
-    /// # Errors
-    /// One line that names `path` (or `--set`), the key, what was expected and what was found.
-    pub fn resolve(text: &str, path: &Path, sets: &[String], world: u64) -> Result<LoadedRecipe> {
-        let ParsedRecipe { recipe, origin, notes } = read::read(text, path, sets, Some(world))?;
+    /// One line that names the origin of the text (or `--set`), the key, what was expected and what was found.
+    pub fn load(text: &RecipeText, sets: &[String], world: u64) -> Result<LoadedRecipe> {
+        let ParsedRecipe { recipe, origin, notes } = read::read(&text.text, &text.origin, sets, Some(world))?;
         Ok(LoadedRecipe { recipe: recipe.validated(&origin)?, notes })
     }
 

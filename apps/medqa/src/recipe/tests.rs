@@ -1,6 +1,7 @@
 use super::value::Warmup;
 use super::*;
 use crate::schema::Format;
+use clap::ValueEnum;
 
 const LEAST: &str = "[model]\npath = \"m.gguf\"\n[data]\ntrain = \"t.jsonl\"\n";
 
@@ -259,6 +260,14 @@ fn freeze_learns_the_last_two_blocks_unless_it_is_told() {
     let recipe = parse(LEAST, &["method.kind=freeze"]).unwrap();
     assert_eq!(recipe.train.optimizer.learning_rate, Some(2e-5));
     assert_eq!(parse(LEAST, &[]).unwrap().method.common.layers, None);
+}
+
+#[test]
+fn a_method_has_one_name_in_recipes_and_on_the_command_line() {
+    for kind in MethodKind::value_variants() {
+        let option = kind.to_possible_value().unwrap();
+        assert_eq!(serde_json::to_value(kind).unwrap().as_str(), Some(option.get_name()));
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use super::{setup, state, trainer::STATE_FILE};
 use crate::{
     backend::{Device, with_backend},
     model,
-    recipe::Recipe,
+    recipe::{Recipe, RecipeText},
     write::write_dir_atomically,
 };
 use anyhow::{Context, Result, bail};
@@ -34,7 +34,7 @@ pub fn consolidate(args: &ConsolidateArgs) -> Result<()> {
     if args.out.exists() {
         bail!("{out}: it exists already; choose another --out");
     }
-    let recipe = Recipe::load(&run.join("recipe.toml"), &[], 1)?.recipe;
+    let recipe = Recipe::load(&RecipeText::read(&run.join("recipe.toml"))?, &[], 1)?.recipe;
     let state = checkpoint.join(STATE_FILE);
     with_backend!(Device::default(), |B, device| write_dir_atomically(&args.out, |part| write::<B>(
         &recipe,
