@@ -15,6 +15,14 @@ use std::{
     str::FromStr,
 };
 
+/// Parses a number of a type without zero, such as `NonZeroUsize`.
+///
+/// # Errors
+/// The words that clap shows after the option's name.
+pub fn parse_positive<T: FromStr>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|_| "expected a positive integer".to_owned())
+}
+
 /// Device that the verb computes on.
 #[derive(Args, Clone)]
 pub struct DeviceArgs {

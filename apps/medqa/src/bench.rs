@@ -1,7 +1,7 @@
 //! The verb `bench`: measures the speed of the forward pass, decoding and training, and the peak memory.
 
 use crate::{
-    args::{DeviceArgs, ModelArgs, WeightsArgs},
+    args::{DeviceArgs, ModelArgs, WeightsArgs, parse_positive},
     backend::{Device, with_backend},
     model::{self, LoadedModel},
     recipe::WeightDtype,
@@ -46,22 +46,22 @@ pub struct BenchArgs {
     #[arg(long, default_value_t = 512)]
     pub length: usize,
     /// Tokens of the prompt in the decoding benchmark
-    #[arg(long, default_value = "32")]
+    #[arg(long, default_value = "32", value_parser = parse_positive::<NonZeroUsize>)]
     pub prompt: NonZeroUsize,
     /// Tokens to decode
-    #[arg(long, default_value = "64")]
+    #[arg(long, default_value = "64", value_parser = parse_positive::<NonZeroUsize>)]
     pub new_tokens: NonZeroUsize,
     /// Parameters to train in the training benchmark
     #[arg(long, default_value = "lora")]
     pub train: BenchMethod,
     /// Rows per training step
-    #[arg(long, default_value = "2")]
+    #[arg(long, default_value = "2", value_parser = parse_positive::<NonZeroUsize>)]
     pub batch_size: NonZeroUsize,
     /// Train with full activation checkpointing, as with activation_checkpointing = "full" in a recipe
     #[arg(long)]
     pub recompute: bool,
     /// Number of timed rounds; the fastest one counts
-    #[arg(long, default_value = "3")]
+    #[arg(long, default_value = "3", value_parser = parse_positive::<NonZeroUsize>)]
     pub rounds: NonZeroUsize,
 }
 

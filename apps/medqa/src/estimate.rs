@@ -1,6 +1,7 @@
 //! The command `estimate`: the memory that a run would need, for every ZeRO stage and offload setting.
 
 use crate::{
+    args::parse_positive,
     fetch,
     footprint::{
         count_lora_params, gib, model_shape, model_states_with_f32_gradients, moment_bytes, peak_transient_bytes,
@@ -40,7 +41,7 @@ pub struct EstimateArgs {
     #[arg(long, default_value = "all-linear", value_delimiter = ',', value_name = "NAMES")]
     pub target_modules: Vec<String>,
     /// Number of ranks that share the run
-    #[arg(long, default_value = "1")]
+    #[arg(long, default_value = "1", value_parser = parse_positive::<NonZeroU64>)]
     pub world: NonZeroU64,
     /// Tokens in a micro-batch, summed over its rows
     #[arg(long, default_value_t = 2048)]

@@ -1,5 +1,6 @@
 //! The command `launch`: starts several ranks on this machine or on those of a host file.
 
+use crate::args::parse_positive;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use std::{
@@ -15,7 +16,7 @@ use std::{
 #[derive(Args)]
 pub struct LaunchArgs {
     /// Number of ranks (processes)
-    #[arg(short = 'n', long)]
+    #[arg(short = 'n', long, value_parser = parse_positive::<NonZeroUsize>)]
     pub ranks: NonZeroUsize,
     /// mpirun's host file, which lists machines and their slots; without it, all ranks run on this machine
     #[arg(long)]

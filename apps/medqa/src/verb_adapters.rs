@@ -1,6 +1,7 @@
 //! The verb `adapters`: listing, merging, converting and combining adapters.
 
 use crate::{
+    args::parse_positive,
     backend::{Device, with_backend},
     export::{self, ExportArgs, ExportDtype},
     fetch::{self, is_gguf},
@@ -75,7 +76,7 @@ pub struct CombineArgs {
     #[arg(long, default_value = "cat")]
     pub how: CombinationArg,
     /// LoRA rank of the result, for svd; default: the largest rank of the adapters
-    #[arg(long)]
+    #[arg(long, value_parser = parse_positive::<NonZeroUsize>)]
     pub rank: Option<NonZeroUsize>,
 }
 

@@ -8,7 +8,7 @@ mod qa_loss;
 pub use qa_loss::loss_sum;
 
 use crate::{
-    args::{DeviceArgs, ModelArgs, RowsArgs, WeightsArgs},
+    args::{DeviceArgs, ModelArgs, RowsArgs, WeightsArgs, parse_positive},
     backend::with_backend,
     data::{Row, read_rows},
     model::{self, LoadedModel},
@@ -48,13 +48,13 @@ pub struct EvalArgs {
     #[command(flatten)]
     pub rows: RowsArgs,
     /// Evaluate only this many rows, from the start of the file
-    #[arg(long)]
+    #[arg(long, value_parser = parse_positive::<NonZeroUsize>)]
     pub limit: Option<NonZeroUsize>,
     /// Truncate rows to this many tokens; default: the model's maximum length
     #[arg(long)]
     pub max_length: Option<usize>,
     /// Rows per forward pass, for qa-loss
-    #[arg(long, default_value = "4")]
+    #[arg(long, default_value = "4", value_parser = parse_positive::<NonZeroUsize>)]
     pub batch_size: NonZeroUsize,
     /// Write the result as JSON to this file, for pubmedqa with every item
     #[arg(long)]

@@ -15,7 +15,7 @@ mod report;
 mod tiny;
 
 use crate::{
-    args::{AdapterPath, DeviceArgs, ModelArgs},
+    args::{AdapterPath, DeviceArgs, ModelArgs, parse_positive},
     fetch,
     recipe::Recipe,
     train::{self, TrainOptions, World},
@@ -44,7 +44,7 @@ pub struct QuickstartArgs {
     #[arg(long)]
     pub model: Option<String>,
     /// Number of optimizer steps; fewer steps take less time and teach less
-    #[arg(long)]
+    #[arg(long, value_parser = parse_positive::<NonZeroUsize>)]
     pub steps: Option<NonZeroUsize>,
     #[command(flatten)]
     pub device: DeviceArgs,

@@ -259,10 +259,14 @@ fn nearest_key(path: &str) -> String {
     names.chain(keys).max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default()
 }
 
-/// Rewrites serde's `invalid type: F, expected E` in terms that the author of the recipe knows.
+/// Rewrites serde's `invalid type: F, expected E` and the like in terms that the author of the recipe knows.
 fn readable_message(message: &str) -> String {
     let message = message.trim_end();
-    let starts = ["invalid type: ", "invalid value: ", "invalid "];
+    // A table in place of a name, as toml reports it.
+    if let Some((start, _)) = message.split_once("wanted exactly 1 element") {
+        return format!("{start}expected a string, found a table");
+    }
+    let starts = ["invalid type: ", "invalid value: ", "invalid ", "unknown variant "];
     let Some((start, rest)) = starts.iter().find_map(|start| message.split_once(start)) else {
         return message.to_string();
     };
@@ -271,7 +275,15 @@ fn readable_message(message: &str) -> String {
         "usize" | "u64" => "a whole number, 0 or more",
         "f64" => "a number",
         "a boolean" => "true or false",
+        "string or map" | "string only" | "map with a single key" => "a string",
+        "a map" => "a table",
+        "a sequence" => "a list",
         "an array of length 2" | "2 elements in sequence" => "a list of 2 numbers",
+        other => other,
+    };
+    let found = match found {
+        "map" => "a table",
+        "sequence" => "a list",
         other => other,
     };
     format!("{start}expected {expected}, found {found}")
