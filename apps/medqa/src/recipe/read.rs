@@ -284,6 +284,7 @@ fn readable_message(message: &str) -> String {
     let found = match found {
         "map" => "a table",
         "sequence" => "a list",
+        "unit variant" => "another kind of value",
         other => other,
     };
     format!("{start}expected {expected}, found {found}")

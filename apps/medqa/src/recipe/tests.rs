@@ -123,7 +123,10 @@ fn wrong_types_name_key_expected_and_found() {
         ("data.train={path = 'x'}", "a path, or a list of { path, format, columns, weight }, found a table"),
         ("data.train=[3]", "item 1: expected a path, or { path, format, columns, weight }, found integer `3`"),
         ("data.train=[{path = 3}]", "item 1: `path`: expected a string, found integer `3`"),
-        ("data.train=['x', {path = 'y', format = 3}]", "item 2: `format`: expected a string, found"),
+        (
+            "data.train=['x', {path = 'y', format = 3}]",
+            "item 2: `format`: expected a string, found another kind of value",
+        ),
         ("data.train=[{weight = 3}]", "item 1: missing field `path`"),
         (
             "data.format=csv",
