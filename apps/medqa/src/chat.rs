@@ -24,6 +24,13 @@ pub struct ChatArgs {
     /// Answer this one question and exit; without it, an interactive conversation starts
     #[arg(long)]
     pub prompt: Option<String>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// Generation of an answer.
+#[derive(Args)]
+pub struct SamplingArgs {
     /// Maximum number of tokens per answer
     #[arg(long, default_value_t = 256)]
     pub max_new_tokens: usize,
@@ -56,12 +63,12 @@ fn run_chat<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
     let mut loaded = model::load_without_adapters::<B>(&args.model, args.weights.weights, device)?;
     loaded.model = model::with_compute(loaded.model, args.weights.compute)?;
     model::add_adapters(&mut loaded.model, &args.model)?;
-    let settings = generation_config(args, loaded.tokenizer.eos_ids());
+    let settings = generation_config(&args.sampling, loaded.tokenizer.eos_ids());
     settings.check()?;
     let mut history = Vec::new();
     if let Some(prompt) = &args.prompt {
         history.push(Message::new("user", prompt.as_str()));
-        stream_answer(&loaded, &history, &settings, &args.stop)?;
+        stream_answer(&loaded, &history, &settings, &args.sampling.stop)?;
         return Ok(());
     }
     let switching = if args.model.adapter.is_empty() { "" } else { "/adapter NAME switches the adapter, " };
@@ -86,14 +93,14 @@ fn run_chat<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
             question => {
                 editor.add_history_entry(question)?;
                 history.push(Message::new("user", question));
-                let text = stream_answer(&loaded, &history, &settings, &args.stop)?;
+                let text = stream_answer(&loaded, &history, &settings, &args.sampling.stop)?;
                 history.push(Message::new("assistant", text));
             }
         }
     }
 }
 
-fn generation_config(args: &ChatArgs, eos: &[u32]) -> GenerationConfig {
+fn generation_config(args: &SamplingArgs, eos: &[u32]) -> GenerationConfig {
     GenerationConfig {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,

@@ -14,7 +14,8 @@ use burn_peft::{LoraConfig, TargetModules};
 use burn_zero::{
     ds_config::ZeroStage,
     estimate::{
-        Cluster, CpuOffload, DeepSpeedEstimate, ModelSize, Recompute, StatePlacement, TrainingPrecision, zero2, zero3,
+        Cluster, CpuOffload, DeepSpeedEstimate, LlamaShape, MemoryEstimate, ModelSize, Recompute, StatePlacement,
+        TrainingPrecision, zero2, zero3,
     },
 };
 use clap::Args;
@@ -31,15 +32,8 @@ pub struct EstimateArgs {
     /// Read the model's dimensions from this config.json instead
     #[arg(long, conflicts_with = "model")]
     pub config: Option<PathBuf>,
-    /// Fine-tuning method: full or lora
-    #[arg(long, default_value = "lora", value_parser = parse_method)]
-    pub method: MethodKind,
-    /// LoRA rank (for lora)
-    #[arg(long, default_value_t = 8)]
-    pub r: u64,
-    /// Linear layers that get a LoRA adapter: names separated by commas, or all-linear
-    #[arg(long, default_value = "all-linear", value_delimiter = ',', value_name = "NAMES")]
-    pub target_modules: Vec<String>,
+    #[command(flatten)]
+    pub method: MethodArgs,
     /// Number of ranks that share the run
     #[arg(long, default_value = "1", value_parser = parse_positive::<NonZeroU64>)]
     pub world: NonZeroU64,
@@ -53,6 +47,27 @@ pub struct EstimateArgs {
     /// exist at the same time
     #[arg(long, default_value_t = 1.0)]
     pub max_grad_norm: f64,
+    #[command(flatten)]
+    pub measure: MeasureArgs,
+}
+
+/// The trained parameters.
+#[derive(Args)]
+pub struct MethodArgs {
+    /// Fine-tuning method: full or lora
+    #[arg(long, default_value = "lora", value_parser = parse_method)]
+    pub method: MethodKind,
+    /// LoRA rank (for lora)
+    #[arg(long, default_value_t = 8)]
+    pub r: u64,
+    /// Linear layers that get a LoRA adapter: names separated by commas, or all-linear
+    #[arg(long, default_value = "all-linear", value_delimiter = ',', value_name = "NAMES")]
+    pub target_modules: Vec<String>,
+}
+
+/// The measured run.
+#[derive(Args)]
+pub struct MeasureArgs {
     /// Train two steps on meaningless tokens, in f32, and print the estimate next to the counted and the measured
     /// memory; under mpirun, every rank does so
     #[arg(long, conflicts_with = "config")]
@@ -75,7 +90,7 @@ fn parse_method(name: &str) -> Result<MethodKind, String> {
 
 /// Runs the command `estimate`: prints a table on stdout. Only the model's configuration is read, no weights.
 pub fn estimate(args: &EstimateArgs) -> Result<()> {
-    if args.measure {
+    if args.measure.measure {
         return measure::measure(args);
     }
     let config = match &args.config {
@@ -84,7 +99,10 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
     };
     let shape = model_shape(&config);
     let all = shape.parameters(config.tie_word_embeddings);
-    let trained = if args.method == MethodKind::Full { all } else { count_lora_params(&shape, &lora_from_args(args))? };
+    let trained = match args.method.method {
+        MethodKind::Full => all,
+        _ => count_lora_params(&shape, &lora_config(&args.method))?,
+    };
     println!(
         "{:.1} M parameters, {:.1} M trainable; {} rank{}, {} tokens per micro-batch; GiB per rank, device + host",
         all as f64 / 1e6,
@@ -94,42 +112,18 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
         args.tokens
     );
     println!("\n{:<10}{:<20}{:>24}{:>24}", "stage", "optimizer", "f32", "bf16, f32 master weights");
+    let run = EstimatedRun { args, shape, all, trained };
     for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
         for (place, offload) in OFFLOAD_SETTINGS {
             if offload == OffloadSetting::All && stage != ZeroStage::Weights {
                 continue;
             }
-            let cell = |numbers: TrainingPrecision| {
-                let frozen_bytes = if trained == all { 0 } else { all * numbers.bytes_per_weight() };
-                let largest_segment_bytes = shape.largest_segment() * numbers.bytes_per_weight();
-                let weights = ModelSize { trained, frozen_bytes, largest_segment_bytes, bucket_size: 4 << 20 };
-                let (offload_optimizer, offload_param) =
-                    (offload != OffloadSetting::None, offload == OffloadSetting::All);
-                let (world, early_updates) = (args.world.get(), args.max_grad_norm == 0.0);
-                let placement = StatePlacement {
-                    stage,
-                    world_size: world,
-                    offload_optimizer,
-                    offload_param,
-                    optimizer_in_backward: early_updates,
-                };
-                let recompute = if args.recompute { Recompute::Full } else { Recompute::None };
-                let mut memory = model_states_with_f32_gradients(weights, numbers, placement);
-                memory.activations = shape.activations(args.tokens, numbers.bytes_per_weight(), recompute).total();
-                if trained == all {
-                    memory.activations = peak_transient_bytes(memory.activations, &shape, placement);
-                }
-                if offload == OffloadSetting::File {
-                    memory.host -= moment_bytes(trained, placement);
-                }
+            let cell = |numbers| {
+                let memory = run.memory(stage, offload, numbers);
                 format!("{:.2} + {:.2}", gib(memory.device()), gib(memory.host))
             };
-            println!(
-                "{:<10}{place:<20}{:>24}{:>24}",
-                u8::from(stage),
-                cell(TrainingPrecision::F32),
-                cell(TrainingPrecision::Mixed)
-            );
+            let (single, mixed) = (cell(TrainingPrecision::F32), cell(TrainingPrecision::Mixed));
+            println!("{:<10}{place:<20}{single:>24}{mixed:>24}", u8::from(stage));
         }
     }
     if trained == all {
@@ -138,8 +132,48 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
     Ok(())
 }
 
+/// The run whose memory is estimated.
+struct EstimatedRun<'a> {
+    args: &'a EstimateArgs,
+    shape: LlamaShape,
+    /// Parameters of the base model.
+    all: u64,
+    /// Trainable parameters.
+    trained: u64,
+}
+
+impl EstimatedRun<'_> {
+    /// Returns the memory of one rank.
+    fn memory(&self, stage: ZeroStage, offload: OffloadSetting, numbers: TrainingPrecision) -> MemoryEstimate {
+        let Self { args, shape, all, trained } = *self;
+        let weights = ModelSize {
+            trained,
+            frozen_bytes: if trained == all { 0 } else { all * numbers.bytes_per_weight() },
+            largest_segment_bytes: shape.largest_segment() * numbers.bytes_per_weight(),
+            bucket_size: 4 << 20,
+        };
+        let placement = StatePlacement {
+            stage,
+            world_size: args.world.get(),
+            offload_optimizer: offload != OffloadSetting::None,
+            offload_param: offload == OffloadSetting::All,
+            optimizer_in_backward: args.max_grad_norm == 0.0,
+        };
+        let recompute = if args.recompute { Recompute::Full } else { Recompute::None };
+        let mut memory = model_states_with_f32_gradients(weights, numbers, placement);
+        memory.activations = shape.activations(args.tokens, numbers.bytes_per_weight(), recompute).total();
+        if trained == all {
+            memory.activations = peak_transient_bytes(memory.activations, &shape, placement);
+        }
+        if offload == OffloadSetting::File {
+            memory.host -= moment_bytes(trained, placement);
+        }
+        memory
+    }
+}
+
 /// Returns the LoRA configuration that the arguments describe.
-fn lora_from_args(args: &EstimateArgs) -> LoraConfig {
+fn lora_config(args: &MethodArgs) -> LoraConfig {
     let names = args.target_modules.clone();
     let target_modules = match names.as_slice() {
         [all] if all == "all-linear" => TargetModules::Pattern(all.clone()),

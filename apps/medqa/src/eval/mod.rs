@@ -47,6 +47,16 @@ pub struct EvalArgs {
     pub data: PathBuf,
     #[command(flatten)]
     pub rows: RowsArgs,
+    #[command(flatten)]
+    pub limits: EvalLimits,
+    /// Write the result as JSON to this file, for pubmedqa with every item
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
+
+/// Number and length of the rows of an evaluation, and of its batches.
+#[derive(Args)]
+pub struct EvalLimits {
     /// Evaluate only this many rows, from the start of the file
     #[arg(long, value_parser = parse_positive::<NonZeroUsize>)]
     pub limit: Option<NonZeroUsize>,
@@ -56,9 +66,6 @@ pub struct EvalArgs {
     /// Rows per forward pass, for qa-loss
     #[arg(long, default_value = "4", value_parser = parse_positive::<NonZeroUsize>)]
     pub batch_size: NonZeroUsize,
-    /// Write the result as JSON to this file, for pubmedqa with every item
-    #[arg(long)]
-    pub out: Option<PathBuf>,
 }
 
 /// Runs the verb `eval`: prints the metrics on stdout and writes the full result to `--out`.
@@ -68,7 +75,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
         EvalTask::Pubmedqa => Schema { format: Format::PubMedQa, ..Schema::default() },
     };
     let mut rows = read_rows(&args.data, &schema)?;
-    rows.truncate(args.limit.map_or(usize::MAX, usize::from));
+    rows.truncate(args.limits.limit.map_or(usize::MAX, usize::from));
     let mut result = with_backend!(args.device.device.ensure_ready()?, |B, device| evaluate::<B>(args, device, &rows))?;
     if let Some(path) = &args.out {
         write::write_atomically(path, format!("{result:#}\n").as_bytes())?;

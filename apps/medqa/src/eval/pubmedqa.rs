@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 const CHOICES: [&str; 3] = ["yes", "no", "maybe"];
 
 pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
-    let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
+    let longest = args.limits.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let (mut items, mut pairs) = (Map::new(), Vec::new());
     for row in rows {
         let RowContent::PubMedQa { question, contexts, decision } = &row.content else {
