@@ -86,6 +86,44 @@ fn without_dir_a_run_goes_to_the_recipe_s_name() {
 }
 
 #[test]
+fn a_run_without_a_recipe_writes_the_recipe_that_it_ran() {
+    let work = WorkDir::new();
+    let parts = ["--model", "model", "--data", "train.jsonl", "--valid", "valid.jsonl", "--method", "dora"];
+    let sets = "train.batch_size=2 train.max_steps=12 train.learning_rate=2e-2 train.warmup=0 method.r=4";
+    let sets: Vec<&str> = sets.split(' ').flat_map(|set| ["--set", set]).collect();
+    let summary = work.succeed(&[&["train"], &parts[..], &sets].concat()).json();
+    assert_eq!(run_folder(&work, "runs/train-dora", 12, &["adapter/adapter_config.json"]), summary);
+    assert_eq!(resolved(&work, "runs/train-dora")["method"]["kind"].as_str(), Some("dora"));
+    // The recipe that it wrote gives the same run, and so does a file with the same keys.
+    work.succeed(&train_by("runs/train-dora/recipe.toml", "again", &[]));
+    work.succeed(&train_by("bare.toml", "file", &["method.kind=dora", "method.r=4"]));
+    for folder in ["again", "file"] {
+        assert_eq!(resolved(&work, folder), resolved(&work, "runs/train-dora"), "{folder}");
+        assert_eq!(lasting(&work, folder), lasting(&work, "runs/train-dora"), "{folder}");
+    }
+    // The method is LoRA unless another one is named.
+    work.succeed(&["train", "--model", "model", "--data", "train.jsonl", "--set", "train.max_steps=1"]);
+    assert_eq!(resolved(&work, "runs/train-lora")["method"]["kind"].as_str(), Some("lora"));
+}
+
+#[test]
+fn a_recipe_and_the_options_that_make_one_exclude_each_other_and_one_is_needed() {
+    let work = WorkDir::new();
+    let both = ["train", "run.toml", "--model", "model", "--method", "full", "--dir", "out"];
+    refused_in(
+        &work,
+        &both,
+        &["run.toml and --model, --method", "found both", "--set model.path=model --set method.kind=full"],
+    );
+    let needed = "expected a recipe file, or --model MODEL and --data FILE";
+    refused_in(&work, &["train", "--dir", "out"], &[needed, "found neither"]);
+    refused_in(&work, &["train", "--model", "model", "--dir", "out"], &[needed, "found --model"]);
+    refused_in(&work, &["train", "--data", "train.jsonl", "--method", "full"], &[needed, "found --data, --method"]);
+    let empty = ["train", "--model", "", "--data", "train.jsonl", "--dir", "out"];
+    refused_in(&work, &empty, &["command line: `model.path`: expected a model"]);
+}
+
+#[test]
 fn freeze_trains_the_last_blocks_and_leaves_the_rest_as_it_was() {
     let work = WorkDir::new();
     let freeze = |folder: &str, layers: &str| {

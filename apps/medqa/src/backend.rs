@@ -82,21 +82,32 @@ macro_rules! with_backend {
 }
 pub(crate) use with_backend;
 
-/// Device names, each with the cargo feature that it needs and whether this binary has it.
-const DEVICE_NAMES: [(&str, &str, bool); 6] = [
-    ("cpu", "flex", cfg!(feature = "flex")),
-    ("tch", "tch", cfg!(feature = "tch")),
-    ("tch:cuda:N", "tch", cfg!(feature = "tch")),
-    ("cuda:N", "cuda", cfg!(feature = "cuda")),
-    ("vulkan[:N]", "vulkan", cfg!(feature = "vulkan")),
-    ("wgpu[:N]", "wgpu", cfg!(feature = "wgpu")),
+/// A form of device names.
+#[derive(Clone, Copy)]
+struct DeviceName {
+    /// The form; N stands for a number, and brackets for a part that may be left out.
+    name: &'static str,
+    /// The cargo feature that the device needs.
+    feature: &'static str,
+    /// True if this binary has the feature.
+    available: bool,
+}
+
+/// All forms of device names.
+const DEVICE_NAMES: [DeviceName; 6] = [
+    DeviceName { name: "cpu", feature: "flex", available: cfg!(feature = "flex") },
+    DeviceName { name: "tch", feature: "tch", available: cfg!(feature = "tch") },
+    DeviceName { name: "tch:cuda:N", feature: "tch", available: cfg!(feature = "tch") },
+    DeviceName { name: "cuda:N", feature: "cuda", available: cfg!(feature = "cuda") },
+    DeviceName { name: "vulkan[:N]", feature: "vulkan", available: cfg!(feature = "vulkan") },
+    DeviceName { name: "wgpu[:N]", feature: "wgpu", available: cfg!(feature = "wgpu") },
 ];
 
 impl Default for Device {
     /// Returns the first device of [`DEVICE_NAMES`] that this binary supports.
     fn default() -> Self {
-        let here = DEVICE_NAMES.iter().filter(|(.., here)| *here);
-        let name = here.map(|(name, ..)| name.split(['[', ':']).next().unwrap_or(name)).next();
+        let here = DEVICE_NAMES.iter().find(|device| device.available);
+        let name = here.map(|device| device.name.split(['[', ':']).next().unwrap_or(device.name));
         name.and_then(|name| name.parse().ok()).expect("medqa is built with at least one backend")
     }
 }
@@ -124,17 +135,19 @@ impl FromStr for Device {
             ("vulkan", n) => BackendDevice::Vulkan(n.map(WgpuDevice::DiscreteGpu).unwrap_or_default()),
             #[cfg(feature = "wgpu")]
             ("wgpu", n) => BackendDevice::Wgpu(n.map(WgpuDevice::DiscreteGpu).unwrap_or_default()),
-            _ => return Err(missing_feature(name, if kind == "cpu" { "flex" } else { kind })),
+            _ => return Err(missing_feature(name, kind)),
         };
         Ok(Self { name: name.to_owned(), backend_device })
     }
 }
 
 fn unknown_device(name: &str) -> String {
-    format!("expected one of {}, found {name:?}", DEVICE_NAMES.map(|(known, ..)| known).join(", "))
+    format!("expected one of {}, found {name:?}", DEVICE_NAMES.map(|known| known.name).join(", "))
 }
 
-fn missing_feature(name: &str, feature: &str) -> String {
+fn missing_feature(name: &str, kind: &str) -> String {
+    let known = DEVICE_NAMES.iter().find(|device| device.name.starts_with(kind));
+    let feature = known.map_or(kind, |device| device.feature);
     format!(
         "{name:?} needs a medqa that was built with the feature `{feature}`: cargo build --release -p medqa --features {feature}"
     )
@@ -202,11 +215,13 @@ mod tests {
 
     #[test]
     fn a_device_is_known_by_its_name() {
-        for (name, feature, here) in DEVICE_NAMES {
+        for DeviceName { name, feature, available } in DEVICE_NAMES {
             let name = name.replace("[:N]", "").replace('N', "0");
             match name.parse::<Device>() {
-                Ok(device) => assert!(here && device.to_string() == name, "{name}"),
-                Err(error) => assert!(!here && error.contains(&format!("--features {feature}")), "{name}: {error}"),
+                Ok(device) => assert!(available && device.to_string() == name, "{name}"),
+                Err(error) => {
+                    assert!(!available && error.contains(&format!("--features {feature}")), "{name}: {error}")
+                }
             }
         }
         for name in ["", "gpu", "cpu:1", "cuda:x", "tch:1", "vulkan:", "wgpu:-1", "tch:cuda"] {

@@ -1,8 +1,8 @@
 //! The verb `bench`: measures the speed of the forward pass, decoding and training, and the peak memory.
 
 use crate::{
+    args::{DeviceArgs, ModelArgs, WeightsArgs, parse_positive},
     backend::{Device, with_backend},
-    cli::{BenchArgs, BenchMethod},
     model::{self, LoadedModel},
     recipe::WeightDtype,
     train::peak_rss_bytes,
@@ -16,15 +16,75 @@ use burn_llama::{
 };
 use burn_peft::{ForwardContext, LoraConfig, adapter, param, random};
 use burn_zero::{EngineConfig, optimizer::AdamW, segment::Checkpointing};
+use clap::{Args, ValueEnum};
+use serde::Serialize;
 use serde_json::{Value, json};
-use std::time::Instant;
+use std::{num::NonZeroUsize, time::Instant};
+
+/// Parameters that the training benchmark updates.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BenchMethod {
+    /// No training
+    None,
+    /// LoRA of rank 8 on q_proj and v_proj
+    Lora,
+    /// All weights
+    Full,
+}
+
+/// Arguments of `bench`.
+#[derive(Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// Tokens of the sequence in the forward benchmark, and of each row in the training benchmark
+    #[arg(long, default_value_t = 512)]
+    pub length: usize,
+    #[command(flatten)]
+    pub decode: DecodeBenchArgs,
+    #[command(flatten)]
+    pub training: TrainBenchArgs,
+    /// Number of timed rounds; the fastest one counts
+    #[arg(long, default_value = "3", value_parser = parse_positive::<NonZeroUsize>)]
+    pub rounds: NonZeroUsize,
+}
+
+/// The decoding benchmark.
+#[derive(Args)]
+pub struct DecodeBenchArgs {
+    /// Tokens of the prompt in the decoding benchmark
+    #[arg(long, default_value = "32", value_parser = parse_positive::<NonZeroUsize>)]
+    pub prompt: NonZeroUsize,
+    /// Tokens to decode
+    #[arg(long, default_value = "64", value_parser = parse_positive::<NonZeroUsize>)]
+    pub new_tokens: NonZeroUsize,
+}
+
+/// The training benchmark.
+#[derive(Args, Clone, Copy)]
+pub struct TrainBenchArgs {
+    /// Parameters to train in the training benchmark
+    #[arg(long, default_value = "lora")]
+    pub train: BenchMethod,
+    /// Rows per training step
+    #[arg(long, default_value = "2", value_parser = parse_positive::<NonZeroUsize>)]
+    pub batch_size: NonZeroUsize,
+    /// Train with full activation checkpointing, as with activation_checkpointing = "full" in a recipe
+    #[arg(long)]
+    pub recompute: bool,
+}
 
 /// Runs the benchmarks and prints the results as one JSON object.
 pub fn bench(args: &BenchArgs) -> Result<()> {
     if args.length < 2 {
         bail!("--length: expected at least 2 tokens per training row, found {}", args.length);
     }
-    if args.train == BenchMethod::Full && args.weights.weights != WeightDtype::F32 {
+    if args.training.train == BenchMethod::Full && args.weights.weights != WeightDtype::F32 {
         bail!("--train full: trained weights are f32; leave out --weights, or use --train lora");
     }
     let device: &Device = &args.device.device;
@@ -39,7 +99,7 @@ fn run<B: Kernels>(args: &BenchArgs, device: &B::Device) -> Result<()> {
     let inference_model = model.valid();
     let (forward, decode) = (forward(&inference_model, args)?, decode(&inference_model, args)?);
     drop(inference_model);
-    let train = if args.train == BenchMethod::None { Value::Null } else { train(model, args)? };
+    let train = if args.training.train == BenchMethod::None { Value::Null } else { train(model, args)? };
     let report = json!({
         "model": args.model.model, "device": args.device.device.to_string(), "weights": args.weights.weights,
         "compute": args.weights.compute,
@@ -77,8 +137,9 @@ fn forward<B: Kernels>(model: &Llama<B>, args: &BenchArgs) -> Result<Value> {
 
 /// Measures greedy decoding token by token; the time of the prompt does not count.
 fn decode<B: Kernels>(model: &Llama<B>, args: &BenchArgs) -> Result<Value> {
-    let prompt = random_tokens(args.prompt.get(), model.config().vocab_size, 1);
-    let settings = GenerationConfig { max_new_tokens: args.new_tokens.get() + 1, ..GenerationConfig::default() };
+    let (length, new_tokens) = (args.decode.prompt.get(), args.decode.new_tokens.get());
+    let prompt = random_tokens(length, model.config().vocab_size, 1);
+    let settings = GenerationConfig { max_new_tokens: new_tokens + 1, ..GenerationConfig::default() };
     let seconds = fastest(args.rounds.get(), || {
         let mut generate = Generation::new(model, std::slice::from_ref(&prompt), &settings)?;
         generate.advance()?;
@@ -87,22 +148,22 @@ fn decode<B: Kernels>(model: &Llama<B>, args: &BenchArgs) -> Result<Value> {
             Ok(())
         })
     })?;
-    Ok(json!({
-        "prompt": args.prompt.get(), "tokens": args.new_tokens.get(), "tokens_per_second": args.new_tokens.get() as f64 / seconds,
-    }))
+    Ok(json!({ "prompt": length, "tokens": new_tokens, "tokens_per_second": new_tokens as f64 / seconds }))
 }
 
 /// Measures training steps on rows of equal length, in which every token is learned.
 fn train<B: Kernels>(mut model: Llama<Autodiff<B>>, args: &BenchArgs) -> Result<Value> {
-    if args.train == BenchMethod::Lora {
+    let TrainBenchArgs { train: method, batch_size, recompute } = args.training;
+    let batch_size = batch_size.get();
+    if method == BenchMethod::Lora {
         model = adapter::attach_and_freeze(model, "bench", &LoraConfig::default())?;
     }
     let vocabulary = model.config().vocab_size;
     let row = |row| Example { ids: random_tokens(args.length, vocabulary, row), loss_mask: vec![true; args.length] };
-    let rows: Vec<Example> = (0..args.batch_size.get()).map(row).collect();
-    let checkpointing = if args.recompute { Checkpointing::Full } else { Checkpointing::None };
-    let weight = 1.0 / (args.batch_size.get() * (args.length - 1)) as f32;
-    let layout = SequenceLayout::from_lengths(&vec![args.length; args.batch_size.get()], true);
+    let rows: Vec<Example> = (0..batch_size).map(row).collect();
+    let checkpointing = if recompute { Checkpointing::Full } else { Checkpointing::None };
+    let weight = 1.0 / (batch_size * (args.length - 1)) as f32;
+    let layout = SequenceLayout::from_lengths(&vec![args.length; batch_size], true);
     let batch = model.batch(&rows, &layout, weight, ForwardContext::default())?;
     let config = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).with_checkpointing(checkpointing);
     let mut engine = config.init(model)?;
@@ -114,9 +175,9 @@ fn train<B: Kernels>(mut model: Llama<Autodiff<B>>, args: &BenchArgs) -> Result<
             })
         })
     })?;
-    let tokens = args.batch_size.get() * args.length;
+    let tokens = batch_size * args.length;
     Ok(json!({
-        "method": args.train, "rows": args.batch_size.get(), "tokens": tokens, "recompute": args.recompute,
+        "method": method, "rows": batch_size, "tokens": tokens, "recompute": recompute,
         "trainable_parameters": param::count_trainable::<Autodiff<B>, _>(engine.model()), "seconds_per_step": seconds,
         "tokens_per_second": tokens as f64 / seconds,
     }))

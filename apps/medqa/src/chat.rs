@@ -1,15 +1,58 @@
 //! The verb `chat`: one answer, or an interactive conversation.
 
 use crate::{
+    args::{DeviceArgs, ModelArgs, WeightsArgs},
     backend::with_backend,
-    cli::ChatArgs,
     model::{self, LoadedModel, apply_chat_template},
 };
 use anyhow::Result;
 use burn_llama::{Generation, GenerationConfig, Message, kernel::Kernels};
 use burn_peft::{adapter, route::BASE};
+use clap::Args;
 use rustyline::{DefaultEditor, error::ReadlineError};
 use std::io::{IsTerminal, Write};
+
+/// Arguments of `chat`.
+#[derive(Args)]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// Answer this one question and exit; without it, an interactive conversation starts
+    #[arg(long)]
+    pub prompt: Option<String>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+/// Generation of an answer.
+#[derive(Args)]
+pub struct SamplingArgs {
+    /// Maximum number of tokens per answer
+    #[arg(long, default_value_t = 256)]
+    pub max_new_tokens: usize,
+    /// Sampling temperature; 0 always takes the most likely token (greedy decoding), higher values vary more
+    #[arg(long, default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Sample only from this many most likely tokens; 0 means all tokens
+    #[arg(long, default_value_t = 0)]
+    pub top_k: usize,
+    /// Sample only from the most likely tokens that together have this probability (nucleus sampling)
+    #[arg(long, default_value_t = 1.0)]
+    pub top_p: f64,
+    /// Penalty for repetition: values above 1 make tokens that have already occurred less likely
+    #[arg(long, default_value_t = 1.0)]
+    pub repetition_penalty: f64,
+    /// Random seed of the sampling
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// End the answer where this text occurs; may be given several times
+    #[arg(long)]
+    pub stop: Vec<String>,
+}
 
 /// Runs the verb `chat`.
 pub fn chat(args: &ChatArgs) -> Result<()> {
@@ -20,12 +63,12 @@ fn run_chat<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
     let mut loaded = model::load_without_adapters::<B>(&args.model, args.weights.weights, device)?;
     loaded.model = model::with_compute(loaded.model, args.weights.compute)?;
     model::add_adapters(&mut loaded.model, &args.model)?;
-    let settings = generation_config(args, loaded.tokenizer.eos_ids());
+    let settings = generation_config(&args.sampling, loaded.tokenizer.eos_ids());
     settings.check()?;
     let mut history = Vec::new();
     if let Some(prompt) = &args.prompt {
         history.push(Message::new("user", prompt.as_str()));
-        stream_answer(&loaded, &history, &settings, &args.stop)?;
+        stream_answer(&loaded, &history, &settings, &args.sampling.stop)?;
         return Ok(());
     }
     let switching = if args.model.adapter.is_empty() { "" } else { "/adapter NAME switches the adapter, " };
@@ -50,14 +93,14 @@ fn run_chat<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
             question => {
                 editor.add_history_entry(question)?;
                 history.push(Message::new("user", question));
-                let text = stream_answer(&loaded, &history, &settings, &args.stop)?;
+                let text = stream_answer(&loaded, &history, &settings, &args.sampling.stop)?;
                 history.push(Message::new("assistant", text));
             }
         }
     }
 }
 
-fn generation_config(args: &ChatArgs, eos: &[u32]) -> GenerationConfig {
+fn generation_config(args: &SamplingArgs, eos: &[u32]) -> GenerationConfig {
     GenerationConfig {
         max_new_tokens: args.max_new_tokens,
         temperature: args.temperature,

@@ -1,6 +1,11 @@
 //! The command `estimate`: the memory that a run would need, for every ZeRO stage and offload setting.
 
-use crate::{cli::EstimateArgs, fetch, recipe::MethodKind};
+use crate::{
+    args::parse_positive,
+    fetch,
+    footprint::{count_lora_params, gib, model_shape},
+    recipe::MethodKind,
+};
 use anyhow::Result;
 use burn_llama::{Checkpoint, LlamaConfig};
 use burn_peft::{LoraConfig, TargetModules};
@@ -12,12 +17,79 @@ use burn_zero::{
     },
     segment::Checkpointing,
 };
+use clap::Args;
+use std::{num::NonZeroU64, path::PathBuf};
 
 mod measure;
 
+/// Arguments of `estimate`.
+#[derive(Args)]
+pub struct EstimateArgs {
+    /// Model as for `chat`
+    #[arg(long, default_value = fetch::SMOLLM2)]
+    pub model: String,
+    /// Read the model's dimensions from this config.json instead
+    #[arg(long, conflicts_with = "model")]
+    pub config: Option<PathBuf>,
+    #[command(flatten)]
+    pub method: MethodArgs,
+    /// Number of ranks that share the run
+    #[arg(long, default_value = "1", value_parser = parse_positive::<NonZeroU64>)]
+    pub world: NonZeroU64,
+    /// Tokens in a micro-batch, summed over its rows
+    #[arg(long, default_value_t = 2048)]
+    pub tokens: u64,
+    /// Use full activation checkpointing, as with activation_checkpointing = "full" in a recipe
+    #[arg(long)]
+    pub recompute: bool,
+    /// Gradient norm to clip to, as in a recipe; with 0, gradients are not clipped, and those of the whole model never
+    /// exist at the same time
+    #[arg(long, default_value_t = 1.0)]
+    pub max_grad_norm: f64,
+    #[command(flatten)]
+    pub measure: MeasureArgs,
+}
+
+/// The trained parameters.
+#[derive(Args)]
+pub struct MethodArgs {
+    /// Fine-tuning method: full or lora
+    #[arg(long, default_value = "lora", value_parser = parse_method)]
+    pub method: MethodKind,
+    /// LoRA rank (for lora)
+    #[arg(long, default_value_t = 8)]
+    pub r: u64,
+    /// Linear layers that get a LoRA adapter: names separated by commas, or all-linear
+    #[arg(long, default_value = "all-linear", value_delimiter = ',', value_name = "NAMES")]
+    pub target_modules: Vec<String>,
+}
+
+/// The measured run.
+#[derive(Args)]
+pub struct MeasureArgs {
+    /// Train two steps on meaningless tokens, in f32, and print the estimate next to the counted and the measured
+    /// memory; under mpirun, every rank does so
+    #[arg(long, conflicts_with = "config")]
+    pub measure: bool,
+    /// ZeRO stage of --measure: 0 to 3
+    #[arg(long, default_value_t = 0, requires = "measure")]
+    pub zero_stage: u8,
+    /// Offload of the optimizer states in --measure: none, cpu (host memory) or nvme (files in the temporary directory)
+    #[arg(long, default_value = "none", requires = "measure")]
+    pub offload_optimizer: String,
+}
+
+fn parse_method(name: &str) -> Result<MethodKind, String> {
+    match name {
+        "full" => Ok(MethodKind::Full),
+        "lora" => Ok(MethodKind::Lora),
+        other => Err(format!("expected full or lora, found {other:?}")),
+    }
+}
+
 /// Runs the command `estimate`: prints a table on stdout. Only the model's configuration is read, no weights.
 pub fn estimate(args: &EstimateArgs) -> Result<()> {
-    if args.measure {
+    if args.measure.measure {
         return measure::measure(args);
     }
     let config = match &args.config {
@@ -26,7 +98,10 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
     };
     let shape = model_shape(&config);
     let all = shape.parameters(config.tie_word_embeddings);
-    let trained = if args.method == MethodKind::Full { all } else { count_lora_params(&shape, &lora_from_args(args))? };
+    let trained = match args.method.method {
+        MethodKind::Full => all,
+        _ => count_lora_params(&shape, &lora_config(&args.method))?,
+    };
     println!(
         "{:.1} M parameters, {:.1} M trainable; {} rank{}, {} tokens per micro-batch; GiB per rank, device + host",
         all as f64 / 1e6,
@@ -36,46 +111,19 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
         args.tokens
     );
     println!("\n{:<10}{:<20}{:>24}{:>24}", "stage", "optimizer", "f32", "bf16, f32 master weights");
+    let run = EstimatedRun { args, shape, all, trained };
     for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
         for setting in OFFLOAD_SETTINGS {
             if setting.weights != OffloadDevice::None && stage != ZeroStage::Weights {
                 continue;
             }
             let place = setting.name;
-            let cell = |precision: TrainingPrecision| {
-                let storage = match precision {
-                    TrainingPrecision::F32 => WeightStorage::F32,
-                    TrainingPrecision::Mixed => WeightStorage::Half,
-                };
-                let run = RunFootprint {
-                    base: BaseModel { shape, weights: all, storage },
-                    trained_weights: if trained == all { TrainedWeights::All } else { TrainedWeights::Adapters },
-                    trained,
-                    precision,
-                    placement: StatePlacement {
-                        stage,
-                        world_size: args.world.get(),
-                        offload_optimizer: setting.optimizer,
-                        offload_param: setting.weights,
-                        optimizer_in_backward: args.max_grad_norm == 0.0,
-                    },
-                    bucket_size: 4 << 20,
-                    micro_batch: MicroBatch {
-                        tokens: args.tokens,
-                        value_bytes: precision.bytes_per_weight(),
-                        checkpointing: if args.recompute { Checkpointing::Full } else { Checkpointing::None },
-                        first_layer: 0,
-                    },
-                };
-                let memory = run.peak_memory();
+            let cell = |precision| {
+                let memory = run.footprint(stage, setting, precision).peak_memory();
                 format!("{:.2} + {:.2}", gib(memory.device()), gib(memory.host))
             };
-            println!(
-                "{:<10}{place:<20}{:>24}{:>24}",
-                u8::from(stage),
-                cell(TrainingPrecision::F32),
-                cell(TrainingPrecision::Mixed)
-            );
+            let (single, mixed) = (cell(TrainingPrecision::F32), cell(TrainingPrecision::Mixed));
+            println!("{:<10}{place:<20}{single:>24}{mixed:>24}", u8::from(stage));
         }
     }
     if trained == all {
@@ -84,8 +132,49 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
     Ok(())
 }
 
+/// The run whose memory is estimated.
+struct EstimatedRun<'a> {
+    args: &'a EstimateArgs,
+    shape: LlamaShape,
+    /// Parameters of the base model.
+    all: u64,
+    /// Trainable parameters.
+    trained: u64,
+}
+
+impl EstimatedRun<'_> {
+    /// Returns the footprint of one rank.
+    fn footprint(&self, stage: ZeroStage, setting: OffloadSetting, precision: TrainingPrecision) -> RunFootprint {
+        let Self { args, shape, all, trained } = *self;
+        let storage = match precision {
+            TrainingPrecision::F32 => WeightStorage::F32,
+            TrainingPrecision::Mixed => WeightStorage::Half,
+        };
+        RunFootprint {
+            base: BaseModel { shape, weights: all, storage },
+            trained_weights: if trained == all { TrainedWeights::All } else { TrainedWeights::Adapters },
+            trained,
+            precision,
+            placement: StatePlacement {
+                stage,
+                world_size: args.world.get(),
+                offload_optimizer: setting.optimizer,
+                offload_param: setting.weights,
+                optimizer_in_backward: args.max_grad_norm == 0.0,
+            },
+            bucket_size: 4 << 20,
+            micro_batch: MicroBatch {
+                tokens: args.tokens,
+                value_bytes: precision.bytes_per_weight(),
+                checkpointing: if args.recompute { Checkpointing::Full } else { Checkpointing::None },
+                first_layer: 0,
+            },
+        }
+    }
+}
+
 /// Returns the LoRA configuration that the arguments describe.
-fn lora_from_args(args: &EstimateArgs) -> LoraConfig {
+fn lora_config(args: &MethodArgs) -> LoraConfig {
     let names = args.target_modules.clone();
     let target_modules = match names.as_slice() {
         [all] if all == "all-linear" => TargetModules::Pattern(all.clone()),
@@ -128,72 +217,5 @@ fn print_deepspeed_estimates(all: u64, largest_layer: u64, devices: u64) {
         [("device", CpuOffload::None), ("host", CpuOffload::Optimizer), (HOST_WITH_WEIGHTS, CpuOffload::All)]
     {
         row(3, place, zero3(all, largest_layer, nodes, offload, true));
-    }
-}
-
-/// Converts bytes to GiB.
-pub fn gib(bytes: u64) -> f64 {
-    bytes as f64 / f64::from(1 << 30)
-}
-
-/// Returns the number of parameters that LoRA with this configuration trains on a model of this shape.
-///
-/// # Errors
-/// If the configuration is invalid.
-pub fn count_lora_params(shape: &LlamaShape, lora: &LoraConfig) -> Result<u64> {
-    let layers = linear_layers(shape);
-    Ok(lora.count_trainable(layers.iter().map(|(path, shape)| (path.as_str(), *shape)))? as u64)
-}
-
-/// Returns the paths and shapes `[out, in]` of the linear layers.
-fn linear_layers(shape: &LlamaShape) -> Vec<(String, [usize; 2])> {
-    let (wide, narrow) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
-    let (hidden, mlp) = (shape.hidden, shape.intermediate);
-    let block = [
-        ("self_attn.q_proj", [wide, hidden]),
-        ("self_attn.k_proj", [narrow, hidden]),
-        ("self_attn.v_proj", [narrow, hidden]),
-        ("self_attn.o_proj", [hidden, wide]),
-        ("mlp.gate_proj", [mlp, hidden]),
-        ("mlp.up_proj", [mlp, hidden]),
-        ("mlp.down_proj", [hidden, mlp]),
-    ];
-    let blocks = (0..shape.layers).flat_map(|index| {
-        block.map(|(name, sizes)| (format!("model.layers.{index}.{name}"), sizes.map(|size| size as usize)))
-    });
-    let head = ("lm_head".to_owned(), [shape.vocabulary as usize, hidden as usize]);
-    blocks.chain([head]).collect()
-}
-
-/// Returns the dimensions of a model that an estimate needs.
-pub fn model_shape(config: &LlamaConfig) -> LlamaShape {
-    LlamaShape {
-        layers: config.num_hidden_layers as u64,
-        hidden: config.hidden_size as u64,
-        intermediate: config.intermediate_size as u64,
-        heads: config.num_attention_heads as u64,
-        kv_heads: config.num_key_value_heads as u64,
-        head_dim: config.head_dim as u64,
-        vocabulary: config.vocab_size as u64,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// SmolLM2-135M: PEFT counts 2,442,240 for rank 8 on all linear layers, the published checkpoint has 134,515,008.
-    #[test]
-    fn the_counts_are_those_of_the_published_model() {
-        let (layers, hidden, intermediate, vocabulary) = (30, 576, 1536, 49152);
-        let shape = LlamaShape { layers, hidden, intermediate, heads: 9, kv_heads: 3, head_dim: 64, vocabulary };
-        assert_eq!(shape.parameters(true), 134_515_008);
-        let count = |target_modules| {
-            count_lora_params(&shape, &LoraConfig { target_modules, ..LoraConfig::default() }).unwrap()
-        };
-        assert_eq!(count(TargetModules::Pattern("all-linear".to_owned())), 2_442_240);
-        assert_eq!(count(TargetModules::default()), 460_800);
-        let head = TargetModules::Suffixes(vec!["lm_head".to_owned()]);
-        assert_eq!(count(head), 8 * (49152 + 576));
     }
 }

@@ -1,9 +1,10 @@
 //! The verb `export`: writes a model as a Hugging Face directory, or as a GGUF file that llama.cpp loads.
 
 use crate::{
+    args::ModelArgs,
     backend::{Device, with_backend},
-    cli::{ExportArgs, ExportDtype, ModelArgs},
-    fetch,
+    fetch::{self, is_gguf},
+    method_adapter,
     model::{self, LoadedModel},
     write::{create_parent_dir, write_dir_atomically},
 };
@@ -17,12 +18,45 @@ use burn_llama::{
     },
     kernel::Kernels,
 };
-use std::path::Path;
+use clap::{Args, ValueEnum};
+use std::path::{Path, PathBuf};
+
+/// Numeric format of the matrices in an exported file.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportDtype {
+    /// 32-bit floating point
+    F32,
+    /// 16-bit floating point
+    F16,
+    /// 8-bit integers with one scale per block of 32 values (GGUF only)
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+/// Arguments of `export` and `adapters merge`.
+#[derive(Args)]
+pub struct ExportArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Output: FILE.gguf for a GGUF file; any other name for a new directory with config.json, model.safetensors and
+    /// the tokenizer
+    #[arg(long)]
+    pub out: PathBuf,
+    /// Numeric format of the matrices; in a GGUF file, norms and biases are always f32
+    #[arg(long, default_value = "f32")]
+    pub dtype: ExportDtype,
+    /// Round the weights of the linear layers to nf4 and export the rounded values as floats; these are the weights
+    /// that training with model.dtype = "nf4" computes with
+    #[arg(long, conflicts_with = "adapter_only")]
+    pub nf4: bool,
+    /// Export only the adapter, as a GGUF file that llama.cpp applies with --lora to the model exported as GGUF
+    #[arg(long)]
+    pub adapter_only: bool,
+}
 
 /// Runs the verb `export`.
 pub fn export(args: &ExportArgs) -> Result<()> {
-    let gguf = args.out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
-    check_args(args, gguf)?;
+    check_args(args)?;
     if args.adapter_only {
         export_adapter(args)?;
     } else {
@@ -32,13 +66,13 @@ pub fn export(args: &ExportArgs) -> Result<()> {
         }
         let model = from.to_str().with_context(|| format!("{}: the path is not UTF-8", from.display()))?.to_owned();
         let model = ModelArgs { model, ..args.model.clone() };
-        with_backend!(Device::default(), |B, device| export_merged::<B>(&model, device, (args, gguf)))?;
+        with_backend!(Device::default(), |B, device| export_merged::<B>(&model, device, args))?;
     }
     println!("{}", args.out.display());
     Ok(())
 }
 
-fn export_merged<B: Kernels>(model: &ModelArgs, device: &B::Device, (args, gguf): (&ExportArgs, bool)) -> Result<()> {
+fn export_merged<B: Kernels>(model: &ModelArgs, device: &B::Device, args: &ExportArgs) -> Result<()> {
     let storage = if args.nf4 { Storage::Nf4 } else { DType::F32.into() };
     let LoadedModel { model: llama, tokenizer } = model::load_without_adapters::<B>(model, storage, device)?;
     let mut loaded = LoadedModel { model: llama.unpacked(), tokenizer };
@@ -50,12 +84,12 @@ fn export_merged<B: Kernels>(model: &ModelArgs, device: &B::Device, (args, gguf)
     let names: Vec<&str> = model.adapter.iter().map(|source| source.name.as_str()).collect();
     burn_peft::adapter::activate(&mut loaded.model, &names)?;
     names.iter().try_for_each(|name| burn_peft::adapter::safe_merge(&mut loaded.model, name))?;
-    if gguf { write_gguf(&loaded, args) } else { write_directory(&loaded, args) }
+    if is_gguf(&args.out) { write_gguf(&loaded, args) } else { write_directory(&loaded, args) }
 }
 
 /// Rejects impossible combinations of arguments before anything is loaded.
-fn check_args(args: &ExportArgs, gguf: bool) -> Result<()> {
-    let out = args.out.display();
+fn check_args(args: &ExportArgs) -> Result<()> {
+    let (out, gguf) = (args.out.display(), is_gguf(&args.out));
     if args.adapter_only && args.model.adapter.is_empty() {
         bail!("--adapter-only needs an adapter to export; name it with --adapter DIR");
     }
@@ -79,8 +113,8 @@ fn check_args(args: &ExportArgs, gguf: bool) -> Result<()> {
     Ok(())
 }
 
-fn block_type(precision: ExportDtype) -> BlockType {
-    match precision {
+fn block_type(dtype: ExportDtype) -> BlockType {
+    match dtype {
         ExportDtype::F32 => BlockType::F32,
         ExportDtype::F16 => BlockType::F16,
         ExportDtype::Q8_0 => BlockType::Q8_0,
@@ -112,14 +146,14 @@ fn export_adapter(args: &ExportArgs) -> Result<()> {
     let [source] = args.model.adapter.as_slice() else {
         bail!("--adapter-only: expected one --adapter, found {}", args.model.adapter.len());
     };
-    write_adapter_gguf(&args.model.model, &source.directory, (args.dtype, &args.out))
+    write_adapter_gguf(&args.model.model, &source.directory, args.dtype, &args.out)
 }
 
 /// Converts an adapter directory to a GGUF file for llama.cpp.
-pub fn write_adapter_gguf(model: &str, directory: &Path, (precision, out): (ExportDtype, &Path)) -> Result<()> {
+pub fn write_adapter_gguf(model: &str, directory: &Path, dtype: ExportDtype, out: &Path) -> Result<()> {
     let checkpoint = Checkpoint::open(&fetch::resolve(model)?)?;
     create_parent_dir(out)?;
-    let unknown = write::save_adapter(checkpoint.config(), directory, block_type(precision), out)?;
-    model::warn_unknown_fields(directory, &unknown);
+    let unknown = write::save_adapter(checkpoint.config(), directory, block_type(dtype), out)?;
+    method_adapter::warn_unknown_fields(directory, &unknown);
     Ok(())
 }

@@ -1,12 +1,30 @@
 //! The command `launch`: starts several ranks on this machine or on those of a host file.
 
-use crate::cli::LaunchArgs;
+use crate::args::parse_positive;
 use anyhow::{Context, Result, bail};
+use clap::Args;
 use std::{
     env,
+    ffi::OsString,
+    num::NonZeroUsize,
     os::unix::{fs::MetadataExt, process::CommandExt},
+    path::PathBuf,
     process::Command,
 };
+
+/// Arguments of `launch`.
+#[derive(Args)]
+pub struct LaunchArgs {
+    /// Number of ranks (processes)
+    #[arg(short = 'n', long, value_parser = parse_positive::<NonZeroUsize>)]
+    pub ranks: NonZeroUsize,
+    /// mpirun's host file, which lists machines and their slots; without it, all ranks run on this machine
+    #[arg(long)]
+    pub hostfile: Option<PathBuf>,
+    /// Command to run on every rank, with its arguments, for example train RECIPE
+    #[arg(last = true, required = true)]
+    pub command: Vec<OsString>,
+}
 
 /// Runs the command `launch`: replaces this process by `mpirun`, which starts the program once per rank; each rank gets
 /// its share of the cores.

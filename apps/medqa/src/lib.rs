@@ -2,6 +2,7 @@
 //! that read the user's files are public for the fuzzer.
 #![recursion_limit = "256"]
 
+mod args;
 mod backend;
 mod bench;
 mod chat;
@@ -12,6 +13,7 @@ mod estimate;
 mod eval;
 mod export;
 mod fetch;
+mod footprint;
 mod launch;
 mod logits;
 mod method_adapter;
@@ -20,6 +22,8 @@ pub mod process;
 mod quickstart;
 pub mod recipe;
 mod schedule;
+pub mod schema;
 mod train;
 mod verb_adapters;
+mod verb_train;
 mod write;

@@ -1,36 +1,47 @@
 //! The verb `logits`: computes the logits of a text, for comparison with other programs.
 
 use crate::{
-    backend::{Device, with_backend},
-    cli::{ModelArgs, WeightsArgs},
+    args::{DeviceArgs, ModelArgs, WeightsArgs},
+    backend::with_backend,
     model,
 };
 use anyhow::{Context, Result};
 use burn::tensor::{DType, TensorData};
 use burn_llama::{generate, kernel::Kernels};
+use clap::Args;
 use safetensors::{Dtype, tensor::TensorView};
-use std::path::Path;
+use std::path::PathBuf;
 
-/// Runs the verb `logits`.
-pub fn logits(
-    (args, weights): (&ModelArgs, WeightsArgs),
-    device: &Device,
-    (text, by_steps): (&str, bool),
-    out: &Path,
-) -> Result<()> {
-    with_backend!(device.ensure_ready()?, |B, device| write_logits::<B>((args, weights), device, (text, by_steps), out))
+/// Arguments of `logits`.
+#[derive(Args)]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// Text to run through the model
+    #[arg(long)]
+    pub text: String,
+    /// Decode token by token with the KV cache, as in generation, instead of one forward pass over the whole text
+    #[arg(long)]
+    pub by_steps: bool,
+    /// Output file in safetensors format, with `ids` (i64) and `logits` [tokens, vocabulary] (f32)
+    #[arg(long)]
+    pub out: PathBuf,
 }
 
-fn write_logits<B: Kernels>(
-    (args, weights): (&ModelArgs, WeightsArgs),
-    device: &B::Device,
-    (text, by_steps): (&str, bool),
-    out: &Path,
-) -> Result<()> {
-    let mut loaded = model::load::<B>(args, weights.weights, device)?;
-    loaded.model = model::with_compute(loaded.model, weights.compute)?;
-    let ids = loaded.tokenizer.encode(text, true)?;
-    let logits = if by_steps {
+/// Runs the verb `logits`.
+pub fn logits(args: &LogitsArgs) -> Result<()> {
+    with_backend!(args.device.device.ensure_ready()?, |B, device| write_logits::<B>(args, device))
+}
+
+fn write_logits<B: Kernels>(args: &LogitsArgs, device: &B::Device) -> Result<()> {
+    let mut loaded = model::load::<B>(&args.model, args.weights.weights, device)?;
+    loaded.model = model::with_compute(loaded.model, args.weights.compute)?;
+    let ids = loaded.tokenizer.encode(&args.text, true)?;
+    let logits = if args.by_steps {
         let mut values: Vec<f32> = Vec::new();
         generate::logits_by_steps(&loaded.model, &ids, |logits| values.extend_from_slice(logits))?;
         let shape = [ids.len(), values.len() / ids.len().max(1)];
@@ -44,5 +55,5 @@ fn write_logits<B: Kernels>(
         ("logits", TensorView::new(Dtype::F32, logits.shape.to_vec(), logits.as_bytes())?),
     ];
     let bytes = safetensors::serialize(tensors, None).context("logits cannot be serialised")?;
-    crate::write::write_atomically(out, &bytes)
+    crate::write::write_atomically(&args.out, &bytes)
 }

@@ -1,74 +1,14 @@
 //! Adapters of every fine-tuning method: attaching a new one to a model, loading and saving.
 
-use crate::{
-    model,
-    recipe::{MethodKind, Recipe, TargetModules as Targets, VirtualTokens},
-};
+use crate::recipe::{MethodKind, Recipe, TargetModules as Targets, VirtualTokens};
 use anyhow::{Context, Result};
 use burn_llama::{Llama, Tokenizer, kernel::Kernels};
 use burn_peft::{AdapterModel, Ia3Config, Loaded, LoraConfig, PromptConfig, TargetModules, adapter, format, prompt};
-use std::{
-    convert::Infallible,
-    path::{Path, PathBuf},
-    str::FromStr,
-};
+use std::path::Path;
 use tempfile::TempDir;
 
 /// Name of the adapter that a run trains, PEFT's default.
 pub const ADAPTER_NAME: &str = "default";
-
-/// An adapter directory given on the command line as `[NAME=]DIR`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct AdapterPath {
-    /// Name of the adapter on the model.
-    pub name: String,
-    /// Path of PEFT's adapter directory.
-    pub directory: PathBuf,
-}
-
-impl From<PathBuf> for AdapterPath {
-    /// Names the adapter after its directory, or after the parent directory if that is a run's `adapter`.
-    fn from(directory: PathBuf) -> Self {
-        let part = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
-        let own = part(&directory).filter(|name| name != "adapter");
-        let name = own.or_else(|| directory.parent().and_then(part)).unwrap_or_else(|| ADAPTER_NAME.to_owned());
-        Self { name, directory }
-    }
-}
-
-impl FromStr for AdapterPath {
-    type Err = Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Infallible> {
-        Ok(match text.split_once('=') {
-            Some((name, directory)) if !name.is_empty() && !name.contains('/') && !Path::new(text).exists() => {
-                Self { name: name.to_owned(), directory: directory.into() }
-            }
-            _ => PathBuf::from(text).into(),
-        })
-    }
-}
-
-/// An adapter directory and its weight in a combination, given as `DIR=WEIGHT`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct WeightedAdapter {
-    /// Path of PEFT's adapter directory.
-    pub directory: PathBuf,
-    /// Factor of the adapter in the sum.
-    pub weight: f64,
-}
-
-impl FromStr for WeightedAdapter {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let parts = text.rsplit_once('=').and_then(|(directory, weight)| Some((directory, weight.parse().ok()?)));
-        match parts.filter(|(_, weight): &(_, f64)| weight.is_finite()) {
-            Some((directory, weight)) => Ok(Self { directory: directory.into(), weight }),
-            None => Err("expected DIR=WEIGHT with a finite number, such as runs/a/adapter=0.7".to_owned()),
-        }
-    }
-}
 
 /// The adapter on a model, with its configuration.
 pub enum AttachedAdapter {
@@ -90,19 +30,26 @@ pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, directory: &Path) -> R
     if PromptConfig::is_prompt(&json) {
         let Loaded { value: prompt, unknown_fields } =
             prompt::Prompt::load(directory, model.config().base_shape(), &model.device())?;
-        model::warn_unknown_fields(directory, &unknown_fields);
+        warn_unknown_fields(directory, &unknown_fields);
         burn_peft::adapter::check_new_adapter(model, name, false)?;
         model.prompts.push(prompt.named(name));
         return Ok(AttachedAdapter::Prompt);
     }
     if json["peft_type"] == "IA3" {
         let unknown_fields = adapter::load_ia3(model, name, directory)?.unknown_fields;
-        model::warn_unknown_fields(directory, &unknown_fields);
+        warn_unknown_fields(directory, &unknown_fields);
         return Ok(AttachedAdapter::Ia3);
     }
     let Loaded { value: config, unknown_fields } = adapter::load(model, name, directory)?;
-    model::warn_unknown_fields(directory, &unknown_fields);
+    warn_unknown_fields(directory, &unknown_fields);
     Ok(AttachedAdapter::Lora(Box::new(config), None))
+}
+
+/// Warns of fields in an adapter's configuration that are unknown here and have no effect.
+pub fn warn_unknown_fields(directory: &Path, unknown: &[String]) {
+    if !unknown.is_empty() {
+        eprintln!("warning: {}: unknown fields are ignored: {}", directory.display(), unknown.join(", "));
+    }
 }
 
 /// Attaches a new adapter to the model, as the recipe says.

@@ -1,6 +1,6 @@
 //! Loading a model and its tokenizer, as named on the command line or in a recipe.
 
-use crate::{cli::ModelArgs, fetch, method_adapter, recipe::ComputeDtype};
+use crate::{args::ModelArgs, fetch, method_adapter, recipe::ComputeDtype};
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
@@ -86,13 +86,6 @@ pub fn open_checkpoint(name: &str, instead: Option<&Path>) -> Result<(Checkpoint
 
 fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
     if path.is_dir() { Ok(Tokenizer::from_dir(path)?) } else { Ok(Tokenizer::from_gguf(&Gguf::open(path)?)?) }
-}
-
-/// Warns of fields in an adapter's configuration that are unknown here and have no effect.
-pub fn warn_unknown_fields(directory: &Path, unknown: &[String]) {
-    if !unknown.is_empty() {
-        eprintln!("warning: {}: unknown fields are ignored: {}", directory.display(), unknown.join(", "));
-    }
 }
 
 /// Reads a model's tokenizer without loading the model.

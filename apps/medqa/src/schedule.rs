@@ -1,9 +1,43 @@
 //! The command `schedule`: prints and draws a pipeline schedule.
 
-use crate::{cli::ScheduleArgs, write};
+use crate::write;
 use anyhow::Result;
-use burn_zero::pipeline::{Action, ComputationType, Costs, PipelineSchedule, PipelineShape, SendMode};
-use std::fmt::Write as _;
+use burn_zero::pipeline::{
+    Action, ComputationType, Costs, PipelineError, PipelineKind, PipelineSchedule, PipelineShape, SendMode,
+};
+use clap::Args;
+use std::{fmt::Write as _, path::PathBuf};
+
+/// Arguments of `schedule`.
+#[derive(Args)]
+pub struct ScheduleArgs {
+    /// Number of pipeline ranks; each has one stage or, if interleaved, several
+    #[arg(long)]
+    pub stages: usize,
+    /// Micro-batches per optimizer step
+    #[arg(long)]
+    pub micro_batches: usize,
+    /// Pipeline schedule: gpipe, 1f1b or interleaved1f1b
+    #[arg(long, value_parser = parse_kind, default_value = "1f1b")]
+    pub kind: PipelineKind,
+    /// Stages per rank, for interleaved1f1b
+    #[arg(long, default_value_t = 1)]
+    pub chunks: usize,
+    /// Time of a backward pass, where a forward pass takes 1
+    #[arg(long, default_value_t = 2.0)]
+    pub backward: f64,
+    /// Draw the schedule to this SVG file
+    #[arg(long)]
+    pub svg: Option<PathBuf>,
+    /// Write the schedule to this CSV file, in torchtitan's format
+    #[arg(long)]
+    pub csv: Option<PathBuf>,
+}
+
+fn parse_kind(name: &str) -> Result<PipelineKind, String> {
+    let known = ["GPipe", "1F1B", "Interleaved1F1B"].into_iter().find(|known| known.eq_ignore_ascii_case(name));
+    known.unwrap_or(name).parse().map_err(|error: PipelineError| error.to_string())
+}
 
 /// Runs the command `schedule`: prints a table of what each rank computes when, the bubble, and the peak number of live
 /// activations.

@@ -1,10 +1,10 @@
 //! The verb `adapters`: listing, merging, converting and combining adapters.
 
 use crate::{
+    args::parse_positive,
     backend::{Device, with_backend},
-    cli::{AdaptersVerb, CombinationArg, ExportDtype},
-    export, fetch,
-    method_adapter::WeightedAdapter,
+    export::{self, ExportArgs, ExportDtype},
+    fetch::{self, is_gguf},
 };
 use anyhow::{Context, Result, bail};
 use burn_llama::{Checkpoint, checkpoint::gguf::adapter_to_peft};
@@ -12,16 +12,110 @@ use burn_peft::{
     adapter::{CombinationType, combine_directories, convert_mutated_to_lora},
     format,
 };
+use clap::{Args, Subcommand, ValueEnum};
 use serde_json::Value;
 use std::{
     fs,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
+    str::FromStr,
 };
+
+/// The verbs of `adapters`.
+#[derive(Subcommand)]
+pub enum AdaptersVerb {
+    /// List adapters with their PEFT type, number of values, settings and base model
+    List(ListArgs),
+    /// Write a model with one or several adapters merged, as `export` does; refuses adapters with infinite or NaN
+    /// values
+    Merge(ExportArgs),
+    /// Convert an adapter to llama.cpp's GGUF format or back (with --model), or from PiSSA to plain LoRA (with
+    /// --initial)
+    Convert(ConvertArgs),
+    /// Combine several LoRA adapters into one, each with a weight; needs no model
+    Combine(CombineArgs),
+}
+
+/// Arguments of `adapters list`.
+#[derive(Args)]
+pub struct ListArgs {
+    /// Adapter directories, or directories to search for adapters
+    #[arg(required = true)]
+    pub folders: Vec<PathBuf>,
+}
+
+/// Arguments of `adapters convert`.
+#[derive(Args)]
+pub struct ConvertArgs {
+    /// Adapter directory or GGUF adapter to convert
+    pub from: PathBuf,
+    /// Output: FILE.gguf, or a new adapter directory
+    pub to: PathBuf,
+    /// Base model, needed for its dimensions; its weights are not loaded
+    #[arg(long, default_value = fetch::SMOLLM2)]
+    pub model: String,
+    /// The same PiSSA adapter as saved before training
+    #[arg(long)]
+    pub initial: Option<PathBuf>,
+    /// Numeric format of the matrices in a GGUF file
+    #[arg(long, default_value = "f32")]
+    pub dtype: ExportDtype,
+}
+
+/// Arguments of `adapters combine`.
+#[derive(Args)]
+pub struct CombineArgs {
+    /// Adapters and their weights; a negative weight subtracts the adapter
+    #[arg(required = true, value_name = "DIR=WEIGHT")]
+    pub adapters: Vec<WeightedAdapter>,
+    /// New adapter directory for the result
+    #[arg(long)]
+    pub out: PathBuf,
+    /// PEFT's combination type: cat (concatenation: exact, the ranks add up), svd (the best approximation of a
+    /// given rank), linear (sums the A and the B matrices: inexact, needs equal ranks)
+    #[arg(long, default_value = "cat")]
+    pub how: CombinationArg,
+    /// LoRA rank of the result, for svd; default: the largest rank of the adapters
+    #[arg(long, value_parser = parse_positive::<NonZeroUsize>)]
+    pub rank: Option<NonZeroUsize>,
+}
+
+/// Combination type, as in PEFT's `add_weighted_adapter`.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CombinationArg {
+    /// Concatenate the A and the B matrices: exact
+    Cat,
+    /// Best approximation of a given rank, by singular value decomposition
+    Svd,
+    /// Sum the A and the B matrices: inexact
+    Linear,
+}
+
+/// An adapter directory and its weight in a combination, given as `DIR=WEIGHT`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WeightedAdapter {
+    /// Path of PEFT's adapter directory.
+    pub directory: PathBuf,
+    /// Factor of the adapter in the sum.
+    pub weight: f64,
+}
+
+impl FromStr for WeightedAdapter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = text.rsplit_once('=').and_then(|(directory, weight)| Some((directory, weight.parse().ok()?)));
+        match parts.filter(|(_, weight): &(_, f64)| weight.is_finite()) {
+            Some((directory, weight)) => Ok(Self { directory: directory.into(), weight }),
+            None => Err("expected DIR=WEIGHT with a finite number, such as runs/a/adapter=0.7".to_owned()),
+        }
+    }
+}
 
 /// Runs the verb `adapters`.
 pub fn adapters(verb: &AdaptersVerb) -> Result<()> {
     match verb {
-        AdaptersVerb::List { folders } => list(folders),
+        AdaptersVerb::List(args) => list(&args.folders),
         AdaptersVerb::Merge(args) => {
             if args.model.adapter.is_empty() {
                 bail!("--adapter [NAME=]DIR: expected at least one adapter to merge, found none");
@@ -31,14 +125,14 @@ pub fn adapters(verb: &AdaptersVerb) -> Result<()> {
             }
             export::export(args)
         }
-        AdaptersVerb::Convert { from, to, model, initial, dtype } => {
-            convert((from, to), model, (initial.as_deref(), *dtype))?;
-            println!("{}", to.display());
+        AdaptersVerb::Convert(args) => {
+            convert(args)?;
+            println!("{}", args.to.display());
             Ok(())
         }
-        AdaptersVerb::Combine { adapters, out, how, rank } => {
-            combine(adapters, out, (*how, rank.map(usize::from)))?;
-            println!("{}", out.display());
+        AdaptersVerb::Combine(args) => {
+            combine(args)?;
+            println!("{}", args.out.display());
             Ok(())
         }
     }
@@ -108,10 +202,6 @@ fn describe(config: &Value) -> String {
     words.join(", ")
 }
 
-fn is_gguf(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
-}
-
 /// Returns an error if `out` is a file or a directory that is not empty.
 fn require_new_folder(out: &Path) -> Result<()> {
     if out.is_file() || out.read_dir().is_ok_and(|mut files| files.next().is_some()) {
@@ -120,7 +210,8 @@ fn require_new_folder(out: &Path) -> Result<()> {
     Ok(())
 }
 
-fn convert((from, to): (&Path, &Path), model: &str, (initial, precision): (Option<&Path>, ExportDtype)) -> Result<()> {
+fn convert(args: &ConvertArgs) -> Result<()> {
+    let ConvertArgs { from, to, model, initial, dtype } = args;
     match (is_gguf(from), is_gguf(to), initial) {
         (true, false, None) => {
             require_new_folder(to)?;
@@ -128,10 +219,10 @@ fn convert((from, to): (&Path, &Path), model: &str, (initial, precision): (Optio
             Ok(adapter_to_peft(checkpoint.config(), from, to)?)
         }
         (false, true, None) => {
-            if precision == ExportDtype::Q8_0 {
+            if *dtype == ExportDtype::Q8_0 {
                 bail!("--dtype: expected f32 or f16 for an adapter, found q8_0");
             }
-            export::write_adapter_gguf(model, from, (precision, to))
+            export::write_adapter_gguf(model, from, *dtype, to)
         }
         (false, false, Some(initial)) => {
             require_new_folder(to)?;
@@ -149,17 +240,17 @@ fn convert((from, to): (&Path, &Path), model: &str, (initial, precision): (Optio
     }
 }
 
-fn combine(adapters: &[WeightedAdapter], out: &Path, (how, rank): (CombinationArg, Option<usize>)) -> Result<()> {
-    require_new_folder(out)?;
-    if rank.is_some() && how != CombinationArg::Svd {
+fn combine(args: &CombineArgs) -> Result<()> {
+    require_new_folder(&args.out)?;
+    if args.rank.is_some() && args.how != CombinationArg::Svd {
         bail!("--rank: only --how svd accepts a rank; otherwise it follows from the adapters");
     }
-    let how = match how {
+    let how = match args.how {
         CombinationArg::Cat => CombinationType::Cat,
         CombinationArg::Linear => CombinationType::Linear,
-        CombinationArg::Svd => CombinationType::Svd { rank },
+        CombinationArg::Svd => CombinationType::Svd { rank: args.rank.map(usize::from) },
     };
-    let parts: Vec<(&Path, f64)> = adapters.iter().map(|part| (part.directory.as_path(), part.weight)).collect();
-    with_backend!(Device::default(), |B, device| combine_directories::<B>(&parts, how, out, device))?;
+    let parts: Vec<(&Path, f64)> = args.adapters.iter().map(|part| (part.directory.as_path(), part.weight)).collect();
+    with_backend!(Device::default(), |B, device| combine_directories::<B>(&parts, how, &args.out, device))?;
     Ok(())
 }

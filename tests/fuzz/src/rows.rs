@@ -4,7 +4,10 @@
 mod input_folder;
 
 use libfuzzer_sys::fuzz_target;
-use medqa::data::{Format, Schema, reader::read_each_row};
+use medqa::{
+    data::reader::read_each_row,
+    schema::{Format, Schema},
+};
 use std::{fs, path::PathBuf, sync::LazyLock};
 
 static FILE: LazyLock<PathBuf> = LazyLock::new(|| input_folder::folder().join("rows.jsonl"));

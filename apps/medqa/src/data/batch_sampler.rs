@@ -3,8 +3,8 @@
 //!
 //! The order of an epoch is cut into micro-batches; a fixed number of consecutive ones, over all ranks, makes a step.
 
-use super::order::{epoch_order, group_by_length};
-use crate::recipe::{DataConfig, Packing, Recipe, StepsConfig};
+use super::order::{RowIndex, SourceSize, epoch_order, group_by_length};
+use crate::recipe::{DataConfig, DatasetSource, Packing, Recipe, StepsConfig};
 use anyhow::{Result, bail};
 use std::ops::Range;
 
@@ -28,8 +28,8 @@ struct Epoch {
     index: usize,
     /// First step of the epoch, counted from the start of the run.
     first_step: usize,
-    /// All rows, as (source, row).
-    order: Vec<(usize, usize)>,
+    /// All rows.
+    order: Vec<RowIndex>,
     /// Ranges of `order`, one for each rank in turn.
     micro_batches: Vec<Range<usize>>,
 }
@@ -37,8 +37,8 @@ struct Epoch {
 /// The rows of one optimizer step, over all ranks.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GlobalBatch {
-    /// Rows of the step, as (source, row).
-    pub rows: Vec<(usize, usize)>,
+    /// Rows of the step.
+    pub rows: Vec<RowIndex>,
     /// Ranges of `rows`, one for each rank in turn. Empty ranges give every rank the same number.
     pub micro_batches: Vec<Range<usize>>,
     /// Number of passes over the data at the end of the step.
@@ -129,7 +129,7 @@ impl BatchSampler {
         self.steps.batch_size.saturating_mul(self.data.max_length)
     }
 
-    fn row_length(&self, &(source, row): &(usize, usize)) -> usize {
+    fn row_length(&self, &RowIndex { source, row }: &RowIndex) -> usize {
         self.lengths[source][row]
     }
 
@@ -151,7 +151,9 @@ impl BatchSampler {
 
     fn build_epoch(&self, index: usize, first: usize) -> Epoch {
         let sources = self.lengths.iter().zip(&self.data.train);
-        let sizes: Vec<_> = sources.map(|(rows, source)| (rows.len(), source.weight)).collect();
+        let size =
+            |(rows, source): (&Vec<usize>, &DatasetSource)| SourceSize { rows: rows.len(), weight: source.weight };
+        let sizes: Vec<SourceSize> = sources.map(size).collect();
         let mut order = epoch_order(&sizes, self.steps.seed, index as u64, self.data.shuffle);
         if self.data.group_by_length {
             group_by_length(&mut order, |row| self.row_length(row), self.rows_per_step());
@@ -177,7 +179,7 @@ impl BatchSampler {
 
     /// Fills micro-batches with as many consecutive rows as the token budget allows, at least one, and appends empty
     /// micro-batches until every rank has the same number.
-    fn fill_by_tokens(&self, order: &[(usize, usize)]) -> Vec<Range<usize>> {
+    fn fill_by_tokens(&self, order: &[RowIndex]) -> Vec<Range<usize>> {
         let (mut all, mut first, mut tokens) = (Vec::new(), 0, 0);
         for (row, place) in order.iter().enumerate() {
             let length = self.row_length(place);

@@ -22,7 +22,7 @@ fn all(mut plan: BatchSampler) -> Vec<GlobalBatch> {
 }
 
 /// Returns the rows of every non-empty micro-batch, by step.
-fn learned(steps: &[GlobalBatch]) -> Vec<Vec<Vec<(usize, usize)>>> {
+fn learned(steps: &[GlobalBatch]) -> Vec<Vec<Vec<RowIndex>>> {
     let rows = |step: &GlobalBatch| {
         let batches = step.micro_batches.iter().filter(|rows| !rows.is_empty());
         batches.map(|rows| step.rows[rows.clone()].to_vec()).collect()
@@ -95,7 +95,7 @@ fn a_filled_micro_batch_keeps_its_budget_and_has_no_room_for_the_next_row() {
     let (last, others) = steps.split_last().unwrap();
     assert!(others.iter().all(|step| step.len() == 4) && last.len() <= 4);
     let batches: Vec<_> = steps.concat();
-    let tokens = |rows: &[(usize, usize)]| rows.iter().map(|&(source, row)| lengths[source][row]).sum::<usize>();
+    let tokens = |rows: &[RowIndex]| rows.iter().map(|index| lengths[index.source][index.row]).sum::<usize>();
     assert!(batches.iter().all(|rows| tokens(rows) <= budget));
     assert!(batches.windows(2).all(|pair| tokens(&pair[0]) + tokens(&pair[1][..1]) > budget));
     // A row longer than the budget is not left out, and a budget for a whole epoch makes it one step.

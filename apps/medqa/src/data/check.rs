@@ -2,13 +2,35 @@
 
 use super::{
     content::RowContent,
-    encode::EncodedRows,
+    encode::{EncodedRows, LengthLimit},
     reader::{Row, RowLocation, read_each_row},
 };
-use crate::{cli::CheckArgs, model};
+use crate::{
+    args::{ModelArgs, RowsArgs},
+    model,
+    recipe::OnTooLong,
+};
 use anyhow::{Result, bail};
 use burn_llama::{Example, Tokenizer};
-use std::{fmt::Write as _, io::IsTerminal};
+use clap::Args;
+use std::{fmt::Write as _, io::IsTerminal, path::PathBuf};
+
+/// Arguments of `data check`.
+#[derive(Args)]
+pub struct CheckArgs {
+    /// Data file to check
+    pub file: PathBuf,
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub rows: RowsArgs,
+    /// Maximum length of a row, in tokens
+    #[arg(long, default_value_t = 512)]
+    pub max_length: usize,
+    /// Treatment of longer rows
+    #[arg(long, default_value = "truncate")]
+    pub on_too_long: OnTooLong,
+}
 
 /// The largest number of mistakes to print.
 const MAX_SHOWN: usize = 10;
@@ -29,8 +51,9 @@ pub fn check(args: &CheckArgs) -> Result<()> {
     println!("{}: {total} rows, at most {} tokens each", args.file.display(), args.max_length);
     print!("{}", format_counts(&encoded, mistakes.len()));
     if let Some(example) = encoded.examples.first() {
-        let marks = if std::io::stdout().is_terminal() { ("\x1b[1;32m", "\x1b[0m") } else { ("[[", "]]") };
-        println!("\nfirst row, with the tokens to learn marked:\n{}", mark_learned(&tokenizer, example, marks)?);
+        let (open, close) = if std::io::stdout().is_terminal() { ("\x1b[1;32m", "\x1b[0m") } else { ("[[", "]]") };
+        let text = mark_learned(&tokenizer, example, open, close)?;
+        println!("\nfirst row, with the tokens to learn marked:\n{text}");
     }
     if !mistakes.is_empty() {
         println!("\nmistakes:");
@@ -50,11 +73,10 @@ fn encode_valid_rows(
     args: &CheckArgs,
 ) -> (EncodedRows, Vec<String>) {
     let (mut encoded, mut mistakes) = (EncodedRows::default(), Vec::new());
+    let limit = LengthLimit { max_length: args.max_length, on_too_long: args.on_too_long };
     for (place, content) in rows {
         let at = place.in_file(&args.file);
-        let added = content.and_then(|content| {
-            encoded.add_row(tokenizer, &Row { location: place, content }, (args.max_length, args.on_too_long))
-        });
+        let added = content.and_then(|content| encoded.add_row(tokenizer, &Row { location: place, content }, limit));
         mistakes.extend(added.err().map(|problem| format!("{at}: {problem:#}")));
     }
     (encoded, mistakes)
@@ -94,7 +116,7 @@ fn format_lengths(mut lengths: Vec<usize>) -> String {
 }
 
 /// Returns the text of an example, with the learned tokens between the marks `open` and `close`.
-pub fn mark_learned(tokenizer: &Tokenizer, example: &Example, (open, close): (&str, &str)) -> Result<String> {
+pub fn mark_learned(tokenizer: &Tokenizer, example: &Example, open: &str, close: &str) -> Result<String> {
     let (mut text, mut shown, mut from) = (String::new(), 0, 0);
     while from < example.ids.len() {
         let learned = example.loss_mask[from];

@@ -1,6 +1,6 @@
 //! Parsing one JSON row according to its format.
 
-use super::schema::{Columns, Format, Schema};
+use crate::schema::{Columns, Format, Schema};
 use anyhow::{Context, Result, bail};
 use burn_llama::Message;
 use serde_json::{Map, Value};
@@ -154,22 +154,30 @@ fn parse_alpaca(row: &MappedObject) -> Result<RowContent> {
 /// Parses an OpenAI row. A turn with `weight` 0 is not learned.
 fn parse_messages(row: &MappedObject) -> Result<RowContent> {
     row.reject_keys(&["tools", "functions"])?;
-    let role = |name: &str| ["system", "developer", "user", "assistant", "tool"].into_iter().find(|role| *role == name);
-    let expected = "system, developer, user, assistant or tool";
-    Ok(RowContent::Conversation(parse_turns(row, "messages", ("role", role), ("content", expected))?))
+    let keys = TurnKeys {
+        role: "role",
+        text: "content",
+        parse_role: |name| ["system", "developer", "user", "assistant", "tool"].into_iter().find(|role| *role == name),
+        expected_roles: "system, developer, user, assistant or tool",
+    };
+    Ok(RowContent::Conversation(parse_turns(row, "messages", &keys)?))
 }
 
 fn parse_sharegpt(row: &MappedObject) -> Result<RowContent> {
     row.reject_keys(&["tools"])?;
-    let role = |name: &str| match name {
-        "system" => Some("system"),
-        "human" | "user" => Some("user"),
-        "gpt" | "assistant" | "chatgpt" | "bing" | "bard" => Some("assistant"),
-        "observation" | "tool" => Some("tool"),
-        _ => None,
+    let keys = TurnKeys {
+        role: "from",
+        text: "value",
+        parse_role: |name| match name {
+            "system" => Some("system"),
+            "human" | "user" => Some("user"),
+            "gpt" | "assistant" | "chatgpt" | "bing" | "bard" => Some("assistant"),
+            "observation" | "tool" => Some("tool"),
+            _ => None,
+        },
+        expected_roles: "system, human, user, gpt, assistant, observation or tool",
     };
-    let expected = "system, human, user, gpt, assistant, observation or tool";
-    let mut turns = parse_turns(row, "conversations", ("from", role), ("value", expected))?;
+    let mut turns = parse_turns(row, "conversations", &keys)?;
     let system = row.string_or_empty("system")?;
     if !system.is_empty() && turns.first().is_none_or(|turn| turn.message.role != "system") {
         turns.insert(0, Turn { message: Message::new("system", system), learned: false });
@@ -177,19 +185,27 @@ fn parse_sharegpt(row: &MappedObject) -> Result<RowContent> {
     Ok(RowContent::Conversation(turns))
 }
 
-/// Parses the turns in the list `column`; each has its role under the key `from` and its text under the key `said`.
-fn parse_turns(
-    row: &MappedObject,
-    column: &str,
-    (from, role): (&str, fn(&str) -> Option<&'static str>),
-    (said, roles): (&str, &str),
-) -> Result<Vec<Turn>> {
+/// The keys of a turn, and the roles that it may have.
+struct TurnKeys {
+    /// Key of the role.
+    role: &'static str,
+    /// Key of the text.
+    text: &'static str,
+    /// Maps a role of the format to the role in the chat template.
+    parse_role: fn(&str) -> Option<&'static str>,
+    /// The format's roles, for error messages.
+    expected_roles: &'static str,
+}
+
+/// Parses the turns in the list `column`.
+fn parse_turns(row: &MappedObject, column: &str, keys: &TurnKeys) -> Result<Vec<Turn>> {
     let turn = |value: &Value| {
         let Value::Object(turn) = value else { bail!("expected an object, found {}", excerpt(value)) };
         let turn = MappedObject { row: turn, columns: row.columns };
         turn.reject_keys(&["tool_calls", "function_call"])?;
-        let name = turn.string(from)?;
-        let role = role(&name).ok_or_else(|| turn.unexpected(from, roles, &Value::String(name)))?;
+        let name = turn.string(keys.role)?;
+        let role = (keys.parse_role)(&name)
+            .ok_or_else(|| turn.unexpected(keys.role, keys.expected_roles, &Value::String(name)))?;
         let learned = match turn.get("weight") {
             None => true,
             Some(weight) => match weight.as_f64() {
@@ -197,7 +213,7 @@ fn parse_turns(
                 _ => bail!(turn.unexpected("weight", "0 or 1", weight)),
             },
         };
-        Ok(Turn { message: Message::new(role, turn_text(&turn, said)?), learned })
+        Ok(Turn { message: Message::new(role, turn_text(&turn, keys.text)?), learned })
     };
     let list = row.array(column)?.iter().enumerate();
     let turns = list.map(|(i, value)| turn(value).with_context(|| format!("turn {}", i + 1)));
@@ -205,12 +221,12 @@ fn parse_turns(
 }
 
 /// Returns the text of a turn, which is a string or a list of text parts.
-fn turn_text(turn: &MappedObject, said: &str) -> Result<String> {
-    let value = turn.required(said)?;
-    let Value::Array(parts) = value else { return turn.string(said) };
+fn turn_text(turn: &MappedObject, key: &str) -> Result<String> {
+    let value = turn.required(key)?;
+    let Value::Array(parts) = value else { return turn.string(key) };
     let part = |part: &Value| match (part["type"].as_str(), part["text"].as_str()) {
         (Some("text"), Some(text)) => Ok(text.to_owned()),
-        _ => Err(turn.unexpected(said, "a string, or a list of parts of the type text", part)),
+        _ => Err(turn.unexpected(key, "a string, or a list of parts of the type text", part)),
     };
     parts.iter().map(part).collect()
 }

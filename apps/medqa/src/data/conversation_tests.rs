@@ -83,7 +83,7 @@ fn learned(tokenizer: &Tokenizer, turns: &[Turn]) -> Vec<String> {
     let sent: Vec<_> =
         answers.map(|(i, _)| crate::model::apply_chat_template(tokenizer, &messages[..i]).unwrap()).collect();
     assert_eq!(starts, sent, "{turns:?}");
-    found.iter().map(|example| mark_learned(tokenizer, example, ("[[", "]]")).unwrap()).collect()
+    found.iter().map(|example| mark_learned(tokenizer, example, "[[", "]]").unwrap()).collect()
 }
 
 const LLAMA3: [&str; 4] = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"];

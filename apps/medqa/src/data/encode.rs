@@ -5,6 +5,15 @@ use crate::{model, recipe::OnTooLong};
 use anyhow::{Context, Result, bail};
 use burn_llama::{Example, Tokenizer};
 
+/// The maximum length of a row, and the treatment of longer ones.
+#[derive(Debug, Clone, Copy)]
+pub struct LengthLimit {
+    /// Maximum number of tokens.
+    pub max_length: usize,
+    /// Treatment of longer rows.
+    pub on_too_long: OnTooLong,
+}
+
 /// The examples of a file, and the number of rows that were truncated or left out.
 #[derive(Debug, Default)]
 pub struct EncodedRows {
@@ -25,9 +34,9 @@ pub fn encode_rows(
     max_length: usize,
     on_too_long: OnTooLong,
 ) -> Result<EncodedRows> {
-    let mut encoded = EncodedRows::default();
+    let (mut encoded, limit) = (EncodedRows::default(), LengthLimit { max_length, on_too_long });
     for row in rows {
-        encoded.add_row(tokenizer, row, (max_length, on_too_long)).with_context(|| row.location.to_string())?;
+        encoded.add_row(tokenizer, row, limit).with_context(|| row.location.to_string())?;
     }
     encoded.require_examples(max_length)?;
     Ok(encoded)
@@ -35,14 +44,13 @@ pub fn encode_rows(
 
 impl EncodedRows {
     /// Adds the examples of a row. A conversation with several examples is too long if one of them is.
-    pub fn add_row(
-        &mut self,
-        tokenizer: &Tokenizer,
-        row: &Row,
-        (longest, on_too_long): (usize, OnTooLong),
-    ) -> Result<()> {
+    ///
+    /// # Errors
+    /// If the row cannot be encoded, or is too long and the limit refuses it.
+    pub fn add_row(&mut self, tokenizer: &Tokenizer, row: &Row, limit: LengthLimit) -> Result<()> {
+        let LengthLimit { max_length, on_too_long } = limit;
         let mut examples = encode_row(tokenizer, &row.content)?;
-        if let Some(length) = examples.iter().map(|example| example.ids.len()).max().filter(|&n| n > longest) {
+        if let Some(length) = examples.iter().map(|example| example.ids.len()).max().filter(|&n| n > max_length) {
             match on_too_long {
                 OnTooLong::Truncate => self.truncated += 1,
                 OnTooLong::Drop => {
@@ -50,11 +58,11 @@ impl EncodedRows {
                     return Ok(());
                 }
                 OnTooLong::Error => bail!(
-                    "{length} tokens are more than `data.max_length` = {longest}; raise it or set `data.on_too_long` to \
+                    "{length} tokens are more than `data.max_length` = {max_length}; raise it or set `data.on_too_long` to \
                      \"truncate\" or \"drop\""
                 ),
             }
-            examples.iter_mut().for_each(|example| truncate(example, &row.content, longest));
+            examples.iter_mut().for_each(|example| truncate(example, &row.content, max_length));
         }
         examples.retain(|example| example.num_targets() > 0);
         self.without_target += usize::from(examples.is_empty());
@@ -71,15 +79,15 @@ impl EncodedRows {
     }
 }
 
-fn truncate(example: &mut Example, content: &RowContent, longest: usize) {
+fn truncate(example: &mut Example, content: &RowContent, max_length: usize) {
     if matches!(content, RowContent::PubMedQa { .. }) {
         let prompt = example.loss_mask.iter().take_while(|&&learned| !learned).count();
-        let over = example.ids.len().saturating_sub(longest).min(prompt);
+        let over = example.ids.len().saturating_sub(max_length).min(prompt);
         example.ids.drain(..over);
         example.loss_mask.drain(..over);
     }
-    example.ids.truncate(longest);
-    example.loss_mask.truncate(longest);
+    example.ids.truncate(max_length);
+    example.loss_mask.truncate(max_length);
 }
 
 /// Encodes a row without truncation.

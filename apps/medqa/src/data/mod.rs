@@ -7,11 +7,10 @@ mod conversation;
 mod encode;
 mod order;
 pub mod reader;
-pub mod schema;
 
 pub use batch_sampler::{BatchSampler, GlobalBatch};
 pub use content::{RowContent, pubmedqa_prompt};
 pub use conversation::answer_tokens;
-pub use encode::{EncodedRows, encode_row, encode_rows};
+pub use encode::{EncodedRows, LengthLimit, encode_row, encode_rows};
+pub use order::RowIndex;
 pub use reader::{Row, read_rows};
-pub use schema::{Columns, Format, Schema};

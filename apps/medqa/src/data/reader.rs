@@ -1,9 +1,7 @@
 //! Reading of data files: the location and the content of every row.
 
-use super::{
-    content::{self, RowContent},
-    schema::{Format, Schema},
-};
+use super::content::{self, RowContent};
+use crate::schema::{Format, Schema};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::Value;
 use std::{fmt, path::Path};

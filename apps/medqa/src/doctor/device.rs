@@ -35,11 +35,8 @@ impl<B: Kernels> CheckSubject<B> {
     /// Returns the results of the training on the tested device.
     fn training(&self) -> Result<&DeviceTraining> {
         get_or_try_init(&self.training, || {
-            train_adapter::<B>(
-                &self.model_args.model,
-                &self.device,
-                (&compute::test_sequence(self)?, self.adapter_dir.path()),
-            )
+            let ids = compute::test_sequence(self)?;
+            train_adapter::<B>(&self.model_args.model, &self.device, &ids, self.adapter_dir.path())
         })
     }
 
@@ -48,11 +45,8 @@ impl<B: Kernels> CheckSubject<B> {
     fn cpu_training(&self) -> Result<&DeviceTraining> {
         let folder = self.adapter_dir.path().join("reference");
         get_or_try_init(&self.cpu_training, || {
-            train_adapter::<Flex>(
-                &self.model_args.model,
-                &Default::default(),
-                (&compute::test_sequence(self)?, &folder),
-            )
+            let ids = compute::test_sequence(self)?;
+            train_adapter::<Flex>(&self.model_args.model, &Default::default(), &ids, &folder)
         })
     }
 }
@@ -69,11 +63,7 @@ fn get_or_try_init(
 }
 
 /// Trains LoRA on the tokens `ids` for five steps and saves the adapter to `directory`.
-fn train_adapter<B: Kernels>(
-    model: &str,
-    device: &B::Device,
-    (ids, directory): (&[u32], &Path),
-) -> Result<DeviceTraining> {
+fn train_adapter<B: Kernels>(model: &str, device: &B::Device, ids: &[u32], directory: &Path) -> Result<DeviceTraining> {
     let mut model = model::load_base::<Autodiff<B>>(model, DType::F32, device)?.model;
     let config =
         LoraConfig { target_modules: TargetModules::Pattern("all-linear".to_owned()), ..LoraConfig::default() };

@@ -5,17 +5,35 @@ mod device;
 mod text;
 
 use crate::{
+    args::{DeviceArgs, ModelArgs, RowsArgs},
     backend::{Device, with_backend},
-    cli::{DoctorArgs, ModelArgs},
     data::{self, Row, RowContent, content::Turn, reader::RowLocation},
     model::{self, LoadedModel},
 };
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{Message, kernel::Kernels};
+use clap::Args;
 use device::DeviceTraining;
-use std::cell::OnceCell;
+use std::{cell::OnceCell, path::PathBuf};
 use tempfile::TempDir;
+
+/// Arguments of `doctor`.
+#[derive(Args)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// Data file to check with; by default two short built-in rows
+    #[arg(long)]
+    pub data: Option<PathBuf>,
+    /// Skip the checks that train an adapter
+    #[arg(long)]
+    pub quick: bool,
+    #[command(flatten)]
+    pub rows: RowsArgs,
+}
 
 /// The largest number of rows to check.
 const MAX_ROWS: usize = 100;

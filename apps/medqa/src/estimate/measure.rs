@@ -1,10 +1,10 @@
 //! `estimate --measure`: runs two steps and prints the estimate beside the bytes counted in the second step and the
 //! measured memory of the process.
 
-use super::gib;
+use super::EstimateArgs;
 use crate::{
     backend::{Device, with_backend},
-    cli::EstimateArgs,
+    footprint::gib,
     model, process,
     recipe::{MethodKind, Recipe},
     train::{self, RunSizes, World, rss_anon_bytes, vm_hwm_bytes},
@@ -69,20 +69,20 @@ pub fn measure(args: &EstimateArgs) -> Result<()> {
 
 /// Builds the recipe that the arguments describe.
 fn recipe_from_args(args: &EstimateArgs) -> Result<Recipe> {
-    let kind = if args.method == MethodKind::Full { "full" } else { "lora" };
+    let kind = if args.method.method == MethodKind::Full { "full" } else { "lora" };
     let folder = std::env::temp_dir().join("medqa-states");
     let mut sets = vec![
         format!("model.path={}", toml::Value::String(args.model.clone())),
         "model.dtype=f32".to_owned(),
         "data.train=none".to_owned(),
         format!("method.kind={kind}"),
-        format!("method.r={}", args.r),
-        format!("parallel.zero_stage={}", args.zero_stage),
-        format!("parallel.offload_optimizer={}", args.offload_optimizer),
+        format!("method.r={}", args.method.r),
+        format!("parallel.zero_stage={}", args.measure.zero_stage),
+        format!("parallel.offload_optimizer={}", args.measure.offload_optimizer),
         format!("train.max_grad_norm={}", args.max_grad_norm),
     ];
-    if args.method != MethodKind::Full {
-        let names = match args.target_modules.as_slice() {
+    if args.method.method != MethodKind::Full {
+        let names = match args.method.target_modules.as_slice() {
             [one] => toml::Value::String(one.clone()),
             names => names.to_vec().into(),
         };
@@ -91,7 +91,7 @@ fn recipe_from_args(args: &EstimateArgs) -> Result<Recipe> {
     if args.recompute {
         sets.push("train.activation_checkpointing=full".to_owned());
     }
-    if args.offload_optimizer == "nvme" {
+    if args.measure.offload_optimizer == "nvme" {
         sets.push(format!("parallel.nvme_path={}", toml::Value::String(folder.display().to_string())));
     }
     Recipe::parse("", Path::new("--measure"), &sets)
@@ -138,7 +138,7 @@ fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator:
     let all = sampler.map_or(0, PeakMemorySampler::finish).saturating_sub(before);
     let states = counted_memory.total();
     let line = json!({
-        "rank": engine.rank(), "world": engine.world(), "zero_stage": args.zero_stage,
+        "rank": engine.rank(), "world": engine.world(), "zero_stage": args.measure.zero_stage,
         "weights": counted_memory.parameters + counted_memory.frozen, "gradients": counted_memory.gradients,
         "master": counted_memory.master, "moments": counted_memory.moments, "host": counted_memory.host,
         "live_gradients": peak.gradients, "buckets": peak.buckets, "gathered": peak.gathered,

@@ -8,15 +8,65 @@ mod qa_loss;
 pub use qa_loss::loss_sum;
 
 use crate::{
+    args::{DeviceArgs, ModelArgs, RowsArgs, WeightsArgs, parse_positive},
     backend::with_backend,
-    cli::{EvalArgs, EvalTask},
-    data::{Format, Row, Schema, read_rows},
+    data::{Row, read_rows},
     model::{self, LoadedModel},
+    schema::{Format, Schema},
     write,
 };
 use anyhow::{Context, Result};
 use burn_llama::kernel::Kernels;
+use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
+use std::{num::NonZeroUsize, path::PathBuf};
+
+/// Evaluation task.
+#[derive(Clone, Copy, ValueEnum)]
+pub enum EvalTask {
+    /// Mean loss over the answer tokens
+    QaLoss,
+    /// PubMedQA accuracy; the answer is the most likely of yes, no and maybe
+    Pubmedqa,
+}
+
+/// Arguments of `eval`.
+#[derive(Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub weights: WeightsArgs,
+    /// Evaluation task
+    #[arg(long)]
+    pub task: EvalTask,
+    /// Data file to evaluate on
+    #[arg(long)]
+    pub data: PathBuf,
+    #[command(flatten)]
+    pub rows: RowsArgs,
+    #[command(flatten)]
+    pub limits: EvalLimits,
+    /// Write the result as JSON to this file, for pubmedqa with every item
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+}
+
+/// Number and length of the rows of an evaluation, and of its batches.
+#[derive(Args)]
+pub struct EvalLimits {
+    /// Evaluate only this many rows, from the start of the file
+    #[arg(long, value_parser = parse_positive::<NonZeroUsize>)]
+    pub limit: Option<NonZeroUsize>,
+    /// Truncate rows to this many tokens; default: the model's maximum length
+    #[arg(long)]
+    pub max_length: Option<usize>,
+    /// Rows per forward pass, for qa-loss
+    #[arg(long, default_value = "4", value_parser = parse_positive::<NonZeroUsize>)]
+    pub batch_size: NonZeroUsize,
+}
 
 /// Runs the verb `eval`: prints the metrics on stdout and writes the full result to `--out`.
 pub fn eval(args: &EvalArgs) -> Result<()> {
@@ -25,7 +75,7 @@ pub fn eval(args: &EvalArgs) -> Result<()> {
         EvalTask::Pubmedqa => Schema { format: Format::PubMedQa, ..Schema::default() },
     };
     let mut rows = read_rows(&args.data, &schema)?;
-    rows.truncate(args.limit.map_or(usize::MAX, usize::from));
+    rows.truncate(args.limits.limit.map_or(usize::MAX, usize::from));
     let mut result = with_backend!(args.device.device.ensure_ready()?, |B, device| evaluate::<B>(args, device, &rows))?;
     if let Some(path) = &args.out {
         write::write_atomically(path, format!("{result:#}\n").as_bytes())?;

@@ -1,8 +1,10 @@
 //! PubMedQA by log-likelihood, like the task `pubmedqa` of lm-evaluation-harness.
 
-use super::metrics::{accuracy, macro_f1};
+use super::{
+    EvalArgs,
+    metrics::{accuracy, macro_f1},
+};
 use crate::{
-    cli::EvalArgs,
     data::{Row, RowContent, pubmedqa_prompt},
     model::LoadedModel,
 };
@@ -13,7 +15,7 @@ use serde_json::{Map, Value, json};
 const CHOICES: [&str; 3] = ["yes", "no", "maybe"];
 
 pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
-    let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
+    let longest = args.limits.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let (mut items, mut pairs) = (Map::new(), Vec::new());
     for row in rows {
         let RowContent::PubMedQa { question, contexts, decision } = &row.content else {

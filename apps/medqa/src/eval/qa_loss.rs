@@ -1,7 +1,7 @@
 //! The evaluation task `qa-loss`: the mean loss over the answer tokens.
 
+use super::EvalArgs;
 use crate::{
-    cli::EvalArgs,
     data::{Row, encode_rows},
     model::LoadedModel,
     recipe::OnTooLong,
@@ -31,9 +31,9 @@ pub fn loss_sum<B: Kernels>(
 }
 
 pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
-    let longest = args.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
+    let longest = args.limits.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let encoded = encode_rows(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
-    let (sum, targets) = loss_sum(&loaded.model, &encoded.examples, (args.batch_size.get(), true))?;
+    let (sum, targets) = loss_sum(&loaded.model, &encoded.examples, (args.limits.batch_size.get(), true))?;
     let loss = sum / targets as f64;
     Ok(json!({
         "task": "qa-loss", "rows": encoded.examples.len(), "loss": loss, "perplexity": loss.exp(),

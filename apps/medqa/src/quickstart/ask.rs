@@ -2,18 +2,40 @@
 
 use super::lessons::{Lesson, LessonKind, LessonSplit, parse_headings, parse_refusal};
 use crate::{
+    args::ModelArgs,
     backend::{Device, with_backend},
-    cli::ModelArgs,
     model::{self, apply_chat_template},
 };
 use anyhow::Result;
 use burn::tensor::DType;
 use burn_llama::{Generation, GenerationConfig, Message, Tokenizer, kernel::Kernels};
 
-/// The number of questions whose answers are printed: medical, other.
-const SHOWN: (usize, usize) = (2, 1);
-/// The number of further questions whose answers are only judged: medical, other.
-const JUDGED: (usize, usize) = (8, 4);
+/// Numbers of questions by kind.
+#[derive(Clone, Copy)]
+struct QuestionCounts {
+    medical: usize,
+    other: usize,
+}
+
+impl QuestionCounts {
+    const fn total(self) -> usize {
+        self.medical + self.other
+    }
+}
+
+/// The questions whose answers are printed.
+const SHOWN: QuestionCounts = QuestionCounts { medical: 2, other: 1 };
+/// The further questions whose answers are only judged.
+const JUDGED: QuestionCounts = QuestionCounts { medical: 8, other: 4 };
+
+/// A number of right answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Score {
+    /// Answers of the right form.
+    pub right: usize,
+    /// All judged answers.
+    pub total: usize,
+}
 
 /// The questions that are asked.
 pub struct Questions<'a> {
@@ -25,10 +47,10 @@ pub struct Questions<'a> {
 pub struct Answers {
     /// The answers to the questions that are printed.
     pub shown: Vec<String>,
-    /// The number of judged medical questions that were answered under the four headings, and of all of them.
-    pub format: (usize, usize),
-    /// The number of judged other questions that were declined, and of all of them.
-    pub refusals: (usize, usize),
+    /// The judged medical questions; an answer under the four headings is right.
+    pub format: Score,
+    /// The judged other questions; a refusal is right.
+    pub refusals: Score,
 }
 
 impl<'a> Questions<'a> {
@@ -36,16 +58,16 @@ impl<'a> Questions<'a> {
     pub fn select(lessons: &'a [Lesson]) -> Self {
         let unseen =
             |kind| lessons.iter().filter(move |lesson| (lesson.split, lesson.kind) == (LessonSplit::Unseen, kind));
-        let part = |(medical, other): (usize, usize), skip: (usize, usize)| {
-            let other = unseen(LessonKind::Other).skip(skip.1).take(other);
-            unseen(LessonKind::Medical).skip(skip.0).take(medical).chain(other).collect::<Vec<_>>()
+        let part = |count: QuestionCounts, skip: QuestionCounts| {
+            let other = unseen(LessonKind::Other).skip(skip.other).take(count.other);
+            unseen(LessonKind::Medical).skip(skip.medical).take(count.medical).chain(other).collect::<Vec<_>>()
         };
-        Self { lessons: [part(SHOWN, (0, 0)), part(JUDGED, SHOWN)].concat() }
+        Self { lessons: [part(SHOWN, QuestionCounts { medical: 0, other: 0 }), part(JUDGED, SHOWN)].concat() }
     }
 
     /// Returns the questions whose answers are printed.
     pub fn shown(&self) -> impl Iterator<Item = &str> {
-        self.lessons.iter().take(SHOWN.0 + SHOWN.1).map(|lesson| lesson.question.as_str())
+        self.lessons.iter().take(SHOWN.total()).map(|lesson| lesson.question.as_str())
     }
 
     /// Asks a model all questions in one batch, with greedy decoding.
@@ -77,11 +99,11 @@ impl<'a> Questions<'a> {
     }
 
     fn judge(&self, mut texts: Vec<String>) -> Answers {
-        let judged = texts.split_off(SHOWN.0 + SHOWN.1);
-        let pairs = || self.lessons.iter().skip(SHOWN.0 + SHOWN.1).zip(&judged);
+        let judged = texts.split_off(SHOWN.total());
+        let pairs = || self.lessons.iter().skip(SHOWN.total()).zip(&judged);
         let count = |kind, right: fn(&str) -> bool| {
             let texts: Vec<_> = pairs().filter(|(lesson, _)| lesson.kind == kind).map(|(_, text)| text).collect();
-            (texts.iter().filter(|text| right(text)).count(), texts.len())
+            Score { right: texts.iter().filter(|text| right(text)).count(), total: texts.len() }
         };
         Answers {
             format: count(LessonKind::Medical, |text| parse_headings(text).is_some()),
@@ -101,11 +123,12 @@ mod tests {
         let questions = Questions::select(&lessons);
         let right: Vec<_> = questions.lessons.iter().map(|lesson| lesson.answer.clone()).collect();
         let judged = questions.judge(right.clone());
-        assert_eq!((judged.format, judged.refusals), ((8, 8), (4, 4)));
+        let all = |total| Score { right: total, total };
+        assert_eq!((judged.format, judged.refusals), (all(8), all(4)));
         assert_eq!(judged.shown.len(), questions.shown().count());
         // A refusal is no answer to a medical question, nor four headings a refusal.
         let swapped: Vec<_> = right.into_iter().rev().collect();
         let judged = questions.judge(swapped);
-        assert!(judged.format.0 < 8 && judged.refusals.0 < 4, "{:?} {:?}", judged.format, judged.refusals);
+        assert!(judged.format.right < 8 && judged.refusals.right < 4, "{:?} {:?}", judged.format, judged.refusals);
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     data::{encode_rows, read_rows},
-    estimate::{count_lora_params, model_shape},
+    footprint::{count_lora_params, model_shape},
     method_adapter::lora_config,
     model,
     recipe::{Recipe, WeightDtype},

@@ -15,14 +15,14 @@ mod report;
 mod tiny;
 
 use crate::{
-    cli::{ModelArgs, QuickstartArgs},
+    args::{AdapterPath, DeviceArgs, ModelArgs, parse_positive},
     fetch,
-    method_adapter::AdapterPath,
     recipe::Recipe,
     train::{self, TrainOptions, World},
 };
 use anyhow::{Context, Result, bail};
 use ask::Questions;
+use clap::Args;
 use estimate::MemoryEstimate;
 use lessons::{Lesson, LessonKind, LessonSplit};
 use report::QuickstartReport;
@@ -32,6 +32,23 @@ use std::{
     path::{Path, PathBuf},
     time::Instant,
 };
+
+/// Arguments of `quickstart`.
+#[derive(Args)]
+pub struct QuickstartArgs {
+    /// Run directory, for everything that the run writes
+    #[arg(long, default_value = "runs/quickstart")]
+    pub dir: PathBuf,
+    /// Model as for `chat`, or `tiny`, a small model that is trained on the spot and needs no network; default:
+    /// smollm2-135m-instruct, or `tiny` if that cannot be fetched
+    #[arg(long)]
+    pub model: Option<String>,
+    /// Number of optimizer steps; fewer steps take less time and teach less
+    #[arg(long, value_parser = parse_positive::<NonZeroUsize>)]
+    pub steps: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
 
 /// The name of the model that is trained from scratch.
 const TINY: &str = "tiny";
@@ -72,13 +89,13 @@ pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
 /// Fetches or creates the model, and returns its name for a recipe.
 fn resolve_model(args: &QuickstartArgs, lessons: &[Lesson]) -> Result<String> {
     match args.model.as_deref() {
-        Some(TINY) => tiny::create(&args.dir, lessons, (args.steps, &args.device.device)),
+        Some(TINY) => tiny::create(&args.dir, lessons, args.steps, &args.device.device),
         Some(name) => fetch::resolve(name).map(|_| name.to_owned()),
         None => match fetch::resolve(fetch::SMOLLM2) {
             Ok(_) => Ok(fetch::SMOLLM2.to_owned()),
             Err(error) => {
                 eprintln!("{error:#}\nwarning: no model could be fetched; going on with `{TINY}`, made on the spot");
-                tiny::create(&args.dir, lessons, (args.steps, &args.device.device))
+                tiny::create(&args.dir, lessons, args.steps, &args.device.device)
             }
         },
     }
@@ -100,11 +117,11 @@ fn prepare_recipe(args: &QuickstartArgs, model: &str, lessons: &[Lesson]) -> Res
         true => ("tiny-lora.toml", include_str!("tiny-lora.toml")),
         false => ("lora.toml", include_str!("lora.toml")),
     };
-    fill_recipe(name, toml, (model, &data), args.steps.map(NonZeroUsize::get))
+    fill_recipe(name, toml, model, &data, args.steps.map(NonZeroUsize::get))
 }
 
 /// Parses an embedded recipe and fills in the model, the folder of rows and, if given, the number of steps.
-fn fill_recipe(name: &str, toml: &str, (model, data): (&str, &Path), steps: Option<usize>) -> Result<Recipe> {
+fn fill_recipe(name: &str, toml: &str, model: &str, data: &Path, steps: Option<usize>) -> Result<Recipe> {
     let sets: Vec<_> = steps.map(|steps| format!("train.max_steps={steps}")).into_iter().collect();
     let mut recipe = Recipe::parse(toml, Path::new(name), &sets)?;
     recipe.model.path = model.to_owned();

@@ -3,7 +3,7 @@
 use std::{fmt::Write, path::Path};
 
 use super::{
-    ask::{Answers, Questions},
+    ask::{Answers, Questions, Score},
     estimate::{MemoryEstimate, format_mib},
 };
 use crate::train::Summary;
@@ -40,7 +40,7 @@ impl QuickstartReport<'_> {
 
     fn metrics_table(&self) -> String {
         let Self { before, after, summary, .. } = self;
-        let of = |(found, all): (usize, usize)| format!("{found} of {all}");
+        let of = |score: Score| format!("{} of {}", score.right, score.total);
         let loss = |loss: Option<f64>| loss.map_or("not measured".to_owned(), |loss| format!("{loss:.3}"));
         let row = |name: &str, before: String, after: String| format!("{name:<28}{before:>14}{after:>14}\n");
         let mut text = row("", "before".into(), "after".into());

@@ -43,11 +43,7 @@ const RECIPE: &str = include_str!("tiny.toml");
 /// Creates the model in the run directory `directory` and returns its path: `tiny-untrained/` has random weights,
 /// `tiny-training/` is the run that trains them, `tiny/` the result. If `steps` of fine-tuning are given, its training
 /// steps are in proportion.
-pub fn create(
-    directory: &Path,
-    lessons: &[Lesson],
-    (steps, device): (Option<NonZeroUsize>, &Device),
-) -> Result<String> {
+pub fn create(directory: &Path, lessons: &[Lesson], steps: Option<NonZeroUsize>, device: &Device) -> Result<String> {
     eprintln!("making `{TINY}`: a small model, trained from scratch on the lessons; it will only parrot them");
     let (untrained, training) = (directory.join("tiny-untrained"), directory.join("tiny-training"));
     for folder in [&untrained, &training] {
@@ -63,7 +59,7 @@ pub fn create(
     let config = LlamaConfig::from_json(config())?;
     with_backend!(Device::default(), |B, device| checkpoint::save(&config.init::<B>(1, device), &untrained))?;
     let steps = steps.map(|steps| steps.get().saturating_mul(STEPS_PER_STEP));
-    let recipe = fill_recipe("tiny.toml", RECIPE, (utf8_path(&untrained)?, &training), steps)?;
+    let recipe = fill_recipe("tiny.toml", RECIPE, utf8_path(&untrained)?, &training, steps)?;
     train::run(
         recipe,
         &TrainOptions { directory: training.clone(), device: device.clone(), ..TrainOptions::default() },

@@ -3,10 +3,10 @@
 use std::fmt::Display;
 
 use super::{
-    DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OptimizerConfig, ParallelConfig, Recipe,
-    StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule, loss_scaler,
+    AdapterTargets, DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OptimizerConfig,
+    ParallelConfig, Recipe, StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule, loss_scaler,
 };
-use crate::data::Schema;
+use crate::schema::Schema;
 use burn_peft::config::InitLoraWeights;
 use burn_zero::{OffloadDevice, ZeroStage};
 
@@ -66,31 +66,9 @@ fn method(method: &MethodConfig, dtype: Option<WeightDtype>) -> Result<(), Inval
     }
     ensure("method.alpha", lora.alpha > 0.0 && lora.alpha.is_finite(), "a number above 0", lora.alpha)?;
     ensure("method.dropout", (0.0..1.0).contains(&common.dropout), "a probability in [0, 1)", common.dropout)?;
-    for (key, modules) in [
-        ("method.target_modules", &targets.target_modules),
-        ("method.exclude_modules", &targets.exclude_modules),
-        ("method.feedforward_modules", &targets.feedforward_modules),
-    ] {
-        let names = match modules {
-            Some(TargetModules::Names(names)) => names.as_slice(),
-            Some(TargetModules::Pattern(pattern)) => std::slice::from_ref(pattern),
-            None => continue,
-        };
-        let named = !names.is_empty() && names.iter().all(|name| !name.trim().is_empty());
-        ensure(key, named, "at least one module's name, and none empty", format!("{names:?}"))?;
-    }
     let found = serde_json::to_string(&common.kind).unwrap_or_default();
     let found = found.trim_matches('"');
-    let factors = targets.feedforward_modules.is_none() || common.kind == MethodKind::Ia3;
-    ensure("method.feedforward_modules", factors, "`method.kind` to be \"ia3\"", found)?;
-    if let (Some(TargetModules::Names(all)), Some(TargetModules::Names(some))) =
-        (&targets.target_modules, &targets.feedforward_modules)
-    {
-        let within_all = some.iter().all(|name| all.contains(name));
-        ensure("method.feedforward_modules", within_all, "some of `method.target_modules`", format!("{some:?}"))?;
-    }
-    let blocks = targets.layers_pattern.is_none() || targets.layers_to_transform.is_some();
-    ensure("method.layers_pattern", blocks, "`method.layers_to_transform` to be given too", "none")?;
+    adapter_targets(targets, common.kind, found)?;
     if let Some(init) = &common.init {
         ensure_given("method.init", init, "an adapter's directory")?;
         let adapter = !matches!(common.kind, MethodKind::Full | MethodKind::Freeze);
@@ -107,6 +85,32 @@ fn method(method: &MethodConfig, dtype: Option<WeightDtype>) -> Result<(), Inval
     let floats = !dtype.is_some_and(WeightDtype::is_packed) || learns;
     ensure("model.dtype", floats, "f32, f16 or bf16, because quantized weights cannot be trained", "quantized blocks")?;
     virtual_tokens(tokens, common.kind, found)
+}
+
+fn adapter_targets(targets: &AdapterTargets, kind: MethodKind, found: &str) -> Result<(), InvalidValue> {
+    for (key, modules) in [
+        ("method.target_modules", &targets.target_modules),
+        ("method.exclude_modules", &targets.exclude_modules),
+        ("method.feedforward_modules", &targets.feedforward_modules),
+    ] {
+        let names = match modules {
+            Some(TargetModules::Names(names)) => names.as_slice(),
+            Some(TargetModules::Pattern(pattern)) => std::slice::from_ref(pattern),
+            None => continue,
+        };
+        let named = !names.is_empty() && names.iter().all(|name| !name.trim().is_empty());
+        ensure(key, named, "at least one module's name, and none empty", format!("{names:?}"))?;
+    }
+    let factors = targets.feedforward_modules.is_none() || kind == MethodKind::Ia3;
+    ensure("method.feedforward_modules", factors, "`method.kind` to be \"ia3\"", found)?;
+    if let (Some(TargetModules::Names(all)), Some(TargetModules::Names(some))) =
+        (&targets.target_modules, &targets.feedforward_modules)
+    {
+        let within_all = some.iter().all(|name| all.contains(name));
+        ensure("method.feedforward_modules", within_all, "some of `method.target_modules`", format!("{some:?}"))?;
+    }
+    let blocks = targets.layers_pattern.is_none() || targets.layers_to_transform.is_some();
+    ensure("method.layers_pattern", blocks, "`method.layers_to_transform` to be given too", "none")
 }
 
 /// Checks LoftQ's keys. LoftQ starts from the quantization error, so the weights have to be quantized here.
@@ -215,7 +219,7 @@ fn schedule(schedule: &LrScheduleConfig) -> Result<(), InvalidValue> {
         loss_scaler(Some(block)).map_err(|error| ("train.fp16", error.to_string()))?;
     }
     let Some(block) = &schedule.deepspeed_scheduler else { return Ok(()) };
-    deepspeed_schedule(block, 1.0, (1, 1)).map(drop).map_err(|error| ("train.deepspeed_scheduler", error.to_string()))
+    deepspeed_schedule(block, 1.0, 1, 1).map(drop).map_err(|error| ("train.deepspeed_scheduler", error.to_string()))
 }
 
 fn parallel(parallel: &ParallelConfig) -> Result<(), InvalidValue> {

@@ -290,10 +290,11 @@ pub fn loss_scaler(block: Option<&toml::Table>) -> Result<LossScaler, ConfigErro
 
 /// Returns DeepSpeed's learning rate schedule by its `scheduler` block, for a run of `total` steps with `warmup` steps
 /// of warmup.
-pub fn schedule(
+pub fn deepspeed_schedule(
     block: &toml::Table,
     learning_rate: f64,
-    (warmup, total): (usize, usize),
+    warmup: usize,
+    total: usize,
 ) -> Result<burn_zero::lr_schedule::DeepSpeedLrSchedule, ConfigError> {
     let text = json!({ "train_micro_batch_size_per_gpu": 1, "scheduler": block }).to_string();
     let auto = AutoValues {

@@ -1,8 +1,8 @@
 //! The table `[method]`: one flat table in the file, four small structs in the program.
 
-use super::value::{TargetModules, TrainableLayers};
+use super::value::{TargetModules, TrainableLayers, describe};
 use burn_peft::config::{Bias, InitLoraWeights, OneOrMany};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de::Error};
 use serde_json::{Map, Value};
 
 /// The table `[method]`.
@@ -40,7 +40,7 @@ pub struct CommonMethodConfig {
 }
 
 /// The fine-tuning method.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum MethodKind {
     /// Low-rank adapters beside frozen weights.
@@ -48,6 +48,7 @@ pub enum MethodKind {
     Lora,
     /// LoRA on weights that stay quantized: a GGUF file's blocks, or nf4.
     #[serde(rename = "qlora")]
+    #[value(name = "qlora")]
     QLora,
     /// LoRA with the magnitude and the direction of the weights trained separately.
     Dora,
@@ -139,10 +140,10 @@ pub struct AdapterTargets {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclude_modules: Option<TargetModules>,
     /// The indices of the blocks that get adapters; by default all.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "deserialize_indices")]
     pub layers_to_transform: Option<OneOrMany<usize>>,
     /// The names of the lists of blocks, if `layers_to_transform` alone is ambiguous: one or several.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "deserialize_names")]
     pub layers_pattern: Option<OneOrMany<String>>,
     /// For `ia3`: the modules of `target_modules` whose inputs are scaled instead of their outputs; by default
     /// `down_proj`.
@@ -153,6 +154,24 @@ pub struct AdapterTargets {
     /// The modules of the model that are trained in full, such as `"lm_head"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub modules_to_save: Option<Vec<String>>,
+}
+
+fn deserialize_indices<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<OneOrMany<usize>>, D::Error> {
+    deserialize_one_or_many(deserializer, "a block's index, 0 or more, or a list of indices")
+}
+
+fn deserialize_names<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<OneOrMany<String>>, D::Error> {
+    deserialize_one_or_many(deserializer, "a name, or a list of names")
+}
+
+/// Reads one value or a list; serde's own error would only name the type.
+fn deserialize_one_or_many<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
+    deserializer: D,
+    expected: &str,
+) -> Result<Option<OneOrMany<T>>, D::Error> {
+    let value = toml::Value::deserialize(deserializer)?;
+    let found = describe(&value);
+    OneOrMany::deserialize(value).map(Some).map_err(|_| D::Error::custom(format!("expected {expected}, found {found}")))
 }
 
 /// The virtual tokens of prompt tuning, P-tuning and P-tuning v2.

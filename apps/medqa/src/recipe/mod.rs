@@ -17,19 +17,49 @@ mod tables;
 mod train;
 mod value;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use crate::fetch;
+use read::ParsedRecipe;
 
-pub use external_config::{loss_scaler, schedule as deepspeed_schedule};
+pub use external_config::{deepspeed_schedule, loss_scaler};
 pub use method::{AdapterTargets, CommonMethodConfig, LoraOptions, MethodConfig, MethodKind, VirtualTokens};
 pub use parallel::{OffloadConfig, ParallelConfig, ParallelFiles, ShardingConfig};
 pub use tables::{ComputeDtype, DataConfig, ModelConfig, OnTooLong, WeightDtype};
 pub use train::{EvalSaveConfig, LrScheduleConfig, OptimizerConfig, ReportTo, StepsConfig, TrainConfig};
-pub use value::{Packing, TargetModules, TrainableLayers};
+pub use value::{DatasetSource, Packing, TargetModules, TrainableLayers};
+
+/// The text of a recipe, in TOML.
+#[derive(Debug)]
+pub struct RecipeText {
+    pub text: String,
+    /// The file that it came from, or other words for its origin; error messages begin with it.
+    pub origin: PathBuf,
+}
+
+impl RecipeText {
+    /// Reads a recipe file.
+    ///
+    /// # Errors
+    /// One line that names the file.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()))?;
+        Ok(Self { text, origin: path.to_owned() })
+    }
+}
+
+/// A valid recipe, and notes for its user.
+#[derive(Debug)]
+pub struct LoadedRecipe {
+    /// The recipe, with every default filled in.
+    pub recipe: Recipe,
+    /// One line for each key of a ds_config or Accelerate file that is not honoured.
+    pub notes: Vec<String>,
+}
 
 /// One training run.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -48,22 +78,22 @@ pub struct Recipe {
 }
 
 impl Recipe {
-    /// Reads the recipe at `path` for a run of `world` ranks; each of `sets` is a `table.key=value` that overrides it.
-    /// A ds_config or Accelerate file that it names is merged into the recipe; the second return value lists the keys
-    /// of that file that are not honoured.
+    /// Loads a recipe for a run of `world` ranks; each of `sets` is a `table.key=value` that overrides it. A ds_config
+    /// or Accelerate file that it names is merged into the recipe.
     ///
     /// # Errors
-    /// One line that names the file (or `--set`), the key, what was expected and what was found.
-    pub fn load(path: &Path, sets: &[String], world: u64) -> Result<(Self, Vec<String>)> {
-        let text =
-            std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()))?;
-        let (recipe, origin, notes) = read::read(&text, path, sets, Some(world))?;
-        Ok((recipe.validated(&origin)?, notes))
+    /// One line that names the origin of the text (or `--set`), the key, what was expected and what was found.
+    pub fn load(text: &RecipeText, sets: &[String], world: u64) -> Result<LoadedRecipe> {
+        let ParsedRecipe { recipe, origin, notes } = read::read(&text.text, &text.origin, sets, Some(world))?;
+        Ok(LoadedRecipe { recipe: recipe.validated(&origin)?, notes })
     }
 
     /// Parses a recipe from `text`, which came from `path`. A ds_config or Accelerate file that it names is not read.
+    ///
+    /// # Errors
+    /// One line that names `path` (or `--set`), the key, what was expected and what was found.
     pub fn parse(text: &str, path: &Path, sets: &[String]) -> Result<Self> {
-        let (recipe, origin, _) = read::read(text, path, sets, None)?;
+        let ParsedRecipe { recipe, origin, .. } = read::read(text, path, sets, None)?;
         recipe.validated(&origin)
     }
 

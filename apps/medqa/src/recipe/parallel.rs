@@ -25,7 +25,7 @@ pub struct ParallelConfig {
 pub struct ShardingConfig {
     /// The ZeRO stage, which tells what is sharded among the ranks that `mpirun` starts: nothing (0), optimizer states
     /// (1), gradients too (2), weights too (3); or FSDP's `NO_SHARD`, `SHARD_GRAD_OP`, `FULL_SHARD`.
-    #[serde(deserialize_with = "stage")]
+    #[serde(deserialize_with = "deserialize_stage")]
     pub zero_stage: ZeroStage,
     /// The bucket size: the number of values that are reduced or gathered at a time.
     pub bucket_size: usize,
@@ -67,7 +67,7 @@ impl Default for ShardingConfig {
     }
 }
 
-fn stage<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ZeroStage, D::Error> {
+fn deserialize_stage<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ZeroStage, D::Error> {
     let expected = "0, 1, 2, 3, \"NO_SHARD\", \"SHARD_GRAD_OP\" or \"FULL_SHARD\"";
     parse_stage(&toml::Value::deserialize(deserializer)?)
         .ok_or_else(|| D::Error::custom(format!("expected {expected}")))

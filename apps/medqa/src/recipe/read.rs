@@ -91,9 +91,21 @@ fn fsdp_stage_number(name: &str) -> Option<u8> {
     parse_stage(&Value::String(name.to_owned())).map(u8::from)
 }
 
+/// A recipe whose values have the right types and are not checked yet.
+pub struct ParsedRecipe {
+    pub recipe: Recipe,
+    /// The origin of each value, for error messages.
+    pub origin: Origin,
+    /// One line for each setting of a ds_config or Accelerate file that has no effect.
+    pub notes: Vec<String>,
+}
+
 /// Reads `text`, overridden by `sets`. Given the number of ranks, it also merges the ds_config or Accelerate file that
-/// the recipe names; the third return value lists the settings of that file that have no effect.
-pub fn read(text: &str, file: &Path, sets: &[String], world: Option<u64>) -> Result<(Recipe, Origin, Vec<String>)> {
+/// the recipe names.
+///
+/// # Errors
+/// One line that names the file (or `--set`), the key, what was expected and what was found.
+pub fn read(text: &str, file: &Path, sets: &[String], world: Option<u64>) -> Result<ParsedRecipe> {
     let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
         let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
         let (line, message) = (before.matches('\n').count() + 1, error.message().replace('\n', ", "));
@@ -104,65 +116,88 @@ pub fn read(text: &str, file: &Path, sets: &[String], world: Option<u64>) -> Res
         let key = apply_override(&mut table, set)?;
         origin.sets.insert(key);
     }
-    let tables = tables();
-    if let Some(name) = table.keys().find(|name| !tables.iter().any(|(known, _)| known == name)) {
+    let known = RecipeKeys::new();
+    if let Some(name) = table.keys().find(|name| !known.tables().iter().any(|known| known.name == *name)) {
         return Err(origin.error(name, &unknown_key_message(name)));
     }
-    let recipe = sections(&table, &origin)?;
+    let recipe = sections(&table, &known, &origin)?;
     let foreign = world.map(|world| external_config::read(&recipe, world)).transpose()?.flatten();
-    let Some(foreign) = foreign else { return Ok((recipe, origin, Vec::new())) };
+    let Some(foreign) = foreign else { return Ok(ParsedRecipe { recipe, origin, notes: Vec::new() }) };
     origin.merge(&mut table, &foreign)?;
-    let recipe = sections(&table, &origin)?;
+    let recipe = sections(&table, &known, &origin)?;
     let notes = foreign.notes.iter().map(|note| format!("{}: {note}", foreign.file)).collect();
-    Ok((recipe, origin, notes))
+    Ok(ParsedRecipe { recipe, origin, notes })
 }
 
-fn sections(table: &Table, origin: &Origin) -> Result<Recipe> {
-    let tables = tables();
+fn sections(table: &Table, known: &RecipeKeys, origin: &Origin) -> Result<Recipe> {
     Ok(Recipe {
-        model: section(table, &tables[0], origin)?,
-        data: section(table, &tables[1], origin)?,
-        method: section(table, &tables[2], origin)?,
-        train: section(table, &tables[3], origin)?,
-        parallel: section(table, &tables[4], origin)?,
+        model: section(table, &known.model, origin)?,
+        data: section(table, &known.data, origin)?,
+        method: section(table, &known.method, origin)?,
+        train: section(table, &known.train, origin)?,
+        parallel: section(table, &known.parallel, origin)?,
     })
 }
 
-/// Returns every table and its keys.
-fn tables() -> [(&'static str, Vec<&'static str>); 5] {
-    let train = [
-        field_names::<StepsConfig>(),
-        field_names::<OptimizerConfig>(),
-        field_names::<LrScheduleConfig>(),
-        field_names::<EvalSaveConfig>(),
-    ]
-    .concat();
-    let method = [
-        field_names::<CommonMethodConfig>(),
-        field_names::<LoraOptions>(),
-        field_names::<AdapterTargets>(),
-        field_names::<VirtualTokens>(),
-    ]
-    .concat();
-    let parallel =
-        [field_names::<ShardingConfig>(), field_names::<OffloadConfig>(), field_names::<ParallelFiles>()].concat();
-    // The tables themselves only flatten these structs; a field of their own would be missed here.
-    debug_assert!(
-        field_names::<TrainConfig>().is_empty()
-            && field_names::<MethodConfig>().is_empty()
-            && field_names::<ParallelConfig>().is_empty()
-    );
-    [
-        ("model", field_names::<ModelConfig>().to_vec()),
-        ("data", field_names::<DataConfig>().to_vec()),
-        ("method", method),
-        ("train", train),
-        ("parallel", parallel),
-    ]
+/// A table of a recipe file.
+struct TableKeys {
+    name: &'static str,
+    keys: Vec<&'static str>,
 }
 
-fn section<T: DeserializeOwned>(table: &Table, known: &(&str, Vec<&str>), origin: &Origin) -> Result<T> {
-    let (name, keys) = known;
+/// All tables of a recipe file.
+struct RecipeKeys {
+    model: TableKeys,
+    data: TableKeys,
+    method: TableKeys,
+    train: TableKeys,
+    parallel: TableKeys,
+}
+
+impl RecipeKeys {
+    fn new() -> Self {
+        // The tables themselves only flatten these structs; a field of their own would be missed here.
+        debug_assert!(
+            field_names::<TrainConfig>().is_empty()
+                && field_names::<MethodConfig>().is_empty()
+                && field_names::<ParallelConfig>().is_empty()
+        );
+        let table = |name, parts: &[&[&'static str]]| TableKeys { name, keys: parts.concat() };
+        Self {
+            model: table("model", &[field_names::<ModelConfig>()]),
+            data: table("data", &[field_names::<DataConfig>()]),
+            method: table(
+                "method",
+                &[
+                    field_names::<CommonMethodConfig>(),
+                    field_names::<LoraOptions>(),
+                    field_names::<AdapterTargets>(),
+                    field_names::<VirtualTokens>(),
+                ],
+            ),
+            train: table(
+                "train",
+                &[
+                    field_names::<StepsConfig>(),
+                    field_names::<OptimizerConfig>(),
+                    field_names::<LrScheduleConfig>(),
+                    field_names::<EvalSaveConfig>(),
+                ],
+            ),
+            parallel: table(
+                "parallel",
+                &[field_names::<ShardingConfig>(), field_names::<OffloadConfig>(), field_names::<ParallelFiles>()],
+            ),
+        }
+    }
+
+    fn tables(&self) -> [&TableKeys; 5] {
+        [&self.model, &self.data, &self.method, &self.train, &self.parallel]
+    }
+}
+
+fn section<T: DeserializeOwned>(table: &Table, known: &TableKeys, origin: &Origin) -> Result<T> {
+    let TableKeys { name, keys } = known;
     let found = match table.get(*name) {
         Some(Value::Table(found)) => found.clone(),
         Some(other) => bail!(origin.error(name, &format!("expected a table [{name}], found {}", other.type_str()))),
@@ -216,17 +251,22 @@ fn nearest_key(path: &str) -> String {
         // The whole path breaks ties.
         parts + 0.1 * strsim::normalized_damerau_levenshtein(path, known)
     };
-    let tables = tables();
+    let known = RecipeKeys::new();
     // A word without a point may also be meant as the name of a table.
-    let names = tables.iter().map(|(name, _)| name.to_string()).filter(|_| !path.contains('.'));
-    let keys = tables.iter().flat_map(|(name, keys)| keys.iter().map(move |key| format!("{name}.{key}")));
+    let names = known.tables().into_iter().map(|table| table.name.to_owned()).filter(|_| !path.contains('.'));
+    let keys =
+        known.tables().into_iter().flat_map(|table| table.keys.iter().map(|key| format!("{}.{key}", table.name)));
     names.chain(keys).max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default()
 }
 
-/// Rewrites serde's `invalid type: F, expected E` in terms that the author of the recipe knows.
+/// Rewrites serde's `invalid type: F, expected E` and the like in terms that the author of the recipe knows.
 fn readable_message(message: &str) -> String {
     let message = message.trim_end();
-    let starts = ["invalid type: ", "invalid value: ", "invalid "];
+    // A table in place of a name, as toml reports it.
+    if let Some((start, _)) = message.split_once("wanted exactly 1 element") {
+        return format!("{start}expected a string, found a table");
+    }
+    let starts = ["invalid type: ", "invalid value: ", "invalid ", "unknown variant "];
     let Some((start, rest)) = starts.iter().find_map(|start| message.split_once(start)) else {
         return message.to_string();
     };
@@ -235,7 +275,16 @@ fn readable_message(message: &str) -> String {
         "usize" | "u64" => "a whole number, 0 or more",
         "f64" => "a number",
         "a boolean" => "true or false",
+        "string or map" | "string only" | "map with a single key" => "a string",
+        "a map" => "a table",
+        "a sequence" => "a list",
         "an array of length 2" | "2 elements in sequence" => "a list of 2 numbers",
+        other => other,
+    };
+    let found = match found {
+        "map" => "a table",
+        "sequence" => "a list",
+        "unit variant" => "another kind of value",
         other => other,
     };
     format!("{start}expected {expected}, found {found}")

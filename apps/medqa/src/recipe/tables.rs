@@ -5,8 +5,8 @@ use burn_llama::Storage;
 use burn_peft::MatmulPrecision;
 use serde::{Deserialize, Serialize};
 
-use super::value::{DatasetSource, Packing, sources};
-use crate::data::{Columns, Format, Schema};
+use super::value::{DatasetSource, Packing, deserialize_sources};
+use crate::schema::{Columns, Format, Schema};
 
 /// The table `[model]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -111,7 +111,7 @@ pub struct DataConfig {
     #[serde(skip_serializing_if = "Columns::is_empty")]
     pub columns: Columns,
     /// The files of training rows: a path, or a list of `{ path, format, columns, weight }`.
-    #[serde(deserialize_with = "sources")]
+    #[serde(deserialize_with = "deserialize_sources")]
     pub train: Vec<DatasetSource>,
 }
 

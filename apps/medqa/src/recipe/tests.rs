@@ -1,6 +1,7 @@
 use super::value::Warmup;
 use super::*;
-use crate::data::Format;
+use crate::schema::Format;
+use clap::ValueEnum;
 
 const LEAST: &str = "[model]\npath = \"m.gguf\"\n[data]\ntrain = \"t.jsonl\"\n";
 
@@ -113,19 +114,27 @@ fn wrong_types_name_key_expected_and_found() {
         ("train.warmup=-1", "found integer `-1`"),
         ("train.activation_checkpointing=half", "`train.activation_checkpointing`: expected \"none\", \"full\""),
         ("train.activation_checkpointing=0", "found integer `0`"),
-        ("train.scheduler=step", "unknown variant `step`, expected one of `constant`"),
+        ("train.scheduler=step", "`train.scheduler`: expected one of `constant`, `linear`"),
         ("data.shuffle=1", "expected true or false, found integer `1`"),
         ("data.group_by_length=1", "expected true or false, found integer `1`"),
         ("data.packing=full", "`data.packing`: expected true, false or \"fill\", found string \"full\""),
         ("data.packing=1", "`data.packing`: expected true, false or \"fill\", found integer `1`"),
         ("data.train=3", "`data.train`: expected a path, or a list"),
-        ("data.train={path = 'x'}", "a path, or a list of { path, format, columns, weight }, found map"),
-        ("data.train=[{path = 3}]", "item 1: "),
+        ("data.train={path = 'x'}", "a path, or a list of { path, format, columns, weight }, found a table"),
+        ("data.train=[3]", "item 1: expected a path, or { path, format, columns, weight }, found integer `3`"),
+        ("data.train=[{path = 3}]", "item 1: `path`: expected a string, found integer `3`"),
+        (
+            "data.train=['x', {path = 'y', format = 3}]",
+            "item 2: `format`: expected a string, found another kind of value",
+        ),
         ("data.train=[{weight = 3}]", "item 1: missing field `path`"),
-        ("data.format=csv", "unknown variant `csv`, expected one of `qa`, `pubmedqa`, `alpaca`"),
-        ("data.columns=prompt", "`data.columns`: expected a map, found string \"prompt\""),
+        (
+            "data.format=csv",
+            "`data.format`: expected one of `qa`, `pubmedqa`, `alpaca`, `messages`, `sharegpt`, found `csv`",
+        ),
+        ("data.columns=prompt", "`data.columns`: expected a table, found string \"prompt\""),
         ("data.columns={question = 1}", "`data.columns`: expected a string, found integer `1`"),
-        ("data.train=[{path = 'x', columns = 3}]", "item 1: "),
+        ("data.train=[{path = 'x', columns = 3}]", "item 1: `columns`: expected a table, found integer `3`"),
         (
             "method.layers=half",
             "`method.layers`: expected a number of blocks, or { count, extra_modules }, found string",
@@ -133,7 +142,15 @@ fn wrong_types_name_key_expected_and_found() {
         ("method.layers={last = 2}", "`method.layers`: unknown field `last`, expected `count` or `extra_modules`"),
         ("method.target_modules=[1]", "`method.target_modules`: expected a string, found integer `1`"),
         ("method.target_modules=1", "expected a list of module names, or one string"),
-        ("model.dtype=int8", "unknown variant `int8`"),
+        ("model.dtype=int8", "`nf4`, found `int8`"),
+        ("model.dtype={}", "`model.dtype`: expected a string, found a table"),
+        ("method.kind=3", "`method.kind`: expected a string, found integer `3`"),
+        ("method.modules_to_save=norm", "`method.modules_to_save`: expected a list, found string \"norm\""),
+        (
+            "method.layers_to_transform=last",
+            "expected a block's index, 0 or more, or a list of indices, found string \"last\"",
+        ),
+        ("method.layers_pattern=[1]", "`method.layers_pattern`: expected a name, or a list of names, found a list"),
         ("model.path=7", "expected a string, found integer `7`"),
     ] {
         let error = refusal(LEAST, &[set]);
@@ -259,6 +276,14 @@ fn freeze_learns_the_last_two_blocks_unless_it_is_told() {
     let recipe = parse(LEAST, &["method.kind=freeze"]).unwrap();
     assert_eq!(recipe.train.optimizer.learning_rate, Some(2e-5));
     assert_eq!(parse(LEAST, &[]).unwrap().method.common.layers, None);
+}
+
+#[test]
+fn a_method_has_one_name_in_recipes_and_on_the_command_line() {
+    for kind in MethodKind::value_variants() {
+        let option = kind.to_possible_value().unwrap();
+        assert_eq!(serde_json::to_value(kind).unwrap().as_str(), Some(option.get_name()));
+    }
 }
 
 #[test]

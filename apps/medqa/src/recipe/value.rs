@@ -5,7 +5,7 @@ use std::fmt;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Serialize, Serializer};
 
-use crate::data::{Columns, Format};
+use crate::schema::{Columns, Format};
 
 /// A file of training rows.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,23 +20,55 @@ pub struct DatasetSource {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub columns: Option<Columns>,
     /// The mean number of times that a row is seen per epoch.
-    #[serde(default = "once")]
+    #[serde(default = "default_weight")]
     pub weight: f64,
 }
 
-fn once() -> f64 {
+fn default_weight() -> f64 {
     1.0
 }
 
 impl DatasetSource {
     /// Creates a source of weight 1 in the format of `[data]`.
     fn from_path(path: impl Into<String>) -> Self {
-        Self { path: path.into(), format: None, columns: None, weight: once() }
+        Self { path: path.into(), format: None, columns: None, weight: default_weight() }
+    }
+
+    /// Parses an item of `data.train`.
+    ///
+    /// # Errors
+    /// A message that says what was expected and found, and for which key of the item.
+    fn from_item(item: toml::Value) -> Result<Self, String> {
+        let table = match item {
+            toml::Value::String(path) => return Ok(Self::from_path(path)),
+            toml::Value::Table(table) => table,
+            other => {
+                let found = describe(&other);
+                return Err(format!("expected a path, or {{ path, format, columns, weight }}, found {found}"));
+            }
+        };
+        // Each key is first parsed alone, beside a path, so that an error belongs to that key.
+        for (key, value) in &table {
+            let mut alone = toml::Table::from_iter([("path".to_owned(), String::new().into())]);
+            alone.insert(key.clone(), value.clone());
+            Self::deserialize(alone).map_err(|error| format!("`{key}`: {}", error.message()))?;
+        }
+        Self::deserialize(table).map_err(|error| error.message().to_owned())
+    }
+}
+
+/// Describes a value of the wrong kind, for an error message.
+pub fn describe(value: &toml::Value) -> String {
+    match value {
+        toml::Value::Array(_) => "a list".to_owned(),
+        toml::Value::Table(_) => "a table".to_owned(),
+        toml::Value::String(text) => format!("string {text:?}"),
+        other => format!("{} `{other}`", other.type_str()),
     }
 }
 
 /// Reads `data.train`: a path, or a list whose items are paths or tables.
-pub fn sources<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DatasetSource>, D::Error> {
+pub fn deserialize_sources<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DatasetSource>, D::Error> {
     deserializer.deserialize_any(SourcesVisitor)
 }
 
@@ -57,12 +89,8 @@ impl<'de> Visitor<'de> for SourcesVisitor {
         let mut sources = Vec::new();
         while let Some(item) = items.next_element::<toml::Value>()? {
             let number = sources.len() + 1;
-            let source = match item {
-                toml::Value::String(path) => DatasetSource::from_path(path),
-                item => DatasetSource::deserialize(item)
-                    .map_err(|error| A::Error::custom(format!("item {number}: {}", error.message())))?,
-            };
-            sources.push(source);
+            let source = DatasetSource::from_item(item);
+            sources.push(source.map_err(|problem| A::Error::custom(format!("item {number}: {problem}")))?);
         }
         Ok(sources)
     }

@@ -1,4 +1,4 @@
-//! The command `train`: starts a run on the chosen device and the ranks of the process group.
+//! Starts a run on the chosen device and the ranks of the process group.
 
 use super::{
     interrupt::InterruptGuard,
@@ -6,7 +6,7 @@ use super::{
     memory::{self, RunSizes},
     state,
     trainer::{RunOutcome, Trainer},
-    world::{self, World},
+    world::World,
 };
 use crate::{
     backend::{Device, with_backend},
@@ -17,10 +17,7 @@ use anyhow::{Result, bail};
 use burn::backend::Autodiff;
 use burn_llama::{Checkpoint, kernel::Kernels};
 use burn_zero::comm::Communicator;
-use std::{
-    io::IsTerminal,
-    path::{Path, PathBuf},
-};
+use std::path::PathBuf;
 
 use super::record::Summary;
 
@@ -38,32 +35,6 @@ pub struct TrainOptions {
     pub display: bool,
     /// The training device.
     pub device: Device,
-}
-
-/// Runs the command `train`.
-pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, (resume, device): (bool, Device)) -> Result<()> {
-    let (ranks, rank) = world::world_size_and_rank();
-    let (recipe, notes) = Recipe::load(path, sets, ranks)?;
-    if rank == 0 {
-        notes.iter().for_each(|note| eprintln!("note: {note}"));
-    }
-    let world = World::join()?;
-    let name = path.file_stem().unwrap_or_default();
-    let directory = directory.unwrap_or_else(|| Path::new("runs").join(name));
-    if !resume && world.is_rank_zero() && directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
-        bail!(
-            "{}: the run folder is not empty; choose another with --dir, or go on with its run by --resume",
-            directory.display()
-        );
-    }
-    // The terminal that mpirun gives a rank is not the user's.
-    let (first, alone) = (world.is_rank_zero(), !world::launched_by_mpirun());
-    let options = TrainOptions { directory, resume, display: alone && std::io::stdout().is_terminal(), device };
-    let summary = serde_json::to_string(&run(recipe, &options, world)?)?;
-    if first {
-        println!("{summary}");
-    }
-    Ok(())
 }
 
 /// Trains by the recipe and writes everything into the run directory. If the user interrupts it, it writes a checkpoint

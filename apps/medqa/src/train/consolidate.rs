@@ -3,15 +3,25 @@
 use super::{setup, state, trainer::STATE_FILE};
 use crate::{
     backend::{Device, with_backend},
-    cli::ConsolidateArgs,
     model,
-    recipe::Recipe,
+    recipe::{Recipe, RecipeText},
     write::write_dir_atomically,
 };
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
 use burn_llama::{checkpoint, kernel::Kernels};
+use clap::Args;
 use std::path::{Path, PathBuf};
+
+/// Arguments of `consolidate`.
+#[derive(Args)]
+pub struct ConsolidateArgs {
+    /// Run directory, whose last checkpoint is used, or one of its checkpoint directories
+    pub checkpoint: PathBuf,
+    /// New directory for the result: a Hugging Face model, or an adapter in PEFT's format
+    #[arg(long)]
+    pub out: PathBuf,
+}
 
 /// Runs the command `consolidate` in one process. It reads only the weights, of a run with any number of ranks and any
 /// ZeRO stage.
@@ -24,7 +34,7 @@ pub fn consolidate(args: &ConsolidateArgs) -> Result<()> {
     if args.out.exists() {
         bail!("{out}: it exists already; choose another --out");
     }
-    let (recipe, _) = Recipe::load(&run.join("recipe.toml"), &[], 1)?;
+    let recipe = Recipe::load(&RecipeText::read(&run.join("recipe.toml"))?, &[], 1)?.recipe;
     let state = checkpoint.join(STATE_FILE);
     with_backend!(Device::default(), |B, device| write_dir_atomically(&args.out, |part| write::<B>(
         &recipe,

@@ -2,7 +2,7 @@
 
 use crate::{
     backend::Device,
-    estimate,
+    footprint,
     method_adapter::lora_config,
     process,
     recipe::{ComputeDtype, MethodKind, Recipe, WeightDtype},
@@ -40,7 +40,7 @@ impl RunSizes {
     /// Returns the lower bound that is known before anything is loaded: the parameters of the base model, all of them
     /// trainable with full fine-tuning, else none.
     pub fn lower_bound(config: &LlamaConfig, recipe: &Recipe, world: u64) -> Self {
-        let shape = estimate::model_shape(config);
+        let shape = footprint::model_shape(config);
         let parameters = shape.parameters(config.tie_word_embeddings);
         let trained = if recipe.method.common.kind == MethodKind::Full { parameters } else { 0 };
         Self { shape, parameters, trained, tokens: 0, world }
@@ -181,7 +181,7 @@ fn alternatives(sizes: &RunSizes, recipe: &Recipe) -> Vec<(String, u64)> {
         offer("method.kind = \"lora\"", &|recipe, load| {
             recipe.method.common.kind = MethodKind::Lora;
             // A recipe that is invalid with LoRA is refused when it is run.
-            load.trained = estimate::count_lora_params(&load.shape, &lora_config(recipe)).unwrap_or(0);
+            load.trained = footprint::count_lora_params(&load.shape, &lora_config(recipe)).unwrap_or(0);
         });
     }
     let bytes = together.1.footprint(&together.0).peak_bytes();

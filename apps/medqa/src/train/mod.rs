@@ -22,9 +22,9 @@ mod trainer;
 mod wandb;
 mod world;
 
-pub use command::{TrainOptions, run, train};
-pub use consolidate::consolidate;
+pub use command::{TrainOptions, run};
+pub use consolidate::{ConsolidateArgs, consolidate};
 pub use memory::{RunSizes, rss_anon_bytes, vm_hwm_bytes};
 pub use record::{Summary, peak_rss_bytes};
 pub use setup::{apply_method, engine_config};
-pub use world::World;
+pub use world::{World, launched_by_mpirun, world_size_and_rank};

@@ -2,11 +2,12 @@
 
 use super::freeze::freeze;
 use crate::{
-    data::{EncodedRows, Schema, encode_rows, read_rows},
+    data::{EncodedRows, encode_rows, read_rows},
     fetch,
     method_adapter::{self, AttachedAdapter},
     model::LoadedModel,
     recipe::{self, ComputeDtype, DataConfig, MethodKind, Recipe},
+    schema::Schema,
 };
 use anyhow::{Context, Result, bail};
 use burn_llama::{Checkpoint, Example, Llama, Tokenizer, kernel::Kernels};
@@ -142,7 +143,7 @@ pub fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> 
     let train = &recipe.train;
     let (peak, warmup) = (train.optimizer.learning_rate.unwrap_or_default(), train.schedule.warmup.steps(total));
     if let Some(block) = &train.schedule.deepspeed_scheduler {
-        let schedule = recipe::deepspeed_schedule(block, peak, (warmup, total));
+        let schedule = recipe::deepspeed_schedule(block, peak, warmup, total);
         return Ok(schedule.context("`train.deepspeed_scheduler`")?.applied_at(step as u64));
     }
     let kind = train.schedule.scheduler;

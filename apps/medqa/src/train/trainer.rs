@@ -222,7 +222,7 @@ impl<B: Kernels> Trainer<B> {
     fn step(&mut self, step: usize, reporter: &mut BurnTrainReporter<B>) -> Result<()> {
         self.seconds_to_first_step.get_or_insert_with(|| process::uptime().as_secs_f64());
         let (begin, steps, planned) = (Instant::now(), self.batch_sampler.total_steps(), self.batch_sampler.step(step));
-        let rows = planned.rows.iter().map(|&(source, row)| self.sources[source][row].clone());
+        let rows = planned.rows.iter().map(|index| self.sources[index.source][index.row].clone());
         let rows: Vec<Example> = rows.collect();
         let targets: usize = rows.iter().map(Example::num_targets).sum();
         let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
