@@ -3,6 +3,7 @@
 mod burn_metrics;
 mod command;
 mod consolidate;
+mod crc;
 mod dashboards;
 mod eval_device;
 mod freeze;
@@ -24,7 +25,7 @@ mod world;
 
 pub use command::{TrainOptions, run, train};
 pub use consolidate::consolidate;
-pub use memory::{RunFootprint, rss_anon_bytes, vm_hwm_bytes};
-pub use record::{Summary, peak_rss_bytes};
+pub use memory::{RunFootprint, peak_rss_bytes, rss_anon_bytes};
+pub use record::Summary;
 pub use setup::{apply_method, engine};
 pub use world::World;

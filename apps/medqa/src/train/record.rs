@@ -71,11 +71,3 @@ pub struct Summary {
     /// The number of trainable parameters.
     pub trainable_parameters: usize,
 }
-
-/// Returns the peak resident memory of this process so far, in bytes; 0 if the system does not report it.
-pub fn peak_rss_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kib.unwrap_or(0) * 1024
-}

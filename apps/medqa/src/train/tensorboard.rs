@@ -4,7 +4,8 @@
 //! <https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details>.
 
 use super::{
-    protobuf::{CRC32C, ProtoMessage},
+    crc::CRC32C,
+    protobuf::ProtoMessage,
     scalars::{scalars, step},
 };
 use anyhow::{Context, Result};

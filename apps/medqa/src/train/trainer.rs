@@ -4,16 +4,16 @@ use super::{
     command::{INTERRUPTED_EXIT_CODE, TrainOptions},
     eval_device::{self, Evaluator},
     learner::BurnTrainReporter,
-    memory::{self, RunFootprint},
+    memory::{self, RunFootprint, peak_rss_bytes},
     plot,
-    record::{Summary, peak_rss_bytes},
+    record::Summary,
     run_log::RunLog,
     setup,
     state::{self, TrainerState},
 };
 use crate::{
     data::BatchSampler,
-    eval::loss_sum,
+    eval::{EvalBatching, loss_sum},
     method_adapter::AttachedAdapter,
     model::LoadedModel,
     process,
@@ -306,7 +306,8 @@ impl<B: Kernels> Trainer<B> {
             return Ok(None);
         }
         let steps = &self.recipe.train.steps;
-        let batching = (steps.batch_size, self.recipe.data.packing.is_padding_free());
+        let padding_free = self.recipe.data.packing.is_padding_free();
+        let batching = EvalBatching { batch_size: steps.batch_size, padding_free };
         // Every rank takes whole batches, in turn.
         let rows = self.valid.chunks(steps.batch_size).skip(self.engine.rank()).step_by(self.engine.world());
         let own: Vec<Example> = rows.flatten().cloned().collect();

@@ -5,7 +5,8 @@
 //! <https://github.com/google/leveldb/blob/main/doc/log_format.md> for the records, here with zlib's checksum.
 
 use super::{
-    protobuf::{CRC32, ProtoMessage},
+    crc::CRC32,
+    protobuf::ProtoMessage,
     scalars::{SCALAR_NAMES, scalars, step},
     tensorboard::hostname,
 };
