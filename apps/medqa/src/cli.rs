@@ -373,7 +373,7 @@ pub fn run(cli: Cli) -> Result<()> {
         }
         Verb::Train { recipe, mut sets, files, dir, resume, device } => {
             sets.extend(files.into_overrides());
-            train::train(&recipe, &sets, dir, (resume, device.device))
+            train::train(&recipe, &sets, dir, resume, device.device)
         }
         Verb::Consolidate(args) => train::consolidate(&args),
         Verb::Eval(args) => eval::eval(&args),

@@ -1,10 +1,12 @@
 //! The command `train`: starts a run on the chosen device and the ranks of the process group.
 
 use super::{
-    interrupt::InterruptGuard,
+    interrupt::{INTERRUPTED_EXIT_CODE, InterruptGuard},
     learner,
     memory::{self, RunFootprint},
+    options::TrainOptions,
     state,
+    summary::Summary,
     trainer::{RunOutcome, Trainer},
     world::{self, World},
 };
@@ -22,26 +24,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::record::Summary;
-
-/// The exit code of a run that the user interrupted, as in shells.
-pub const INTERRUPTED_EXIT_CODE: i32 = 130;
-
-/// Options of `train` besides the recipe.
-#[derive(Debug, Clone, Default)]
-pub struct TrainOptions {
-    /// The run directory.
-    pub directory: PathBuf,
-    /// True to resume the run that is in it.
-    pub resume: bool,
-    /// True if burn-train's display uses the terminal.
-    pub display: bool,
-    /// The training device.
-    pub device: Device,
-}
-
 /// Runs the command `train`.
-pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, (resume, device): (bool, Device)) -> Result<()> {
+pub fn train(path: &Path, sets: &[String], directory: Option<PathBuf>, resume: bool, device: Device) -> Result<()> {
     let (ranks, rank) = world::world_size_and_rank();
     let (recipe, notes) = Recipe::load(path, sets, ranks)?;
     if rank == 0 {
@@ -77,11 +61,8 @@ pub fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summa
         }
     }
     let (first, (communicator, mpi_guard)) = (world.is_rank_zero(), world.into_parts());
-    let ended = with_backend!(options.device.ensure_ready()?, |B, device| run_on::<B>(
-        recipe,
-        options,
-        (device, communicator)
-    ))?;
+    let device = options.device.ensure_ready()?;
+    let ended = with_backend!(device, |B, device| run_on::<B>(recipe, options, device, communicator))?;
     mpi_guard.finalize();
     match ended {
         RunOutcome::Complete(summary) => Ok(summary),
@@ -89,7 +70,7 @@ pub fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summa
             if first {
                 eprintln!("interrupted after step {step}; go on with --dir {} --resume", directory.display());
             }
-            std::process::exit(INTERRUPTED_EXIT_CODE);
+            std::process::exit(INTERRUPTED_EXIT_CODE.into());
         }
     }
 }
@@ -97,7 +78,8 @@ pub fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summa
 fn run_on<B: Kernels>(
     recipe: Recipe,
     options: &TrainOptions,
-    (device, communicator): (&B::Device, Box<dyn Communicator>),
+    device: &B::Device,
+    communicator: Box<dyn Communicator>,
 ) -> Result<RunOutcome> {
     let interrupt_guard = InterruptGuard::install()?;
     let config = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?.config().clone();
@@ -109,6 +91,6 @@ fn run_on<B: Kernels>(
     let mut loaded =
         model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
     loaded.model = model::with_compute(loaded.model, recipe.model.compute)?;
-    let (run, model) = Trainer::<B>::new(recipe, options, (loaded, communicator))?;
-    learner::run_in_burn_train(run, model, interrupt_guard.interrupter())
+    let (trainer, model) = Trainer::<B>::new(recipe, options, loaded, communicator)?;
+    learner::run_in_burn_train(trainer, model, options.display, interrupt_guard.interrupter())
 }

@@ -1,31 +1,40 @@
 //! Fine-tuning: from a recipe to a run directory.
 
 mod burn_metrics;
+mod burn_placeholders;
+mod burn_reporter;
 mod command;
 mod consolidate;
 mod crc;
-mod dashboards;
+mod early_stopping;
 mod eval_device;
+mod event;
 mod freeze;
 mod interrupt;
 mod learner;
 mod memory;
+mod metrics_file;
+mod options;
 mod plot;
+mod progress;
 mod protobuf;
 mod record;
 mod run_log;
-mod scalars;
+mod run_output;
 mod setup;
 mod silent_renderer;
 mod state;
+mod step_rows;
+mod summary;
 mod tensorboard;
 mod trainer;
 mod wandb;
 mod world;
 
-pub use command::{TrainOptions, run, train};
+pub use command::{run, train};
 pub use consolidate::consolidate;
 pub use memory::{RunFootprint, peak_rss_bytes, rss_anon_bytes};
-pub use record::Summary;
+pub use options::TrainOptions;
 pub use setup::{apply_method, engine};
+pub use summary::Summary;
 pub use world::World;
