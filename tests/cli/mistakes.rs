@@ -185,7 +185,7 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
             &["train.jsonl", "line 1", "more than `data.max_length` = 20", "truncate"],
         ),
         (["method.kind=qlora", "model.dtype=f32"], &["model.dtype", "\"packed\" or \"nf4\" with qlora"]),
-        (["method.kind=full", "model.dtype=nf4"], &["model.dtype", "where weights learn"]),
+        (["method.kind=full", "model.dtype=nf4"], &["model.dtype", "cannot be trained"]),
         (
             ["method.kind=freeze", "method.layers={extra_modules=['wte']}"],
             &["embed_tokens, norm, lm_head", "found \"wte\""],
