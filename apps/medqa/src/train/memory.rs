@@ -58,7 +58,15 @@ impl RunFootprint {
         let bucket = recipe.parallel.sharding.bucket_size as u64;
         let weights =
             ModelSize { trained: self.trained, frozen_bytes: frozen, largest_segment_bytes, bucket_size: bucket };
-        let (placement, offload) = (self.placement(recipe), &recipe.parallel.offload);
+        let (division, offload) = (&recipe.parallel.sharding, &recipe.parallel.offload);
+        let placement = StatePlacement {
+            stage: division.zero_stage,
+            world_size: self.world,
+            offload_optimizer: offload.offload_optimizer != OffloadDevice::None,
+            offload_param: offload.offload_param != OffloadDevice::None,
+            // Gradient accumulation keeps the gradients until the last micro-batch.
+            optimizer_in_backward: steps_in_backward(recipe) && recipe.train.steps.gradient_accumulation == 1,
+        };
         let mut memory = estimate::model_states_with_f32_gradients(weights, numbers, placement);
         memory.frozen += blocks;
         if offload.offload_optimizer == OffloadDevice::Nvme {
@@ -81,18 +89,6 @@ impl RunFootprint {
             memory.activations = estimate::peak_transient_bytes(memory.activations, &self.shape, placement);
         }
         memory
-    }
-
-    fn placement(&self, recipe: &Recipe) -> StatePlacement {
-        let offload = &recipe.parallel.offload;
-        StatePlacement {
-            stage: recipe.parallel.sharding.zero_stage,
-            world_size: self.world,
-            offload_optimizer: offload.offload_optimizer != OffloadDevice::None,
-            offload_param: offload.offload_param != OffloadDevice::None,
-            // Gradient accumulation keeps the gradients until the last micro-batch.
-            optimizer_in_backward: steps_in_backward(recipe) && recipe.train.steps.gradient_accumulation == 1,
-        }
     }
 
     fn is_freeze(&self, recipe: &Recipe) -> bool {

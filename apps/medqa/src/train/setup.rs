@@ -7,8 +7,8 @@ use crate::{
     method_adapter::{self, AttachedAdapter},
     model::LoadedModel,
     recipe::{
-        self, ActivationCheckpointing, ComputeDtype, DataConfig, LrSchedulerType, MethodKind, OffloadDevice,
-        OptimizerKind, Recipe,
+        self, ActivationCheckpointing as Recompute, ComputeDtype, DataConfig, LrSchedulerType, MethodKind,
+        OffloadDevice, OptimizerKind, Recipe,
     },
 };
 use anyhow::{Context, Result, bail};
@@ -139,9 +139,9 @@ fn memory_tier(recipe: &Recipe, place: OffloadDevice) -> MemoryTier {
 
 fn checkpointing(recipe: &Recipe) -> Checkpointing {
     match recipe.train.steps.activation_checkpointing {
-        ActivationCheckpointing::None => Checkpointing::None,
-        ActivationCheckpointing::Full => Checkpointing::Full,
-        ActivationCheckpointing::Every(k) => Checkpointing::Every(k),
+        Recompute::None => Checkpointing::None,
+        Recompute::Full => Checkpointing::Full,
+        Recompute::Every(k) => Checkpointing::Every(k),
     }
 }
 
