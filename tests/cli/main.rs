@@ -3,6 +3,7 @@
 mod adapters;
 mod before;
 mod chat;
+mod compatible;
 mod data;
 mod devices;
 mod doctor;

@@ -7,7 +7,7 @@ use crate::{
     footprint::gib,
     model, process,
     recipe::{MethodKind, Recipe},
-    train::{self, RunSizes, World, rss_anon_bytes, vm_hwm_bytes},
+    train::{self, RunSizes, World, peak_rss_bytes, rss_anon_bytes},
 };
 use anyhow::Result;
 use burn::backend::Autodiff;
@@ -143,7 +143,7 @@ fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator:
         "master": counted_memory.master, "moments": counted_memory.moments, "host": counted_memory.host,
         "live_gradients": peak.gradients, "buckets": peak.buckets, "gathered": peak.gathered,
         "states_counted_gib": gib(states), "states_estimated_gib": gib(estimated.total() - estimated.activations - estimated.buffers),
-        "peak_rss_anon_gib": gib(all), "vm_hwm_gib": gib(vm_hwm_bytes()), "estimated_gib": gib(estimated.total()),
+        "peak_rss_anon_gib": gib(all), "vm_hwm_gib": gib(peak_rss_bytes()), "estimated_gib": gib(estimated.total()),
         "estimated_to_measured": estimated.total() as f64 / all as f64,
     });
     println!("{line}");

@@ -5,7 +5,7 @@ mod neutral;
 mod pubmedqa;
 mod qa_loss;
 
-pub use qa_loss::loss_sum;
+pub use qa_loss::{EvalBatching, loss_sum};
 
 use crate::{
     args::{DeviceArgs, ModelArgs, RowsArgs, WeightsArgs, parse_positive},

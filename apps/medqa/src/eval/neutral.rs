@@ -1,7 +1,7 @@
 //! Probe for forgetting: the loss on a text that has nothing to do with medicine, without adapters and with each of
 //! them.
 
-use super::loss_sum;
+use super::{EvalBatching, loss_sum};
 use crate::model::LoadedModel;
 use anyhow::Result;
 use burn_llama::{Example, kernel::Kernels};
@@ -22,6 +22,6 @@ pub fn neutral_loss<B: Kernels>(loaded: &LoadedModel<B>) -> Result<(f64, usize)>
         let learned = vec![true; ids.len()];
         examples.push(Example { ids, loss_mask: learned });
     }
-    let (sum, targets) = loss_sum(model, &examples, (examples.len(), true))?;
+    let (sum, targets) = loss_sum(model, &examples, EvalBatching { batch_size: examples.len(), padding_free: true })?;
     Ok((sum / targets as f64, targets))
 }

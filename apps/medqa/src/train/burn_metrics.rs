@@ -40,7 +40,10 @@ pub trait MetricInput: Send + Sync + 'static {
 }
 
 /// The mean loss per target token, in nats.
-pub struct LossInput(f64, usize);
+pub struct LossInput {
+    loss: f64,
+    target_tokens: usize,
+}
 
 impl MetricInput for LossInput {
     const NAME: &'static str = "Loss";
@@ -48,17 +51,17 @@ impl MetricInput for LossInput {
     const HIGHER_IS_BETTER: bool = false;
 
     fn value(&self) -> f64 {
-        self.0
+        self.loss
     }
 
     fn weight(&self) -> usize {
-        self.1
+        self.target_tokens
     }
 }
 
 impl Adaptor<LossInput> for StepMetrics {
     fn adapt(&self) -> LossInput {
-        LossInput(self.loss, self.target_tokens)
+        LossInput { loss: self.loss, target_tokens: self.target_tokens }
     }
 }
 

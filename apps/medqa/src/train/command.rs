@@ -1,41 +1,20 @@
 //! Starts a run on the chosen device and the ranks of the process group.
 
 use super::{
-    interrupt::InterruptGuard,
+    interrupt::{INTERRUPTED_EXIT_CODE, InterruptGuard},
     learner,
     memory::{self, RunSizes},
+    options::TrainOptions,
     state,
+    summary::Summary,
     trainer::{RunOutcome, Trainer},
     world::World,
 };
-use crate::{
-    backend::{Device, with_backend},
-    fetch, model,
-    recipe::Recipe,
-};
+use crate::{backend::with_backend, fetch, model, recipe::Recipe};
 use anyhow::{Result, bail};
 use burn::backend::Autodiff;
 use burn_llama::{Checkpoint, kernel::Kernels};
 use burn_zero::comm::Communicator;
-use std::path::PathBuf;
-
-use super::record::Summary;
-
-/// The exit code of a run that the user interrupted, as in shells.
-pub const INTERRUPTED_EXIT_CODE: i32 = 130;
-
-/// Options of `train` besides the recipe.
-#[derive(Debug, Clone, Default)]
-pub struct TrainOptions {
-    /// The run directory.
-    pub directory: PathBuf,
-    /// True to resume the run that is in it.
-    pub resume: bool,
-    /// True if burn-train's display uses the terminal.
-    pub display: bool,
-    /// The training device.
-    pub device: Device,
-}
 
 /// Trains by the recipe and writes everything into the run directory. If the user interrupts it, it writes a checkpoint
 /// and exits the program.
@@ -48,11 +27,8 @@ pub fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summa
         }
     }
     let (first, (communicator, mpi_guard)) = (world.is_rank_zero(), world.into_parts());
-    let ended = with_backend!(options.device.ensure_ready()?, |B, device| run_on::<B>(
-        recipe,
-        options,
-        (device, communicator)
-    ))?;
+    let device = options.device.ensure_ready()?;
+    let ended = with_backend!(device, |B, device| run_on::<B>(recipe, options, device, communicator))?;
     mpi_guard.finalize();
     match ended {
         RunOutcome::Complete(summary) => Ok(summary),
@@ -60,7 +36,7 @@ pub fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summa
             if first {
                 eprintln!("interrupted after step {step}; go on with --dir {} --resume", directory.display());
             }
-            std::process::exit(INTERRUPTED_EXIT_CODE);
+            std::process::exit(INTERRUPTED_EXIT_CODE.into());
         }
     }
 }
@@ -68,7 +44,8 @@ pub fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summa
 fn run_on<B: Kernels>(
     recipe: Recipe,
     options: &TrainOptions,
-    (device, communicator): (&B::Device, Box<dyn Communicator>),
+    device: &B::Device,
+    communicator: Box<dyn Communicator>,
 ) -> Result<RunOutcome> {
     let interrupt_guard = InterruptGuard::install()?;
     let config = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?.config().clone();
@@ -80,6 +57,6 @@ fn run_on<B: Kernels>(
     let mut loaded =
         model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
     loaded.model = model::with_compute(loaded.model, recipe.model.compute)?;
-    let run = Trainer::<B>::new(recipe, options, (loaded, communicator))?;
-    learner::run_in_burn_train(run, interrupt_guard.interrupter())
+    let trainer = Trainer::<B>::new(recipe, options, loaded, communicator)?;
+    learner::run_in_burn_train(trainer, options.display, interrupt_guard.interrupter())
 }

@@ -1,6 +1,10 @@
 //! The command `consolidate`: merges the shards of a checkpoint into one model or adapter.
 
-use super::{setup, state, trainer::STATE_FILE};
+use super::{
+    run_output::RunOutput,
+    setup,
+    state::{self, STATE_FILE},
+};
 use crate::{
     backend::{Device, with_backend},
     model,
@@ -9,7 +13,7 @@ use crate::{
 };
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
-use burn_llama::{checkpoint, kernel::Kernels};
+use burn_llama::kernel::Kernels;
 use clap::Args;
 use std::path::{Path, PathBuf};
 
@@ -37,9 +41,7 @@ pub fn consolidate(args: &ConsolidateArgs) -> Result<()> {
     let recipe = Recipe::load(&RecipeText::read(&run.join("recipe.toml"))?, &[], 1)?.recipe;
     let state = checkpoint.join(STATE_FILE);
     with_backend!(Device::default(), |B, device| write_dir_atomically(&args.out, |part| write::<B>(
-        &recipe,
-        &state,
-        (part, device)
+        &recipe, &state, part, device
     )))?;
     println!("{out}");
     Ok(())
@@ -60,16 +62,10 @@ fn find_checkpoint(folder: &Path) -> Result<(PathBuf, PathBuf)> {
     }
 }
 
-fn write<B: Kernels>(recipe: &Recipe, state: &Path, (out, device): (&Path, &B::Device)) -> Result<()> {
+fn write<B: Kernels>(recipe: &Recipe, state: &Path, out: &Path, device: &B::Device) -> Result<()> {
     let dtype = recipe.model.dtype.unwrap_or_default();
     let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, dtype, device)?;
     let (model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, recipe)?;
     let model = burn_zero::restore_weights::<Autodiff<B>, _>(model, state)?;
-    match adapter {
-        Some(adapter) => adapter.save(&model, out),
-        None => {
-            checkpoint::save(&model, out)?;
-            Ok(loaded.tokenizer.save(out)?)
-        }
-    }
+    RunOutput::new(adapter, loaded.tokenizer).save(&model, out)
 }

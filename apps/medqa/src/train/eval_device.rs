@@ -3,7 +3,7 @@
 use super::setup;
 use crate::{
     backend::with_backend,
-    eval::loss_sum,
+    eval::{EvalBatching, loss_sum},
     model,
     recipe::{Recipe, WeightDtype},
 };
@@ -21,7 +21,7 @@ pub type ParamValues = HashMap<String, TensorData>;
 /// A copy of the run's model on another device.
 pub trait Evaluator: Send {
     /// Computes the [`loss`] over `rows` after copying the `trained` parameters into the model.
-    fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: (usize, bool)) -> Result<(f64, usize)>;
+    fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: EvalBatching) -> Result<(f64, usize)>;
 }
 
 /// Loads the recipe's model on its `train.eval_device`, if that is given.
@@ -42,7 +42,7 @@ fn load<B: Kernels>(recipe: &Recipe, device: &B::Device) -> Result<Llama<B>> {
 struct EvalModel<B: Kernels>(Option<Llama<B>>);
 
 impl<B: Kernels> Evaluator for EvalModel<B> {
-    fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: (usize, bool)) -> Result<(f64, usize)> {
+    fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: EvalBatching) -> Result<(f64, usize)> {
         let Some(model) = self.0.take() else { return Ok((f64::NAN, 0)) };
         let model = self.0.insert(model.map(&mut ParamReplacer { path: Vec::new(), values: trained }));
         loss_sum(model, rows, batching)

@@ -8,6 +8,9 @@ use std::sync::{
     atomic::{AtomicBool, Ordering},
 };
 
+/// The exit code of a run that the user interrupted, as in shells.
+pub const INTERRUPTED_EXIT_CODE: u8 = 130;
+
 static INTERRUPTER: OnceLock<Interrupter> = OnceLock::new();
 static RUNNING: AtomicBool = AtomicBool::new(false);
 
@@ -27,7 +30,7 @@ impl InterruptGuard {
             let asked = interrupter.clone();
             let stop = move || {
                 if asked.should_stop() || !RUNNING.load(Ordering::SeqCst) {
-                    std::process::exit(130);
+                    std::process::exit(INTERRUPTED_EXIT_CODE.into());
                 }
                 asked.stop(Some("by a signal"));
                 eprintln!("stopping after this step with a checkpoint; press Ctrl-C again to stop at once");

@@ -126,8 +126,8 @@ pub fn check(sizes: &RunSizes, recipe: &Recipe, device: &Device) -> Result<()> {
     }
     let fits: Vec<String> = alternatives(sizes, recipe)
         .into_iter()
-        .filter(|(_, bytes)| *bytes <= available_bytes)
-        .map(|(words, bytes)| format!("{words} ({:.2} GiB)", bytes as f64 / GIB))
+        .filter(|alternative| alternative.bytes <= available_bytes)
+        .map(|Alternative { change, bytes }| format!("{change} ({:.2} GiB)", bytes as f64 / GIB))
         .collect();
     let advice = if fits.is_empty() {
         "no setting is enough; take a smaller model, or more ranks on more machines".to_owned()
@@ -142,51 +142,67 @@ pub fn check(sizes: &RunSizes, recipe: &Recipe, device: &Device) -> Result<()> {
     )
 }
 
-/// Returns changes to the recipe that need less memory, each alone and all together, with the bytes of a rank.
-fn alternatives(sizes: &RunSizes, recipe: &Recipe) -> Vec<(String, u64)> {
-    let mut all = Vec::new();
-    let (mut together, mut words) = ((recipe.clone(), *sizes), Vec::new());
-    let mut offer = |name: &str, change: &dyn Fn(&mut Recipe, &mut RunSizes)| {
-        let mut alone = (recipe.clone(), *sizes);
-        change(&mut alone.0, &mut alone.1);
-        change(&mut together.0, &mut together.1);
-        all.push((name.to_owned(), alone.1.footprint(&alone.0).peak_bytes()));
-        words.push(name.to_owned());
+/// A recipe, and the sizes of its run.
+#[derive(Clone)]
+struct Candidate {
+    recipe: Recipe,
+    sizes: RunSizes,
+}
+
+impl Candidate {
+    fn total_bytes(&self) -> u64 {
+        self.sizes.footprint(&self.recipe).peak_bytes()
+    }
+}
+
+/// A change to the recipe, and the bytes that a rank needs after it.
+struct Alternative {
+    change: String,
+    bytes: u64,
+}
+
+/// Returns changes to the recipe that need less memory, each alone and all together.
+fn alternatives(sizes: &RunSizes, recipe: &Recipe) -> Vec<Alternative> {
+    let before = Candidate { recipe: recipe.clone(), sizes: *sizes };
+    let (mut all, mut together) = (Vec::new(), before.clone());
+    let mut offer = |name: &str, change: &dyn Fn(&mut Candidate)| {
+        let mut alone = before.clone();
+        change(&mut alone);
+        change(&mut together);
+        all.push(Alternative { change: name.to_owned(), bytes: alone.total_bytes() });
     };
     let steps = &recipe.train.steps;
     if steps.activation_checkpointing != Checkpointing::Full && sizes.tokens > 0 {
-        offer("train.activation_checkpointing = \"full\"", &|recipe, _| {
-            recipe.train.steps.activation_checkpointing = Checkpointing::Full;
+        offer("train.activation_checkpointing = \"full\"", &|run| {
+            run.recipe.train.steps.activation_checkpointing = Checkpointing::Full;
         });
     }
     if steps.batch_size > 1 && sizes.tokens > 0 {
-        let (name, batch) = (
-            format!(
-                "train.batch_size = 1 with gradient_accumulation = {}",
-                steps.batch_size * steps.gradient_accumulation
-            ),
-            steps.batch_size as u64,
-        );
-        offer(&name, &|_, load| load.tokens = load.tokens.div_ceil(batch));
+        let (rows, batch) = (steps.batch_size * steps.gradient_accumulation, steps.batch_size as u64);
+        offer(&format!("train.batch_size = 1 with gradient_accumulation = {rows}"), &|run| {
+            run.sizes.tokens = run.sizes.tokens.div_ceil(batch);
+        });
     }
     if sizes.world > 1 && recipe.parallel.sharding.zero_stage < ZeroStage::Weights {
-        offer("parallel.zero_stage = 3", &|recipe, _| recipe.parallel.sharding.zero_stage = ZeroStage::Weights);
+        offer("parallel.zero_stage = 3", &|run| run.recipe.parallel.sharding.zero_stage = ZeroStage::Weights);
     }
     if recipe.parallel.offload.offload_optimizer != OffloadDevice::Nvme && sizes.trained > 0 {
-        offer("parallel.offload_optimizer = \"nvme\"", &|recipe, _| {
-            recipe.parallel.offload.offload_optimizer = OffloadDevice::Nvme;
+        offer("parallel.offload_optimizer = \"nvme\"", &|run| {
+            run.recipe.parallel.offload.offload_optimizer = OffloadDevice::Nvme;
         });
     }
     if recipe.method.common.kind == MethodKind::Full {
-        offer("method.kind = \"lora\"", &|recipe, load| {
-            recipe.method.common.kind = MethodKind::Lora;
+        offer("method.kind = \"lora\"", &|run| {
+            run.recipe.method.common.kind = MethodKind::Lora;
             // A recipe that is invalid with LoRA is refused when it is run.
-            load.trained = footprint::count_lora_params(&load.shape, &lora_config(recipe)).unwrap_or(0);
+            let shape = &run.sizes.shape;
+            run.sizes.trained = footprint::count_lora_params(shape, &lora_config(&run.recipe)).unwrap_or(0);
         });
     }
-    let bytes = together.1.footprint(&together.0).peak_bytes();
-    if words.len() > 1 {
-        all.push((format!("all of these: {}", words.join(", ")), bytes));
+    if all.len() > 1 {
+        let changes: Vec<&str> = all.iter().map(|alternative| alternative.change.as_str()).collect();
+        let change = format!("all of these: {}", changes.join(", "));
+        all.push(Alternative { change, bytes: together.total_bytes() });
     }
     all
 }
@@ -213,7 +229,7 @@ pub fn rss_anon_bytes() -> u64 {
 
 /// Returns the peak resident memory of this process in bytes, pages of files included; 0 if the system does not report
 /// it.
-pub fn vm_hwm_bytes() -> u64 {
+pub fn peak_rss_bytes() -> u64 {
     read_proc_kib("/proc/self/status", "VmHWM:").unwrap_or(0) * 1024
 }
 

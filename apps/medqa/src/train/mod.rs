@@ -1,30 +1,40 @@
 //! Fine-tuning: from a recipe to a run directory.
 
 mod burn_metrics;
+mod burn_placeholders;
+mod burn_reporter;
 mod command;
 mod consolidate;
-mod dashboards;
+mod crc;
+mod early_stopping;
 mod eval_device;
+mod event;
 mod freeze;
 mod interrupt;
 mod learner;
 mod memory;
+mod metrics_file;
+mod options;
 mod plot;
+mod progress;
 mod protobuf;
 mod record;
 mod run_log;
-mod scalars;
+mod run_output;
 mod setup;
 mod silent_renderer;
 mod state;
+mod step_rows;
+mod summary;
 mod tensorboard;
 mod trainer;
 mod wandb;
 mod world;
 
-pub use command::{TrainOptions, run};
+pub use command::run;
 pub use consolidate::{ConsolidateArgs, consolidate};
-pub use memory::{RunSizes, rss_anon_bytes, vm_hwm_bytes};
-pub use record::{Summary, peak_rss_bytes};
+pub use memory::{RunSizes, peak_rss_bytes, rss_anon_bytes};
+pub use options::TrainOptions;
 pub use setup::{apply_method, engine_config};
+pub use summary::Summary;
 pub use world::{World, launched_by_mpirun, world_size_and_rank};

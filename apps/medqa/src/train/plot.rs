@@ -1,13 +1,20 @@
 //! The loss curves of a run, plotted as a PNG file.
 
-use super::scalars::step;
+use super::{
+    event::{Reporter, RunEnd, RunEvent},
+    record::MetricsRecord,
+};
 use anyhow::{Context, Result, bail};
 use plotters::{
     coord::{Shift, types::RangedCoordf64, types::RangedCoordi64},
     prelude::*,
 };
-use serde_json::Value;
-use std::{fs, ops::Range, path::Path, sync::Once};
+use std::{
+    fs,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Once,
+};
 
 /// The width of the plot, in pixels.
 const WIDTH: u32 = 1200;
@@ -27,34 +34,56 @@ type Points = Vec<(i64, f64)>;
 type Canvas<'a> = DrawingArea<BitMapBackend<'a>, Shift>;
 type Chart<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<RangedCoordi64, RangedCoordf64>>;
 
-/// Plots the training loss of `metrics.jsonl`, raw and smoothed, and the validation loss into `png`. Values that are
+/// Reporter that plots the training loss, raw and smoothed, and the validation loss at the end of a run. Values that are
 /// not finite are left out.
-pub fn training_loss(metrics: &Path, png: &Path) -> Result<()> {
-    let [train, valid] = read_losses(metrics)?;
-    let mut pixels = vec![0; (WIDTH * SCALE * HEIGHT * SCALE * 3) as usize];
-    let canvas = BitMapBackend::with_buffer(&mut pixels, (WIDTH * SCALE, HEIGHT * SCALE)).into_drawing_area();
-    draw(&canvas, &train, &valid)?;
-    drop(canvas);
-    save(&downsample(&pixels), png)
+pub struct LossPlot {
+    png: PathBuf,
+    train: Points,
+    valid: Points,
 }
 
-/// Reads the training and the validation losses. An incomplete last line, which a killed run left, is ignored.
-fn read_losses(metrics: &Path) -> Result<[Points; 2]> {
-    let text = fs::read_to_string(metrics).with_context(|| format!("{}: cannot be read", metrics.display()))?;
-    let mut losses = [const { Points::new() }; 2];
-    for (number, line) in text.split_inclusive('\n').enumerate().filter(|(_, line)| line.ends_with('\n')) {
-        let context = || format!("{}: line {}: not a line of metrics", metrics.display(), number + 1);
-        let line: Value = serde_json::from_str(line).with_context(context)?;
-        let step = step(&line).with_context(context)? as i64;
-        for (points, key) in losses.iter_mut().zip(["loss", "valid_loss"]) {
-            // JSON has no NaN: it is written as `null`.
-            points.extend(line[key].as_f64().map(|loss| (step, loss)));
+impl LossPlot {
+    /// Creates the reporter of the plot `png`.
+    pub fn new(png: PathBuf) -> Self {
+        Self { png, train: Points::new(), valid: Points::new() }
+    }
+
+    fn add(&mut self, record: &MetricsRecord) {
+        let (points, loss) = match record {
+            MetricsRecord::Step(record) => (&mut self.train, record.loss),
+            MetricsRecord::Eval(record) => (&mut self.valid, record.valid_loss),
+        };
+        if loss.is_finite() {
+            points.push((record.step() as i64, loss));
         }
     }
-    if losses.iter().all(Vec::is_empty) {
-        bail!("{}: expected a finite `loss` or `valid_loss`, found none; there is nothing to draw", metrics.display());
+
+    fn write(&self) -> Result<()> {
+        if self.train.is_empty() && self.valid.is_empty() {
+            bail!("expected a finite training or validation loss, found none; there is nothing to draw");
+        }
+        let mut pixels = vec![0; (WIDTH * SCALE * HEIGHT * SCALE * 3) as usize];
+        let canvas = BitMapBackend::with_buffer(&mut pixels, (WIDTH * SCALE, HEIGHT * SCALE)).into_drawing_area();
+        draw(&canvas, &self.train, &self.valid)?;
+        drop(canvas);
+        save(&downsample(&pixels), &self.png)
     }
-    Ok(losses)
+}
+
+impl Reporter for LossPlot {
+    fn report(&mut self, event: &RunEvent) -> Result<()> {
+        match event {
+            RunEvent::Started(start) => start.earlier.iter().for_each(|record| self.add(record)),
+            RunEvent::Record(record) => self.add(record),
+            RunEvent::Finished(RunEnd::Complete) => {
+                if let Err(error) = self.write() {
+                    eprintln!("warning: the plot of the losses cannot be written: {error:#}");
+                }
+            }
+            RunEvent::TraceWritten(_) | RunEvent::Finished(RunEnd::Interrupted) => {}
+        }
+        Ok(())
+    }
 }
 
 /// Returns an exponential moving average, whose weight for past values grows with the number of points: 0 for no point,
@@ -196,17 +225,27 @@ fn save(pixels: &[u8], png: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::{
+        event::RunStart,
+        record::{EvalRecord, StepRecord},
+    };
 
-    /// Plots lines of metrics and returns the width and height in the header of the PNG file.
-    fn drawn(lines: &str) -> Result<(u32, u32)> {
+    fn step(step: usize, loss: f64) -> MetricsRecord {
+        MetricsRecord::Step(StepRecord { step, loss, ..StepRecord::default() })
+    }
+
+    fn eval(step: usize, valid_loss: f64) -> MetricsRecord {
+        MetricsRecord::Eval(EvalRecord { step, valid_loss, elapsed_seconds: 0.0 })
+    }
+
+    /// Plots records and returns the width and height in the header of the PNG file.
+    fn drawn(records: &[MetricsRecord]) -> Result<(u32, u32)> {
         let directory = tempfile::tempdir().unwrap();
-        let (metrics, png) = (directory.path().join("metrics.jsonl"), directory.path().join("training_loss.png"));
-        fs::write(&metrics, lines).unwrap();
-        training_loss(&metrics, &png).map_err(|error| {
-            let name = format!("{}/", directory.path().display());
-            anyhow::anyhow!(format!("{error:#}").replace(&name, ""))
-        })?;
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2, "nothing is left beside the picture");
+        let png = directory.path().join("training_loss.png");
+        let mut plot = LossPlot::new(png.clone());
+        records.iter().for_each(|record| plot.add(record));
+        plot.write()?;
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside the picture");
         let bytes = fs::read(&png).unwrap();
         assert_eq!(bytes[..8], *b"\x89PNG\r\n\x1a\n");
         let side = |at| u32::from_be_bytes(bytes[at..at + 4].try_into().unwrap());
@@ -215,26 +254,38 @@ mod tests {
 
     #[test]
     fn runs_of_every_shape_are_drawn() {
-        for lines in [
-            "{\"step\": 1, \"loss\": 2.5}\n",
-            "{\"step\": 0, \"valid_loss\": 0.0}\n",
-            "{\"step\": 1, \"loss\": 2.5}\n{\"step\": 1, \"valid_loss\": 2.5}\n",
-            "{\"step\": 1, \"loss\": 2.5}\n{\"step\": 2, \"loss\": null}\n{\"step\": 3, \"loss\": 2.5}\n",
-            "{\"step\": 5000, \"loss\": 1e30}\n{\"step\": 5001, \"loss\": -3}\n",
-            "{\"step\": 1, \"loss\": 2.5}\n{\"step\": 2, \"lo",
+        for records in [
+            &[step(1, 2.5)][..],
+            &[eval(0, 0.0)],
+            &[step(1, 2.5), eval(1, 2.5)],
+            &[step(1, 2.5), step(2, f64::NAN), step(3, 2.5)],
+            &[step(5000, 1e30), step(5001, -3.0)],
         ] {
-            assert_eq!(drawn(lines).unwrap(), (WIDTH, HEIGHT), "{lines}");
+            assert_eq!(drawn(records).unwrap(), (WIDTH, HEIGHT), "{records:?}");
         }
     }
 
     #[test]
-    fn what_cannot_be_drawn_is_said_in_one_line() {
-        let nothing = "metrics.jsonl: expected a finite `loss` or `valid_loss`, found none; there is nothing to draw";
-        assert_eq!(drawn("").unwrap_err().to_string(), nothing);
-        assert_eq!(drawn("{\"step\": 1, \"loss\": null}\n").unwrap_err().to_string(), nothing);
-        let error = drawn("{\"step\": 1, \"loss\": 2}\nstep 2\n").unwrap_err().to_string();
-        assert!(error.starts_with("metrics.jsonl: line 2: not a line of metrics: "), "{error}");
-        assert_eq!(error.lines().count(), 1);
+    fn a_run_without_a_finite_loss_is_not_drawn() {
+        for records in [&[][..], &[step(1, f64::NAN), eval(1, f64::INFINITY)]] {
+            let error = drawn(records).unwrap_err().to_string();
+            assert_eq!(error, "expected a finite training or validation loss, found none; there is nothing to draw");
+        }
+    }
+
+    #[test]
+    fn records_from_before_a_resume_are_drawn_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let png = directory.path().join("training_loss.png");
+        let mut plot = LossPlot::new(png.clone());
+        let start = RunStart { total_steps: 2, eval_every: 2, earlier: &[step(1, 2.5)] };
+        plot.report(&RunEvent::Started(start)).unwrap();
+        plot.report(&RunEvent::Record(&step(2, 2.0))).unwrap();
+        assert_eq!(plot.train, [(1, 2.5), (2, 2.0)]);
+        plot.report(&RunEvent::Finished(RunEnd::Interrupted)).unwrap();
+        assert!(!png.exists());
+        plot.report(&RunEvent::Finished(RunEnd::Complete)).unwrap();
+        assert!(png.exists());
     }
 
     #[test]

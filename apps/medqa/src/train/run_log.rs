@@ -1,84 +1,80 @@
-//! The log of a run, on the terminal and in files. Rank 0 writes it; the other ranks are silent.
+//! The log of a run on rank 0: the reporters that its recipe and its terminal ask for. The other ranks have none.
 
-use super::{dashboards::Dashboards, record::MetricsFile};
-use crate::recipe::Recipe;
-use anyhow::Result;
-use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::Value;
-use std::{path::Path, time::Instant};
+use super::{
+    event::{Reporter, RunEvent},
+    metrics_file::MetricsFile,
+    plot::LossPlot,
+    progress::ProgressLine,
+    record::MetricsRecord,
+    tensorboard::TensorBoardWriter,
+    wandb::{RunMetadata, WandbWriter},
+};
+use crate::recipe::{Recipe, ReportTo};
+use anyhow::{Context, Result};
+use std::path::Path;
+
+const PROJECT: &str = "medqa";
 
 /// The log of a run.
 pub struct RunLog {
-    files: Option<(MetricsFile, Dashboards)>,
-    progress_bar: ProgressBar,
-    /// True if burn-train's display uses the terminal.
-    display: bool,
-    start: Instant,
+    metrics: MetricsFile,
+    reporters: Vec<Box<dyn Reporter + Send>>,
+}
+
+/// The point from which a log continues; all zeros for a new run.
+#[derive(Debug, Clone, Copy)]
+pub struct ResumePoint {
+    /// Steps taken.
+    pub step: usize,
+    /// The length of `metrics.jsonl`.
+    pub metrics_bytes: u64,
 }
 
 impl RunLog {
-    /// Opens the log in the run directory, or continues it after `step` and the first `bytes` of its metrics; on other
-    /// ranks than 0, the log is silent.
-    pub fn open(directory: &Path, recipe: &Recipe, (step, bytes): (usize, u64), speaks: (bool, bool)) -> Result<Self> {
-        let (first, display) = speaks;
-        let mut files = None;
-        if first {
-            let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), bytes)?;
-            let dashboards = Dashboards::open(directory, recipe, step, &metrics.lines()?)?;
-            files = Some((metrics, dashboards));
+    /// Opens the files in the run directory, and the progress on the terminal unless burn-train's `display` is there.
+    ///
+    /// # Errors
+    /// If a file cannot be written, or the earlier metrics cannot be read.
+    pub fn open(directory: &Path, recipe: &Recipe, resume: ResumePoint, display: bool) -> Result<Self> {
+        let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), resume.metrics_bytes)?;
+        let earlier = metrics.records()?;
+        let mut reporters: Vec<Box<dyn Reporter + Send>> = Vec::new();
+        if !display {
+            reporters.push(Box::new(ProgressLine::new()?));
         }
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}, {eta} left")?;
-        Ok(Self { files, progress_bar: ProgressBar::new(0).with_style(style), display, start: Instant::now() })
+        let wants = |report| recipe.train.eval_save.report_to.contains(&report);
+        if wants(ReportTo::TensorBoard) {
+            let resume_step = (!earlier.is_empty()).then_some(resume.step as u64);
+            reporters.push(Box::new(TensorBoardWriter::create(&directory.join("tensorboard"), resume_step)?));
+        }
+        if wants(ReportTo::Wandb) {
+            let config = serde_json::to_value(recipe)?;
+            let config = config.as_object().context("a recipe is a table")?;
+            let name = directory.file_name().unwrap_or_default().to_string_lossy();
+            let about = RunMetadata { project: PROJECT, name: &name, config };
+            reporters.push(Box::new(WandbWriter::create(&directory.join("wandb"), &about, &earlier)?));
+        }
+        reporters.push(Box::new(LossPlot::new(directory.join("training_loss.png"))));
+        Ok(Self { metrics, reporters })
     }
 
-    /// Returns the lines written so far.
-    pub fn lines(&self) -> Result<Vec<Value>> {
-        self.files.as_ref().map_or(Ok(Vec::new()), |(metrics, _)| metrics.lines())
+    /// Reads the records written so far.
+    ///
+    /// # Errors
+    /// If `metrics.jsonl` cannot be read.
+    pub fn records(&self) -> Result<Vec<MetricsRecord>> {
+        self.metrics.records()
     }
 
     /// Returns the length of `metrics.jsonl`.
     pub fn metrics_bytes(&self) -> u64 {
-        self.files.as_ref().map_or(0, |(metrics, _)| metrics.bytes())
+        self.metrics.bytes()
     }
+}
 
-    /// Writes a line of metrics to all files; returns false on a rank that writes nothing.
-    pub fn write(&mut self, line: &Value) -> Result<bool> {
-        let Some((metrics, dashboards)) = &mut self.files else { return Ok(false) };
-        metrics.write(line)?;
-        dashboards.write(line)?;
-        Ok(true)
-    }
-
-    /// Shows the progress: a bar on a terminal, else a line after every tenth of the steps; nothing if burn-train's
-    /// display is on.
-    pub fn show_progress(&self, step: usize, steps: usize, message: String) {
-        if self.display || self.files.is_none() {
-            return;
-        }
-        if self.progress_bar.is_hidden() {
-            if step == 1 || step.is_multiple_of((steps / 10).max(1)) || step == steps {
-                let left = self.start.elapsed().as_secs_f64() / step as f64 * (steps - step) as f64;
-                eprintln!("step {step}/{steps}: {message}, {left:.0} s left");
-            }
-        } else {
-            self.progress_bar.set_length(steps as u64);
-            self.progress_bar.set_message(message);
-            self.progress_bar.set_position(step as u64);
-        }
-    }
-
-    /// Prints a message between the lines of progress.
-    pub fn print_line(&self, message: &str) {
-        match (self.display || self.files.is_none(), self.progress_bar.is_hidden()) {
-            (true, _) => {}
-            (false, true) => eprintln!("{message}"),
-            (false, false) => self.progress_bar.println(message),
-        }
-    }
-
-    /// Closes the log with exit code 0, or with that of an interruption.
-    pub fn finish(&mut self, code: u8) -> Result<()> {
-        self.progress_bar.finish_and_clear();
-        self.files.as_mut().map_or(Ok(()), |(_, dashboards)| dashboards.finish(code))
+impl Reporter for RunLog {
+    fn report(&mut self, event: &RunEvent) -> Result<()> {
+        self.metrics.report(event)?;
+        self.reporters.iter_mut().try_for_each(|reporter| reporter.report(event))
     }
 }

@@ -111,8 +111,22 @@ fn memory_tier(recipe: &Recipe, device: OffloadDevice) -> MemoryTier {
     device.tier(recipe.parallel.offload.nvme_path.as_deref().map(Path::new))
 }
 
+/// Reads and tokenizes the training rows, by source.
+pub fn load_sources<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Vec<Vec<Example>>> {
+    let sources = data.train.iter();
+    sources.map(|source| load_examples(loaded, data, &source.path, &data.schema(Some(source)))).collect()
+}
+
+/// Reads and tokenizes the validation rows; none if the recipe names no file.
+pub fn load_validation<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Vec<Example>> {
+    let rows = data.valid.as_ref().map(|path| load_examples(loaded, data, path, &data.schema(None)));
+    let mut rows = rows.transpose()?.unwrap_or_default();
+    rows.truncate(data.valid_limit.unwrap_or(usize::MAX));
+    Ok(rows)
+}
+
 /// Reads a file and tokenizes its rows.
-pub fn load_examples<B: Kernels>(
+fn load_examples<B: Kernels>(
     loaded: &LoadedModel<B>,
     data: &DataConfig,
     path: &str,

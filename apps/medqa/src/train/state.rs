@@ -35,6 +35,9 @@ const KEYS_FREE_ON_RESUME: [&str; 17] = [
     "train.memory_gib",
 ];
 
+/// The file of a checkpoint that holds the trainable parameters and the optimizer states.
+pub const STATE_FILE: &str = "training.safetensors";
+
 /// The contents of a checkpoint's `state.json`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct TrainerState {

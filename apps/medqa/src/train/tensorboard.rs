@@ -4,11 +4,12 @@
 //! <https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details>.
 
 use super::{
-    protobuf::{CRC32C, ProtoMessage},
-    scalars::{scalars, step},
+    crc::CRC32C,
+    event::{Reporter, RunEvent},
+    protobuf::ProtoMessage,
+    record::Scalar,
 };
 use anyhow::{Context, Result};
-use serde_json::Value;
 use std::{
     fs::{self, File},
     io::Write,
@@ -46,15 +47,18 @@ impl TensorBoardWriter {
         Ok(board)
     }
 
-    /// Writes the scalars of a line of `metrics.jsonl`.
-    pub fn write(&mut self, line: &Value) -> Result<()> {
-        self.write_event(event_message(now(), step(line)?).message(5, summary_message(line)))
-    }
-
     /// Writes an event in one piece and without delay, so that a killed run leaves only complete events.
     fn write_event(&mut self, event: ProtoMessage) -> Result<()> {
         let written = self.file.write_all(&frame_record(&event.into_bytes()));
         written.with_context(|| format!("{}: cannot be written", self.path.display()))
+    }
+}
+
+impl Reporter for TensorBoardWriter {
+    fn report(&mut self, event: &RunEvent) -> Result<()> {
+        let RunEvent::Record(record) = event else { return Ok(()) };
+        let summary = summary_message(&record.scalars());
+        self.write_event(event_message(now(), record.step() as u64).message(5, summary))
     }
 }
 
@@ -63,8 +67,8 @@ fn event_message(wall_time: f64, step: u64) -> ProtoMessage {
 }
 
 /// Encodes the scalars in single precision, as `torch.utils.tensorboard` does: every reader accepts this form.
-fn summary_message(line: &Value) -> ProtoMessage {
-    scalars(line).fold(ProtoMessage::default(), |summary, (tag, value)| {
+fn summary_message(scalars: &[Scalar]) -> ProtoMessage {
+    scalars.iter().fold(ProtoMessage::default(), |summary, &(tag, value)| {
         summary.message(1, ProtoMessage::default().bytes(1, tag).float(2, value as f32))
     })
 }
@@ -108,7 +112,7 @@ pub(super) fn hostname() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
+    use crate::train::record::{EvalRecord, MetricsRecord};
 
     fn hex(bytes: &[u8]) -> String {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -135,8 +139,8 @@ mod tests {
     /// Compares with bytes that tests/dashboards/record_vectors.py made with tensorboard 2.21.
     #[test]
     fn bytes_are_those_of_tensorboard() {
-        let line = json!({"step": 7, "loss": 1.25, "learning_rate": 1e-4, "elapsed_seconds": 3.0});
-        let bytes = event_message(1.5, 7).message(5, summary_message(&line)).into_bytes();
+        let scalars = [("train/loss", 1.25), ("train/learning_rate", 1e-4)];
+        let bytes = event_message(1.5, 7).message(5, summary_message(&scalars)).into_bytes();
         assert_eq!(
             hex(&frame_record(&bytes)),
             "3c00000000000000c8b7a35209000000000000f83f10072a2f0a110a0a747261696e2f6c6f7373150000a03f0a1a0a13747261696e2f6c6561726e696e675f726174651517b7d1380f76df53"
@@ -152,7 +156,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_is_nan() {
-        let bytes = summary_message(&json!({"step": 1, "loss": null})).into_bytes();
+        let bytes = summary_message(&[("train/loss", f64::NAN)]).into_bytes();
         assert_eq!(bytes[bytes.len() - 4..], f32::NAN.to_le_bytes());
     }
 
@@ -161,7 +165,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         for (resume, first) in [(None, 0), (Some(6), 7)] {
             let mut board = TensorBoardWriter::create(directory.path(), resume).unwrap();
-            board.write(&json!({"step": first, "loss": 2.0})).unwrap();
+            let record = EvalRecord { step: first, valid_loss: 2.0, elapsed_seconds: 0.0 };
+            board.report(&RunEvent::Record(&MetricsRecord::Eval(record))).unwrap();
         }
         let files = files(directory.path());
         assert_eq!(files.len(), 2);
@@ -183,13 +188,5 @@ mod tests {
         let files = files(directory.path());
         assert_eq!(files[0], ahead);
         assert!(files[1].to_string_lossy().contains("9000000001"));
-    }
-
-    #[test]
-    fn a_line_without_a_step_is_refused() {
-        let directory = tempfile::tempdir().unwrap();
-        let mut board = TensorBoardWriter::create(directory.path(), None).unwrap();
-        let error = board.write(&json!({"loss": 1.0})).unwrap_err();
-        assert_eq!(error.to_string(), "metrics: expected `step` to be a whole number, found {\"loss\":1.0}");
     }
 }

@@ -1,31 +1,31 @@
 //! The training loop.
 
 use super::{
-    command::{INTERRUPTED_EXIT_CODE, TrainOptions},
+    early_stopping::EarlyStopping,
     eval_device::{self, Evaluator},
-    learner::BurnTrainReporter,
-    memory::{self, RunSizes},
-    plot,
-    record::{Summary, peak_rss_bytes},
-    run_log::RunLog,
+    event::{Reporter, RunEnd, RunEvent, RunStart, TraceReport},
+    memory::{self, RunSizes, peak_rss_bytes},
+    options::TrainOptions,
+    record::{EvalRecord, LossScaling, MetricsRecord, ProcessUsage, StepRecord, TokenCounts},
+    run_log::{ResumePoint, RunLog},
+    run_output::RunOutput,
     setup,
-    state::{self, TrainerState},
+    state::{self, STATE_FILE, TrainerState},
+    step_rows::{StepRows, TrainData},
+    summary::{RunTime, Summary},
 };
 use crate::{
-    data::BatchSampler,
-    eval::loss_sum,
-    method_adapter::AttachedAdapter,
+    eval::{EvalBatching, loss_sum},
     model::LoadedModel,
     process,
     recipe::{ComputeDtype, Recipe},
     write,
 };
 use anyhow::{Context, Result, bail};
-use burn::{backend::Autodiff, module::AutodiffModule};
-use burn_llama::{Batch, Example, Llama, SequenceLayout, Tokenizer, checkpoint, kernel::Kernels};
+use burn::{backend::Autodiff, module::AutodiffModule, train::Interrupter};
+use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
 use burn_peft::{DropoutKey, ForwardContext, adapter::QuantizationResidual, param};
-use burn_zero::{Engine, StepReport, comm::Communicator};
-use serde_json::{Value, json};
+use burn_zero::{Engine, EngineConfig, StepReport, comm::Communicator};
 use std::{
     fs,
     ops::Range,
@@ -33,37 +33,50 @@ use std::{
     time::Instant,
 };
 
-/// The file of a checkpoint that holds the trainable parameters and the optimizer states.
-pub const STATE_FILE: &str = "training.safetensors";
-
 /// The trainer of one run.
 pub struct Trainer<B: Kernels> {
     recipe: Recipe,
     directory: PathBuf,
     engine: Engine<Autodiff<B>, Llama<Autodiff<B>>>,
     output: RunOutput,
-    sources: Vec<Vec<Example>>,
-    batch_sampler: BatchSampler,
-    valid: Vec<Example>,
+    data: TrainData,
+    validation: ValidationData,
+    /// Absent on other ranks than 0.
+    run_log: Option<RunLog>,
+    progress: RunProgress,
+}
+
+/// The validation rows, and what evaluates them.
+struct ValidationData {
+    rows: Vec<Example>,
     /// Computes the validation loss on `train.eval_device`, if that is given.
     evaluator: Option<Box<dyn Evaluator>>,
-    run_log: RunLog,
-    /// True if burn-train's display uses the terminal.
-    pub display: bool,
+    /// The rule of `train.early_stopping`; absent on other ranks than 0, which decides for all.
+    early_stopping: Option<EarlyStopping>,
+}
+
+/// The result of an evaluation.
+struct Validation {
+    /// Mean loss per target token, in nats.
+    loss: f64,
+    /// True if the run should stop early.
+    stop_early: bool,
+}
+
+/// The progress of a run.
+struct RunProgress {
+    state: TrainerState,
     /// The start time in this process; the time before a resume is in `state`.
     start: Instant,
     /// Seconds from the start of the process to the first step of this run.
     seconds_to_first_step: Option<f64>,
-    state: TrainerState,
 }
 
-/// The result that a run writes.
-enum RunOutput {
-    /// An adapter directory.
-    Adapter(AttachedAdapter),
-    /// A model directory, with the tokenizer. An adapter directory needs none, so the tokenizer is dropped once the
-    /// rows are tokens.
-    Model(Box<Tokenizer>),
+impl RunProgress {
+    /// Returns the seconds since the run started, without the time between interruption and resume.
+    fn elapsed_seconds(&self) -> f64 {
+        self.state.seconds + self.start.elapsed().as_secs_f64()
+    }
 }
 
 /// The outcome of a run.
@@ -76,84 +89,40 @@ pub enum RunOutcome {
 
 impl<B: Kernels> Trainer<B> {
     /// Prepares a new or a resumed run.
+    ///
+    /// # Errors
+    /// If the data, the adapter or a checkpoint cannot be read, the run directory cannot be written, or the run does
+    /// not fit into memory.
     pub fn new(
         recipe: Recipe,
         options: &TrainOptions,
-        (loaded, communicator): (LoadedModel<Autodiff<B>>, Box<dyn Communicator>),
+        loaded: LoadedModel<Autodiff<B>>,
+        communicator: Box<dyn Communicator>,
     ) -> Result<Self> {
-        let data = &recipe.data;
-        let sources = data.train.iter();
-        let sources =
-            sources.map(|source| setup::load_examples(&loaded, data, &source.path, &data.schema(Some(source))));
-        let sources = sources.collect::<Result<Vec<_>>>()?;
-        let valid = data.valid.as_ref().map(|path| setup::load_examples(&loaded, data, path, &data.schema(None)));
-        let mut valid = valid.transpose()?.unwrap_or_default();
-        valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
-        let (mut model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
-        let elsewhere = eval_device::open(&recipe)?;
-        let lengths = |rows: &Vec<Example>| rows.iter().map(|row| row.ids.len()).collect();
-        let batch_sampler =
-            BatchSampler::new(&recipe, sources.iter().map(lengths).collect(), communicator.world_size())?;
+        let sources = setup::load_sources(&loaded, &recipe.data)?;
+        let rows = setup::load_validation(&loaded, &recipe.data)?;
+        let (model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
+        let validation = ValidationData { rows, evaluator: eval_device::open(&recipe)?, early_stopping: None };
+        let data = TrainData::new(&recipe, sources, communicator.world_size())?;
         let sizes = RunSizes {
             trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
-            tokens: batch_sampler.max_micro_batch_tokens() as u64,
+            tokens: data.batch_sampler.max_micro_batch_tokens() as u64,
             ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
         };
         memory::check(&sizes, &recipe, &options.device)?;
-        let first = communicator.rank() == 0;
         let config = setup::engine_config(&recipe, communicator)?;
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
-        let mut progress = TrainerState::default();
-        let checkpoints = state::checkpoints(&directory)?;
-        let checkpoint = checkpoints.last();
-        if let Some(checkpoint) = checkpoint {
-            progress = state::read_state(checkpoint)?;
-            let rows = batch_sampler.rows_per_step();
-            if progress.rows_per_step != rows {
-                bail!(
-                    "{}: `train.batch_size` · `train.gradient_accumulation` · ranks: the run has {} rows per step, now {rows}; \
-                     a resumed run keeps them",
-                    checkpoint.display(),
-                    progress.rows_per_step
-                );
-            }
-        } else if let Some(QuantizationResidual { layers, without_adapter: taken, with_adapter: left }) =
-            setup::init_loftq(&mut model, &recipe)?.filter(|_| first)
-        {
-            let share = 100.0 * (1.0 - left / taken);
-            eprintln!("loftq: the adapters of {layers} layers remove {share:.1} % of the squared error of nf4");
-        }
-        let mut engine = config.init(model)?;
-        if let Some(checkpoint) = checkpoint {
-            engine.restore(&checkpoint.join(STATE_FILE)).with_context(|| state::advice(checkpoint))?;
-            if first {
-                eprintln!("going on after step {} ({})", progress.step, checkpoint.display());
-            }
-        }
-        if first {
+        let (engine, state) = start_or_resume(model, config, &recipe, &directory, data.batch_sampler.rows_per_step())?;
+        let mut run_log = None;
+        if engine.rank() == 0 {
             write::write_atomically(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
+            let resume = ResumePoint { step: state.step, metrics_bytes: state.metrics_bytes };
+            run_log = Some(RunLog::open(&directory, &recipe, resume, options.display)?);
         }
-        let resume_point = (progress.step, progress.metrics_bytes);
-        let journal = RunLog::open(&directory, &recipe, resume_point, (first, options.display))?;
-        let tokenizer = loaded.tokenizer;
-        let trained = adapter.map_or_else(|| RunOutput::Model(Box::new(tokenizer)), RunOutput::Adapter);
-        let display = options.display;
-        Ok(Self {
-            recipe,
-            directory,
-            engine,
-            output: trained,
-            sources,
-            batch_sampler,
-            valid,
-            evaluator: elsewhere,
-            run_log: journal,
-            display,
-            start: Instant::now(),
-            seconds_to_first_step: None,
-            state: progress,
-        })
+        let output = RunOutput::new(adapter, loaded.tokenizer);
+        let progress = RunProgress { state, start: Instant::now(), seconds_to_first_step: None };
+        Ok(Self { recipe, directory, engine, output, data, validation, run_log, progress })
     }
 
     /// Returns the model; in ZeRO stage 3 its weights are placeholders.
@@ -161,184 +130,171 @@ impl<B: Kernels> Trainer<B> {
         self.engine.model()
     }
 
-    /// Returns the steps between two evaluations, and in total.
-    pub fn eval_interval(&self) -> (usize, usize) {
-        let steps = self.batch_sampler.total_steps();
-        (self.recipe.train.eval_save.eval_every.unwrap_or(steps), steps)
-    }
-
-    /// Returns the number of evaluations without improvement after which the run ends.
-    pub fn patience(&self) -> Option<usize> {
-        self.recipe.train.eval_save.early_stopping
-    }
-
-    /// Takes the remaining steps and writes the result.
-    pub fn train(&mut self, reporter: &mut BurnTrainReporter<B>) -> Result<RunOutcome> {
-        let steps = self.batch_sampler.total_steps();
-        for line in self.run_log.lines()? {
-            reporter.report(&line);
+    /// Takes the remaining steps and writes the result. Rank 0 reports every event to the run's log and to `display`.
+    ///
+    /// # Errors
+    /// If a step fails, or a file cannot be written.
+    pub fn train(&mut self, display: &mut dyn Reporter, interrupter: &Interrupter) -> Result<RunOutcome> {
+        let steps = self.data.batch_sampler.total_steps();
+        self.start(display)?;
+        if self.progress.state.step == 0 {
+            self.progress.state.valid_loss_before = self.evaluate(0, display)?.map(|found| found.loss);
         }
-        if self.state.step == 0 {
-            self.state.valid_loss_before = self.evaluate(0, reporter)?.map(|(loss, _)| loss);
-        }
-        let mut taken = self.state.step;
+        let mut taken = self.progress.state.step;
         while taken < steps {
-            self.step(taken, reporter)?;
+            self.step(taken, display)?;
             taken += 1;
-            if taken < steps && self.after_step(taken, reporter)? {
+            if taken < steps && self.after_step(taken, display)? {
                 break;
             }
-            if taken < steps && self.any_rank(reporter.interrupter.should_stop())? {
+            if taken < steps && self.any_rank(interrupter.should_stop())? {
                 self.save_checkpoint(taken)?;
-                self.run_log.finish(INTERRUPTED_EXIT_CODE as u8)?;
+                self.report(&RunEvent::Finished(RunEnd::Interrupted), display)?;
                 return Ok(RunOutcome::Interrupted(taken));
             }
         }
-        self.finish(taken, reporter).map(RunOutcome::Complete)
+        self.finish(taken, display).map(RunOutcome::Complete)
+    }
+
+    /// Reports the start, with the records from before a resume, and continues early stopping after these.
+    fn start(&mut self, display: &mut dyn Reporter) -> Result<()> {
+        let Some(run_log) = &self.run_log else { return Ok(()) };
+        let (earlier, total_steps) = (run_log.records()?, self.data.batch_sampler.total_steps());
+        let settings = &self.recipe.train.eval_save;
+        let losses = earlier.iter().filter_map(MetricsRecord::valid_loss_after_training);
+        self.validation.early_stopping = settings.early_stopping.map(|patience| EarlyStopping::after(patience, losses));
+        let eval_every = settings.eval_every.unwrap_or(total_steps);
+        self.report(&RunEvent::Started(RunStart { total_steps, eval_every, earlier: &earlier }), display)
+    }
+
+    fn report(&mut self, event: &RunEvent, display: &mut dyn Reporter) -> Result<()> {
+        let Some(run_log) = &mut self.run_log else { return Ok(()) };
+        run_log.report(event)?;
+        display.report(event)
     }
 
     /// Evaluates and saves a checkpoint if they are due after `step`; returns whether to stop early.
-    fn after_step(&mut self, step: usize, reporter: &mut BurnTrainReporter<B>) -> Result<bool> {
+    fn after_step(&mut self, step: usize, display: &mut dyn Reporter) -> Result<bool> {
         let saving = &self.recipe.train.eval_save;
         let due = |every: Option<usize>| every.is_some_and(|every| step.is_multiple_of(every));
         let (evaluate, save) = (due(saving.eval_every), due(saving.save_every));
-        let stop = evaluate && self.evaluate(step, reporter)?.is_some_and(|(_, enough)| enough);
+        let stop = evaluate && self.evaluate(step, display)?.is_some_and(|found| found.stop_early);
         if save {
             self.save_checkpoint(step)?;
         }
         Ok(stop)
     }
 
-    /// Returns the seconds since the run started, without the time between interruption and resume.
-    fn elapsed(&self) -> f64 {
-        self.state.seconds + self.start.elapsed().as_secs_f64()
-    }
-
-    /// Returns whether `said` is true on any rank, so that all ranks take the same branch.
+    /// Returns whether `value` is true on any rank, so that all ranks take the same branch.
     fn any_rank(&self, value: bool) -> Result<bool> {
         Ok(self.engine.sum_over_ranks(&[f64::from(value)])?[0] > 0.0)
     }
 
-    fn step(&mut self, step: usize, reporter: &mut BurnTrainReporter<B>) -> Result<()> {
-        self.seconds_to_first_step.get_or_insert_with(|| process::uptime().as_secs_f64());
-        let (begin, steps, planned) = (Instant::now(), self.batch_sampler.total_steps(), self.batch_sampler.step(step));
-        let rows = planned.rows.iter().map(|index| self.sources[index.source][index.row].clone());
-        let rows: Vec<Example> = rows.collect();
-        let targets: usize = rows.iter().map(Example::num_targets).sum();
-        let tokens: usize = rows.iter().map(|row| row.ids.len()).sum();
-        let micro_batches = planned.micro_batches_of_rank(self.engine.rank(), self.engine.world());
-        let learning_rate = setup::learning_rate(&self.recipe, step - self.state.skipped, steps)?;
+    /// Takes one step, counted from 0, and reports it.
+    fn step(&mut self, step: usize, display: &mut dyn Reporter) -> Result<()> {
+        self.progress.seconds_to_first_step.get_or_insert_with(|| process::uptime().as_secs_f64());
+        let (begin, steps) = (Instant::now(), self.data.batch_sampler.total_steps());
+        let rows = self.data.step(step);
+        let (tokens, target_tokens, epoch) = (rows.tokens, rows.target_tokens, rows.batch.epoch);
+        let micro_batches = rows.batch.micro_batches_of_rank(self.engine.rank(), self.engine.world());
+        let learning_rate = setup::learning_rate(&self.recipe, step - self.progress.state.skipped, steps)?;
         let loss_scale = self.engine.loss_scale();
-        let (loss, report) =
-            B::with_spinning_pool(|| self.run_micro_batches((&rows, targets), (step, micro_batches), learning_rate))?;
-        self.state.skipped += usize::from(report.skipped);
-        let seconds = begin.elapsed().as_secs_f64();
-        self.state.tokens += tokens;
-        self.state.stepping += seconds;
-        let speed = tokens as f64 / seconds;
-        let mut line = json!({
-            "step": step + 1, "epoch": planned.epoch, "loss": loss,
-            "learning_rate": learning_rate, "grad_norm": report.grad_norm, "tokens": tokens,
-            "target_tokens": targets, "tokens_per_second": speed,
-            "elapsed_seconds": self.elapsed(), "peak_rss_bytes": peak_rss_bytes(),
-        });
-        if self.recipe.model.compute == ComputeDtype::F16 {
-            line["loss_scale"] = json!(loss_scale);
-            line["skipped"] = json!(report.skipped);
-        }
-        self.log(&line, reporter)?;
-        self.run_log.show_progress(step + 1, steps, format!("loss {loss:.4}, {speed:.0} tokens/s"));
-        Ok(())
+        let (loss, report) = B::with_spinning_pool(|| self.run_micro_batches(&rows, micro_batches, learning_rate))?;
+        let (seconds, state) = (begin.elapsed().as_secs_f64(), &mut self.progress.state);
+        state.skipped += usize::from(report.skipped);
+        state.tokens += tokens;
+        state.stepping += seconds;
+        let is_f16 = self.recipe.model.compute == ComputeDtype::F16;
+        let record = StepRecord {
+            step: step + 1,
+            epoch,
+            loss,
+            learning_rate,
+            grad_norm: report.grad_norm,
+            tokens: TokenCounts { tokens, target_tokens, tokens_per_second: tokens as f64 / seconds },
+            usage: ProcessUsage { elapsed_seconds: self.progress.elapsed_seconds(), peak_rss_bytes: peak_rss_bytes() },
+            loss_scaling: is_f16.then_some(LossScaling { loss_scale, skipped: report.skipped }),
+        };
+        self.report(&RunEvent::Record(&MetricsRecord::Step(record)), display)
     }
 
-    /// Runs forward and backward passes over this rank's `own` micro-batches, then the optimizer step; returns the loss
-    /// of all ranks and the report of the step.
+    /// Runs forward and backward passes over this rank's `micro_batches`, then the optimizer step; returns the loss of
+    /// all ranks and the report of the step.
     fn run_micro_batches(
         &mut self,
-        (rows, targets): (&[Example], usize),
-        (step, micro_batches): (usize, impl Iterator<Item = Range<usize>>),
+        rows: &StepRows,
+        micro_batches: impl Iterator<Item = Range<usize>>,
         learning_rate: f64,
     ) -> Result<(f64, StepReport)> {
         let (mut loss, mut own) = (0.0, micro_batches.peekable());
         while let Some(micro) = own.next() {
-            let batch = self.micro_batch((rows, targets), (step, micro))?;
+            let batch = self.micro_batch(rows, micro)?;
             if own.peek().is_none() {
                 let (last, report) = self.engine.forward_backward_step(&batch, learning_rate)?;
                 return Ok((self.engine.sum_over_ranks(&[loss + last])?[0], report));
             }
             loss += self.engine.forward_backward(&batch)?;
         }
-        bail!("step {step} has no micro-batch")
+        bail!("step {} has no micro-batch", rows.step)
     }
 
-    /// Builds one micro-batch of a step.
-    fn micro_batch(
-        &self,
-        (rows, targets): (&[Example], usize),
-        (step, micro): (usize, Range<usize>),
-    ) -> Result<Batch<Autodiff<B>>> {
-        let (first, micro) = (micro.start, &rows[micro]);
+    /// Builds the micro-batch of the rows in the range `micro`.
+    fn micro_batch(&self, step: &StepRows, micro: Range<usize>) -> Result<Batch<Autodiff<B>>> {
+        let (first, micro) = (micro.start, &step.rows[micro]);
         // A rank without rows computes one row with weight 0, because all ranks take part in every collective.
-        let (micro, weight) = if micro.is_empty() { (&rows[..1], 0.0) } else { (micro, 1.0 / targets as f32) };
+        let (micro, weight) =
+            if micro.is_empty() { (&step.rows[..1], 0.0) } else { (micro, 1.0 / step.target_tokens as f32) };
         let lengths: Vec<usize> = micro.iter().map(|row| row.ids.len()).collect();
         let layout = SequenceLayout::from_lengths(&lengths, self.recipe.data.packing.is_padding_free());
         let noise = DropoutKey {
             seed: self.recipe.train.steps.seed,
-            step: step as u64,
+            step: step.step as u64,
             tokens: layout.dropout_tokens(first as u64),
         };
         let weight = weight * self.engine.loss_scale() as f32;
         Ok(self.engine.model().batch(micro, &layout, weight, ForwardContext::training(noise))?)
     }
 
-    /// Writes a line of metrics to the run log and to burn-train; returns whether to stop early.
-    fn log(&mut self, line: &Value, reporter: &mut BurnTrainReporter<B>) -> Result<bool> {
-        Ok(self.run_log.write(line)? && reporter.report(line))
-    }
-
-    /// Computes the validation loss, if there are validation rows; returns it and whether to stop early.
-    fn evaluate(&mut self, step: usize, reporter: &mut BurnTrainReporter<B>) -> Result<Option<(f64, bool)>> {
-        if self.valid.is_empty() {
+    /// Computes the validation loss after `step` steps and reports it; `None` if there are no validation rows.
+    fn evaluate(&mut self, step: usize, display: &mut dyn Reporter) -> Result<Option<Validation>> {
+        if self.validation.rows.is_empty() {
             return Ok(None);
         }
-        let steps = &self.recipe.train.steps;
-        let batching = (steps.batch_size, self.recipe.data.packing.is_padding_free());
+        let batch_size = self.recipe.train.steps.batch_size;
+        let batching = EvalBatching { batch_size, padding_free: self.recipe.data.packing.is_padding_free() };
         // Every rank takes whole batches, in turn.
-        let rows = self.valid.chunks(steps.batch_size).skip(self.engine.rank()).step_by(self.engine.world());
+        let rows = self.validation.rows.chunks(batch_size).skip(self.engine.rank()).step_by(self.engine.world());
         let own: Vec<Example> = rows.flatten().cloned().collect();
-        let elsewhere = &mut self.evaluator;
-        let (sum, targets) = self.engine.with_full_params(|model| match elsewhere {
+        let evaluator = &mut self.validation.evaluator;
+        let (sum, targets) = self.engine.with_full_params(|model| match evaluator {
             Some(there) => there.loss(eval_device::trainable_values::<Autodiff<B>, _>(model), &own, batching),
             None => loss_sum(&model.valid(), &own, batching),
         })??;
         let sums = self.engine.sum_over_ranks(&[sum, targets as f64])?;
-        let loss = sums[0] / sums[1];
-        let line = json!({ "step": step, "valid_loss": loss, "elapsed_seconds": self.elapsed() });
-        let stop = self.log(&line, reporter)?;
-        let enough = self.any_rank(stop)?;
-        self.run_log.print_line(&format!("step {step}: validation loss {loss:.4}"));
-        Ok(Some((loss, enough)))
+        let (loss, elapsed_seconds) = (sums[0] / sums[1], self.progress.elapsed_seconds());
+        let record = MetricsRecord::Eval(EvalRecord { step, valid_loss: loss, elapsed_seconds });
+        self.report(&RunEvent::Record(&record), display)?;
+        let observed = self.validation.early_stopping.as_mut().zip(record.valid_loss_after_training());
+        let stop = observed.is_some_and(|(rule, loss)| rule.observe(loss));
+        Ok(Some(Validation { loss, stop_early: self.any_rank(stop)? }))
     }
 
     /// Writes the result into `directory`: `adapter/` or `model/`. Every rank calls this; rank 0 writes.
-    fn save(&self, directory: &Path) -> Result<()> {
-        let (first, trained) = (self.engine.rank() == 0, &self.output);
-        self.engine.with_full_params(|model| match trained {
-            _ if !first => Ok(()),
-            RunOutput::Adapter(adapter) => adapter.save(model, &directory.join("adapter")),
-            RunOutput::Model(tokenizer) => {
-                let directory = directory.join("model");
-                checkpoint::save(model, &directory)?;
-                Ok(tokenizer.save(&directory)?)
-            }
-        })?
+    fn save(&mut self, directory: &Path) -> Result<()> {
+        let (first, output) = (self.engine.rank() == 0, &self.output);
+        let folder = directory.join(output.folder_name());
+        self.engine.with_full_params(|model| if first { output.save(model, &folder) } else { Ok(()) })?
     }
 
     /// Writes a checkpoint to resume from after `step`, and removes the oldest ones beyond `train.keep`.
     fn save_checkpoint(&mut self, step: usize) -> Result<()> {
-        let (seconds, metrics_bytes) = (self.elapsed(), self.run_log.metrics_bytes());
-        let rows_per_step = self.batch_sampler.rows_per_step();
-        let progress = TrainerState { step, rows_per_step, seconds, metrics_bytes, ..self.state.clone() };
+        let state = TrainerState {
+            step,
+            rows_per_step: self.data.batch_sampler.rows_per_step(),
+            seconds: self.progress.elapsed_seconds(),
+            metrics_bytes: self.run_log.as_ref().map_or(0, RunLog::metrics_bytes),
+            ..self.progress.state.clone()
+        };
         let path = self.directory.join(format!("checkpoint-{step}"));
         let first = self.engine.rank() == 0;
         let partial = if first { state::create_partial(&path) } else { Ok(state::partial_path(&path)) }?;
@@ -349,7 +305,7 @@ impl<B: Kernels> Trainer<B> {
             .and_then(|()| Ok(self.engine.save(&partial.join(STATE_FILE))?))
             .and_then(|()| Ok(self.engine.barrier()?));
         if first {
-            state::commit(&path, &progress, written)?;
+            state::commit(&path, &state, written)?;
             let all = state::checkpoints(&self.directory)?;
             let surplus = all.len().saturating_sub(self.recipe.train.eval_save.keep);
             return all[..surplus].iter().try_for_each(|old| state::remove(old));
@@ -357,42 +313,75 @@ impl<B: Kernels> Trainer<B> {
         written
     }
 
-    fn finish(&mut self, steps: usize, reporter: &mut BurnTrainReporter<B>) -> Result<Summary> {
-        if let Some(trace) = &self.recipe.parallel.files.trace {
-            // Written before the last evaluation, which is not part of training.
-            self.engine.write_trace(Path::new(trace))?;
-            if let Some(share) = self.engine.trace().overlap_fraction() {
-                self.run_log.print_line(&format!(
-                    "{trace}: {:.0} % of the time in collectives overlaps computation",
-                    100.0 * share
-                ));
-            }
-        }
-        let after = self.evaluate(steps, reporter)?.map(|(loss, _)| loss);
+    /// Evaluates a last time and writes the result and the summary.
+    fn finish(&mut self, steps: usize, display: &mut dyn Reporter) -> Result<Summary> {
+        // Written before the last evaluation, which is not part of training.
+        self.write_trace(display)?;
+        let valid_loss_after = self.evaluate(steps, display)?.map(|found| found.loss);
         let directory = self.directory.clone();
         self.save(&directory)?;
-        self.run_log.finish(0)?;
-        let first = self.engine.rank() == 0;
-        let (metrics, picture) = (directory.join("metrics.jsonl"), directory.join("training_loss.png"));
-        if let Err(error) = if first { plot::training_loss(&metrics, &picture) } else { Ok(()) } {
-            eprintln!("warning: the plot of the losses cannot be written: {error:#}");
-        }
-        let TrainerState { tokens, stepping, valid_loss_before, .. } = self.state;
+        self.report(&RunEvent::Finished(RunEnd::Complete), display)?;
+        let TrainerState { tokens, stepping, valid_loss_before, .. } = self.progress.state;
         let summary = Summary {
             valid_loss_before,
-            valid_loss_after: after,
+            valid_loss_after,
             steps,
-            seconds: self.elapsed(),
-            seconds_to_first_step: self.seconds_to_first_step,
+            time: RunTime {
+                seconds: self.progress.elapsed_seconds(),
+                seconds_to_first_step: self.progress.seconds_to_first_step,
+            },
             tokens,
             tokens_per_second: tokens as f64 / stepping,
             peak_rss_bytes: peak_rss_bytes(),
             trainable_parameters: self.engine.with_full_params(param::count_trainable::<Autodiff<B>, _>)?,
         };
-        if first {
+        if self.engine.rank() == 0 {
             let text = serde_json::to_string_pretty(&summary)?;
             write::write_atomically(&directory.join("summary.json"), format!("{text}\n").as_bytes())?;
         }
         Ok(summary)
     }
+
+    /// Writes the trace of the collectives, if the recipe asks for it, and reports how much of it overlaps computation.
+    fn write_trace(&mut self, display: &mut dyn Reporter) -> Result<()> {
+        let Some(path) = self.recipe.parallel.files.trace.clone() else { return Ok(()) };
+        self.engine.write_trace(Path::new(&path))?;
+        let Some(overlap_fraction) = self.engine.trace().overlap_fraction() else { return Ok(()) };
+        self.report(&RunEvent::TraceWritten(TraceReport { path: &path, overlap_fraction }), display)
+    }
+}
+
+/// Creates the engine for the model, and brings it to the newest checkpoint in the run directory. Without one,
+/// initializes the adapters by LoftQ, if the recipe asks for it.
+fn start_or_resume<B: Kernels>(
+    mut model: Llama<Autodiff<B>>,
+    config: EngineConfig,
+    recipe: &Recipe,
+    directory: &Path,
+    rows_per_step: usize,
+) -> Result<(Engine<Autodiff<B>, Llama<Autodiff<B>>>, TrainerState)> {
+    if let Some(checkpoint) = state::checkpoints(directory)?.last() {
+        let state = state::read_state(checkpoint)?;
+        if state.rows_per_step != rows_per_step {
+            bail!(
+                "{}: `train.batch_size` · `train.gradient_accumulation` · ranks: the run has {} rows per step, now \
+                 {rows_per_step}; a resumed run keeps them",
+                checkpoint.display(),
+                state.rows_per_step
+            );
+        }
+        let mut engine = config.init(model)?;
+        engine.restore(&checkpoint.join(STATE_FILE)).with_context(|| state::advice(checkpoint))?;
+        if engine.rank() == 0 {
+            eprintln!("going on after step {} ({})", state.step, checkpoint.display());
+        }
+        return Ok((engine, state));
+    }
+    let loftq = setup::init_loftq(&mut model, recipe)?;
+    let engine = config.init(model)?;
+    if let Some(QuantizationResidual { layers, without_adapter, with_adapter }) = loftq.filter(|_| engine.rank() == 0) {
+        let share = 100.0 * (1.0 - with_adapter / without_adapter);
+        eprintln!("loftq: the adapters of {layers} layers remove {share:.1} % of the squared error of nf4");
+    }
+    Ok((engine, TrainerState::default()))
 }

@@ -5,8 +5,10 @@
 //! <https://github.com/google/leveldb/blob/main/doc/log_format.md> for the records, here with zlib's checksum.
 
 use super::{
-    protobuf::{CRC32, ProtoMessage},
-    scalars::{SCALAR_NAMES, scalars, step},
+    crc::CRC32,
+    event::{Reporter, RunEvent},
+    protobuf::ProtoMessage,
+    record::{MetricsRecord, SCALAR_NAMES, Scalar},
     tensorboard::hostname,
 };
 use anyhow::{Context, Result};
@@ -50,9 +52,9 @@ pub struct WandbWriter {
 
 impl WandbWriter {
     /// Creates the run in a folder of `directory`: the existing folder of a resumed run, else a new one. Its contents
-    /// are written anew from the lines of `metrics`, so that repeated steps are not in it twice.
-    pub fn create(directory: &Path, run: &RunMetadata, metrics: &[Value]) -> Result<Self> {
-        let before = metrics.last().and_then(|line| line["elapsed_seconds"].as_f64()).unwrap_or(0.0);
+    /// are written anew from the `earlier` records, so that repeated steps are not in it twice.
+    pub fn create(directory: &Path, run: &RunMetadata, earlier: &[MetricsRecord]) -> Result<Self> {
+        let before = earlier.last().map_or(0.0, MetricsRecord::elapsed_seconds);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let started = now.saturating_sub(Duration::try_from_secs_f64(before).unwrap_or_default());
         let (folder, id) = match existing_run(directory)? {
@@ -69,7 +71,7 @@ impl WandbWriter {
         let file = file.with_context(context)?;
         let mut log = Self { file, path: path.clone(), offset: 0, records: 0, rows: 0, started: started.as_secs_f64() };
         log.write_header(&id, run, started)?;
-        metrics.iter().try_for_each(|line| log.write(line))?;
+        earlier.iter().try_for_each(|record| log.write(record))?;
         fs::rename(&partial, &path).with_context(context)?;
         // `wandb sync` skips runs that have these marker files of an earlier upload.
         for mark in ["synced", "syncstate"] {
@@ -78,16 +80,20 @@ impl WandbWriter {
         Ok(log)
     }
 
-    /// Writes the scalars of a line of `metrics.jsonl`: a row of the history, and the latest values of the summary.
-    pub fn write(&mut self, line: &Value) -> Result<()> {
-        let seconds = line["elapsed_seconds"].as_f64().unwrap_or(0.0);
+    fn write(&mut self, record: &MetricsRecord) -> Result<()> {
+        self.write_row(record.step(), record.elapsed_seconds(), &record.scalars())
+    }
+
+    /// Writes the scalars of a step: a row of the history, and the latest values of the summary.
+    fn write_row(&mut self, step: usize, seconds: f64, scalars: &[Scalar]) -> Result<()> {
         let mut row = vec![
             ("_step", json!(self.rows)),
             ("_runtime", json!(seconds)),
             ("_timestamp", json!(self.started + seconds)),
-            (STEP_METRIC, json!(step(line)?)),
+            (STEP_METRIC, json!(step)),
         ];
-        row.extend(scalars(line).filter(|(_, value)| value.is_finite()).map(|(name, value)| (name, json!(value))));
+        let finite = scalars.iter().filter(|(_, value)| value.is_finite());
+        row.extend(finite.map(|&(name, value)| (name, json!(value))));
         let items = |field| {
             row.iter()
                 .fold(ProtoMessage::default(), |all, (name, value)| all.message(field, encode_item(2, name, value)))
@@ -100,12 +106,12 @@ impl WandbWriter {
     }
 
     /// Writes the end of the run: exit code 0 for success.
-    pub fn finish(mut self, exit_code: u8) -> Result<()> {
+    fn finish(&mut self, exit_code: u8) -> Result<()> {
         self.record(18, ProtoMessage::default().integer(1, exit_code.into()))
     }
 
     /// Returns the folder for `wandb sync`.
-    pub fn folder(&self) -> &Path {
+    fn folder(&self) -> &Path {
         self.path.parent().unwrap_or(&self.path)
     }
 
@@ -120,7 +126,7 @@ impl WandbWriter {
         let about = ProtoMessage::default().bytes(1, id).bytes(3, run.project).message(4, config).bytes(8, run.name);
         self.record(17, about.bytes(13, hostname()).message(17, time))?;
         let options = ProtoMessage::default().integer(1, 1).integer(3, 1);
-        for (_, name) in SCALAR_NAMES {
+        for name in SCALAR_NAMES {
             self.record(12, ProtoMessage::default().bytes(1, name).bytes(4, STEP_METRIC).message(6, options.clone()))?;
         }
         Ok(())
@@ -138,6 +144,19 @@ impl WandbWriter {
         self.file.write_all(bytes).with_context(|| format!("{}: cannot be written", self.path.display()))?;
         self.offset += bytes.len();
         Ok(())
+    }
+}
+
+impl Reporter for WandbWriter {
+    fn report(&mut self, event: &RunEvent) -> Result<()> {
+        match event {
+            RunEvent::Record(record) => self.write(record),
+            RunEvent::Finished(end) => {
+                eprintln!("to upload the run: wandb sync {}", self.folder().display());
+                self.finish(end.exit_code())
+            }
+            RunEvent::Started(_) | RunEvent::TraceWritten(_) => Ok(()),
+        }
     }
 }
 
@@ -219,6 +238,7 @@ fn timestamp(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::train::record::EvalRecord;
 
     /// Returns the records of a file, put together from their fragments, and checks the fragments' checksums and
     /// places.
@@ -250,12 +270,13 @@ mod tests {
         json!({"train": {"epochs": 3}}).as_object().unwrap().clone()
     }
 
-    fn create(directory: &Path, metrics: &[Value]) -> WandbWriter {
-        WandbWriter::create(directory, &RunMetadata { project: "p", name: "n", config: &config() }, metrics).unwrap()
+    fn create(directory: &Path, earlier: &[MetricsRecord]) -> WandbWriter {
+        WandbWriter::create(directory, &RunMetadata { project: "p", name: "n", config: &config() }, earlier).unwrap()
     }
 
-    fn line(step: u64) -> Value {
-        json!({"step": step, "loss": 1.0 / step as f64, "elapsed_seconds": step as f64})
+    fn record(step: usize) -> MetricsRecord {
+        let (valid_loss, elapsed_seconds) = (1.0 / step as f64, step as f64);
+        MetricsRecord::Eval(EvalRecord { step, valid_loss, elapsed_seconds })
     }
 
     /// Compares with the file that wandb 0.19 makes of the same records, by tests/dashboards/record_vectors.py.
@@ -279,7 +300,7 @@ mod tests {
         let file = File::create(&path).unwrap();
         let mut log =
             WandbWriter { file, path: path.clone(), offset: FRAGMENT_HEADER, records: 0, rows: 0, started: 100.0 };
-        log.write(&json!({"step": 7, "loss": 1.25, "grad_norm": null, "elapsed_seconds": 2.5})).unwrap();
+        log.write_row(7, 2.5, &[("train/loss", 1.25), ("train/grad_norm", f64::NAN)]).unwrap();
         assert_eq!(CRC32.checksum(&[&fs::read(&path).unwrap()]), 0x6c133af1);
     }
 
@@ -288,16 +309,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let mut log = create(directory.path(), &[]);
         let (folder, path) = (log.folder().to_owned(), log.path.clone());
-        (1..=9).for_each(|step| log.write(&line(step)).unwrap());
+        (1..=9).for_each(|step| log.write(&record(step)).unwrap());
         let before = records(&fs::read(&path).unwrap()).len();
         drop(log);
         let synced = PathBuf::from(format!("{}.synced", path.display()));
         fs::write(&synced, "").unwrap();
 
-        let mut log = create(directory.path(), &[line(1), line(2)]);
+        let mut log = create(directory.path(), &[record(1), record(2)]);
         assert_eq!(log.folder(), folder);
         assert!(!synced.exists());
-        log.write(&line(3)).unwrap();
+        log.write(&record(3)).unwrap();
         log.finish(0).unwrap();
         let after = records(&fs::read(&path).unwrap());
         // Every row has two records, and there are three rows instead of nine; one more record ends the run.
