@@ -33,11 +33,14 @@ use std::{
     time::Instant,
 };
 
+/// The engine of a run, which owns the model.
+type LlamaEngine<B> = Engine<Autodiff<B>, Llama<Autodiff<B>>>;
+
 /// The trainer of one run.
 pub struct Trainer<B: Kernels> {
     recipe: Recipe,
     directory: PathBuf,
-    engine: Engine<Autodiff<B>, Llama<Autodiff<B>>>,
+    engine: LlamaEngine<B>,
     output: RunOutput,
     data: TrainData,
     validation: ValidationData,
@@ -359,7 +362,7 @@ fn start_or_resume<B: Kernels>(
     recipe: &Recipe,
     directory: &Path,
     rows_per_step: usize,
-) -> Result<(Engine<Autodiff<B>, Llama<Autodiff<B>>>, TrainerState)> {
+) -> Result<(LlamaEngine<B>, TrainerState)> {
     if let Some(checkpoint) = state::checkpoints(directory)?.last() {
         let state = state::read_state(checkpoint)?;
         if state.rows_per_step != rows_per_step {
