@@ -14,9 +14,8 @@ use burn::{
     },
 };
 use burn_zero::{
-    EngineConfig, Error, Sharding,
+    EngineConfig, Error, Sharding, ZeroStage,
     comm::{Collectives, Communicator, ProcessGroup, mpi},
-    ds_config::ZeroStage,
     estimate::MemoryEstimate,
     optimizer::AdamW,
     segment::{Checkpointing, DynTensor, Segments, TrainSegments},

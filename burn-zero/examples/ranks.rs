@@ -17,9 +17,8 @@ use burn::{
     },
 };
 use burn_zero::{
-    Engine, EngineConfig, Error, MemoryTier, Sharding,
+    Engine, EngineConfig, Error, MemoryTier, Sharding, ZeroStage,
     comm::{Collectives, Communicator, ProcessGroup, mpi},
-    ds_config::ZeroStage,
     optimizer::AdamW,
     segment::{Checkpointing, DynTensor, Segments, TrainSegments},
 };
