@@ -23,7 +23,7 @@ use burn::{
     },
 };
 use burn_llama::{Example, SequenceLayout, Llama, LlamaConfig, kernel::Kernels};
-use burn_peft::{LoraConfig, ForwardContext, TargetModules, adapter, param};
+use burn_peft::{LoraConfig, ForwardContext, TargetModules, adapter};
 use std::{error::Error, sync::Arc};
 
 type Train = Autodiff<Flex>;
@@ -126,11 +126,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         "model_type": "llama", "vocab_size": 61, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2,
     }))?;
-    let mut llama = config.init::<Train>(7, &Default::default());
+    let llama = config.init::<Train>(7, &Default::default());
     let target_modules = TargetModules::Pattern("all-linear".into());
     let lora = LoraConfig { r: 8, lora_alpha: 16.0, target_modules, ..LoraConfig::default() };
-    adapter::attach(&mut llama, "default", &lora, 0)?;
-    let model = param::train_only(FineTune { llama }, adapter::is_adapter);
+    let model = FineTune { llama: adapter::attach_and_freeze(llama, "default", &lora)? };
     let frozen = model.valid().llama.model.layers[0].mlp.up_proj.weight.val().into_data();
 
     let directory = tempfile::tempdir()?;
