@@ -1,4 +1,4 @@
-//! Helpers shared by the integration tests: fixtures, and a lock for backward passes.
+//! Shared by the integration tests: fixtures, comparisons, and a lock for backward passes.
 
 pub mod files;
 pub mod reference;

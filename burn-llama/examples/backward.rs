@@ -14,7 +14,7 @@ use burn_llama::{Batch, Example, Llama, LlamaConfig, SequenceLayout};
 use burn_peft::{ForwardContext, LoraConfig, TargetModules, adapter, param};
 use burn_zero::segment::{self, Checkpointing};
 use std::{
-    alloc::{GlobalAlloc, Layout as Block, System},
+    alloc::{GlobalAlloc, Layout, System},
     error::Error,
     sync::atomic::{AtomicUsize, Ordering::Relaxed},
     time::Instant,
@@ -33,27 +33,27 @@ static PEAK: AtomicUsize = AtomicUsize::new(0);
 unsafe impl GlobalAlloc for CountingAllocator {
     /// # Safety
     /// The caller upholds the contract of [`GlobalAlloc::alloc`].
-    unsafe fn alloc(&self, block: Block) -> *mut u8 {
-        PEAK.fetch_max(LIVE.fetch_add(block.size(), Relaxed) + block.size(), Relaxed);
-        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc` for `block`, which is passed on unchanged.
-        unsafe { System.alloc(block) }
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        PEAK.fetch_max(LIVE.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc` for `layout`, which is passed on unchanged.
+        unsafe { System.alloc(layout) }
     }
 
     /// # Safety
     /// The caller upholds the contract of [`GlobalAlloc::alloc_zeroed`].
-    unsafe fn alloc_zeroed(&self, block: Block) -> *mut u8 {
-        PEAK.fetch_max(LIVE.fetch_add(block.size(), Relaxed) + block.size(), Relaxed);
-        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc_zeroed` for `block`, which is passed on
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        PEAK.fetch_max(LIVE.fetch_add(layout.size(), Relaxed) + layout.size(), Relaxed);
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc_zeroed` for `layout`, which is passed on
         // unchanged.
-        unsafe { System.alloc_zeroed(block) }
+        unsafe { System.alloc_zeroed(layout) }
     }
 
     /// # Safety
     /// The caller upholds the contract of [`GlobalAlloc::dealloc`].
-    unsafe fn dealloc(&self, memory: *mut u8, block: Block) {
-        LIVE.fetch_sub(block.size(), Relaxed);
-        // SAFETY: `memory` comes from `System`, since all allocations above do, with this `block`.
-        unsafe { System.dealloc(memory, block) }
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        // SAFETY: `memory` comes from `System`, since all allocations above do, with this `layout`.
+        unsafe { System.dealloc(memory, layout) }
     }
 }
 

@@ -25,10 +25,10 @@ impl Example {
     /// `max_length` tokens.
     pub fn new(prompt: &[u32], answer: &[u32], max_length: usize) -> Self {
         let mut ids = [prompt, answer].concat();
-        let mut learned = [vec![false; prompt.len()], vec![true; answer.len()]].concat();
+        let mut loss_mask = [vec![false; prompt.len()], vec![true; answer.len()]].concat();
         ids.truncate(max_length);
-        learned.truncate(max_length);
-        Self { ids, loss_mask: learned }
+        loss_mask.truncate(max_length);
+        Self { ids, loss_mask }
     }
 
     /// Returns the number of targets.

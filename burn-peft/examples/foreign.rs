@@ -27,7 +27,8 @@ fn main() -> Result<(), burn_peft::Error> {
     let model = Attention { q_proj: Linear::new("q_proj", random(8), None), prompt };
     let (mut model, mut adam) = (adapter::attach_and_freeze(model, "default", &lora)?, AdamConfig::new().init());
     for step in 0..100 {
-        let seen = model.prompt.encode(&pass).past_key_values.remove(0); // [virtual tokens, 2 (key, value), heads, head_dim]
+        // The layer's prefix: [virtual tokens, 2 (key, value), heads, head_dim].
+        let seen = model.prompt.encode(&pass).past_key_values.remove(0);
         let part = |i: usize| seen.clone().slice(s![.., i..i + 1]).reshape([4, 8]);
         let [k, v] = [0, 1].map(|i| Tensor::cat(vec![part(i), x.clone()], 0));
         let y = softmax(model.q_proj.forward(x.clone(), &pass).matmul(k.transpose()), 1).matmul(v);

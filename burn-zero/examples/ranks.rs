@@ -293,7 +293,7 @@ fn main() -> Result<(), Error> {
         Ok(()) => println!("rank {rank}: every law holds"),
         Err(error) => {
             eprintln!("rank {rank}: {error}");
-            // Exit without `finish`, so that mpirun ends the other ranks.
+            // Exit without `finalize`, so that mpirun ends the other ranks.
             std::process::exit(1);
         }
     }

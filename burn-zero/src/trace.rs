@@ -56,8 +56,8 @@ pub struct Trace {
 
 impl Default for Trace {
     fn default() -> Self {
-        let origin = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        Self { start: Instant::now(), unix_start: origin, spans: Arc::default() }
+        let unix_start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        Self { start: Instant::now(), unix_start, spans: Arc::default() }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Helpers for training runs: their data, their arguments, and checks of the run folder.
+//! Training runs in tests: their data, their arguments, and checks of the run folder.
 
 use crate::{
     model::{floats, tensors},

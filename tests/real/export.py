@@ -7,7 +7,6 @@ transformers, peft, gguf, sentencepiece, llama-cpp-python and no network; random
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-//! The command `estimate`: the memory that a run would need, for every ZeRO stage and offload setting.
+//! The verb `estimate`: the memory that a run would need, for every ZeRO stage and offload setting.
 
 use crate::{
     args::parse_positive,
@@ -87,7 +87,7 @@ fn parse_method(name: &str) -> Result<MethodKind, String> {
     }
 }
 
-/// Runs the command `estimate`: prints a table on stdout. Only the model's configuration is read, no weights.
+/// Runs the verb `estimate`: prints a table on stdout. Only the model's configuration is read, no weights.
 pub fn estimate(args: &EstimateArgs) -> Result<()> {
     if args.measure.measure {
         return measure::measure(args);
@@ -110,7 +110,7 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
         if args.world.get() == 1 { "" } else { "s" },
         args.tokens
     );
-    println!("\n{:<10}{:<20}{:>24}{:>24}", "stage", "optimizer", "f32", "bf16, f32 master weights");
+    println!("\n{:<10}{:<20}{:>24}{:>28}", "stage", "optimizer", "f32", "bf16, f32 master weights");
     let run = EstimatedRun { args, shape, all, trained };
     for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
         for setting in OFFLOAD_SETTINGS {
@@ -123,7 +123,7 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
                 format!("{:.2} + {:.2}", gib(memory.device()), gib(memory.host))
             };
             let (single, mixed) = (cell(TrainingPrecision::F32), cell(TrainingPrecision::Mixed));
-            println!("{:<10}{place:<20}{single:>24}{mixed:>24}", u8::from(stage));
+            println!("{:<10}{place:<20}{single:>24}{mixed:>28}", u8::from(stage));
         }
     }
     if trained == all {
@@ -209,7 +209,7 @@ fn print_deepspeed_estimates(all: u64, largest_layer: u64, devices: u64) {
         "\nDeepSpeed's formulas (16-bit weights, f32 master weights, its buffers, no activations; stage 3 with zero.Init)"
     );
     let row = |stage: u8, place: &str, DeepSpeedEstimate { device, host }: DeepSpeedEstimate| {
-        println!("{stage:<10}{place:<20}{:>48}", format!("{:.2} + {:.2}", gib(device), gib(host / devices)));
+        println!("{stage:<10}{place:<20}{:>52}", format!("{:.2} + {:.2}", gib(device), gib(host / devices)));
     };
     row(2, "device", zero2(all, nodes, false));
     row(2, "host", zero2(all, nodes, true));

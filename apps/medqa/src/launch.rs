@@ -1,4 +1,4 @@
-//! The command `launch`: starts several ranks on this machine or on those of a host file.
+//! The verb `launch`: starts several ranks on this machine or on those of a host file.
 
 use crate::args::parse_positive;
 use anyhow::{Context, Result, bail};
@@ -26,7 +26,7 @@ pub struct LaunchArgs {
     pub command: Vec<OsString>,
 }
 
-/// Runs the command `launch`: replaces this process by `mpirun`, which starts the program once per rank; each rank gets
+/// Runs the verb `launch`: replaces this process by `mpirun`, which starts the program once per rank; each rank gets
 /// its share of the cores.
 pub fn launch(args: &LaunchArgs) -> Result<()> {
     if !cfg!(feature = "mpi") {

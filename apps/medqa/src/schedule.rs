@@ -1,4 +1,4 @@
-//! The command `schedule`: prints and draws a pipeline schedule.
+//! The verb `schedule`: prints and draws a pipeline schedule.
 
 use crate::write;
 use anyhow::Result;
@@ -39,14 +39,14 @@ fn parse_kind(name: &str) -> Result<PipelineKind, String> {
     known.unwrap_or(name).parse().map_err(|error: PipelineError| error.to_string())
 }
 
-/// Runs the command `schedule`: prints a table of what each rank computes when, the bubble, and the peak number of live
+/// Runs the verb `schedule`: prints a table of what each rank computes when, the bubble, and the peak number of live
 /// activations.
 pub fn schedule(args: &ScheduleArgs) -> Result<()> {
-    let layout = PipelineShape::new(args.stages, args.chunks, args.micro_batches)?;
-    let schedule = PipelineSchedule::new(args.kind, layout)?;
+    let shape = PipelineShape::new(args.stages, args.chunks, args.micro_batches)?;
+    let schedule = PipelineSchedule::new(args.kind, shape)?;
     let program = schedule.program(SendMode::Blocking);
     program.validate(SendMode::Blocking)?;
-    let timeline = program.simulate(&Costs::uniform(layout, 1.0, args.backward))?;
+    let timeline = program.simulate(&Costs::uniform(shape, 1.0, args.backward))?;
     if let Some(path) = &args.csv {
         write::write_atomically(path, schedule.to_csv().as_bytes())?;
     }

@@ -164,7 +164,7 @@ pub fn train(args: TrainArgs) -> Result<()> {
     let directory = args.dir.unwrap_or_else(|| Path::new("runs").join(run_name));
     if !args.resume && world.is_rank_zero() && directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
         bail!(
-            "{}: the run folder is not empty; choose another with --dir, or go on with its run by --resume",
+            "{}: the run directory is not empty; choose another one with --dir, or resume its run with --resume",
             directory.display()
         );
     }

@@ -41,7 +41,7 @@ impl Checkpoint {
     /// # Errors
     /// If a file is missing or malformed, or the model is not supported.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let (config, source) = if path.is_dir() {
+        let (config, files) = if path.is_dir() {
             let config = LlamaConfig::load(&path.join("config.json"))?;
             (config, TensorFiles::HuggingFace(safetensors::Shards::open(path)?))
         } else {
@@ -49,7 +49,7 @@ impl Checkpoint {
             let config = LlamaConfig::from_json(gguf.config_json()?).map_err(|error| error.in_file(path))?;
             (config, TensorFiles::Gguf(Box::new(gguf)))
         };
-        Ok(Self { path: path.to_owned(), config, files: source })
+        Ok(Self { path: path.to_owned(), config, files })
     }
 
     /// Returns the configuration of the checkpoint's model.

@@ -19,7 +19,7 @@ pub fn save<B: Kernels>(model: &Llama<B>, directory: &Path) -> Result<(), Error>
     save_as(model, DType::F32, directory)
 }
 
-/// Like [`save`], with every tensor stored as `dtype`: f32, f16 or bf16.
+/// Writes the same files as [`save`], with every tensor stored as `dtype`: f32, f16 or bf16.
 ///
 /// # Errors
 /// If the directory or a file cannot be written, `dtype` is another type, or the model's weights are packed.

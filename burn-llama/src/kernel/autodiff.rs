@@ -1,4 +1,4 @@
-//! Autodiff for the kernels: the state that each operation keeps and its backward pass.
+//! Automatic differentiation of the kernels: the state that each operation keeps, and its backward pass.
 
 use super::{
     AttentionMask, CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, F, Kernels, Losses, RmsNormGradient,
@@ -87,7 +87,7 @@ impl<B: Kernels> RetroForward for RecomputeSwiGlu<B> {
     }
 }
 
-/// The backward pass of RMSNorm. State: input, weight, epsilon.
+/// The backward pass of RMSNorm. Its state is the input, the weight and epsilon.
 #[derive(Debug)]
 struct RmsNormBackward;
 
@@ -108,7 +108,8 @@ impl<B: Kernels> Backward<B, 2> for RmsNormBackward {
     }
 }
 
-/// The backward pass of the embedding. State: the number of rows of the table, and the ids of those that were selected.
+/// The backward pass of the embedding. Its state is the number of rows of the table, and the ids of those that were
+/// selected.
 #[derive(Debug)]
 struct EmbedBackward;
 
@@ -122,7 +123,7 @@ impl<B: Kernels> Backward<B, 1> for EmbedBackward {
     }
 }
 
-/// The backward pass of rotary position embedding. State: cosines and sines.
+/// The backward pass of rotary position embedding. Its state is the cosines and the sines.
 #[derive(Debug)]
 struct RopeBackward;
 
@@ -136,8 +137,8 @@ impl<B: Kernels> Backward<B, 1> for RopeBackward {
     }
 }
 
-/// The backward pass of SwiGLU. State: gate and up, in bf16 if they are results of bf16 matrix products. This halves
-/// the memory of the largest activations and adds an error no larger than the one that they have already.
+/// The backward pass of SwiGLU. Its state is gate and up, in bf16 if they are results of bf16 matrix products. This
+/// halves the memory of the largest activations and adds an error no larger than the one that they have already.
 #[derive(Debug)]
 struct SwiGluBackward;
 
@@ -153,7 +154,7 @@ impl<B: Kernels> Backward<B, 2> for SwiGluBackward {
     }
 }
 
-/// The backward pass of attention. State: queries, keys and values; attention mask; log-sum-exp.
+/// The backward pass of attention. Its state is the queries, keys and values, the attention mask and the log-sum-exp.
 #[derive(Debug)]
 struct AttentionBackward;
 
@@ -170,7 +171,8 @@ impl<B: Kernels> Backward<B, 3> for AttentionBackward {
     }
 }
 
-/// The backward pass of the cross-entropy. State: inputs, result of the forward pass, precision of the matrix products.
+/// The backward pass of the cross-entropy. Its state is the inputs, the result of the forward pass and the precision of
+/// the matrix products.
 #[derive(Debug)]
 struct CrossEntropyBackward;
 

@@ -21,7 +21,7 @@ impl<B: Kernels> Llama<B> {
     /// Returns rows that each use the adapter or prompt of a name.
     ///
     /// # Errors
-    /// Returns the errors of `burn_peft::adapter::check_rows`.
+    /// Returns the errors of [`adapter::check_adapter_names`].
     pub(crate) fn named_row_adapters<S: AsRef<str>>(&self, names: &[S], rows: usize) -> Result<RowAdapters, Error> {
         adapter::check_adapter_names(self, names, rows)?;
         let prompt = |name: &S| self.prompts.iter().position(|prompt| prompt.name == name.as_ref());

@@ -155,10 +155,10 @@ fn adds_space_prefix(tokenizer: &Tokenizer) -> Result<bool, String> {
 
 /// Returns the metadata of the special tokens, of the BOS and EOS rules, and of the chat template.
 fn special_metadata(tokenizer: &Tokenizer, unknown: Option<u32>) -> Result<Metadata, String> {
-    let SpecialTokens { bos, eos, pad, stop_ids: stop, .. } = &tokenizer.special;
+    let SpecialTokens { bos, eos, pad, stop_ids, .. } = &tokenizer.special;
     // llama.cpp recognizes most stop tokens by their text; for others it has two more keys, `eot` and `eom`.
     let known = |id: &u32| tokenizer.id_to_token(*id).is_some_and(|token| stop_tokens().any(|stop| stop == token));
-    let mut more = stop.iter().copied().filter(|id| Some(*id) != *eos && !known(id));
+    let mut more = stop_ids.iter().copied().filter(|id| Some(*id) != *eos && !known(id));
     let ids = [
         ("bos", *bos),
         ("eos", *eos),

@@ -1,5 +1,5 @@
-//! Choice of the SIMD instruction set: the widest that the machine has, or a narrower one that the environment sets; and
-//! loops compiled for it.
+//! Choice of the SIMD instruction set: the widest that the machine has, or a narrower one that the environment sets;
+//! and loops compiled for it.
 
 use std::sync::OnceLock;
 
@@ -46,7 +46,8 @@ pub(crate) fn has_avx2() -> bool {
         && is_x86_feature_detected!("f16c")
 }
 
-/// Returns true if the machine has, and may use, the 512-bit instructions that all our kernels need: AVX-512F, BW and VL.
+/// Returns true if the machine has, and may use, the 512-bit instructions that all our kernels need: AVX-512F, BW and
+/// VL.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn has_avx512() -> bool {
     max_instruction_set() >= InstructionSet::Avx512

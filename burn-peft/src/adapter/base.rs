@@ -46,19 +46,19 @@ struct BaseParam {
 
 impl TrainableBase {
     pub fn new<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M, config: &LoraConfig) -> Result<Self, Error> {
-        let adapted: BTreeSet<String> = targeted_module_names(model, config)?.into_iter().collect();
+        let target_paths: BTreeSet<String> = targeted_module_names(model, config)?.into_iter().collect();
         let selection = Selection::new(config)?;
         check_layers(model, |path, linear| {
             if selection.in_modules_to_save(path) { linear.weight.check_writable("modules_to_save") } else { Ok(()) }
         })?;
-        let (mut modules, mut learned) = (BTreeSet::new(), BTreeMap::new());
+        let (mut modules, mut base_params) = (BTreeSet::new(), BTreeMap::new());
         let mut saved = BTreeSet::new();
         for ParamInfo { path, shape, .. } in param::named_parameters::<B, M>(model) {
             if is_adapter(&path) {
                 continue;
             }
             let (module, name) = path.rsplit_once('.').unwrap_or(("", &path));
-            let layer = adapted.contains(module);
+            let layer = target_paths.contains(module);
             let bias = name == "bias" && (config.bias == Bias::All || config.bias == Bias::LoraOnly && layer);
             modules.insert(param::last_segment(module).to_owned());
             saved.extend(selection.matching_modules_to_save(module).cloned());
@@ -66,7 +66,7 @@ impl TrainableBase {
                 // PEFT wraps adapted layers: their own parameters are under `base_layer`.
                 let inner = if layer { ".base_layer" } else { "" };
                 let peft_key = format!("base_model.model.{module}{inner}.{name}");
-                learned.insert(path.clone(), BaseParam { peft_key, shape });
+                base_params.insert(path.clone(), BaseParam { peft_key, shape });
             }
         }
         let missing = config.modules_to_save.iter().flatten().find(|name| !saved.contains(*name));
@@ -75,7 +75,7 @@ impl TrainableBase {
             let message = format!("`modules_to_save`: expected modules among {available}, found {missing:?}");
             return Err(Error::config(message));
         }
-        Ok(Self { target_paths: adapted, base_params: learned })
+        Ok(Self { target_paths, base_params })
     }
 
     /// Returns true if the adapter targets the layer at `path`.

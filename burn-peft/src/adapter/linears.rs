@@ -38,8 +38,8 @@ pub(super) struct SelectedLayer {
     pub shape: [usize; 2],
 }
 
-/// Returns the layers that `selects` accepts, or an error that names `target`, the configured `target_modules`, if there
-/// are none.
+/// Returns the layers that `selects` accepts, or an error that names `target`, the configured `target_modules`, if
+/// there are none.
 pub(super) fn select_layers<B: LinearKernels, M: Linears<B>>(
     model: &M,
     target: &TargetModules,

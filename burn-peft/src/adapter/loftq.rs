@@ -84,7 +84,7 @@ where
     let mut starts = parallel_map(&layers, start)?;
     let mut sum = QuantizationResidual { layers: layers.len(), ..QuantizationResidual::default() };
     model.linears_mut(&mut |path, linear| {
-        let Some(LoftqInit { a, b, without_adapter: taken, with_adapter: left }) = starts.remove(path) else { return };
+        let Some(LoftqInit { a, b, without_adapter, with_adapter }) = starts.remove(path) else { return };
         let weight = linear.weight.matrix_ref();
         for adapter in linear.adapters.iter_mut().filter(|adapter| adapter.name == name) {
             adapter.set_weights(a.clone(), b.clone());
@@ -92,7 +92,8 @@ where
                 adapter.dora = Some(Dora::new(path, name, weight_norm(adapter, &weight)));
             }
         }
-        (sum.without_adapter, sum.with_adapter) = (sum.without_adapter + taken, sum.with_adapter + left);
+        sum.without_adapter += without_adapter;
+        sum.with_adapter += with_adapter;
     });
     Ok(sum)
 }

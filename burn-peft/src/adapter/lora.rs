@@ -25,8 +25,9 @@ use std::{
 
 /// Adds a new adapter to every layer that `config` selects. The model's output does not change yet (unless
 /// `init_lora_weights` is `false`). The initial values depend only on `seed`, the layers' paths and, for PiSSA and
-/// OLoRA, the weights. `loftq` initializes like `true`, until [`replace_lora_weights_loftq`](super::replace_lora_weights_loftq)
-/// is called. This function freezes nothing: see [`attach_and_freeze`] and [`train_active`].
+/// OLoRA, the weights. `loftq` initializes like `true`, until
+/// [`replace_lora_weights_loftq`](super::replace_lora_weights_loftq) is called. This function freezes nothing: see
+/// [`attach_and_freeze`] and [`train_active`].
 ///
 /// # Errors
 /// If nothing is selected, the name is taken, `init_lora_weights` is not supported, or `modules_to_save` names no
@@ -83,8 +84,8 @@ pub(super) fn lora_tensor_shapes(
     parts
 }
 
-/// Reads a PEFT adapter directory and adds the adapter to the model as `name`. Returns its configuration. Biases and modules that were trained along with the adapter (`bias`,
-/// `modules_to_save`) replace those of the model.
+/// Reads a PEFT adapter directory and adds the adapter to the model as `name`. Returns its configuration. Biases and
+/// modules that were trained along with the adapter (`bias`, `modules_to_save`) replace those of the model.
 ///
 /// # Errors
 /// If a file is missing or malformed, if the adapter does not fit the model, or if the name is taken.

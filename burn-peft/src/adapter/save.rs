@@ -8,8 +8,8 @@ use std::path::Path;
 
 /// Every module that exposes its linear layers can save the adapters on them.
 pub trait AdapterModel<B: LinearKernels>: Linears<B> + Module<B> {
-    /// Writes the named adapter as a PEFT directory: a LoRA adapter (with the biases and modules that were trained along
-    /// with it), an IA3 adapter or a prompt. The configuration is the one that it was attached or loaded with.
+    /// Writes the named adapter as a PEFT directory: a LoRA adapter (with the biases and modules that were trained
+    /// along with it), an IA3 adapter or a prompt. The configuration is the one that it was attached or loaded with.
     ///
     /// # Errors
     /// If the model has no such adapter or the directory cannot be written.

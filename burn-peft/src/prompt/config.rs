@@ -120,6 +120,7 @@ const IGNORED: [&str; 18] = [
     "prompt_tuning_init_task",
     "dropout",
 ];
+
 impl PromptConfig {
     /// Returns the configuration of prefix tuning with PEFT's defaults.
     pub fn prefix(num_virtual_tokens: usize) -> Self {

@@ -148,10 +148,10 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// another stage. Accumulated gradients are dropped.
     ///
     /// # Errors
-    /// Returns [`Error::Io`] if a file cannot be read, and [`CheckpointError::Mismatch`] if the files are not a complete
-    /// checkpoint of this very model (a trainable parameter is missing or has another shape, or the checkpoint contains
-    /// a tensor that is not trainable here); the engine is unchanged then. Returns [`Error::Io`] also if states or
-    /// weights cannot be written to their files.
+    /// Returns [`Error::Io`] if a file cannot be read, and [`CheckpointError::Mismatch`] if the files are not a
+    /// complete checkpoint of this very model (a trainable parameter is missing or has another shape, or the checkpoint
+    /// contains a tensor that is not trainable here); the engine is unchanged then. Returns [`Error::Io`] also if
+    /// states or weights cannot be written to their files.
     pub fn restore(&mut self, path: &Path) -> Result<(), Error> {
         let maps = MappedFiles::open(path)?;
         let mut saved = CheckpointReader::open(path, &maps)?;

@@ -120,8 +120,9 @@ impl EngineConfig {
     /// model. The set of trainable parameters is that of `model`; freeze parameters before this call.
     ///
     /// # Errors
-    /// Returns [`ConfigError::InvalidValue`] for settings that cannot work and for optimizer states off the device of an optimizer
-    /// that cannot run on the host, [`Error::Io`] if a file of states or weights cannot be created or written.
+    /// Returns [`ConfigError::InvalidValue`] for settings that cannot work and for optimizer states off the device of
+    /// an optimizer that cannot run on the host, [`Error::Io`] if a file of states or weights cannot be created or
+    /// written.
     pub fn init<B: AutodiffBackend, M: TrainSegments<B>>(self, model: M) -> Result<Engine<B, M>, Error> {
         let Self { settings, communicator, optimizer_tier, weights_tier, loss_scaler } = self;
         settings.check()?;

@@ -48,7 +48,8 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// micro-batches. Gradients are accumulated in f32.
     ///
     /// # Errors
-    /// Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error if a rank is lost; the gradients are incomplete then.
+    /// Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error if a rank is lost; the
+    /// gradients are incomplete then.
     pub fn forward_backward(&mut self, batch: &<M as Segments<B>>::Batch) -> Result<f64, Error> {
         let Self { model, settings, communicator, sharded, states, .. } = self;
         let ShardingState { layout, device, reducer, weights } = sharded;
@@ -80,9 +81,9 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// or a loss scaler this method makes the two calls.
     ///
     /// # Errors
-    /// Returns the errors of the two methods. One case differs: where updates have already begun, [`NumericError::NotFinite`]
-    /// comes after the fact. Model and moments then hold values that are not finite, and training can only continue
-    /// from a checkpoint.
+    /// Returns the errors of the two methods. One case differs: where updates have already begun,
+    /// [`NumericError::NotFinite`] comes after the fact. Model and moments then hold values that are not finite, and
+    /// training can only continue from a checkpoint.
     pub fn forward_backward_step(
         &mut self,
         batch: &<M as Segments<B>>::Batch,

@@ -31,9 +31,10 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// Half-precision weights are updated through the f32 master weights that this rank keeps of its shards.
     ///
     /// # Errors
-    /// Returns [`NumericError::NotFinite`] if the norm is not finite on any rank: model, moments and step count are unchanged,
-    /// the gradients are cleared. With a loss scaler all ranks skip the step instead, or return [`NumericError::LossScale`].
-    /// Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error if a rank is lost; the model is incomplete then.
+    /// Returns [`NumericError::NotFinite`] if the norm is not finite on any rank: model, moments and step count are
+    /// unchanged, the gradients are cleared. With a loss scaler all ranks skip the step instead, or return
+    /// [`NumericError::LossScale`]. Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error
+    /// if a rank is lost; the model is incomplete then.
     pub fn step(&mut self, learning_rate: f64) -> Result<StepReport, Error> {
         let trace = self.communicator.trace().clone();
         trace.span("step", Lane::Compute, || self.step_after_backward(learning_rate))

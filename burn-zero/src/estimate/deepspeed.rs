@@ -43,8 +43,8 @@ fn with_buffer_factor(bytes: u64) -> u64 {
 pub fn zero2(parameters: u64, nodes: Cluster, offload: bool) -> DeepSpeedEstimate {
     let world = nodes.nodes * nodes.devices_per_node;
     if offload {
-        // Per weight: two bytes on the device; on the host the larger of four bytes for each rank and 16
-        // for weight, gradient and moments.
+        // Per weight: two bytes on the device; on the host the larger of four bytes for each rank and 16 for weight,
+        // gradient and moments.
         DeepSpeedEstimate { device: 2 * parameters, host: with_buffer_factor(parameters * (4 * world).max(16)) }
     } else {
         DeepSpeedEstimate {

@@ -47,16 +47,16 @@ const CELLS: usize = ((1f32.to_bits() - FIRST_CELL_BITS) >> CELL_SHIFT) as usize
 
 impl DynamicMap {
     fn new(signed: bool) -> Self {
-        let numbers = dynamic_map(signed);
+        let levels = dynamic_map(signed);
         let bounds = std::array::from_fn(|code| match code {
             0 => f32::NEG_INFINITY,
             256 => f32::INFINITY,
             _ => {
-                let mut bound = (numbers[code - 1] + numbers[code]) / 2.0;
-                while usize::from(nearest(&numbers, bound)) >= code {
+                let mut bound = (levels[code - 1] + levels[code]) / 2.0;
+                while usize::from(nearest(&levels, bound)) >= code {
                     bound = bound.next_down();
                 }
-                while usize::from(nearest(&numbers, bound)) < code {
+                while usize::from(nearest(&levels, bound)) < code {
                     bound = bound.next_up();
                 }
                 bound
@@ -67,11 +67,11 @@ impl DynamicMap {
         let end = |cell: usize| if cell + 1 == CELLS { 1.0 } else { start(cell + 1).next_down() };
         let cells = std::array::from_fn(|cell| {
             let ends = if cell < CELLS { [start(cell), end(cell)] } else { [-end(cell - CELLS), -start(cell - CELLS)] };
-            let [low, high] = ends.map(|value| nearest(&numbers, value));
+            let [low, high] = ends.map(|value| nearest(&levels, value));
             assert!(high - low <= 1, "a cell spans at most two codes");
             low
         });
-        Self { levels: numbers, cells, bounds }
+        Self { levels, cells, bounds }
     }
 
     /// Returns the code of the level nearest to a value between -1 and 1.

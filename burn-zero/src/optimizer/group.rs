@@ -31,11 +31,11 @@ impl ParamGroups {
     /// Returns the group of a parameter with this path and number of dimensions; `weight_decay` applies to matrices.
     pub fn group_of(&self, path: &str, num_dims: usize, weight_decay: f64) -> ParamGroup {
         let named = |(name, _): &&(String, f64)| path.split('.').any(|part| part.eq_ignore_ascii_case(name));
-        let learning_rate_scale = self.lr_scales.iter().find(named).map(|&(_, scale)| scale);
+        let lr_scale = self.lr_scales.iter().find(named).map(|&(_, scale)| scale);
         let vector_scale = self.vector_lr_scale.filter(|_| num_dims <= 1);
-        let learning_rate_scale = learning_rate_scale.or(vector_scale).unwrap_or(1.0);
+        let lr_scale = lr_scale.or(vector_scale).unwrap_or(1.0);
         let decays = self.decay_all || !no_decay(path, num_dims);
-        ParamGroup { lr_scale: learning_rate_scale, weight_decay: if decays { weight_decay } else { 0.0 } }
+        ParamGroup { lr_scale, weight_decay: if decays { weight_decay } else { 0.0 } }
     }
 }
 

@@ -109,8 +109,8 @@ impl PipelineSchedule {
     }
 }
 
-/// Returns a dependency of an action that is not in `done`: the action that produces its input, or the forward pass of a
-/// backward pass.
+/// Returns a dependency of an action that is not in `done`: the action that produces its input, or the forward pass of
+/// a backward pass.
 fn missing_input(shape: PipelineShape, of: RankAction, done: &HashSet<RankAction>) -> Option<RankAction> {
     let RankAction { rank, action } = of;
     let own = (action.computation == ComputationType::Backward)

@@ -50,14 +50,14 @@ impl PipelineShape {
         chunk * self.ranks + rank
     }
 
-    /// Returns the action that produces the input of `action` on `rank`; `None` for the
-    /// forward pass of the first stage and the backward pass of the last stage.
+    /// Returns the action that produces the input of `action` on `rank`; `None` for the forward pass of the first stage
+    /// and the backward pass of the last stage.
     pub fn producer(self, rank: usize, action: Action) -> Option<RankAction> {
         self.neighbour(rank, action, action.computation == ComputationType::Backward)
     }
 
-    /// Returns the action that consumes the output of `action` on `rank`; `None` for the
-    /// forward pass of the last stage and the backward pass of the first stage.
+    /// Returns the action that consumes the output of `action` on `rank`; `None` for the forward pass of the last stage
+    /// and the backward pass of the first stage.
     pub fn consumer(self, rank: usize, action: Action) -> Option<RankAction> {
         self.neighbour(rank, action, action.computation == ComputationType::Forward)
     }

@@ -24,10 +24,10 @@ pub(crate) trait WeightProvider<M> {
     fn model(&self) -> &M;
 
     /// Fetches the weights of a segment. Weights of a kept graph stay until the backward pass has left them.
-    fn fetch_segment(&mut self, sweep: Direction, segment: usize) -> Result<(), Error>;
+    fn fetch_segment(&mut self, direction: Direction, segment: usize) -> Result<(), Error>;
 
     /// Releases the weights of a segment.
-    fn release_segment(&mut self, sweep: Direction, segment: usize);
+    fn release_segment(&mut self, direction: Direction, segment: usize);
 }
 
 /// A model that always has all its weights.

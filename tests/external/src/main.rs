@@ -22,8 +22,8 @@ use burn::{
         },
     },
 };
-use burn_llama::{Example, SequenceLayout, Llama, LlamaConfig, kernel::Kernels};
-use burn_peft::{LoraConfig, ForwardContext, TargetModules, adapter};
+use burn_llama::{Example, Llama, LlamaConfig, SequenceLayout, kernel::Kernels};
+use burn_peft::{ForwardContext, LoraConfig, TargetModules, adapter};
 use std::{error::Error, sync::Arc};
 
 type Train = Autodiff<Flex>;

@@ -21,7 +21,8 @@ fuzz_target!(|bytes: &[u8]| {
     let end = bytes.iter().position(|byte| *byte == 0).unwrap_or(bytes.len());
     let (index, shard) = bytes.split_at(end);
     fs::write(FOLDER.join("model.safetensors.index.json"), index).expect("the input can be written");
-    fs::write(FOLDER.join("model-1.safetensors"), shard.get(1..).unwrap_or_default()).expect("the input can be written");
+    fs::write(FOLDER.join("model-1.safetensors"), shard.get(1..).unwrap_or_default())
+        .expect("the input can be written");
     if let Ok(checkpoint) = Checkpoint::open(&FOLDER) {
         let _ = checkpoint.load::<Flex>(DType::F32, &Default::default());
     }

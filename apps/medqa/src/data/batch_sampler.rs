@@ -107,15 +107,15 @@ impl BatchSampler {
                 self.current_epoch.first_step + self.steps_in(&self.current_epoch),
             );
         }
-        let (steps, Epoch { index, first_step: first, order, micro_batches }) =
+        let (steps, Epoch { index, first_step, order, micro_batches }) =
             (self.steps_in(&self.current_epoch), &self.current_epoch);
-        let own = (step - first) * self.micro_batches_per_step();
+        let own = (step - first_step) * self.micro_batches_per_step();
         let own = &micro_batches[own..micro_batches.len().min(own + self.micro_batches_per_step())];
         let (from, to) = (own[0].start, own[own.len() - 1].end);
         GlobalBatch {
             rows: order[from..to].to_vec(),
             micro_batches: own.iter().map(|rows| rows.start - from..rows.end - from).collect(),
-            epoch: (index * steps + step - first + 1) as f64 / steps as f64,
+            epoch: (index * steps + step - first_step + 1) as f64 / steps as f64,
         }
     }
 
@@ -149,7 +149,7 @@ impl BatchSampler {
         before + self.steps.total_steps(last) - last * whole
     }
 
-    fn build_epoch(&self, index: usize, first: usize) -> Epoch {
+    fn build_epoch(&self, index: usize, first_step: usize) -> Epoch {
         let sources = self.lengths.iter().zip(&self.data.train);
         let size =
             |(rows, source): (&Vec<usize>, &DatasetSource)| SourceSize { rows: rows.len(), weight: source.weight };
@@ -163,7 +163,7 @@ impl BatchSampler {
         } else {
             self.split_by_rows(order.len())
         };
-        Epoch { index, first_step: first, order, micro_batches }
+        Epoch { index, first_step, order, micro_batches }
     }
 
     /// Cuts the rows into rounds of `batch_size` rows per rank, and each round as evenly as possible among the ranks.

@@ -74,9 +74,9 @@ fn encode_valid_rows(
 ) -> (EncodedRows, Vec<String>) {
     let (mut encoded, mut mistakes) = (EncodedRows::default(), Vec::new());
     let limit = LengthLimit { max_length: args.max_length, on_too_long: args.on_too_long };
-    for (place, content) in rows {
-        let at = place.in_file(&args.file);
-        let added = content.and_then(|content| encoded.add_row(tokenizer, &Row { location: place, content }, limit));
+    for (location, content) in rows {
+        let at = location.in_file(&args.file);
+        let added = content.and_then(|content| encoded.add_row(tokenizer, &Row { location, content }, limit));
         mistakes.extend(added.err().map(|problem| format!("{at}: {problem:#}")));
     }
     (encoded, mistakes)

@@ -47,9 +47,9 @@ impl RowLocation {
 /// Reads all rows of a file, at least one.
 pub fn read_rows(path: &Path, schema: &Schema) -> Result<Vec<Row>> {
     let rows = read_each_row(path, schema)?.into_iter();
-    rows.map(|(place, content)| {
-        let content = content.map_err(|problem| anyhow!("{}: {problem:#}", place.in_file(path)))?;
-        Ok(Row { location: place, content })
+    rows.map(|(location, content)| {
+        let content = content.map_err(|problem| anyhow!("{}: {problem:#}", location.in_file(path)))?;
+        Ok(Row { location, content })
     })
     .collect()
 }

@@ -39,15 +39,15 @@ struct PeakMemorySampler {
 
 impl PeakMemorySampler {
     fn start() -> Result<Self> {
-        let (peak, end) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let (most, stop) = (peak.clone(), end.clone());
+        let (peak, stop_flag) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (most, stop) = (peak.clone(), stop_flag.clone());
         let look = move || {
             while !stop.load(Ordering::Relaxed) {
                 most.fetch_max(rss_anon_bytes(), Ordering::Relaxed);
                 std::thread::sleep(SAMPLE_INTERVAL);
             }
         };
-        Ok(Self { peak, stop_flag: end, thread: std::thread::Builder::new().spawn(look)? })
+        Ok(Self { peak, stop_flag, thread: std::thread::Builder::new().spawn(look)? })
     }
 
     fn finish(self) -> u64 {
@@ -57,7 +57,7 @@ impl PeakMemorySampler {
     }
 }
 
-/// Runs the command `estimate --measure`: every rank prints one line of JSON.
+/// Runs the verb `estimate --measure`: every rank prints one line of JSON.
 pub fn measure(args: &EstimateArgs) -> Result<()> {
     // Otherwise the holes of a fragmented heap would be measured too.
     process::disable_memory_retention();

@@ -1,4 +1,4 @@
-//! The command `quickstart`: fine-tunes a model within minutes and compares its answers before and after.
+//! The verb `quickstart`: fine-tunes a model within minutes and compares its answers before and after.
 //!
 //! ```text
 //! lessons (embedded) ─┬─ DIR/data/train.jsonl, valid.jsonl ─► recipe ─► memory estimate
@@ -53,7 +53,7 @@ pub struct QuickstartArgs {
 /// The name of the model that is trained from scratch.
 const TINY: &str = "tiny";
 
-/// Runs the command `quickstart`: progress goes to stderr, results to stdout.
+/// Runs the verb `quickstart`: progress goes to stderr, results to stdout.
 pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
     let (start, directory) = (Instant::now(), args.dir.as_path());
     if directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {

@@ -26,8 +26,7 @@ type UnusedOptimizer<B> = OptimizerAdaptor<AdamW, LearnerModule<Autodiff<B>>, Au
 /// The type of a batch: it has no values.
 type NoBatch = Infallible;
 
-/// The module that wraps the model for burn-train's learner. The run takes the model out, so parameter paths do not
-/// contain it.
+/// The module that wraps the model for burn-train's learner. The run trains the model in its own engine.
 #[derive(Module, Debug)]
 pub struct LearnerModule<B: Kernels> {
     pub llama: Llama<B>,

@@ -34,7 +34,7 @@ pub fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summa
         RunOutcome::Complete(summary) => Ok(summary),
         RunOutcome::Interrupted(step) => {
             if first {
-                eprintln!("interrupted after step {step}; go on with --dir {} --resume", directory.display());
+                eprintln!("interrupted after step {step}; resume with --dir {} --resume", directory.display());
             }
             std::process::exit(INTERRUPTED_EXIT_CODE.into());
         }

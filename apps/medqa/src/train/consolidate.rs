@@ -1,4 +1,4 @@
-//! The command `consolidate`: merges the shards of a checkpoint into one model or adapter.
+//! The verb `consolidate`: merges the shards of a checkpoint into one model or adapter.
 
 use super::{
     run_output::RunOutput,
@@ -27,7 +27,7 @@ pub struct ConsolidateArgs {
     pub out: PathBuf,
 }
 
-/// Runs the command `consolidate` in one process. It reads only the weights, of a run with any number of ranks and any
+/// Runs the verb `consolidate` in one process. It reads only the weights, of a run with any number of ranks and any
 /// ZeRO stage.
 ///
 /// # Errors
@@ -58,7 +58,7 @@ fn find_checkpoint(folder: &Path) -> Result<(PathBuf, PathBuf)> {
     let run = folder.canonicalize().ok().and_then(|folder| Some(folder.parent()?.to_owned()));
     match run.filter(|run| run.join("recipe.toml").is_file()) {
         Some(run) => Ok((run, folder.to_owned())),
-        None => bail!("{at}: expected a run folder or a checkpoint in one, found no recipe.toml there nor above"),
+        None => bail!("{at}: expected a run directory or a checkpoint in one, found no recipe.toml in it or above it"),
     }
 }
 

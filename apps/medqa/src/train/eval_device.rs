@@ -20,7 +20,7 @@ pub type ParamValues = HashMap<String, TensorData>;
 
 /// A copy of the run's model on another device.
 pub trait Evaluator: Send {
-    /// Computes the [`loss`] over `rows` after copying the `trained` parameters into the model.
+    /// Computes [`loss_sum`] over `rows` after copying the `trained` parameters into the model.
     fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: EvalBatching) -> Result<(f64, usize)>;
 }
 

@@ -22,13 +22,13 @@ pub fn freeze<B: Kernels>(model: Llama<B>, layers: &TrainableLayers) -> Result<L
         bail!("`method.layers`: expected extra_modules among {}, found {unknown:?}", extras.join(", "));
     }
     let learning = trainable_blocks(layers.count, model.config().num_hidden_layers);
-    let trained = |path: &str| match (block_index(path), module_outside_blocks(path)) {
+    let is_selected = |path: &str| match (block_index(path), module_outside_blocks(path)) {
         (Some(block), _) => learning.contains(&block),
         (None, Some(module)) => layers.extra_modules.iter().any(|name| name == module),
         (None, None) => false,
     };
-    let model = model.map(&mut CastToF32 { path: Vec::new(), is_selected: trained });
-    Ok(param::train_only(model, trained))
+    let model = model.map(&mut CastToF32 { path: Vec::new(), is_selected });
+    Ok(param::train_only(model, is_selected))
 }
 
 /// Returns the trainable blocks: the last `count`, or the first `-count`.

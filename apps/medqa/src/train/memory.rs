@@ -249,7 +249,7 @@ mod tests {
         Recipe::parse("[model]\npath = 'm'\n[data]\ntrain = 't'\n", Path::new("r.toml"), &sets).unwrap()
     }
 
-    /// Returns the footprint of a model of a billion weights with 4096 tokens per micro-batch.
+    /// Returns the sizes of a run with a model of a billion weights and 4096 tokens per micro-batch.
     fn load(trained: u64, world: u64) -> RunSizes {
         let shape = LlamaShape {
             layers: 16,

@@ -34,10 +34,10 @@ pub fn adapter_to_peft(config: &LlamaConfig, file: &Path, directory: &Path) -> R
         matrices.filter_map(|(key, shape)| Some((key, <[usize; 2]>::try_from(shape).ok()?))).collect();
     let (mut tensors, mut names, mut ranks) = (Vec::new(), BTreeSet::new(), BTreeSet::new());
     for entry in gguf.tensors() {
-        let LoraFactor { layer, part, rank, permuted: paired } = lora_factor(&gguf, entry, &shapes)?;
+        let LoraFactor { layer, part, rank, permuted } = lora_factor(&gguf, entry, &shapes)?;
         ranks.insert(rank);
         let mut values = gguf.read(entry)?;
-        if let Some(head_dim) = write::permuted_head_dim(config).filter(|_| paired) {
+        if let Some(head_dim) = write::permuted_head_dim(config).filter(|_| permuted) {
             values = undo_permutation(&values, entry.shape[1], head_dim);
         }
         names.insert(layer.rsplit('.').next().unwrap_or(&layer).to_owned());

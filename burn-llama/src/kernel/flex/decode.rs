@@ -61,24 +61,19 @@ impl Projection {
     }
 
     /// Adds the bias and the outputs of the adapters to `y`.
-    fn add_bias_and_adapters(
-        &self,
-        x: &[f32],
-        y: &mut [f32],
-        LoraBuffers { a_output: low, b_output: added }: &mut LoraBuffers,
-    ) {
+    fn add_bias_and_adapters(&self, x: &[f32], y: &mut [f32], LoraBuffers { a_output, b_output }: &mut LoraBuffers) {
         let [out, features] = self.weight.shape();
         if let Some(bias) = &self.bias {
             y.chunks_exact_mut(out).for_each(|y| add(y, bias));
         }
         let rows = x.len() / features;
         for LoraWeights { a, b, scaling } in &self.adapters {
-            low.resize(rows * a.shape()[0], 0.0);
-            added.resize(rows * out, 0.0);
-            gemv_batch([Gemv { weight: a, x, y: low }]);
-            low.iter_mut().for_each(|low| *low *= scaling);
-            gemv_batch([Gemv { weight: b, x: low, y: added }]);
-            add(y, added);
+            a_output.resize(rows * a.shape()[0], 0.0);
+            b_output.resize(rows * out, 0.0);
+            gemv_batch([Gemv { weight: a, x, y: a_output }]);
+            a_output.iter_mut().for_each(|value| *value *= scaling);
+            gemv_batch([Gemv { weight: b, x: a_output, y: b_output }]);
+            add(y, b_output);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Products with weight rows of any format. Many rows of activations are multiplied with tiles of decoded weights
-//! (GEMM), few with every stored row ([`gemv`]). Rows of f32, and of bf16 where the kernels read them, are multiplied in
-//! place.
+//! (GEMM), few with every stored row ([`gemv`]). Rows of f32, and of bf16 where the kernels read them, are multiplied
+//! in place.
 
 use super::{dense, tensor, unique_values_mut};
 use crate::{

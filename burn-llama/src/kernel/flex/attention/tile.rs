@@ -83,8 +83,8 @@ impl<'a> AttentionTile<'a> {
                     let (inverse, log) = softmax(scores, self.visible.of_query(self.query(row)), self.span.start);
                     *sum = inverse;
                     let at = self.lse_index(row);
-                    // SAFETY: `at < rows * kv_heads * group * queries`, the length of the buffer, and only this tile
-                    // has this query of this head.
+                    // SAFETY: `at` lies in the buffer, which has one value for each query of each head, and only this
+                    // tile has this query of this head.
                     unsafe { lse.write(at..at + 1, |lse| lse[0] = log) };
                 }
             },

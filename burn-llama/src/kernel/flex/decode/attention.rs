@@ -134,22 +134,14 @@ impl WithSimd for QueryGroup<'_> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let Self {
-            sizes: HeadShape { kv_heads, dim, .. },
-            queries,
-            keys,
-            values,
-            visible: seen,
-            scores,
-            output: mixed,
-        } = self;
+        let Self { sizes: HeadShape { kv_heads, dim, .. }, queries, keys, values, visible, scores, output } = self;
         let (width, capacity) = (kv_heads * dim, scores.len() / self.sizes.group);
         let scale = 1.0 / (dim as f32).sqrt();
         for member in 0..self.sizes.group {
             let query = &queries[member * dim..][..dim];
             let scores = &mut scores[member * capacity..][..capacity];
             let mut n = 0;
-            for range in seen {
+            for range in visible {
                 for slot in range.clone() {
                     scores[n] = dot(simd, query, &keys[slot * width..][..dim]) * scale;
                     n += 1;
@@ -158,16 +150,16 @@ impl WithSimd for QueryGroup<'_> {
             let scores = &mut scores[..n];
             let largest = max(scores);
             let sum = exp_sum(scores, largest);
-            let mixed = &mut mixed[member * dim..][..dim];
-            mixed.fill(0.0);
+            let output = &mut output[member * dim..][..dim];
+            output.fill(0.0);
             let mut n = 0;
-            for range in seen {
+            for range in visible {
                 for slot in range.clone() {
-                    axpy(simd, mixed, &values[slot * width..][..dim], scores[n]);
+                    axpy(simd, output, &values[slot * width..][..dim], scores[n]);
                     n += 1;
                 }
             }
-            mixed.iter_mut().for_each(|value| *value /= sum);
+            output.iter_mut().for_each(|value| *value /= sum);
         }
     }
 }

@@ -38,8 +38,8 @@ pub(super) trait MicroKernel: Copy + Send + Sync {
     /// beyond the last. Pairs are padded with zeros to a multiple of 16 words along k.
     ///
     /// # Safety
-    /// `to` has room for all micro-panels, a multiple of 16 steps deep, and is aligned to 64 bytes; `panels` and `k` lie
-    /// within B; the CPU has the instructions of the micro-kernel.
+    /// `to` has room for all micro-panels, a multiple of 16 steps deep, and is aligned to 64 bytes; `panels` and `k`
+    /// lie within B; the CPU has the instructions of the micro-kernel.
     unsafe fn pack_b(self, b: &Operand, panels: Range<usize>, k: Range<usize>, to: PackBuffer);
 
     /// Returns the micro-panel of A for a block of rows and the range `k`: in place if the kernel can read it there,

@@ -1,6 +1,6 @@
-//! GEMM for x86-64 in the structure of GotoBLAS and BLIS. The micro-kernels ([`MicroKernel`]) use AVX-512, on f32 or on pairs of bf16
-//! whose products are accumulated in f32; AMX tiles on such pairs where the machine has them, with f32 split into three
-//! bf16 terms (bf16x3); and AVX2 for everything else.
+//! GEMM for x86-64 in the structure of GotoBLAS and BLIS. The micro-kernels ([`MicroKernel`]) use AVX-512, on f32 or on
+//! pairs of bf16 whose products are accumulated in f32; AMX tiles on such pairs where the machine has them, with f32
+//! split into three bf16 terms (bf16x3); and AVX2 for everything else.
 //!
 //! The operands have the roles of BLIS: a row of NR elements of B fills two vector registers, and elements of A are
 //! broadcast and multiplied with them. Either matrix can take either role (if they are swapped, the kernel computes the

@@ -45,8 +45,8 @@ struct PackBuffers {
 }
 
 impl<K: MicroKernel> GemmProblem<K> {
-    /// Creates the product of `a`, as rows, and `b`, as columns, with `k` values along the inner dimension. Either takes
-    /// the role of A, whichever costs less.
+    /// Creates the product of `a`, as rows, and `b`, as columns, with `k` values along the inner dimension. Either
+    /// takes the role of A, whichever costs less.
     pub(super) fn new(kernel: K, a: Operand, b: Operand, k: usize, c: StridedOutput) -> Self {
         if K::CAN_TRANSPOSE_C && cost_as_b::<K>(&a, &b, k) < cost_as_b::<K>(&b, &a, k) {
             let [down, across] = c.strides;
@@ -165,8 +165,8 @@ impl<K: MicroKernel> GemmProblem<K> {
     /// Adds the products of some rows of A with some micro-panels of B, over a range of k, to C.
     ///
     /// # Safety
-    /// The buffers have room for these micro-panels of B and one of A, the ranges lie within the operands and C, and the
-    /// conditions of [`GemmProblem::compute_block`] hold.
+    /// The buffers have room for these micro-panels of B and one of A, the ranges lie within the operands and C, and
+    /// the conditions of [`GemmProblem::compute_block`] hold.
     #[inline(always)]
     unsafe fn compute_panels(&self, rows: Range<usize>, panels: Range<usize>, k: Range<usize>, buffers: PackBuffers) {
         let (words, product_words) = (k.len().div_ceil(K::K_PER_WORD), self.k_words());
@@ -218,8 +218,8 @@ impl<K: MicroKernel> GemmProblem<K> {
         MicroPanelB { words: buffer.words, stride: K::NR, terms: self.b.terms }
     }
 
-    /// Returns the tile of C at a row of A and a micro-panel of B; it accumulates if C does or if the tile `continues` a
-    /// sum.
+    /// Returns the tile of C at a row of A and a micro-panel of B; it accumulates if C does or if the tile `continues`
+    /// a sum.
     #[inline(always)]
     fn output_tile(&self, row: usize, panel: usize, continues: bool) -> OutputTile {
         let StridedOutput { data, strides: [row_stride, column_stride], accumulate, alpha } = self.c;

@@ -46,8 +46,8 @@ unsafe fn load_two_f16(bytes: *const u8) -> __m128 {
     _mm_cvtph_ps(_mm_cvtsi32_si128(unsafe { bytes.cast::<i32>().read_unaligned() }))
 }
 
-/// `Q4_0`, `Q4_1`, `Q5_0` and `Q5_1`: a block has a scale, a minimum if `HAS_MIN`, fifth bits if `HAS_FIFTH_BIT`, and four bits
-/// of each weight.
+/// `Q4_0`, `Q4_1`, `Q5_0` and `Q5_1`: a block has a scale, a minimum if `HAS_MIN`, fifth bits if `HAS_FIFTH_BIT`, and
+/// four bits of each weight.
 pub(super) struct NibblesInt16<const HAS_MIN: bool, const HAS_FIFTH_BIT: bool>;
 
 impl<const HAS_MIN: bool, const HAS_FIFTH_BIT: bool> Int16Format for NibblesInt16<HAS_MIN, HAS_FIFTH_BIT> {

@@ -1,8 +1,8 @@
 //! Integer GEMV with AVX2: the integers of weights and activations are multiplied as 16-bit words, one block of 32
 //! after the other.
 //!
-//! Blocks are accessed by pointers: a bounds check of each would cost as much as its product. Loops are over indices, as in the
-//! kernels of bytes.
+//! Blocks are accessed by pointers: a bounds check of each would cost as much as its product. Loops are over indices,
+//! as in the kernels of bytes.
 #![allow(clippy::needless_range_loop)]
 
 mod formats;

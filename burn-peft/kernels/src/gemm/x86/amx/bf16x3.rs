@@ -98,12 +98,12 @@ unsafe fn load_columns(operand: &Operand, vectors: Range<usize>, k: Range<usize>
     }
 }
 
-/// Packs micro-panels of an f32 B over a range of k: for every block along k and every bf16 term a
-/// tile of the first 16 columns and one of the remaining 16.
+/// Packs micro-panels of an f32 B over a range of k: for every block along k and every bf16 term a tile of the first 16
+/// columns and one of the remaining 16.
 ///
 /// # Safety
-/// `to` has room for all micro-panels, a multiple of [`TILE_K`] words deep in each term, and is aligned
-/// to 64 bytes; `panels` and the range lie within B; the CPU has AVX-512F, BW and VL.
+/// `to` has room for all micro-panels, a multiple of [`TILE_K`] words deep in each term, and is aligned to 64 bytes;
+/// `panels` and the range lie within B; the CPU has AVX-512F, BW and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) unsafe fn pack_b(operand: &Operand, panels: Range<usize>, k: Range<usize>, to: PackBuffer) {
     let (count, blocks) = (panels.len(), k.len().div_ceil(2 * TILE_K));

@@ -9,7 +9,8 @@ use std::{arch::x86_64::*, ops::Range};
 /// Packs rows as pairs of bf16: the words of a row are adjacent.
 ///
 /// # Safety
-/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold for [`AmxBf16`](super::AmxBf16), `IS_BF16` is true exactly if A is bf16, and the CPU has AVX-512F, BW, VL and BF16.
+/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold for [`AmxBf16`](super::AmxBf16),
+/// `IS_BF16` is true exactly if A is bf16, and the CPU has AVX-512F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(super) unsafe fn pack_a<const IS_BF16: bool>(
     operand: &Operand,
@@ -17,8 +18,8 @@ pub(super) unsafe fn pack_a<const IS_BF16: bool>(
     k: Range<usize>,
     to: *mut u32,
 ) -> MicroPanelA {
-    // SAFETY: `first` and `count` lie within `rows`, `gather_words` returns zeros beyond the range, and `to` has room for
-    // up to [`MR`](super::MR) rows of `depth` words by the caller's guarantee.
+    // SAFETY: `first` and `count` lie within `rows`, `gather_words` returns zeros beyond the range, and `to` has room
+    // for up to [`MR`](super::MR) rows of `depth` words by the caller's guarantee.
     unsafe {
         if operand.strides[1] == 1 {
             return pack_a_bf16::<IS_BF16>(operand, rows, k, to);

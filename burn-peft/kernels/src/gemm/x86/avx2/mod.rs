@@ -147,8 +147,8 @@ macro_rules! step_column_major {
 macro_rules! accumulate_steps {
     ($task:expr, $step:ident, $next:literal, $($operand:tt)*) => {{
         let mut sums = [[_mm256_setzero_ps(); 2]; MR];
-        // SAFETY: the caller of this macro's function guarantees that both operands of `$task` hold its steps; the block
-        // reads nothing else but prefetches, writes no memory and declares all registers that it changes.
+        // SAFETY: the caller of this macro's function guarantees that both operands of `$task` hold its steps; the
+        // block reads nothing else but prefetches, writes no memory and declares all registers that it changes.
         unsafe {
             asm!(
                 "sub {count}, 4",

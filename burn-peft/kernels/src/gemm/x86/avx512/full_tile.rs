@@ -45,9 +45,9 @@ macro_rules! accumulate_steps {
         [$($fetch:literal),*], [$($move:literal),*], $($operand:tt)*
     ) => {{
         let mut sums = [[_mm512_setzero_ps(); 2]; MR];
-        // SAFETY: the caller of this macro's function guarantees that both operands of `$task` hold its steps; the block
-        // reads nothing else but prefetches, which may take any address, writes no memory and declares all registers
-        // that it changes.
+        // SAFETY: the caller of this macro's function guarantees that both operands of `$task` hold its steps; the
+        // block reads nothing else but prefetches, which may take any address, writes no memory and declares all
+        // registers that it changes.
         unsafe {
             asm!(
                 "sub {count}, 4",

@@ -150,8 +150,8 @@ macro_rules! for_rows {
 /// The conditions of [`MicroKernel::compute_tile`] hold for [`Avx512F32`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 unsafe fn compute_tile_f32(task: TileTask, tile: OutputTile) {
-    // SAFETY: the micro-panels hold the words of the task by the caller's guarantee, and each arm matches the layout that its
-    // kernel requires.
+    // SAFETY: the micro-panels hold the words of the task by the caller's guarantee, and each arm matches the layout
+    // that its kernel requires.
     unsafe {
         match task.a.strides {
             [_, 1] if task.rows == MR && task.b.stride == NR => store(full_tile::accumulate_row_major(task), tile),

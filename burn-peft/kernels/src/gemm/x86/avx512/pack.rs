@@ -10,7 +10,8 @@ use std::{arch::x86_64::*, ops::Range};
 /// Packs micro-panels of B as f32 words.
 ///
 /// # Safety
-/// The conditions of [`MicroKernel::pack_b`](super::MicroKernel::pack_b) hold, `IS_BF16` is true exactly if B is bf16, and the CPU has AVX-512F, BW and VL.
+/// The conditions of [`MicroKernel::pack_b`](super::MicroKernel::pack_b) hold, `IS_BF16` is true exactly if B is bf16,
+/// and the CPU has AVX-512F, BW and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) unsafe fn pack_b_f32<const IS_BF16: bool>(
     operand: &Operand,
@@ -26,7 +27,8 @@ pub(super) unsafe fn pack_b_f32<const IS_BF16: bool>(
 /// Packs micro-panels of B as pairs of bf16.
 ///
 /// # Safety
-/// The conditions of [`MicroKernel::pack_b`](super::MicroKernel::pack_b) hold, `IS_BF16` is true exactly if B is bf16, and the CPU has AVX-512F, BW, VL and BF16.
+/// The conditions of [`MicroKernel::pack_b`](super::MicroKernel::pack_b) hold, `IS_BF16` is true exactly if B is bf16,
+/// and the CPU has AVX-512F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(in super::super) unsafe fn pack_b_bf16<const IS_BF16: bool>(
     operand: &Operand,
@@ -43,8 +45,8 @@ pub(in super::super) unsafe fn pack_b_bf16<const IS_BF16: bool>(
 /// along k of all panels after the other.
 ///
 /// # Safety
-/// The conditions of [`MicroKernel::pack_b`](super::MicroKernel::pack_b) hold, `IS_BF16` is true exactly if B is bf16, and the CPU has AVX-512F, BW and VL (and
-/// BF16 if `PAIRS`).
+/// The conditions of [`MicroKernel::pack_b`](super::MicroKernel::pack_b) hold, `IS_BF16` is true exactly if B is bf16,
+/// and the CPU has AVX-512F, BW and VL (and BF16 if `PAIRS`).
 #[inline(always)]
 unsafe fn pack_b_panels<const IS_BF16: bool, const PAIRS: bool>(
     operand: &Operand,
@@ -81,7 +83,8 @@ unsafe fn pack_b_panels<const IS_BF16: bool, const PAIRS: bool>(
 /// in cache lines of its own.
 ///
 /// # Safety
-/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold, A is column-major f32, `rows` has [`MR`] rows, and the CPU has AVX-512F and VL.
+/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold, A is column-major f32, `rows` has [`MR`]
+/// rows, and the CPU has AVX-512F and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) unsafe fn pack_a_column_major(
     operand: &Operand,
@@ -104,7 +107,8 @@ pub(super) unsafe fn pack_a_column_major(
 /// Packs rows of bf16 as f32 words.
 ///
 /// # Safety
-/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold, A is bf16, and the CPU has AVX-512F, BW and VL.
+/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold, A is bf16, and the CPU has AVX-512F, BW
+/// and VL.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) unsafe fn pack_a_f32(operand: &Operand, rows: Range<usize>, k: Range<usize>, to: *mut u32) -> MicroPanelA {
     // SAFETY: the conditions are the same, and the target features of this function are those that the inlined body
@@ -115,7 +119,8 @@ pub(super) unsafe fn pack_a_f32(operand: &Operand, rows: Range<usize>, k: Range<
 /// Packs rows as pairs of bf16.
 ///
 /// # Safety
-/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold, `IS_BF16` is true exactly if A is bf16, and the CPU has AVX-512F, BW, VL and BF16.
+/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold, `IS_BF16` is true exactly if A is bf16,
+/// and the CPU has AVX-512F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 pub(in super::super) unsafe fn pack_a_bf16<const IS_BF16: bool>(
     operand: &Operand,
@@ -131,8 +136,8 @@ pub(in super::super) unsafe fn pack_a_bf16<const IS_BF16: bool>(
 /// Packs rows as words: row-major if the values of a row are adjacent, else k-major as [`pack_k_major`] does.
 ///
 /// # Safety
-/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold, `IS_BF16` is true exactly if A is bf16, and the CPU has AVX-512F, BW and VL (and
-/// BF16 if `PAIRS`).
+/// The conditions of [`MicroKernel::pack_a`](super::MicroKernel::pack_a) hold, `IS_BF16` is true exactly if A is bf16,
+/// and the CPU has AVX-512F, BW and VL (and BF16 if `PAIRS`).
 #[inline(always)]
 unsafe fn pack_a_rows<const IS_BF16: bool, const PAIRS: bool>(
     operand: &Operand,
@@ -172,9 +177,9 @@ unsafe fn pack_a_rows<const IS_BF16: bool, const PAIRS: bool>(
 /// each vector, zeros where there is none. Words are pairs of bf16 if `PAIRS`.
 ///
 /// # Safety
-/// `vectors` and the range of k lie within `operand`, `IS_BF16` is true exactly if its values are bf16, `to` has room for
-/// `LANES` words at each step (padded to a multiple of 16 steps if `PAIRS`, or if the values along k are adjacent), and
-/// the CPU has AVX-512F, BW and VL (and BF16 if `PAIRS`).
+/// `vectors` and the range of k lie within `operand`, `IS_BF16` is true exactly if its values are bf16, `to` has room
+/// for `LANES` words at each step (padded to a multiple of 16 steps if `PAIRS`, or if the values along k are adjacent),
+/// and the CPU has AVX-512F, BW and VL (and BF16 if `PAIRS`).
 #[inline(always)]
 unsafe fn pack_k_major<const IS_BF16: bool, const PAIRS: bool, const LANES: usize>(
     operand: &Operand,
@@ -185,8 +190,8 @@ unsafe fn pack_k_major<const IS_BF16: bool, const PAIRS: bool, const LANES: usiz
     let pair = if PAIRS { 2 } else { 1 };
     let words = k.len().div_ceil(pair);
     let depth = if PAIRS { words.next_multiple_of(16) } else { words };
-    // SAFETY: `first` and `count` are clamped to `vectors`, loads along k are masked to the range, and
-    // `to` has room for every step by the caller's guarantee.
+    // SAFETY: `first` and `count` are clamped to `vectors`, loads along k are masked to the range, and `to` has room
+    // for every step by the caller's guarantee.
     unsafe {
         for lane in (0..LANES).step_by(16) {
             let first = (vectors.start + lane).min(vectors.end);
@@ -224,8 +229,8 @@ unsafe fn pack_k_major<const IS_BF16: bool, const PAIRS: bool, const LANES: usiz
 /// where the range has ended.
 ///
 /// # Safety
-/// The vectors and the range lie within `operand`, `IS_BF16` is true exactly if they are bf16, and the
-/// CPU has AVX-512F, BW and VL (and BF16 if `PAIRS`).
+/// The vectors and the range lie within `operand`, `IS_BF16` is true exactly if they are bf16, and the CPU has
+/// AVX-512F, BW and VL (and BF16 if `PAIRS`).
 #[inline(always)]
 pub(in super::super) unsafe fn gather_words<const IS_BF16: bool, const PAIRS: bool>(
     operand: &Operand,
@@ -304,8 +309,8 @@ unsafe fn load_along_k<const IS_BF16: bool, const PAIRS: bool>(at: *const u8, le
 /// Loads one value of each of 16 adjacent vectors: as f32, or as bf16 in the lower half of each word if `PAIRS`.
 ///
 /// # Safety
-/// `at` points to as many values as `mask` has bits, bf16 if `IS_BF16` and else f32, and the CPU has AVX-512F, BW and VL
-/// (and BF16 if `PAIRS`).
+/// `at` points to as many values as `mask` has bits, bf16 if `IS_BF16` and else f32, and the CPU has AVX-512F, BW and
+/// VL (and BF16 if `PAIRS`).
 #[inline(always)]
 unsafe fn load_across_k<const IS_BF16: bool, const PAIRS: bool>(at: *const u8, mask: __mmask16) -> __m512i {
     // SAFETY: the mask limits the loads to the values that exist; masked-off lanes are not accessed.
