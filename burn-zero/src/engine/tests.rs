@@ -145,6 +145,8 @@ fn a_gradient_that_is_not_finite_leaves_everything_as_it_was() {
 
 #[test]
 fn settings_that_cannot_work_are_refused() {
+    // The models are autodiff tensors: made beside another test's backward pass, they could lose its gradients.
+    let _alone = backward_lock();
     let adam = |config: fn(EngineConfig) -> EngineConfig| config(EngineConfig::new(AdamW::default()));
     let host = |optimizer: Optimizer| EngineConfig::new(optimizer).with_optimizer_states_in(MemoryTier::Host);
     for (config, expected) in [
