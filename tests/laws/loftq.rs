@@ -12,7 +12,7 @@ use burn_peft::{
     config::InitLoraWeights,
     param, random,
 };
-use laws::{fixture, floats, max_diff};
+use laws::{fixture, floats, max_diff, one_backward_at_a_time};
 
 const NAME: &str = "default";
 
@@ -193,6 +193,7 @@ fn started<B: Kernels>(checkpoint: &Checkpoint, config: &LoraConfig) -> (Llama<B
 
 #[test]
 fn a_model_begins_nearer_to_the_one_that_was_not_rounded() {
+    let _lock = one_backward_at_a_time();
     let checkpoint = Checkpoint::open(&fixture("gguf/model.gguf")).unwrap();
     let logits = |model: &Llama<Flex>| floats(&generate::logits(model, &[1, 2, 3, 4]).unwrap().into_data());
     let unrounded = logits(&checkpoint.load(DType::F32, &Default::default()).unwrap());
