@@ -327,6 +327,7 @@ fn fields_from_the_future_are_told_and_old_files_named() {
 
 #[test]
 fn what_learns_beside_an_adapter_is_what_the_configuration_names() {
+    let _lock = one_backward_at_a_time();
     let learned = |model: &str, config: &LoraConfig| -> Vec<String> {
         let model = base::<Train>(model);
         let model = adapter::attach_and_freeze(model, "default", config).unwrap();

@@ -247,6 +247,7 @@ impl<B: Backend> ModuleVisitor<B> for ParameterPaths {
 
 #[test]
 fn packed_weights_are_no_float_parameters_and_keep_their_paths() {
+    let _lock = one_backward_at_a_time();
     for (index, (name, ..)) in models().into_iter().enumerate() {
         let packed = load::<Train>(index);
         let paths = |model: &Llama<Train>| {
