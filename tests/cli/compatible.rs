@@ -1,4 +1,4 @@
-//! Tests that the files of an earlier version can be read: a run goes on from its checkpoint, its adapter can be
+//! Tests that the files of an earlier version can be read: a run resumes from its checkpoint, its adapter can be
 //! evaluated, and its checkpoint can be consolidated. tests/fixtures/make_before.py has written them.
 
 use crate::{
@@ -61,7 +61,7 @@ fn a_run_of_an_earlier_version_goes_on_from_its_checkpoint() {
     fs::remove_dir_all(work.at("before/run/adapter")).unwrap();
 
     let done = succeed(&work, &["train", "recipe.toml", "--dir", "run", "--resume"]);
-    assert!(done.stderr.contains("going on after step 4"), "{done:?}");
+    assert!(done.stderr.contains("resuming after step 4"), "{done:?}");
     assert!(work.text("before/run/metrics.jsonl").starts_with(&text[..kept]));
     let resumed = lasting(&work, "before/run");
     assert_eq!(resumed.len(), whole.len());

@@ -40,7 +40,7 @@ fn a_ds_config_is_part_of_the_recipe_and_says_what_it_says_in_vain() {
     let rates: Vec<f64> = lasting(&work, "out").iter().filter_map(|line| line["learning_rate"].as_f64()).collect();
     assert!((rates[0] - 1e-5).abs() < 1e-12 && (rates[2] - 2e-2).abs() < 1e-9, "{rates:?}");
     assert!((rates[11] - (1e-5 + (2e-2 - 1e-5) * 0.2)).abs() < 1e-9, "{rates:?}");
-    // The resolved recipe in the run folder is complete, so the DeepSpeed file is no longer needed.
+    // The resolved recipe in the run directory is complete, so the DeepSpeed file is no longer needed.
     fs::remove_file(work.at("ds.json")).unwrap();
     work.succeed(&train_by("out/recipe.toml", "again", &[]));
     assert_eq!(lasting(&work, "again"), lasting(&work, "out"));

@@ -39,7 +39,7 @@ fn quickstart_makes_a_model_teaches_it_and_says_what_to_do_next() {
     assert!((number(&loss, "loss") - number(&summary, "valid_loss_after")).abs() < 1e-4, "{loss}, {summary}");
     work.succeed(&[&["chat", "--prompt", "Why do I cough?", "--max-new-tokens", "4"], &model[..]].concat());
 
-    // The run folder is an ordinary one: its recipe reproduces the run.
+    // The run directory is an ordinary one: its recipe reproduces the run.
     work.succeed(&train_by("my runs/q/recipe.toml", "again", &[]));
     assert_eq!(work.json("again/summary.json")["valid_loss_after"], summary["valid_loss_after"]);
     let before = work.listing();

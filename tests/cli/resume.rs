@@ -43,7 +43,7 @@ fn runs_that_were_killed_go_on_bit_for_bit() {
             kill_after(&work, arguments, &broken, 12 * (kill + 1), moment);
         }
         let done = work.succeed(&resumed);
-        assert!(done.stderr.contains("going on after step"), "{done:?}");
+        assert!(done.stderr.contains("resuming after step"), "{done:?}");
         let bytes = |folder: &str| fs::read(work.at(&format!("{folder}/{written}"))).unwrap();
         assert_eq!(bytes(&broken), bytes(&whole));
         assert_eq!(lasting(&work, &broken), lasting(&work, &whole));
@@ -95,7 +95,7 @@ fn filled_micro_batches_show_every_row_and_a_pause_changes_nothing() {
         let other = run(&parts, &[&sets[..], &["train.epochs=3", "train.batch_size=4", "--resume"]].concat());
         assert!(other.code == Some(2) && other.stderr.contains("`train.batch_size`: the run has 2"), "{other:?}");
         let done = run(&parts, &[&sets[..], &["train.epochs=3", "--resume"]].concat());
-        assert!(done.code == Some(0) && done.stderr.contains("going on after step"), "{done:?}");
+        assert!(done.code == Some(0) && done.stderr.contains("resuming after step"), "{done:?}");
         assert_eq!(taken(&parts), all);
         let bytes = |folder: &str| fs::read(work.at(&format!("{folder}/adapter/adapter_model.safetensors"))).unwrap();
         assert_eq!(bytes(&parts), bytes(&whole), "{name}");

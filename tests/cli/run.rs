@@ -1,4 +1,4 @@
-//! Training runs in tests: their data, their arguments, and checks of the run folder.
+//! Training runs in tests: their data, their arguments, and checks of the run directory.
 
 use crate::{
     model::{floats, tensors},
@@ -44,7 +44,7 @@ pub fn number(value: &Value, key: &str) -> f64 {
     value[key].as_f64().unwrap_or_else(|| panic!("{key}: {value}"))
 }
 
-/// Checks a run folder and returns its summary.
+/// Checks a run directory and returns its summary.
 pub fn run_folder(work: &WorkDir, folder: &str, steps: usize, trained: &[&str]) -> Value {
     for name in ["recipe.toml", "metrics.jsonl", "summary.json"].iter().chain(trained) {
         assert!(work.at(folder).join(name).is_file(), "{folder}/{name}");

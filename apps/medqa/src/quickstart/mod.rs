@@ -94,7 +94,7 @@ fn resolve_model(args: &QuickstartArgs, lessons: &[Lesson]) -> Result<String> {
         None => match fetch::resolve(fetch::SMOLLM2) {
             Ok(_) => Ok(fetch::SMOLLM2.to_owned()),
             Err(error) => {
-                eprintln!("{error:#}\nwarning: no model could be fetched; going on with `{TINY}`, made on the spot");
+                eprintln!("{error:#}\nwarning: no model could be fetched; continuing with `{TINY}`, made on the spot");
                 tiny::create(&args.dir, lessons, args.steps, &args.device.device)
             }
         },

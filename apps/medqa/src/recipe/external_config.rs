@@ -104,10 +104,10 @@ fn auto_values(recipe: &Recipe, document: &RawDsConfig) -> Result<AutoValues> {
 }
 
 impl ExternalConfig {
-    fn set(&mut self, key: &'static str, theirs: impl Into<String>, value: impl Into<Value>) {
+    fn set(&mut self, key: &'static str, external_key: impl Into<String>, value: impl Into<Value>) {
         self.settings.push(ExternalSetting {
             key,
-            external_key: theirs.into(),
+            external_key: external_key.into(),
             value: value.into(),
             is_default: false,
         });
@@ -124,8 +124,8 @@ impl ExternalConfig {
             self.notes.push(format!("`num_processes` is {processes}, but mpirun started {world}: mpirun decides"));
         }
         if accelerate.activation_checkpointing {
-            let theirs = "fsdp_config.fsdp_activation_checkpointing";
-            self.set("train.activation_checkpointing", theirs, "full");
+            let external_key = "fsdp_config.fsdp_activation_checkpointing";
+            self.set("train.activation_checkpointing", external_key, "full");
         }
         match accelerate.source {
             DsConfigSource::Inline(document) => Ok(document),
@@ -144,8 +144,8 @@ impl ExternalConfig {
         for (i, key, value) in ours {
             // Two of the three keys determine the third.
             if says[i] || says.contains(&true) && !automatic.iter().any(|auto| auto == keys[i]) {
-                let theirs = if says[i] { keys[i] } else { keys[usize::from(!says[0])] };
-                self.set(key, theirs, value as i64);
+                let external_key = if says[i] { keys[i] } else { keys[usize::from(!says[0])] };
+                self.set(key, external_key, value as i64);
             }
         }
         if document.get("gradient_clipping").is_some() {
@@ -257,10 +257,10 @@ impl ExternalConfig {
         ];
         let automatic = document.auto_keys();
         for (key, param, value) in values {
-            let theirs = format!("optimizer.params.{param}");
-            if let Some(value) = value.filter(|_| !automatic.contains(&theirs)) {
-                let weak = document.get(&theirs).is_none();
-                self.settings.push(ExternalSetting { key, external_key: theirs, value, is_default: weak });
+            let external_key = format!("optimizer.params.{param}");
+            if let Some(value) = value.filter(|_| !automatic.contains(&external_key)) {
+                let is_default = document.get(&external_key).is_none();
+                self.settings.push(ExternalSetting { key, external_key, value, is_default });
             }
         }
         for key in ["max_coeff", "min_coeff", "nesterov"].map(|param| format!("optimizer.params.{param}")) {

@@ -45,7 +45,7 @@ impl Origin {
     /// Fills keys that the recipe leaves out with another program's settings, and refuses contradictions.
     fn merge(&mut self, table: &mut Table, foreign: &ExternalConfig) -> Result<()> {
         let file = &foreign.file;
-        for ExternalSetting { key, external_key: theirs, value, is_default: weak } in &foreign.settings {
+        for ExternalSetting { key, external_key, value, is_default } in &foreign.settings {
             let (name, last) = key.split_once('.').unwrap_or_default();
             // A DeepSpeed scheduler replaces both of the recipe's own keys, `scheduler` and `warmup`.
             let own_keys: &[&str] =
@@ -53,10 +53,10 @@ impl Origin {
             let section_table = table.get(name).and_then(Value::as_table);
             let own_key = own_keys.iter().find_map(|&rival| Some((rival, section_table?.get(rival)?)));
             if let Some((rival, ours)) = own_key {
-                if !weak && !same_value(ours, value) {
+                if !is_default && !same_value(ours, value) {
                     let ours_at = format!("{name}.{rival}");
                     bail!(
-                        "{file}: `{theirs}` is {value}, but {}: `{ours_at}` is {ours}; remove one of the two",
+                        "{file}: `{external_key}` is {value}, but {}: `{ours_at}` is {ours}; remove one of the two",
                         self.location(&ours_at)
                     );
                 }

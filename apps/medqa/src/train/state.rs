@@ -91,7 +91,7 @@ pub fn read_state(checkpoint: &Path) -> Result<TrainerState> {
 
 /// Returns the advice for a checkpoint that cannot be used.
 pub fn advice(checkpoint: &Path) -> String {
-    format!("{}: the checkpoint is damaged; remove this folder to go on from the one before", checkpoint.display())
+    format!("{}: the checkpoint is damaged; remove this folder to resume from the one before", checkpoint.display())
 }
 
 /// Returns the temporary path at which a checkpoint is written before it is renamed.
