@@ -30,12 +30,12 @@ pub fn examples(reference: &Reference) -> Vec<Example> {
 
 /// Returns the largest difference of logits over the tokens that are not padding.
 pub fn logits_differ<B: Kernels>(model: &Llama<B>, reference: &Reference) -> f32 {
-    let (rows, pass) = (examples(reference), ForwardContext::default());
+    let (rows, context) = (examples(reference), ForwardContext::default());
     let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
     let layout = SequenceLayout::padded(&lengths);
-    let batch = model.batch(&rows, &layout, 1.0, pass.clone()).unwrap();
-    let hidden = model.hidden_states(model.embed(batch.ids), &layout, None, &pass).unwrap();
-    let found = floats(&model.head(hidden, &pass).into_data());
+    let batch = model.batch(&rows, &layout, 1.0, context.clone()).unwrap();
+    let hidden = model.hidden_states(model.embed(batch.ids), &layout, None, &context).unwrap();
+    let found = floats(&model.head(hidden, &context).into_data());
     let (expected, width) = (floats(&reference["logits"]), reference["ids"].shape[1]);
     let vocabulary = reference["logits"].shape[2];
     let row = |(row, length): (usize, &usize)| {
@@ -129,6 +129,6 @@ pub fn driven_rows(
 ) -> BTreeMap<String, Vec<f32>> {
     let targets: usize = rows.iter().map(Example::num_targets).sum();
     let layout = SequenceLayout::from_lengths(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
-    let pass = ForwardContext::training(DropoutKey { seed: 1, step: 2, tokens: layout.dropout_tokens(0) });
-    driven(model, &model.batch(rows, &layout, 1.0 / targets as f32, pass).unwrap(), how)
+    let context = ForwardContext::training(DropoutKey { seed: 1, step: 2, tokens: layout.dropout_tokens(0) });
+    driven(model, &model.batch(rows, &layout, 1.0 / targets as f32, context).unwrap(), how)
 }

@@ -71,9 +71,17 @@ impl ModuleVisitor<Train> for SquaredNorm<'_> {
     }
 }
 
-/// Measures one backward pass: seconds, peak bytes beyond those in use before, and the squared norm of the gradients,
-/// all of which are alive at the end.
-fn measure(model: &Llama<Train>, batch: &Batch<Train>, way: Option<Checkpointing>) -> (f64, usize, f64) {
+/// The cost and the result of one backward pass.
+struct Measurement {
+    seconds: f64,
+    /// The peak of the bytes in use, beyond those before the pass.
+    bytes: usize,
+    /// The squared norm of all gradients.
+    squared_norm: f64,
+}
+
+/// Measures one backward pass, at whose end all gradients are alive.
+fn measure(model: &Llama<Train>, batch: &Batch<Train>, way: Option<Checkpointing>) -> Measurement {
     let (before, start) = (LIVE.load(Relaxed), Instant::now());
     PEAK.store(before, Relaxed);
     let spent = || (start.elapsed().as_secs_f64(), PEAK.load(Relaxed) - before);
@@ -83,14 +91,15 @@ fn measure(model: &Llama<Train>, batch: &Batch<Train>, way: Option<Checkpointing
             let (seconds, bytes) = spent();
             let mut norm = SquaredNorm(&grads, 0.0);
             model.visit(&mut norm);
-            (seconds, bytes, norm.1)
+            Measurement { seconds, bytes, squared_norm: norm.1 }
         }
         Some(checkpointing) => {
             let mut all = Vec::new();
             segment::forward_backward(model, batch, checkpointing, &mut |gradients| all.extend(gradients));
             let (seconds, bytes) = spent();
             let square = |x: Tensor<Flex, 1>| x.powi_scalar(2).sum().into_scalar() as f64;
-            (seconds, bytes, all.into_iter().map(|gradient| square(gradient.value.flatten())).sum())
+            let squared_norm = all.into_iter().map(|gradient| square(gradient.value.flatten())).sum();
+            Measurement { seconds, bytes, squared_norm }
         }
     }
 }
@@ -101,10 +110,10 @@ fn compare(name: &str, model: &Llama<Train>, batch: &Batch<Train>, rounds: usize
     // The first round is a warm-up and is not counted.
     for round in 0..=rounds {
         for (index, way) in ways.into_iter().enumerate() {
-            let (time, peak, norm) = measure(model, batch, way);
-            (bytes[index], norms[index]) = (peak, norm);
+            let found = measure(model, batch, way);
+            (bytes[index], norms[index]) = (found.bytes, found.squared_norm);
             if round > 0 {
-                seconds[index] = seconds[index].min(time);
+                seconds[index] = seconds[index].min(found.seconds);
             }
         }
     }

@@ -81,7 +81,7 @@ impl<B: Kernels> Llama<B> {
         examples: &[Example],
         layout: &SequenceLayout,
         weight: f32,
-        pass: ForwardContext,
+        forward_context: ForwardContext,
     ) -> Result<Batch<B>, Error> {
         self.check_examples(examples)?;
         let (device, arranged) =
@@ -100,19 +100,19 @@ impl<B: Kernels> Llama<B> {
         assert!(!slots.is_empty(), "a batch needs at least one target");
         let n = slots.len();
         let before = KvCache::from_prefix(Vec::new(), &arranged.prefix_ranges);
-        let pass = ForwardContext {
+        let forward_context = ForwardContext {
             compute: self.matmul_precision,
-            ..arranged.forward_context(pass, self.num_virtual_tokens())
+            ..arranged.forward_context(forward_context, self.num_virtual_tokens())
         };
         Ok(Batch {
             attention_context: self.attention_context(&arranged.layout, Some(&before))?,
             ids: int_tensor(ids, layout.rows, &device),
-            output_slots: OutputSlots::new(slots, &pass, &device),
+            output_slots: OutputSlots::new(slots, &forward_context, &device),
             targets: Targets {
                 ids: index_tensor(targets, &device),
                 weights: Tensor::full([n], weight, (&device, DType::F32)),
             },
-            forward_context: pass,
+            forward_context,
             embedding_sources: arranged.embedding_sources.map(|sources| index_tensor(sources, &device)),
         })
     }

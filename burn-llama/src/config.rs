@@ -175,11 +175,6 @@ impl LlamaConfig {
         }
     }
 
-    /// Returns the number of features of all query heads together, and that of all key heads.
-    pub fn attention_widths(&self) -> (usize, usize) {
-        (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim)
-    }
-
     /// Returns the `config.json` of this model with weights in f32. Rotary divisors from a GGUF file are written as
     /// Llama 3's rule if they follow it; other divisors keep the type `factors`, which `transformers` does not know.
     pub fn to_json(&self) -> Value {

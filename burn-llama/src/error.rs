@@ -98,8 +98,19 @@ pub struct TensorMismatch {
     pub missing: Vec<String>,
     /// Tensors of the checkpoint that the model lacks.
     pub unexpected: Vec<String>,
-    /// Tensors with another shape or type: (name, expected, found).
-    pub mismatched: Vec<(String, String, String)>,
+    /// Tensors with another shape or type.
+    pub mismatched: Vec<MismatchedTensor>,
+}
+
+/// A tensor whose shape or type is not that of the model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MismatchedTensor {
+    /// The key of the tensor.
+    pub name: String,
+    /// The shape or type in the model.
+    pub expected: String,
+    /// The shape or type in the checkpoint.
+    pub found: String,
 }
 
 impl TensorMismatch {
@@ -118,7 +129,7 @@ impl std::fmt::Display for TensorMismatch {
         if !self.unexpected.is_empty() {
             write!(f, "; not part of the model: {}", self.unexpected.join(", "))?;
         }
-        for (name, expected, found) in &self.mismatched {
+        for MismatchedTensor { name, expected, found } in &self.mismatched {
             write!(f, "; {name}: expected {expected}, found {found}")?;
         }
         Ok(())

@@ -73,16 +73,16 @@ impl<'a, B: Kernels> Generation<'a, B> {
         let places = arranged.new_slots(ids.len());
         let last = |(row, prompt): (usize, &Vec<u32>)| places[row * layout.length + prompt.len() - 1];
         let slots: Vec<i32> = prompts.iter().enumerate().map(last).collect();
-        let (x, mut past) = model.prefill_inputs(ids, &arranged, &rows);
+        let (x, mut cache) = model.prefill_inputs(ids, &arranged, &rows);
         // The last new token is not fed back.
-        past.reserve(
-            past.num_slots() + arranged.layout.length + settings.max_new_tokens.clamp(1, MAX_RESERVED_TOKENS) - 1,
+        cache.reserve(
+            cache.num_slots() + arranged.layout.length + settings.max_new_tokens.clamp(1, MAX_RESERVED_TOKENS) - 1,
         );
         let mut generate = Self {
             model,
             config: settings,
             rows,
-            cache: past,
+            cache,
             tokens: prompts.to_vec(),
             done: vec![false; prompts.len()],
             logits: Vec::new(),
@@ -104,8 +104,8 @@ impl<'a, B: Kernels> Generation<'a, B> {
         layout: &SequenceLayout,
         slots: Option<Vec<i32>>,
     ) -> Result<(), Error> {
-        let (model, pass) = (self.model, self.rows.forward_context(layout.length));
-        let hidden = model.hidden_states_at(embeddings, layout, Some(&mut self.cache), &pass, slots)?;
+        let (model, forward_context) = (self.model, self.rows.forward_context(layout.length));
+        let hidden = model.hidden_states_at(embeddings, layout, Some(&mut self.cache), &forward_context, slots)?;
         let logits = model.head(hidden, &self.rows.forward_context(1)).cast(DType::F32).into_data();
         self.logits = logits.into_vec().map_err(|e| Error::config("logits", "f32 values", format!("{e:?}")))?;
         Ok(())
@@ -119,8 +119,8 @@ impl<'a, B: Kernels> Generation<'a, B> {
         let longest = positions.iter().max().map_or(0, |&position| position + 1);
         self.model.config().rope_scaling.check_length(longest)?;
         B::with_spinning_pool(|| {
-            let (past, logits) = (&mut self.cache, &mut self.logits);
-            if self.step_decoder.as_mut().is_some_and(|steps| steps.step(&ids, &positions, past, logits)) {
+            let (cache, logits) = (&mut self.cache, &mut self.logits);
+            if self.step_decoder.as_mut().is_some_and(|steps| steps.step(&ids, &positions, cache, logits)) {
                 return Ok(());
             }
             let ids = ids.iter().map(|&id| id as i32).collect();
@@ -230,10 +230,10 @@ fn logits_of_rows<B: Kernels>(
     model.config().check_token_ids(sequences.iter().flatten())?;
     let layout = SequenceLayout::padded(&sequences.iter().map(Vec::len).collect::<Vec<_>>());
     let arranged = model.layout_with_prompts(&layout, rows);
-    let (x, mut past) = model.prefill_inputs(padded_ids(sequences, layout.length), &arranged, rows);
-    let pass = rows.forward_context(arranged.layout.length);
-    let hidden = model.hidden_states(x, &arranged.layout, Some(&mut past), &pass)?;
-    let logits = model.head(hidden, &pass);
+    let (x, mut cache) = model.prefill_inputs(padded_ids(sequences, layout.length), &arranged, rows);
+    let forward_context = rows.forward_context(arranged.layout.length);
+    let hidden = model.hidden_states(x, &arranged.layout, Some(&mut cache), &forward_context)?;
+    let logits = model.head(hidden, &forward_context);
     // The slots of virtual tokens are left out.
     let places = arranged.new_slots(layout.rows * layout.length);
     let of_row = |(row, sequence): (usize, &Vec<u32>)| {
@@ -271,8 +271,8 @@ pub fn log_likelihoods<B: Kernels>(model: &Llama<B>, context: &[u32], choices: &
             let mut layout = SequenceLayout::padded(&[fed.len()]);
             layout.positions.iter_mut().for_each(|p| *p += (model.num_virtual_tokens() + context.len()) as i32);
             let tokens = int_tensor(fed.iter().map(|&id| id as i32).collect(), 1, &model.device());
-            let (mut past, pass) = (start.cache.clone(), start.rows.forward_context(fed.len()));
-            let hidden = model.hidden_states(model.embed(tokens), &layout, Some(&mut past), &pass)?;
+            let (mut cache, forward_context) = (start.cache.clone(), start.rows.forward_context(fed.len()));
+            let hidden = model.hidden_states(model.embed(tokens), &layout, Some(&mut cache), &forward_context)?;
             for (index, &target) in rest.iter().enumerate() {
                 let row = model
                     .head(hidden.clone().slice(s![index..index + 1, ..]), &start.rows.forward_context(1))

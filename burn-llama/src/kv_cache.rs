@@ -95,9 +95,9 @@ impl<B: Backend> KvCache<B> {
     /// new keys are not stored, such as in training.
     pub(crate) fn for_single_layer(layer: Option<Tensor<B, 4>>, rows: usize) -> Self {
         let slots = layer.as_ref().map_or(0, |layer| layer.dims()[0]);
-        let mut past = Self::from_prefix(layer.into_iter().collect(), &vec![0..slots; rows]);
-        past.resize_layers(1);
-        Self { stores_new_keys: false, ..past }
+        let mut cache = Self::from_prefix(layer.into_iter().collect(), &vec![0..slots; rows]);
+        cache.resize_layers(1);
+        Self { stores_new_keys: false, ..cache }
     }
 
     /// Sets the number of layers; those that are added are empty.
@@ -126,9 +126,9 @@ impl<B: Backend> KvCache<B> {
     /// followed by those of `layout`.
     pub(crate) fn key_segments_and_positions(&self, layout: &SequenceLayout) -> (Vec<i32>, Vec<i32>) {
         assert_eq!(self.rows, layout.rows, "a KV cache of {} rows was used with a batch of {}", self.rows, layout.rows);
-        let join = |past: &[Vec<i32>], new: &[i32]| {
-            let rows = past.iter().zip(new.chunks_exact(layout.length.max(1)));
-            rows.flat_map(|(past, new)| past.iter().chain(new).copied()).collect()
+        let join = |cached: &[Vec<i32>], new: &[i32]| {
+            let rows = cached.iter().zip(new.chunks_exact(layout.length.max(1)));
+            rows.flat_map(|(cached, new)| cached.iter().chain(new).copied()).collect()
         };
         (join(&self.segments, &layout.segments), join(&self.positions, &layout.positions))
     }
@@ -266,12 +266,12 @@ mod tests {
     use burn_peft::PromptConfig;
 
     /// Returns the address and the capacity of the keys and of the values of every layer.
-    fn buffers(past: &KvCache<Flex>) -> Vec<(*const f32, usize)> {
+    fn buffers(cache: &KvCache<Flex>) -> Vec<(*const f32, usize)> {
         let buffer = |x: &Tensor<Flex, 4>| match x.clone().into_primitive() {
             TensorPrimitive::Float(held) => (held.storage::<f32>().as_ptr(), x.dims()[1]),
             TensorPrimitive::QFloat(_) => panic!("keys are floats"),
         };
-        past.layers.iter().flatten().flat_map(|layer| [buffer(&layer.keys), buffer(&layer.values)]).collect()
+        cache.layers.iter().flatten().flat_map(|layer| [buffer(&layer.keys), buffer(&layer.values)]).collect()
     }
 
     #[test]
@@ -304,16 +304,16 @@ mod tests {
     fn append_keeps_everything_for_any_reservation() {
         let (lengths, [heads, dim]) = ([7, 1, 1, 70, 1, 60], [2, 3]);
         for reserved in [0, 7, 8, 79, 500] {
-            let mut past = KvCache::<Flex>::new(1, 2);
-            past.reserve(reserved);
+            let mut cache = KvCache::<Flex>::new(1, 2);
+            cache.reserve(reserved);
             let mut all: Option<[Tensor<Flex, 4>; 2]> = None;
             for n in lengths {
                 let numbers = |start: usize| {
                     let values: Vec<f32> = (start..start + 2 * n * heads * dim).map(|x| x as f32).collect();
                     Tensor::from_data(TensorData::new(values, [2, n, heads, dim]), &Default::default())
                 };
-                let (keys, values) = (numbers(past.num_slots()), numbers(10_000 + past.num_slots()));
-                let found = past.append(0, keys.clone(), values.clone());
+                let (keys, values) = (numbers(cache.num_slots()), numbers(10_000 + cache.num_slots()));
+                let found = cache.append(0, keys.clone(), values.clone());
                 let joined = match all.take() {
                     None => [keys, values],
                     Some([k, v]) => [Tensor::cat(vec![k, keys], 1), Tensor::cat(vec![v, values], 1)],
@@ -321,7 +321,7 @@ mod tests {
                 assert_eq!(found.keys.into_data(), joined[0].to_data(), "{reserved} reserved, {n} pushed");
                 assert_eq!(found.values.into_data(), joined[1].to_data(), "{reserved} reserved, {n} pushed");
                 all = Some(joined);
-                past.advance(&SequenceLayout::padded(&[n, n]));
+                cache.advance(&SequenceLayout::padded(&[n, n]));
             }
         }
     }

@@ -23,6 +23,22 @@ pub struct SequenceLayout {
     pub positions: Vec<i32>,
 }
 
+/// A layout with slots for virtual tokens.
+pub(crate) struct VirtualTokenLayout {
+    pub(crate) layout: SequenceLayout,
+    /// The embedding of each slot: its old slot, or `rows · length + j` for the `j`-th virtual token. Those of padding
+    /// are arbitrary.
+    pub(crate) sources: Vec<i32>,
+}
+
+/// A slot of a layout with virtual tokens.
+struct Slot {
+    segment: i32,
+    position: i32,
+    /// The embedding of the slot, as in [`VirtualTokenLayout::sources`].
+    source: i32,
+}
+
 impl SequenceLayout {
     /// Lays out one sequence per row, padded on the right to the longest.
     pub fn padded(lengths: &[usize]) -> Self {
@@ -86,11 +102,10 @@ impl SequenceLayout {
         Self { positions: self.positions.iter().enumerate().map(later).collect(), ..self.clone() }
     }
 
-    /// Inserts slots for virtual tokens in front of every sequence, those of the row's range. Also returns the
-    /// embedding source of each slot: its old slot, or `rows · length + j` for the `j`-th virtual token. Rows are
-    /// padded again to the longest; the sources of padding are arbitrary.
-    pub(crate) fn with_virtual_tokens(&self, ranges: &[Range<usize>]) -> (Self, Vec<i32>) {
-        let mut rows: Vec<Vec<(i32, i32, i32)>> = Vec::with_capacity(self.rows);
+    /// Inserts slots for virtual tokens in front of every sequence, those of the row's range. Rows are padded again to
+    /// the longest.
+    pub(crate) fn with_virtual_tokens(&self, ranges: &[Range<usize>]) -> VirtualTokenLayout {
+        let mut rows: Vec<Vec<Slot>> = Vec::with_capacity(self.rows);
         let slots = (self.rows * self.length) as i32;
         for (row, front) in ranges.iter().enumerate() {
             let (mut new, mut last) = (Vec::new(), 0);
@@ -100,26 +115,31 @@ impl SequenceLayout {
                     continue;
                 }
                 if segment != last {
-                    new.extend(front.clone().enumerate().map(|(j, source)| (segment, j as i32, slots + source as i32)));
+                    let virtual_tokens = front.clone().enumerate();
+                    new.extend(virtual_tokens.map(|(j, token)| Slot {
+                        segment,
+                        position: j as i32,
+                        source: slots + token as i32,
+                    }));
                     last = segment;
                 }
-                new.push((segment, position + front.len() as i32, slot as i32));
+                new.push(Slot { segment, position: position + front.len() as i32, source: slot as i32 });
             }
             rows.push(new);
         }
         let length = rows.iter().map(Vec::len).max().unwrap_or(0);
         for row in &mut rows {
             let used = row.len();
-            row.extend((0..length - used).map(|position| (0, position as i32, 0)));
+            row.extend((0..length - used).map(|position| Slot { segment: 0, position: position as i32, source: 0 }));
         }
         let all = || rows.iter().flatten();
         let layout = Self {
             rows: self.rows,
             length,
-            segments: all().map(|slot| slot.0).collect(),
-            positions: all().map(|slot| slot.1).collect(),
+            segments: all().map(|slot| slot.segment).collect(),
+            positions: all().map(|slot| slot.position).collect(),
         };
-        (layout, all().map(|slot| slot.2).collect())
+        VirtualTokenLayout { layout, sources: all().map(|slot| slot.source).collect() }
     }
 
     /// Returns the largest position plus one.
@@ -150,12 +170,12 @@ impl<B: Backend> AttentionMask<B> {
     /// The segment of slots that hold no key.
     pub const EMPTY_SEGMENT: i32 = -2;
 
-    /// Returns true for the masked pairs of queries `from..to` and the first `keys` keys:
-    /// `[rows, 1, 1, to - from, keys]`.
-    pub(crate) fn masked(&self, from: usize, to: usize, keys: usize) -> Tensor<B, 5, Bool> {
-        let q = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., from..to]).unsqueeze_dim::<3>(2);
+    /// Returns true for the masked pairs of the given queries and the first `keys` keys:
+    /// `[rows, 1, 1, queries.len(), keys]`.
+    pub(crate) fn masked(&self, queries: Range<usize>, keys: usize) -> Tensor<B, 5, Bool> {
+        let q = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., queries.clone()]).unsqueeze_dim::<3>(2);
         let k = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., ..keys]).unsqueeze_dim::<3>(1);
-        let shape = [self.query_segments.dims()[0], to - from, keys];
+        let shape = [self.query_segments.dims()[0], queries.len(), keys];
         let key_segments = k(&self.key_segments).expand(shape);
         let foreign = key_segments.clone().not_equal(q(&self.query_segments).expand(shape));
         let foreign = foreign.bool_and(key_segments.not_equal_elem(Self::ANY_SEGMENT));
@@ -222,8 +242,8 @@ pub struct OutputSlots<B: Backend> {
 
 impl<B: Backend> OutputSlots<B> {
     /// Selects the given slots of a forward pass.
-    pub fn new(slots: Vec<i32>, pass: &ForwardContext, device: &B::Device) -> Self {
-        let forward_context = pass.select(&slots);
+    pub fn new(slots: Vec<i32>, forward_context: &ForwardContext, device: &B::Device) -> Self {
+        let forward_context = forward_context.select(&slots);
         Self { slots: index_tensor(slots, device), forward_context }
     }
 }

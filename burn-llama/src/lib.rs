@@ -49,7 +49,7 @@ pub use batch::{Batch, Example};
 pub use chat::{ChatTemplate, Message};
 pub use checkpoint::{Checkpoint, Storage};
 pub use config::{Biases, LlamaConfig};
-pub use error::{Error, TensorMismatch};
+pub use error::{Error, MismatchedTensor, TensorMismatch};
 pub use generate::{Generation, GenerationConfig};
 pub use kv_cache::{KeyValue, KvCache};
 pub use layout::{AttentionContext, OutputSlots, RowSlots, SequenceLayout};

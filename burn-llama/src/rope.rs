@@ -89,12 +89,15 @@ impl RopeScaling {
         })
     }
 
-    /// Returns the angle per position of each pair of features, `[head_dim / 2]`, and the factor of cosines and sines.
-    pub fn frequencies(&self, head_dim: usize, theta: f64) -> (Vec<f32>, f64) {
+    /// Returns the angle per position of each pair of features, `[head_dim / 2]`.
+    pub fn frequencies(&self, head_dim: usize, theta: f64) -> Vec<f32> {
         let plain = (0..head_dim / 2).map(|i| theta.powf(-((2 * i) as f64) / head_dim as f64));
-        let attention = if let Self::Yarn { attention_factor, .. } = self { *attention_factor } else { 1.0 };
-        let frequencies = plain.enumerate().map(|(i, f)| self.scale(i, f, head_dim, theta) as f32).collect();
-        (frequencies, attention)
+        plain.enumerate().map(|(i, f)| self.scale(i, f, head_dim, theta) as f32).collect()
+    }
+
+    /// Returns the factor of cosines and sines.
+    pub fn attention_factor(&self) -> f64 {
+        if let Self::Yarn { attention_factor, .. } = self { *attention_factor } else { 1.0 }
     }
 
     fn scale(&self, i: usize, frequency: f64, head_dim: usize, theta: f64) -> f64 {

@@ -18,7 +18,7 @@ impl<B: LinearKernels> Linears<B> for Attention<B> {
     }
 }
 fn main() -> Result<(), burn_peft::Error> {
-    let (device, pass, lora) = (Default::default(), ForwardContext::default(), LoraConfig::default());
+    let (device, context, lora) = (Default::default(), ForwardContext::default(), LoraConfig::default());
     let random = |rows| Tensor::<Autodiff<Flex>, 2>::random([rows, 8], Distribution::Default, &device);
     let (x, target, [hidden_size, head_dim]) = (random(5), random(5), [8; 2]);
     let base =
@@ -28,10 +28,10 @@ fn main() -> Result<(), burn_peft::Error> {
     let (mut model, mut adam) = (adapter::attach_and_freeze(model, "default", &lora)?, AdamConfig::new().init());
     for step in 0..100 {
         // The layer's prefix: [virtual tokens, 2 (key, value), heads, head_dim].
-        let seen = model.prompt.encode(&pass).past_key_values.remove(0);
+        let seen = model.prompt.encode(&context).past_key_values.remove(0);
         let part = |i: usize| seen.clone().slice(s![.., i..i + 1]).reshape([4, 8]);
         let [k, v] = [0, 1].map(|i| Tensor::cat(vec![part(i), x.clone()], 0));
-        let y = softmax(model.q_proj.forward(x.clone(), &pass).matmul(k.transpose()), 1).matmul(v);
+        let y = softmax(model.q_proj.forward(x.clone(), &context).matmul(k.transpose()), 1).matmul(v);
         let loss = (y - target.clone()).powi_scalar(2).mean();
         println!("step {step}: loss {}", loss.clone().into_scalar());
         model = adam.step(1e-2, model.clone(), GradientsParams::from_grads(loss.backward(), &model));

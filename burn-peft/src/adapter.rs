@@ -16,7 +16,7 @@ mod save;
 
 pub use activate::{activate, delete};
 pub use base::is_adapter;
-pub use combine::{CombinationType, combine, combine_directories};
+pub use combine::{CombinationType, Weighted, combine, combine_directories};
 pub use convert::{convert_mutated_to_lora, save_mutated_as_lora};
 pub use freeze::train_active;
 pub use hotswap::hotswap;

@@ -60,22 +60,22 @@ impl<B: LinearKernels> Linear<B> {
     }
 
     /// Computes the layer with its adapters: `x [tokens, in]` → `[tokens, out]`, in the type of `x`.
-    pub fn forward(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
+    pub fn forward(&self, x: Tensor<B, 2>, context: &ForwardContext) -> Tensor<B, 2> {
         let tokens = x.dims()[0];
-        let mut y = self.weight.linear(self.apply_ia3(x.clone(), true, pass), pass.compute);
+        let mut y = self.weight.linear(self.apply_ia3(x.clone(), true, context), context.compute);
         let base = self.adapters.iter().any(|adapter| adapter.dora.is_some()).then(|| y.clone());
         if let Some(bias) = &self.bias {
             y = y + bias.val().unsqueeze();
         }
-        y = self.apply_ia3(y, false, pass);
+        y = self.apply_ia3(y, false, context);
         for adapter in self.adapters.iter().filter(|adapter| !adapter.merged) {
-            let Some(selection) = pass.token_selection(&adapter.name, adapter.active, tokens) else { continue };
+            let Some(selection) = context.token_selection(&adapter.name, adapter.active, tokens) else { continue };
             let x = selection.gather(x.clone());
             let added = match (&adapter.dora, &base) {
                 (Some(dora), Some(base)) => {
-                    adapter.forward_dora(dora, x, selection.gather(base.clone()), &self.weight, pass)
+                    adapter.forward_dora(dora, x, selection.gather(base.clone()), &self.weight, context)
                 }
-                _ => adapter.forward(x, pass),
+                _ => adapter.forward(x, context),
             };
             y = selection.scatter_add(y, added);
         }
@@ -83,16 +83,16 @@ impl<B: LinearKernels> Linear<B> {
     }
 
     /// Scales the features of `x` by the active IA3 factors of the layer's inputs (if `feedforward`) or outputs.
-    fn apply_ia3(&self, x: Tensor<B, 2>, feedforward: bool, pass: &ForwardContext) -> Tensor<B, 2> {
+    fn apply_ia3(&self, x: Tensor<B, 2>, feedforward: bool, context: &ForwardContext) -> Tensor<B, 2> {
         let tokens = x.dims()[0];
-        self.ia3.iter().filter(|ia3| !ia3.merged && ia3.is_feedforward() == feedforward).fold(x, |x, ia3| {
-            match pass.token_selection(&ia3.name, ia3.active, tokens) {
-                None => x,
-                Some(TokenSelection::ALL) => ia3.scale(x),
-                Some(selection) => {
-                    let part = selection.gather(x.clone());
-                    selection.scatter_add(x, ia3.scale(part.clone()) - part)
-                }
+        self.ia3.iter().filter(|ia3| !ia3.merged && ia3.is_feedforward() == feedforward).fold(x, |x, ia3| match context
+            .token_selection(&ia3.name, ia3.active, tokens)
+        {
+            None => x,
+            Some(TokenSelection::ALL) => ia3.scale(x),
+            Some(selection) => {
+                let part = selection.gather(x.clone());
+                selection.scatter_add(x, ia3.scale(part.clone()) - part)
             }
         })
     }

@@ -121,9 +121,9 @@ impl<B: LinearKernels> Lora<B> {
     }
 
     /// Computes the adapter's addition to the layer's output, without DoRA: `x [tokens, in]` → `[tokens, out]`.
-    pub fn forward(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
+    pub fn forward(&self, x: Tensor<B, 2>, context: &ForwardContext) -> Tensor<B, 2> {
         let dtype = x.dtype();
-        let x = self.apply_dropout(x.cast(DType::F32), pass);
+        let x = self.apply_dropout(x.cast(DType::F32), context);
         let low = linear(x, self.lora_a.val(), MatmulPrecision::F32) * self.scaling;
         linear(low, self.lora_b.val(), MatmulPrecision::F32).cast(dtype)
     }
@@ -136,24 +136,24 @@ impl<B: LinearKernels> Lora<B> {
         x: Tensor<B, 2>,
         base: Tensor<B, 2>,
         weight: &Weight<B>,
-        pass: &ForwardContext,
+        context: &ForwardContext,
     ) -> Tensor<B, 2> {
         // The base product and the adapter use the same dropout mask, as in PEFT.
-        let base = match pass.dropout {
+        let base = match context.dropout {
             Some(_) if self.config.lora_dropout > 0.0 => {
-                weight.linear(self.apply_dropout(x.clone().cast(DType::F32), pass).cast(x.dtype()), pass.compute)
+                weight.linear(self.apply_dropout(x.clone().cast(DType::F32), context).cast(x.dtype()), context.compute)
             }
             _ => base,
         };
         let factor = dora.mag_norm_scale(self, &weight.matrix_ref()).unsqueeze::<2>();
         let dtype = base.dtype();
-        let added = self.forward(x, pass).cast(DType::F32) * factor.clone();
+        let added = self.forward(x, context).cast(DType::F32) * factor.clone();
         (base.cast(DType::F32) * (factor - 1.0) + added).cast(dtype)
     }
 
-    fn apply_dropout(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
+    fn apply_dropout(&self, x: Tensor<B, 2>, context: &ForwardContext) -> Tensor<B, 2> {
         let p = self.config.lora_dropout;
-        let Some(dropout) = pass.dropout.as_ref().filter(|_| p > 0.0) else { return x };
+        let Some(dropout) = context.dropout.as_ref().filter(|_| p > 0.0) else { return x };
         let [tokens, features] = x.dims();
         assert_eq!(tokens, dropout.tokens.len(), "the dropout key lists all tokens of the pass");
         let mask = TensorData::new(dropout.mask(self.layer_key, features, p), [tokens, features]);

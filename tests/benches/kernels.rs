@@ -193,7 +193,7 @@ fn attention(c: &mut Criterion) {
         window: None,
     };
     let (inputs, dy) = (qkv(), tensor(4, [1, TOKENS, heads, DIM]));
-    let lse = Flex::flash_attention(inputs.clone(), &visibility).1;
+    let lse = Flex::flash_attention(inputs.clone(), &visibility).lse;
     compare(
         c,
         "attention",

@@ -158,8 +158,8 @@ impl Case {
                 vec![B::packed_forward(input(0), &rows, place.compute), B::unpack(&rows)]
             }
             Kernel::Attention(sight) => {
-                let (output, lse) = B::flash_attention([input(0), input(1), input(2)], &visibility(sight, device));
-                vec![output, lse]
+                let found = B::flash_attention([input(0), input(1), input(2)], &visibility(sight, device));
+                vec![found.output, found.lse]
             }
             Kernel::CrossEntropy { ids, weights } => {
                 let ids = ints::<B>(ids, 1, device).squeeze_dim::<1>(0);

@@ -121,7 +121,8 @@ fn a_configuration_survives_and_logits_are_the_same() {
         let again = load(&path);
         let (expected, found) = (model.config(), again.config());
         // GGUF has no separate architecture for Mistral, and stores Llama 3's scaling as one divisor per frequency.
-        let frequencies = |c: &LlamaConfig| c.rope_scaling.frequencies(c.head_dim, c.rope_theta);
+        let frequencies =
+            |c: &LlamaConfig| (c.rope_scaling.frequencies(c.head_dim, c.rope_theta), c.rope_scaling.attention_factor());
         assert!(max_diff(&frequencies(expected).0, &frequencies(found).0) < 1e-7, "{name}");
         let same = LlamaConfig {
             model_type: found.model_type.clone(),

@@ -70,13 +70,13 @@ fn cached_logits_are_the_recomputed_ones() {
 
 #[test]
 fn packed_sequences_are_the_separate_ones() {
-    let (model, pass) = (model("gqa_llama3"), ForwardContext::default());
+    let (model, context) = (model("gqa_llama3"), ForwardContext::default());
     let (a, b): (Vec<i32>, Vec<i32>) = ((0..9).map(|i| i * 5 % 60).collect(), (0..70).map(|i| i * 11 % 60).collect());
     let hidden = |rows: &[Vec<usize>], tokens: &[i32]| {
         let layout = SequenceLayout::packed(rows);
         let data = TensorData::new(tokens.to_vec(), [rows.len(), layout.length]);
         let ids = Tensor::<Flex, 2, burn::tensor::Int>::from_data(data, &Default::default());
-        floats(&model.hidden_states(model.embed(ids), &layout, None, &pass).unwrap().into_data())
+        floats(&model.hidden_states(model.embed(ids), &layout, None, &context).unwrap().into_data())
     };
     let together = hidden(&[vec![9, 70]], &[a.clone(), b.clone()].concat());
     let apart = [hidden(&[vec![9]], &a), hidden(&[vec![70]], &b)].concat();

@@ -245,8 +245,8 @@ fn trained(model: Llama<Train>) -> Llama<Train> {
     let config = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0);
     let mut engine = config.with_checkpointing(Checkpointing::Full).init(model).unwrap();
     for step in 0..3 {
-        let pass = ForwardContext::training(DropoutKey { seed: 1, step, tokens: layout.dropout_tokens(0) });
-        let batch = engine.model().batch(&rows, &layout, 0.1, pass).unwrap();
+        let context = ForwardContext::training(DropoutKey { seed: 1, step, tokens: layout.dropout_tokens(0) });
+        let batch = engine.model().batch(&rows, &layout, 0.1, context).unwrap();
         engine.train_step(&batch, 2e-2).unwrap();
     }
     engine.into_model().unwrap()

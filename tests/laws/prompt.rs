@@ -146,8 +146,8 @@ fn trained(name: &str, base: &str, micro: usize, packed: bool) -> Vec<f32> {
             let layout =
                 SequenceLayout::from_lengths(&part.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed);
             let tokens = layout.dropout_tokens((index * micro) as u64);
-            let pass = ForwardContext::training(DropoutKey { seed: 1, step, tokens });
-            let batch = engine.model().batch(part, &layout, 1.0 / targets as f32, pass).unwrap();
+            let context = ForwardContext::training(DropoutKey { seed: 1, step, tokens });
+            let batch = engine.model().batch(part, &layout, 1.0 / targets as f32, context).unwrap();
             engine.forward_backward(&batch).unwrap();
         }
         engine.step(1e-2).unwrap();

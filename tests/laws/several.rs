@@ -7,7 +7,7 @@ use burn::{
 use burn_llama::{Checkpoint, Generation, GenerationConfig, Llama, generate};
 use burn_peft::{
     AdapterModel, Ia3Config, Linears, Loaded, LoraConfig, Prompt, adapter,
-    adapter::CombinationType,
+    adapter::{CombinationType, Weighted},
     config::{Bias, InitLoraWeights},
     route::BASE,
 };
@@ -15,14 +15,22 @@ use laws::{files::same_files, fixture, floats, integers, max_abs, max_diff, tens
 use std::{collections::BTreeMap, path::PathBuf};
 
 /// A fixture, the adapters that are combined in it with their weights, and the kind of combination.
-type CombinationCase = (&'static str, &'static [(&'static str, f64)], CombinationType);
+type CombinationCase = (&'static str, &'static [Weighted<&'static str>], CombinationType);
+
+const fn weighted(adapter: &str, weight: f64) -> Weighted<&str> {
+    Weighted { adapter, weight }
+}
 
 const HOW: [CombinationCase; 5] = [
-    ("linear", &[("a", 0.7), ("b", -0.4)], CombinationType::Linear),
-    ("one", &[("b", -1.5)], CombinationType::Svd { rank: None }),
-    ("cat", &[("a", 0.7), ("b", -0.4), ("wide", 1.2)], CombinationType::Cat),
-    ("svd", &[("a", 0.7), ("b", -0.4), ("wide", 1.2)], CombinationType::Svd { rank: None }),
-    ("svd_3", &[("a", 0.7), ("b", -0.4), ("wide", 1.2)], CombinationType::Svd { rank: Some(3) }),
+    ("linear", &[weighted("a", 0.7), weighted("b", -0.4)], CombinationType::Linear),
+    ("one", &[weighted("b", -1.5)], CombinationType::Svd { rank: None }),
+    ("cat", &[weighted("a", 0.7), weighted("b", -0.4), weighted("wide", 1.2)], CombinationType::Cat),
+    ("svd", &[weighted("a", 0.7), weighted("b", -0.4), weighted("wide", 1.2)], CombinationType::Svd { rank: None }),
+    (
+        "svd_3",
+        &[weighted("a", 0.7), weighted("b", -0.4), weighted("wide", 1.2)],
+        CombinationType::Svd { rank: Some(3) },
+    ),
 ];
 
 fn base() -> Llama<Flex> {
@@ -138,8 +146,8 @@ fn impossible_mixed_batches_are_refused() {
 fn a_route_for_other_rows_is_an_invariant_broken() {
     let mut layer = burn_peft::Linear::new("q", Tensor::<Flex, 2>::ones([2, 2], &Default::default()), None);
     layer.attach("q", "a", &LoraConfig::default(), 0).unwrap();
-    let pass = burn_peft::ForwardContext::routed(burn_peft::Route::from_adapter_names(&["a", BASE], 3));
-    layer.forward(Tensor::ones([5, 2], &Default::default()), &pass);
+    let context = burn_peft::ForwardContext::routed(burn_peft::Route::from_adapter_names(&["a", BASE], 3));
+    layer.forward(Tensor::ones([5, 2], &Default::default()), &context);
 }
 
 #[test]
@@ -206,7 +214,7 @@ fn names_are_free_text_but_taken_once() {
             adapter::load(&mut model, name, &directory("a")).unwrap_err(),
             adapter::attach(&mut model, name, &LoraConfig::default(), 0).unwrap_err(),
             adapter::attach_ia3(&mut model, name, &Ia3Config::default()).unwrap_err(),
-            adapter::combine(&mut model, name, &[(name, 1.0)], CombinationType::Cat).unwrap_err(),
+            adapter::combine(&mut model, name, &[weighted(name, 1.0)], CombinationType::Cat).unwrap_err(),
         ] {
             assert!(error.to_string().contains("exists already"), "{error}");
         }
@@ -263,9 +271,12 @@ fn combinations_are_peft_s() {
         assert_eq!(config.target_modules, theirs.target_modules, "{name}");
         assert!(!adapter::active(&model).contains(&"made".to_owned()), "{name}: not active yet");
         let out = kept.path().join(name);
-        let paths: Vec<PathBuf> = parts.iter().map(|(part, _)| directory(part)).collect();
-        let directories: Vec<_> =
-            paths.iter().zip(parts).map(|(path, (_, weight))| (path.as_path(), *weight)).collect();
+        let paths: Vec<PathBuf> = parts.iter().map(|part| directory(part.adapter)).collect();
+        let directories: Vec<_> = paths
+            .iter()
+            .zip(parts)
+            .map(|(path, part)| Weighted { adapter: path.as_path(), weight: part.weight })
+            .collect();
         adapter::combine_directories::<Flex>(&directories, how, &out, &Default::default()).unwrap();
         let mut reread = base();
         let Loaded { value: ours, unknown_fields } = adapter::load(&mut reread, "made", &out).unwrap();
@@ -287,7 +298,7 @@ fn combinations_are_peft_s() {
 #[test]
 fn side_by_side_is_the_sum_of_the_outputs() {
     let (mut model, text) = (crowded(), sequence(3, 9));
-    adapter::combine(&mut model, "sum", &[("a", 1.0), ("b", 1.0)], CombinationType::Cat).unwrap();
+    adapter::combine(&mut model, "sum", &[weighted("a", 1.0), weighted("b", 1.0)], CombinationType::Cat).unwrap();
     let run = |model: &mut Llama<Flex>, names: &[&str]| {
         adapter::activate(model, names).unwrap();
         logits(model, &text)
@@ -295,7 +306,7 @@ fn side_by_side_is_the_sum_of_the_outputs() {
     let (both, sum) = (run(&mut model, &["a", "b"]), run(&mut model, &["sum"]));
     assert!(max_diff(&both, &sum) < 1e-5, "{:e}", max_diff(&both, &sum));
     // Weights of 1 and -1 cancel out.
-    adapter::combine(&mut model, "nothing", &[("a", 1.0), ("a", -1.0)], CombinationType::Cat).unwrap();
+    adapter::combine(&mut model, "nothing", &[weighted("a", 1.0), weighted("a", -1.0)], CombinationType::Cat).unwrap();
     assert!(max_diff(&run(&mut model, &["nothing"]), &logits(&base(), &text)) < 1e-5);
 }
 
@@ -303,20 +314,25 @@ fn side_by_side_is_the_sum_of_the_outputs() {
 fn impossible_combinations_are_refused() {
     let mut model = crowded();
     let mut error =
-        |parts: &[(&str, f64)], how| adapter::combine(&mut model, "made", parts, how).unwrap_err().to_string();
-    let ranks = error(&[("a", 1.0), ("wide", 1.0)], CombinationType::Linear);
+        |parts: &[Weighted<&str>], how| adapter::combine(&mut model, "made", parts, how).unwrap_err().to_string();
+    let ranks = error(&[weighted("a", 1.0), weighted("wide", 1.0)], CombinationType::Linear);
     assert!(ranks.contains("same r value") && ranks.contains("[4, 6]"), "{ranks}");
-    assert!(error(&[("a", f64::NAN)], CombinationType::Cat).contains("NaN"));
+    assert!(error(&[weighted("a", f64::NAN)], CombinationType::Cat).contains("NaN"));
     assert!(error(&[], CombinationType::Cat).contains("at least one"));
-    assert!(error(&[("c", 1.0)], CombinationType::Cat).contains("`c` is not on the model"));
+    assert!(error(&[weighted("c", 1.0)], CombinationType::Cat).contains("`c` is not on the model"));
     for name in ["dora", "ia3", "prefix"] {
-        assert!(error(&[("a", 1.0), (name, 1.0)], CombinationType::Cat).contains("cannot be combined"), "{name}");
+        assert!(
+            error(&[weighted("a", 1.0), weighted(name, 1.0)], CombinationType::Cat).contains("cannot be combined"),
+            "{name}"
+        );
     }
-    assert!(error(&[("a", 1.0), ("b", 1.0)], CombinationType::Svd { rank: Some(0) }).contains("svd_rank"));
+    assert!(
+        error(&[weighted("a", 1.0), weighted("b", 1.0)], CombinationType::Svd { rank: Some(0) }).contains("svd_rank")
+    );
     assert!(!adapter::names(&model).contains(&"made".to_owned()));
     let out = tempfile::tempdir().unwrap();
     let (a, dora) = (directory("a"), fixture("family/dora"));
-    let parts = [(a.as_path(), 1.0), (dora.as_path(), 1.0)];
+    let parts = [&a, &dora].map(|adapter| Weighted { adapter: adapter.as_path(), weight: 1.0 });
     let place = out.path().join("x");
     let error = adapter::combine_directories::<Flex>(&parts, CombinationType::Cat, &place, &Default::default());
     assert!(error.unwrap_err().to_string().contains("without DoRA") && !place.exists());

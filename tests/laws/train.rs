@@ -28,7 +28,7 @@ fn layout(rows: &[Example], packed: bool) -> SequenceLayout {
     SequenceLayout::from_lengths(&rows.iter().map(|row| row.ids.len()).collect::<Vec<_>>(), packed)
 }
 
-fn pass(layout: &SequenceLayout, first: usize) -> ForwardContext {
+fn context(layout: &SequenceLayout, first: usize) -> ForwardContext {
     ForwardContext::training(DropoutKey { seed: 1, step: 2, tokens: layout.dropout_tokens(first as u64) })
 }
 
@@ -50,8 +50,8 @@ fn adapted(dropout: f64, dtype: DType) -> Llama<Train> {
 fn gradients(model: &Llama<Train>, dropout: bool, checkpointing: Checkpointing) -> BTreeMap<String, Vec<f32>> {
     let rows = rows();
     let (layout, targets) = (layout(&rows, false), rows.iter().map(Example::num_targets).sum::<usize>());
-    let pass = if dropout { pass(&layout, 0) } else { ForwardContext::default() };
-    let batch = model.batch(&rows, &layout, 1.0 / targets as f32, pass).unwrap();
+    let context = if dropout { context(&layout, 0) } else { ForwardContext::default() };
+    let batch = model.batch(&rows, &layout, 1.0 / targets as f32, context).unwrap();
     driven(model, &batch, checkpointing)
 }
 
@@ -71,19 +71,20 @@ fn recomputed_segments_give_the_retained_gradients_with_dropout() {
 
 #[test]
 fn only_positions_with_a_target_leave_the_last_layer_s_attention() {
+    let _lock = one_backward_at_a_time();
     for (packed, compute) in
         [(true, MatmulPrecision::F32), (false, MatmulPrecision::F32), (true, MatmulPrecision::Bf16)]
     {
         let (model, rows) = (adapted(0.1, DType::F32).with_matmul_precision(compute), rows());
         let (layout, targets) = (layout(&rows, packed), rows.iter().map(Example::num_targets).sum::<usize>());
-        let batch = model.batch(&rows, &layout, 1.0, pass(&layout, 0)).unwrap();
+        let batch = model.batch(&rows, &layout, 1.0, context(&layout, 0)).unwrap();
         let (mut values, last) = (Vec::new(), model.segments() - 1);
         for segment in 0..last {
             values = model.forward_segment(segment, &batch, values);
             let tokens = if segment + 2 < last { layout.rows * layout.length } else { targets };
             assert_eq!(values[0].clone().tensor::<2>().dims(), [tokens, model.config().hidden_size], "{segment}");
         }
-        let hidden = model.hidden_states(model.embed(batch.ids.clone()), &layout, None, &pass(&layout, 0)).unwrap();
+        let hidden = model.hidden_states(model.embed(batch.ids.clone()), &layout, None, &context(&layout, 0)).unwrap();
         let all = model.loss(
             hidden.select(0, batch.output_slots.slots.clone()),
             &batch.targets,
@@ -121,8 +122,8 @@ fn trained(micro: usize, packed: bool, dtype: DType) -> Vec<f32> {
     for _ in 0..3 {
         for (index, part) in rows.chunks(micro).enumerate() {
             let layout = layout(part, packed);
-            let pass = pass(&layout, index * micro);
-            let batch = engine.model().batch(part, &layout, 1.0 / targets as f32, pass).unwrap();
+            let context = context(&layout, index * micro);
+            let batch = engine.model().batch(part, &layout, 1.0 / targets as f32, context).unwrap();
             engine.forward_backward(&batch).unwrap();
         }
         engine.step(1e-2).unwrap();

@@ -9,7 +9,7 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use burn_llama::{Checkpoint, checkpoint::gguf::adapter_to_peft};
 use burn_peft::{
-    adapter::{CombinationType, combine_directories, convert_mutated_to_lora},
+    adapter::{CombinationType, Weighted, combine_directories, convert_mutated_to_lora},
     format,
 };
 use clap::{Args, Subcommand, ValueEnum};
@@ -250,7 +250,8 @@ fn combine(args: &CombineArgs) -> Result<()> {
         CombinationArg::Linear => CombinationType::Linear,
         CombinationArg::Svd => CombinationType::Svd { rank: args.rank.map(usize::from) },
     };
-    let parts: Vec<(&Path, f64)> = args.adapters.iter().map(|part| (part.directory.as_path(), part.weight)).collect();
+    let parts: Vec<_> =
+        args.adapters.iter().map(|part| Weighted { adapter: part.directory.as_path(), weight: part.weight }).collect();
     with_backend!(Device::default(), |B, device| combine_directories::<B>(&parts, how, &args.out, device))?;
     Ok(())
 }

@@ -12,7 +12,7 @@ pub(crate) use atomic_write::{atomic_write, atomic_write_with};
 pub use save::{save, save_as};
 pub use storage::Storage;
 
-use crate::{Error, Llama, LlamaConfig, TensorMismatch, kernel::Kernels, model::build};
+use crate::{Error, Llama, LlamaConfig, MismatchedTensor, TensorMismatch, kernel::Kernels, model::build};
 use burn::tensor::{DType, TensorData};
 use gguf::Gguf;
 use std::{
@@ -143,7 +143,10 @@ impl Checkpoint {
             match found.remove(&name) {
                 None => mismatch.missing.push(name),
                 Some(shape) if shape == expected => {}
-                Some(shape) => mismatch.mismatched.push((name, format!("{expected:?}"), format!("{shape:?}"))),
+                Some(shape) => {
+                    let [expected, found] = [expected, shape].map(|shape| format!("{shape:?}"));
+                    mismatch.mismatched.push(MismatchedTensor { name, expected, found });
+                }
             }
         }
         // Some files store a tied head a second time, and old ones keep rotary tables; neither is read.

@@ -2,11 +2,22 @@
 
 use super::{AttentionMask, F, primitive, tensor};
 use burn::tensor::{Bool, Tensor, backend::Backend, s};
+use std::ops::Range;
 
 /// The number of queries per block. The scores of one block are the largest tensor that exists.
 const QUERIES_PER_BLOCK: usize = 64;
 /// The score of a masked pair.
 const MASKED_SCORE: f64 = -1e30;
+
+/// The result of [`Kernels::flash_attention`](super::Kernels::flash_attention).
+#[derive(Debug, Clone)]
+pub struct AttentionOutput<B: Backend> {
+    /// The output, in the shape of the queries; 0 for a query without visible keys.
+    pub output: F<B>,
+    /// The log-sum-exp of the scores, `[rows, kv_heads, heads / kv_heads, queries]`; 0 for a query without visible
+    /// keys.
+    pub lse: F<B>,
+}
 
 /// Groups the query heads by the key head that they share: `[rows, kv_heads, group, n, head_dim]`.
 fn grouped<B: Backend>(x: Tensor<B, 4>, kv_heads: usize) -> Tensor<B, 5> {
@@ -41,33 +52,40 @@ fn scores<B: Backend>(q: Tensor<B, 5>, k: &Tensor<B, 4>, hidden: Tensor<B, 5, Bo
     scores.mask_fill(hidden.expand([rows, kv_heads, group, n, keys]), MASKED_SCORE)
 }
 
-/// Returns the blocks of queries: (first, end, number of leading keys that are not all masked by causality).
-fn blocks(queries: usize, keys: usize) -> impl Iterator<Item = (usize, usize, usize)> {
-    let past = keys - queries;
+/// A block of consecutive queries.
+struct QueryBlock {
+    queries: Range<usize>,
+    /// The number of leading keys; all later ones are masked by causality.
+    keys: usize,
+}
+
+/// Returns the blocks of queries.
+fn blocks(queries: usize, keys: usize) -> impl Iterator<Item = QueryBlock> {
+    let cached = keys - queries;
     (0..queries).step_by(QUERIES_PER_BLOCK).map(move |from| {
         let to = queries.min(from + QUERIES_PER_BLOCK);
-        (from, to, past + to)
+        QueryBlock { queries: from..to, keys: cached + to }
     })
 }
 
 /// Implements [`flash_attention`](super::Kernels::flash_attention).
-pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>) -> (F<B>, F<B>) {
+pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>) -> AttentionOutput<B> {
     let (k, v) = (by_head::<B>(k), by_head::<B>(v));
     let [_, kv_heads, keys, _] = k.dims();
     let q = grouped(tensor::<B, 4>(q), kv_heads);
     let [rows, _, group, queries, dim] = q.dims();
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
-    for (from, to, seen) in blocks(queries, keys) {
-        let hidden = mask.masked(from, to, seen);
+    for QueryBlock { queries, keys: seen } in blocks(queries, keys) {
+        let hidden = mask.masked(queries.clone(), seen);
         // A query without visible keys gets an output of 0; with a log-sum-exp of 0 its weights are 0 in the backward
         // pass too. Such queries are taken from the mask, not from the scores, because on some devices a maximum
         // ignores NaN.
         let blind = hidden.clone().all_dim(4);
-        let scores = scores(q.clone().slice(s![.., .., .., from..to, ..]), &k, hidden);
+        let scores = scores(q.clone().slice(s![.., .., .., queries.clone(), ..]), &k, hidden);
         let max = scores.clone().max_dim(4);
         let weights = (scores - max.clone()).exp();
         let sum = weights.clone().sum_dim(4);
-        let n = to - from;
+        let n = queries.len();
         let stacked = weights.reshape([rows, kv_heads, group * n, seen]);
         let output = stacked.matmul(v.clone().slice(s![.., .., ..seen, ..])).reshape([rows, kv_heads, group, n, dim]);
         let output = (output / sum.clone()).mask_fill(blind.clone().expand([rows, kv_heads, group, n, dim]), 0.0);
@@ -75,7 +93,7 @@ pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>) -> (F<
         let blind = blind.expand([rows, kv_heads, group, n, 1]);
         sums.push((max + sum.log()).mask_fill(blind, 0.0).squeeze_dim::<4>(4));
     }
-    (primitive(Tensor::cat(outputs, 1)), primitive(Tensor::cat(sums, 3)))
+    AttentionOutput { output: primitive(Tensor::cat(outputs, 1)), lse: primitive(Tensor::cat(sums, 3)) }
 }
 
 /// Implements [`flash_attention_backward`](super::Kernels::flash_attention_backward).
@@ -86,13 +104,13 @@ pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>, lse: 
     let [rows, _, group, queries, _] = q.dims();
     let scale = (dim as f64).powf(-0.5);
     let (mut dq, mut dk, mut dv) = (Vec::new(), k.zeros_like(), v.zeros_like());
-    for (from, to, seen) in blocks(queries, keys) {
-        let n = to - from;
-        let rows_of = |x: &Tensor<B, 5>| x.clone().slice(s![.., .., .., from..to, ..]);
+    for QueryBlock { queries, keys: seen } in blocks(queries, keys) {
+        let n = queries.len();
+        let rows_of = |x: &Tensor<B, 5>| x.clone().slice(s![.., .., .., queries.clone(), ..]);
         let flat = |x: Tensor<B, 5>| x.reshape([rows, kv_heads, group * n, seen]);
         let (q, dy) = (rows_of(&q), rows_of(&dy));
-        let scores = scores(q.clone(), &k, mask.masked(from, to, seen));
-        let p = (scores - lse.clone().slice(s![.., .., .., from..to]).unsqueeze_dim::<5>(4)).exp();
+        let scores = scores(q.clone(), &k, mask.masked(queries.clone(), seen));
+        let p = (scores - lse.clone().slice(s![.., .., .., queries.clone()]).unsqueeze_dim::<5>(4)).exp();
         let dy = stacked(dy);
         let dp = dy.clone().matmul(v.clone().slice(s![.., .., ..seen, ..]).swap_dims(2, 3));
         let dp = dp.reshape([rows, kv_heads, group, n, seen]);

@@ -1,7 +1,8 @@
 //! Automatic differentiation of the kernels: the state that each operation keeps, and its backward pass.
 
 use super::{
-    AttentionMask, CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, F, Kernels, Losses, RmsNormGradient,
+    AttentionMask, AttentionOutput, CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, F, Kernels, Losses,
+    RmsNormGradient,
 };
 use burn::{
     backend::autodiff::{
@@ -87,16 +88,24 @@ impl<B: Kernels> RetroForward for RecomputeSwiGlu<B> {
     }
 }
 
-/// The backward pass of RMSNorm. Its state is the input, the weight and epsilon.
+/// The state that the backward pass of RMSNorm needs.
+#[derive(Debug, Clone)]
+struct RmsNormState<B: Backend> {
+    x: F<B>,
+    weight: F<B>,
+    epsilon: f64,
+}
+
+/// The backward pass of RMSNorm.
 #[derive(Debug)]
 struct RmsNormBackward;
 
 impl<B: Kernels> Backward<B, 2> for RmsNormBackward {
-    type State = (F<B>, F<B>, f64);
+    type State = RmsNormState<B>;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let ([x_node, w_node], (x, weight, epsilon)) = (ops.parents, ops.state);
+        let ([x_node, w_node], RmsNormState { x, weight, epsilon }) = (ops.parents, ops.state);
         let accumulated =
             x_node.as_ref().and_then(|x| take_accumulated_gradient::<B>(grads, &dy, |place| place.node = x.clone()));
         let gradient = RmsNormGradient { dy, accumulated, epsilon, weight_trained: w_node.is_some() };
@@ -108,62 +117,94 @@ impl<B: Kernels> Backward<B, 2> for RmsNormBackward {
     }
 }
 
-/// The backward pass of the embedding. Its state is the number of rows of the table, and the ids of those that were
-/// selected.
+/// The state that the backward pass of the embedding needs.
+#[derive(Debug, Clone)]
+struct EmbedState<B: Backend> {
+    /// The number of rows of the table.
+    rows: usize,
+    /// The ids of the rows that were selected.
+    ids: IntTensor<B>,
+}
+
+/// The backward pass of the embedding.
 #[derive(Debug)]
 struct EmbedBackward;
 
 impl<B: Kernels> Backward<B, 1> for EmbedBackward {
-    type State = (usize, IntTensor<B>);
+    type State = EmbedState<B>;
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let ([node], (rows, ids)) = (ops.parents, ops.state);
+        let ([node], EmbedState { rows, ids }) = (ops.parents, ops.state);
         register::<B>(grads, node.map(|n| n.id), B::embed_backward(rows, ids, dy));
     }
 }
 
-/// The backward pass of rotary position embedding. Its state is the cosines and the sines.
+/// The state that the backward pass of rotary position embedding needs.
+#[derive(Debug, Clone)]
+struct RopeState<B: Backend> {
+    cos: F<B>,
+    sin: F<B>,
+}
+
+/// The backward pass of rotary position embedding.
 #[derive(Debug)]
 struct RopeBackward;
 
 impl<B: Kernels> Backward<B, 1> for RopeBackward {
-    type State = (F<B>, F<B>);
+    type State = RopeState<B>;
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let ([node], (cos, sin)) = (ops.parents, ops.state);
+        let ([node], RopeState { cos, sin }) = (ops.parents, ops.state);
         register::<B>(grads, node.map(|n| n.id), B::rope(dy, cos, B::float_neg(sin)));
     }
 }
 
-/// The backward pass of SwiGLU. Its state is gate and up, in bf16 if they are results of bf16 matrix products. This
+/// The state that the backward pass of SwiGLU needs, in bf16 if gate and up are results of bf16 matrix products. This
 /// halves the memory of the largest activations and adds an error no larger than the one that they have already.
+#[derive(Debug, Clone)]
+struct SwiGluState<B: Backend> {
+    gate: F<B>,
+    up: F<B>,
+}
+
+/// The backward pass of SwiGLU.
 #[derive(Debug)]
 struct SwiGluBackward;
 
 impl<B: Kernels> Backward<B, 2> for SwiGluBackward {
-    type State = (F<B>, F<B>);
+    type State = SwiGluState<B>;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let ([gate_node, up_node], (gate, up)) = (ops.parents, ops.state);
+        let ([gate_node, up_node], SwiGluState { gate, up }) = (ops.parents, ops.state);
         let (d_gate, d_up) = B::swiglu_backward(gate, up, dy);
         register::<B>(grads, gate_node.map(|n| n.id), d_gate);
         register::<B>(grads, up_node.map(|n| n.id), d_up);
     }
 }
 
-/// The backward pass of attention. Its state is the queries, keys and values, the attention mask and the log-sum-exp.
+/// The state that the backward pass of attention needs.
+#[derive(Debug, Clone)]
+struct AttentionState<B: Backend> {
+    /// The queries, keys and values.
+    qkv: [F<B>; 3],
+    mask: AttentionMask<B>,
+    /// The log-sum-exp of the scores.
+    lse: F<B>,
+}
+
+/// The backward pass of attention.
 #[derive(Debug)]
 struct AttentionBackward;
 
 impl<B: Kernels> Backward<B, 3> for AttentionBackward {
-    type State = ([F<B>; 3], AttentionMask<B>, F<B>);
+    type State = AttentionState<B>;
 
     fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let (qkv, mask, lse) = ops.state;
+        let AttentionState { qkv, mask, lse } = ops.state;
         let gradients = B::flash_attention_backward(qkv, &mask, lse, dy);
         for (node, gradient) in ops.parents.into_iter().zip(gradients) {
             register::<B>(grads, node.map(|n| n.id), gradient);
@@ -171,17 +212,26 @@ impl<B: Kernels> Backward<B, 3> for AttentionBackward {
     }
 }
 
-/// The backward pass of the cross-entropy. Its state is the inputs, the result of the forward pass and the precision of
-/// the matrix products.
+/// The state that the backward pass of the cross-entropy needs.
+#[derive(Debug, Clone)]
+struct CrossEntropyState<B: Backend> {
+    inputs: CrossEntropyInputs<B>,
+    /// The result of the forward pass.
+    forward: Losses<B>,
+    /// The precision of the matrix products.
+    precision: MatmulPrecision,
+}
+
+/// The backward pass of the cross-entropy.
 #[derive(Debug)]
 struct CrossEntropyBackward;
 
 impl<B: Kernels> Backward<B, 2> for CrossEntropyBackward {
-    type State = (CrossEntropyInputs<B>, Losses<B>, MatmulPrecision);
+    type State = CrossEntropyState<B>;
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let ([hidden_node, head_node], (inputs, forward, precision)) = (ops.parents, ops.state);
+        let ([hidden_node, head_node], CrossEntropyState { inputs, forward, precision }) = (ops.parents, ops.state);
         let options = CrossEntropyOptions {
             hidden_gradient: hidden_node.is_some(),
             head_gradient: head_node.is_some(),
@@ -202,7 +252,9 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let again = RecomputeRmsNorm { x: RecomputeInput::of(&x), weight: RecomputeInput::of(&weight), epsilon };
         let prep = RmsNormBackward.prepare::<BalancedCheckpointing>([x.node.clone(), weight.node.clone()]);
         match prep.memory_bound().retro_forward(again).parents(tracked_parents([&x, &weight])).stateful() {
-            OpsKind::Tracked(prep) => prep.finish((x.primitive, weight.primitive, epsilon), output),
+            OpsKind::Tracked(prep) => {
+                prep.finish(RmsNormState { x: x.primitive, weight: weight.primitive, epsilon }, output)
+            }
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }
@@ -211,7 +263,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let [rows, _] = table.primitive.shape().dims();
         let output = B::embed(table.primitive, ids.clone());
         match EmbedBackward.prepare::<C>([table.node.clone()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((rows, ids), output),
+            OpsKind::Tracked(prep) => prep.finish(EmbedState { rows, ids }, output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }
@@ -219,7 +271,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
     fn rope(x: F<Self>, cos: F<Self>, sin: F<Self>) -> F<Self> {
         let output = B::rope(x.primitive, cos.primitive.clone(), sin.primitive.clone());
         match RopeBackward.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((cos.primitive, sin.primitive), output),
+            OpsKind::Tracked(prep) => prep.finish(RopeState { cos: cos.primitive, sin: sin.primitive }, output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }
@@ -237,21 +289,23 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
             MatmulPrecision::Bf16 => prep.compute_bound(),
         };
         match prep.stateful() {
-            OpsKind::Tracked(prep) => prep.finish((keep(gate.primitive), keep(up.primitive)), output),
+            OpsKind::Tracked(prep) => {
+                prep.finish(SwiGluState { gate: keep(gate.primitive), up: keep(up.primitive) }, output)
+            }
             OpsKind::UnTracked(prep) => prep.finish(output),
         }
     }
 
-    fn flash_attention([q, k, v]: [F<Self>; 3], mask: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
+    fn flash_attention([q, k, v]: [F<Self>; 3], mask: &AttentionMask<Self>) -> AttentionOutput<Self> {
         let mask = mask.inner();
         let nodes = [q.node.clone(), k.node.clone(), v.node.clone()];
         let qkv = [q.primitive, k.primitive, v.primitive];
-        let (output, lse) = B::flash_attention(qkv.clone(), &mask);
-        let tracked = match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((qkv, mask, lse.clone()), output),
+        let AttentionOutput { output, lse } = B::flash_attention(qkv.clone(), &mask);
+        let output = match AttentionBackward.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(AttentionState { qkv, mask, lse: lse.clone() }, output),
             OpsKind::UnTracked(prep) => prep.finish(output),
         };
-        (tracked, <Self as AutodiffBackend>::from_inner(lse))
+        AttentionOutput { output, lse: <Self as AutodiffBackend>::from_inner(lse) }
     }
 
     fn linear_cross_entropy(inputs: CrossEntropyInputs<Self>, options: CrossEntropyOptions) -> Losses<Self> {
@@ -272,7 +326,7 @@ impl<B: Kernels, C: CheckpointStrategy> Kernels for Autodiff<B, C> {
         let forward = B::linear_cross_entropy(inputs.clone(), options);
         let (losses, lse) = (forward.losses.clone(), forward.lse.clone());
         let losses = match CrossEntropyBackward.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish((inputs, forward, precision), losses),
+            OpsKind::Tracked(prep) => prep.finish(CrossEntropyState { inputs, forward, precision }, losses),
             OpsKind::UnTracked(prep) => prep.finish(losses),
         };
         let lse = <Self as AutodiffBackend>::from_inner(lse);

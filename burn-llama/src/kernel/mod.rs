@@ -16,6 +16,7 @@ mod rope;
 mod swiglu;
 
 pub use crate::layout::AttentionMask;
+pub use attention::AttentionOutput;
 pub use cross_entropy::{CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, Losses, Targets};
 pub use rms_norm::RmsNormGradient;
 
@@ -94,10 +95,9 @@ pub trait Kernels: LinearKernels {
     }
 
     /// Computes grouped-query softmax attention: `q [rows, queries, heads, head_dim]`, `k` and
-    /// `v [rows, keys, kv_heads, head_dim]`, masked by segment and position. Returns the output in the shape of `q` and
-    /// the log-sum-exp of the scores `[rows, kv_heads, heads / kv_heads, queries]`; both are 0 for a query without
-    /// visible keys. The last `queries` keys belong to the tokens of the queries.
-    fn flash_attention(qkv: [F<Self>; 3], mask: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
+    /// `v [rows, keys, kv_heads, head_dim]`, masked by segment and position. The last `queries` keys belong to the
+    /// tokens of the queries.
+    fn flash_attention(qkv: [F<Self>; 3], mask: &AttentionMask<Self>) -> AttentionOutput<Self> {
         attention::forward::<Self>(qkv, mask)
     }
 
@@ -138,10 +138,10 @@ pub trait Kernels: LinearKernels {
 
 /// A backend's own implementation of decoding, one token per row and step.
 pub trait StepDecoder<B: Backend>: std::fmt::Debug {
-    /// Runs the model on one more token of every row, at the given positions after those in the KV cache `past`. Writes
-    /// the logits, `[rows, vocab_size]`, and appends keys and values to `past`. Returns false, without any change, if
-    /// it does not support this cache.
-    fn step(&mut self, ids: &[u32], positions: &[usize], past: &mut KvCache<B>, logits: &mut Vec<f32>) -> bool;
+    /// Runs the model on one more token of every row, at the given positions after those in `cache`. Writes the logits,
+    /// `[rows, vocab_size]`, and appends keys and values to `cache`. Returns false, without any change, if it does not
+    /// support this cache.
+    fn step(&mut self, ids: &[u32], positions: &[usize], cache: &mut KvCache<B>, logits: &mut Vec<f32>) -> bool;
 }
 
 /// The default implementations on tensors, for comparison with those of a backend.

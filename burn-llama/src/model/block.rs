@@ -96,10 +96,10 @@ impl<B: Kernels> Attention<B> {
         cache: Option<LayerCache<'_, B>>,
         outputs: &BlockOutputs<'_, B>,
     ) -> Tensor<B, 2> {
-        let pass = outputs.forward_context;
-        let q = self.rotated_heads(self.q_proj.forward(x.clone(), pass), self.q_norm.as_ref(), context);
-        let k = self.rotated_heads(self.k_proj.forward(x.clone(), pass), self.k_norm.as_ref(), context);
-        let v = self.v_proj.forward(x, pass);
+        let forward_context = outputs.forward_context;
+        let q = self.rotated_heads(self.q_proj.forward(x.clone(), forward_context), self.q_norm.as_ref(), context);
+        let k = self.rotated_heads(self.k_proj.forward(x.clone(), forward_context), self.k_norm.as_ref(), context);
+        let v = self.v_proj.forward(x, forward_context);
         let width = v.dims()[1];
         let v = v.reshape([context.rows, context.length, width / self.head_dim, self.head_dim]);
         let KeyValue { keys, values } = match cache {
@@ -108,7 +108,7 @@ impl<B: Kernels> Attention<B> {
         };
         let width = q.dims()[2] * self.head_dim;
         let qkv = [primitive(q), primitive(keys), primitive(values)];
-        let (output, _) = B::flash_attention(qkv, &context.attention_mask);
+        let output = B::flash_attention(qkv, &context.attention_mask).output;
         let output = tensor::<B, 4>(output).reshape([context.rows * context.length, width]);
         self.o_proj.forward(outputs.select(output), outputs.output_context())
     }
@@ -143,13 +143,13 @@ impl<B: Kernels> Layer<B> {
         add(added, outputs.select(x))
     }
 
-    /// Computes the MLP half of the block: `[n, hidden]` → `[n, hidden]`. `pass` is the forward context of these `n`
+    /// Computes the MLP half of the block: `[n, hidden]` → `[n, hidden]`. `forward_context` is that of these `n`
     /// tokens.
-    pub fn mlp_block(&self, x: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
+    pub fn mlp_block(&self, x: Tensor<B, 2>, forward_context: &ForwardContext) -> Tensor<B, 2> {
         let normed = self.post_attention_layernorm.forward(x.clone());
-        let gate = self.mlp.gate_proj.forward(normed.clone(), pass);
-        let up = self.mlp.up_proj.forward(normed, pass);
-        let gated = tensor(B::swiglu(primitive(gate), primitive(up), pass.compute));
-        add(self.mlp.down_proj.forward(gated, pass), x)
+        let gate = self.mlp.gate_proj.forward(normed.clone(), forward_context);
+        let up = self.mlp.up_proj.forward(normed, forward_context);
+        let gated = tensor(B::swiglu(primitive(gate), primitive(up), forward_context.compute));
+        add(self.mlp.down_proj.forward(gated, forward_context), x)
     }
 }

@@ -12,7 +12,7 @@ use burn_peft_kernels::{Codec, MatmulPrecision, PackedWeight};
 /// Returns the name and shape of every parameter of the model.
 pub(crate) fn parameter_shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
     let (hidden, mlp, dim) = (config.hidden_size, config.intermediate_size, config.head_dim);
-    let (q, kv) = config.attention_widths();
+    let (q, kv) = (config.num_attention_heads * dim, config.num_key_value_heads * dim);
     let mut all = vec![("model.embed_tokens.weight".to_owned(), vec![config.vocab_size, hidden])];
     for index in 0..config.num_hidden_layers {
         let mut add = |name: &str, shape: &[usize]| all.push((format!("model.layers.{index}.{name}"), shape.to_vec()));

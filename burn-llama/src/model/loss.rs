@@ -10,11 +10,11 @@ const MAX_LOGITS: usize = 1 << 24;
 
 impl<B: Kernels> Llama<B> {
     /// Computes the weighted negative log-likelihood of each target, `[n]`, from normalised hidden states
-    /// `[n, hidden_size]`. `pass` is the forward context of these `n` tokens. The logits of all tokens never exist at
+    /// `[n, hidden_size]`. `forward_context` is that of these `n` tokens. The logits of all tokens never exist at
     /// once, except that a backward pass through an adapter on the head keeps them.
-    pub fn loss(&self, hidden: Tensor<B, 2>, targets: &Targets<B>, pass: &ForwardContext) -> Tensor<B, 1> {
+    pub fn loss(&self, hidden: Tensor<B, 2>, targets: &Targets<B>, forward_context: &ForwardContext) -> Tensor<B, 1> {
         if let Some(head) = self.lm_head.as_ref().filter(|head| head.is_adapted()) {
-            return loss_from_logits(head, hidden, targets, &self.with_model_precision(pass));
+            return loss_from_logits(head, hidden, targets, &self.with_model_precision(forward_context));
         }
         let head = self.lm_head.as_ref().map_or(&self.model.embed_tokens.weight, |head| &head.weight);
         let inputs =
@@ -29,13 +29,13 @@ fn loss_from_logits<B: Kernels>(
     head: &Linear<B>,
     hidden: Tensor<B, 2>,
     targets: &Targets<B>,
-    pass: &ForwardContext,
+    forward_context: &ForwardContext,
 ) -> Tensor<B, 1> {
     let (n, rows) = (hidden.dims()[0], (MAX_LOGITS / head.shape()[0]).max(1));
     let block = |from: usize| {
         let range = from..n.min(from + rows);
         let (hidden, places) = (hidden.clone().slice(s![range.clone(), ..]), range.clone().map(|at| at as i32));
-        let logits = head.forward(hidden, &pass.select(&places.collect::<Vec<_>>())).cast(DType::F32);
+        let logits = head.forward(hidden, &forward_context.select(&places.collect::<Vec<_>>())).cast(DType::F32);
         let ids = targets.ids.clone().slice(s![range]).unsqueeze_dim::<2>(1);
         log_softmax(logits, 1).gather(1, ids).squeeze_dim::<1>(1).neg()
     };

@@ -73,10 +73,10 @@ impl<B: Kernels> Llama<B> {
     }
 
     /// Returns the forward context with the model's precision; borrows it if that is what it has already.
-    pub(crate) fn with_model_precision<'a>(&self, pass: &'a ForwardContext) -> Cow<'a, ForwardContext> {
-        match pass.compute == self.matmul_precision {
-            true => Cow::Borrowed(pass),
-            false => Cow::Owned(ForwardContext { compute: self.matmul_precision, ..pass.clone() }),
+    pub(crate) fn with_model_precision<'a>(&self, forward_context: &'a ForwardContext) -> Cow<'a, ForwardContext> {
+        match forward_context.compute == self.matmul_precision {
+            true => Cow::Borrowed(forward_context),
+            false => Cow::Owned(ForwardContext { compute: self.matmul_precision, ..forward_context.clone() }),
         }
     }
 
@@ -108,7 +108,8 @@ impl<B: Kernels> Llama<B> {
     ) -> Result<AttentionContext<B>, Error> {
         self.config.rope_scaling.check_length(layout.num_positions())?;
         let (device, config) = (self.device(), &self.config);
-        let (frequencies, scale) = config.rope_scaling.frequencies(config.head_dim, config.rope_theta);
+        let frequencies = config.rope_scaling.frequencies(config.head_dim, config.rope_theta);
+        let scale = config.rope_scaling.attention_factor();
         // The angle is rounded to f32 before its cosine is taken, as `transformers` does.
         let angles = layout.positions.iter().flat_map(|&p| frequencies.iter().map(move |f| (p as f32 * f) as f64));
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
@@ -151,9 +152,9 @@ impl<B: Kernels> Llama<B> {
         embeddings: Tensor<B, 2>,
         layout: &SequenceLayout,
         cache: Option<&mut KvCache<B>>,
-        pass: &ForwardContext,
+        forward_context: &ForwardContext,
     ) -> Result<Tensor<B, 2>, Error> {
-        self.hidden_states_at(embeddings, layout, cache, pass, None)
+        self.hidden_states_at(embeddings, layout, cache, forward_context, None)
     }
 
     /// Computes [`Llama::hidden_states`] at the given slots only, `[n, hidden_size]`, or at all; the last layer skips
@@ -163,15 +164,15 @@ impl<B: Kernels> Llama<B> {
         embeddings: Tensor<B, 2>,
         layout: &SequenceLayout,
         mut cache: Option<&mut KvCache<B>>,
-        pass: &ForwardContext,
+        forward_context: &ForwardContext,
         slots: Option<Vec<i32>>,
     ) -> Result<Tensor<B, 2>, Error> {
         let context = self.attention_context(layout, cache.as_deref())?;
-        let (mut x, pass) = (embeddings, &self.with_model_precision(pass));
-        let slots = slots.map(|slots| OutputSlots::new(slots, pass, &self.device()));
+        let (mut x, forward_context) = (embeddings, &self.with_model_precision(forward_context));
+        let slots = slots.map(|slots| OutputSlots::new(slots, forward_context, &self.device()));
         B::with_spinning_pool(|| {
             for (index, layer) in self.model.layers.iter().enumerate() {
-                let outputs = self.outputs_at_layer(index, slots.as_ref(), pass);
+                let outputs = self.outputs_at_layer(index, slots.as_ref(), forward_context);
                 let layer_cache = cache.as_deref_mut().map(|cache| LayerCache { cache, layer: index });
                 x = layer.attention_block(x, &context, layer_cache, &outputs);
                 x = layer.mlp_block(x, outputs.output_context());
@@ -195,9 +196,9 @@ impl<B: Kernels> Llama<B> {
 
     /// Applies the output head to normalised hidden states `[n, hidden_size]` and returns the logits,
     /// `[n, vocab_size]`.
-    pub fn head(&self, hidden: Tensor<B, 2>, pass: &ForwardContext) -> Tensor<B, 2> {
+    pub fn head(&self, hidden: Tensor<B, 2>, forward_context: &ForwardContext) -> Tensor<B, 2> {
         match &self.lm_head {
-            Some(head) => head.forward(hidden, &self.with_model_precision(pass)),
+            Some(head) => head.forward(hidden, &self.with_model_precision(forward_context)),
             None => self.model.embed_tokens.weight.linear(hidden, self.matmul_precision),
         }
     }

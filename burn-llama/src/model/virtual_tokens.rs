@@ -4,7 +4,7 @@ use super::{Llama, RowAdapters};
 use crate::{
     Error, KvCache, LlamaConfig, SequenceLayout,
     kernel::Kernels,
-    layout::{index_tensor, int_tensor},
+    layout::{VirtualTokenLayout, index_tensor, int_tensor},
 };
 use burn::tensor::{Int, Tensor};
 use burn_peft::{
@@ -38,8 +38,10 @@ impl PromptedLayout {
     }
 
     /// Extends the dropout tokens of a forward context to the new slots; a virtual token takes the row of its sequence.
-    pub fn forward_context(&self, pass: ForwardContext, virtual_tokens: usize) -> ForwardContext {
-        let (Some(sources), Some(mut noise)) = (&self.embedding_sources, pass.dropout.clone()) else { return pass };
+    pub fn forward_context(&self, forward_context: ForwardContext, virtual_tokens: usize) -> ForwardContext {
+        let (Some(sources), Some(mut noise)) = (&self.embedding_sources, forward_context.dropout.clone()) else {
+            return forward_context;
+        };
         let tokens = noise.tokens.clone();
         let name = |(slot, &source): (usize, &i32)| match tokens.get(source as usize) {
             Some(token) => *token,
@@ -50,7 +52,7 @@ impl PromptedLayout {
             }
         };
         noise.tokens = sources.iter().enumerate().map(name).collect();
-        ForwardContext { dropout: Some(noise), ..pass }
+        ForwardContext { dropout: Some(noise), ..forward_context }
     }
 }
 
@@ -76,15 +78,15 @@ impl<B: Kernels> Llama<B> {
     /// Lays out the tokens after the virtual tokens of their rows.
     pub(crate) fn layout_with_prompts(&self, layout: &SequenceLayout, rows: &RowAdapters) -> PromptedLayout {
         let ranges = |place| rows.virtual_token_ranges(self, place);
-        let past = ranges(Injection::PastKeyValues);
-        let layout = layout.with_position_offsets(|row| past[row].len());
+        let prefixes = ranges(Injection::PastKeyValues);
+        let layout = layout.with_position_offsets(|row| prefixes[row].len());
         match ranges(Injection::Embeddings) {
             none if none.iter().all(Range::is_empty) => {
-                PromptedLayout { layout, embedding_sources: None, prefix_ranges: past }
+                PromptedLayout { layout, embedding_sources: None, prefix_ranges: prefixes }
             }
             embeddings => {
-                let (layout, sources) = layout.with_virtual_tokens(&embeddings);
-                PromptedLayout { layout, embedding_sources: Some(sources), prefix_ranges: past }
+                let VirtualTokenLayout { layout, sources } = layout.with_virtual_tokens(&embeddings);
+                PromptedLayout { layout, embedding_sources: Some(sources), prefix_ranges: prefixes }
             }
         }
     }
@@ -96,12 +98,12 @@ impl<B: Kernels> Llama<B> {
         &self,
         ids: Tensor<B, 2, Int>,
         sources: Option<Tensor<B, 1, Int>>,
-        pass: &ForwardContext,
+        forward_context: &ForwardContext,
         rows: &RowAdapters,
     ) -> (Tensor<B, 2>, Vec<Tensor<B, 4>>) {
         let (mut embeddings, mut layers) = (vec![self.embed(ids)], Vec::<Vec<Tensor<B, 4>>>::new());
         for prompt in rows.prompts(self) {
-            let tokens = prompt.encode(pass);
+            let tokens = prompt.encode(forward_context);
             embeddings.extend(tokens.embeddings);
             layers.resize_with(layers.len().max(tokens.past_key_values.len()), Vec::new);
             layers.iter_mut().zip(tokens.past_key_values).for_each(|(layer, tokens)| layer.push(tokens));
@@ -125,9 +127,9 @@ impl<B: Kernels> Llama<B> {
         let sources = arranged.embedding_sources.clone().map(|sources| index_tensor(sources, &device));
         let ids = int_tensor(ids, arranged.layout.rows, &device);
         let (x, before) = self.embed_with_prompts(ids, sources, &ForwardContext::default(), rows);
-        let mut past = KvCache::from_prefix(before, &arranged.prefix_ranges);
-        past.resize_layers(self.config.num_hidden_layers);
-        (x, past)
+        let mut cache = KvCache::from_prefix(before, &arranged.prefix_ranges);
+        cache.resize_layers(self.config.num_hidden_layers);
+        (x, cache)
     }
 
     /// Creates a prompt for this model, to be put into [`Llama::prompts`]. It starts from the tokens of `text` if
@@ -155,15 +157,15 @@ impl<B: Kernels> Llama<B> {
     /// # Errors
     /// Returns an error if there are more tokens than the model's rotary frequencies cover.
     pub fn keys_and_values(&self, tokens: &[u32]) -> Result<Tensor<B, 2>, Error> {
-        let (model, mut past) = (self.frozen(), KvCache::new(self.config.num_hidden_layers, 1));
+        let (model, mut cache) = (self.frozen(), KvCache::new(self.config.num_hidden_layers, 1));
         let embeddings = model.embed(self.token_row(tokens));
         model.hidden_states(
             embeddings,
             &SequenceLayout::padded(&[tokens.len()]),
-            Some(&mut past),
+            Some(&mut cache),
             &ForwardContext::default(),
         )?;
-        Ok(past.flattened())
+        Ok(cache.flattened())
     }
 
     /// Returns the model without gradients. The start of a prompt needs none, and weights in half precision, as they

@@ -33,6 +33,16 @@ pub enum CombinationType {
     },
 }
 
+/// An adapter with its weight in a combination: one of the model by its name (`Weighted<&str>`), or one by its
+/// directory (`Weighted<&Path>`).
+#[derive(Debug, Clone, Copy)]
+pub struct Weighted<A> {
+    /// The adapter.
+    pub adapter: A,
+    /// The weight; it may be negative.
+    pub weight: f64,
+}
+
 /// One LoRA adapter of a layer; `weight` is its weight in the combination times its scaling.
 struct WeightedLora<B: LinearKernels> {
     a: Tensor<B, 2>,
@@ -101,14 +111,15 @@ fn sum<B: LinearKernels>(mut parts: impl Iterator<Item = Tensor<B, 2>>) -> Tenso
 }
 
 /// Returns the number of weights, or an error if there are none or one is not finite.
-fn check_weights(weights: impl Iterator<Item = f64>) -> Result<usize, Error> {
-    let weights: Vec<f64> = weights.collect();
-    match weights.iter().find(|weight| !weight.is_finite()) {
-        Some(weight) => Err(Error::config(format!("weights of adapters: expected finite numbers, found {weight}"))),
-        None if weights.is_empty() => {
+fn check_weights<A>(adapters: &[Weighted<A>]) -> Result<usize, Error> {
+    match adapters.iter().find(|part| !part.weight.is_finite()) {
+        Some(Weighted { weight, .. }) => {
+            Err(Error::config(format!("weights of adapters: expected finite numbers, found {weight}")))
+        }
+        None if adapters.is_empty() => {
             Err(Error::config("weights of adapters: expected at least one adapter, found none"))
         }
-        None => Ok(weights.len()),
+        None => Ok(adapters.len()),
     }
 }
 
@@ -130,21 +141,21 @@ fn combined_config(r: usize, target_modules: TargetModules, dropout: f64) -> Lor
 pub fn combine<B: LinearKernels, M: Linears<B>>(
     model: &mut M,
     name: &str,
-    adapters: &[(&str, f64)],
+    adapters: &[Weighted<&str>],
     how: CombinationType,
 ) -> Result<LoraConfig, Error> {
-    let how = effective(how, check_weights(adapters.iter().map(|(_, weight)| *weight))?);
-    adapters.iter().try_for_each(|(part, _)| check_exists(model, part))?;
+    let how = effective(how, check_weights(adapters)?);
+    adapters.iter().try_for_each(|part| check_exists(model, part.adapter))?;
     check_new_adapter(model, name, false)?;
-    let ranks = adapters.iter().map(|(part, _)| max_rank(model, part)).collect::<Result<Vec<_>, _>>()?;
+    let ranks = adapters.iter().map(|part| max_rank(model, part.adapter)).collect::<Result<Vec<_>, _>>()?;
     let (r, mut made, mut result) = (how.rank(&ranks)?, BTreeMap::new(), Ok(()));
     let mut dropout = None;
     model.linears(&mut |path, linear| {
-        let part = |(name, weight): &(&str, f64)| {
-            let lora = linear.adapter(name)?;
+        let part = |part: &Weighted<&str>| {
+            let lora = linear.adapter(part.adapter)?;
             dropout = dropout.or(Some(lora.config.lora_dropout));
             let (a, b) = (lora.lora_a.val().detach(), lora.lora_b.val().detach());
-            Some(WeightedLora { a, b, weight: weight * lora.scaling })
+            Some(WeightedLora { a, b, weight: part.weight * lora.scaling })
         };
         let parts: Vec<_> = adapters.iter().filter_map(part).collect();
         if !parts.is_empty() && result.is_ok() {
@@ -198,12 +209,12 @@ fn exact_target_modules<'a, B: LinearKernels, M: Linears<B>>(
 /// # Errors
 /// As for [`combine`], or if a directory cannot be read or written.
 pub fn combine_directories<B: LinearKernels>(
-    adapters: &[(&Path, f64)],
+    adapters: &[Weighted<&Path>],
     how: CombinationType,
     out: &Path,
     device: &B::Device,
 ) -> Result<LoraConfig, Error> {
-    let how = effective(how, check_weights(adapters.iter().map(|(_, weight)| *weight))?);
+    let how = effective(how, check_weights(adapters)?);
     let LoadedAdapters { configs, layers } = load_adapters(adapters, device)?;
     let largest = |config: &LoraConfig| {
         let others = config.rank_pattern.values().filter_map(serde_json::Value::as_u64);
@@ -217,7 +228,7 @@ pub fn combine_directories<B: LinearKernels>(
         let shapes = |part: &WeightedLora<B>| [part.b.dims()[0], part.a.dims()[1]];
         if parts.iter().any(|part| shapes(part) != shapes(&parts[0])) {
             let message = format!("{path}: the adapters were made for layers of other shapes");
-            return Err(Error::Mismatch { path: adapters[adapters.len() - 1].0.to_owned(), message });
+            return Err(Error::Mismatch { path: adapters[adapters.len() - 1].adapter.to_owned(), message });
         }
         let [a, b] = how.combine_layer(&path, parts, r)?;
         tensors.push((format::tensor_key(&path, "lora_A"), a.into_data()));
@@ -235,9 +246,12 @@ struct LoadedAdapters<B: LinearKernels> {
     layers: BTreeMap<String, Vec<WeightedLora<B>>>,
 }
 
-fn load_adapters<B: LinearKernels>(adapters: &[(&Path, f64)], device: &B::Device) -> Result<LoadedAdapters<B>, Error> {
+fn load_adapters<B: LinearKernels>(
+    adapters: &[Weighted<&Path>],
+    device: &B::Device,
+) -> Result<LoadedAdapters<B>, Error> {
     let (mut configs, mut layers) = (Vec::new(), BTreeMap::<String, Vec<WeightedLora<B>>>::new());
-    for (directory, weight) in adapters {
+    for &Weighted { adapter: directory, weight } in adapters {
         let AdapterFiles { config, mut tensors, .. } = format::read(directory)?;
         if config.use_dora || config.changes_base() {
             let expected = "LoRA without DoRA, bias, modules_to_save and PiSSA; only that can be combined";
@@ -248,12 +262,12 @@ fn load_adapters<B: LinearKernels>(adapters: &[(&Path, f64)], device: &B::Device
             let mut take = |part| tensors.remove(&format::tensor_key(&path, part));
             let Some((a, b)) = take("lora_A").zip(take("lora_B")) else {
                 let message = format!("{path} has no lora_B");
-                return Err(Error::Mismatch { path: (*directory).to_owned(), message });
+                return Err(Error::Mismatch { path: directory.to_owned(), message });
             };
             let r = config.rank_at(&path);
             if !matches!((a.shape.as_slice(), b.shape.as_slice()), ([k, _], [_, l]) if *k == r && *l == r) {
                 let message = format!("{path}: expected rank {r}, found {:?} and {:?}", a.shape, b.shape);
-                return Err(Error::Mismatch { path: (*directory).to_owned(), message });
+                return Err(Error::Mismatch { path: directory.to_owned(), message });
             }
             let tensor = |data: TensorData| Tensor::<B, 2>::from_data(data, (device, DType::F32));
             let weight = weight * config.scaling_at(&path);

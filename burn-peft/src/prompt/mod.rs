@@ -115,11 +115,11 @@ impl<B: LinearKernels> Prompt<B> {
     }
 
     /// Computes the virtual tokens of a forward pass.
-    pub fn encode(&self, pass: &ForwardContext) -> EncodedPrompt<B> {
+    pub fn encode(&self, context: &ForwardContext) -> EncodedPrompt<B> {
         let (tokens, base) = (self.encoder.forward(), &self.base);
         match self.config.method {
             PromptMethod::Prefix { dropout, .. } => {
-                let all = apply_dropout(tokens, dropout, pass);
+                let all = apply_dropout(tokens, dropout, context);
                 let all = all.reshape([self.num_virtual_tokens(), base.num_hidden_layers, 2, base.kv_dim()]);
                 let shape = [self.num_virtual_tokens(), 2, base.num_key_value_heads, base.head_dim];
                 let layer = |index: usize| all.clone().slice(s![.., index..index + 1]).reshape(shape);
@@ -132,8 +132,8 @@ impl<B: LinearKernels> Prompt<B> {
 
 /// Applies dropout to the prefix in a training pass. All rows of a step share one mask, as they share the prefix: so
 /// the encoder runs once, and gradient accumulation over micro-batches gives the gradient of the whole batch.
-fn apply_dropout<B: LinearKernels>(tokens: Tensor<B, 2>, p: f64, pass: &ForwardContext) -> Tensor<B, 2> {
-    let Some(dropout) = pass.dropout.as_ref().filter(|_| p > 0.0) else { return tokens };
+fn apply_dropout<B: LinearKernels>(tokens: Tensor<B, 2>, p: f64, context: &ForwardContext) -> Tensor<B, 2> {
+    let Some(dropout) = context.dropout.as_ref().filter(|_| p > 0.0) else { return tokens };
     let (shape, device) = (tokens.dims(), tokens.device());
     let mask = dropout.step_mask(random::key_from_str("prompt"), shape[0] * shape[1], p);
     tokens * Tensor::from_data(TensorData::new(mask, shape), (&device, DType::F32))

@@ -48,7 +48,7 @@ pub fn deterministic_generation<B: Kernels>(subject: &CheckSubject<B>) -> Result
 /// Checks that the KV cache changes no logits: half of the sequence at once and the rest token by token give the logits
 /// of one forward pass over the whole.
 pub fn cached_logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
-    let (model, ids, pass) = (&subject.loaded.model, test_sequence(subject)?, ForwardContext::default());
+    let (model, ids, context) = (&subject.loaded.model, test_sequence(subject)?, ForwardContext::default());
     let expected = to_f32_vec(generate::logits(model, &ids)?)?;
     let mut cache = KvCache::new(model.config().num_hidden_layers, 1);
     let (mut found, mut from) = (Vec::new(), 0);
@@ -59,8 +59,8 @@ pub fn cached_logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
         let tokens: Vec<i32> = new.iter().map(|&id| id as i32).collect();
         let tokens = TensorData::new(tokens, [1, new.len()]);
         let tokens = Tensor::<B, 2, Int>::from_data(tokens, (&model.device(), DType::I32));
-        let hidden = model.hidden_states(model.embed(tokens), &layout, Some(&mut cache), &pass)?;
-        found.extend(to_f32_vec(model.head(hidden, &pass))?);
+        let hidden = model.hidden_states(model.embed(tokens), &layout, Some(&mut cache), &context)?;
+        found.extend(to_f32_vec(model.head(hidden, &context))?);
         from += new.len();
     }
     compare(&found, &expected, ROUNDING_TOLERANCE)

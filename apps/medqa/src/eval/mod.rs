@@ -5,7 +5,7 @@ mod neutral;
 mod pubmedqa;
 mod qa_loss;
 
-pub use qa_loss::{EvalBatching, loss_sum};
+pub use qa_loss::{EvalBatching, TotalLoss, total_loss};
 
 use crate::{
     args::{DeviceArgs, ModelArgs, RowsArgs, WeightsArgs, parse_positive},
@@ -98,14 +98,15 @@ fn remove_items(result: &mut Value) {
 fn evaluate<B: Kernels>(args: &EvalArgs, device: &B::Device, rows: &[Row]) -> Result<Value> {
     let mut loaded = model::load_without_adapters::<B>(&args.model, args.weights.weights, device)?;
     loaded.model = model::with_compute(loaded.model, args.weights.compute)?;
-    let (before, tokens) = neutral::neutral_loss(&loaded)?;
+    let total = neutral::neutral_loss(&loaded)?;
+    let (before, tokens) = (total.mean(), total.target_tokens);
     let several = args.model.adapter.len() > 1;
     let base = (several || args.model.adapter.is_empty()).then(|| run_task(&loaded, rows, args)).transpose()?;
     model::add_adapters(&mut loaded.model, &args.model)?;
     let mut found = Vec::new();
     for source in &args.model.adapter {
         burn_peft::adapter::activate(&mut loaded.model, &[&source.name])?;
-        let after = neutral::neutral_loss(&loaded)?.0;
+        let after = neutral::neutral_loss(&loaded)?.mean();
         let neutral = json!({ "tokens": tokens, "base": before, "adapter": after, "rise": after - before });
         found.push((source.name.clone(), with_neutral_loss(run_task(&loaded, rows, args)?, neutral)));
     }

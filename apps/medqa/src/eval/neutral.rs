@@ -1,7 +1,7 @@
 //! Probe for forgetting: the loss on a text that has nothing to do with medicine, without adapters and with each of
 //! them.
 
-use super::{EvalBatching, loss_sum};
+use super::{EvalBatching, TotalLoss, total_loss};
 use crate::model::LoadedModel;
 use anyhow::Result;
 use burn_llama::{Example, kernel::Kernels};
@@ -10,9 +10,9 @@ use burn_llama::{Example, kernel::Kernels};
 /// be compared.
 const TEXT: &str = include_str!("neutral.txt");
 
-/// Returns the mean loss per token of the text, and the number of tokens. Each paragraph is a sequence of its own,
+/// Computes the losses of the tokens of the text. Each paragraph is a sequence of its own,
 /// truncated to half the model's maximum length.
-pub fn neutral_loss<B: Kernels>(loaded: &LoadedModel<B>) -> Result<(f64, usize)> {
+pub fn neutral_loss<B: Kernels>(loaded: &LoadedModel<B>) -> Result<TotalLoss> {
     let (model, mut examples) = (&loaded.model, Vec::new());
     // The other half leaves room for virtual tokens, so that the text is the same for every adapter.
     let longest = (model.config().max_position_embeddings / 2).max(2);
@@ -22,6 +22,5 @@ pub fn neutral_loss<B: Kernels>(loaded: &LoadedModel<B>) -> Result<(f64, usize)>
         let learned = vec![true; ids.len()];
         examples.push(Example { ids, loss_mask: learned });
     }
-    let (sum, targets) = loss_sum(model, &examples, EvalBatching { batch_size: examples.len(), padding_free: true })?;
-    Ok((sum / targets as f64, targets))
+    total_loss(model, &examples, EvalBatching { batch_size: examples.len(), padding_free: true })
 }

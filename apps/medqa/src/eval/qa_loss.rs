@@ -21,31 +21,45 @@ pub struct EvalBatching {
     pub padding_free: bool,
 }
 
-/// Returns the sum of the losses of all target tokens, and their number.
-pub fn loss_sum<B: Kernels>(
+/// The losses of all target tokens together.
+#[derive(Debug, Clone, Copy)]
+pub struct TotalLoss {
+    pub sum: f64,
+    pub target_tokens: usize,
+}
+
+impl TotalLoss {
+    /// Returns the mean loss per target token.
+    pub fn mean(self) -> f64 {
+        self.sum / self.target_tokens as f64
+    }
+}
+
+/// Computes the losses of all target tokens of `examples`.
+pub fn total_loss<B: Kernels>(
     model: &Llama<B>,
     examples: &[Example],
     EvalBatching { batch_size, padding_free }: EvalBatching,
-) -> Result<(f64, usize)> {
-    let (mut sum, mut targets) = (0.0, 0);
+) -> Result<TotalLoss> {
+    let mut total = TotalLoss { sum: 0.0, target_tokens: 0 };
     for rows in examples.chunks(batch_size.max(1)) {
         let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
         let batch =
             model.batch(rows, &SequenceLayout::from_lengths(&lengths, padding_free), 1.0, ForwardContext::default())?;
-        sum += model.batch_loss(&batch).sum().into_scalar().elem::<f64>();
-        targets += rows.iter().map(Example::num_targets).sum::<usize>();
+        total.sum += model.batch_loss(&batch).sum().into_scalar().elem::<f64>();
+        total.target_tokens += rows.iter().map(Example::num_targets).sum::<usize>();
     }
-    Ok((sum, targets))
+    Ok(total)
 }
 
 pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.limits.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
     let encoded = encode_rows(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
     let batching = EvalBatching { batch_size: args.limits.batch_size.get(), padding_free: true };
-    let (sum, targets) = loss_sum(&loaded.model, &encoded.examples, batching)?;
-    let loss = sum / targets as f64;
+    let total = total_loss(&loaded.model, &encoded.examples, batching)?;
+    let loss = total.mean();
     Ok(json!({
         "task": "qa-loss", "rows": encoded.examples.len(), "loss": loss, "perplexity": loss.exp(),
-        "target_tokens": targets,
+        "target_tokens": total.target_tokens,
     }))
 }

@@ -3,7 +3,7 @@
 use super::setup;
 use crate::{
     backend::with_backend,
-    eval::{EvalBatching, loss_sum},
+    eval::{EvalBatching, TotalLoss, total_loss},
     model,
     recipe::{Recipe, WeightDtype},
 };
@@ -20,8 +20,8 @@ pub type ParamValues = HashMap<String, TensorData>;
 
 /// A copy of the run's model on another device.
 pub trait Evaluator: Send {
-    /// Computes [`loss_sum`] over `rows` after copying the `trained` parameters into the model.
-    fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: EvalBatching) -> Result<(f64, usize)>;
+    /// Computes [`total_loss`] over `rows` after copying the `trained` parameters into the model.
+    fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: EvalBatching) -> Result<TotalLoss>;
 }
 
 /// Loads the recipe's model on its `train.eval_device`, if that is given.
@@ -42,10 +42,10 @@ fn load<B: Kernels>(recipe: &Recipe, device: &B::Device) -> Result<Llama<B>> {
 struct EvalModel<B: Kernels>(Option<Llama<B>>);
 
 impl<B: Kernels> Evaluator for EvalModel<B> {
-    fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: EvalBatching) -> Result<(f64, usize)> {
-        let Some(model) = self.0.take() else { return Ok((f64::NAN, 0)) };
+    fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: EvalBatching) -> Result<TotalLoss> {
+        let Some(model) = self.0.take() else { return Ok(TotalLoss { sum: f64::NAN, target_tokens: 0 }) };
         let model = self.0.insert(model.map(&mut ParamReplacer { path: Vec::new(), values: trained }));
-        loss_sum(model, rows, batching)
+        total_loss(model, rows, batching)
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
     summary::{RunTime, Summary},
 };
 use crate::{
-    eval::{EvalBatching, loss_sum},
+    eval::{EvalBatching, total_loss},
     model::LoadedModel,
     process,
     recipe::{ComputeDtype, Recipe},
@@ -267,13 +267,13 @@ impl<B: Kernels> Trainer<B> {
         let batching = EvalBatching { batch_size, padding_free: self.recipe.data.packing.is_padding_free() };
         // Every rank takes whole batches, in turn.
         let rows = self.validation.rows.chunks(batch_size).skip(self.engine.rank()).step_by(self.engine.world());
-        let own: Vec<Example> = rows.flatten().cloned().collect();
+        let examples: Vec<Example> = rows.flatten().cloned().collect();
         let evaluator = &mut self.validation.evaluator;
-        let (sum, targets) = self.engine.with_full_params(|model| match evaluator {
-            Some(there) => there.loss(eval_device::trainable_values::<Autodiff<B>, _>(model), &own, batching),
-            None => loss_sum(&model.valid(), &own, batching),
+        let own = self.engine.with_full_params(|model| match evaluator {
+            Some(there) => there.loss(eval_device::trainable_values::<Autodiff<B>, _>(model), &examples, batching),
+            None => total_loss(&model.valid(), &examples, batching),
         })??;
-        let sums = self.engine.sum_over_ranks(&[sum, targets as f64])?;
+        let sums = self.engine.sum_over_ranks(&[own.sum, own.target_tokens as f64])?;
         let (loss, elapsed_seconds) = (sums[0] / sums[1], self.progress.elapsed_seconds());
         let record = MetricsRecord::Eval(EvalRecord { step, valid_loss: loss, elapsed_seconds });
         self.report(&RunEvent::Record(&record), display)?;
@@ -376,7 +376,7 @@ fn start_or_resume<B: Kernels>(
         let mut engine = config.init(model)?;
         engine.restore(&checkpoint.join(STATE_FILE)).with_context(|| state::advice(checkpoint))?;
         if engine.rank() == 0 {
-            eprintln!("going on after step {} ({})", state.step, checkpoint.display());
+            eprintln!("resuming after step {} ({})", state.step, checkpoint.display());
         }
         return Ok((engine, state));
     }

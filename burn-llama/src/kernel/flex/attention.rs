@@ -8,7 +8,7 @@ use super::{
     key_ranges::KeyRanges,
     vector_ops::add,
 };
-use crate::kernel::AttentionMask;
+use crate::kernel::{AttentionMask, AttentionOutput};
 use burn::backend::Flex;
 use burn_flex::FlexTensor;
 use burn_peft_kernels::gemm::Matrix;
@@ -150,7 +150,7 @@ struct BackwardInputs<'a> {
     dy: &'a [f32],
 }
 
-pub(super) fn forward([q, k, v]: [FlexTensor; 3], mask: &AttentionMask<Flex>) -> (FlexTensor, FlexTensor) {
+pub(super) fn forward([q, k, v]: [FlexTensor; 3], mask: &AttentionMask<Flex>) -> AttentionOutput<Flex> {
     let (q, k, v) = (contiguous(q), contiguous_rows(k), contiguous_rows(v));
     let (sizes, rows) = (AttentionShape::of(&q, &k), q.layout().shape()[0]);
     let visible = KeyRanges::of_batch(mask);
@@ -166,7 +166,8 @@ pub(super) fn forward([q, k, v]: [FlexTensor; 3], mask: &AttentionMask<Flex>) ->
         tile.forward(inputs, &out, &sums);
     });
     let shape = q.layout().shape().to_vec();
-    (tensor(output, &shape), tensor(lse, &[rows, sizes.kv_heads, sizes.group, sizes.queries]))
+    let lse = tensor(lse, &[rows, sizes.kv_heads, sizes.group, sizes.queries]);
+    AttentionOutput { output: tensor(output, &shape), lse }
 }
 
 /// The partial gradients of keys and values from one block of queries.

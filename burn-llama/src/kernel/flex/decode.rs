@@ -194,7 +194,7 @@ impl FlexDecoder {
             None => Projection { weight: WeightRows::new(table.clone()), bias: None, adapters: Vec::new() },
         };
         let layers = model.model.layers.iter().map(DecodeLayer::of).collect::<Option<Vec<_>>>()?;
-        let (frequencies, scale) = config.rope_scaling.frequencies(config.head_dim, config.rope_theta);
+        let frequencies = config.rope_scaling.frequencies(config.head_dim, config.rope_theta);
         let (kv_heads, dim) = (config.num_key_value_heads, config.head_dim);
         let group = config.num_attention_heads / kv_heads;
         let room = |n: usize| vec![0.0; rows * n];
@@ -219,23 +219,23 @@ impl FlexDecoder {
             sizes: HeadShape { kv_heads, group, dim },
             window: config.sliding_window,
             frequencies,
-            rope_scale: scale,
+            rope_scale: config.rope_scaling.attention_factor(),
             buffers,
         })
     }
 }
 
 impl StepDecoder<Flex> for FlexDecoder {
-    fn step(&mut self, ids: &[u32], positions: &[usize], past: &mut KvCache<Flex>, logits: &mut Vec<f32>) -> bool {
-        let Some(capacity) = past.ensure_room_for_one() else { return false };
-        self.load_inputs(ids, positions, past);
+    fn step(&mut self, ids: &[u32], positions: &[usize], cache: &mut KvCache<Flex>, logits: &mut Vec<f32>) -> bool {
+        let Some(capacity) = cache.ensure_room_for_one() else { return false };
+        self.load_inputs(ids, positions, cache);
         let Self { layers, norm, head, sizes, buffers: to, .. } = self;
         to.scores.resize(ids.len() * sizes.kv_heads * sizes.group * capacity, 0.0);
         for (index, layer) in layers.iter().enumerate() {
-            layer.attention_block(to, *sizes, LayerSlots { cache: &mut *past, layer: index, capacity });
+            layer.attention_block(to, *sizes, LayerSlots { cache: &mut *cache, layer: index, capacity });
             layer.mlp_block(to);
         }
-        past.advance_one(positions);
+        cache.advance_one(positions);
         norm.apply(&to.residual, &mut to.normed);
         logits.resize(ids.len() * head.weight.shape()[0], 0.0);
         project([(&*head, logits)], &to.normed, &mut to.lora);
@@ -245,13 +245,13 @@ impl StepDecoder<Flex> for FlexDecoder {
 
 impl FlexDecoder {
     /// Fills the buffers with the embeddings, the rotary tables and the visible slots of every row.
-    fn load_inputs(&mut self, ids: &[u32], positions: &[usize], past: &KvCache<Flex>) {
+    fn load_inputs(&mut self, ids: &[u32], positions: &[usize], cache: &KvCache<Flex>) {
         let Self { embedding: table, window, frequencies, rope_scale: scale, buffers: to, .. } = self;
         for (&id, x) in ids.iter().zip(to.residual.chunks_exact_mut(table.shape()[1])) {
             table.decode(id as usize, x);
         }
         for (row, &position) in positions.iter().enumerate() {
-            visible_ranges(past.row_slots(row), position, *window, &mut to.visible[row]);
+            visible_ranges(cache.row_slots(row), position, *window, &mut to.visible[row]);
             let at = row * frequencies.len();
             for (index, frequency) in frequencies.iter().enumerate() {
                 // The angle is rounded to f32 before its cosine is taken, as in the model.
@@ -429,11 +429,11 @@ mod tests {
                 let ids =
                     prompts.iter().flat_map(|row| (0..layout.length).map(|i| *row.get(i).unwrap_or(&0))).collect();
                 let arranged = model.layout_with_prompts(&layout, &rows);
-                let (x, mut past) = model.prefill_inputs(ids, &arranged, &rows);
+                let (x, mut cache) = model.prefill_inputs(ids, &arranged, &rows);
                 model
-                    .hidden_states(x, &arranged.layout, Some(&mut past), &rows.forward_context(arranged.layout.length))
+                    .hidden_states(x, &arranged.layout, Some(&mut cache), &rows.forward_context(arranged.layout.length))
                     .unwrap();
-                let (mut by_steps, mut by_tensors) = (past.clone(), past);
+                let (mut by_steps, mut by_tensors) = (cache.clone(), cache);
                 let (mut plan, mut logits) = (FlexDecoder::of(&model, prompts.len()).unwrap(), Vec::new());
                 let before = rows.num_virtual_tokens(&model);
                 // The steps go beyond the capacity of the cache and beyond the window.
@@ -443,9 +443,10 @@ mod tests {
                     assert!(plan.step(&ids, &positions, &mut by_steps, &mut logits));
                     let ids = int_tensor(ids.into_iter().map(|id| id as i32).collect(), prompts.len(), &model.device());
                     let layout = SequenceLayout::next_token(&positions);
-                    let pass = rows.forward_context(1);
-                    let hidden = model.hidden_states(model.embed(ids), &layout, Some(&mut by_tensors), &pass).unwrap();
-                    let expected = model.head(hidden, &pass).into_data().into_vec::<f32>().unwrap();
+                    let context = rows.forward_context(1);
+                    let hidden =
+                        model.hidden_states(model.embed(ids), &layout, Some(&mut by_tensors), &context).unwrap();
+                    let expected = model.head(hidden, &context).into_data().into_vec::<f32>().unwrap();
                     let size = expected.iter().fold(0f32, |size, x| size.max(x.abs()));
                     for (found, expected) in logits.iter().zip(&expected) {
                         let off = (found - expected).abs();

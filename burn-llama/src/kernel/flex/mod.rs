@@ -13,8 +13,8 @@ mod rms_norm;
 mod vector_ops;
 
 use super::{
-    AttentionMask, CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, F, Kernels, Losses, RmsNormGradient,
-    StepDecoder,
+    AttentionMask, AttentionOutput, CrossEntropyGradients, CrossEntropyInputs, CrossEntropyOptions, F, Kernels, Losses,
+    RmsNormGradient, StepDecoder,
 };
 use crate::Llama;
 use burn::{
@@ -91,7 +91,7 @@ impl Kernels for Flex {
         if all_f32(&[&x]) { elementwise::to_bf16(x) } else { Self::float_cast(x, FloatDType::BF16) }
     }
 
-    fn flash_attention(qkv: [F<Self>; 3], mask: &AttentionMask<Self>) -> (F<Self>, F<Self>) {
+    fn flash_attention(qkv: [F<Self>; 3], mask: &AttentionMask<Self>) -> AttentionOutput<Self> {
         if all_f32(&[&qkv[0], &qkv[1], &qkv[2]]) {
             return attention::forward(qkv, mask);
         }

@@ -80,7 +80,8 @@ impl<'a> AttentionTile<'a> {
             || {
                 for (row, sum) in sums.iter_mut().enumerate() {
                     let scores = &mut scores[row * n..(row + 1) * n];
-                    let (inverse, log) = softmax(scores, self.visible.of_query(self.query(row)), self.span.start);
+                    let SoftmaxSum { inverse, log } =
+                        softmax(scores, self.visible.of_query(self.query(row)), self.span.start);
                     *sum = inverse;
                     let at = self.lse_index(row);
                     // SAFETY: `at` lies in the buffer, which has one value for each query of each head, and only this
@@ -173,10 +174,17 @@ impl<'a> AttentionTile<'a> {
     }
 }
 
-/// Replaces the scores of a query by attention weights that are not normalised yet, 0 for masked keys. Returns 1 /
-/// their sum, and the log-sum-exp.
+/// The sum of the exponentials of a query's scores.
+struct SoftmaxSum {
+    /// 1 / sum, relative to the largest score.
+    inverse: f32,
+    /// The log-sum-exp.
+    log: f32,
+}
+
+/// Replaces the scores of a query by attention weights that are not normalised yet, 0 for masked keys.
 #[inline(always)]
-fn softmax(scores: &mut [f32], ranges: &[Range<usize>], start: usize) -> (f32, f32) {
+fn softmax(scores: &mut [f32], ranges: &[Range<usize>], start: usize) -> SoftmaxSum {
     let mut largest = f32::NEG_INFINITY;
     for range in ranges {
         largest = largest.max(max(&scores[range.start - start..range.end - start]));
@@ -190,7 +198,10 @@ fn softmax(scores: &mut [f32], ranges: &[Range<usize>], start: usize) -> (f32, f
     }
     scores[end..].fill(0.0);
     // The output of a query without visible keys is 0.
-    if ranges.is_empty() { (0.0, 0.0) } else { (1.0 / sum, largest + sum.ln()) }
+    match ranges.is_empty() {
+        true => SoftmaxSum { inverse: 0.0, log: 0.0 },
+        false => SoftmaxSum { inverse: 1.0 / sum, log: largest + sum.ln() },
+    }
 }
 
 /// Replaces scores by attention weights, and the gradients of the weights (`d`) by those of the scores; both are 0 for
