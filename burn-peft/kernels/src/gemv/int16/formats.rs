@@ -29,6 +29,9 @@ unsafe fn load_bytes_as_words(bytes: *const u8) -> __m256i {
 }
 
 /// Returns the lower four bits of words, and the next four, where all higher bits are zero.
+///
+/// # Safety
+/// The CPU has AVX2.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn nibbles(words: __m256i) -> [__m256i; 2] {
@@ -85,6 +88,9 @@ impl<const HAS_MIN: bool, const HAS_FIFTH_BIT: bool> Int16Format for NibblesInt1
 }
 
 /// Adds 16 to each word whose bit is set.
+///
+/// # Safety
+/// The CPU has AVX2.
 #[inline]
 #[target_feature(enable = "avx2")]
 fn with_fifth_bit(words: __m256i, bits: i16) -> __m256i {

@@ -43,6 +43,9 @@ pub(super) unsafe fn quantize_rows(groups: &mut Vec<ActivationGroup>, x: &[f32],
 }
 
 /// Quantizes one of the four blocks of a group.
+///
+/// # Safety
+/// [`has_avx512_vnni`](super::has_avx512_vnni) returns true.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn quantize_block(x: &[f32; BLOCK_LEN], index: usize, group: &mut ActivationGroup) {
@@ -68,6 +71,9 @@ fn quantize_block(x: &[f32; BLOCK_LEN], index: usize, group: &mut ActivationGrou
 }
 
 /// Computes the sums of the lanes once all blocks are quantized.
+///
+/// # Safety
+/// [`has_avx512_vnni`](super::has_avx512_vnni) returns true.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn sum_lanes(group: &mut ActivationGroup) {
@@ -83,6 +89,9 @@ fn sum_lanes(group: &mut ActivationGroup) {
 impl ActivationGroup {
     /// Returns the products of one half of the blocks with unsigned bytes, summed in each lane. They stay below `4 ·
     /// 255 · 2^15 < 2^25`, so neither they nor the offsets that are subtracted from them overflow.
+    ///
+    /// # Safety
+    /// [`has_avx512_vnni`](super::has_avx512_vnni) returns true.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     pub(super) fn dot_half(&self, half: usize, weights: __m512i) -> __m512i {
@@ -91,6 +100,9 @@ impl ActivationGroup {
     }
 
     /// Returns the sum of [`ActivationGroup::dot_half`] over both halves.
+    ///
+    /// # Safety
+    /// [`has_avx512_vnni`](super::has_avx512_vnni) returns true.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     pub(super) fn dot_both(&self, weights: [__m512i; 2]) -> __m512i {
@@ -101,6 +113,9 @@ impl ActivationGroup {
     }
 
     /// Returns the sums of the integers in each lane of one half.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512F.
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(super) fn lane_sums(&self, half: usize) -> __m512i {
@@ -109,6 +124,9 @@ impl ActivationGroup {
     }
 
     /// Returns the sum of [`ActivationGroup::lane_sums`] over both halves.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512F.
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(super) fn total_lane_sums(&self) -> __m512i {
@@ -116,6 +134,9 @@ impl ActivationGroup {
     }
 
     /// Returns the scale of the integers in each lane.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512F.
     #[inline]
     #[target_feature(enable = "avx512f")]
     pub(super) fn scales(&self) -> __m512 {
@@ -125,6 +146,9 @@ impl ActivationGroup {
 }
 
 /// Loads 64 bytes into a register.
+///
+/// # Safety
+/// The CPU has AVX-512F.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn load_bytes(bytes: &[i8; 64]) -> __m512i {

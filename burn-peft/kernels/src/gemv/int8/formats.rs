@@ -67,6 +67,9 @@ impl<const WORDS: usize, const HAS_MIN: bool, const HAS_FIFTH_BIT: bool> Nibbles
 }
 
 /// Returns the lower and the upper four bits of all bytes.
+///
+/// # Safety
+/// The CPU has AVX-512F and AVX-512BW.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn nibbles(bytes: __m512i) -> [__m512i; 2] {
@@ -75,6 +78,9 @@ fn nibbles(bytes: __m512i) -> [__m512i; 2] {
 }
 
 /// Adds 16 to each element whose bit is set.
+///
+/// # Safety
+/// The CPU has AVX-512F and AVX-512BW.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn with_fifth_bit(quants: __m512i, bits: i64) -> __m512i {
@@ -121,6 +127,9 @@ impl<const WORDS: usize, const HAS_MIN: bool, const HAS_FIFTH_BIT: bool> Int8For
 }
 
 /// Gathers the words of two registers at the given indices.
+///
+/// # Safety
+/// The CPU has AVX-512F and AVX-512BW.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn permute_words(words: [__m512i; 2], places: &WordIndices) -> __m512i {
@@ -157,6 +166,9 @@ impl Int8Format for Q8Int8 {
 }
 
 /// Loads the signed bytes of a block, zeros if it does not exist.
+///
+/// # Safety
+/// The CPU has AVX-512F, AVX-512BW and AVX-512VL.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn load_q8_block(bytes: &[u8], block: usize) -> __m256i {
@@ -259,6 +271,9 @@ impl Int8Format for Q6KInt8 {
 }
 
 /// Returns the first and the second halves of four blocks in order.
+///
+/// # Safety
+/// The CPU has AVX-512F.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn split_halves(first: __m512i, second: __m512i) -> [__m512i; 2] {
@@ -266,6 +281,9 @@ fn split_halves(first: __m512i, second: __m512i) -> [__m512i; 2] {
 }
 
 /// Broadcasts one number per block to all lanes of the block.
+///
+/// # Safety
+/// The CPU has AVX-512F.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn broadcast_to_lanes(blocks: __m128) -> __m512 {
@@ -274,6 +292,9 @@ fn broadcast_to_lanes(blocks: __m128) -> __m512 {
 }
 
 /// Broadcasts one byte per block to all lanes of the block, as f32; signed or unsigned.
+///
+/// # Safety
+/// The CPU has AVX-512F.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn broadcast_bytes_to_lanes(blocks: u32, signed: bool) -> __m512 {
@@ -282,6 +303,9 @@ fn broadcast_bytes_to_lanes(blocks: u32, signed: bool) -> __m512 {
 }
 
 /// Accumulates integers times their scale.
+///
+/// # Safety
+/// The CPU has AVX-512F.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn add_scaled(sums: __m512, scale: __m512, integers: __m512i) -> __m512 {

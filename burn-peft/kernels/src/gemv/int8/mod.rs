@@ -83,6 +83,9 @@ unsafe fn gemv_rows<F: Int8Format>(x: &Int8Input, rows: RawRows<'_>, y: &mut [f3
 }
 
 /// Returns the dot product of a packed row with a row of activations.
+///
+/// # Safety
+/// [`has_avx512_vnni`] returns true.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn dot<F: Int8Format>(row: &[u8], x: &[ActivationGroup]) -> f32 {
