@@ -1,37 +1,21 @@
 //! Tests of several adapters on one model, compared with PEFT: selected by name or per row, combined, switched, merged.
 
+mod combine;
+mod hotswap;
+
 use burn::{
     backend::Flex,
     tensor::{DType, Tensor},
 };
 use burn_llama::{Checkpoint, Generation, GenerationConfig, Llama, generate};
 use burn_peft::{
-    AdapterModel, Ia3Config, Linears, Loaded, LoraConfig, Prompt, adapter,
-    adapter::{CombinationType, Weighted},
+    AdapterModel, Ia3Config, Linears, LoraConfig, Prompt,
+    adapter::{self, CombinationType},
     config::{Bias, InitLoraWeights},
     route::BASE,
 };
-use laws::{files::same_files, fixture, floats, integers, max_abs, max_diff, tensors};
-use std::{collections::BTreeMap, path::PathBuf};
-
-/// A fixture, the adapters that are combined in it with their weights, and the kind of combination.
-type CombinationCase = (&'static str, &'static [Weighted<&'static str>], CombinationType);
-
-const fn weighted(adapter: &str, weight: f64) -> Weighted<&str> {
-    Weighted { adapter, weight }
-}
-
-const HOW: [CombinationCase; 5] = [
-    ("linear", &[weighted("a", 0.7), weighted("b", -0.4)], CombinationType::Linear),
-    ("one", &[weighted("b", -1.5)], CombinationType::Svd { rank: None }),
-    ("cat", &[weighted("a", 0.7), weighted("b", -0.4), weighted("wide", 1.2)], CombinationType::Cat),
-    ("svd", &[weighted("a", 0.7), weighted("b", -0.4), weighted("wide", 1.2)], CombinationType::Svd { rank: None }),
-    (
-        "svd_3",
-        &[weighted("a", 0.7), weighted("b", -0.4), weighted("wide", 1.2)],
-        CombinationType::Svd { rank: Some(3) },
-    ),
-];
+use laws::{fixture, floats, integers, max_diff, tensors};
+use std::path::PathBuf;
 
 fn base() -> Llama<Flex> {
     Checkpoint::open(&fixture("models/gqa_llama3")).unwrap().load(DType::F32, &Default::default()).unwrap()
@@ -214,7 +198,7 @@ fn names_are_free_text_but_taken_once() {
             adapter::load(&mut model, name, &directory("a")).unwrap_err(),
             adapter::attach(&mut model, name, &LoraConfig::default(), 0).unwrap_err(),
             adapter::attach_ia3(&mut model, name, &Ia3Config::default()).unwrap_err(),
-            adapter::combine(&mut model, name, &[weighted(name, 1.0)], CombinationType::Cat).unwrap_err(),
+            adapter::combine(&mut model, name, &[combine::weighted(name, 1.0)], CombinationType::Cat).unwrap_err(),
         ] {
             assert!(error.to_string().contains("exists already"), "{error}");
         }
@@ -247,153 +231,6 @@ fn what_changes_the_base_wants_a_model_of_its_own() {
         }
         assert_eq!(adapter::names(&model), ["first"]);
     }
-}
-
-/// Returns the scaled update `B·A` of every layer.
-fn deltas(model: &Llama<Flex>, name: &str) -> BTreeMap<String, Vec<f32>> {
-    let mut found = BTreeMap::new();
-    model.linears(&mut |path, linear| {
-        let delta = linear.adapter(name).map(|adapter| floats(&adapter.delta_weight().into_data()));
-        found.extend(delta.map(|delta| (path.to_owned(), delta)));
-    });
-    found
-}
-
-#[test]
-fn combinations_are_peft_s() {
-    let kept = tempfile::tempdir().unwrap();
-    for (name, parts, how) in HOW {
-        let mut golden = base();
-        let theirs = adapter::load(&mut golden, "made", &directory(name)).unwrap().value;
-        let mut model = crowded();
-        let config = adapter::combine(&mut model, "made", parts, how).unwrap();
-        assert_eq!((config.r, config.scaling()), (theirs.r, 1.0), "{name}");
-        assert_eq!(config.target_modules, theirs.target_modules, "{name}");
-        assert!(!adapter::active(&model).contains(&"made".to_owned()), "{name}: not active yet");
-        let out = kept.path().join(name);
-        let paths: Vec<PathBuf> = parts.iter().map(|part| directory(part.adapter)).collect();
-        let directories: Vec<_> = paths
-            .iter()
-            .zip(parts)
-            .map(|(path, part)| Weighted { adapter: path.as_path(), weight: part.weight })
-            .collect();
-        adapter::combine_directories::<Flex>(&directories, how, &out, &Default::default()).unwrap();
-        let mut reread = base();
-        let Loaded { value: ours, unknown_fields } = adapter::load(&mut reread, "made", &out).unwrap();
-        assert_eq!((ours.r, ours.target_modules, unknown_fields.len()), (theirs.r, theirs.target_modules, 0), "{name}");
-        let expected = deltas(&golden, "made");
-        for (found, by) in [(deltas(&model, "made"), "on the model"), (deltas(&reread, "made"), "from files")] {
-            assert!(found.keys().eq(expected.keys()), "{name} {by}: {:?}", found.keys());
-            for (path, expected) in &expected {
-                let difference = max_diff(&found[path], expected);
-                assert!(difference < 1e-5 * max_abs(expected).max(1.0), "{name} {by}, {path}: {difference:e}");
-            }
-        }
-        // The values of a truncated SVD are not unique, so only those of other combinations are compared.
-        let tolerance = if name.starts_with("svd") { f32::INFINITY } else { 1e-6 };
-        same_files(&out, &directory(name), tolerance, name);
-    }
-}
-
-#[test]
-fn side_by_side_is_the_sum_of_the_outputs() {
-    let (mut model, text) = (crowded(), sequence(3, 9));
-    adapter::combine(&mut model, "sum", &[weighted("a", 1.0), weighted("b", 1.0)], CombinationType::Cat).unwrap();
-    let run = |model: &mut Llama<Flex>, names: &[&str]| {
-        adapter::activate(model, names).unwrap();
-        logits(model, &text)
-    };
-    let (both, sum) = (run(&mut model, &["a", "b"]), run(&mut model, &["sum"]));
-    assert!(max_diff(&both, &sum) < 1e-5, "{:e}", max_diff(&both, &sum));
-    // Weights of 1 and -1 cancel out.
-    adapter::combine(&mut model, "nothing", &[weighted("a", 1.0), weighted("a", -1.0)], CombinationType::Cat).unwrap();
-    assert!(max_diff(&run(&mut model, &["nothing"]), &logits(&base(), &text)) < 1e-5);
-}
-
-#[test]
-fn impossible_combinations_are_refused() {
-    let mut model = crowded();
-    let mut error =
-        |parts: &[Weighted<&str>], how| adapter::combine(&mut model, "made", parts, how).unwrap_err().to_string();
-    let ranks = error(&[weighted("a", 1.0), weighted("wide", 1.0)], CombinationType::Linear);
-    assert!(ranks.contains("same r value") && ranks.contains("[4, 6]"), "{ranks}");
-    assert!(error(&[weighted("a", f64::NAN)], CombinationType::Cat).contains("NaN"));
-    assert!(error(&[], CombinationType::Cat).contains("at least one"));
-    assert!(error(&[weighted("c", 1.0)], CombinationType::Cat).contains("`c` is not on the model"));
-    for name in ["dora", "ia3", "prefix"] {
-        assert!(
-            error(&[weighted("a", 1.0), weighted(name, 1.0)], CombinationType::Cat).contains("cannot be combined"),
-            "{name}"
-        );
-    }
-    assert!(
-        error(&[weighted("a", 1.0), weighted("b", 1.0)], CombinationType::Svd { rank: Some(0) }).contains("svd_rank")
-    );
-    assert!(!adapter::names(&model).contains(&"made".to_owned()));
-    let out = tempfile::tempdir().unwrap();
-    let (a, dora) = (directory("a"), fixture("family/dora"));
-    let parts = [&a, &dora].map(|adapter| Weighted { adapter: adapter.as_path(), weight: 1.0 });
-    let place = out.path().join("x");
-    let error = adapter::combine_directories::<Flex>(&parts, CombinationType::Cat, &place, &Default::default());
-    assert!(error.unwrap_err().to_string().contains("without DoRA") && !place.exists());
-}
-
-/// Returns the memory addresses of all adapter values.
-fn addresses(model: &Llama<Flex>) -> Vec<usize> {
-    let mut all = Vec::new();
-    let mut see = |tensor: Tensor<Flex, 2>| {
-        let tensor = tensor.into_primitive().tensor();
-        all.push(tensor.storage::<f32>().as_ptr() as usize);
-    };
-    model.linears(&mut |_, linear| {
-        for adapter in &linear.adapters {
-            see(adapter.lora_a.val());
-            see(adapter.lora_b.val());
-        }
-    });
-    all
-}
-
-#[test]
-fn a_hot_swap_keeps_every_tensor_in_its_place() {
-    let (mut model, text) = (base(), sequence(4, 9));
-    adapter::load(&mut model, "live", &directory("a")).unwrap();
-    let (places, first) = (addresses(&model), logits(&model, &text));
-    let other = tempfile::tempdir().unwrap();
-    let files = burn_peft::format::read(&directory("a")).unwrap();
-    let changed = files.tensors.iter().map(|(key, data)| {
-        let values: Vec<f32> = floats(data).iter().rev().map(|x| 1.5 * x).collect();
-        (key.clone(), burn::tensor::TensorData::new(values, data.shape.clone()))
-    });
-    let config = LoraConfig { lora_alpha: 9.0, ..files.config };
-    burn_peft::format::write(other.path(), &config.to_json(), changed).unwrap();
-    let mut fresh = base();
-    adapter::load(&mut fresh, "live", other.path()).unwrap();
-    let swapped = adapter::hotswap(&mut model, "live", other.path()).unwrap();
-    assert_eq!((swapped.value.lora_alpha, swapped.unknown_fields.len()), (9.0, 0));
-    assert_eq!(logits(&model, &text), logits(&fresh, &text), "the new values, and their scaling");
-    assert!(max_diff(&logits(&model, &text), &first) > 1e-2, "the swap must matter");
-    assert_eq!(addresses(&model), places);
-    adapter::hotswap(&mut model, "live", &directory("a")).unwrap();
-    assert_eq!((logits(&model, &text), addresses(&model)), (first.clone(), places), "and back");
-
-    for (directory, expected) in [
-        (directory("wide"), "[4, 32], found [6, 32]"),
-        (directory("b"), "lora_A.weight is missing"),
-        (fixture("family/dora"), "lora_magnitude_vector"),
-        (fixture("family/pissa"), "changes the base model"),
-    ] {
-        let error = adapter::hotswap(&mut model, "live", &directory).unwrap_err().to_string();
-        assert!(error.contains(expected), "{error}");
-        assert_eq!(logits(&model, &text), first, "refused, unchanged");
-    }
-    let error = adapter::hotswap(&mut model, "live", &directory("wide")).unwrap_err().to_string();
-    assert!(error.contains("delete `live` and load this one instead"), "{error}");
-    assert!(
-        adapter::hotswap(&mut model, "dead", &directory("a")).unwrap_err().to_string().contains("not on the model")
-    );
-    adapter::merge(&mut model, "live").unwrap();
-    assert!(adapter::hotswap(&mut model, "live", &directory("a")).unwrap_err().to_string().contains("merged"));
 }
 
 #[test]

@@ -110,22 +110,7 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
         if args.world.get() == 1 { "" } else { "s" },
         args.tokens
     );
-    println!("\n{:<10}{:<20}{:>24}{:>28}", "stage", "optimizer", "f32", "bf16, f32 master weights");
-    let run = EstimatedRun { args, shape, all, trained };
-    for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
-        for setting in OFFLOAD_SETTINGS {
-            if setting.weights != OffloadDevice::None && stage != ZeroStage::Weights {
-                continue;
-            }
-            let place = setting.name;
-            let cell = |precision| {
-                let memory = run.footprint(stage, setting, precision).peak_memory();
-                format!("{:.2} + {:.2}", gib(memory.device()), gib(memory.host))
-            };
-            let (single, mixed) = (cell(TrainingPrecision::F32), cell(TrainingPrecision::Mixed));
-            println!("{:<10}{place:<20}{single:>24}{mixed:>28}", u8::from(stage));
-        }
-    }
+    EstimatedRun { args, shape, all, trained }.print_table();
     if trained == all {
         print_deepspeed_estimates(all, shape.vocabulary * shape.hidden, args.world.get());
     }
@@ -143,6 +128,25 @@ struct EstimatedRun<'a> {
 }
 
 impl EstimatedRun<'_> {
+    /// Prints the memory of one rank with every ZeRO stage, place of the optimizer and precision.
+    fn print_table(&self) {
+        println!("\n{:<10}{:<20}{:>24}{:>28}", "stage", "optimizer", "f32", "bf16, f32 master weights");
+        for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
+            for setting in OFFLOAD_SETTINGS {
+                if setting.weights != OffloadDevice::None && stage != ZeroStage::Weights {
+                    continue;
+                }
+                let place = setting.name;
+                let cell = |precision| {
+                    let memory = self.footprint(stage, setting, precision).peak_memory();
+                    format!("{:.2} + {:.2}", gib(memory.device()), gib(memory.host))
+                };
+                let (single, mixed) = (cell(TrainingPrecision::F32), cell(TrainingPrecision::Mixed));
+                println!("{:<10}{place:<20}{single:>24}{mixed:>28}", u8::from(stage));
+            }
+        }
+    }
+
     /// Returns the footprint of one rank.
     fn footprint(&self, stage: ZeroStage, setting: OffloadSetting, precision: TrainingPrecision) -> RunFootprint {
         let Self { args, shape, all, trained } = *self;

@@ -16,41 +16,9 @@ pub(crate) fn low_rank_decomposition<B: Backend>(
     key: u64,
 ) -> Factors<B> {
     let weight = weight.detach().cast(DType::F32);
-    let ([out, features], device) = (weight.dims(), weight.device());
-    // Oversampling: with more directions than requested, the requested ones converge sooner.
-    let k = (r + r.max(16)).min(out).min(features);
-    let tensor = |rows: &[Vec<f64>]| {
-        let values = rows.iter().flatten().map(|&x| x as f32).collect::<Vec<_>>();
-        Tensor::<B, 2>::from_data(TensorData::new(values, [rows.len(), rows[0].len()]), (&device, DType::F32))
-    };
-    let mut right: Vec<Vec<f64>> =
-        (0..k).map(|i| (0..features).map(|j| random::normal(key, (i * features + j) as u64)).collect()).collect();
-    orthonormalise(&mut right);
-    let (mut before, mut iteration, mut end) = (f64::INFINITY, 0, niter.map_or(MAX_ITERATIONS, |n| n + 1));
-    let (mut left, mut small) = (Vec::new(), Vec::new());
-    let (mut values, mut vectors) = (Vec::new(), Vec::new());
-    while iteration < end {
-        left = rows(tensor(&right).matmul(weight.clone().transpose()));
-        orthonormalise(&mut left);
-        small = rows(tensor(&left).matmul(weight.clone()));
-        iteration += 1;
-        if niter.is_none() || iteration == end {
-            (values, vectors) = eigen(&small);
-        }
-        if niter.is_none() {
-            let now: f64 = values[..r].iter().sum();
-            if (now - before).abs() <= 1e-9 * now {
-                // The sum converges long before the directions do: their error is the square root of its error, so they
-                // need as many iterations again.
-                end = end.min(2 * iteration);
-            }
-            before = now;
-        }
-        if iteration < end {
-            right.clone_from(&small);
-            orthonormalise(&mut right);
-        }
-    }
+    let device = weight.device();
+    let Subspace { left, small, eigen: Eigen { values, vectors } } = iterate(&weight, r, niter, key);
+    let (k, out, features) = (small.len(), left[0].len(), small[0].len());
     let (mut a, mut b) = (Vec::new(), vec![vec![0.0; r]; out]);
     for index in 0..r {
         // This combination of the rows of the small matrix is the singular value times the right singular vector.
@@ -63,7 +31,54 @@ pub(crate) fn low_rank_decomposition<B: Backend>(
         let column = mix(&left, out);
         b.iter_mut().zip(column).for_each(|(row, x)| row[index] = x * value.sqrt());
     }
-    Factors { a: tensor(&a), b: tensor(&b) }
+    Factors { a: tensor(&a, &device), b: tensor(&b, &device) }
+}
+
+/// The result of the subspace iteration.
+struct Subspace {
+    /// Orthonormal directions of outputs, `[k, out]`.
+    left: Vec<Vec<f64>>,
+    /// The weight in these directions, `[k, in]`.
+    small: Vec<Vec<f64>>,
+    /// The eigenvalues and eigenvectors of `small·smallᵀ`.
+    eigen: Eigen,
+}
+
+/// Runs the subspace iteration on `weight [out, in]` with `k` directions, a few more than the rank `r`.
+fn iterate<B: Backend>(weight: &Tensor<B, 2>, r: usize, niter: Option<usize>, key: u64) -> Subspace {
+    let ([out, features], device) = (weight.dims(), weight.device());
+    // Oversampling: with more directions than requested, the requested ones converge sooner.
+    let k = (r + r.max(16)).min(out).min(features);
+    let mut right: Vec<Vec<f64>> =
+        (0..k).map(|i| (0..features).map(|j| random::normal(key, (i * features + j) as u64)).collect()).collect();
+    orthonormalise(&mut right);
+    let (mut before, mut iteration, mut end) = (f64::INFINITY, 0, niter.map_or(MAX_ITERATIONS, |n| n + 1));
+    loop {
+        let mut left = rows(tensor(&right, &device).matmul(weight.clone().transpose()));
+        orthonormalise(&mut left);
+        let small = rows(tensor(&left, &device).matmul(weight.clone()));
+        iteration += 1;
+        if niter.is_none() || iteration == end {
+            let eigen = eigen(&small);
+            let now: f64 = eigen.values[..r].iter().sum();
+            if niter.is_none() && (now - before).abs() <= 1e-9 * now {
+                // The sum converges long before the directions do: their error is the square root of its error, so they
+                // need as many iterations again.
+                end = end.min(2 * iteration);
+            }
+            before = now;
+            if iteration == end {
+                return Subspace { left, small, eigen };
+            }
+        }
+        right = small;
+        orthonormalise(&mut right);
+    }
+}
+
+fn tensor<B: Backend>(rows: &[Vec<f64>], device: &B::Device) -> Tensor<B, 2> {
+    let values = rows.iter().flatten().map(|&x| x as f32).collect::<Vec<_>>();
+    Tensor::from_data(TensorData::new(values, [rows.len(), rows[0].len()]), (device, DType::F32))
 }
 
 fn rows<B: Backend>(x: Tensor<B, 2>) -> Vec<Vec<f64>> {
@@ -72,8 +87,14 @@ fn rows<B: Backend>(x: Tensor<B, 2>) -> Vec<Vec<f64>> {
     values.chunks_exact(columns).map(<[f64]>::to_vec).collect()
 }
 
-/// Returns the eigenvalues of `M·Mᵀ`, largest first, and its eigenvectors as columns, by Jacobi rotations.
-fn eigen(m: &[Vec<f64>]) -> (Vec<f64>, Vec<Vec<f64>>) {
+/// Eigenvalues, largest first, and the eigenvectors as columns.
+struct Eigen {
+    values: Vec<f64>,
+    vectors: Vec<Vec<f64>>,
+}
+
+/// Computes the eigenvalues and eigenvectors of `M·Mᵀ` by Jacobi rotations.
+fn eigen(m: &[Vec<f64>]) -> Eigen {
     let k = m.len();
     let mut s: Vec<Vec<f64>> = m.iter().map(|row| m.iter().map(|other| dot(row, other)).collect()).collect();
     let mut v: Vec<Vec<f64>> = (0..k).map(|i| (0..k).map(|j| f64::from(u8::from(i == j))).collect()).collect();
@@ -92,7 +113,7 @@ fn eigen(m: &[Vec<f64>]) -> (Vec<f64>, Vec<Vec<f64>>) {
     let mut order: Vec<usize> = (0..k).collect();
     order.sort_by(|&i, &j| s[j][j].total_cmp(&s[i][i]));
     let vectors = v.iter().map(|row| order.iter().map(|&i| row[i]).collect()).collect();
-    (order.iter().map(|&i| s[i][i]).collect(), vectors)
+    Eigen { values: order.iter().map(|&i| s[i][i]).collect(), vectors }
 }
 
 /// Applies the Jacobi rotation that makes `s[p][q]` zero, and accumulates it in `v`.

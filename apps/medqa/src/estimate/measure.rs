@@ -11,9 +11,9 @@ use crate::{
 };
 use anyhow::Result;
 use burn::backend::Autodiff;
-use burn_llama::{Example, SequenceLayout, kernel::Kernels};
+use burn_llama::{Example, Llama, SequenceLayout, kernel::Kernels};
 use burn_peft::{DropoutKey, ForwardContext, param};
-use burn_zero::{comm::Communicator, estimate::MemoryEstimate};
+use burn_zero::{Engine, comm::Communicator, estimate::MemoryEstimate};
 use serde_json::json;
 use std::{
     path::Path,
@@ -97,23 +97,30 @@ fn recipe_from_args(args: &EstimateArgs) -> Result<Recipe> {
     Recipe::parse("", Path::new("--measure"), &sets)
 }
 
-fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
-    let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
-    let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
-    let (model, _) = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
-    let sizes = RunSizes {
-        trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
-        tokens: args.tokens,
-        ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
-    };
-    let vocabulary = model.config().vocab_size as u64;
-    let mut engine = train::engine_config(&recipe, communicator)?.init(model)?;
+/// Returns rows of arbitrary ids with `tokens` tokens in total.
+fn example_rows(tokens: u64, vocabulary: u64) -> Vec<Example> {
     let row = |number: u64| {
-        let length = MAX_ROW_TOKENS.min(args.tokens - number * MAX_ROW_TOKENS) as usize;
+        let length = MAX_ROW_TOKENS.min(tokens - number * MAX_ROW_TOKENS) as usize;
         let ids: Vec<u32> = (0..length as u64).map(|i| ((i * 7919 + number * 104_729) % vocabulary) as u32).collect();
         Example { loss_mask: (0..length).map(|i| i > 0).collect(), ids }
     };
-    let rows: Vec<Example> = (0..args.tokens.div_ceil(MAX_ROW_TOKENS)).map(row).collect();
+    (0..tokens.div_ceil(MAX_ROW_TOKENS)).map(row).collect()
+}
+
+/// The memory of a training step.
+struct MeasuredSteps {
+    /// The bytes that the engine has counted.
+    counted_memory: MemoryEstimate,
+    /// The largest anonymous resident memory of the process, in bytes.
+    peak_rss_anon: u64,
+}
+
+/// Runs two steps on one micro-batch of `rows`, and measures the second.
+fn run_two_steps<B: Kernels>(
+    engine: &mut Engine<Autodiff<B>, Llama<Autodiff<B>>>,
+    rows: &[Example],
+    args: &EstimateArgs,
+) -> Result<MeasuredSteps> {
     let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
     let layout = SequenceLayout::from_lengths(&lengths, true);
     let (mut counted_memory, mut sampler) = (MemoryEstimate::default(), None);
@@ -122,7 +129,7 @@ fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator:
         process::trim_heap();
         sampler.replace(PeakMemorySampler::start()?).map(PeakMemorySampler::finish);
         let noise = DropoutKey { seed: 0, step, tokens: layout.dropout_tokens(0) };
-        let batch = engine.model().batch(&rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?;
+        let batch = engine.model().batch(rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?;
         // The step frees accumulated gradients, and the first step allocates the moments.
         if args.max_grad_norm == 0.0 {
             engine.forward_backward_step(&batch, 1e-5)?;
@@ -133,9 +140,24 @@ fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator:
             engine.step(1e-5)?;
         }
     }
-    let (peak, estimated) = (engine.peak_memory(), sizes.footprint(&recipe).peak_memory());
     engine.barrier()?;
-    let all = sampler.map_or(0, PeakMemorySampler::finish).saturating_sub(before);
+    Ok(MeasuredSteps { counted_memory, peak_rss_anon: sampler.map_or(0, PeakMemorySampler::finish) })
+}
+
+fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
+    let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
+    let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
+    let (model, _) = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
+    let sizes = RunSizes {
+        trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
+        tokens: args.tokens,
+        ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
+    };
+    let rows = example_rows(args.tokens, model.config().vocab_size as u64);
+    let mut engine = train::engine_config(&recipe, communicator)?.init(model)?;
+    let MeasuredSteps { counted_memory, peak_rss_anon } = run_two_steps(&mut engine, &rows, args)?;
+    let (peak, estimated) = (engine.peak_memory(), sizes.footprint(&recipe).peak_memory());
+    let all = peak_rss_anon.saturating_sub(before);
     let states = counted_memory.total();
     let line = json!({
         "rank": engine.rank(), "world": engine.world(), "zero_stage": args.measure.zero_stage,

@@ -165,12 +165,22 @@ struct Alternative {
 fn alternatives(sizes: &RunSizes, recipe: &Recipe) -> Vec<Alternative> {
     let before = Candidate { recipe: recipe.clone(), sizes: *sizes };
     let (mut all, mut together) = (Vec::new(), before.clone());
-    let mut offer = |name: &str, change: &dyn Fn(&mut Candidate)| {
+    offer_changes(sizes, recipe, |name, change| {
         let mut alone = before.clone();
         change(&mut alone);
         change(&mut together);
         all.push(Alternative { change: name.to_owned(), bytes: alone.total_bytes() });
-    };
+    });
+    if all.len() > 1 {
+        let changes: Vec<&str> = all.iter().map(|alternative| alternative.change.as_str()).collect();
+        let change = format!("all of these: {}", changes.join(", "));
+        all.push(Alternative { change, bytes: together.total_bytes() });
+    }
+    all
+}
+
+/// Calls `offer` with the name and the effect of every change that can need less memory.
+fn offer_changes(sizes: &RunSizes, recipe: &Recipe, mut offer: impl FnMut(&str, &dyn Fn(&mut Candidate))) {
     let steps = &recipe.train.steps;
     if steps.activation_checkpointing != Checkpointing::Full && sizes.tokens > 0 {
         offer("train.activation_checkpointing = \"full\"", &|run| {
@@ -199,12 +209,6 @@ fn alternatives(sizes: &RunSizes, recipe: &Recipe) -> Vec<Alternative> {
             run.sizes.trained = footprint::count_lora_params(shape, &lora_config(&run.recipe)).unwrap_or(0);
         });
     }
-    if all.len() > 1 {
-        let changes: Vec<&str> = all.iter().map(|alternative| alternative.change.as_str()).collect();
-        let change = format!("all of these: {}", changes.join(", "));
-        all.push(Alternative { change, bytes: together.total_bytes() });
-    }
-    all
 }
 
 fn local_world_size() -> u64 {

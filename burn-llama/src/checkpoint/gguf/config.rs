@@ -49,11 +49,11 @@ impl Gguf {
             set("attention_bias", json!(self.tensor("blk.0.attn_q.bias").is_some()));
             set("mlp_bias", json!(self.tensor("blk.0.ffn_gate.bias").is_some()));
         }
-        if let Some(scaling) = self.rope_scaling()? {
-            set("rope_scaling", scaling);
-        }
-        if let Some(window) = self.optional_integer("attention.sliding_window")? {
-            set("sliding_window", json!(window));
+        let window = self.optional_integer("attention.sliding_window")?.map(Json::from);
+        for (key, value) in [("rope_scaling", self.rope_scaling()?), ("sliding_window", window)] {
+            if let Some(value) = value {
+                set(key, value);
+            }
         }
         for key in ["bos_token_id", "eos_token_id"] {
             if let Some(id) = self.integer(&format!("tokenizer.ggml.{key}"))? {

@@ -63,15 +63,14 @@ fn plan_tensors<'a>(
         let layer = key.strip_suffix(".weight").filter(|layer| *layer != "model.embed_tokens")?;
         Some((layer.to_owned(), <[usize; 2]>::try_from(shape).ok()?))
     });
+    let head_dim = config::permuted_head_dim(config);
     let mut left: BTreeSet<&str> = tensors.keys().map(String::as_str).collect();
     let (mut planned, mut problems) = (Vec::new(), Vec::new());
     for (layer, [out, features]) in matrices {
         let pair = [("lora_A", "lora_a", [r, features]), ("lora_B", "lora_b", [out, r])]
             .map(|(part, suffix, shape)| (format::tensor_key(&layer, part), suffix, shape));
-        let Some(name) = gguf_name(&format!("{layer}.weight")) else { continue };
-        if !pair.iter().any(|(key, ..)| tensors.contains_key(key)) {
-            continue;
-        }
+        let adapted = pair.iter().any(|(key, ..)| tensors.contains_key(key));
+        let Some(name) = gguf_name(&format!("{layer}.weight")).filter(|_| adapted) else { continue };
         for (key, suffix, expected) in pair {
             left.remove(key.as_str());
             match tensors.get(&key).map(|tensor| (tensor, tensor.shape.as_slice())) {
@@ -80,8 +79,7 @@ fn plan_tensors<'a>(
                     name: format!("{name}.{suffix}"),
                     shape: expected.to_vec(),
                     kind,
-                    head_dim: config::permuted_head_dim(config)
-                        .filter(|_| suffix == "lora_b" && RowHeads::from_name(&name).is_some()),
+                    head_dim: head_dim.filter(|_| suffix == "lora_b" && RowHeads::from_name(&name).is_some()),
                     values: Box::new(|| tensor.iter::<f32>().collect()),
                 }),
                 Some((_, found)) => problems.push(format!("{key}: expected {expected:?}, found {found:?}")),

@@ -204,12 +204,7 @@ unsafe fn pack_k_major<const IS_BF16: bool, const PAIRS: bool, const LANES: usiz
             } else if operand.strides[1] == 1 {
                 for word in (0..words).step_by(16) {
                     let position = k.start + word * pair;
-                    let mut rows = [_mm512_setzero_si512(); 16];
-                    for (index, row) in rows.iter_mut().enumerate().take(count) {
-                        let values = operand.ptr(first + index, position);
-                        _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(64 * PREFETCH_DISTANCE).cast());
-                        *row = load_along_k::<IS_BF16, PAIRS>(values, k.end - position);
-                    }
+                    let rows = load_rows::<IS_BF16, PAIRS>(operand, first..first + count, position..k.end);
                     for (index, column) in transpose(rows).into_iter().enumerate() {
                         _mm512_storeu_si512(to.add((word + index) * LANES).cast(), column);
                     }
@@ -222,6 +217,30 @@ unsafe fn pack_k_major<const IS_BF16: bool, const PAIRS: bool, const LANES: usiz
                 }
             }
         }
+    }
+}
+
+/// Loads up to 16 words along k, from the start of the range `k`, of each of up to 16 vectors whose values along k are
+/// adjacent; zeros for the others and where the range has ended.
+///
+/// # Safety
+/// The vectors and the range lie within `operand`, `IS_BF16` is true exactly if they are bf16, and the CPU has
+/// AVX-512F, BW and VL (and BF16 if `PAIRS`).
+#[inline(always)]
+unsafe fn load_rows<const IS_BF16: bool, const PAIRS: bool>(
+    operand: &Operand,
+    vectors: Range<usize>,
+    k: Range<usize>,
+) -> [__m512i; 16] {
+    // SAFETY: loads are masked to the range, which lies within `operand` by the caller's guarantee.
+    unsafe {
+        let mut rows = [_mm512_setzero_si512(); 16];
+        for (row, vector) in rows.iter_mut().zip(vectors) {
+            let values = operand.ptr(vector, k.start);
+            _mm_prefetch::<_MM_HINT_T0>(values.wrapping_add(64 * PREFETCH_DISTANCE).cast());
+            *row = load_along_k::<IS_BF16, PAIRS>(values, k.len());
+        }
+        rows
     }
 }
 
