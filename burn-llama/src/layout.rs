@@ -91,7 +91,7 @@ impl SequenceLayout {
     }
 
     /// Lays out one more token for every row, at the given positions, all in segment 1.
-    pub fn next_token(positions: &[usize]) -> Self {
+    pub(crate) fn next_token(positions: &[usize]) -> Self {
         let rows = positions.len();
         Self { rows, length: 1, segments: vec![1; rows], positions: positions.iter().map(|&p| p as i32).collect() }
     }
@@ -143,7 +143,7 @@ impl SequenceLayout {
     }
 
     /// Returns the largest position plus one.
-    pub fn num_positions(&self) -> usize {
+    pub(crate) fn num_positions(&self) -> usize {
         self.positions.iter().max().map_or(0, |&p| p as usize + 1)
     }
 }
@@ -242,7 +242,7 @@ pub struct OutputSlots<B: Backend> {
 
 impl<B: Backend> OutputSlots<B> {
     /// Selects the given slots of a forward pass.
-    pub fn new(slots: Vec<i32>, forward_context: &ForwardContext, device: &B::Device) -> Self {
+    pub(crate) fn new(slots: Vec<i32>, forward_context: &ForwardContext, device: &B::Device) -> Self {
         let forward_context = forward_context.select(&slots);
         Self { slots: index_tensor(slots, device), forward_context }
     }

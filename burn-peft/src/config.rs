@@ -3,7 +3,7 @@
 mod json;
 mod selection;
 
-pub use selection::Selection;
+pub(crate) use selection::Selection;
 
 use crate::{Error, TargetModules};
 use serde::{Deserialize, Serialize};

@@ -45,13 +45,13 @@ pub struct Lora<B: LinearKernels> {
 
 /// A new adapter: the layer and the name that it gets, and its configuration.
 #[derive(Debug, Clone, Copy)]
-pub struct LoraSpec<'a> {
+pub(crate) struct LoraSpec<'a> {
     /// The layer's path.
-    pub path: &'a str,
+    pub(crate) path: &'a str,
     /// The adapter's name.
-    pub name: &'a str,
+    pub(crate) name: &'a str,
     /// The configuration.
-    pub config: &'a LoraConfig,
+    pub(crate) config: &'a LoraConfig,
 }
 
 impl LoraSpec<'_> {
@@ -69,7 +69,7 @@ impl LoraSpec<'_> {
 impl<B: LinearKernels> Lora<B> {
     /// Creates an adapter for a layer whose weight has the `shape` `[out, in]`, with an initialization that does not
     /// depend on the weight.
-    pub fn new(spec: LoraSpec<'_>, shape: [usize; 2], seed: u64, device: &B::Device) -> Self {
+    pub(crate) fn new(spec: LoraSpec<'_>, shape: [usize; 2], seed: u64, device: &B::Device) -> Self {
         let r = spec.rank();
         let [a, b] = init::initial_values(&spec.config.init_lora_weights, shape, r, spec.random_key(seed));
         let tensor = |values: Vec<f32>, shape: [usize; 2]| {
@@ -79,7 +79,7 @@ impl<B: LinearKernels> Lora<B> {
     }
 
     /// Creates an adapter with the given `A [r, in]` and `B [out, r]`.
-    pub fn from_tensors(spec: LoraSpec<'_>, a: Tensor<B, 2>, b: Tensor<B, 2>) -> Self {
+    pub(crate) fn from_tensors(spec: LoraSpec<'_>, a: Tensor<B, 2>, b: Tensor<B, 2>) -> Self {
         let LoraSpec { path, name, config } = spec;
         let leaf = |part: &str, tensor: Tensor<B, 2>| {
             Param::initialized(param::id(&format!("{path}.{part}.{name}.weight")), tensor.require_grad())

@@ -35,7 +35,7 @@ impl TargetModules {
     ///
     /// # Errors
     /// If the pattern is not a regular expression.
-    pub fn matcher(&self) -> Result<Matcher, Error> {
+    pub(crate) fn matcher(&self) -> Result<Matcher, Error> {
         Ok(match self {
             Self::Suffixes(names) => Matcher::Suffixes(names.clone()),
             Self::Pattern(pattern) if pattern == "all-linear" => Matcher::AllLinear,
@@ -53,7 +53,7 @@ impl TargetModules {
 
 /// A compiled [`TargetModules`]: a predicate on layer paths.
 #[derive(Debug, Clone)]
-pub enum Matcher {
+pub(crate) enum Matcher {
     /// Selects layers whose path is one of these names or ends in `.` and one of them.
     Suffixes(Vec<String>),
     /// Selects every layer but `lm_head`.
@@ -64,7 +64,7 @@ pub enum Matcher {
 
 impl Matcher {
     /// Returns true if the layer at `path` is selected.
-    pub fn selects(&self, path: &str) -> bool {
+    pub(crate) fn selects(&self, path: &str) -> bool {
         match self {
             Self::Suffixes(names) => names.iter().any(|name| matches_suffix(path, name)),
             Self::AllLinear => path != "lm_head" && !path.ends_with(".lm_head"),

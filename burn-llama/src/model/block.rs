@@ -54,25 +54,25 @@ pub struct Layer<B: Kernels> {
 
 /// One layer of a KV cache.
 #[derive(Debug)]
-pub struct LayerCache<'a, B: Kernels> {
+pub(crate) struct LayerCache<'a, B: Kernels> {
     /// The cache.
-    pub cache: &'a mut KvCache<B>,
+    pub(crate) cache: &'a mut KvCache<B>,
     /// The index of the layer in the cache.
-    pub layer: usize,
+    pub(crate) layer: usize,
 }
 
 /// The slots for which a block computes its output, and how.
 #[derive(Debug)]
-pub struct BlockOutputs<'a, B: Kernels> {
+pub(crate) struct BlockOutputs<'a, B: Kernels> {
     /// The forward context of all slots.
-    pub forward_context: &'a ForwardContext,
+    pub(crate) forward_context: &'a ForwardContext,
     /// The slots whose output is needed; `None` if that of all is.
-    pub slots: Option<&'a OutputSlots<B>>,
+    pub(crate) slots: Option<&'a OutputSlots<B>>,
 }
 
 impl<'a, B: Kernels> BlockOutputs<'a, B> {
     /// Returns the forward context of the slots whose output is needed.
-    pub fn output_context(&self) -> &'a ForwardContext {
+    pub(crate) fn output_context(&self) -> &'a ForwardContext {
         self.slots.map_or(self.forward_context, |slots| &slots.forward_context)
     }
 
@@ -131,7 +131,7 @@ impl<B: Kernels> Attention<B> {
 impl<B: Kernels> Layer<B> {
     /// Computes the attention half of the block: `[tokens, hidden]` → `[tokens, hidden]`, or `[n, hidden]` for `n`
     /// output slots. New keys and values are appended to `cache`, if there is one.
-    pub fn attention_block(
+    pub(crate) fn attention_block(
         &self,
         x: Tensor<B, 2>,
         context: &AttentionContext<B>,
@@ -145,7 +145,7 @@ impl<B: Kernels> Layer<B> {
 
     /// Computes the MLP half of the block: `[n, hidden]` → `[n, hidden]`. `forward_context` is that of these `n`
     /// tokens.
-    pub fn mlp_block(&self, x: Tensor<B, 2>, forward_context: &ForwardContext) -> Tensor<B, 2> {
+    pub(crate) fn mlp_block(&self, x: Tensor<B, 2>, forward_context: &ForwardContext) -> Tensor<B, 2> {
         let normed = self.post_attention_layernorm.forward(x.clone());
         let gate = self.mlp.gate_proj.forward(normed.clone(), forward_context);
         let up = self.mlp.up_proj.forward(normed, forward_context);

@@ -9,7 +9,8 @@ mod norm;
 mod row_adapters;
 mod virtual_tokens;
 
-pub use block::{Attention, BlockOutputs, Layer, LayerCache, Mlp};
+pub use block::{Attention, Layer, Mlp};
+pub(crate) use block::{BlockOutputs, LayerCache};
 pub use norm::RmsNorm;
 pub(crate) use row_adapters::RowAdapters;
 

@@ -8,7 +8,7 @@ const MAX_ISA_VARIABLE: &str = "BURN_PEFT_MAX_ISA";
 
 /// Instruction sets of x86, each of which includes those before it. Other architectures have no such choice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum InstructionSet {
+pub(crate) enum InstructionSet {
     /// The compiler's default for the target.
     Scalar,
     /// Vectors of 256 bits.
@@ -21,7 +21,7 @@ pub enum InstructionSet {
 
 /// Returns the widest instruction set that the kernels may use. Instructions that the machine lacks are not used in any
 /// case.
-pub fn max_instruction_set() -> InstructionSet {
+pub(crate) fn max_instruction_set() -> InstructionSet {
     static ALLOWED: OnceLock<InstructionSet> = OnceLock::new();
     *ALLOWED.get_or_init(|| match std::env::var(MAX_ISA_VARIABLE).as_deref() {
         Err(_) | Ok("" | "amx") => InstructionSet::Amx,

@@ -8,7 +8,7 @@ use crate::{
 
 /// The fields of a [`LoraConfig`] that decide which layers get an adapter, compiled into a predicate.
 #[derive(Debug, Clone)]
-pub struct Selection {
+pub(crate) struct Selection {
     target: Matcher,
     exclude: Option<Matcher>,
     modules_to_save: Vec<String>,
@@ -21,7 +21,7 @@ impl Selection {
     ///
     /// # Errors
     /// If a pattern is not a regular expression.
-    pub fn new(config: &LoraConfig) -> Result<Self, Error> {
+    pub(crate) fn new(config: &LoraConfig) -> Result<Self, Error> {
         let layers = config.layers_to_transform.as_ref().map(|layers| layers.as_slice().to_vec());
         let patterns = config.layers_pattern.iter().flat_map(|patterns| patterns.as_slice());
         let regex = |pattern: &String| {
@@ -38,7 +38,7 @@ impl Selection {
     }
 
     /// Returns true if the layer at `path` gets an adapter.
-    pub fn selects(&self, path: &str) -> bool {
+    pub(crate) fn selects(&self, path: &str) -> bool {
         let excluded = self.exclude.as_ref().is_some_and(|exclude| exclude.selects(path));
         let block = || match &self.layers_to_transform {
             None => true,
@@ -54,7 +54,7 @@ impl Selection {
     }
 
     /// Returns true if the module at `path` is one of `modules_to_save` or inside one.
-    pub fn in_modules_to_save(&self, path: &str) -> bool {
+    pub(crate) fn in_modules_to_save(&self, path: &str) -> bool {
         self.matching_modules_to_save(path).next().is_some()
     }
 

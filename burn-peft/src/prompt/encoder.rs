@@ -23,7 +23,7 @@ pub struct PromptEncoder<B: LinearKernels> {
 
 /// The activation function between the layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Activation {
+enum Activation {
     /// The hyperbolic tangent, used by prefix tuning.
     Tanh,
     /// ReLU, used by P-tuning.

@@ -13,7 +13,7 @@ mod encoder;
 mod file;
 
 pub use config::{BaseShape, PromptConfig, PromptMethod, PromptTuningInit};
-pub use encoder::{Activation, PromptEncoder};
+pub use encoder::PromptEncoder;
 
 use crate::{Error, ForwardContext, random};
 use burn::{
