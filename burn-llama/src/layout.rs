@@ -177,14 +177,14 @@ impl<B: Backend> AttentionMask<B> {
         let k = |ids: &Tensor<B, 2, Int>| ids.clone().slice(s![.., ..keys]).unsqueeze_dim::<3>(1);
         let shape = [self.query_segments.dims()[0], queries.len(), keys];
         let key_segments = k(&self.key_segments).expand(shape);
-        let foreign = key_segments.clone().not_equal(q(&self.query_segments).expand(shape));
-        let foreign = foreign.bool_and(key_segments.not_equal_elem(Self::ANY_SEGMENT));
+        let other_segment = key_segments.clone().not_equal(q(&self.query_segments).expand(shape));
+        let other_segment = other_segment.bool_and(key_segments.not_equal_elem(Self::ANY_SEGMENT));
         let distance = q(&self.query_positions).expand(shape) - k(&self.key_positions).expand(shape);
-        let mut hidden = foreign.bool_or(distance.clone().lower_elem(0));
+        let mut masked = other_segment.bool_or(distance.clone().lower_elem(0));
         if let Some(window) = self.window {
-            hidden = hidden.bool_or(distance.greater_equal_elem(window as i32));
+            masked = masked.bool_or(distance.greater_equal_elem(window as i32));
         }
-        hidden.unsqueeze_dims::<5>(&[1, 1])
+        masked.unsqueeze_dims::<5>(&[1, 1])
     }
 }
 

@@ -44,12 +44,12 @@ fn by_head<B: Backend>(x: F<B>) -> Tensor<B, 4> {
 
 /// Computes the scaled scores of a block, `[rows, kv_heads, group, block, keys]`; masked pairs get a large negative
 /// value.
-fn scores<B: Backend>(q: Tensor<B, 5>, k: &Tensor<B, 4>, hidden: Tensor<B, 5, Bool>) -> Tensor<B, 5> {
-    let ([rows, kv_heads, group, n, dim], keys) = (q.dims(), hidden.dims()[4]);
+fn scores<B: Backend>(q: Tensor<B, 5>, k: &Tensor<B, 4>, masked: Tensor<B, 5, Bool>) -> Tensor<B, 5> {
+    let ([rows, kv_heads, group, n, dim], keys) = (q.dims(), masked.dims()[4]);
     let k = k.clone().slice(s![.., .., ..keys, ..]).swap_dims(2, 3);
     let scores = (stacked(q) * (dim as f64).powf(-0.5)).matmul(k).reshape([rows, kv_heads, group, n, keys]);
     // The value is finite, so that a query without visible keys gives no NaN.
-    scores.mask_fill(hidden.expand([rows, kv_heads, group, n, keys]), MASKED_SCORE)
+    scores.mask_fill(masked.expand([rows, kv_heads, group, n, keys]), MASKED_SCORE)
 }
 
 /// A block of consecutive queries.
@@ -75,23 +75,24 @@ pub fn forward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>) -> Att
     let q = grouped(tensor::<B, 4>(q), kv_heads);
     let [rows, _, group, queries, dim] = q.dims();
     let (mut outputs, mut sums) = (Vec::new(), Vec::new());
-    for QueryBlock { queries, keys: seen } in blocks(queries, keys) {
-        let hidden = mask.masked(queries.clone(), seen);
+    for QueryBlock { queries, keys: visible } in blocks(queries, keys) {
+        let masked = mask.masked(queries.clone(), visible);
         // A query without visible keys gets an output of 0; with a log-sum-exp of 0 its weights are 0 in the backward
         // pass too. Such queries are taken from the mask, not from the scores, because on some devices a maximum
         // ignores NaN.
-        let blind = hidden.clone().all_dim(4);
-        let scores = scores(q.clone().slice(s![.., .., .., queries.clone(), ..]), &k, hidden);
+        let all_masked = masked.clone().all_dim(4);
+        let scores = scores(q.clone().slice(s![.., .., .., queries.clone(), ..]), &k, masked);
         let max = scores.clone().max_dim(4);
         let weights = (scores - max.clone()).exp();
         let sum = weights.clone().sum_dim(4);
         let n = queries.len();
-        let stacked = weights.reshape([rows, kv_heads, group * n, seen]);
-        let output = stacked.matmul(v.clone().slice(s![.., .., ..seen, ..])).reshape([rows, kv_heads, group, n, dim]);
-        let output = (output / sum.clone()).mask_fill(blind.clone().expand([rows, kv_heads, group, n, dim]), 0.0);
+        let stacked = weights.reshape([rows, kv_heads, group * n, visible]);
+        let output =
+            stacked.matmul(v.clone().slice(s![.., .., ..visible, ..])).reshape([rows, kv_heads, group, n, dim]);
+        let output = (output / sum.clone()).mask_fill(all_masked.clone().expand([rows, kv_heads, group, n, dim]), 0.0);
         outputs.push(ungrouped(output));
-        let blind = blind.expand([rows, kv_heads, group, n, 1]);
-        sums.push((max + sum.log()).mask_fill(blind, 0.0).squeeze_dim::<4>(4));
+        let all_masked = all_masked.expand([rows, kv_heads, group, n, 1]);
+        sums.push((max + sum.log()).mask_fill(all_masked, 0.0).squeeze_dim::<4>(4));
     }
     AttentionOutput { output: primitive(Tensor::cat(outputs, 1)), lse: primitive(Tensor::cat(sums, 3)) }
 }
@@ -104,22 +105,22 @@ pub fn backward<B: Backend>([q, k, v]: [F<B>; 3], mask: &AttentionMask<B>, lse: 
     let [rows, _, group, queries, _] = q.dims();
     let scale = (dim as f64).powf(-0.5);
     let (mut dq, mut dk, mut dv) = (Vec::new(), k.zeros_like(), v.zeros_like());
-    for QueryBlock { queries, keys: seen } in blocks(queries, keys) {
+    for QueryBlock { queries, keys: visible } in blocks(queries, keys) {
         let n = queries.len();
         let rows_of = |x: &Tensor<B, 5>| x.clone().slice(s![.., .., .., queries.clone(), ..]);
-        let flat = |x: Tensor<B, 5>| x.reshape([rows, kv_heads, group * n, seen]);
+        let flat = |x: Tensor<B, 5>| x.reshape([rows, kv_heads, group * n, visible]);
         let (q, dy) = (rows_of(&q), rows_of(&dy));
-        let scores = scores(q.clone(), &k, mask.masked(queries.clone(), seen));
+        let scores = scores(q.clone(), &k, mask.masked(queries.clone(), visible));
         let p = (scores - lse.clone().slice(s![.., .., .., queries.clone()]).unsqueeze_dim::<5>(4)).exp();
         let dy = stacked(dy);
-        let dp = dy.clone().matmul(v.clone().slice(s![.., .., ..seen, ..]).swap_dims(2, 3));
-        let dp = dp.reshape([rows, kv_heads, group, n, seen]);
+        let dp = dy.clone().matmul(v.clone().slice(s![.., .., ..visible, ..]).swap_dims(2, 3));
+        let dp = dp.reshape([rows, kv_heads, group, n, visible]);
         // This equals Σ output·dy, so the output need not be kept.
         let delta = (p.clone() * dp.clone()).sum_dim(4);
         let ds = flat(p.clone() * (dp - delta) * scale);
         dv = add_to_first_keys(dv, flat(p).swap_dims(2, 3).matmul(dy));
         dk = add_to_first_keys(dk, ds.clone().swap_dims(2, 3).matmul(stacked(q)));
-        let block = ds.matmul(k.clone().slice(s![.., .., ..seen, ..]));
+        let block = ds.matmul(k.clone().slice(s![.., .., ..visible, ..]));
         dq.push(ungrouped(block.reshape([rows, kv_heads, group, n, dim])));
     }
     [primitive(Tensor::cat(dq, 1)), primitive(dk.swap_dims(1, 2)), primitive(dv.swap_dims(1, 2))]

@@ -25,7 +25,7 @@ impl World {
     /// # Errors
     /// If it was started by `mpirun` and cannot join.
     #[cfg(feature = "mpi")]
-    pub fn join() -> Result<Self> {
+    pub(crate) fn join() -> Result<Self> {
         if !burn_zero::comm::mpi::launched_by_mpirun() {
             return Ok(Self::single_process());
         }
@@ -65,7 +65,7 @@ impl World {
 /// A guard of the MPI job. A rank that ends without [`MpiGuard::finalize`] counts as failed, and `mpirun` ends all
 /// others.
 #[cfg(feature = "mpi")]
-pub struct MpiGuard(Option<burn_zero::comm::mpi::Session>);
+pub(crate) struct MpiGuard(Option<burn_zero::comm::mpi::Session>);
 /// A guard that does nothing, without MPI.
 #[cfg(not(feature = "mpi"))]
 pub struct MpiGuard();

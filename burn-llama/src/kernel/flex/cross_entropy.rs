@@ -116,9 +116,9 @@ pub(super) fn forward(inputs: CrossEntropyInputs<Flex>, options: CrossEntropyOpt
     let head = LmHead::new(head, precision);
     let (n, vocabulary, width) = (hidden.layout().shape()[0], head.vocabulary, head.width);
     let (ids, weights) = (to_i32(targets.ids.into_data()), values(&weights));
-    let room = |wanted: bool, size: usize| if wanted { vec![0.0; size] } else { Vec::new() };
+    let zeros = |wanted: bool, size: usize| if wanted { vec![0.0; size] } else { Vec::new() };
     let (mut losses, mut lse) = (vec![0.0; n], vec![0.0; n]);
-    let (mut d_hidden, mut d_head) = (room(hidden_gradient, n * width), room(head_gradient, vocabulary * width));
+    let (mut d_hidden, mut d_head) = (zeros(hidden_gradient, n * width), zeros(head_gradient, vocabulary * width));
     let step = head.tokens_per_block(head_gradient);
     // This buffer is freed after the last block, so that it takes no memory in the backward pass.
     // SAFETY: every block of tokens overwrites its logits before it reads them.

@@ -99,17 +99,17 @@ impl FlexDecoder {
         let frequencies = config.rope_scaling.frequencies(config.head_dim, config.rope_theta);
         let (kv_heads, dim) = (config.num_key_value_heads, config.head_dim);
         let group = config.num_attention_heads / kv_heads;
-        let room = |n: usize| vec![0.0; rows * n];
-        let hidden = || room(config.hidden_size);
+        let zeros = |n: usize| vec![0.0; rows * n];
+        let hidden = || zeros(config.hidden_size);
         let buffers = DecodeBuffers {
             residual: hidden(),
             normed: hidden(),
             block_output: hidden(),
-            qkv: [kv_heads * group, kv_heads, kv_heads].map(|heads| room(heads * dim)),
-            attention_output: room(kv_heads * group * dim),
-            gate_up: [(); 2].map(|()| room(config.intermediate_size)),
-            cos: room(frequencies.len()),
-            sin: room(frequencies.len()),
+            qkv: [kv_heads * group, kv_heads, kv_heads].map(|heads| zeros(heads * dim)),
+            attention_output: zeros(kv_heads * group * dim),
+            gate_up: [(); 2].map(|()| zeros(config.intermediate_size)),
+            cos: zeros(frequencies.len()),
+            sin: zeros(frequencies.len()),
             visible: vec![Vec::new(); rows],
             ..DecodeBuffers::default()
         };

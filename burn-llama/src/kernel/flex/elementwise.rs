@@ -64,8 +64,8 @@ pub(super) fn to_bf16(x: FlexTensor) -> FlexTensor {
     let x = contiguous(x);
     let (shape, x) = (x.layout().shape().clone(), values(&x));
     let mut out = Vec::with_capacity(x.len());
-    let room = &mut out.spare_capacity_mut()[..x.len()];
-    room.par_chunks_mut(VALUES_PER_TASK).zip(x.par_chunks(VALUES_PER_TASK)).for_each(|(out, x)| {
+    let spare = &mut out.spare_capacity_mut()[..x.len()];
+    spare.par_chunks_mut(VALUES_PER_TASK).zip(x.par_chunks(VALUES_PER_TASK)).for_each(|(out, x)| {
         vectorized(
             #[inline(always)]
             || {

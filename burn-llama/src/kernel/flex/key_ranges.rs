@@ -16,29 +16,29 @@ pub(super) struct KeyRanges {
 
 impl KeyRanges {
     /// Returns the ranges of each row of the batch.
-    pub(super) fn of_batch(visibility: &AttentionMask<Flex>) -> Vec<Self> {
-        let ([rows, queries], [_, keys]) = (visibility.query_segments.dims(), visibility.key_segments.dims());
-        let query_segments = to_i32(visibility.query_segments.to_data());
-        let query_positions = to_i32(visibility.query_positions.to_data());
-        let key_segments = to_i32(visibility.key_segments.to_data());
-        let key_positions = to_i32(visibility.key_positions.to_data());
+    pub(super) fn of_batch(mask: &AttentionMask<Flex>) -> Vec<Self> {
+        let ([rows, queries], [_, keys]) = (mask.query_segments.dims(), mask.key_segments.dims());
+        let query_segments = to_i32(mask.query_segments.to_data());
+        let query_positions = to_i32(mask.query_positions.to_data());
+        let key_segments = to_i32(mask.key_segments.to_data());
+        let key_positions = to_i32(mask.key_positions.to_data());
         let row = |row: usize| {
             let (q, k) = (row * queries..(row + 1) * queries, row * keys..(row + 1) * keys);
             Self::of_row(
                 RowSlots { segments: &query_segments[q.clone()], positions: &query_positions[q] },
                 RowSlots { segments: &key_segments[k.clone()], positions: &key_positions[k] },
-                visibility.window,
+                mask.window,
             )
         };
         (0..rows).map(row).collect()
     }
 
     fn of_row(queries: RowSlots<'_>, keys: RowSlots<'_>, window: Option<usize>) -> Self {
-        let (past, runs) = (keys.segments.len() - queries.segments.len(), segment_runs(keys));
+        let (cached, runs) = (keys.segments.len() - queries.segments.len(), segment_runs(keys));
         let (mut ranges, mut starts) = (Vec::<Range<usize>>::new(), vec![0]);
         for (query, (&segment, &position)) in queries.segments.iter().zip(queries.positions).enumerate() {
-            let (seen, mine) = (past + query + 1, ranges.len());
-            for run in runs.iter().take_while(|run| run.keys.start < seen) {
+            let (visible, first_range) = (cached + query + 1, ranges.len());
+            for run in runs.iter().take_while(|run| run.keys.start < visible) {
                 if run.segment != segment && run.segment != AttentionMask::<Flex>::ANY_SEGMENT {
                     continue;
                 }
@@ -46,8 +46,8 @@ impl KeyRanges {
                 // them.
                 let up_to = (i64::from(position) - i64::from(run.position) + 1).max(0) as usize;
                 let from = run.keys.start + window.map_or(0, |window| up_to.saturating_sub(window));
-                let to = run.keys.end.min(seen).min(run.keys.start + up_to);
-                match ranges[mine..].last_mut() {
+                let to = run.keys.end.min(visible).min(run.keys.start + up_to);
+                match ranges[first_range..].last_mut() {
                     _ if from >= to => {}
                     Some(last) if last.end == from => last.end = to,
                     _ => ranges.push(from..to),

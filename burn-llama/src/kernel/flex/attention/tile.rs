@@ -58,16 +58,16 @@ impl<'a> AttentionTile<'a> {
         let (m, n, dim) = (self.num_rows(), self.span.len(), self.sizes.dim);
         with_scratch(m * (2 * dim + n + 1), |scratch| {
             let (queries, rest) = scratch.split_at_mut(m * dim);
-            let (mixed, rest) = rest.split_at_mut(m * dim);
+            let (weighted_values, rest) = rest.split_at_mut(m * dim);
             let (scores, sums) = rest.split_at_mut(m * n);
             self.gather(inputs.q, queries, self.sizes.scale());
             let to = GemmOutput { values: scores, stride: n, accumulate: false };
             let keys = self.span_matrix(inputs.k).transposed();
             sgemm(to, Matrix::new(queries, [m, dim]), keys, 1.0, Threads::One);
             self.softmax_rows(scores, sums, lse);
-            let to = GemmOutput { values: mixed, stride: dim, accumulate: false };
+            let to = GemmOutput { values: weighted_values, stride: dim, accumulate: false };
             sgemm(to, Matrix::new(scores, [m, n]), self.span_matrix(inputs.v), 1.0, Threads::One);
-            self.write_output(mixed, sums, output);
+            self.write_output(weighted_values, sums, output);
         });
     }
 
@@ -92,19 +92,19 @@ impl<'a> AttentionTile<'a> {
         );
     }
 
-    /// Writes the rows `mixed [rows, dim]`, each times its value of `sums`, to the output.
-    fn write_output(&self, mixed: &[f32], sums: &[f32], output: &DisjointSlices) {
+    /// Writes the rows `weighted_values [rows, dim]`, each times its value of `sums`, to the output.
+    fn write_output(&self, weighted_values: &[f32], sums: &[f32], output: &DisjointSlices) {
         let AttentionShape { group, dim, .. } = self.sizes;
         for (index, query) in self.queries.clone().enumerate() {
             let at = self.sizes.group_range(self.index, query);
-            let mixed = mixed[index * at.len()..(index + 1) * at.len()].chunks_exact(dim);
+            let weighted_values = weighted_values[index * at.len()..(index + 1) * at.len()].chunks_exact(dim);
             let sums = &sums[index * group..];
             // SAFETY: `at` lies in the output, which is as long as the queries, and only this tile has this query of
             // this group of heads.
             unsafe {
                 output.write(at, |out| {
-                    for ((out, mixed), &sum) in out.chunks_exact_mut(dim).zip(mixed).zip(sums) {
-                        scale_into(out, mixed, sum);
+                    for ((out, weighted_values), &sum) in out.chunks_exact_mut(dim).zip(weighted_values).zip(sums) {
+                        scale_into(out, weighted_values, sum);
                     }
                 });
             }
