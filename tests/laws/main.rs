@@ -8,6 +8,7 @@ mod gguf;
 mod loftq;
 mod methods;
 mod packed;
+mod pre_tokenizers;
 mod prompt;
 mod several;
 mod text;

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use serde_json::Value as Json;
 
-use super::bpe::PreTokenizerRules;
 use super::metadata::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, stop_tokens};
+use super::pre_tokenizer::PreTokenizerRules;
 use super::sentencepiece::SPACE_SYMBOL;
 use super::{Encoder, SpecialTokens, Tokenizer};
 use crate::checkpoint::gguf::{Gguf, MetadataArray, MetadataValue, write::Metadata};

@@ -13,7 +13,9 @@ mod bpe;
 mod directory;
 mod gguf_metadata;
 mod metadata;
+mod patterns;
 mod pipeline;
+mod pre_tokenizer;
 mod save;
 mod sentencepiece;
 mod stream;
@@ -71,14 +73,18 @@ impl SpecialTokens {
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of a GGUF file. `tokenizer.ggml.model` may be `gpt2` (byte-level BPE with
-    /// `tokenizer.ggml.pre` `smollm`, `llama-bpe`, `qwen2`, `gpt-2` or `default`) or `llama` (SentencePiece). Ids equal
-    /// those of llama.cpp's `llama_tokenize(add_special, parse_special = true)`.
+    /// Reads the tokenizer of a GGUF file. `tokenizer.ggml.model` may be `gpt2` (byte-level BPE) or `llama`
+    /// (SentencePiece). For `gpt2`, `tokenizer.ggml.pre` names the rules that split text into words: every name that
+    /// llama.cpp has for a byte-level vocabulary is accepted, such as `llama-bpe`, `qwen2`, `tekken`, `deepseek-llm` or
+    /// `smollm`, and a missing name is `default`. Ids equal those of llama.cpp's
+    /// `llama_tokenize(add_special, parse_special = true)`, except around characters that Unicode 16 added, which
+    /// llama.cpp's tables lack. Where llama.cpp simplifies the rules of a model's own tokenizer, its ids are followed: in
+    /// `tekken`, for example, a combining mark is not a part of a word.
     ///
     /// # Errors
     ///
-    /// [`Error::Tokenizer`] if `model` or `pre` is not one of these or the vocabulary is malformed; [`Error::Format`]
-    /// if the file's chat template does not parse.
+    /// [`Error::Tokenizer`] if `model` or `pre` is not one of these, with the names that are, or if the vocabulary is
+    /// malformed; [`Error::Format`] if the file's chat template does not parse.
     pub fn from_gguf(gguf: &Gguf) -> Result<Self, Error> {
         let vocabulary = vocabulary::Vocabulary::read(gguf)?;
         let special = vocabulary.special_tokens(gguf)?;

@@ -4,8 +4,9 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 
 use super::SpecialTokens;
-use super::bpe::{self, PreTokenizerRules};
+use super::bpe;
 use super::metadata::{TokenType, scores, stop_tokens, strings, token_types, tokenizer_error};
+use super::pre_tokenizer::PreTokenizerRules;
 use super::sentencepiece::{self, SPACE_SYMBOL};
 use crate::checkpoint::gguf::{Gguf, MetadataValue};
 use crate::error::Error;
@@ -24,17 +25,15 @@ impl TokenizerModel {
     fn read(gguf: &Gguf, tokens: &[String]) -> Result<(Self, bool), Error> {
         match gguf.text("tokenizer.ggml.model")?.unwrap_or("none") {
             "gpt2" => {
-                let pre = gguf.text("tokenizer.ggml.pre")?.unwrap_or("default");
-                let cut = PreTokenizerRules::from_name(pre).ok_or_else(|| {
-                    tokenizer_error(
-                        gguf,
-                        format!("tokenizer.ggml.pre: expected one of {}, found {pre:?}", PreTokenizerRules::NAMES),
-                    )
+                let pre = gguf.text("tokenizer.ggml.pre")?.filter(|pre| !pre.is_empty()).unwrap_or("default");
+                let rules = PreTokenizerRules::from_name(pre).ok_or_else(|| {
+                    let names = PreTokenizerRules::supported();
+                    tokenizer_error(gguf, format!("tokenizer.ggml.pre: expected one of {names}, found {pre:?}"))
                 })?;
                 let merges = strings(gguf, "tokenizer.ggml.merges")?;
                 let tokenizer =
-                    cut.build_tokenizer(tokens, &merges).map_err(|message| tokenizer_error(gguf, message))?;
-                Ok((Self::Bpe(Box::new(tokenizer)), cut.add_bos))
+                    rules.build_tokenizer(tokens, &merges).map_err(|message| tokenizer_error(gguf, message))?;
+                Ok((Self::Bpe(Box::new(tokenizer)), rules.add_bos))
             }
             "llama" => {
                 let key = "tokenizer.ggml.add_space_prefix";
