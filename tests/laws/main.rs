@@ -10,6 +10,7 @@ mod methods;
 mod packed;
 mod prompt;
 mod several;
+mod templates;
 mod text;
 mod train;
 mod transformers;
