@@ -1,18 +1,26 @@
 //! Chat templates: Jinja templates that render messages as the text format a model was fine-tuned on.
 //!
 //! Rendering equals `apply_chat_template(tokenize=False)` of Hugging Face `transformers`. Its Jinja environment is
-//! reproduced here: `trim_blocks`, `lstrip_blocks`, loop controls, Python's string methods, `tojson` without HTML
+//! reproduced here: `trim_blocks`, `lstrip_blocks`, loop controls, Python's methods and output, `tojson` without HTML
 //! escapes, `raise_exception`, `strftime_now` and the `generation` tag.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
-use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{AutoEscape, Environment, ErrorKind, Output, State, context};
+use jiff::civil::DateTime;
+use minijinja::value::{Serde, Value};
+use minijinja::{Environment, context};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 
-mod python;
+mod arguments;
+mod clock;
+mod environment;
+mod filters;
+mod generators;
+mod json;
+mod methods;
+mod repr;
+mod source;
+mod text;
 
 /// The name of the only template in an environment.
 const TEMPLATE_NAME: &str = "chat";
@@ -43,6 +51,7 @@ impl Message {
 pub struct ChatTemplate {
     environment: Environment<'static>,
     source: String,
+    time: DateTime,
 }
 
 impl ChatTemplate {
@@ -53,26 +62,37 @@ impl ChatTemplate {
     ///
     /// [`Error::Template`] with the line number if it does not parse.
     pub fn new(source: &str, bos_token: Option<&str>, eos_token: Option<&str>) -> Result<Self, Error> {
-        let mut environment = Environment::new();
-        let whitespace = environment.syntax().to_builder().trim_blocks(true).lstrip_blocks(true).build();
-        environment.set_syntax(whitespace.map_err(|error| template_error(&error))?);
-        environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.set_formatter(write_as_python);
-        environment.add_filter("tojson", to_json);
-        // MiniJinja treats none as an empty sequence; in Jinja it is not iterable.
-        environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
+        let mut environment = environment::environment().map_err(|error| template_error(&error))?;
         for (name, token) in [("bos_token", bos_token), ("eos_token", eos_token)] {
             if let Some(token) = token {
                 environment.add_global(name, token);
             }
         }
         environment
-            .add_template_owned(TEMPLATE_NAME, without_generation_tags(source))
+            .add_template_owned(TEMPLATE_NAME, source::prepared(source))
             .map_err(|error| template_error(&error))?;
-        Ok(Self { environment, source: source.to_owned() })
+        let time = clock::now();
+        environment::set_time(&mut environment, time);
+        Ok(Self { environment, source: source.to_owned(), time })
+    }
+
+    /// Sets the local time that the template sees, such as `2024-02-29T23:59:59`. Without it that is the time at which
+    /// the template was parsed, so that every text of one template has the same date.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Template`] if the text is not a date and time.
+    pub fn with_time(mut self, time: &str) -> Result<Self, Error> {
+        self.time = time.parse().map_err(|error| Error::Template {
+            message: format!("the time {time:?} is not a date and time such as 2024-02-29T23:59:59: {error}"),
+        })?;
+        environment::set_time(&mut self.environment, self.time);
+        Ok(self)
+    }
+
+    /// Returns the local time that the template sees, in the format that [`ChatTemplate::with_time`] reads.
+    pub fn time(&self) -> String {
+        self.time.to_string()
     }
 
     /// Returns the source text of the template.
@@ -88,15 +108,23 @@ impl ChatTemplate {
     ///
     /// [`Error::Template`] if the template rejects the messages (`raise_exception`) or fails on them.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
-        let template = self.environment.get_template(TEMPLATE_NAME).map_err(|error| template_error(&error))?;
         // Templates test whether tools and documents are none; `transformers` always defines both.
-        let context = context! {
+        self.render_context(context! {
             messages => messages.iter().map(Message::to_value).collect::<Value>(),
             tools => Value::from(()),
             documents => Value::from(()),
             add_generation_prompt,
-        };
-        template.render(context).map_err(|error| template_error(&error))
+        })
+    }
+
+    /// Renders the template with the variables of `context`, a map, as they are.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Template`] if the template rejects the variables (`raise_exception`) or fails on them.
+    pub fn render_context(&self, context: impl Serialize) -> Result<String, Error> {
+        let template = self.environment.get_template(TEMPLATE_NAME).map_err(|error| template_error(&error))?;
+        template.render(Value::from(Serde(context))).map_err(|error| template_error(&error))
     }
 }
 
@@ -110,76 +138,6 @@ fn template_error(error: &minijinja::Error) -> Error {
         cause = inner.source();
     }
     Error::Template { message }
-}
-
-/// Replaces the `generation` tags of `transformers`, which mark the assistant's tokens, by conditions that are always
-/// true: these also print their content and trim white space around a tag in the same way.
-fn without_generation_tags(source: &str) -> String {
-    let mut out = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let Some(end) = rest[start..].find("%}").map(|end| start + end) else { break };
-        let tag = &rest[start..end];
-        let replacement = match tag[2..].trim_matches(|c: char| c.is_whitespace() || matches!(c, '-' | '+')) {
-            "generation" => tag.replace("generation", "if true"),
-            "endgeneration" => tag.replace("endgeneration", "endif"),
-            _ => tag.to_owned(),
-        };
-        out.push_str(&rest[..start]);
-        out.push_str(&replacement);
-        rest = &rest[end..];
-    }
-    out.push_str(rest);
-    out
-}
-
-/// Formats a value like Python's `str` where MiniJinja differs from it.
-fn write_as_python(out: &mut Output, state: &mut State, value: &Value) -> Result<(), minijinja::Error> {
-    let word = match value.kind() {
-        ValueKind::None => "None",
-        ValueKind::Bool => match value.is_true() {
-            true => "True",
-            false => "False",
-        },
-        _ => return minijinja::escape_formatter(out, state, value),
-    };
-    out.write_str(word).map_err(minijinja::Error::from)
-}
-
-/// Implements the filter `tojson`: `json.dumps` with `ensure_ascii=False` by default, and the keywords `indent`,
-/// `separators` and `sort_keys`.
-fn to_json(value: &Value, keywords: Kwargs) -> Result<String, minijinja::Error> {
-    let indent: Option<usize> = keywords.get("indent")?;
-    let sort_keys: Option<bool> = keywords.get("sort_keys")?;
-    let separators: Option<Vec<String>> = keywords.get("separators")?;
-    let ensure_ascii: Option<bool> = keywords.get("ensure_ascii")?;
-    keywords.assert_all_used()?;
-    // With `indent`, Python writes no space after the comma at the end of a line.
-    let item = if indent.is_some() { "," } else { ", " };
-    let (item, key) = match separators.as_deref() {
-        Some([item, key]) => (item.clone(), key.clone()),
-        _ => (item.to_owned(), ": ".to_owned()),
-    };
-    let style = python::JsonDumps {
-        indent,
-        item_separator: item,
-        key_separator: key,
-        sort_keys: sort_keys.unwrap_or(false),
-        ensure_ascii: ensure_ascii.unwrap_or(false),
-    };
-    style.dumps(value)
-}
-
-/// Implements the function `raise_exception`, with which a template rejects messages.
-fn raise_exception(message: String) -> Result<String, minijinja::Error> {
-    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-}
-
-/// Returns the current time in a `strftime` format, in UTC, because the standard library has no time zones.
-fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
-    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs());
-    python::strftime(format, seconds)
-        .map_err(|directive| minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now: {directive}")))
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod packed;
 mod pre_tokenizers;
 mod prompt;
 mod several;
+mod templates;
 mod text;
 mod train;
 mod transformers;
