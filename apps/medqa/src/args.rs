@@ -4,7 +4,7 @@ use crate::{
     backend::Device,
     fetch,
     method_adapter::ADAPTER_NAME,
-    recipe::{ComputeDtype, WeightDtype},
+    recipe::{ComputeDtype, Learn, WeightDtype},
     schema::{Columns, Format, Schema},
 };
 use anyhow::{Result, anyhow};
@@ -99,6 +99,9 @@ pub struct RowsArgs {
     /// Columns that have other names in the file than in the format, for example question=prompt,answer=response
     #[arg(long, value_name = "COLUMN=NAME,...")]
     pub columns: Option<Columns>,
+    /// Answers of a conversation that are learned
+    #[arg(long, default_value = "all")]
+    pub learn: Learn,
 }
 
 impl RowsArgs {

@@ -103,8 +103,9 @@ pub fn chat_template(tokenizer: &Tokenizer) -> Result<&ChatTemplate> {
         .with_context(|| format!("{}: no chat template; use an instruction-tuned model", tokenizer.path().display()))
 }
 
-/// Encodes a conversation with the model's chat template, up to where the assistant's next answer begins.
+/// Encodes a conversation with the model's chat template, up to where the assistant's next answer begins. Texts of
+/// control tokens in the messages are ordinary text.
 pub fn apply_chat_template(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
-    // The template writes the special tokens itself.
-    Ok(tokenizer.encode(&chat_template(tokenizer)?.render(messages, true)?, false)?)
+    chat_template(tokenizer)?;
+    Ok(tokenizer.apply_chat_template(messages, None, true)?)
 }

@@ -2,7 +2,7 @@
 
 use super::{
     content::RowContent,
-    encode::{EncodedRows, LengthLimit},
+    encode::{EncodeOptions, EncodedRows},
     reader::{Row, RowLocation, read_each_row},
 };
 use crate::{
@@ -73,10 +73,11 @@ fn encode_valid_rows(
     args: &CheckArgs,
 ) -> (EncodedRows, Vec<String>) {
     let (mut encoded, mut mistakes) = (EncodedRows::default(), Vec::new());
-    let limit = LengthLimit { max_length: args.max_length, on_too_long: args.on_too_long };
+    let (max_length, on_too_long, learn) = (args.max_length, args.on_too_long, args.rows.learn);
+    let options = EncodeOptions { max_length, on_too_long, learn };
     for (location, content) in rows {
         let at = location.in_file(&args.file);
-        let added = content.and_then(|content| encoded.add_row(tokenizer, &Row { location, content }, limit));
+        let added = content.and_then(|content| encoded.add_row(tokenizer, &Row { location, content }, options));
         mistakes.extend(added.err().map(|problem| format!("{at}: {problem:#}")));
     }
     (encoded, mistakes)
@@ -84,7 +85,7 @@ fn encode_valid_rows(
 
 /// Formats the counts of rows and the lengths of the examples.
 fn format_counts(encoded: &EncodedRows, mistakes: usize) -> String {
-    let EncodedRows { examples, truncated, dropped, without_target } = encoded;
+    let EncodedRows { examples, truncated, dropped, without_target, omitted } = encoded;
     let mut text = String::new();
     for (name, count) in [
         ("truncated", *truncated),
@@ -95,6 +96,9 @@ fn format_counts(encoded: &EncodedRows, mistakes: usize) -> String {
     ] {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{name:<26}{count:>8}");
+    }
+    if *omitted > 0 {
+        let _ = writeln!(text, "earlier texts left out    {omitted:>8} (by the chat template)");
     }
     let (all, targets) =
         (examples.iter().map(|e| e.ids.len()).collect(), examples.iter().map(Example::num_targets).collect());

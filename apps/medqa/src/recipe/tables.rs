@@ -100,6 +100,8 @@ pub struct DataConfig {
     pub max_length: usize,
     /// The treatment of longer rows.
     pub on_too_long: OnTooLong,
+    /// The answers of a conversation that are learned.
+    pub learn: Learn,
     /// True if rows are shuffled anew for every epoch.
     pub shuffle: bool,
     /// True if rows of similar length are put into the same steps, so that they need less padding; only with `shuffle`.
@@ -123,6 +125,7 @@ impl Default for DataConfig {
             format: Format::Qa,
             max_length: 512,
             on_too_long: OnTooLong::Truncate,
+            learn: Learn::All,
             shuffle: true,
             group_by_length: false,
             packing: Packing::PaddingFree,
@@ -140,6 +143,17 @@ impl DataConfig {
         let shared = if format == self.format { self.columns.clone() } else { Columns::default() };
         Schema { format, columns: source.and_then(|source| source.columns.clone()).unwrap_or(shared) }
     }
+}
+
+/// Answers of a conversation that are learned.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Learn {
+    /// Learn every answer
+    #[default]
+    All,
+    /// Learn the last answer only
+    Last,
 }
 
 /// Treatment of rows longer than `max_length`.
