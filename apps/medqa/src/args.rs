@@ -6,9 +6,11 @@ use crate::{
     method_adapter::ADAPTER_NAME,
     recipe::{ComputeDtype, Learn, WeightDtype},
     schema::{Columns, Format, Schema},
+    template::TemplateOptions,
 };
 use anyhow::{Result, anyhow};
 use clap::Args;
+use serde_json::Value;
 use std::{
     convert::Infallible,
     path::{Path, PathBuf},
@@ -76,6 +78,55 @@ impl FromStr for AdapterPath {
             }
             _ => PathBuf::from(text).into(),
         })
+    }
+}
+
+/// The chat template, instead of the one that the model or the adapter comes with.
+#[derive(Args, Clone, Default)]
+pub struct TemplateArgs {
+    /// File with a chat template (Jinja), instead of the model's or the adapter's own
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+    /// Variable of the chat template, for example enable_thinking=false; the value is JSON, or else a string; may be
+    /// given several times
+    #[arg(long = "template-arg", value_name = "NAME=VALUE")]
+    pub template_arguments: Vec<TemplateArgument>,
+    /// Token that ends an answer, instead of the one that the chat template writes
+    #[arg(long, value_name = "TOKEN")]
+    pub end_token: Option<String>,
+}
+
+impl TemplateArgs {
+    /// Returns the changes to a tokenizer's chat template.
+    pub fn options(&self) -> TemplateOptions {
+        let arguments = self.template_arguments.iter().map(|argument| (argument.name.clone(), argument.value.clone()));
+        TemplateOptions {
+            file: self.chat_template.clone(),
+            arguments: arguments.collect(),
+            end_token: self.end_token.clone(),
+        }
+    }
+}
+
+/// A variable of the chat template, given as `NAME=VALUE`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TemplateArgument {
+    /// Name of the variable.
+    pub name: String,
+    /// Its value.
+    pub value: Value,
+}
+
+impl FromStr for TemplateArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, value) = text
+            .split_once('=')
+            .filter(|(name, _)| !name.trim().is_empty())
+            .ok_or_else(|| format!("expected NAME=VALUE, such as enable_thinking=false, found {text:?}"))?;
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
+        Ok(Self { name: name.trim().to_owned(), value })
     }
 }
 

@@ -39,8 +39,15 @@ impl Tokenizer {
         Ok(self)
     }
 
+    /// Adds ids at which generation stops.
+    pub fn with_stop_ids(mut self, ids: impl IntoIterator<Item = u32>) -> Self {
+        ids.into_iter().for_each(|id| self.add_stop_id(id));
+        self
+    }
+
     /// Replaces the chat template, and with it the end-of-turn token.
     pub fn with_chat_template(mut self, template: ChatTemplate) -> Self {
+        self.template_replaced |= self.chat_template.as_ref().is_none_or(|own| own.source() != template.source());
         self.set_chat_template(Some(template));
         self
     }

@@ -22,6 +22,7 @@ mod stream;
 mod vocabulary;
 
 pub use escape::{EscapedConversation, Escapes};
+pub use save::ChatFiles;
 pub use stream::DecodeStream;
 
 /// A model's tokenizer: encodes text to token ids and decodes them, and knows the special tokens and the chat template.
@@ -31,6 +32,10 @@ pub struct Tokenizer {
     encoder: Encoder,
     special: SpecialTokens,
     chat_template: Option<ChatTemplate>,
+    /// True if the chat template is not the one in the files that the tokenizer was read from.
+    template_replaced: bool,
+    /// The stop ids that the files list or imply, without what the chat template shows.
+    listed_stop_ids: Vec<u32>,
     /// The tokens that no text in a message may become.
     control: escape::ControlTokens,
     /// The end-of-turn token that the chat template writes.
@@ -123,11 +128,14 @@ impl Tokenizer {
     /// Creates a tokenizer from its parts; the chat template shows its end-of-turn token.
     fn new(path: PathBuf, encoder: Encoder, special: SpecialTokens, chat_template: Option<ChatTemplate>) -> Self {
         let control = encoder.control_tokens(&special);
+        let listed_stop_ids = special.stop_ids.clone();
         let mut tokenizer = Self {
             path,
             encoder,
             special,
             chat_template: None,
+            template_replaced: false,
+            listed_stop_ids,
             control,
             template_end_of_turn: None,
             end_of_turn_override: None,

@@ -123,3 +123,7 @@ pub fn encode_row(tokenizer: &Tokenizer, content: &RowContent, learn: Learn) -> 
         }
     }
 }
+
+#[cfg(test)]
+#[path = "encode_tests.rs"]
+mod tests;
