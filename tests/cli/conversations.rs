@@ -15,9 +15,9 @@ const R1: &str = "{% for m in messages %}{% if m.role == 'user' %}{{ 'user: ' + 
     {{ 'assistant: ' + m.content.split('</think>')[-1] + eos_token }}{% endif %}{% endfor %}\
     {% if add_generation_prompt %}{{ 'assistant: <think>\\n' }}{% endif %}";
 /// Template in the shape of Qwen3's: it prints the key `reasoning_content`.
-const QWEN3: &str = "{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' and loop.last %}\
+const QWEN3: &str = "{{ style }}{% for m in messages %}{{ m.role + ': ' }}{% if m.role == 'assistant' and loop.last %}\
     {{ '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{% endif %}{{ m.content + eos_token + '\\n' }}{% endfor %}\
-    {% if add_generation_prompt %}{{ 'assistant: ' }}{% if style %}{{ '(' + style + ') ' }}{% endif %}{% endif %}";
+    {% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}";
 
 /// Returns a row with one question and the fields of its answer.
 fn row(answer: Value) -> String {
@@ -111,6 +111,8 @@ fn thoughts_are_learned_or_refused_by_name() {
         let open = if template == R1 { "assistant: <think>\n" } else { "assistant: " };
         assert!(done.stdout.contains(&format!("{open}[[{expected}<|end_of_text|>]]")), "{rows}: {done:?}");
         assert_eq!(done.code, Some(0), "{done:?}");
+        let empty = done.stdout.contains("empty thoughts                   1 (the prompt opens one, the row has none)");
+        assert_eq!(empty, expected.starts_with('\n'), "{done:?}");
     }
     let done = check(QWEN3, &field("thinking"), &[]);
     assert_eq!(done.code, Some(2), "{done:?}");
@@ -125,7 +127,7 @@ fn thoughts_are_learned_or_refused_by_name() {
     let done = check(QWEN3, &rows, &["--learn", "last", "--template-arg", "style=brief"]);
     assert!(done.stdout.contains("earlier texts left out           1 (by the chat template)"), "{done:?}");
     assert!(done.stdout.contains("examples                         1\n"), "{done:?}");
-    assert!(done.stdout.contains("assistant: (brief) [["), "{done:?}");
+    assert!(done.stdout.contains("marked:\nbriefuser: a"), "{done:?}");
 }
 
 #[test]

@@ -120,7 +120,7 @@ fn adapters_and_arguments_that_do_not_fit_are_refused() {
         ),
         (
             eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--chat-template", "jinja/chat_template.jinja"]),
-            &["jinja/chat_template.jinja", "chat_template", "found"],
+            &["jinja/chat_template.jinja", "chat template", "endfor"],
         ),
         (
             eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--end-token", "<end>"]),

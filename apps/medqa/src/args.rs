@@ -163,3 +163,24 @@ impl RowsArgs {
         Ok(Schema { format: self.format, columns })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_argument_is_json_or_a_string() {
+        for (text, name, value) in [
+            ("enable_thinking=false", "enable_thinking", serde_json::json!(false)),
+            ("date=26 Jul 2024", "date", serde_json::json!("26 Jul 2024")),
+            ("a=b=c", "a", serde_json::json!("b=c")),
+            ("list=[1, \"x\"]", "list", serde_json::json!([1, "x"])),
+            ("empty=", "empty", serde_json::json!("")),
+        ] {
+            assert_eq!(text.parse(), Ok(TemplateArgument { name: name.to_owned(), value }), "{text}");
+        }
+        for wrong in ["", "=1", "enable_thinking"] {
+            assert!(wrong.parse::<TemplateArgument>().unwrap_err().contains("NAME=VALUE"), "{wrong}");
+        }
+    }
+}

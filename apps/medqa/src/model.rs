@@ -1,7 +1,7 @@
 //! Loading a model and its tokenizer, as named on the command line or in a recipe.
 
 use crate::{args::ModelArgs, fetch, method_adapter, recipe::ComputeDtype, template};
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
     ChatTemplate, Checkpoint, Llama, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
@@ -114,16 +114,9 @@ fn with_saved_template(tokenizer: Tokenizer, args: &ModelArgs) -> Result<Tokeniz
     Ok(tokenizer)
 }
 
-/// Returns the model's chat template.
-pub fn chat_template(tokenizer: &Tokenizer) -> Result<&ChatTemplate> {
-    tokenizer
-        .chat_template()
-        .with_context(|| format!("{}: no chat template; use an instruction-tuned model", tokenizer.path().display()))
-}
-
 /// Encodes a conversation with the model's chat template, up to where the assistant's next answer begins. Texts of
 /// control tokens in the messages are ordinary text.
 pub fn apply_chat_template(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
-    chat_template(tokenizer)?;
+    template::chat_template(tokenizer)?;
     Ok(tokenizer.apply_chat_template(messages, None, true)?)
 }

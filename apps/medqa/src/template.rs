@@ -2,7 +2,7 @@
 
 use crate::recipe::Recipe;
 use anyhow::{Context, Result};
-use burn_llama::Tokenizer;
+use burn_llama::{ChatTemplate, Tokenizer};
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 
@@ -37,7 +37,7 @@ impl TemplateOptions {
             tokenizer = with_template_file(tokenizer, path)?;
         }
         if !self.arguments.is_empty() {
-            let template = crate::model::chat_template(&tokenizer)?.clone();
+            let template = chat_template(&tokenizer)?.clone();
             tokenizer = tokenizer.with_chat_template(template.with_arguments(&self.arguments)?);
         }
         Ok(match &self.end_token {
@@ -45,6 +45,13 @@ impl TemplateOptions {
             None => tokenizer,
         })
     }
+}
+
+/// Returns the model's chat template.
+pub fn chat_template(tokenizer: &Tokenizer) -> Result<&ChatTemplate> {
+    tokenizer
+        .chat_template()
+        .with_context(|| format!("{}: no chat template; use an instruction-tuned model", tokenizer.path().display()))
 }
 
 /// Replaces the chat template by the one in a file.

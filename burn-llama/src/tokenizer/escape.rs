@@ -76,8 +76,8 @@ impl ControlTokens {
     fn unbegun(&self, text: &str) -> usize {
         let start: String = text.chars().take(self.longest).collect();
         let reversed: String = start.chars().rev().collect();
-        let ends = reversed.char_indices().rev().map(|(at, _)| &reversed[at..]);
-        ends.filter(|end| begins_longer(&self.reversed, end)).last().map_or(0, str::len)
+        let mut ends = reversed.char_indices().map(|(at, _)| &reversed[at..]);
+        ends.find(|end| begins_longer(&self.reversed, end)).map_or(0, str::len)
     }
 }
 

@@ -11,7 +11,7 @@
 //! and ends, where the two disagree about its turn.
 
 use super::thought::{OpenThought, split_after_thought};
-use crate::model;
+use crate::template;
 use anyhow::{Result, bail};
 use burn_llama::{ChatTemplate, Message, Tokenizer, tokenizer::EscapedConversation};
 use serde_json::Value;
@@ -30,12 +30,14 @@ pub struct ConversationRenderer<'a> {
 
 /// The text of an answer.
 pub struct AnswerText {
-    /// What `chat` sends.
+    /// The text that `chat` sends.
     pub prompt: String,
-    /// What is learned after it.
+    /// The text that is learned after it.
     pub learned: String,
     /// True if `learned` ends with an end token.
     pub ended: bool,
+    /// True if `learned` begins with the end of a thought that the prompt opens and the row lacks.
+    pub empty_thought: bool,
 }
 
 impl<'a> ConversationRenderer<'a> {
@@ -44,7 +46,7 @@ impl<'a> ConversationRenderer<'a> {
     /// # Errors
     /// If the tokenizer has no chat template.
     pub fn new(tokenizer: &'a Tokenizer, messages: &[Message], tools: Option<&Value>) -> Result<Self> {
-        let template = model::chat_template(tokenizer)?;
+        let template = template::chat_template(tokenizer)?;
         let mut chat = tokenizer.escape_conversation(messages, tools);
         let (asked, said) = (chat.escapes.unused_char(), chat.escapes.unused_char());
         Ok(Self { tokenizer, template, chat, asked, said })
@@ -80,15 +82,20 @@ impl<'a> ConversationRenderer<'a> {
         turns.push(answer.clone());
         let told = self.after_question(self.render(&turns, false)?);
         let (opening, closing) = self.around_answer(&mut turns)?;
-        let learned = match (told.strip_prefix(&asked), told.strip_prefix(&opening)) {
-            (Some(rest), _) => rest.to_owned(),
+        let (mut empty_thought, mut learned) = (false, String::new());
+        match (told.strip_prefix(&asked), told.strip_prefix(&opening)) {
+            (Some(rest), _) => learned.push_str(rest),
             (None, Some(rest)) => match OpenThought::at_end_of(&asked) {
-                Some(thought) => thought.complete(answer, rest),
-                None => rest.to_owned(),
+                Some(thought) => {
+                    learned = thought.complete(answer, rest);
+                    empty_thought = thought.is_missing_in(answer);
+                }
+                None => learned.push_str(rest),
             },
             (None, None) => bail!(self.not_incremental_error(&opening, &told)),
-        };
-        Ok(self.until_end(prompt, learned, &closing))
+        }
+        let ended = self.end_answer(&mut learned, &closing);
+        Ok(AnswerText { prompt, learned, ended, empty_thought })
     }
 
     fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
@@ -121,23 +128,23 @@ impl<'a> ConversationRenderer<'a> {
         }
     }
 
-    /// Ends the text of an answer at its end token, or at `closing` if there is none.
-    fn until_end(&self, prompt: String, mut learned: String, closing: &str) -> AnswerText {
+    /// Ends the text of an answer at its end token, or before `closing` if there is none. Returns whether it
+    /// ends with an end token.
+    fn end_answer(&self, learned: &mut String, closing: &str) -> bool {
         let token = |id: u32| self.tokenizer.id_to_token(id);
-        let own = self.tokenizer.end_of_turn_override();
+        let own_end = self.tokenizer.end_of_turn_override().and_then(token);
         // Everything that the message spells out is escaped, so these were written by the template.
-        let template_end = self.tokenizer.template_end_of_turn().and_then(token);
         let place = |end: String| Some((learned.rfind(&end)?, end.len()));
-        let found = template_end.and_then(place);
+        let found = self.tokenizer.template_end_of_turn().and_then(token).and_then(place);
         let found =
             found.or_else(|| self.tokenizer.eos_ids().iter().copied().filter_map(token).filter_map(place).max());
-        match found {
-            Some((start, len)) => learned.truncate(start + if own.is_some() { 0 } else { len }),
-            None => learned.truncate(learned.strip_suffix(closing).map_or(learned.len(), str::len)),
-        }
-        let own_end = own.and_then(token);
+        let end = match found {
+            Some((start, len)) => start + if own_end.is_some() { 0 } else { len },
+            None => learned.strip_suffix(closing).map_or(learned.len(), str::len),
+        };
+        learned.truncate(end);
         learned.push_str(own_end.as_deref().unwrap_or_default());
-        AnswerText { prompt, learned, ended: found.is_some() || own_end.is_some() }
+        found.is_some() || own_end.is_some()
     }
 
     fn not_incremental_error(&self, opening: &str, told: &str) -> String {

@@ -1,4 +1,4 @@
-//! What is learned with templates in the shapes of the families that people train.
+//! Learned answers with templates in the shapes of the families that people train.
 
 use crate::data::{
     Conversation, EncodedConversation, RowContent, check::mark_learned, encode_row, test_tokenizers::byte_level,

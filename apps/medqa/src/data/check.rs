@@ -9,6 +9,7 @@ use crate::{
     args::{ModelArgs, RowsArgs, TemplateArgs},
     model,
     recipe::OnTooLong,
+    template,
 };
 use anyhow::{Result, bail};
 use burn_llama::{Example, Tokenizer};
@@ -46,7 +47,7 @@ pub fn check(args: &CheckArgs) -> Result<()> {
     let tokenizer = args.template.options().apply(model::load_tokenizer(&args.model)?)?;
     // Without a chat template, every row would report the same mistake.
     if rows.iter().any(|(_, content)| !matches!(content, Ok(RowContent::PubMedQa { .. }) | Err(_))) {
-        model::chat_template(&tokenizer)?;
+        template::chat_template(&tokenizer)?;
     }
     let total = rows.len();
     let (encoded, mistakes) = encode_valid_rows(&tokenizer, rows, args);
@@ -87,7 +88,7 @@ fn encode_valid_rows(
 
 /// Formats the counts of rows and the lengths of the examples.
 fn format_counts(encoded: &EncodedRows, mistakes: usize) -> String {
-    let EncodedRows { examples, truncated, dropped, without_target, omitted } = encoded;
+    let EncodedRows { examples, truncated, dropped, without_target, omitted, empty_thoughts } = encoded;
     let mut text = String::new();
     for (name, count) in [
         ("truncated", *truncated),
@@ -99,8 +100,13 @@ fn format_counts(encoded: &EncodedRows, mistakes: usize) -> String {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{name:<26}{count:>8}");
     }
-    if *omitted > 0 {
-        let _ = writeln!(text, "earlier texts left out    {omitted:>8} (by the chat template)");
+    for (name, count, reason) in [
+        ("earlier texts left out", *omitted, "by the chat template"),
+        ("empty thoughts", *empty_thoughts, "the prompt opens one, the row has none"),
+    ] {
+        if count > 0 {
+            let _ = writeln!(text, "{name:<26}{count:>8} ({reason})");
+        }
     }
     let (all, targets) =
         (examples.iter().map(|e| e.ids.len()).collect(), examples.iter().map(Example::num_targets).collect());

@@ -20,14 +20,16 @@ pub struct EncodedConversation {
     pub examples: Vec<Example>,
     /// Number of texts of earlier turns that the template leaves out of the prompt of the last answer.
     pub omitted: usize,
+    /// Number of learned answers without a thought after prompts that open one: they close it at once.
+    pub empty_thoughts: usize,
 }
 
 /// The tokens of an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AnswerTokens {
-    /// What `chat` sends.
+    /// The tokens that `chat` sends.
     pub prompt: Vec<u32>,
-    /// What is learned after it, up to the end token.
+    /// The tokens that are learned after them, up to the end token.
     pub answer: Vec<u32>,
 }
 
@@ -56,13 +58,14 @@ pub fn encode_conversation(
     let messages = conversation.messages();
     let renderer = ConversationRenderer::new(tokenizer, &messages, conversation.tools.as_ref())?;
     let answers = || conversation.turns.iter().enumerate().filter(|(_, turn)| turn.message.role == "assistant");
-    let last = answers().last().map(|(index, _)| index);
+    let last = answers().next_back().map(|(index, _)| index);
     let (mut encoded, mut example) = (EncodedConversation::default(), Example::default());
     for (index, turn) in answers() {
         let learned = turn.learned && (learn == Learn::All || Some(index) == last);
         let turn_name = || format!("turn {}", index + 1);
         let text = renderer.answer_text(index).with_context(turn_name)?;
         if learned {
+            encoded.empty_thoughts += usize::from(text.empty_thought);
             check_printed(renderer.message(index), &text.learned).with_context(turn_name)?;
         }
         encoded.omitted = (0..index).map(|turn| missing_texts(renderer.message(turn), &text.prompt).count()).sum();

@@ -39,6 +39,8 @@ pub struct EncodedRows {
     pub without_target: usize,
     /// Number of texts of earlier turns, over all rows, that the chat template leaves out of the last answer's prompt.
     pub omitted: usize,
+    /// Number of learned answers without a thought after prompts that open one: they close it at once.
+    pub empty_thoughts: usize,
 }
 
 /// Encodes rows of at most `max_length` tokens. Longer rows are truncated on the right, PubMedQA's on the left, so that
@@ -59,8 +61,9 @@ impl EncodedRows {
     /// If the row cannot be encoded, or is too long and the limit refuses it.
     pub fn add_row(&mut self, tokenizer: &Tokenizer, row: &Row, options: EncodeOptions) -> Result<()> {
         let EncodeOptions { max_length, on_too_long, learn } = options;
-        let EncodedConversation { mut examples, omitted } = encode_row(tokenizer, &row.content, learn)?;
+        let EncodedConversation { mut examples, omitted, empty_thoughts } = encode_row(tokenizer, &row.content, learn)?;
         self.omitted += omitted;
+        self.empty_thoughts += empty_thoughts;
         if let Some(length) = examples.iter().map(|example| example.ids.len()).max().filter(|&n| n > max_length) {
             match on_too_long {
                 OnTooLong::Truncate => self.truncated += 1,
@@ -110,7 +113,6 @@ pub fn encode_row(tokenizer: &Tokenizer, content: &RowContent, learn: Learn) -> 
         RowContent::Answer { prompt, answer } => {
             let messages = prompt.iter().cloned().chain([Message::new("assistant", answer.as_str())]);
             let turns: Vec<Turn> = messages.map(|message| Turn { message, learned: true }).collect();
-            // An answer in an example of the instruction is not learned.
             encode_conversation(tokenizer, &turns.into(), Learn::Last, MissingEnd::Eos)
         }
         RowContent::PubMedQa { question, contexts, decision } => {
@@ -119,7 +121,7 @@ pub fn encode_row(tokenizer: &Tokenizer, content: &RowContent, learn: Learn) -> 
             let mut answer = tokenizer.encode_plain(&format!(" {decision}"), false)?;
             answer.push(tokenizer.eos().context("the tokenizer has no end token, so answers could not end")?);
             let examples = vec![Example::new(&prompt, &answer, usize::MAX)];
-            Ok(EncodedConversation { examples, omitted: 0 })
+            Ok(EncodedConversation { examples, ..EncodedConversation::default() })
         }
     }
 }

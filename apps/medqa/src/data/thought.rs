@@ -36,13 +36,16 @@ impl OpenThought {
         Some(Self { tags, lines: prompt.ends_with('\n') })
     }
 
+    /// Returns whether `message` has no thought, neither beside its text nor in it.
+    pub fn is_missing_in(self, message: &Message) -> bool {
+        reasoning(message).is_none() && !message.text().contains(self.tags.close)
+    }
+
     /// Returns what follows the prompt: the thought of `message`, its closing tag, and `answer`, which is what the
     /// template writes from the answer on. A thought that is not in the row is empty and is closed at once.
     pub fn complete(self, message: &Message, answer: &str) -> String {
         let (line, gap) = if self.lines { ("\n", "\n\n") } else { ("", "") };
-        let field = REASONING_KEYS.iter().filter_map(|key| message.fields.get(*key)?.as_str());
-        let field = field.map(|text| text.trim_matches('\n')).find(|text| !text.is_empty());
-        let (thought, gap) = match (field, message.text().rsplit_once(self.tags.close)) {
+        let (thought, gap) = match (reasoning(message), message.text().rsplit_once(self.tags.close)) {
             (Some(thought), _) => (format!("{thought}{line}"), gap),
             (None, Some((thought, rest))) => {
                 let thought = thought.split_once(self.tags.open).map_or(thought, |(_, thought)| thought);
@@ -53,6 +56,12 @@ impl OpenThought {
         };
         [&thought, self.tags.close, gap, answer.trim_start_matches('\n')].concat()
     }
+}
+
+/// Returns the thought that stands beside a message's text.
+fn reasoning(message: &Message) -> Option<&str> {
+    let texts = REASONING_KEYS.iter().filter_map(|key| message.fields.get(*key)?.as_str());
+    texts.map(|text| text.trim_matches('\n')).find(|text| !text.is_empty())
 }
 
 /// Splits the text of a message after its thought, if it has one.

@@ -5,6 +5,7 @@ use crate::{
     data::{AnswerTokens, RowContent, answer_tokens, content::Turn, encode_row, pubmedqa_prompt},
     model,
     recipe::Learn,
+    template::chat_template,
 };
 use anyhow::{Context, Result, bail};
 use burn_llama::{Example, Message, Tokenizer, kernel::Kernels};
@@ -56,7 +57,7 @@ pub fn round_trip<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 pub fn template<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
     let [question, _] = sample_messages();
-    let text = model::chat_template(tokenizer)?.render(std::slice::from_ref(&question), None, true)?;
+    let text = chat_template(tokenizer)?.render(std::slice::from_ref(&question), None, true)?;
     if !text.contains(question.text()) {
         bail!("expected the question in the text, found {text:?}");
     }

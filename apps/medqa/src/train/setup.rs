@@ -141,7 +141,7 @@ fn load_examples<B: Kernels>(
 }
 
 fn report_rows(path: &str, encoded: &EncodedRows) {
-    let EncodedRows { examples, truncated, dropped, without_target, omitted } = encoded;
+    let EncodedRows { examples, truncated, dropped, without_target, omitted, empty_thoughts } = encoded;
     eprintln!(
         "{}: {} rows, {truncated} truncated, {dropped} dropped as too long, {without_target} without a token to learn",
         path,
@@ -149,6 +149,12 @@ fn report_rows(path: &str, encoded: &EncodedRows) {
     );
     if *omitted > 0 {
         eprintln!("{path}: the chat template leaves {omitted} texts of earlier turns out of the prompts");
+    }
+    if *empty_thoughts > 0 {
+        eprintln!(
+            "{path}: {empty_thoughts} answers have no thought, but the prompt opens one: an empty one is learned, closed at \
+             once, and then the answer"
+        );
     }
 }
 
