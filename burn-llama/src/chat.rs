@@ -7,7 +7,8 @@
 use jiff::civil::DateTime;
 use minijinja::value::{Serde, Value};
 use minijinja::{Environment, context};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use serde_json::{Map, Value as Json};
 
 use crate::error::Error;
 
@@ -17,34 +18,16 @@ mod environment;
 mod filters;
 mod generators;
 mod json;
+mod message;
 mod methods;
 mod repr;
 mod source;
 mod text;
 
+pub use message::Message;
+
 /// The name of the only template in an environment.
 const TEMPLATE_NAME: &str = "chat";
-
-/// One message of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
-    /// The role of the author: `system`, `user`, `assistant`, or another role that the template supports.
-    pub role: String,
-    /// The text of the message.
-    pub content: String,
-}
-
-impl Message {
-    /// Creates a message.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
-    }
-
-    /// Returns the message as the value that a template sees.
-    fn to_value(&self) -> Value {
-        Value::from_pairs([("role", self.role.as_str()), ("content", self.content.as_str())])
-    }
-}
 
 /// A parsed chat template together with the special tokens it can refer to.
 #[derive(Debug, Clone)]
@@ -55,6 +38,9 @@ pub struct ChatTemplate {
 }
 
 impl ChatTemplate {
+    /// The variables that the conversation determines.
+    pub const VARIABLES: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+
     /// Parses a template. `bos_token` and `eos_token` are the values of the template variables with these names; a
     /// variable without a value is undefined and prints nothing.
     ///
@@ -100,18 +86,70 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// Renders a conversation. With `add_generation_prompt` the text ends where the assistant's reply begins.
+    /// Defines variables of the template besides those that it always has, such as `enable_thinking`: the keyword
+    /// arguments of `apply_chat_template`. Values keep their JSON types.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Template`] for one of [`ChatTemplate::VARIABLES`], which the messages determine.
+    pub fn with_arguments(mut self, arguments: &Map<String, Json>) -> Result<Self, Error> {
+        for (name, value) in arguments {
+            if Self::VARIABLES.contains(&name.as_str()) {
+                let message =
+                    format!("argument {name:?}: expected another name, as the conversation itself sets this one");
+                return Err(Error::Template { message });
+            }
+            self.environment.add_global(name.clone(), message::to_value(value));
+        }
+        Ok(self)
+    }
+
+    /// Returns whether the template searches the text of a message for `word`, as Qwen 3's does for `</think>`.
+    pub fn searches_for(&self, word: &str) -> bool {
+        let methods = [
+            "split",
+            "rsplit",
+            "partition",
+            "rpartition",
+            "find",
+            "rfind",
+            "index",
+            "startswith",
+            "endswith",
+            "replace",
+        ];
+        ['\'', '"'].iter().any(|quote| {
+            let literal = format!("{quote}{word}{quote}");
+            self.source.match_indices(&literal).any(|(at, _)| {
+                let before = self.source[..at].trim_end();
+                let after = self.source[at + literal.len()..].trim_start();
+                let called = before.strip_suffix('(').map(str::trim_end);
+                called.is_some_and(|call| methods.iter().any(|method| call.ends_with(method)))
+                    || ["in ", "not in "].iter().any(|word| after.starts_with(word))
+            })
+        })
+    }
+
+    /// Renders a conversation. `tools` is the list of the tools that the assistant may call. With
+    /// `add_generation_prompt` the text ends where the assistant's reply begins.
     ///
     /// The text already contains the special tokens that the model expects: encode it with `add_special_tokens` false.
+    /// [`Tokenizer::apply_chat_template`](crate::Tokenizer::apply_chat_template) does both, and keeps texts of control
+    /// tokens in the messages from becoming control tokens.
     ///
     /// # Errors
     ///
     /// [`Error::Template`] if the template rejects the messages (`raise_exception`) or fails on them.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
+    pub fn render(
+        &self,
+        messages: &[Message],
+        tools: Option<&Json>,
+        add_generation_prompt: bool,
+    ) -> Result<String, Error> {
         // Templates test whether tools and documents are none; `transformers` always defines both.
         self.render_context(context! {
             messages => messages.iter().map(Message::to_value).collect::<Value>(),
-            tools => Value::from(()),
+            tools => tools.map_or(Value::from(()), message::to_value),
             documents => Value::from(()),
             add_generation_prompt,
         })
@@ -146,7 +184,7 @@ mod tests {
 
     /// Renders a template for a single user message.
     fn rendered(source: &str) -> Result<String, Error> {
-        ChatTemplate::new(source, Some("<s>"), None)?.render(&[Message::new("user", " hé <b>\n")], true)
+        ChatTemplate::new(source, Some("<s>"), None)?.render(&[Message::new("user", " hé <b>\n")], None, true)
     }
 
     #[test]
@@ -167,6 +205,31 @@ mod tests {
         ] {
             assert_eq!(rendered(source).unwrap(), expected, "{source}");
         }
+    }
+
+    #[test]
+    fn every_key_of_a_message_tools_and_arguments_reach_the_template_with_their_types() {
+        let source = "{{ messages | tojson }}|{{ tools[0].b is none }}|{{ think is false }}|{{ m is undefined }}";
+        let arguments = serde_json::json!({"think": false});
+        let template = ChatTemplate::new(source, None, None).unwrap().with_arguments(arguments.as_object().unwrap());
+        let row = r#"{"role":"assistant","content":null,"z":[1,1.5,{"y":"é","x":null}],"a":"<b>"}"#;
+        let message: Message = serde_json::from_str(row).unwrap();
+        let tools = serde_json::json!([{"b": null}]);
+        let text = template.unwrap().render(std::slice::from_ref(&message), Some(&tools), false).unwrap();
+        let spaced = row.replace("\\u00e9", "é").replace(":", ": ").replace(",", ", ");
+        assert_eq!(text, format!("[{spaced}]|True|True|True"));
+        assert_eq!(serde_json::to_string(&message).unwrap(), row);
+        let taken = serde_json::json!({"tools": []});
+        let error = ChatTemplate::new("", None, None).unwrap().with_arguments(taken.as_object().unwrap()).unwrap_err();
+        assert!(error.to_string().contains("argument \"tools\""), "{error}");
+    }
+
+    #[test]
+    fn a_template_searches_for_the_words_of_its_string_operations() {
+        let source =
+            "{% if '<a>' in m.content %}{{ m.content.split( \"<b>\" )[-1] + '<c>' }}{% endif %}{{ x == '<d>' }}";
+        let template = ChatTemplate::new(source, None, None).unwrap();
+        assert_eq!(["<a>", "<b>", "<c>", "<d>"].map(|word| template.searches_for(word)), [true, true, false, false]);
     }
 
     #[test]

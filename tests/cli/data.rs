@@ -40,10 +40,9 @@ fn conversations_of_every_format_are_trained_together() {
     };
     let loss = of(&["valid.jsonl", "--format", "messages"]);
     assert!((number(&loss, "loss") - number(&summary, "valid_loss_after")).abs() < 1e-4, "{loss} {summary}");
-    // The four answers are those of four rows, each with the template's leading space, up to the end token: the newline
-    // after it is not a target.
+    // The four answers are learned as those of four rows, up to the end token: the newline after it is not a target.
     let rows = number(&of(&["train.jsonl", "--limit", "4"]), "target_tokens") as u64;
-    assert_eq!(loss["target_tokens"], rows + 4);
+    assert_eq!(loss["target_tokens"], rows);
     let named = of(&["named.jsonl", "--columns", "question=prompt"]);
     assert_eq!(named["rows"], 2);
 }
@@ -60,7 +59,7 @@ fn data_check_counts_measures_shows_a_row_and_lists_mistakes() {
         "truncated                        0",
         "with a mistake                   0",
         "examples                         6",
-        "user: What is 0?<|end_of_text|>\n<|begin_of_text|>assistant:[[It is a number.<|end_of_text|>]]",
+        "user: What is 0?<|end_of_text|>\n<|begin_of_text|>assistant:[[ It is a number.<|end_of_text|>]]",
     ] {
         assert!(done.stdout.contains(line), "{line}: {}", done.stdout);
     }

@@ -26,10 +26,11 @@ fn doctor_approves_what_is_right_and_finds_what_is_not() {
         assert_eq!(done.stderr, "");
     }
     // Each broken set-up fails the check that it violates.
-    work.copy_of_model("ending");
-    let other = TURNS.replace("{{ eos_token }}", "<|eot_id|>");
-    work.template("ending", Some(&other));
-    work.write("ending/generation_config.json", "{\"eos_token_id\": [1, 3]}");
+    work.copy_of_model("silent");
+    work.template(
+        "silent",
+        Some("{% for m in messages if m.role == 'user' %}{{ m.content }}{{ eos_token }}{% endfor %}"),
+    );
     work.copy_of_model("endless");
     work.template("endless", Some(&TURNS.replace("{{ eos_token }}", "")));
     work.copy_of_model("infinite");
@@ -41,8 +42,8 @@ fn doctor_approves_what_is_right_and_finds_what_is_not() {
     work.copy_of_model("base");
     work.template("base", None);
     for (model, law, words) in [
-        ("model", "chat template renders turn by turn", "cannot be rendered turn by turn"),
-        ("ending", "training ends an answer as chat does", "<|end_of_text|> = 1, found <|eot_id|> = 3"),
+        ("silent", "chat template renders turn by turn", "does not print the assistant's answers"),
+        ("silent", "training ends an answer as chat does", "does not print the assistant's answers"),
         ("endless", "chat template renders turn by turn", "ends an answer without an end token"),
         ("infinite", "logits are finite", "expected a finite number, found NaN"),
         ("base", "training reads what chat sends", "no chat template"),

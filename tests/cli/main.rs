@@ -4,6 +4,7 @@ mod adapters;
 mod before;
 mod chat;
 mod compatible;
+mod conversations;
 mod data;
 mod devices;
 mod doctor;

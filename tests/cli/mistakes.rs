@@ -98,8 +98,33 @@ fn adapters_and_arguments_that_do_not_fit_are_refused() {
         ),
         (eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--columns", "prompt"]), &["--columns", "COLUMN=NAME"]),
         (
-            eval(&["--task", "qa-loss", "--data", "messages.jsonl", "--format", "messages"]),
-            &["messages.jsonl", "line 1", "model/tokenizer.json", "cannot be rendered turn by turn"],
+            eval(&[
+                "--task",
+                "qa-loss",
+                "--data",
+                "messages.jsonl",
+                "--format",
+                "messages",
+                "--chat-template",
+                "silent.jinja",
+            ]),
+            &["messages.jsonl", "line 1", "turn 2", "model/tokenizer.json", "does not print the assistant's answers"],
+        ),
+        (
+            eval(&["--task", "qa-loss", "--data", "thinking.jsonl", "--format", "messages"]),
+            &["thinking.jsonl", "line 1", "turn 2", "`thinking`", "\"One of two.\""],
+        ),
+        (
+            eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--template-arg", "x"]),
+            &["--template-arg", "NAME=VALUE"],
+        ),
+        (
+            eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--chat-template", "jinja/chat_template.jinja"]),
+            &["jinja/chat_template.jinja", "chat template", "endfor"],
+        ),
+        (
+            eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--end-token", "<end>"]),
+            &["model/tokenizer.json", "end token \"<end>\"", "expected a token of the vocabulary"],
         ),
         (vec!["data", "check", "missing.jsonl", "--model", "turns"], &["missing.jsonl", "cannot be read"]),
         (vec!["data", "check", "empty.jsonl", "--model", "turns"], &["empty.jsonl", "expected at least one row"]),
@@ -143,7 +168,7 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
         (vec!["train", "run.toml", "--dir", "file/run"], &["file/run", "cannot be made"]),
         (vec!["train", "run.toml", "--dir", "file"], &["file", "cannot be made"]),
     ];
-    let sets: [(&str, &[&str]); 30] = [
+    let sets: [(&str, &[&str]); 34] = [
         ("train.batchsize=2", &["--set", "train.batchsize", "unknown key", "`train.batch_size`"]),
         ("train.lora_alpha=2", &["--set", "train.lora_alpha", "`method.alpha`"]),
         ("train.batch_size=many", &["--set", "train.batch_size", "expected a whole number", "found string \"many\""]),
@@ -164,7 +189,14 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
             "data.train=[{path='roles.jsonl', format='messages'}]",
             &["roles.jsonl:1", "turn 1", "`role`", "found \"bot\""],
         ),
-        ("data.train=[{path='messages.jsonl', format='messages'}]", &["messages.jsonl", "line 1", "turn by turn"]),
+        (
+            "data.train=[{path='thinking.jsonl', format='messages'}]",
+            &["thinking.jsonl", "line 1", "turn 2", "`thinking`"],
+        ),
+        ("data.end_token='<end>'", &["model/tokenizer.json", "\"<end>\"", "a token of the vocabulary"]),
+        ("data.template_arguments={tools=1}", &["--set", "data.template_arguments", "other names", "found tools"]),
+        ("data.learn='first'", &["--set", "data.learn", "first"]),
+        ("model.chat_template='nowhere.jinja'", &["nowhere.jinja", "the chat template cannot be read"]),
         ("data.train=[{path='asked.json', format='messages'}]", &["asked.json", "no row has a token to learn"]),
         ("data.columns={prompt='question'}", &["--set", "data.columns", "question, answer", "found `prompt`"]),
         ("method.layers=2", &["--set", "method.layers", "\"freeze\"", "found lora"]),

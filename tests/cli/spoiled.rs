@@ -30,6 +30,10 @@ pub fn spoiled() -> WorkDir {
     );
     work.template("template", Some("{% for m in messages %}\n{{ m.role }"));
     work.write("jinja/chat_template.jinja", "{% endfor %}");
+    work.write("silent.jinja", "{% for m in messages if m.role == 'user' %}{{ m.content }}{{ eos_token }}{% endfor %}");
+    let thinking = "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}, \
+        {\"role\": \"assistant\", \"content\": \"b\", \"thinking\": \"One of two.\"}]}";
+    work.write("thinking.jsonl", thinking);
     work.template("base", None);
     fs::remove_file(work.at("nowords/tokenizer.json")).unwrap();
     work.write("words/tokenizer.json", "{\"version\": \"1.0\"}");

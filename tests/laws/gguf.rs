@@ -199,7 +199,7 @@ fn a_chat_template_in_the_file_renders() {
     let gguf = Gguf::open(&fixture("model.gguf")).unwrap();
     let source = gguf.metadata("tokenizer.chat_template").and_then(MetadataValue::as_str).unwrap();
     let template = burn_llama::chat::ChatTemplate::new(source, None, None).unwrap();
-    let text = template.render(&[Message::new("user", "Hi")], true).unwrap();
+    let text = template.render(&[Message::new("user", "Hi")], None, true).unwrap();
     assert_eq!(text, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
 }
 

@@ -4,11 +4,13 @@ use crate::{
     backend::Device,
     fetch,
     method_adapter::ADAPTER_NAME,
-    recipe::{ComputeDtype, WeightDtype},
+    recipe::{ComputeDtype, Learn, WeightDtype},
     schema::{Columns, Format, Schema},
+    template::TemplateOptions,
 };
 use anyhow::{Result, anyhow};
 use clap::Args;
+use serde_json::Value;
 use std::{
     convert::Infallible,
     path::{Path, PathBuf},
@@ -79,6 +81,55 @@ impl FromStr for AdapterPath {
     }
 }
 
+/// The chat template, instead of the one that the model or the adapter comes with.
+#[derive(Args, Clone, Default)]
+pub struct TemplateArgs {
+    /// File with a chat template (Jinja), instead of the model's or the adapter's own
+    #[arg(long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
+    /// Variable of the chat template, for example enable_thinking=false; the value is JSON, or else a string; may be
+    /// given several times
+    #[arg(long = "template-arg", value_name = "NAME=VALUE")]
+    pub template_arguments: Vec<TemplateArgument>,
+    /// Token that ends an answer, instead of the one that the chat template writes
+    #[arg(long, value_name = "TOKEN")]
+    pub end_token: Option<String>,
+}
+
+impl TemplateArgs {
+    /// Returns the changes to a tokenizer's chat template.
+    pub fn options(&self) -> TemplateOptions {
+        let arguments = self.template_arguments.iter().map(|argument| (argument.name.clone(), argument.value.clone()));
+        TemplateOptions {
+            file: self.chat_template.clone(),
+            arguments: arguments.collect(),
+            end_token: self.end_token.clone(),
+        }
+    }
+}
+
+/// A variable of the chat template, given as `NAME=VALUE`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TemplateArgument {
+    /// Name of the variable.
+    pub name: String,
+    /// Its value.
+    pub value: Value,
+}
+
+impl FromStr for TemplateArgument {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, value) = text
+            .split_once('=')
+            .filter(|(name, _)| !name.trim().is_empty())
+            .ok_or_else(|| format!("expected NAME=VALUE, such as enable_thinking=false, found {text:?}"))?;
+        let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
+        Ok(Self { name: name.trim().to_owned(), value })
+    }
+}
+
 /// Numeric formats of the model's weights and of the products with them.
 #[derive(Args, Clone, Copy)]
 pub struct WeightsArgs {
@@ -99,6 +150,9 @@ pub struct RowsArgs {
     /// Columns that have other names in the file than in the format, for example question=prompt,answer=response
     #[arg(long, value_name = "COLUMN=NAME,...")]
     pub columns: Option<Columns>,
+    /// Answers of a conversation that are learned
+    #[arg(long, default_value = "all")]
+    pub learn: Learn,
 }
 
 impl RowsArgs {
@@ -107,5 +161,26 @@ impl RowsArgs {
         let columns = self.columns.clone().unwrap_or_default();
         columns.check(self.format).map_err(|problem| anyhow!("--columns: {problem}"))?;
         Ok(Schema { format: self.format, columns })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_argument_is_json_or_a_string() {
+        for (text, name, value) in [
+            ("enable_thinking=false", "enable_thinking", serde_json::json!(false)),
+            ("date=26 Jul 2024", "date", serde_json::json!("26 Jul 2024")),
+            ("a=b=c", "a", serde_json::json!("b=c")),
+            ("list=[1, \"x\"]", "list", serde_json::json!([1, "x"])),
+            ("empty=", "empty", serde_json::json!("")),
+        ] {
+            assert_eq!(text.parse(), Ok(TemplateArgument { name: name.to_owned(), value }), "{text}");
+        }
+        for wrong in ["", "=1", "enable_thinking"] {
+            assert!(wrong.parse::<TemplateArgument>().unwrap_err().contains("NAME=VALUE"), "{wrong}");
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The verb `chat`: one answer, or an interactive conversation.
 
 use crate::{
-    args::{DeviceArgs, ModelArgs, WeightsArgs},
+    args::{DeviceArgs, ModelArgs, TemplateArgs, WeightsArgs},
     backend::with_backend,
     model::{self, LoadedModel, apply_chat_template},
 };
@@ -21,6 +21,8 @@ pub struct ChatArgs {
     pub device: DeviceArgs,
     #[command(flatten)]
     pub weights: WeightsArgs,
+    #[command(flatten)]
+    pub template: TemplateArgs,
     /// Answer this one question and exit; without it, an interactive conversation starts
     #[arg(long)]
     pub prompt: Option<String>,
@@ -61,6 +63,7 @@ pub fn chat(args: &ChatArgs) -> Result<()> {
 
 fn run_chat<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
     let mut loaded = model::load_without_adapters::<B>(&args.model, args.weights.weights, device)?;
+    loaded.tokenizer = args.template.options().apply(loaded.tokenizer)?;
     loaded.model = model::with_compute(loaded.model, args.weights.compute)?;
     model::add_adapters(&mut loaded.model, &args.model)?;
     let settings = generation_config(&args.sampling, loaded.tokenizer.eos_ids());

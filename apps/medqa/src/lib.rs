@@ -23,6 +23,7 @@ mod quickstart;
 pub mod recipe;
 mod schedule;
 pub mod schema;
+mod template;
 mod train;
 mod verb_adapters;
 mod verb_train;

@@ -21,7 +21,7 @@ pub struct LogitsArgs {
     pub device: DeviceArgs,
     #[command(flatten)]
     pub weights: WeightsArgs,
-    /// Text to run through the model
+    /// Text to run through the model; special tokens that it writes out become their ids
     #[arg(long)]
     pub text: String,
     /// Decode token by token with the KV cache, as in generation, instead of one forward pass over the whole text

@@ -1,7 +1,7 @@
 //! Loading a model and its tokenizer, as named on the command line or in a recipe.
 
-use crate::{args::ModelArgs, fetch, method_adapter, recipe::ComputeDtype};
-use anyhow::{Context, Result, bail};
+use crate::{args::ModelArgs, fetch, method_adapter, recipe::ComputeDtype, template};
+use anyhow::{Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
     ChatTemplate, Checkpoint, Llama, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
@@ -31,6 +31,7 @@ pub fn load_without_adapters<B: Kernels>(
     device: &B::Device,
 ) -> Result<LoadedModel<B>> {
     let (checkpoint, tokenizer) = open_checkpoint(&args.model, args.tokenizer.as_deref())?;
+    let tokenizer = with_saved_template(tokenizer, args)?;
     Ok(LoadedModel { model: checkpoint.load::<B>(storage, device)?, tokenizer })
 }
 
@@ -90,21 +91,32 @@ fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
 
 /// Reads a model's tokenizer without loading the model.
 pub fn load_tokenizer(args: &ModelArgs) -> Result<Tokenizer> {
-    match &args.tokenizer {
-        Some(path) => read_tokenizer(path),
-        None => read_tokenizer(&fetch::resolve(&args.model)?),
+    let tokenizer = match &args.tokenizer {
+        Some(path) => read_tokenizer(path)?,
+        None => read_tokenizer(&fetch::resolve(&args.model)?)?,
+    };
+    with_saved_template(tokenizer, args)
+}
+
+/// Applies the chat template that is saved with the first adapter. A conversation has one template, so it is noted if
+/// another adapter comes with another one.
+fn with_saved_template(tokenizer: Tokenizer, args: &ModelArgs) -> Result<Tokenizer> {
+    let Some((first, others)) = args.adapter.split_first() else { return Ok(tokenizer) };
+    let tokenizer = template::apply_saved(tokenizer, &first.directory)?;
+    let used = tokenizer.chat_template().map(ChatTemplate::source);
+    for other in others {
+        let path = other.directory.join("chat_template.jinja");
+        if std::fs::read_to_string(&path).is_ok_and(|source| Some(source.as_str()) != used) {
+            let (path, first) = (path.display(), first.directory.display());
+            eprintln!("note: {path} is not used: it differs from the chat template of the first adapter, {first}");
+        }
     }
+    Ok(tokenizer)
 }
 
-/// Returns the model's chat template.
-pub fn chat_template(tokenizer: &Tokenizer) -> Result<&ChatTemplate> {
-    tokenizer
-        .chat_template()
-        .with_context(|| format!("{}: no chat template; use an instruction-tuned model", tokenizer.path().display()))
-}
-
-/// Encodes a conversation with the model's chat template, up to where the assistant's next answer begins.
+/// Encodes a conversation with the model's chat template, up to where the assistant's next answer begins. Texts of
+/// control tokens in the messages are ordinary text.
 pub fn apply_chat_template(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
-    // The template writes the special tokens itself.
-    Ok(tokenizer.encode(&chat_template(tokenizer)?.render(messages, true)?, false)?)
+    template::chat_template(tokenizer)?;
+    Ok(tokenizer.apply_chat_template(messages, None, true)?)
 }

@@ -159,6 +159,11 @@ pub fn train(args: TrainArgs) -> Result<()> {
     let LoadedRecipe { recipe, notes } = Recipe::load(&text, &sets, ranks)?;
     if rank == 0 {
         notes.iter().for_each(|note| eprintln!("note: {note}"));
+        let arguments = recipe.data.template_arguments.iter();
+        let arguments: Vec<_> = arguments.map(|(name, value)| format!("--template-arg {name}={value}")).collect();
+        if !arguments.is_empty() {
+            eprintln!("note: to ask the result as in training, add {}", arguments.join(" "));
+        }
     }
     let world = World::join()?;
     let directory = args.dir.unwrap_or_else(|| Path::new("runs").join(run_name));

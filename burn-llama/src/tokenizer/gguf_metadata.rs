@@ -25,10 +25,27 @@ impl Tokenizer {
     /// pre-tokenizer, normalizer or model.
     pub fn gguf_metadata(&self, rows: usize) -> Result<Metadata, Error> {
         let metadata = match &self.encoder {
-            Encoder::Gguf(_) => copy_metadata(&Gguf::open(&self.path)?, rows),
+            Encoder::Gguf(_) => copy_metadata(&Gguf::open(&self.path)?, rows).map(|mut metadata| {
+                self.replace_chat_metadata(&mut metadata);
+                metadata
+            }),
             Encoder::Json(tokenizer) => derive_metadata(self, tokenizer, rows),
         };
         metadata.map_err(|message| self.error(message))
+    }
+
+    /// Replaces the chat template of a copied file, and its end-of-turn token, if they are others here.
+    fn replace_chat_metadata(&self, metadata: &mut Metadata) {
+        let template = self.chat_template().filter(|_| self.template_replaced);
+        let template = template.map(|template| MetadataValue::String(template.source().to_owned()));
+        let end = self.end_of_turn().filter(|id| !self.listed_stop_ids.contains(id));
+        let end = end.map(|id| MetadataValue::Unsigned(u64::from(id)));
+        for (key, value) in [("tokenizer.chat_template", template), ("tokenizer.ggml.eot_token_id", end)] {
+            if let Some(value) = value {
+                metadata.retain(|(other, _)| other != key);
+                metadata.push((key.to_owned(), value));
+            }
+        }
     }
 }
 
@@ -158,13 +175,14 @@ fn special_metadata(tokenizer: &Tokenizer, unknown: Option<u32>) -> Result<Metad
     let SpecialTokens { bos, eos, pad, stop_ids, .. } = &tokenizer.special;
     // llama.cpp recognizes most stop tokens by their text; for others it has two more keys, `eot` and `eom`.
     let known = |id: &u32| tokenizer.id_to_token(*id).is_some_and(|token| stop_tokens().any(|stop| stop == token));
-    let mut more = stop_ids.iter().copied().filter(|id| Some(*id) != *eos && !known(id));
+    let end_of_turn = tokenizer.end_of_turn().filter(|id| Some(*id) != *eos);
+    let mut more = stop_ids.iter().copied().filter(|id| Some(*id) != *eos && Some(*id) != end_of_turn && !known(id));
     let ids = [
         ("bos", *bos),
         ("eos", *eos),
         ("padding", *pad),
         ("unknown", unknown),
-        ("eot", more.next()),
+        ("eot", end_of_turn.or_else(|| more.next())),
         ("eom", more.next()),
     ];
     let id = |(name, id): (&str, Option<u32>)| {

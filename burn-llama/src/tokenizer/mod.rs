@@ -11,6 +11,8 @@ use crate::error::Error;
 
 mod bpe;
 mod directory;
+mod end_of_turn;
+mod escape;
 mod gguf_metadata;
 mod metadata;
 mod patterns;
@@ -21,6 +23,8 @@ mod sentencepiece;
 mod stream;
 mod vocabulary;
 
+pub use escape::{EscapedConversation, Escapes};
+pub use save::ChatFiles;
 pub use stream::DecodeStream;
 
 /// A model's tokenizer: encodes text to token ids and decodes them, and knows the special tokens and the chat template.
@@ -30,6 +34,15 @@ pub struct Tokenizer {
     encoder: Encoder,
     special: SpecialTokens,
     chat_template: Option<ChatTemplate>,
+    /// True if the chat template is not the one in the files that the tokenizer was read from.
+    template_replaced: bool,
+    /// The stop ids that the files list or imply, without what the chat template shows.
+    listed_stop_ids: Vec<u32>,
+    /// The tokens that no text in a message may become.
+    control: escape::ControlTokens,
+    /// The end-of-turn token that the chat template writes.
+    template_end_of_turn: Option<u32>,
+    end_of_turn_override: Option<u32>,
 }
 
 /// The implementation behind a [`Tokenizer`].
@@ -39,6 +52,31 @@ enum Encoder {
     Json(Box<tokenizers::Tokenizer>),
     /// The vocabulary of a GGUF file.
     Gguf(Box<vocabulary::Vocabulary>),
+}
+
+impl Encoder {
+    /// Returns the control tokens, as they are written in a text: the special ones, and those that the model's files
+    /// name as its start and its ends.
+    fn control_tokens(&self, special: &SpecialTokens) -> escape::ControlTokens {
+        let named = |id: &u32| special.stop_ids.contains(id) || special.bos == Some(*id);
+        match self {
+            Self::Json(tokenizer) => {
+                let added: Vec<_> = tokenizer.get_added_tokens_decoder().into_iter().collect();
+                let (control, others): (Vec<_>, Vec<_>) =
+                    added.into_iter().partition(|(id, token)| token.special || named(id));
+                let texts =
+                    |tokens: Vec<(u32, tokenizers::AddedToken)>| tokens.into_iter().map(|(_, token)| token.content);
+                escape::ControlTokens::new(texts(control), texts(others))
+            }
+            Self::Gguf(vocabulary) => {
+                let (control, others) = vocabulary.matched_ids().partition::<Vec<u32>, _>(|id| {
+                    vocabulary.token_types[*id as usize] == metadata::TokenType::Control || named(id)
+                });
+                let texts = |ids: Vec<u32>| ids.into_iter().map(|id| vocabulary.tokens[id as usize].clone());
+                escape::ControlTokens::new(texts(control), texts(others))
+            }
+        }
+    }
 }
 
 /// The special tokens of a model and the ids at which generation stops.
@@ -90,7 +128,26 @@ impl Tokenizer {
         let special = vocabulary.special_tokens(gguf)?;
         let chat_template = special.parse_chat_template(gguf.text("tokenizer.chat_template")?, gguf.path())?;
         let encoder = Encoder::Gguf(Box::new(vocabulary));
-        Ok(Self { path: gguf.path().to_owned(), encoder, special, chat_template })
+        Ok(Self::new(gguf.path().to_owned(), encoder, special, chat_template))
+    }
+
+    /// Creates a tokenizer from its parts; the chat template shows its end-of-turn token.
+    fn new(path: PathBuf, encoder: Encoder, special: SpecialTokens, chat_template: Option<ChatTemplate>) -> Self {
+        let control = encoder.control_tokens(&special);
+        let listed_stop_ids = special.stop_ids.clone();
+        let mut tokenizer = Self {
+            path,
+            encoder,
+            special,
+            chat_template: None,
+            template_replaced: false,
+            listed_stop_ids,
+            control,
+            template_end_of_turn: None,
+            end_of_turn_override: None,
+        };
+        tokenizer.set_chat_template(chat_template);
+        tokenizer
     }
 
     /// Returns the path of the file that the tokenizer was read from.
@@ -165,7 +222,8 @@ impl Tokenizer {
         self.special.eos
     }
 
-    /// Returns all ids at which generation stops, ascending: [`Self::eos`] and the end-of-turn tokens.
+    /// Returns all ids at which generation stops, ascending: [`Self::eos`], [`Self::end_of_turn`] and those that the
+    /// files list.
     pub fn eos_ids(&self) -> &[u32] {
         &self.special.stop_ids
     }

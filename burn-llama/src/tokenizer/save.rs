@@ -22,7 +22,47 @@ const FILES: [&str; 9] = [
     "chat_template.jinja",
 ];
 
+/// The files that say how to chat with a model: its chat template, and its stop ids where they are more than those of
+/// the model's own files.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ChatFiles {
+    /// The content of `chat_template.jinja`.
+    chat_template: Option<String>,
+    /// The content of `generation_config.json`.
+    generation_config: Option<Value>,
+}
+
+impl ChatFiles {
+    /// Writes the files into the existing `directory`, beside an adapter's.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Io`] if a file cannot be written.
+    pub fn save(&self, directory: &Path) -> Result<(), Error> {
+        if let Some(template) = &self.chat_template {
+            atomic_write(&directory.join("chat_template.jinja"), template.as_bytes())?;
+        }
+        if let Some(config) = &self.generation_config {
+            atomic_write(&directory.join("generation_config.json"), format!("{config:#}\n").as_bytes())?;
+        }
+        Ok(())
+    }
+}
+
 impl Tokenizer {
+    /// Returns the files that say how to chat with the model.
+    pub fn chat_files(&self) -> ChatFiles {
+        ChatFiles {
+            chat_template: self.chat_template.as_ref().map(|template| template.source().to_owned()),
+            generation_config: self.has_new_stop_ids().then(|| self.generation_config()),
+        }
+    }
+
+    /// Returns whether the end-of-turn token is not among the stop ids that the files list.
+    fn has_new_stop_ids(&self) -> bool {
+        self.special.stop_ids != self.listed_stop_ids
+    }
+
     /// Writes the tokenizer's files into the existing `directory`, so that [`Tokenizer::from_dir`] and `AutoTokenizer`
     /// of `transformers` can load it.
     ///
@@ -64,7 +104,24 @@ impl Tokenizer {
                 atomic_write(&directory.join(path.file_name().unwrap_or_default()), &bytes)?;
             }
         }
-        Ok(())
+        let chat = ChatFiles {
+            chat_template: self.chat_files().chat_template.filter(|_| self.template_replaced),
+            generation_config: self.has_new_stop_ids().then(|| self.merged_generation_config(from)).transpose()?,
+        };
+        chat.save(directory)
+    }
+
+    /// Returns the content of the `generation_config.json` in the folder `from` with all stop ids.
+    fn merged_generation_config(&self, from: &Path) -> Result<Value, Error> {
+        let path = from.join("generation_config.json");
+        if !path.is_file() {
+            return Ok(self.generation_config());
+        }
+        let bytes = std::fs::read(&path).map_err(|source| Error::io(&path, source))?;
+        let mut config: Map<String, Value> = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::Tokenizer { path, message: format!("expected a JSON object, found: {error}") })?;
+        config.insert("eos_token_id".to_owned(), json!(self.special.stop_ids));
+        Ok(Value::Object(config))
     }
 
     /// Returns the content of `tokenizer_config.json`. Its tokenizer class makes every version of `transformers` use

@@ -155,8 +155,23 @@ impl Vocabulary {
         self.tokens.get(id as usize).map(String::as_str)
     }
 
+    /// Returns the ids of the tokens that are matched in the raw text.
+    pub fn matched_ids(&self) -> impl Iterator<Item = u32> {
+        self.special_ids.iter().copied()
+    }
+
     /// Encodes a text to ids.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
+        self.encode_pieces(text, add_special_tokens, str::to_owned)
+    }
+
+    /// Encodes a text to ids, with `rewrite` applied to each piece of it between special tokens.
+    pub fn encode_pieces(
+        &self,
+        text: &str,
+        add_special_tokens: bool,
+        rewrite: impl Fn(&str) -> String,
+    ) -> Result<Vec<u32>, String> {
         let mut ids = Vec::new();
         ids.extend(self.added.bos.filter(|_| add_special_tokens));
         // A space prefix is added before the first fragment and before every text fragment after a special token.
@@ -164,7 +179,7 @@ impl Vocabulary {
         for part in self.split_special_tokens(text) {
             match part {
                 TextFragment::Token(id) => ids.push(id),
-                TextFragment::Text(text) => self.encode_text(text, after_special, &mut ids)?,
+                TextFragment::Text(text) => self.encode_text(&rewrite(text), after_special, &mut ids)?,
             }
             after_special = matches!(part, TextFragment::Token(_));
         }

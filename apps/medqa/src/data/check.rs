@@ -2,13 +2,14 @@
 
 use super::{
     content::RowContent,
-    encode::{EncodedRows, LengthLimit},
+    encode::{EncodeOptions, EncodedRows},
     reader::{Row, RowLocation, read_each_row},
 };
 use crate::{
-    args::{ModelArgs, RowsArgs},
+    args::{ModelArgs, RowsArgs, TemplateArgs},
     model,
     recipe::OnTooLong,
+    template,
 };
 use anyhow::{Result, bail};
 use burn_llama::{Example, Tokenizer};
@@ -24,6 +25,8 @@ pub struct CheckArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub rows: RowsArgs,
+    #[command(flatten)]
+    pub template: TemplateArgs,
     /// Maximum length of a row, in tokens
     #[arg(long, default_value_t = 512)]
     pub max_length: usize,
@@ -41,10 +44,10 @@ const MAX_SHOWN: usize = 10;
 /// If the file or the tokenizer cannot be read, a row has a mistake, or no row has a token to learn.
 pub fn check(args: &CheckArgs) -> Result<()> {
     let rows = read_each_row(&args.file, &args.rows.schema()?)?;
-    let tokenizer = model::load_tokenizer(&args.model)?;
+    let tokenizer = args.template.options().apply(model::load_tokenizer(&args.model)?)?;
     // Without a chat template, every row would report the same mistake.
     if rows.iter().any(|(_, content)| !matches!(content, Ok(RowContent::PubMedQa { .. }) | Err(_))) {
-        model::chat_template(&tokenizer)?;
+        template::chat_template(&tokenizer)?;
     }
     let total = rows.len();
     let (encoded, mistakes) = encode_valid_rows(&tokenizer, rows, args);
@@ -73,10 +76,11 @@ fn encode_valid_rows(
     args: &CheckArgs,
 ) -> (EncodedRows, Vec<String>) {
     let (mut encoded, mut mistakes) = (EncodedRows::default(), Vec::new());
-    let limit = LengthLimit { max_length: args.max_length, on_too_long: args.on_too_long };
+    let (max_length, on_too_long, learn) = (args.max_length, args.on_too_long, args.rows.learn);
+    let options = EncodeOptions { max_length, on_too_long, learn };
     for (location, content) in rows {
         let at = location.in_file(&args.file);
-        let added = content.and_then(|content| encoded.add_row(tokenizer, &Row { location, content }, limit));
+        let added = content.and_then(|content| encoded.add_row(tokenizer, &Row { location, content }, options));
         mistakes.extend(added.err().map(|problem| format!("{at}: {problem:#}")));
     }
     (encoded, mistakes)
@@ -84,7 +88,7 @@ fn encode_valid_rows(
 
 /// Formats the counts of rows and the lengths of the examples.
 fn format_counts(encoded: &EncodedRows, mistakes: usize) -> String {
-    let EncodedRows { examples, truncated, dropped, without_target } = encoded;
+    let EncodedRows { examples, truncated, dropped, without_target, omitted, empty_thoughts } = encoded;
     let mut text = String::new();
     for (name, count) in [
         ("truncated", *truncated),
@@ -95,6 +99,14 @@ fn format_counts(encoded: &EncodedRows, mistakes: usize) -> String {
     ] {
         // Writing to a string does not fail.
         let _ = writeln!(text, "{name:<26}{count:>8}");
+    }
+    for (name, count, reason) in [
+        ("earlier texts left out", *omitted, "by the chat template"),
+        ("empty thoughts", *empty_thoughts, "the prompt opens one, the row has none"),
+    ] {
+        if count > 0 {
+            let _ = writeln!(text, "{name:<26}{count:>8} ({reason})");
+        }
     }
     let (all, targets) =
         (examples.iter().map(|e| e.ids.len()).collect(), examples.iter().map(Example::num_targets).collect());

@@ -3,17 +3,38 @@
 use crate::schema::{Columns, Format, Schema};
 use anyhow::{Context, Result, bail};
 use burn_llama::Message;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// The content of a row.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RowContent {
-    /// A prompt and an answer that is learned verbatim.
+    /// A prompt and its answer, which is learned.
     Answer { prompt: Vec<Message>, answer: String },
     /// A conversation, in which the assistant's turns are learned.
-    Conversation(Vec<Turn>),
+    Conversation(Conversation),
     /// A PubMedQA question about an abstract.
     PubMedQa { question: String, contexts: Vec<String>, decision: Option<String> },
+}
+
+/// A conversation.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Conversation {
+    pub turns: Vec<Turn>,
+    /// List of the tools that the assistant may call, as the chat template expects them.
+    pub tools: Option<Value>,
+}
+
+impl Conversation {
+    /// Returns the messages of all turns.
+    pub fn messages(&self) -> Vec<Message> {
+        self.turns.iter().map(|turn| turn.message.clone()).collect()
+    }
+}
+
+impl From<Vec<Turn>> for Conversation {
+    fn from(turns: Vec<Turn>) -> Self {
+        Self { turns, tools: None }
+    }
 }
 
 /// One turn of a conversation.
@@ -85,23 +106,6 @@ impl<'a> MappedObject<'a> {
         let value = self.required(column)?;
         value.as_array().map(Vec::as_slice).ok_or_else(|| self.unexpected(column, "a list", value))
     }
-
-    /// Rejects keys whose content would be dropped from a conversation silently.
-    fn reject_keys(&self, keys: &[&str]) -> Result<()> {
-        let empty = |value: &Value| match value {
-            Value::Null => true,
-            Value::String(text) => text.trim().is_empty(),
-            Value::Array(list) => list.is_empty(),
-            Value::Object(map) => map.is_empty(),
-            _ => false,
-        };
-        for key in keys {
-            if let Some(value) = self.row.get(*key).filter(|value| !empty(value)) {
-                bail!("`{key}`: expected none, as tool calls are not supported, found {}", excerpt(value));
-            }
-        }
-        Ok(())
-    }
 }
 
 /// Returns the beginning of a value's JSON text, for an error message.
@@ -148,23 +152,22 @@ fn parse_alpaca(row: &MappedObject) -> Result<RowContent> {
         return Ok(RowContent::Answer { prompt, answer });
     }
     prompt.push(Message::new("assistant", answer));
-    Ok(RowContent::Conversation(prompt.into_iter().map(|message| Turn { message, learned: true }).collect()))
+    let turns: Vec<Turn> = prompt.into_iter().map(|message| Turn { message, learned: true }).collect();
+    Ok(RowContent::Conversation(turns.into()))
 }
 
 /// Parses an OpenAI row. A turn with `weight` 0 is not learned.
 fn parse_messages(row: &MappedObject) -> Result<RowContent> {
-    row.reject_keys(&["tools", "functions"])?;
     let keys = TurnKeys {
         role: "role",
         text: "content",
         parse_role: |name| ["system", "developer", "user", "assistant", "tool"].into_iter().find(|role| *role == name),
         expected_roles: "system, developer, user, assistant or tool",
     };
-    Ok(RowContent::Conversation(parse_turns(row, "messages", &keys)?))
+    Ok(RowContent::Conversation(Conversation { turns: parse_turns(row, "messages", &keys)?, tools: parse_tools(row)? }))
 }
 
 fn parse_sharegpt(row: &MappedObject) -> Result<RowContent> {
-    row.reject_keys(&["tools"])?;
     let keys = TurnKeys {
         role: "from",
         text: "value",
@@ -182,7 +185,35 @@ fn parse_sharegpt(row: &MappedObject) -> Result<RowContent> {
     if !system.is_empty() && turns.first().is_none_or(|turn| turn.message.role != "system") {
         turns.insert(0, Turn { message: Message::new("system", system), learned: false });
     }
-    Ok(RowContent::Conversation(turns))
+    Ok(RowContent::Conversation(Conversation { turns, tools: parse_tools(row)? }))
+}
+
+/// Returns the tools of a row: the list `tools`, which may be written as a JSON string (LLaMA-Factory), or the list
+/// `functions` of OpenAI's older rows, each of which becomes a tool.
+fn parse_tools(row: &MappedObject) -> Result<Option<Value>> {
+    let list = |key: &str| -> Result<Option<Vec<Value>>> {
+        let Some(found) = row.row.get(key).filter(|value| !is_empty(value)) else { return Ok(None) };
+        let parsed = found.as_str().and_then(|text| serde_json::from_str(text).ok());
+        match parsed.as_ref().unwrap_or(found) {
+            Value::Array(list) if list.iter().all(Value::is_object) => Ok(Some(list.clone())),
+            _ => bail!("`{key}`: expected a list of objects, found {}", excerpt(found)),
+        }
+    };
+    let functions = list("functions")?;
+    let functions =
+        functions.map(|list| list.into_iter().map(|f| json!({"type": "function", "function": f})).collect());
+    Ok(list("tools")?.or(functions).map(Value::Array))
+}
+
+/// Returns whether a value says nothing.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::String(text) => text.trim().is_empty(),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(map) => map.is_empty(),
+        Value::Bool(_) | Value::Number(_) => false,
+    }
 }
 
 /// The keys of a turn, and the roles that it may have.
@@ -197,38 +228,59 @@ struct TurnKeys {
     expected_roles: &'static str,
 }
 
+/// Keys of a turn that say whether it is learned: OpenAI's, and axolotl's two.
+const LEARNED_KEYS: [&str; 3] = ["weight", "train", "training"];
+
 /// Parses the turns in the list `column`.
 fn parse_turns(row: &MappedObject, column: &str, keys: &TurnKeys) -> Result<Vec<Turn>> {
     let turn = |value: &Value| {
         let Value::Object(turn) = value else { bail!("expected an object, found {}", excerpt(value)) };
         let turn = MappedObject { row: turn, columns: row.columns };
-        turn.reject_keys(&["tool_calls", "function_call"])?;
         let name = turn.string(keys.role)?;
         let role = (keys.parse_role)(&name)
             .ok_or_else(|| turn.unexpected(keys.role, keys.expected_roles, &Value::String(name)))?;
-        let learned = match turn.get("weight") {
-            None => true,
-            Some(weight) => match weight.as_f64() {
-                Some(weight) if weight == 0.0 || weight == 1.0 => weight == 1.0,
-                _ => bail!(turn.unexpected("weight", "0 or 1", weight)),
-            },
-        };
-        Ok(Turn { message: Message::new(role, turn_text(&turn, keys.text)?), learned })
+        let read = LEARNED_KEYS.into_iter().chain([keys.role, keys.text].map(|key| turn.columns.name(key)));
+        let read: Vec<&str> = read.collect();
+        let others = turn.row.iter().filter(|(key, _)| !read.contains(&key.as_str()));
+        let fields: Map<_, _> = others.map(|(key, value)| (key.clone(), value.clone())).collect();
+        let content = turn_text(&turn, keys.text, &fields)?;
+        Ok(Turn { message: Message { role: role.to_owned(), content, fields }, learned: is_learned(&turn)? })
     };
     let list = row.array(column)?.iter().enumerate();
     let turns = list.map(|(i, value)| turn(value).with_context(|| format!("turn {}", i + 1)));
     turns.collect()
 }
 
-/// Returns the text of a turn, which is a string or a list of text parts.
-fn turn_text(turn: &MappedObject, key: &str) -> Result<String> {
+/// Returns whether a turn is learned: unless its `weight` is 0, or `train` or `training` is false.
+fn is_learned(turn: &MappedObject) -> Result<bool> {
+    let mut learned = true;
+    for key in LEARNED_KEYS {
+        learned &= match (key, turn.get(key)) {
+            (_, None) => true,
+            ("weight", Some(weight)) => match weight.as_f64() {
+                Some(weight) if weight == 0.0 || weight == 1.0 => weight == 1.0,
+                _ => bail!(turn.unexpected(key, "0 or 1", weight)),
+            },
+            (_, Some(flag)) => flag.as_bool().ok_or_else(|| turn.unexpected(key, "true or false", flag))?,
+        };
+    }
+    Ok(learned)
+}
+
+/// Returns the text of a turn, which is a string or a list of text parts; beside a call of tools there may be none.
+fn turn_text(turn: &MappedObject, key: &str, fields: &Map<String, Value>) -> Result<Option<String>> {
+    let calls =
+        ["tool_calls", "function_call"].iter().any(|key| fields.get(*key).is_some_and(|value| !is_empty(value)));
+    if calls && turn.get(key).is_none() {
+        return Ok(None);
+    }
     let value = turn.required(key)?;
-    let Value::Array(parts) = value else { return turn.string(key) };
+    let Value::Array(parts) = value else { return turn.string(key).map(Some) };
     let part = |part: &Value| match (part["type"].as_str(), part["text"].as_str()) {
         (Some("text"), Some(text)) => Ok(text.to_owned()),
         _ => Err(turn.unexpected(key, "a string, or a list of parts of the type text", part)),
     };
-    parts.iter().map(part).collect()
+    parts.iter().map(part).collect::<Result<String>>().map(Some)
 }
 
 #[cfg(test)]

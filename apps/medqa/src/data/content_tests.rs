@@ -10,6 +10,10 @@ fn turns(list: &[(&str, &str)]) -> Vec<Turn> {
     list.iter().map(|(role, content)| Turn { message: Message::new(*role, *content), learned: true }).collect()
 }
 
+fn conversation(list: &[(&str, &str)]) -> RowContent {
+    RowContent::Conversation(turns(list).into())
+}
+
 fn answer(prompt: &[(&str, &str)], answer: &str) -> RowContent {
     RowContent::Answer {
         prompt: turns(prompt).into_iter().map(|turn| turn.message).collect(),
@@ -34,7 +38,7 @@ fn each_format_says_the_same_thing_in_its_own_way() {
             Format::Alpaca,
             "",
             json!({"instruction": "i", "input": null, "output": "o", "history": [["a", "b"]]}),
-            RowContent::Conversation(turns(&[("user", "a"), ("assistant", "b"), ("user", "i"), ("assistant", "o")])),
+            conversation(&[("user", "a"), ("assistant", "b"), ("user", "i"), ("assistant", "o")]),
         ),
         (
             Format::Messages,
@@ -42,21 +46,21 @@ fn each_format_says_the_same_thing_in_its_own_way() {
             json!({"messages": [
                 {"role": "system", "content": "s"},
                 {"role": "user", "content": [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]},
-                {"role": "assistant", "content": "a", "tool_calls": []},
+                {"role": "assistant", "content": "a", "weight": null},
             ], "tools": null}),
-            RowContent::Conversation(turns(&[("system", "s"), ("user", "uv"), ("assistant", "a")])),
+            conversation(&[("system", "s"), ("user", "uv"), ("assistant", "a")]),
         ),
         (
             Format::Messages,
             "messages=chat,role=who,content=what",
             json!({"chat": [{"who": "user", "what": "u"}]}),
-            RowContent::Conversation(turns(&[("user", "u")])),
+            conversation(&[("user", "u")]),
         ),
         (
             Format::ShareGpt,
             "",
             json!({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}),
-            RowContent::Conversation(turns(&[("user", "u"), ("assistant", "a")])),
+            conversation(&[("user", "u"), ("assistant", "a")]),
         ),
     ] {
         assert_eq!(read(format, columns, value.clone()).unwrap(), expected, "{value}");
@@ -69,12 +73,42 @@ fn a_system_prompt_beside_the_conversation_comes_first_and_weight_0_is_not_learn
         json!({"system": "s", "conversations": [{"from": "user", "value": "u"}, {"from": "assistant", "value": "a"}]});
     let RowContent::Conversation(found) = read(Format::ShareGpt, "", row).unwrap() else { panic!("a conversation") };
     assert_eq!(
-        found.iter().map(|turn| turn.message.role.as_str()).collect::<Vec<_>>(),
+        found.turns.iter().map(|turn| turn.message.role.as_str()).collect::<Vec<_>>(),
         ["system", "user", "assistant"]
     );
     let row = json!({"messages": [{"role": "assistant", "content": "a", "weight": 0}, {"role": "assistant", "content": "b", "weight": 1}]});
     let RowContent::Conversation(found) = read(Format::Messages, "", row).unwrap() else { panic!("a conversation") };
-    assert_eq!(found.iter().map(|turn| turn.learned).collect::<Vec<_>>(), [false, true]);
+    assert_eq!(found.turns.iter().map(|turn| turn.learned).collect::<Vec<_>>(), [false, true]);
+}
+
+#[test]
+fn every_key_of_a_turn_and_the_tools_of_a_row_are_kept() {
+    let call = json!([{"id": "c1", "function": {"name": "f", "arguments": "{\"z\": 1, \"a\": null}"}}]);
+    let row = |tools: Value| {
+        json!({"messages": [
+            {"role": "user", "name": "Ann", "content": "u", "seen": null},
+            {"role": "assistant", "content": null, "tool_calls": call.clone(), "train": true},
+            {"role": "tool", "content": "r", "tool_call_id": "c1", "training": false},
+        ], "tools": tools})
+    };
+    let tool = json!({"type": "function", "function": {"name": "f"}});
+    for (row, expected) in [
+        (row(Value::Null), None),
+        (row(json!([])), None),
+        (row(json!([tool])), Some(json!([tool]))),
+        (row(json!(json!([tool]).to_string())), Some(json!([tool]))),
+        (json!({"messages": row(Value::Null)["messages"], "functions": [{"name": "f"}]}), Some(json!([tool]))),
+    ] {
+        let RowContent::Conversation(found) = read(Format::Messages, "", row.clone()).unwrap() else { panic!("{row}") };
+        assert_eq!(found.tools, expected, "{row}");
+        assert_eq!(found.turns.iter().map(|turn| turn.learned).collect::<Vec<_>>(), [true, true, false]);
+        let fields: Vec<Value> = found.turns.iter().map(|turn| turn.message.fields.clone().into()).collect();
+        assert_eq!(
+            json!(fields).to_string(),
+            json!([{"name": "Ann", "seen": null}, {"tool_calls": call}, {"tool_call_id": "c1"}]).to_string()
+        );
+        assert_eq!(found.turns[1].message.content, None);
+    }
 }
 
 #[test]
@@ -113,8 +147,14 @@ fn mistakes_name_the_key_what_was_expected_and_what_was_found() {
         (
             Format::Messages,
             "",
-            message(json!({"role": "assistant", "content": "", "tool_calls": [{"id": 1}]})),
-            "turn 2: `tool_calls`: expected none",
+            message(json!({"role": "assistant", "content": null, "tool_calls": []})),
+            "turn 2: `content`: expected a string, found null",
+        ),
+        (
+            Format::Messages,
+            "",
+            message(json!({"role": "assistant", "content": "x", "train": "no"})),
+            "turn 2: `train`: expected true or false, found \"no\"",
         ),
         (
             Format::Messages,
@@ -134,7 +174,7 @@ fn mistakes_name_the_key_what_was_expected_and_what_was_found() {
             json!({"conversations": [{"from": "function_call", "value": "x"}]}),
             "turn 1: `from`: expected system, human, user, gpt",
         ),
-        (Format::ShareGpt, "", json!({"conversations": [], "tools": "[1]"}), "`tools`: expected none"),
+        (Format::ShareGpt, "", json!({"conversations": [], "tools": "[1]"}), "`tools`: expected a list of objects"),
         (
             Format::Qa,
             "",

@@ -1,41 +1,12 @@
 use super::*;
-use crate::data::{RowContent, check::mark_learned, content::Turn, encode_row as of_row};
-use serde_json::{Value, json};
-use std::{fs, path::Path};
-
-fn fixture(name: &str) -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
-}
-
-/// Returns the fixture's byte-level tokenizer with additional special tokens, a chat template, and the named bos and
-/// eos tokens.
-fn byte_level(template: &str, [bos, eos]: [&str; 2], special: &[&str]) -> Tokenizer {
-    let folder = tempfile::tempdir().unwrap();
-    let mut words: Value = serde_json::from_slice(&fs::read(fixture("tokenizer/tokenizer.json")).unwrap()).unwrap();
-    let base = words["model"]["vocab"].as_object().unwrap().len();
-    for (index, token) in special.iter().enumerate() {
-        let mut added = words["added_tokens"][0].clone();
-        (added["content"], added["id"]) = (json!(token), json!(base + index));
-        words["added_tokens"].as_array_mut().unwrap().push(added);
-    }
-    let config = json!({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "chat_template": template,
-    });
-    fs::write(folder.path().join("tokenizer.json"), words.to_string()).unwrap();
-    fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-    Tokenizer::from_dir(folder.path()).unwrap()
-}
-
-/// Returns the fixture's SentencePiece tokenizer from a GGUF file, with a chat template.
-fn sentencepiece(template: &str) -> Tokenizer {
-    let bytes = fs::read(fixture("gguf/vocab-spm.gguf")).unwrap();
-    let count = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) + 1;
-    let string = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
-    let pair = [&string("tokenizer.chat_template")[..], &8u32.to_le_bytes(), &string(template)].concat();
-    let file = tempfile::NamedTempFile::new().unwrap();
-    fs::write(file.path(), [&bytes[..16], &count.to_le_bytes(), &pair, &bytes[24..]].concat()).unwrap();
-    Tokenizer::from_gguf(&burn_llama::checkpoint::gguf::Gguf::open(file.path()).unwrap()).unwrap()
-}
+use crate::data::{
+    RowContent,
+    check::mark_learned,
+    content::Turn,
+    encode_row as of_row,
+    test_tokenizers::{byte_level, fixture, sentencepiece},
+};
+use std::fs;
 
 /// Returns a chat template from the fixtures that agree with `transformers`.
 fn of_fixture(name: &str) -> String {
@@ -68,10 +39,18 @@ fn turns(list: &[(&str, &str)]) -> Vec<Turn> {
     list.iter().map(|(role, content)| Turn { message: Message::new(*role, *content), learned: true }).collect()
 }
 
+fn encode(tokenizer: &Tokenizer, turns: &[Turn]) -> Result<EncodedConversation> {
+    encode_conversation(tokenizer, &turns.to_vec().into(), Learn::All, MissingEnd::Refuse)
+}
+
+fn examples(tokenizer: &Tokenizer, turns: &[Turn]) -> Vec<Example> {
+    encode(tokenizer, turns).unwrap().examples
+}
+
 /// Returns the examples of a conversation as texts with the learned tokens in brackets, and asserts that every answer
 /// follows the tokens that `chat` sends.
 fn learned(tokenizer: &Tokenizer, turns: &[Turn]) -> Vec<String> {
-    let found = encode_conversation(tokenizer, turns).unwrap();
+    let found = examples(tokenizer, turns);
     let messages: Vec<Message> = turns.iter().map(|turn| turn.message.clone()).collect();
     let mut starts: Vec<&[u32]> = Vec::new();
     for example in &found {
@@ -163,8 +142,8 @@ fn a_system_prompt_tools_and_a_last_question_are_read() {
     let expected =
         "<|im_start|>assistant\na<|im_end|>\n<|im_start|>tool\nb<|im_end|>\n<|im_start|>assistant\n[[c<|im_end|>]]";
     assert!(learned(&chatml(SMOLLM2), &list)[0].ends_with(expected));
-    assert!(encode_conversation(&chatml(SMOLLM2), &list[..3]).unwrap().is_empty());
-    assert!(encode_conversation(&chatml(SMOLLM2), &[]).unwrap().is_empty());
+    assert!(examples(&chatml(SMOLLM2), &list[..3]).is_empty());
+    assert!(examples(&chatml(SMOLLM2), &[]).is_empty());
 }
 
 #[test]
@@ -196,33 +175,55 @@ fn a_template_that_rewrites_past_turns_gives_one_example_per_turn() {
 #[test]
 fn templates_that_cannot_teach_are_refused_by_name() {
     let markers = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}";
-    let shifted = format!("{markers}{{% if add_generation_prompt %}}<|im_start|>Answer: {{% endif %}}");
     let endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}\
         {% if add_generation_prompt %}assistant: {% endif %}";
+    let silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}";
+    let counting = markers.replace("{{ m.role }}: ", "{{ m.content | length }} ");
+    let counting = format!("{counting}{{% if add_generation_prompt %}}<|im_start|>Answer: {{% endif %}}");
     for (template, words) in [
-        (
-            shifted.as_str(),
-            &["rendered turn by turn", "goes on \"Answer: \"", "found \"assistant: The first.<|im_end|>\""],
-        ),
-        (endless, &["without an end token", "expected one of [<|im_end|>]", "The first.\\n"]),
-        (MISTRAL, &["roles must alternate", "", ""]),
+        (endless, &["without an end token", "expected one of [<|im_end|>]", "found \"The first.\"", "tokenizer.json"]),
+        (silent, &["does not print the assistant's answers", "", "", "tokenizer.json"]),
+        (&counting, &["when the answer's text changes", "expected \" \"", "found \"0 The first.", "tokenizer.json"]),
+        (MISTRAL, &["roles must alternate", "", "", ""]),
     ] {
         let list = if template == MISTRAL { &TWO[1..] } else { &TWO };
-        let error = format!("{:#}", encode_conversation(&chatml(template), &turns(list)).unwrap_err());
+        let error = format!("{:#}", encode(&chatml(template), &turns(list)).unwrap_err());
         assert!(words.iter().all(|word| error.contains(word)) && !error.contains('\n'), "{error}");
-        assert!(template == MISTRAL || error.contains("tokenizer.json"), "{error}");
     }
+    // A prompt that differs from the beginning of an answer's turn is what `chat` sends, so it is learned after it.
+    let shifted = format!("{markers}{{% if add_generation_prompt %}}<|im_start|>Answer: {{% endif %}}");
+    let expected = "<|im_start|>user: One?<|im_end|><|im_start|>Answer: [[The first.<|im_end|>]]";
+    assert_eq!(learned(&chatml(&shifted), &turns(&TWO[..2])), [expected]);
 }
 
 #[test]
 fn a_question_and_its_answer_are_the_same_tokens_as_a_row_and_as_a_conversation() {
     for tokenizer in [llama3(), chatml(&of_fixture("chatml")), chatml(SMOLLM2)] {
         let row = RowContent::Answer { prompt: vec![Message::new("user", "One?")], answer: "The first.".to_owned() };
-        let found = of_row(&tokenizer, &row).unwrap();
-        assert_eq!(found, encode_conversation(&tokenizer, &turns(&TWO[..2])).unwrap());
+        let found = of_row(&tokenizer, &row, Learn::All).unwrap().examples;
+        assert_eq!(found, examples(&tokenizer, &turns(&TWO[..2])));
         // They are also the tokens of the prompt and of the answer with its end token, encoded separately.
         let prompt = crate::model::apply_chat_template(&tokenizer, &[Message::new("user", "One?")]).unwrap();
         let answer = tokenizer.encode(&format!("The first.{}", tokenizer.eos_token().unwrap()), false).unwrap();
         assert_eq!(found, [Example::new(&prompt, &answer, usize::MAX)]);
     }
+    // Such a row also ends where the template writes no end token.
+    let endless = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}\
+        {% if add_generation_prompt %}assistant: {% endif %}";
+    let row = RowContent::Answer { prompt: vec![Message::new("user", "One?")], answer: "The first.".to_owned() };
+    let tokenizer = chatml(endless);
+    let found = of_row(&tokenizer, &row, Learn::All).unwrap().examples;
+    assert_eq!(
+        mark_learned(&tokenizer, &found[0], "[[", "]]").unwrap(),
+        "user: One?\nassistant: [[The first.<|im_end|>]]"
+    );
+}
+
+#[test]
+fn the_last_answer_alone_can_be_learned() {
+    let conversation = turns(&TWO).into();
+    let found = encode_conversation(&llama3(), &conversation, Learn::Last, MissingEnd::Refuse).unwrap().examples;
+    let text = mark_learned(&llama3(), &found[0], "[[", "]]").unwrap();
+    assert!(text.contains("The first.<|eot_id|><|start") && text.ends_with("[[The end.\nOf it.<|eot_id|>]]"), "{text}");
+    assert_eq!((found.len(), text.matches("[[").count()), (1, 1));
 }

@@ -1,17 +1,30 @@
 //! Encoding of rows as examples: their tokens, and which of them are learned.
 
-use super::{Row, RowContent, conversation, pubmedqa_prompt};
-use crate::{model, recipe::OnTooLong};
+use super::{
+    Row, RowContent,
+    content::Turn,
+    conversation::{EncodedConversation, MissingEnd, encode_conversation},
+    pubmedqa_prompt,
+};
+use crate::recipe::{DataConfig, Learn, OnTooLong};
 use anyhow::{Context, Result, bail};
-use burn_llama::{Example, Tokenizer};
+use burn_llama::{Example, Message, Tokenizer};
 
-/// The maximum length of a row, and the treatment of longer ones.
+/// How rows become examples.
 #[derive(Debug, Clone, Copy)]
-pub struct LengthLimit {
+pub struct EncodeOptions {
     /// Maximum number of tokens.
     pub max_length: usize,
     /// Treatment of longer rows.
     pub on_too_long: OnTooLong,
+    /// Answers of a conversation that are learned.
+    pub learn: Learn,
+}
+
+impl From<&DataConfig> for EncodeOptions {
+    fn from(data: &DataConfig) -> Self {
+        Self { max_length: data.max_length, on_too_long: data.on_too_long, learn: data.learn }
+    }
 }
 
 /// The examples of a file, and the number of rows that were truncated or left out.
@@ -24,21 +37,20 @@ pub struct EncodedRows {
     pub dropped: usize,
     /// Number of rows left out because none of their tokens is learned.
     pub without_target: usize,
+    /// Number of texts of earlier turns, over all rows, that the chat template leaves out of the last answer's prompt.
+    pub omitted: usize,
+    /// Number of learned answers without a thought after prompts that open one: they close it at once.
+    pub empty_thoughts: usize,
 }
 
 /// Encodes rows of at most `max_length` tokens. Longer rows are truncated on the right, PubMedQA's on the left, so that
 /// the decision stays.
-pub fn encode_rows(
-    tokenizer: &Tokenizer,
-    rows: &[Row],
-    max_length: usize,
-    on_too_long: OnTooLong,
-) -> Result<EncodedRows> {
-    let (mut encoded, limit) = (EncodedRows::default(), LengthLimit { max_length, on_too_long });
+pub fn encode_rows(tokenizer: &Tokenizer, rows: &[Row], options: EncodeOptions) -> Result<EncodedRows> {
+    let mut encoded = EncodedRows::default();
     for row in rows {
-        encoded.add_row(tokenizer, row, limit).with_context(|| row.location.to_string())?;
+        encoded.add_row(tokenizer, row, options).with_context(|| row.location.to_string())?;
     }
-    encoded.require_examples(max_length)?;
+    encoded.require_examples(options.max_length)?;
     Ok(encoded)
 }
 
@@ -47,9 +59,11 @@ impl EncodedRows {
     ///
     /// # Errors
     /// If the row cannot be encoded, or is too long and the limit refuses it.
-    pub fn add_row(&mut self, tokenizer: &Tokenizer, row: &Row, limit: LengthLimit) -> Result<()> {
-        let LengthLimit { max_length, on_too_long } = limit;
-        let mut examples = encode_row(tokenizer, &row.content)?;
+    pub fn add_row(&mut self, tokenizer: &Tokenizer, row: &Row, options: EncodeOptions) -> Result<()> {
+        let EncodeOptions { max_length, on_too_long, learn } = options;
+        let EncodedConversation { mut examples, omitted, empty_thoughts } = encode_row(tokenizer, &row.content, learn)?;
+        self.omitted += omitted;
+        self.empty_thoughts += empty_thoughts;
         if let Some(length) = examples.iter().map(|example| example.ids.len()).max().filter(|&n| n > max_length) {
             match on_too_long {
                 OnTooLong::Truncate => self.truncated += 1,
@@ -90,18 +104,28 @@ fn truncate(example: &mut Example, content: &RowContent, max_length: usize) {
     example.loss_mask.truncate(max_length);
 }
 
-/// Encodes a row without truncation.
-pub fn encode_row(tokenizer: &Tokenizer, content: &RowContent) -> Result<Vec<Example>> {
-    let eos = tokenizer.eos_token().context("the tokenizer has no end token, so answers could not end")?;
-    let (prompt, answer) = match content {
-        RowContent::Conversation(turns) => return conversation::encode_conversation(tokenizer, turns),
+/// Encodes a row without truncation. Its texts never become control tokens.
+pub fn encode_row(tokenizer: &Tokenizer, content: &RowContent, learn: Learn) -> Result<EncodedConversation> {
+    match content {
+        RowContent::Conversation(conversation) => {
+            encode_conversation(tokenizer, conversation, learn, MissingEnd::Refuse)
+        }
         RowContent::Answer { prompt, answer } => {
-            (model::apply_chat_template(tokenizer, prompt)?, format!("{answer}{eos}"))
+            let messages = prompt.iter().cloned().chain([Message::new("assistant", answer.as_str())]);
+            let turns: Vec<Turn> = messages.map(|message| Turn { message, learned: true }).collect();
+            encode_conversation(tokenizer, &turns.into(), Learn::Last, MissingEnd::Eos)
         }
         RowContent::PubMedQa { question, contexts, decision } => {
             let decision = decision.as_ref().context("`final_decision` is missing")?;
-            (tokenizer.encode(&pubmedqa_prompt(question, contexts), true)?, format!(" {decision}{eos}"))
+            let prompt = tokenizer.encode_plain(&pubmedqa_prompt(question, contexts), true)?;
+            let mut answer = tokenizer.encode_plain(&format!(" {decision}"), false)?;
+            answer.push(tokenizer.eos().context("the tokenizer has no end token, so answers could not end")?);
+            let examples = vec![Example::new(&prompt, &answer, usize::MAX)];
+            Ok(EncodedConversation { examples, ..EncodedConversation::default() })
         }
-    };
-    Ok(vec![Example::new(&prompt, &tokenizer.encode(&answer, false)?, usize::MAX)])
+    }
 }
+
+#[cfg(test)]
+#[path = "encode_tests.rs"]
+mod tests;

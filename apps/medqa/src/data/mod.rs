@@ -1,5 +1,6 @@
 //! Datasets: reading rows from files, encoding them as examples, and sampling the batches of a run.
 
+mod answer;
 mod batch_sampler;
 pub mod check;
 pub mod content;
@@ -7,10 +8,13 @@ mod conversation;
 mod encode;
 mod order;
 pub mod reader;
+#[cfg(test)]
+mod test_tokenizers;
+mod thought;
 
 pub use batch_sampler::{BatchSampler, GlobalBatch};
-pub use content::{RowContent, pubmedqa_prompt};
-pub use conversation::answer_tokens;
-pub use encode::{EncodedRows, LengthLimit, encode_row, encode_rows};
+pub use content::{Conversation, RowContent, pubmedqa_prompt};
+pub use conversation::{AnswerTokens, EncodedConversation, answer_tokens};
+pub use encode::{EncodeOptions, EncodedRows, encode_row, encode_rows};
 pub use order::RowIndex;
 pub use reader::{Row, read_rows};

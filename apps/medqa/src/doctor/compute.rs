@@ -1,7 +1,7 @@
 //! Checks of the model's computations.
 
 use super::CheckSubject;
-use crate::{data::encode_row, model};
+use crate::{data::encode_row, model, recipe::Learn};
 use anyhow::{Context, Result, bail};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_llama::{Example, Generation, GenerationConfig, KvCache, Message, SequenceLayout, generate, kernel::Kernels};
@@ -16,8 +16,9 @@ const ROUNDING_TOLERANCE: f32 = 1e-4;
 /// Checks that the model's vocabulary contains every token of the rows.
 pub fn vocabulary<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let model = &subject.loaded.model;
-    let all = subject.rows.iter().map(|row| encode_row(&subject.loaded.tokenizer, &row.content));
-    let all: Vec<Example> = all.collect::<Result<Vec<_>>>()?.concat();
+    let all = subject.rows.iter().map(|row| encode_row(&subject.loaded.tokenizer, &row.content, Learn::All));
+    let all: Vec<_> = all.collect::<Result<_>>()?;
+    let all: Vec<Example> = all.into_iter().flat_map(|row| row.examples).collect();
     model.check_examples(&all)?;
     Ok(format!("{} tokens, {} in the model", subject.loaded.tokenizer.vocab_size(), model.config().vocab_size))
 }
@@ -88,7 +89,10 @@ pub fn packed_losses<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 /// Returns the test sequence: the beginning of the first row with at least 8 tokens, or else of a built-in question.
 pub fn test_sequence<B: Kernels>(subject: &CheckSubject<B>) -> Result<Vec<u32>> {
     let tokenizer = &subject.loaded.tokenizer;
-    let rows = subject.rows.iter().flat_map(|row| encode_row(tokenizer, &row.content).unwrap_or_default());
+    let rows = subject
+        .rows
+        .iter()
+        .flat_map(|row| encode_row(tokenizer, &row.content, Learn::All).unwrap_or_default().examples);
     let mut ids = match rows.map(|example| example.ids).find(|ids| ids.len() >= 8) {
         Some(ids) => ids,
         None => {

@@ -157,6 +157,6 @@ fn built_in_rows() -> Vec<Row> {
     ];
     let prompt = vec![Message::new("user", "What does insulin do?")];
     let answer = RowContent::Answer { prompt, answer: "It lets cells take up glucose.".to_owned() };
-    let contents = [answer, RowContent::Conversation(turns.map(turn).into())];
+    let contents = [answer, RowContent::Conversation(turns.map(turn).to_vec().into())];
     contents.into_iter().enumerate().map(|(i, content)| Row { location: RowLocation::Row(i + 1), content }).collect()
 }

@@ -2,8 +2,10 @@
 
 use super::CheckSubject;
 use crate::{
-    data::{RowContent, answer_tokens, content::Turn, encode_row, pubmedqa_prompt},
+    data::{AnswerTokens, RowContent, answer_tokens, content::Turn, encode_row, pubmedqa_prompt},
     model,
+    recipe::Learn,
+    template::chat_template,
 };
 use anyhow::{Context, Result, bail};
 use burn_llama::{Example, Message, Tokenizer, kernel::Kernels};
@@ -55,27 +57,23 @@ pub fn round_trip<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 pub fn template<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
     let [question, _] = sample_messages();
-    let text = model::chat_template(tokenizer)?.render(std::slice::from_ref(&question), true)?;
-    if !text.contains(&question.content) {
+    let text = chat_template(tokenizer)?.render(std::slice::from_ref(&question), None, true)?;
+    if !text.contains(question.text()) {
         bail!("expected the question in the text, found {text:?}");
     }
-    let (prompt, answer) = answer_tokens(tokenizer, model::chat_template(tokenizer)?, &sample_messages())?;
+    let AnswerTokens { prompt, answer } = answer_tokens(tokenizer, &sample_messages())?;
     Ok(format!("a question is {} tokens, its answer {}", prompt.len(), answer.len()))
 }
 
-/// Checks that training on question-answer rows ends answers with the same end token as the chat template.
+/// Checks that training ends answers with a token at which generation stops.
 pub fn answer_end_token<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
-    let (_, answer) = answer_tokens(tokenizer, model::chat_template(tokenizer)?, &sample_messages())?;
-    let token = |id: Option<u32>| match id {
-        Some(id) => format!("{} = {id}", tokenizer.id_to_token(id).unwrap_or_default()),
-        None => "none".to_owned(),
-    };
-    let (last, eos) = (answer.last().copied(), tokenizer.eos());
-    if last != eos {
-        bail!("expected the template to end an answer with the end token {}, found {}", token(eos), token(last));
+    let last = answer_tokens(tokenizer, &sample_messages())?.answer.last().copied();
+    let token = last.and_then(|id| tokenizer.id_to_token(id)).unwrap_or_default();
+    match last {
+        Some(id) if tokenizer.eos_ids().contains(&id) => Ok(format!("{token} = {id}")),
+        _ => bail!("expected answers to end with one of {:?}, found {token} = {last:?}", tokenizer.eos_ids()),
     }
-    Ok(token(eos))
 }
 
 fn sample_messages() -> [Message; 2] {
@@ -88,8 +86,9 @@ pub fn training_matches_chat<B: Kernels>(subject: &CheckSubject<B>) -> Result<St
     let mut answers = 0;
     for row in &subject.rows {
         let place = || row.location.to_string();
-        let (found, expected) = (encode_row(tokenizer, &row.content), answer_prompts(tokenizer, &row.content));
-        let (found, expected) = (found.with_context(place)?, expected.with_context(place)?);
+        let (found, expected) =
+            (encode_row(tokenizer, &row.content, Learn::All), answer_prompts(tokenizer, &row.content));
+        let (found, expected) = (found.with_context(place)?.examples, expected.with_context(place)?);
         for prompt in &expected {
             let learned = |example: &Example| example.loss_mask.get(prompt.len()) == Some(&true);
             if !found.iter().any(|example| example.ids.starts_with(prompt) && learned(example)) {
@@ -108,13 +107,13 @@ fn answer_prompts(tokenizer: &Tokenizer, content: &RowContent) -> Result<Vec<Vec
     match content {
         RowContent::Answer { prompt, .. } => Ok(vec![model::apply_chat_template(tokenizer, prompt)?]),
         RowContent::PubMedQa { question, contexts, .. } => {
-            Ok(vec![tokenizer.encode(&pubmedqa_prompt(question, contexts), true)?])
+            Ok(vec![tokenizer.encode_plain(&pubmedqa_prompt(question, contexts), true)?])
         }
-        RowContent::Conversation(turns) => {
-            let messages: Vec<Message> = turns.iter().map(|turn| turn.message.clone()).collect();
+        RowContent::Conversation(conversation) => {
+            let (messages, tools) = (conversation.messages(), conversation.tools.as_ref());
             let taught = |(_, turn): &(usize, &Turn)| turn.learned && turn.message.role == "assistant";
-            let taught = turns.iter().enumerate().filter(taught);
-            taught.map(|(index, _)| model::apply_chat_template(tokenizer, &messages[..index])).collect()
+            let taught = conversation.turns.iter().enumerate().filter(taught);
+            taught.map(|(index, _)| Ok(tokenizer.apply_chat_template(&messages[..index], tools, true)?)).collect()
         }
     }
 }

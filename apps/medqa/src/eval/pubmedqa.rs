@@ -36,7 +36,7 @@ pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalAr
 /// Returns the log-likelihood of each choice after the context. Both are encoded together and then split, as in the
 /// harness.
 fn choice_log_likelihoods<B: Kernels>(loaded: &LoadedModel<B>, context: &str, longest: usize) -> Result<Vec<f64>> {
-    let context_ids = loaded.tokenizer.encode(context, true)?;
+    let context_ids = loaded.tokenizer.encode_plain(context, true)?;
     let choices = CHOICES.map(|choice| encode_choice(&loaded.tokenizer, context, choice, context_ids.len()));
     let choices = choices.into_iter().collect::<Result<Vec<_>>>()?;
     let room = choices.iter().map(|(_, ids)| ids.len()).max().unwrap_or(1);
@@ -54,7 +54,7 @@ fn choice_log_likelihoods<B: Kernels>(loaded: &LoadedModel<B>, context: &str, lo
 }
 
 fn encode_choice(tokenizer: &Tokenizer, context: &str, choice: &str, at: usize) -> Result<(Vec<u32>, Vec<u32>)> {
-    let mut whole = tokenizer.encode(&format!("{context} {choice}"), true)?;
+    let mut whole = tokenizer.encode_plain(&format!("{context} {choice}"), true)?;
     if at == 0 || whole.len() <= at {
         bail!("the tokenizer leaves no token for the choice `{choice}`");
     }

@@ -2,7 +2,7 @@
 
 use super::EvalArgs;
 use crate::{
-    data::{Row, encode_rows},
+    data::{EncodeOptions, Row, encode_rows},
     model::LoadedModel,
     recipe::OnTooLong,
 };
@@ -54,7 +54,8 @@ pub fn total_loss<B: Kernels>(
 
 pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.limits.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
-    let encoded = encode_rows(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
+    let options = EncodeOptions { max_length: longest, on_too_long: OnTooLong::Truncate, learn: args.rows.learn };
+    let encoded = encode_rows(&loaded.tokenizer, rows, options)?;
     let batching = EvalBatching { batch_size: args.limits.batch_size.get(), padding_free: true };
     let total = total_loss(&loaded.model, &encoded.examples, batching)?;
     let loss = total.mean();

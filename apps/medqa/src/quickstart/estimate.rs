@@ -26,7 +26,7 @@ impl MemoryEstimate {
         let (config, data, mut lengths) = (checkpoint.config(), &recipe.data, Vec::new());
         for source in &data.train {
             let rows = read_rows(Path::new(&source.path), &data.schema(Some(source)))?;
-            let encoded = encode_rows(&tokenizer, &rows, data.max_length, data.on_too_long)?;
+            let encoded = encode_rows(&tokenizer, &rows, data.into())?;
             lengths.extend(encoded.examples.iter().map(|row| row.ids.len() as u64));
         }
         lengths.sort_unstable_by(|a, b| b.cmp(a));

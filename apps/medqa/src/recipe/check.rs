@@ -7,6 +7,7 @@ use super::{
     ParallelConfig, Recipe, StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule, loss_scaler,
 };
 use crate::schema::Schema;
+use burn_llama::ChatTemplate;
 use burn_peft::config::InitLoraWeights;
 use burn_zero::{OffloadDevice, ZeroStage};
 
@@ -20,6 +21,9 @@ pub fn check(recipe: &Recipe) -> Result<(), InvalidValue> {
         &recipe.model.path,
         "a model: a directory, a .gguf file, a hub id or `smollm2-135m-instruct`",
     )?;
+    if let Some(file) = &recipe.model.chat_template {
+        ensure_given("model.chat_template", file, "the file of a chat template")?;
+    }
     data(&recipe.data)?;
     method(&recipe.method, recipe.model.dtype)?;
     loftq(recipe)?;
@@ -44,6 +48,14 @@ fn data(data: &DataConfig) -> Result<(), InvalidValue> {
         let Schema { format, columns } = data.schema(Some(source));
         let named = |problem| ("data.train", format!("columns for {}: {problem}", source.path));
         columns.check(format).map_err(named)?;
+    }
+    if let Some(token) = &data.end_token {
+        ensure_given("data.end_token", token, "a token of the vocabulary")?;
+    }
+    let taken = data.template_arguments.keys().find(|name| ChatTemplate::VARIABLES.contains(&name.as_str()));
+    if let Some(name) = taken {
+        let problem = format!("expected other names than {}, found {name}", ChatTemplate::VARIABLES.join(", "));
+        return Err(("data.template_arguments", problem));
     }
     if let Some(valid) = &data.valid {
         ensure_given("data.valid", valid, "a file's path")?;

@@ -28,7 +28,7 @@ use read::ParsedRecipe;
 pub use external_config::{deepspeed_schedule, loss_scaler};
 pub use method::{AdapterTargets, CommonMethodConfig, LoraOptions, MethodConfig, MethodKind, VirtualTokens};
 pub use parallel::{OffloadConfig, ParallelConfig, ParallelFiles, ShardingConfig};
-pub use tables::{ComputeDtype, DataConfig, ModelConfig, OnTooLong, WeightDtype};
+pub use tables::{ComputeDtype, DataConfig, Learn, ModelConfig, OnTooLong, WeightDtype};
 pub use train::{EvalSaveConfig, LrScheduleConfig, OptimizerConfig, ReportTo, StepsConfig, TrainConfig};
 pub use value::{DatasetSource, Packing, TargetModules, TrainableLayers};
 

@@ -4,6 +4,7 @@ use burn::tensor::DType;
 use burn_llama::Storage;
 use burn_peft::MatmulPrecision;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::value::{DatasetSource, Packing, deserialize_sources};
 use crate::schema::{Columns, Format, Schema};
@@ -14,6 +15,9 @@ use crate::schema::{Columns, Format, Schema};
 pub struct ModelConfig {
     /// A Hugging Face directory, a GGUF file, a hub id or `smollm2-135m-instruct`.
     pub path: String,
+    /// A file with a chat template, instead of the model's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
     /// The storage format of frozen weights; always set once a recipe is loaded. By default f32, with `qlora` the GGUF
     /// file's own blocks, or nf4.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -100,6 +104,11 @@ pub struct DataConfig {
     pub max_length: usize,
     /// The treatment of longer rows.
     pub on_too_long: OnTooLong,
+    /// The answers of a conversation that are learned.
+    pub learn: Learn,
+    /// The token that ends an answer, instead of the one that the chat template writes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub end_token: Option<String>,
     /// True if rows are shuffled anew for every epoch.
     pub shuffle: bool,
     /// True if rows of similar length are put into the same steps, so that they need less padding; only with `shuffle`.
@@ -110,6 +119,9 @@ pub struct DataConfig {
     /// The column names of the files, if they differ from those of the format, such as `{ question = "prompt" }`.
     #[serde(skip_serializing_if = "Columns::is_empty")]
     pub columns: Columns,
+    /// Variables of the chat template, such as `{ enable_thinking = false }`.
+    #[serde(skip_serializing_if = "Map::is_empty")]
+    pub template_arguments: Map<String, Value>,
     /// The files of training rows: a path, or a list of `{ path, format, columns, weight }`.
     #[serde(deserialize_with = "deserialize_sources")]
     pub train: Vec<DatasetSource>,
@@ -123,10 +135,13 @@ impl Default for DataConfig {
             format: Format::Qa,
             max_length: 512,
             on_too_long: OnTooLong::Truncate,
+            learn: Learn::All,
+            end_token: None,
             shuffle: true,
             group_by_length: false,
             packing: Packing::PaddingFree,
             columns: Columns::default(),
+            template_arguments: Map::new(),
             train: Vec::new(),
         }
     }
@@ -140,6 +155,17 @@ impl DataConfig {
         let shared = if format == self.format { self.columns.clone() } else { Columns::default() };
         Schema { format, columns: source.and_then(|source| source.columns.clone()).unwrap_or(shared) }
     }
+}
+
+/// Answers of a conversation that are learned.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Learn {
+    /// Learn every answer
+    #[default]
+    All,
+    /// Learn the last answer only
+    Last,
 }
 
 /// Treatment of rows longer than `max_length`.

@@ -9,6 +9,7 @@ use crate::{
     backend::{Device, with_backend},
     model,
     recipe::{Recipe, RecipeText},
+    template::TemplateOptions,
     write::write_dir_atomically,
 };
 use anyhow::{Context, Result, bail};
@@ -67,5 +68,6 @@ fn write<B: Kernels>(recipe: &Recipe, state: &Path, out: &Path, device: &B::Devi
     let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, dtype, device)?;
     let (model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, recipe)?;
     let model = burn_zero::restore_weights::<Autodiff<B>, _>(model, state)?;
-    RunOutput::new(adapter, loaded.tokenizer).save(&model, out)
+    let tokenizer = TemplateOptions::from(recipe).apply(loaded.tokenizer)?;
+    RunOutput::new(adapter, tokenizer).save(&model, out)
 }

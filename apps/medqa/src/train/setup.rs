@@ -133,7 +133,7 @@ fn load_examples<B: Kernels>(
     schema: &Schema,
 ) -> Result<Vec<Example>> {
     let rows = read_rows(Path::new(path), schema)?;
-    let encoded = encode_rows(&loaded.tokenizer, &rows, data.max_length, data.on_too_long);
+    let encoded = encode_rows(&loaded.tokenizer, &rows, data.into());
     let encoded = encoded.with_context(|| path.to_owned())?;
     report_rows(path, &encoded);
     loaded.model.check_examples(&encoded.examples).with_context(|| path.to_owned())?;
@@ -141,12 +141,21 @@ fn load_examples<B: Kernels>(
 }
 
 fn report_rows(path: &str, encoded: &EncodedRows) {
-    let EncodedRows { examples, truncated, dropped, without_target } = encoded;
+    let EncodedRows { examples, truncated, dropped, without_target, omitted, empty_thoughts } = encoded;
     eprintln!(
         "{}: {} rows, {truncated} truncated, {dropped} dropped as too long, {without_target} without a token to learn",
         path,
         examples.len()
     );
+    if *omitted > 0 {
+        eprintln!("{path}: the chat template leaves {omitted} texts of earlier turns out of the prompts");
+    }
+    if *empty_thoughts > 0 {
+        eprintln!(
+            "{path}: {empty_thoughts} answers have no thought, but the prompt opens one: an empty one is learned, closed at \
+             once, and then the answer"
+        );
+    }
 }
 
 /// Returns the learning rate of a step, counted from 0, in a run of `total` steps.

@@ -136,7 +136,8 @@ pub fn ensure_same_recipe(directory: &Path, recipe: &Recipe) -> Result<()> {
     let path = directory.join("recipe.toml");
     let text = fs::read_to_string(&path)
         .with_context(|| format!("{}: cannot be read; there is no run to resume", path.display()))?;
-    let old: toml::Value = toml::from_str(&text).with_context(|| format!("{}: not valid TOML", path.display()))?;
+    // Keys that the run's version did not know have their defaults.
+    let old: toml::Value = toml::from_str(&Recipe::parse(&text, &path, &[])?.to_toml()?)?;
     let new: toml::Value = toml::from_str(&recipe.to_toml()?)?;
     let (mut before, mut now) = (Vec::new(), Vec::new());
     flatten("", &old, &mut before);
