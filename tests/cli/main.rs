@@ -7,6 +7,7 @@ mod compatible;
 mod data;
 mod devices;
 mod doctor;
+mod files;
 mod foreign;
 mod methods;
 mod mistakes;
