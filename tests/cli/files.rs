@@ -7,7 +7,11 @@ use crate::{
     work::{CommandOutput, WorkDir, fixture},
 };
 use serde_json::{Value, json};
-use std::{fs, io::Write};
+use std::{
+    fs,
+    io::Write,
+    process::{Command, Stdio},
+};
 
 /// Returns the report of `data check` without the name of the file.
 fn report(work: &WorkDir, file: &str, more: &[&str]) -> String {
@@ -19,6 +23,14 @@ fn gzip(text: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
     encoder.write_all(text).unwrap();
     encoder.finish().unwrap()
+}
+
+/// Returns the report of a `data check` of stdin.
+fn piped_report(mut command: Command, rows: &[u8]) -> String {
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(rows).unwrap();
+    let done: CommandOutput = child.wait_with_output().unwrap().into();
+    done.stdout.strip_prefix("/dev/stdin").unwrap_or_else(|| panic!("{done:?}")).to_owned()
 }
 
 #[test]
@@ -72,6 +84,9 @@ fn the_same_rows_are_read_from_every_kind_of_file() {
     // One row of a conversation is a row, not an object around rows.
     work.write("one.jsonl", &conversations(0..1));
     assert!(report(&work, "one.jsonl", &["--format", "messages"]).contains("examples                         1"));
+    // A pipe is read once.
+    let piped = work.command(&["data", "check", "/dev/stdin", "--model", "turns"]);
+    assert_eq!(piped_report(piped, text.as_bytes()), report(&work, "train.jsonl", &[]));
     // Every verb that reads rows has the same reader.
     let parquet = fixture("data/snappy.parquet").display().to_string();
     let sets = [format!("data.train={parquet}"), "data.valid=rows.csv".to_owned(), "train.max_steps=1".to_owned()];

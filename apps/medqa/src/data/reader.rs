@@ -65,7 +65,8 @@ fn read_values(path: &Path, schema: &Schema) -> Result<JsonRows> {
     if let Some(delimiter) = delimiter {
         return csv_rows::parse(path, &text, delimiter, schema);
     }
-    if let Some(found) = identify::advice(path, Purpose::Rows).filter(|_| !text.trim_start().starts_with(['{', '['])) {
+    let json = text.trim_start().starts_with(['{', '[']);
+    if let Some(found) = (!json).then(|| identify::advice(path, Purpose::Rows)).flatten() {
         bail!("{}: expected rows in JSON; {found}", path.display());
     }
     json_rows::parse(path, &text, schema)

@@ -62,7 +62,7 @@ impl DataFile {
 }
 
 fn utf8_text(bytes: Vec<u8>, path: &Path) -> Result<String> {
-    if let Some(found) = identify::advice(path, Purpose::Rows).filter(|_| bytes.contains(&0)) {
+    if let Some(found) = bytes.contains(&0).then(|| identify::advice(path, Purpose::Rows)).flatten() {
         bail!("{}: expected a text file or a Parquet file; {found}", path.display());
     }
     let error = match String::from_utf8(bytes) {

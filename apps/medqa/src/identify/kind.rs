@@ -63,6 +63,10 @@ impl PathKind {
                 false => Self::Missing,
             };
         }
+        // A pipe would lose what is read here, or wait for ever.
+        if !path.is_file() {
+            return Self::Binary;
+        }
         let mut head = Vec::new();
         let read = File::open(path).and_then(|file| file.take(4096).read_to_end(&mut head));
         match read {
@@ -123,7 +127,7 @@ pub fn json_object(file: &Path) -> Map<String, Value> {
     serde_json::from_slice(&text).unwrap_or_default()
 }
 
-/// Returns the newest snapshot in a folder of the hub's cache.
+/// Returns a snapshot in a folder of the hub's cache.
 pub fn hub_snapshot(folder: &Path) -> Option<PathBuf> {
     let snapshots = folder.join("snapshots");
     names(&snapshots).iter().map(|name| snapshots.join(name)).find(|snapshot| snapshot.join("config.json").exists())

@@ -44,7 +44,10 @@ pub fn adapter_directory(path: &Path) -> Result<PathBuf> {
     let expected = "expected an adapter directory in PEFT's format, a run directory or a checkpoint";
     match advice(path, Purpose::Adapter) {
         Some(found) => bail!("{}: {expected}; {found}", path.display()),
-        None => bail!("{}: {expected}, found no such directory", path.display()),
+        None => bail!(
+            "{}: {expected}, found no such directory; an adapter of the hub is fetched by `hf download ID --local-dir DIR`",
+            path.display()
+        ),
     }
 }
 

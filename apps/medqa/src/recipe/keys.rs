@@ -100,10 +100,7 @@ impl RecipeKeys {
         let near = |known: &str| distance(known) <= (known.len() / 4).min(2);
         let names = self.tables().into_iter().map(|table| table.name).filter(|_| table.is_empty());
         let names = names.filter(|name| near(name)).map(|name| (distance(name), false, name.to_owned()));
-        let keys = self.tables().into_iter().flat_map(|known| {
-            let key = move |key: &&'static str| (known.name, *key);
-            known.keys.iter().map(|found| key(&found)).collect::<Vec<_>>()
-        });
+        let keys = self.tables().into_iter().flat_map(|known| known.keys.iter().map(|key| (known.name, *key)));
         let keys = keys
             .filter(|(_, known)| near(known))
             .map(|(name, known)| (distance(known), name != table, format!("{name}.{known}")));
