@@ -146,8 +146,6 @@ fn adapters_are_listed_combined_merged_and_converted() {
     }
 
     let table: &[(&[&str], &[&str])] = &[
-        (&["adapters", "list", "model"], &["model", "expected adapters", "found none"]),
-        (&["adapters", "list", "nowhere"], &["nowhere", "cannot be read"]),
         (&["adapters", "combine", "--out", "x", "runs/one/adapter"], &["expected DIR=WEIGHT", "0.7"]),
         (&["adapters", "combine", "--out", "sum", "runs/one/adapter=1"], &["sum", "expected a new folder"]),
         (

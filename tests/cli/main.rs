@@ -8,6 +8,7 @@ mod conversations;
 mod data;
 mod devices;
 mod doctor;
+mod files;
 mod foreign;
 mod methods;
 mod mistakes;

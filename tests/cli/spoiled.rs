@@ -78,28 +78,37 @@ pub fn spoiled() -> WorkDir {
     work
 }
 
-/// Runs commands that must fail: each must exit with code 2, print one error line that contains all the words, and
-/// leave the folder unchanged.
+/// Runs commands that must fail in a folder of broken input.
 pub fn refused(table: &[(&[&str], &[&str])]) {
     let work = spoiled();
-    let before = work.listing();
-    let mut wrong = String::new();
-    for (arguments, words) in table {
-        let done = work.run(arguments);
-        // The argument parser appends a hint about `--help` to its errors.
-        let stderr = done.stderr.split("\n\nFor more information, try '--help'.").next().unwrap_or_default();
-        let errors: Vec<&str> = stderr.lines().filter(|line| line.contains("error")).collect();
-        let last = stderr.lines().last().unwrap_or_default();
-        let clear = done.code == Some(2) && done.stdout.is_empty() && !done.stderr.contains("panicked");
-        let one = errors.len() == 1 && last.starts_with("error: ") && words.iter().all(|word| last.contains(word));
-        if !(clear && one) {
-            wrong += &format!("{}\n  expected {words:?}\n  {done:?}\n", arguments.join(" "));
-        }
-        if work.listing() != before {
-            let new: Vec<_> = work.listing().into_keys().filter(|path| !before.contains_key(path)).collect();
-            wrong += &format!("{}\n  left {new:?}\n", arguments.join(" "));
-            new.iter().rev().for_each(|path| drop(fs::remove_dir(path).or_else(|_| fs::remove_file(path))));
-        }
-    }
+    let wrong: String = table.iter().map(|(arguments, words)| refusal_mistakes(&work, arguments, words)).collect();
     assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// Runs a command that must fail in the folder.
+pub fn refused_in_folder(work: &WorkDir, arguments: &[&str], words: &[&str]) {
+    let wrong = refusal_mistakes(work, arguments, words);
+    assert!(wrong.is_empty(), "{wrong}");
+}
+
+/// Runs a command that must exit with code 2, print one error line that contains all the words, and leave the folder
+/// unchanged. Returns what is wrong with that, and removes what is left.
+fn refusal_mistakes(work: &WorkDir, arguments: &[&str], words: &[&str]) -> String {
+    let (before, mut wrong) = (work.listing(), String::new());
+    let done = work.run(arguments);
+    // The argument parser appends a hint about `--help` to its errors.
+    let stderr = done.stderr.split("\n\nFor more information, try '--help'.").next().unwrap_or_default();
+    let errors: Vec<&str> = stderr.lines().filter(|line| line.contains("error")).collect();
+    let last = stderr.lines().last().unwrap_or_default();
+    let clear = done.code == Some(2) && !done.stderr.contains("panicked");
+    let one = errors.len() == 1 && last.starts_with("error: ") && words.iter().all(|word| last.contains(word));
+    if !(clear && done.stdout.is_empty() && one) {
+        wrong += &format!("{}\n  expected {words:?}\n  {done:?}\n", arguments.join(" "));
+    }
+    if work.listing() != before {
+        let new: Vec<_> = work.listing().into_keys().filter(|path| !before.contains_key(path)).collect();
+        wrong += &format!("{}\n  left {new:?}\n", arguments.join(" "));
+        new.iter().rev().for_each(|path| drop(fs::remove_dir(path).or_else(|_| fs::remove_file(path))));
+    }
+    wrong
 }

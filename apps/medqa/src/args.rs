@@ -40,8 +40,8 @@ pub struct ModelArgs {
     /// Model: smollm2-135m-instruct, a Hugging Face Hub id, a Hugging Face directory or a GGUF file
     #[arg(long, default_value = fetch::SMOLLM2)]
     pub model: String,
-    /// Adapter directory in PEFT's format, optionally with a name; `chat`, `eval`, `export` and `adapters merge` accept
-    /// several
+    /// Adapter directory in PEFT's format, or the run directory or checkpoint that holds one, optionally with a name;
+    /// `chat`, `eval`, `export` and `adapters merge` accept several
     #[arg(long, value_name = "[NAME=]DIR")]
     pub adapter: Vec<AdapterPath>,
     /// Directory or GGUF file to read the tokenizer from, instead of the model's own tokenizer

@@ -3,6 +3,7 @@
 //! One binary can contain several backends, each enabled by its cargo feature. Code that computes is generic over the
 //! backend; [`with_backend!`] selects it where a command starts.
 
+use crate::catch_panic::catch_panic;
 use anyhow::{Result, anyhow};
 #[cfg(feature = "cuda")]
 use burn::backend::cuda::CudaDevice;
@@ -12,11 +13,7 @@ use burn::backend::libtorch::LibTorchDevice;
 use burn::backend::wgpu::WgpuDevice;
 use burn::tensor::{Tensor, backend::Backend};
 use serde::{Deserialize, Serialize};
-use std::{
-    fmt,
-    panic::{self, AssertUnwindSafe},
-    str::FromStr,
-};
+use std::{fmt, str::FromStr};
 
 /// A device of a backend that this binary was built with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -193,19 +190,10 @@ impl Device {
 
 /// Computes a sum on the device. Backends panic if their device is missing; the panic is returned as an error.
 fn probe<B: Backend>(device: &B::Device) -> Result<(), String> {
-    let hook = panic::take_hook();
-    panic::set_hook(Box::new(|_| {}));
     let sum = || Tensor::<B, 1>::ones([2], device).sum().into_data().iter::<f64>().next();
-    let sum = panic::catch_unwind(AssertUnwindSafe(sum));
-    panic::set_hook(hook);
-    match sum {
-        Ok(Some(2.0)) => Ok(()),
-        Ok(sum) => Err(format!("1 + 1 = {sum:?}")),
-        Err(panic) => {
-            let words = panic.downcast_ref::<String>().map(String::as_str);
-            let words = words.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("it does not say why");
-            Err(words.lines().next().unwrap_or_default().to_owned())
-        }
+    match catch_panic(sum)? {
+        Some(2.0) => Ok(()),
+        sum => Err(format!("1 + 1 = {sum:?}")),
     }
 }
 

@@ -7,7 +7,7 @@ use crate::{
     recipe::MethodKind,
 };
 use anyhow::Result;
-use burn_llama::{Checkpoint, LlamaConfig};
+use burn_llama::LlamaConfig;
 use burn_peft::{LoraConfig, TargetModules};
 use burn_zero::{
     OffloadDevice, ZeroStage,
@@ -94,7 +94,7 @@ pub fn estimate(args: &EstimateArgs) -> Result<()> {
     }
     let config = match &args.config {
         Some(path) => LlamaConfig::load(path)?,
-        None => Checkpoint::open(&fetch::resolve(&args.model)?)?.config().clone(),
+        None => fetch::open_checkpoint(&args.model)?.config().clone(),
     };
     let shape = model_shape(&config);
     let all = shape.parameters(config.tie_word_embeddings);

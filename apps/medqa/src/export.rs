@@ -4,14 +4,14 @@ use crate::{
     args::ModelArgs,
     backend::{Device, with_backend},
     fetch::{self, is_gguf},
-    method_adapter,
+    identify, method_adapter,
     model::{self, LoadedModel},
     write::{create_parent_dir, write_dir_atomically},
 };
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
-    Checkpoint, Storage,
+    Storage,
     checkpoint::{
         gguf::{BlockType, write},
         save_as,
@@ -151,7 +151,8 @@ fn export_adapter(args: &ExportArgs) -> Result<()> {
 
 /// Converts an adapter directory to a GGUF file for llama.cpp.
 pub fn write_adapter_gguf(model: &str, directory: &Path, dtype: ExportDtype, out: &Path) -> Result<()> {
-    let checkpoint = Checkpoint::open(&fetch::resolve(model)?)?;
+    let directory = &identify::adapter_directory(directory)?;
+    let checkpoint = fetch::open_checkpoint(model)?;
     create_parent_dir(out)?;
     let unknown = write::save_adapter(checkpoint.config(), directory, block_type(dtype), out)?;
     method_adapter::warn_unknown_fields(directory, &unknown);

@@ -5,6 +5,7 @@
 mod args;
 mod backend;
 mod bench;
+mod catch_panic;
 mod chat;
 pub mod cli;
 pub mod data;
@@ -14,6 +15,7 @@ mod eval;
 mod export;
 mod fetch;
 mod footprint;
+mod identify;
 mod launch;
 mod logits;
 mod method_adapter;

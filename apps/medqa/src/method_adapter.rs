@@ -1,6 +1,9 @@
 //! Adapters of every fine-tuning method: attaching a new one to a model, loading and saving.
 
-use crate::recipe::{MethodKind, Recipe, TargetModules as Targets, VirtualTokens};
+use crate::{
+    identify,
+    recipe::{MethodKind, Recipe, TargetModules as Targets, VirtualTokens},
+};
 use anyhow::{Context, Result};
 use burn_llama::{Llama, Tokenizer, kernel::Kernels};
 use burn_peft::{AdapterModel, Ia3Config, Loaded, LoraConfig, PromptConfig, TargetModules, adapter, format, prompt};
@@ -21,11 +24,12 @@ pub enum AttachedAdapter {
     Prompt,
 }
 
-/// Loads an adapter from PEFT's directory onto the model, under the given name.
+/// Loads an adapter onto the model, under the given name: from PEFT's directory, a run directory or a checkpoint.
 ///
 /// # Errors
 /// If the adapter cannot be read, has an unsupported PEFT type, or does not fit the model.
-pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, directory: &Path) -> Result<AttachedAdapter> {
+pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, path: &Path) -> Result<AttachedAdapter> {
+    let directory = &identify::adapter_directory(path)?;
     let json = format::read_config(directory)?;
     if PromptConfig::is_prompt(&json) {
         let Loaded { value: prompt, unknown_fields } =

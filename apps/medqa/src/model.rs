@@ -1,7 +1,14 @@
 //! Loading a model and its tokenizer, as named on the command line or in a recipe.
 
-use crate::{args::ModelArgs, fetch, method_adapter, recipe::ComputeDtype, template};
-use anyhow::{Result, bail};
+use crate::{
+    args::ModelArgs,
+    fetch,
+    identify::{self, Purpose},
+    method_adapter,
+    recipe::ComputeDtype,
+    template,
+};
+use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
     ChatTemplate, Checkpoint, Llama, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
@@ -30,6 +37,8 @@ pub fn load_without_adapters<B: Kernels>(
     storage: impl Into<Storage>,
     device: &B::Device,
 ) -> Result<LoadedModel<B>> {
+    // Loading the weights takes longer than finding out that an adapter is none.
+    identify::adapter_directories(args.adapter.iter().map(|source| source.directory.as_path()))?;
     let (checkpoint, tokenizer) = open_checkpoint(&args.model, args.tokenizer.as_deref())?;
     let tokenizer = with_saved_template(tokenizer, args)?;
     Ok(LoadedModel { model: checkpoint.load::<B>(storage, device)?, tokenizer })
@@ -76,7 +85,7 @@ pub fn with_compute<B: Kernels>(model: Llama<B>, compute: ComputeDtype) -> Resul
 /// Opens a model's checkpoint, without loading the weights, and reads its tokenizer, or the one at the path `instead`.
 pub fn open_checkpoint(name: &str, instead: Option<&Path>) -> Result<(Checkpoint, Tokenizer)> {
     let path = fetch::resolve(name)?;
-    let checkpoint = Checkpoint::open(&path)?;
+    let checkpoint = fetch::open(&path)?;
     let tokenizer = match (instead, checkpoint.gguf()) {
         (Some(path), _) => read_tokenizer(path)?,
         (None, Some(gguf)) => Tokenizer::from_gguf(gguf)?,
@@ -86,7 +95,11 @@ pub fn open_checkpoint(name: &str, instead: Option<&Path>) -> Result<(Checkpoint
 }
 
 fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
-    if path.is_dir() { Ok(Tokenizer::from_dir(path)?) } else { Ok(Tokenizer::from_gguf(&Gguf::open(path)?)?) }
+    let tokenizer = match path.is_dir() {
+        true => Tokenizer::from_dir(path),
+        false => Gguf::open(path).and_then(|file| Tokenizer::from_gguf(&file)),
+    };
+    tokenizer.map_err(|error| identify::explain(error.into(), path, Purpose::Tokenizer))
 }
 
 /// Reads a model's tokenizer without loading the model.

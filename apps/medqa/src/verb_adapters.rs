@@ -5,9 +5,10 @@ use crate::{
     backend::{Device, with_backend},
     export::{self, ExportArgs, ExportDtype},
     fetch::{self, is_gguf},
+    identify::{self, Purpose, adapter_directories},
 };
-use anyhow::{Context, Result, bail};
-use burn_llama::{Checkpoint, checkpoint::gguf::adapter_to_peft};
+use anyhow::{Context, Result, anyhow, bail};
+use burn_llama::checkpoint::gguf::adapter_to_peft;
 use burn_peft::{
     adapter::{CombinationType, Weighted, combine_directories, convert_mutated_to_lora},
     format,
@@ -140,38 +141,61 @@ pub fn adapters(verb: &AdaptersVerb) -> Result<()> {
 
 const ADAPTER_CONFIG: &str = "adapter_config.json";
 
-/// Finds the adapter directories among `folders` and, recursively, inside them.
-fn find_adapters(folders: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for folder in folders {
-        let is_adapter = |folder: &Path| folder.join(ADAPTER_CONFIG).is_file();
-        let before = found.len();
-        let mut open = vec![folder.clone()];
-        while let Some(folder) = open.pop() {
-            if is_adapter(&folder) {
-                found.push(folder.clone());
-            }
-            let entries = fs::read_dir(&folder).with_context(|| format!("{}: cannot be read", folder.display()))?;
-            open.extend(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()));
+/// Finds the adapter directories in `folder`: itself, or those inside it at any depth.
+fn find_adapters(folder: &Path) -> Result<Vec<PathBuf>> {
+    let (mut found, mut open) = (Vec::new(), vec![folder.to_owned()]);
+    while let Some(folder) = open.pop() {
+        if folder.join(ADAPTER_CONFIG).is_file() {
+            found.push(folder.clone());
         }
-        if found.len() == before {
-            bail!("{}: expected adapters (folders with {ADAPTER_CONFIG}), found none", folder.display());
-        }
+        let entries = fs::read_dir(&folder).with_context(|| format!("{}: cannot be read", folder.display()))?;
+        open.extend(entries.flatten().map(|entry| entry.path()).filter(|path| path.is_dir() && !path.is_symlink()));
+    }
+    if found.is_empty() {
+        let expected = anyhow!("{}: expected adapters (folders with {ADAPTER_CONFIG}), found none", folder.display());
+        return Err(identify::explain(expected, folder, Purpose::Adapter));
     }
     found.sort();
     Ok(found)
 }
 
+/// Prints a line for each adapter, and for each folder that is none or cannot be read.
+///
+/// # Errors
+/// If there was such a folder, after all others have been listed.
 fn list(folders: &[PathBuf]) -> Result<()> {
     println!("{:<40} {:<14} {:>11}  details", "adapter", "kind", "values");
-    for directory in find_adapters(folders)? {
-        let config = format::read_config(&directory)?;
-        let tensors = format::read_tensors(&directory)?;
-        let values: usize = tensors.values().map(|data| data.num_elements()).sum();
-        let kind = config["peft_type"].as_str().unwrap_or("?");
-        println!("{:<40} {kind:<14} {values:>11}  {}", directory.display().to_string(), describe(&config));
+    let (mut listed, mut failed) = (0, 0);
+    for folder in folders {
+        let lines = find_adapters(folder).map_or_else(
+            |error| vec![(folder.clone(), Err(error))],
+            |found| found.into_iter().map(|adapter| (adapter.clone(), line(&adapter))).collect(),
+        );
+        for (adapter, line) in lines {
+            listed += 1;
+            match line {
+                Ok(line) => println!("{:<40} {line}", adapter.display().to_string()),
+                Err(error) => {
+                    failed += 1;
+                    println!("{:<40} cannot be read: {error:#}", adapter.display().to_string());
+                }
+            }
+        }
+    }
+    if failed > 0 {
+        bail!("{failed} of {listed} cannot be read");
     }
     Ok(())
+}
+
+/// Describes an adapter by its PEFT type, its number of values and its settings.
+fn line(directory: &Path) -> Result<String> {
+    let directory = identify::adapter_directory(directory)?;
+    let config = format::read_config(&directory)?;
+    let tensors = format::read_tensors(&directory)?;
+    let values: usize = tensors.values().map(|data| data.num_elements()).sum();
+    let kind = config["peft_type"].as_str().unwrap_or("?");
+    Ok(format!("{kind:<14} {values:>11}  {}", describe(&config)))
 }
 
 /// Describes an adapter by its main settings and its base model.
@@ -215,7 +239,7 @@ fn convert(args: &ConvertArgs) -> Result<()> {
     match (is_gguf(from), is_gguf(to), initial) {
         (true, false, None) => {
             require_new_folder(to)?;
-            let checkpoint = Checkpoint::open(&fetch::resolve(model)?)?;
+            let checkpoint = fetch::open_checkpoint(model)?;
             Ok(adapter_to_peft(checkpoint.config(), from, to)?)
         }
         (false, true, None) => {
@@ -226,6 +250,7 @@ fn convert(args: &ConvertArgs) -> Result<()> {
         }
         (false, false, Some(initial)) => {
             require_new_folder(to)?;
+            let (from, initial) = (&identify::adapter_directory(from)?, &identify::adapter_directory(initial)?);
             with_backend!(Device::default(), |B, device| Ok(convert_mutated_to_lora::<B>(from, initial, to, device)?))
         }
         (false, false, None) => bail!(
@@ -250,8 +275,10 @@ fn combine(args: &CombineArgs) -> Result<()> {
         CombinationArg::Linear => CombinationType::Linear,
         CombinationArg::Svd => CombinationType::Svd { rank: args.rank.map(usize::from) },
     };
-    let parts: Vec<_> =
-        args.adapters.iter().map(|part| Weighted { adapter: part.directory.as_path(), weight: part.weight }).collect();
+    let directories = adapter_directories(args.adapters.iter().map(|part| part.directory.as_path()))?;
+    let weights = args.adapters.iter().map(|part| part.weight);
+    let parts = directories.iter().zip(weights).map(|(adapter, weight)| Weighted { adapter: adapter.as_path(), weight });
+    let parts: Vec<_> = parts.collect();
     with_backend!(Device::default(), |B, device| combine_directories::<B>(&parts, how, &args.out, device))?;
     Ok(())
 }

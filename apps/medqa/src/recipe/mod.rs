@@ -10,7 +10,10 @@
 
 mod check;
 mod external_config;
+mod keys;
 mod method;
+mod other_file;
+mod other_tools;
 mod parallel;
 mod read;
 mod tables;
@@ -22,7 +25,10 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use crate::fetch;
+use crate::{
+    fetch,
+    identify::{self, Purpose},
+};
 use read::ParsedRecipe;
 
 pub use external_config::{deepspeed_schedule, loss_scaler};
@@ -47,7 +53,8 @@ impl RecipeText {
     /// One line that names the file.
     pub fn read(path: &Path) -> Result<Self> {
         let text =
-            std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()))?;
+            std::fs::read_to_string(path).with_context(|| format!("{}: the recipe cannot be read", path.display()));
+        let text = text.map_err(|error| identify::explain(error, path, Purpose::Recipe))?;
         Ok(Self { text, origin: path.to_owned() })
     }
 }

@@ -3,21 +3,20 @@
 //! Every field of a table has a default, so each key is first deserialized alone: an error then belongs to that key.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
-use serde::de::{DeserializeOwned, Deserializer, Visitor};
-use serde::{Deserialize, forward_to_deserialize_any};
+use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
 use super::{
-    AdapterTargets, CommonMethodConfig, DataConfig, EvalSaveConfig, LoraOptions, LrScheduleConfig, MethodConfig,
-    ModelConfig, OffloadConfig, OptimizerConfig, ParallelConfig, ParallelFiles, Recipe, ShardingConfig, StepsConfig,
-    TrainConfig, VirtualTokens,
+    Recipe,
     external_config::{self, ExternalConfig, ExternalSetting},
+    keys::{RecipeKeys, TableKeys},
+    other_file,
     parallel::parse_stage,
 };
+use crate::identify::{self, Purpose};
 
 /// The origin of each key's value: the recipe file, `--set`, or the configuration file of another program.
 pub struct Origin {
@@ -108,17 +107,21 @@ pub struct ParsedRecipe {
 pub fn read(text: &str, file: &Path, sets: &[String], world: Option<u64>) -> Result<ParsedRecipe> {
     let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
         let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+        if let Some(message) = other_file::message(text) {
+            return anyhow!("{}: {message}", file.display());
+        }
         let (line, message) = (before.matches('\n').count() + 1, error.message().replace('\n', ", "));
-        anyhow!("{}:{line}: not valid TOML: {message}", file.display())
+        let invalid = anyhow!("{}:{line}: not valid TOML: {message}", file.display());
+        identify::explain(invalid, file, Purpose::Recipe)
     })?;
     let mut origin = Origin { file: file.to_path_buf(), sets: BTreeSet::new(), external: BTreeMap::new() };
+    let known = RecipeKeys::new();
     for set in sets {
-        let key = apply_override(&mut table, set)?;
+        let key = apply_override(&mut table, set, &known)?;
         origin.sets.insert(key);
     }
-    let known = RecipeKeys::new();
     if let Some(name) = table.keys().find(|name| !known.tables().iter().any(|known| known.name == *name)) {
-        return Err(origin.error(name, &unknown_key_message(name)));
+        return Err(origin.error(name, &known.unknown_key_message(name)));
     }
     let recipe = sections(&table, &known, &origin)?;
     let foreign = world.map(|world| external_config::read(&recipe, world)).transpose()?.flatten();
@@ -139,63 +142,6 @@ fn sections(table: &Table, known: &RecipeKeys, origin: &Origin) -> Result<Recipe
     })
 }
 
-/// A table of a recipe file.
-struct TableKeys {
-    name: &'static str,
-    keys: Vec<&'static str>,
-}
-
-/// All tables of a recipe file.
-struct RecipeKeys {
-    model: TableKeys,
-    data: TableKeys,
-    method: TableKeys,
-    train: TableKeys,
-    parallel: TableKeys,
-}
-
-impl RecipeKeys {
-    fn new() -> Self {
-        // The tables themselves only flatten these structs; a field of their own would be missed here.
-        debug_assert!(
-            field_names::<TrainConfig>().is_empty()
-                && field_names::<MethodConfig>().is_empty()
-                && field_names::<ParallelConfig>().is_empty()
-        );
-        let table = |name, parts: &[&[&'static str]]| TableKeys { name, keys: parts.concat() };
-        Self {
-            model: table("model", &[field_names::<ModelConfig>()]),
-            data: table("data", &[field_names::<DataConfig>()]),
-            method: table(
-                "method",
-                &[
-                    field_names::<CommonMethodConfig>(),
-                    field_names::<LoraOptions>(),
-                    field_names::<AdapterTargets>(),
-                    field_names::<VirtualTokens>(),
-                ],
-            ),
-            train: table(
-                "train",
-                &[
-                    field_names::<StepsConfig>(),
-                    field_names::<OptimizerConfig>(),
-                    field_names::<LrScheduleConfig>(),
-                    field_names::<EvalSaveConfig>(),
-                ],
-            ),
-            parallel: table(
-                "parallel",
-                &[field_names::<ShardingConfig>(), field_names::<OffloadConfig>(), field_names::<ParallelFiles>()],
-            ),
-        }
-    }
-
-    fn tables(&self) -> [&TableKeys; 5] {
-        [&self.model, &self.data, &self.method, &self.train, &self.parallel]
-    }
-}
-
 fn section<T: DeserializeOwned>(table: &Table, known: &TableKeys, origin: &Origin) -> Result<T> {
     let TableKeys { name, keys } = known;
     let found = match table.get(*name) {
@@ -206,7 +152,7 @@ fn section<T: DeserializeOwned>(table: &Table, known: &TableKeys, origin: &Origi
     for (key, value) in &found {
         let path = format!("{name}.{key}");
         if !keys.contains(&key.as_str()) {
-            return Err(origin.error(&path, &unknown_key_message(&path)));
+            return Err(origin.error(&path, &RecipeKeys::new().unknown_key_message(&path)));
         }
         let alone = Table::from_iter([(key.clone(), value.clone())]);
         T::deserialize(Value::Table(alone)).map_err(|error| origin.error(&path, &readable_message(error.message())))?;
@@ -215,7 +161,7 @@ fn section<T: DeserializeOwned>(table: &Table, known: &TableKeys, origin: &Origi
 }
 
 /// Overrides one key by `table.key=value` and returns the key. The value is TOML, or else a string.
-fn apply_override(table: &mut Table, set: &str) -> Result<String> {
+fn apply_override(table: &mut Table, set: &str, known: &RecipeKeys) -> Result<String> {
     let (key, text) = set
         .split_once('=')
         .ok_or_else(|| anyhow!("--set {set}: expected table.key=value, such as train.batch_size=8"))?;
@@ -224,39 +170,17 @@ fn apply_override(table: &mut Table, set: &str) -> Result<String> {
         Ok(mut parsed) if parsed.len() == 1 => parsed.remove("value").unwrap_or_else(|| text.into()),
         _ => Value::String(text.to_string()),
     };
-    let (name, last) = key
-        .split_once('.')
-        .filter(|(name, last)| !name.is_empty() && !last.is_empty())
-        .ok_or_else(|| anyhow!("--set: `{key}`: expected table.key, such as train.batch_size"))?;
+    let (name, last) =
+        key.split_once('.').filter(|(name, last)| !name.is_empty() && !last.is_empty()).ok_or_else(|| {
+            let unknown = known.unknown_key_message(key);
+            anyhow!("--set: `{key}`: expected table.key, such as train.batch_size: {unknown}")
+        })?;
     let section = table.entry(name).or_insert_with(|| Value::Table(Table::new()));
     let Value::Table(section) = section else {
         bail!("--set: `{key}`: expected `{name}` to be a table, found {} in the recipe", section.type_str());
     };
     section.insert(last.to_string(), value);
     Ok(key.to_string())
-}
-
-fn unknown_key_message(path: &str) -> String {
-    format!("unknown key; the nearest known key is `{}`", nearest_key(path))
-}
-
-/// Returns the known key most similar to `path`. The last part counts most: `train.max_length` suggests
-/// `data.max_length`.
-fn nearest_key(path: &str) -> String {
-    let likeness = |known: &str| {
-        let last = |path: &str| path.rsplit('.').next().unwrap_or_default().to_ascii_lowercase();
-        let (wanted, candidate) = (last(path), last(known));
-        let held = wanted.contains(&candidate) || candidate.contains(&wanted);
-        let parts = strsim::normalized_damerau_levenshtein(&wanted, &candidate).max(if held { 0.7 } else { 0.0 });
-        // The whole path breaks ties.
-        parts + 0.1 * strsim::normalized_damerau_levenshtein(path, known)
-    };
-    let known = RecipeKeys::new();
-    // A word without a point may also be meant as the name of a table.
-    let names = known.tables().into_iter().map(|table| table.name.to_owned()).filter(|_| !path.contains('.'));
-    let keys =
-        known.tables().into_iter().flat_map(|table| table.keys.iter().map(|key| format!("{}.{key}", table.name)));
-    names.chain(keys).max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default()
 }
 
 /// Rewrites serde's `invalid type: F, expected E` and the like in terms that the author of the recipe knows.
@@ -288,56 +212,4 @@ fn readable_message(message: &str) -> String {
         other => other,
     };
     format!("{start}expected {expected}, found {found}")
-}
-
-/// Returns the names of a struct's fields as serde sees them; none for a struct that only flattens others.
-fn field_names<'de, T: Deserialize<'de>>() -> &'static [&'static str] {
-    let mut seen: &'static [&'static str] = &[];
-    // The capture always ends in an error: no value is ever built.
-    let _ = T::deserialize(FieldNameCapture(&mut seen));
-    seen
-}
-
-/// A deserializer that only records the names of a struct's fields.
-struct FieldNameCapture<'a>(&'a mut &'static [&'static str]);
-
-/// The error that ends a capture.
-#[derive(Debug)]
-struct FieldsCaptured;
-
-impl fmt::Display for FieldsCaptured {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        f.write_str("fields seen")
-    }
-}
-
-impl std::error::Error for FieldsCaptured {}
-
-impl serde::de::Error for FieldsCaptured {
-    fn custom<T: fmt::Display>(_: T) -> Self {
-        Self
-    }
-}
-
-impl<'de> Deserializer<'de> for FieldNameCapture<'_> {
-    type Error = FieldsCaptured;
-
-    fn deserialize_struct<V: Visitor<'de>>(
-        self,
-        _: &'static str,
-        fields: &'static [&'static str],
-        _: V,
-    ) -> Result<V::Value, FieldsCaptured> {
-        *self.0 = fields;
-        Err(FieldsCaptured)
-    }
-
-    fn deserialize_any<V: Visitor<'de>>(self, _: V) -> Result<V::Value, FieldsCaptured> {
-        Err(FieldsCaptured)
-    }
-
-    forward_to_deserialize_any! {
-        bool i8 i16 i32 i64 u8 u16 u32 u64 f32 f64 char str string bytes byte_buf option unit unit_struct
-        newtype_struct seq tuple tuple_struct map enum identifier ignored_any
-    }
 }

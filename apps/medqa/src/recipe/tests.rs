@@ -102,6 +102,66 @@ fn unknown_keys_name_their_nearest() {
 }
 
 #[test]
+fn keys_of_other_tools_lead_to_ours_or_to_what_there_is_instead() {
+    for (path, words) in [
+        ("data.cutoff_len", "is called `data.max_length` here"),
+        ("train.cutoff_len", "is called `data.max_length` here"),
+        ("data.max-seq-length", "is called `data.max_length` here"),
+        ("data.val_size", "is not here: no split is made"),
+        ("train.load_best_model_at_end", "is not here: the result is that of the last step"),
+        ("train.neftune_noise_alpha", "is not here"),
+        ("train.num_train_epochs", "`train.epochs`"),
+        ("method.lora_rank", "`method.r`"),
+        ("lora_parameters.rank", "`method.r`"),
+        ("train.warmup_ratio", "`train.warmup` here (a number with a point"),
+        ("deepspeed", "stands in the table [parallel]: `parallel.deepspeed`"),
+        ("train.deepspeed", "`parallel.deepspeed`"),
+        ("train.packing", "`data.packing`"),
+        ("train.flash_attn", "is not here: the device chooses the kernels"),
+        // Neither known nor near: no key is suggested.
+        ("train.colour", "those of [train] are batch_size, "),
+        ("colour", "a recipe has the tables [model], [data], "),
+        ("data.value", "those of [data] are "),
+    ] {
+        let message = keys::RecipeKeys::new().unknown_key_message(path);
+        assert!(message.starts_with("unknown key; ") && message.contains(words), "{path}: {message}");
+    }
+    let known = keys::RecipeKeys::new();
+    let known: Vec<String> =
+        known.tables().iter().flat_map(|table| table.keys.iter().map(|key| format!("{}.{key}", table.name))).collect();
+    for key in other_tools::named_keys() {
+        assert!(known.iter().any(|known| known == key), "{key} is a key");
+    }
+    for key in &known {
+        let last = key.rsplit('.').next().unwrap();
+        assert!(other_tools::answer(last).is_none(), "{key} is a key here, so it is no name of others alone");
+    }
+}
+
+#[test]
+fn files_of_other_tools_are_recognized_with_their_first_keys() {
+    for (text, words) in [
+        (
+            "model_name_or_path: x\nstage: sft\n",
+            ["of LLaMA-Factory", "`model_name_or_path` is called `model.path` here"],
+        ),
+        ("base_model: x\nsequence_len: 512\n", ["of axolotl", "`sequence_len` is called `data.max_length` here"]),
+        ("model: x\niters: 5\nlora_parameters: {rank: 4}\n", ["of mlx-lm", "`iters` is called `train.max_steps` here"]),
+        ("{\"train_micro_batch_size_per_gpu\": 1}", ["of DeepSpeed", "--deepspeed FILE"]),
+        ("distributed_type: FSDP\n", ["of Accelerate", "--accelerate FILE"]),
+        ("{\"peft_type\": \"LORA\", \"r\": 8}", ["of PEFT", "method.init"]),
+        ("{\"per_device_train_batch_size\": 2}", ["of transformers", "`train.batch_size`"]),
+        ("colour: red\n", ["YAML or JSON", "a recipe is TOML"]),
+    ] {
+        let error = parse(text, &[]).unwrap_err().to_string();
+        assert!(words.iter().all(|word| error.contains(word)), "{text}: {error}");
+        assert!(error.starts_with("r.toml: this looks like ") && !error.contains('\n'), "{error}");
+    }
+    // A recipe with a mistake stays TOML.
+    assert!(parse("[model]\npath: x\n", &[]).unwrap_err().to_string().contains("r.toml:2: not valid TOML"));
+}
+
+#[test]
 fn wrong_types_name_key_expected_and_found() {
     for (set, parts) in [
         ("train.batch_size=many", "`train.batch_size`: expected a whole number, 0 or more, found string \"many\""),

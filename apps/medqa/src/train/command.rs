@@ -13,7 +13,7 @@ use super::{
 use crate::{backend::with_backend, fetch, model, recipe::Recipe, template::TemplateOptions};
 use anyhow::{Result, bail};
 use burn::backend::Autodiff;
-use burn_llama::{Checkpoint, kernel::Kernels};
+use burn_llama::kernel::Kernels;
 use burn_zero::comm::Communicator;
 
 /// Trains by the recipe and writes everything into the run directory. If the user interrupts it, it writes a checkpoint
@@ -48,7 +48,7 @@ fn run_on<B: Kernels>(
     communicator: Box<dyn Communicator>,
 ) -> Result<RunOutcome> {
     let interrupt_guard = InterruptGuard::install()?;
-    let config = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?.config().clone();
+    let config = fetch::open_checkpoint(&recipe.model.path)?.config().clone();
     memory::check(
         &RunSizes::lower_bound(&config, &recipe, communicator.world_size() as u64),
         &recipe,

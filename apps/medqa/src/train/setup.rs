@@ -3,14 +3,14 @@
 use super::freeze::freeze;
 use crate::{
     data::{EncodedRows, encode_rows, read_rows},
-    fetch,
+    fetch, identify,
     method_adapter::{self, AttachedAdapter},
     model::LoadedModel,
     recipe::{self, ComputeDtype, DataConfig, MethodKind, Recipe},
     schema::Schema,
 };
 use anyhow::{Context, Result, bail};
-use burn_llama::{Checkpoint, Example, Llama, Tokenizer, kernel::Kernels};
+use burn_llama::{Example, Llama, Tokenizer, kernel::Kernels};
 use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights};
 use burn_zero::{
     EngineConfig, MemoryTier, OffloadDevice, Sharding,
@@ -62,7 +62,7 @@ pub fn init_loftq<B: Kernels>(model: &mut Llama<B>, recipe: &Recipe) -> Result<O
     if lora.init_lora_weights != InitLoraWeights::Loftq || choice.init.is_some() {
         return Ok(None);
     }
-    let checkpoint = Checkpoint::open(&fetch::resolve(&recipe.model.path)?)?;
+    let checkpoint = fetch::open_checkpoint(&recipe.model.path)?;
     let original = |path: &str| checkpoint.weight(path);
     Ok(Some(burn_peft::adapter::replace_lora_weights_loftq(model, method_adapter::ADAPTER_NAME, &original)?))
 }
@@ -114,7 +114,8 @@ fn memory_tier(recipe: &Recipe, device: OffloadDevice) -> MemoryTier {
 /// Reads and tokenizes the training rows, by source.
 pub fn load_sources<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Vec<Vec<Example>>> {
     let sources = data.train.iter();
-    sources.map(|source| load_examples(loaded, data, &source.path, &data.schema(Some(source)))).collect()
+    // A file that cannot be read does not hide those behind it.
+    identify::all(sources.map(|source| load_examples(loaded, data, &source.path, &data.schema(Some(source)))))
 }
 
 /// Reads and tokenizes the validation rows; none if the recipe names no file.
