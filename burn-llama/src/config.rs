@@ -175,6 +175,12 @@ impl LlamaConfig {
         }
     }
 
+    /// Gives the output head a weight of its own.
+    pub(crate) fn untie(&mut self) {
+        self.tie_word_embeddings = false;
+        self.raw_fields.insert("tie_word_embeddings".to_owned(), false.into());
+    }
+
     /// Returns the number of features of all query heads together, and that of all key heads.
     pub fn attention_widths(&self) -> (usize, usize) {
         (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim)

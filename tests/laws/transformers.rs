@@ -13,11 +13,14 @@ use laws::{
     reference::{compare, gradients, logits_differ},
     tensors,
 };
+use safetensors::{SafeTensors, tensor::TensorView};
+use std::collections::BTreeMap;
 
 #[test]
 fn logits_and_every_gradient_are_those_of_transformers() {
     let _lock = one_backward_at_a_time();
-    let names = ["mha", "gqa_llama3", "tied_bias", "linear_rope", "yarn", "qwen2", "qwen3", "mistral_window"];
+    let names =
+        ["mha", "gqa_llama3", "tied_bias", "linear_rope", "yarn", "qwen2", "qwen3", "mistral_window", "own_head"];
     for name in names {
         let reference = tensors(&format!("models/{name}/reference.safetensors"));
         let checkpoint = Checkpoint::open(&fixture(&format!("models/{name}"))).unwrap();
@@ -49,6 +52,56 @@ fn shards_and_half_precision_are_read() {
             assert!(difference < 1e-4, "{name} as {dtype:?}: logits differ by {difference:e}");
         }
     }
+}
+
+/// The config of this model ties its head, but its file has another one, which `transformers` 5 keeps.
+#[test]
+fn a_head_of_its_own_unties_the_model_and_an_equal_one_does_not() {
+    let model = Checkpoint::open(&fixture("models/own_head")).unwrap();
+    assert!(!model.config().tie_word_embeddings && model.config().to_json()["tie_word_embeddings"] == false);
+    let loaded = model.load::<Flex>(DType::F32, &Default::default()).unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    burn_llama::checkpoint::save(&loaded, directory.path()).unwrap();
+    let again = Checkpoint::open(directory.path()).unwrap().load::<Flex>(DType::F32, &Default::default()).unwrap();
+    assert!(logits_differ(&again, &tensors("models/own_head/reference.safetensors")) < 1e-4);
+
+    let other = changed_copy("own_head", |tensors| {
+        let embedding = tensors["model.embed_tokens.weight"].clone();
+        tensors.insert("lm_head.weight".to_owned(), embedding);
+    });
+    let model = Checkpoint::open(other.path()).unwrap();
+    assert!(model.config().tie_word_embeddings);
+    assert!(model.load::<Flex>(DType::F32, &Default::default()).unwrap().lm_head.is_none());
+}
+
+#[test]
+fn a_stored_table_of_rotary_frequencies_must_be_the_one_of_the_configuration() {
+    let name = "model.layers.0.self_attn.rotary_emb.inv_freq";
+    let other = changed_copy("own_head", |tensors| {
+        tensors.get_mut(name).unwrap().1[4..8].copy_from_slice(&0.5f32.to_le_bytes());
+    });
+    let loaded = Checkpoint::open(other.path()).unwrap().load::<Flex>(DType::F32, &Default::default());
+    let error = loaded.err().unwrap().to_string();
+    assert!(error.contains(name) && error.contains("rope_theta = 10000"), "{error}");
+}
+
+/// Shape and bytes of the f32 tensors of a file.
+type Changed = BTreeMap<String, (Vec<usize>, Vec<u8>)>;
+
+/// Copies a model with changed tensors.
+fn changed_copy(name: &str, change: impl Fn(&mut Changed)) -> tempfile::TempDir {
+    let (from, to) = (fixture(&format!("models/{name}")), tempfile::tempdir().unwrap());
+    std::fs::copy(from.join("config.json"), to.path().join("config.json")).unwrap();
+    let bytes = std::fs::read(from.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = |(name, view): (String, TensorView<'_>)| (name, (view.shape().to_vec(), view.data().to_vec()));
+    let mut tensors: Changed = file.tensors().into_iter().map(tensor).collect();
+    change(&mut tensors);
+    let views = tensors.iter().map(|(name, (shape, data))| {
+        (name, TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &to.path().join("model.safetensors")).unwrap();
+    to
 }
 
 #[test]
