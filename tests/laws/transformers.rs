@@ -5,7 +5,7 @@ use burn::{
     module::AutodiffModule,
     tensor::DType,
 };
-use burn_llama::{Checkpoint, Llama};
+use burn_llama::{Checkpoint, Llama, LlamaConfig};
 use burn_peft::{AdapterModel, adapter, param};
 use laws::{
     files::{same_files, saved_adapters},
@@ -14,6 +14,7 @@ use laws::{
     tensors,
 };
 use safetensors::{SafeTensors, tensor::TensorView};
+use serde_json::json;
 use std::collections::BTreeMap;
 
 #[test]
@@ -110,6 +111,68 @@ fn both_spellings_of_a_configuration_say_the_same() {
     let old = burn_llama::LlamaConfig::load(&fixture("models/gqa_llama3/config_old.json")).unwrap();
     assert!(matches!(new.rope_scaling, burn_llama::rope::RopeScaling::Llama3 { .. }));
     assert_eq!((new.rope_scaling, new.rope_theta), (old.rope_scaling, old.rope_theta));
+}
+
+/// Versions of `transformers` before 5 read `rope_theta` and `rope_scaling` only, and would silently take defaults for
+/// what is in `rope_parameters`.
+#[test]
+fn a_written_configuration_says_the_same_in_both_spellings() {
+    for name in ["mha", "gqa_llama3", "linear_rope", "yarn", "qwen2", "qwen3", "mistral_window"] {
+        let config = LlamaConfig::load(&fixture(&format!("models/{name}/config.json"))).unwrap();
+        let written = config.to_json();
+        for spelling in [&["rope_theta", "rope_scaling"][..], &["rope_parameters"]] {
+            let mut half = written.clone();
+            spelling.iter().for_each(|key| drop(half.as_object_mut().unwrap().remove(*key).unwrap()));
+            let found = LlamaConfig::from_json(half).unwrap();
+            assert_eq!((found.rope_theta, &found.rope_scaling), (config.rope_theta, &config.rope_scaling), "{name}");
+        }
+        assert_eq!(written["torch_dtype"], written["dtype"]);
+        if name == "linear_rope" {
+            // Version 4.40 refuses any other key.
+            assert_eq!(written["rope_scaling"], json!({ "type": "linear", "factor": 4.0 }));
+        }
+    }
+}
+
+#[test]
+fn a_configuration_that_contradicts_itself_is_refused() {
+    let base = LlamaConfig::load(&fixture("models/gqa_llama3/config.json")).unwrap().to_json();
+    for (key, value, named) in [
+        ("/rope_theta", json!(10_000.0), ["rope_parameters.rope_theta", "found 500"]),
+        ("/rope_scaling/factor", json!(4.0), ["rope_scaling", "the rule of `rope_parameters`"]),
+        ("/rope_scaling/type", json!("linear"), ["rope_scaling.type", "llama3"]),
+        ("/rope_parameters/rope_theta", json!("500"), ["rope_theta", "a positive number"]),
+        ("/rope_parameters/factor", json!("8"), ["rope_scaling.factor", "a positive number"]),
+        ("/rope_parameters/partial_rotary_factor", json!(0.5), ["rope_parameters.partial_rotary_factor", "0.5"]),
+        ("/rope_parameters/full_attention", json!({ "rope_theta": 1.0 }), ["full_attention", "one rule"]),
+        ("/hidden_act", json!(3), ["hidden_act", "silu"]),
+    ] {
+        let mut config = base.clone();
+        let (parent, last) = key.rsplit_once('/').unwrap();
+        config.pointer_mut(parent).unwrap()[last] = value;
+        let error = LlamaConfig::from_json(config).unwrap_err().to_string();
+        assert!(named.iter().all(|words| error.contains(words)), "{key}: {error}");
+    }
+}
+
+/// The defaults are those of `LlamaConfig`, `MistralConfig`, `Qwen2Config` and `Qwen3Config`.
+#[test]
+fn keys_that_a_configuration_lacks_have_the_defaults_of_the_model_type() {
+    for (model_type, positions, kv_heads, head_dim, window) in [
+        ("llama", 2048, 64, 4, None),
+        ("mistral", 131_072, 8, 4, Some(4096)),
+        ("qwen2", 32_768, 32, 4, None),
+        ("qwen3", 32_768, 32, 128, None),
+    ] {
+        let config = LlamaConfig::from_json(json!({
+            "model_type": model_type, "vocab_size": 8, "hidden_size": 256, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 64,
+        }));
+        let config = config.unwrap();
+        assert_eq!(config.max_position_embeddings, positions, "{model_type}");
+        assert_eq!((config.num_key_value_heads, config.head_dim), (kv_heads, head_dim), "{model_type}");
+        assert_eq!(config.sliding_window, window, "{model_type}");
+    }
 }
 
 #[test]

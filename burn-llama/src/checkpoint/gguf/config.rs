@@ -54,6 +54,10 @@ impl Gguf {
         }
         if let Some(window) = self.optional_integer("attention.sliding_window")? {
             set("sliding_window", json!(window));
+            if architecture == "llama" {
+                // llama.cpp has no architecture of its own for Mistral, the only one of this name that has a window.
+                set("model_type", json!("mistral"));
+            }
         }
         for key in ["bos_token_id", "eos_token_id"] {
             if let Some(id) = self.integer(&format!("tokenizer.ggml.{key}"))? {
