@@ -192,6 +192,24 @@ impl LlamaConfig {
         self.raw_fields.insert("tie_word_embeddings".to_owned(), false.into());
     }
 
+    /// Returns the number of positions that the model supports, unless its rotary frequencies are scaled for longer
+    /// contexts.
+    pub fn position_limit(&self) -> Option<usize> {
+        match self.rope_scaling {
+            RopeScaling::None => Some(self.max_position_embeddings),
+            RopeScaling::Dynamic { original } => Some(original),
+            _ => None,
+        }
+    }
+
+    /// Refuses a sequence that is longer than [`LlamaConfig::position_limit`].
+    pub(crate) fn check_length(&self, found: usize) -> Result<(), Error> {
+        match self.position_limit() {
+            Some(limit) if found > limit => Err(Error::ContextLength { limit, found }),
+            _ => Ok(()),
+        }
+    }
+
     /// Returns the number of features of all query heads together, and that of all key heads.
     pub fn attention_widths(&self) -> (usize, usize) {
         (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim)
@@ -239,16 +257,12 @@ struct ModelDefaults {
 impl ModelDefaults {
     fn of(model_type: &str) -> Self {
         match model_type {
-            "mistral" => Self {
-                num_key_value_heads: Some(8),
-                max_position_embeddings: 131_072,
-                sliding_window: Some(4096),
-            },
-            "qwen2" | "qwen3" => Self {
-                num_key_value_heads: Some(32),
-                max_position_embeddings: 32_768,
-                sliding_window: None,
-            },
+            "mistral" => {
+                Self { num_key_value_heads: Some(8), max_position_embeddings: 131_072, sliding_window: Some(4096) }
+            }
+            "qwen2" | "qwen3" => {
+                Self { num_key_value_heads: Some(32), max_position_embeddings: 32_768, sliding_window: None }
+            }
             _ => Self { num_key_value_heads: None, max_position_embeddings: 2048, sliding_window: None },
         }
     }

@@ -65,8 +65,7 @@ impl RopeScaling {
             },
         };
         let number = |name: &str| {
-            optional(name)?
-                .ok_or_else(|| Error::config(format!("rope_scaling.{name}"), "a positive number", value))
+            optional(name)?.ok_or_else(|| Error::config(format!("rope_scaling.{name}"), "a positive number", value))
         };
         let original = optional("original_max_position_embeddings")?.unwrap_or(max_positions as f64);
         Ok(match kind {
@@ -188,7 +187,9 @@ fn rope_type(value: &Value) -> Result<&str, Error> {
     }
     let names = ["rope_type", "type"].map(|name| value.get(name).filter(|kind| !kind.is_null()));
     match names {
-        [Some(new), Some(old)] if new != old => Err(Error::config("rope_scaling.type", format!("{new}, the rope_type"), old)),
+        [Some(new), Some(old)] if new != old => {
+            Err(Error::config("rope_scaling.type", format!("{new}, the rope_type"), old))
+        }
         [new, old] => match new.or(old) {
             None => Ok("default"),
             Some(kind) => kind.as_str().ok_or_else(|| Error::config("rope_scaling.rope_type", "a string", kind)),

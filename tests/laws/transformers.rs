@@ -98,9 +98,9 @@ fn changed_copy(name: &str, change: impl Fn(&mut Changed)) -> tempfile::TempDir 
     let tensor = |(name, view): (String, TensorView<'_>)| (name, (view.shape().to_vec(), view.data().to_vec()));
     let mut tensors: Changed = file.tensors().into_iter().map(tensor).collect();
     change(&mut tensors);
-    let views = tensors.iter().map(|(name, (shape, data))| {
-        (name, TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap())
-    });
+    let views = tensors
+        .iter()
+        .map(|(name, (shape, data))| (name, TensorView::new(safetensors::Dtype::F32, shape.clone(), data).unwrap()));
     safetensors::serialize_to_file(views, None, &to.path().join("model.safetensors")).unwrap();
     to
 }

@@ -4,7 +4,7 @@ use crate::{args::ModelArgs, fetch, method_adapter, recipe::ComputeDtype};
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
-    ChatTemplate, Checkpoint, Llama, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
+    ChatTemplate, Checkpoint, Llama, LlamaConfig, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
 };
 use std::path::Path;
 
@@ -94,6 +94,20 @@ pub fn load_tokenizer(args: &ModelArgs) -> Result<Tokenizer> {
         Some(path) => read_tokenizer(path),
         None => read_tokenizer(&fetch::resolve(&args.model)?),
     }
+}
+
+/// Returns the number of positions that the model supports, without loading it; none if there is no limit, or if only a
+/// tokenizer is there.
+pub fn position_limit(args: &ModelArgs) -> Result<Option<usize>> {
+    if args.tokenizer.is_some() {
+        return Ok(None);
+    }
+    let path = fetch::resolve(&args.model)?;
+    let config = path.join("config.json");
+    if path.is_dir() {
+        return Ok(if config.is_file() { LlamaConfig::load(&config)?.position_limit() } else { None });
+    }
+    Ok(Checkpoint::open(&path)?.config().position_limit())
 }
 
 /// Returns the model's chat template.

@@ -23,5 +23,7 @@ pub fn neutral_loss<B: Kernels>(loaded: &LoadedModel<B>) -> Result<(f64, usize)>
         examples.push(Example { ids, loss_mask: learned });
     }
     let (sum, targets) = loss_sum(model, &examples, EvalBatching { batch_size: examples.len(), padding_free: true })?;
-    Ok((sum / targets as f64, targets))
+    let loss = sum / targets as f64;
+    model.check_finite("loss on the neutral text", loss.is_finite())?;
+    Ok((loss, targets))
 }

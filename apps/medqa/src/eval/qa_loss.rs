@@ -1,6 +1,6 @@
 //! The evaluation task `qa-loss`: the mean loss over the answer tokens.
 
-use super::EvalArgs;
+use super::{EvalArgs, room};
 use crate::{
     data::{Row, encode_rows},
     model::LoadedModel,
@@ -39,11 +39,12 @@ pub fn loss_sum<B: Kernels>(
 }
 
 pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
-    let longest = args.limits.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
+    let longest = args.limits.max_length.unwrap_or_else(|| room(loaded));
     let encoded = encode_rows(&loaded.tokenizer, rows, longest, OnTooLong::Truncate)?;
     let batching = EvalBatching { batch_size: args.limits.batch_size.get(), padding_free: true };
     let (sum, targets) = loss_sum(&loaded.model, &encoded.examples, batching)?;
     let loss = sum / targets as f64;
+    loaded.model.check_finite("loss", loss.is_finite())?;
     Ok(json!({
         "task": "qa-loss", "rows": encoded.examples.len(), "loss": loss, "perplexity": loss.exp(),
         "target_tokens": targets,
