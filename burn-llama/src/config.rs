@@ -1,6 +1,9 @@
 //! The sizes and variants of a model, read from Hugging Face's `config.json`.
 
+mod rotary;
+
 use crate::{Error, rope::RopeScaling};
+use rotary::RotaryConfig;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -76,11 +79,16 @@ impl ConfigFields<'_> {
         self.positive_integer(name)?.ok_or_else(|| Error::config(name, "a positive integer", "nothing"))
     }
 
-    fn positive_number(&self, name: &str, default: f64) -> Result<f64, Error> {
+    /// Returns the positive integer, or the default if there is no such key.
+    fn integer_or(&self, name: &str, default: Option<usize>) -> Result<Option<usize>, Error> {
+        if self.0.contains_key(name) { self.positive_integer(name) } else { Ok(default) }
+    }
+
+    fn optional_positive_number(&self, name: &str) -> Result<Option<f64>, Error> {
         match self.get(name) {
-            None => Ok(default),
+            None => Ok(None),
             Some(value) => match value.as_f64() {
-                Some(x) if x > 0.0 && x.is_finite() => Ok(x),
+                Some(x) if x > 0.0 && x.is_finite() => Ok(Some(x)),
                 _ => Err(Error::config(name, "a positive number", value)),
             },
         }
@@ -117,19 +125,22 @@ impl LlamaConfig {
         let model_type = model_type(&fields)?;
         refuse_unsupported(&fields)?;
         let (hidden_size, heads) = (fields.required("hidden_size")?, fields.required("num_attention_heads")?);
-        let head_dim = head_dim(&fields, hidden_size, heads)?;
+        let head_dim = head_dim(&fields, &model_type, hidden_size, heads)?;
         let (qwen2, attention_bias) = (model_type == "qwen2", fields.flag("attention_bias", false)?);
-        let max_position_embeddings = fields.positive_integer("max_position_embeddings")?.unwrap_or(2048);
-        let rope = fields.get("rope_parameters").or_else(|| fields.get("rope_scaling")).cloned();
-        let in_rope = rope.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
+        let defaults = ModelDefaults::of(&model_type);
+        let max_position_embeddings =
+            fields.positive_integer("max_position_embeddings")?.unwrap_or(defaults.max_position_embeddings);
+        let rotary = RotaryConfig::read(&fields, max_position_embeddings, head_dim)?;
         let config = Self {
             vocab_size: fields.required("vocab_size")?,
             intermediate_size: fields.required("intermediate_size")?,
             num_hidden_layers: fields.required("num_hidden_layers")?,
-            num_key_value_heads: fields.positive_integer("num_key_value_heads")?.unwrap_or(heads),
-            rms_norm_eps: fields.positive_number("rms_norm_eps", 1e-6)?,
-            rope_theta: in_rope.map_or_else(|| fields.positive_number("rope_theta", 10_000.0), Ok)?,
-            rope_scaling: RopeScaling::from_json(rope.as_ref(), max_position_embeddings, head_dim)?,
+            num_key_value_heads: fields
+                .integer_or("num_key_value_heads", defaults.num_key_value_heads)?
+                .unwrap_or(heads),
+            rms_norm_eps: fields.optional_positive_number("rms_norm_eps")?.unwrap_or(1e-6),
+            rope_theta: rotary.theta,
+            rope_scaling: rotary.scaling,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
             biases: Biases {
                 qkv: qwen2 || attention_bias,
@@ -175,8 +186,33 @@ impl LlamaConfig {
         }
     }
 
-    /// Returns the `config.json` of this model with weights in f32. Rotary divisors from a GGUF file are written as
-    /// Llama 3's rule if they follow it; other divisors keep the type `factors`, which `transformers` does not know.
+    /// Gives the output head a weight of its own.
+    pub(crate) fn untie(&mut self) {
+        self.tie_word_embeddings = false;
+        self.raw_fields.insert("tie_word_embeddings".to_owned(), false.into());
+    }
+
+    /// Returns the number of positions that the model supports, unless its rotary frequencies are scaled for longer
+    /// contexts.
+    pub fn position_limit(&self) -> Option<usize> {
+        match self.rope_scaling {
+            RopeScaling::None => Some(self.max_position_embeddings),
+            RopeScaling::Dynamic { original } => Some(original),
+            _ => None,
+        }
+    }
+
+    /// Refuses a sequence that is longer than [`LlamaConfig::position_limit`].
+    pub(crate) fn check_length(&self, found: usize) -> Result<(), Error> {
+        match self.position_limit() {
+            Some(limit) if found > limit => Err(Error::ContextLength { limit, found }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns the `config.json` of this model with weights in f32, which `transformers` 4.40 to 5 read the same: keys
+    /// that have changed their names are written under both. Rotary divisors from a GGUF file are written as Llama 3's
+    /// rule if they follow it; other divisors keep the type `factors`, which `transformers` does not know.
     pub fn to_json(&self) -> Value {
         let mut fields = self.raw_fields.clone();
         let architecture = match self.model_type.as_str() {
@@ -190,13 +226,40 @@ impl LlamaConfig {
             ("dtype", json!("float32")),
             ("torch_dtype", json!("float32")),
             ("model_type", json!(self.model_type)),
+            // The defaults of these depend on the model type, or on the version.
+            ("num_key_value_heads", json!(self.num_key_value_heads)),
+            ("head_dim", json!(self.head_dim)),
+            ("max_position_embeddings", json!(self.max_position_embeddings)),
+            ("tie_word_embeddings", json!(self.tie_word_embeddings)),
         ] {
             fields.insert(name.to_owned(), value);
         }
-        if let Some(scaling) = self.rope_scaling.as_llama3(self.head_dim, self.rope_theta) {
-            fields.insert("rope_scaling".to_owned(), scaling);
+        if self.model_type == "mistral" {
+            fields.insert("sliding_window".to_owned(), json!(self.sliding_window));
         }
+        rotary::write(self, &mut fields);
         Value::Object(fields)
+    }
+}
+
+/// The values of keys that a `config.json` may lack, where `transformers` has other ones for other model types.
+struct ModelDefaults {
+    num_key_value_heads: Option<usize>,
+    max_position_embeddings: usize,
+    sliding_window: Option<usize>,
+}
+
+impl ModelDefaults {
+    fn of(model_type: &str) -> Self {
+        match model_type {
+            "mistral" => {
+                Self { num_key_value_heads: Some(8), max_position_embeddings: 131_072, sliding_window: Some(4096) }
+            }
+            "qwen2" | "qwen3" => {
+                Self { num_key_value_heads: Some(32), max_position_embeddings: 32_768, sliding_window: None }
+            }
+            _ => Self { num_key_value_heads: None, max_position_embeddings: 2048, sliding_window: None },
+        }
     }
 }
 
@@ -208,9 +271,10 @@ fn model_type(fields: &ConfigFields<'_>) -> Result<String, Error> {
     }
 }
 
-/// Returns the number of features of a head, by default those of the hidden states divided among the heads.
-fn head_dim(fields: &ConfigFields<'_>, hidden_size: usize, heads: usize) -> Result<usize, Error> {
-    match fields.positive_integer("head_dim")? {
+/// Returns the number of features of a head, by default those of the hidden states divided among the heads, or 128 for
+/// Qwen3.
+fn head_dim(fields: &ConfigFields<'_>, model_type: &str, hidden_size: usize, heads: usize) -> Result<usize, Error> {
+    match fields.integer_or("head_dim", (model_type == "qwen3").then_some(128))? {
         Some(head_dim) => Ok(head_dim),
         None if hidden_size.is_multiple_of(heads) => Ok(hidden_size / heads),
         None => Err(Error::config("hidden_size", format!("a multiple of num_attention_heads = {heads}"), hidden_size)),
@@ -219,9 +283,9 @@ fn head_dim(fields: &ConfigFields<'_>, hidden_size: usize, heads: usize) -> Resu
 
 /// Refuses fields that would silently give another model if they were ignored.
 fn refuse_unsupported(fields: &ConfigFields<'_>) -> Result<(), Error> {
-    match fields.get("hidden_act").and_then(Value::as_str).unwrap_or("silu") {
-        "silu" | "swish" => {}
-        found => return Err(Error::config("hidden_act", "silu", found)),
+    match fields.get("hidden_act").map(|act| (act.as_str(), act)) {
+        None | Some((Some("silu" | "swish"), _)) => {}
+        Some((_, found)) => return Err(Error::config("hidden_act", "silu", found)),
     }
     if let Some(quantization) = fields.get("quantization_config") {
         let method = quantization.get("quant_method").unwrap_or(quantization);
@@ -231,21 +295,23 @@ fn refuse_unsupported(fields: &ConfigFields<'_>) -> Result<(), Error> {
             method,
         ));
     }
-    match fields.get("pretraining_tp").and_then(Value::as_u64).unwrap_or(1) {
-        1 => {}
-        found => return Err(Error::config("pretraining_tp", "1", found)),
-    }
-    match fields.get("partial_rotary_factor").and_then(Value::as_f64).unwrap_or(1.0) {
-        1.0 => Ok(()),
-        found => Err(Error::config("partial_rotary_factor", "1.0", found)),
+    let in_rope = |name: &'static str| Some((name, fields.get(name)?.get("partial_rotary_factor")?));
+    let rotary = ["rope_parameters", "rope_scaling"].into_iter().filter_map(in_rope);
+    let alone = ["pretraining_tp", "partial_rotary_factor"].into_iter();
+    let alone = alone.filter_map(|name| Some((name, fields.get(name)?)));
+    match alone.chain(rotary).find(|(_, value)| value.as_f64() != Some(1.0)) {
+        None => Ok(()),
+        Some((name @ ("pretraining_tp" | "partial_rotary_factor"), found)) => Err(Error::config(name, "1", found)),
+        Some((name, found)) => Err(Error::config(format!("{name}.partial_rotary_factor"), "1", found)),
     }
 }
 
-/// Returns the sliding window. Qwen's files carry one that applies only if `use_sliding_window` is true.
+/// Returns the sliding window. Llama has none, and Qwen's files carry one that applies only if `use_sliding_window` is
+/// true.
 fn sliding_window(fields: &ConfigFields<'_>, model_type: &str) -> Result<Option<usize>, Error> {
-    let window = fields.positive_integer("sliding_window")?;
     match model_type {
-        "mistral" | "llama" => Ok(window),
+        "mistral" => fields.integer_or("sliding_window", ModelDefaults::of(model_type).sliding_window),
+        "llama" => Ok(None),
         _ if !fields.flag("use_sliding_window", false)? => Ok(None),
         _ => Err(Error::config("use_sliding_window", "false (windows on some layers only are not supported)", "true")),
     }

@@ -60,6 +60,22 @@ pub enum Error {
         /// The message of the template engine, or a description of what is missing.
         message: String,
     },
+    /// A result of the model is not finite.
+    #[error("the {result} is not finite: {cause}")]
+    NotFinite {
+        /// The result, such as `loss`.
+        result: &'static str,
+        /// The tensor that holds values that are not finite, or that none does.
+        cause: String,
+    },
+    /// A sequence is longer than the model supports.
+    #[error("expected at most {limit} positions, the model's own context length, found {found}; shorten the text")]
+    ContextLength {
+        /// The number of positions that the model supports.
+        limit: usize,
+        /// The number of positions of the sequence, virtual tokens included.
+        found: usize,
+    },
     /// An adapter could not be read, attached or written.
     #[error(transparent)]
     Peft(#[from] burn_peft::Error),

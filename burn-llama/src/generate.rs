@@ -35,8 +35,8 @@ impl<'a, B: Kernels> Generation<'a, B> {
     /// Starts a generation with prompts of any lengths, one per row: runs the model on them (prefill).
     ///
     /// # Errors
-    /// Returns an error if there is no prompt, one is empty, one has a token outside the vocabulary, or a setting is
-    /// impossible.
+    /// Returns an error if there is no prompt, one is empty or longer than the model's context, one has a token outside
+    /// the vocabulary, or a setting is impossible.
     pub fn new(model: &'a Llama<B>, prompts: &[Vec<u32>], settings: &'a GenerationConfig) -> Result<Self, Error> {
         Self::with_row_adapters(model, prompts, settings, model.active_row_adapters(prompts.len()))
     }
@@ -70,6 +70,7 @@ impl<'a, B: Kernels> Generation<'a, B> {
         let layout = SequenceLayout::padded(&prompts.iter().map(Vec::len).collect::<Vec<_>>());
         let ids = padded_ids(prompts, layout.length);
         let arranged = model.layout_with_prompts(&layout, &rows);
+        model.config().check_length(arranged.layout.num_positions())?;
         let places = arranged.new_slots(ids.len());
         let last = |(row, prompt): (usize, &Vec<u32>)| places[row * layout.length + prompt.len() - 1];
         let slots: Vec<i32> = prompts.iter().enumerate().map(last).collect();
@@ -117,7 +118,7 @@ impl<'a, B: Kernels> Generation<'a, B> {
         let positions: Vec<usize> = self.tokens.iter().zip(before).map(|(row, n)| n + row.len() - 1).collect();
         let ids: Vec<u32> = self.tokens.iter().map(|row| row.last().map_or(0, |&id| id)).collect();
         let longest = positions.iter().max().map_or(0, |&position| position + 1);
-        self.model.config().rope_scaling.check_length(longest)?;
+        self.model.config().check_length(longest)?;
         B::with_spinning_pool(|| {
             let (cache, logits) = (&mut self.cache, &mut self.logits);
             if self.step_decoder.as_mut().is_some_and(|steps| steps.step(&ids, &positions, cache, logits)) {
@@ -133,7 +134,7 @@ impl<'a, B: Kernels> Generation<'a, B> {
     /// when all rows are done.
     ///
     /// # Errors
-    /// Returns an error if a position goes beyond what the model's rotary frequencies cover.
+    /// Returns an error if a position goes beyond the model's context, or a logit is not finite.
     pub fn advance(&mut self) -> Result<Option<Vec<Option<u32>>>, Error> {
         if self.step >= self.config.max_new_tokens || self.done.iter().all(|&done| done) {
             return Ok(None);
@@ -142,6 +143,9 @@ impl<'a, B: Kernels> Generation<'a, B> {
             self.decode_step()?;
         }
         let vocabulary = self.logits.len() / self.tokens.len();
+        let open = self.logits.chunks_exact(vocabulary).zip(&self.done).filter(|(_, done)| !**done);
+        let finite = open.into_iter().all(|(logits, _)| logits.iter().all(|logit| logit.is_finite()));
+        self.model.check_finite("logits", finite)?;
         let mut new = Vec::with_capacity(self.tokens.len());
         for (row, logits) in self.logits.chunks_exact_mut(vocabulary).enumerate() {
             let id = self.config.sample(logits, &self.tokens[row], row, self.step);
@@ -284,6 +288,7 @@ pub fn log_likelihoods<B: Kernels>(model: &Llama<B>, context: &[u32], choices: &
         }
         sums.push(sum);
     }
+    model.check_finite("log-likelihood", sums.iter().all(|sum| sum.is_finite()))?;
     Ok(sums)
 }
 

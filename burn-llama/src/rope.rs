@@ -56,13 +56,18 @@ impl RopeScaling {
     /// Returns an error if the type is not supported or a factor is missing or impossible.
     pub fn from_json(value: Option<&Value>, max_positions: usize, head_dim: usize) -> Result<Self, Error> {
         let Some(value) = value.filter(|value| !value.is_null()) else { return Ok(Self::None) };
-        let kind = value.get("rope_type").or_else(|| value.get("type")).and_then(Value::as_str).unwrap_or("default");
-        let optional = |name: &str| value.get(name).and_then(Value::as_f64);
-        let number = |name: &str| match optional(name) {
-            Some(x) if x > 0.0 => Ok(x),
-            _ => Err(Error::config(format!("rope_scaling.{name}"), "a positive number", value)),
+        let kind = rope_type(value)?;
+        let optional = |name: &str| match value.get(name).filter(|x| !x.is_null()) {
+            None => Ok(None),
+            Some(x) => match x.as_f64().filter(|&x| x > 0.0 && x.is_finite()) {
+                Some(x) => Ok(Some(x)),
+                None => Err(Error::config(format!("rope_scaling.{name}"), "a positive number", x)),
+            },
         };
-        let original = optional("original_max_position_embeddings").unwrap_or(max_positions as f64);
+        let number = |name: &str| {
+            optional(name)?.ok_or_else(|| Error::config(format!("rope_scaling.{name}"), "a positive number", value))
+        };
+        let original = optional("original_max_position_embeddings")?.unwrap_or(max_positions as f64);
         Ok(match kind {
             "default" => Self::None,
             "linear" => Self::Linear { factor: number("factor")? },
@@ -76,8 +81,8 @@ impl RopeScaling {
             "yarn" => Self::Yarn {
                 factor: number("factor")?,
                 attention_factor: yarn_attention_factor(value, number("factor")?),
-                beta_fast: optional("beta_fast").unwrap_or(32.0),
-                beta_slow: optional("beta_slow").unwrap_or(1.0),
+                beta_fast: optional("beta_fast")?.unwrap_or(32.0),
+                beta_slow: optional("beta_slow")?.unwrap_or(1.0),
                 truncate: value.get("truncate").and_then(Value::as_bool).unwrap_or(true),
                 original,
             },
@@ -175,6 +180,23 @@ impl RopeScaling {
             )),
             _ => Ok(()),
         }
+    }
+}
+
+/// Returns the type of a scaling rule, which has two names.
+fn rope_type(value: &Value) -> Result<&str, Error> {
+    if let Some((name, rule)) = value.as_object().into_iter().flatten().find(|(_, rule)| rule.is_object()) {
+        return Err(Error::config(format!("rope_parameters.{name}"), "one rule for all layers", rule));
+    }
+    let names = ["rope_type", "type"].map(|name| value.get(name).filter(|kind| !kind.is_null()));
+    match names {
+        [Some(new), Some(old)] if new != old => {
+            Err(Error::config("rope_scaling.type", format!("{new}, the rope_type"), old))
+        }
+        [new, old] => match new.or(old) {
+            None => Ok("default"),
+            Some(kind) => kind.as_str().ok_or_else(|| Error::config("rope_scaling.rope_type", "a string", kind)),
+        },
     }
 }
 

@@ -11,6 +11,7 @@ mod linears;
 mod loftq;
 mod lora;
 mod merge;
+mod not_finite;
 mod registry;
 mod save;
 
@@ -25,5 +26,6 @@ pub use linears::{Linears, targeted_module_names};
 pub use loftq::{QuantizationResidual, replace_lora_weights_loftq};
 pub use lora::{attach, attach_and_freeze, load};
 pub use merge::{merge, safe_merge, unmerge};
+pub use not_finite::find_not_finite;
 pub use registry::{active, check_adapter_names, check_new_adapter, names};
 pub use save::AdapterModel;

@@ -10,9 +10,12 @@ use std::f64::consts::PI;
 /// the others are those of `transformers`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum LrKind {
-    /// Linear warm-up, then constant.
+    /// Constant from the first step on; without a warm-up, whatever its length.
     #[serde(rename = "constant")]
     Constant,
+    /// Linear warm-up, then constant.
+    #[serde(rename = "constant_with_warmup")]
+    ConstantWithWarmup,
     /// Linear warm-up, then linear decay to 0 at the last step.
     #[serde(rename = "linear")]
     Linear,
@@ -51,7 +54,8 @@ impl LrSchedule {
         let warmup = Warmup { steps: self.warmup as u64, warmup_type: WarmupType::Log };
         let (min, max, total) = (0.0, self.peak, self.total as u64);
         let deepspeed = match self.kind {
-            LrKind::Constant | LrKind::Linear | LrKind::Cosine => return self.peak * self.ratio(step),
+            LrKind::Constant => return self.peak,
+            LrKind::ConstantWithWarmup | LrKind::Linear | LrKind::Cosine => return self.peak * self.ratio(step),
             LrKind::WarmupLr => DeepSpeedLrSchedule::WarmupLr { warmup, min, max },
             LrKind::WarmupDecayLr => DeepSpeedLrSchedule::WarmupDecayLr { warmup, min, max, total },
             LrKind::WarmupCosineLr => {
@@ -93,7 +97,8 @@ mod tests {
             ),
             (LrKind::Linear, 110, [(0, 0.0), (5, 0.5), (10, 1.0), (60, 0.5), (109, 0.01), (110, 0.0)]),
             (LrKind::Cosine, 110, [(0, 0.0), (5, 0.5), (10, 1.0), (60, 0.5), (35, 0.853553), (110, 0.0)]),
-            (LrKind::Constant, 110, [(0, 0.0), (1, 0.1), (5, 0.5), (10, 1.0), (60, 1.0), (110, 1.0)]),
+            (LrKind::ConstantWithWarmup, 110, [(0, 0.0), (1, 0.1), (5, 0.5), (10, 1.0), (60, 1.0), (110, 1.0)]),
+            (LrKind::Constant, 110, [(0, 1.0), (1, 1.0), (5, 1.0), (10, 1.0), (60, 1.0), (110, 1.0)]),
         ];
         for (kind, total, values) in table {
             let schedule = LrSchedule { kind, peak: 1e-3, warmup: 10, total };

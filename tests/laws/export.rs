@@ -259,12 +259,21 @@ fn what_llama_cpp_has_no_name_for_is_refused() {
     assert!(error.contains("100") && error.contains("373"), "{error}");
 
     let mut yarn = Checkpoint::open(&fixture("models/yarn")).unwrap().config().to_json();
-    yarn["rope_parameters"]["attention_factor"] = serde_json::json!(2.0);
+    for spelling in ["rope_parameters", "rope_scaling"] {
+        yarn[spelling]["attention_factor"] = serde_json::json!(2.0);
+    }
     let folder = directory.path().join("yarn");
     save_as(&model("yarn"), DType::F32, &folder).unwrap();
     std::fs::write(folder.join("config.json"), yarn.to_string()).unwrap();
     let error = write::save(&load(&folder), vec![], BlockType::F32, &path).unwrap_err().to_string();
     assert!(error.contains("attention_factor"), "{error}");
+
+    // llama.cpp counts the tensors of a qwen3 file, and has no place for these.
+    let mut biased = Checkpoint::open(&fixture("models/qwen3")).unwrap().config().to_json();
+    biased["attention_bias"] = true.into();
+    let biased: Llama<Flex> = LlamaConfig::from_json(biased).unwrap().init(1, &Default::default());
+    let error = write::save(&biased, vec![], BlockType::F32, &path).unwrap_err().to_string();
+    assert!(error.contains("attention_bias") && error.contains("qwen3"), "{error}");
 
     let error = write::save(&model("mha"), vec![], BlockType::Q4_K, &path).unwrap_err().to_string();
     assert!(error.contains("Q4_K") && error.contains("Q8_0"), "{error}");
@@ -272,6 +281,15 @@ fn what_llama_cpp_has_no_name_for_is_refused() {
     let error = write::save_adapter(other.config(), &fixture("peft/lora_qv"), BlockType::F32, &path).unwrap_err();
     assert!(error.to_string().contains("another base model"), "{error}");
     assert!(!path.exists());
+}
+
+#[test]
+fn a_sliding_window_that_llama_cpp_does_not_apply_is_noted() {
+    for (name, noted) in [("mistral_window", true), ("mha", false), ("tied_bias", false), ("qwen2", false)] {
+        let notes = write::check(model(name).config()).unwrap();
+        assert_eq!(notes.iter().any(|note| note.contains("sliding window of 6 positions")), noted, "{notes:?}");
+        assert_eq!(notes.is_empty(), !noted, "{name}: {notes:?}");
+    }
 }
 
 #[test]

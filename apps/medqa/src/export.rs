@@ -122,6 +122,9 @@ fn block_type(dtype: ExportDtype) -> BlockType {
 }
 
 fn write_gguf<B: Kernels>(loaded: &LoadedModel<B>, args: &ExportArgs) -> Result<()> {
+    for note in write::check(loaded.model.config()).with_context(|| args.model.model.clone())? {
+        eprintln!("note: {}: {note}", args.out.display());
+    }
     create_parent_dir(&args.out)?;
     let tokens = loaded.tokenizer.gguf_metadata(loaded.model.config().vocab_size)?;
     Ok(write::save(&loaded.model, tokens, block_type(args.dtype), &args.out)?)

@@ -49,6 +49,8 @@ fn write_logits<B: Kernels>(args: &LogitsArgs, device: &B::Device) -> Result<()>
     } else {
         generate::logits(&loaded.model, &ids)?.cast(DType::F32).into_data()
     };
+    let finite = logits.iter::<f32>().all(f32::is_finite);
+    loaded.model.check_finite("logits", finite)?;
     let id_bytes: Vec<u8> = ids.iter().flat_map(|&id| i64::from(id).to_le_bytes()).collect();
     let tensors = [
         ("ids", TensorView::new(Dtype::I64, vec![ids.len()], &id_bytes)?),

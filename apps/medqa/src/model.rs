@@ -11,7 +11,7 @@ use crate::{
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
-    ChatTemplate, Checkpoint, Llama, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
+    ChatTemplate, Checkpoint, Llama, LlamaConfig, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
 };
 use std::path::Path;
 
@@ -125,6 +125,20 @@ fn with_saved_template(tokenizer: Tokenizer, args: &ModelArgs) -> Result<Tokeniz
         }
     }
     Ok(tokenizer)
+}
+
+/// Returns the number of positions that the model supports, without loading it; none if there is no limit, or if only a
+/// tokenizer is there.
+pub fn position_limit(args: &ModelArgs) -> Result<Option<usize>> {
+    if args.tokenizer.is_some() {
+        return Ok(None);
+    }
+    let path = fetch::resolve(&args.model)?;
+    let config = path.join("config.json");
+    if path.is_dir() {
+        return Ok(if config.is_file() { LlamaConfig::load(&config)?.position_limit() } else { None });
+    }
+    Ok(Checkpoint::open(&path)?.config().position_limit())
 }
 
 /// Encodes a conversation with the model's chat template, up to where the assistant's next answer begins. Texts of

@@ -3,7 +3,7 @@
 use crate::{
     args::DeviceArgs,
     recipe::{LoadedRecipe, MethodKind, Recipe, RecipeText},
-    train::{TrainOptions, World, launched_by_mpirun, run, world_size_and_rank},
+    train::{TrainOptions, World, launched_by_mpirun, read_recipe, run, world_size_and_rank},
 };
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
@@ -32,6 +32,9 @@ pub struct TrainArgs {
     /// Resume the run in --dir from its last checkpoint
     #[arg(long)]
     pub resume: bool,
+    /// With --resume: go on even if the data, the tokenizer or the chat template are not those of the run
+    #[arg(long, requires = "resume")]
+    pub allow_changed_data: bool,
     #[command(flatten)]
     pub device: DeviceArgs,
 }
@@ -156,7 +159,9 @@ pub fn train(args: TrainArgs) -> Result<()> {
     let (ranks, rank) = world_size_and_rank();
     let sets: Vec<String> = args.sets.iter().cloned().chain(args.files.overrides()).collect();
     let (text, run_name) = args.recipe_text()?;
-    let LoadedRecipe { recipe, notes } = Recipe::load(&text, &sets, ranks)?;
+    let directory = args.dir.unwrap_or_else(|| Path::new("runs").join(run_name));
+    let earlier = if args.resume { Some(read_recipe(&directory)?) } else { None };
+    let LoadedRecipe { recipe, notes } = Recipe::load(&text, &sets, ranks, earlier.as_ref())?;
     if rank == 0 {
         notes.iter().for_each(|note| eprintln!("note: {note}"));
         let arguments = recipe.data.template_arguments.iter();
@@ -166,7 +171,6 @@ pub fn train(args: TrainArgs) -> Result<()> {
         }
     }
     let world = World::join()?;
-    let directory = args.dir.unwrap_or_else(|| Path::new("runs").join(run_name));
     if !args.resume && world.is_rank_zero() && directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
         bail!(
             "{}: the run directory is not empty; choose another one with --dir, or resume its run with --resume",
@@ -176,7 +180,8 @@ pub fn train(args: TrainArgs) -> Result<()> {
     // The terminal that mpirun gives a rank is not the user's.
     let (first, alone) = (world.is_rank_zero(), !launched_by_mpirun());
     let display = alone && std::io::stdout().is_terminal();
-    let options = TrainOptions { directory, resume: args.resume, display, device: args.device.device };
+    let TrainArgs { resume, allow_changed_data, device, .. } = args;
+    let options = TrainOptions { directory, resume, allow_changed_data, display, device: device.device };
     let summary = serde_json::to_string(&run(recipe, &options, world)?)?;
     if first {
         println!("{summary}");

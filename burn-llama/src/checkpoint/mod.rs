@@ -4,6 +4,7 @@ mod atomic_write;
 pub mod gguf;
 mod pages;
 mod parameters;
+mod redundant;
 pub mod safetensors;
 mod save;
 mod storage;
@@ -36,7 +37,8 @@ enum TensorFiles {
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face directory (`config.json` beside `model.safetensors` or its shards) or a `.gguf` file.
+    /// Opens a Hugging Face directory (`config.json` beside `model.safetensors` or its shards) or a `.gguf` file. If the
+    /// configuration ties the output head to the embedding, but the directory holds another head, the model is untied.
     ///
     /// # Errors
     /// If a file is missing or malformed, or the model is not supported.
@@ -49,7 +51,9 @@ impl Checkpoint {
             let config = LlamaConfig::from_json(gguf.config_json()?).map_err(|error| error.in_file(path))?;
             (config, TensorFiles::Gguf(Box::new(gguf)))
         };
-        Ok(Self { path: path.to_owned(), config, files })
+        let mut checkpoint = Self { path: path.to_owned(), config, files };
+        checkpoint.keep_own_head()?;
+        Ok(checkpoint)
     }
 
     /// Returns the configuration of the checkpoint's model.
@@ -116,7 +120,7 @@ impl Checkpoint {
     pub fn load<B: Kernels>(&self, storage: impl Into<Storage>, device: &B::Device) -> Result<Llama<B>, Error> {
         let storage = storage.into();
         self.check_storage(storage)?;
-        let mismatch = self.mismatch();
+        let mismatch = self.mismatch()?;
         if !mismatch.is_empty() {
             return Err(Error::Tensors { path: self.path.clone(), mismatch });
         }
@@ -137,7 +141,7 @@ impl Checkpoint {
     }
 
     /// Compares the checkpoint's tensors with the parameters that its configuration requires.
-    fn mismatch(&self) -> TensorMismatch {
+    fn mismatch(&self) -> Result<TensorMismatch, Error> {
         let (mut found, mut mismatch) = (self.shapes(), TensorMismatch::default());
         for (name, expected) in build::parameter_shapes(&self.config) {
             match found.remove(&name) {
@@ -149,11 +153,16 @@ impl Checkpoint {
                 }
             }
         }
-        // Some files store a tied head a second time, and old ones keep rotary tables; neither is read.
-        let harmless = |name: &String| {
-            (self.config.tie_word_embeddings && name == "lm_head.weight") || name.ends_with("rotary_emb.inv_freq")
-        };
-        mismatch.unexpected = found.into_keys().filter(|name| !harmless(name)).collect();
-        mismatch
+        if self.config.tie_word_embeddings {
+            // It equals the embedding; another one would have untied the model.
+            found.remove("lm_head.weight");
+        }
+        for name in found.into_keys() {
+            match redundant::is_rotary_table(&name) {
+                true => self.check_rotary_table(name, &mut mismatch)?,
+                false => mismatch.unexpected.push(name),
+            }
+        }
+        Ok(mismatch)
     }
 }

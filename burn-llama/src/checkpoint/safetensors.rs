@@ -4,7 +4,10 @@ use super::pages;
 use crate::Error;
 use burn::tensor::{Bytes, DType, TensorData};
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors, tensor::Metadata};
+use safetensors::{
+    Dtype, SafeTensors,
+    tensor::{Metadata, TensorInfo},
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs::File,
@@ -69,7 +72,12 @@ impl Shards {
         let files = names.into_iter().map(Shard::open).collect::<Result<Vec<_>, _>>()?;
         let mut index = BTreeMap::new();
         for (number, shard) in files.iter().enumerate() {
-            index.extend(shard.metadata.tensors().into_keys().map(|name| (name, number)));
+            for name in shard.metadata.tensors().into_keys() {
+                if let Some(first) = index.insert(name.clone(), number) {
+                    let found = format!("it also in {}", files[first].path.display());
+                    return Err(Error::format(&shard.path, name, "each tensor in one file", found));
+                }
+            }
         }
         Ok(Self { files, index })
     }
@@ -81,6 +89,35 @@ impl Shards {
             (name.clone(), shape)
         };
         self.index.iter().map(shape).collect()
+    }
+
+    /// Returns true if there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    /// Returns true if two tensors have the same shape and values, in whatever types they are stored.
+    ///
+    /// # Errors
+    /// If there are no such tensors, or they are stored in types that [`Shards::read`] refuses.
+    pub fn same(&self, one: &str, other: &str) -> Result<bool, Error> {
+        if let (Some(one), Some(other)) = (self.stored(one), self.stored(other)) {
+            if one.0.shape != other.0.shape {
+                return Ok(false);
+            }
+            if one.0.dtype == other.0.dtype {
+                return Ok(one.1 == other.1);
+            }
+        }
+        Ok(self.read(one, DType::F32)? == self.read(other, DType::F32)?)
+    }
+
+    /// Returns the entry of a tensor and its bytes.
+    fn stored(&self, name: &str) -> Option<(&TensorInfo, &[u8])> {
+        let shard = &self.files[*self.index.get(name)?];
+        let info = shard.metadata.info(name)?;
+        let (start, end) = info.data_offsets;
+        Some((info, &shard.map[shard.data_offset + start..shard.data_offset + end]))
     }
 
     /// Reads one tensor, stored as f32, f16 or bf16, and converts it to `dtype`.

@@ -51,8 +51,7 @@ impl<B: Kernels> Linears<B> for Llama<B> {
         if self.lm_head.is_none() {
             let weight = self.model.embed_tokens.weight.with_path("lm_head.weight");
             self.lm_head = Some(Linear::from_weight("lm_head", weight, None));
-            self.config.tie_word_embeddings = false;
-            self.config.raw_fields.insert("tie_word_embeddings".to_owned(), false.into());
+            self.config.untie();
         }
     }
 

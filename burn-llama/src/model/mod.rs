@@ -2,6 +2,7 @@
 
 mod block;
 pub(crate) mod build;
+mod finite;
 mod init;
 mod linears;
 mod loss;

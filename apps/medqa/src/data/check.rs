@@ -54,6 +54,9 @@ pub fn check(args: &CheckArgs) -> Result<()> {
     let (encoded, mistakes) = encode_valid_rows(&tokenizer, rows, args);
     println!("{}: {total} rows, at most {} tokens each", args.file.display(), args.max_length);
     print!("{}", format_counts(&encoded, mistakes.len()));
+    if let Some(problem) = encoded.beyond_positions(model::position_limit(&args.model)?) {
+        println!("warning: {problem}");
+    }
     if let Some(example) = encoded.examples.first() {
         let (open, close) = if std::io::stdout().is_terminal() { ("\x1b[1;32m", "\x1b[0m") } else { ("[[", "]]") };
         let text = mark_learned(&tokenizer, example, open, close)?;

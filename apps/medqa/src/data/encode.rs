@@ -84,6 +84,19 @@ impl EncodedRows {
         Ok(())
     }
 
+    /// Describes the examples that are longer than the number of positions that the model supports, if it has such a
+    /// limit; none if all fit.
+    pub fn beyond_positions(&self, limit: Option<usize>) -> Option<String> {
+        let lengths = self.examples.iter().map(|example| example.ids.len());
+        let beyond: Vec<usize> = lengths.filter(|&length| limit.is_some_and(|limit| length > limit)).collect();
+        let (longest, limit) = (beyond.iter().max()?, limit?);
+        Some(format!(
+            "{} examples are longer than the {limit} positions that the model supports (`max_position_embeddings`), the \
+             longest has {longest}; the maximum length should be {limit} at most",
+            beyond.len()
+        ))
+    }
+
     /// Returns an error if there is no example.
     pub fn require_examples(&self, max_length: usize) -> Result<()> {
         if self.examples.is_empty() {

@@ -127,6 +127,11 @@ fn evaluate<B: Kernels>(args: &EvalArgs, device: &B::Device, rows: &[Row]) -> Re
     }
 }
 
+/// Returns the default maximum length of a row: the model's, less the virtual tokens before the row.
+fn room<B: Kernels>(loaded: &LoadedModel<B>) -> usize {
+    loaded.model.config().max_position_embeddings.saturating_sub(loaded.model.num_virtual_tokens()).max(1)
+}
+
 fn with_neutral_loss(mut result: Value, neutral: Value) -> Value {
     result["neutral_loss"] = neutral;
     result

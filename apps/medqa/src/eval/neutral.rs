@@ -22,5 +22,7 @@ pub fn neutral_loss<B: Kernels>(loaded: &LoadedModel<B>) -> Result<TotalLoss> {
         let learned = vec![true; ids.len()];
         examples.push(Example { ids, loss_mask: learned });
     }
-    total_loss(model, &examples, EvalBatching { batch_size: examples.len(), padding_free: true })
+    let total = total_loss(model, &examples, EvalBatching { batch_size: examples.len(), padding_free: true })?;
+    model.check_finite("loss on the neutral text", total.mean().is_finite())?;
+    Ok(total)
 }

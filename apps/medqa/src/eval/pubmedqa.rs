@@ -3,6 +3,7 @@
 use super::{
     EvalArgs,
     metrics::{accuracy, macro_f1},
+    room,
 };
 use crate::{
     data::{Row, RowContent, pubmedqa_prompt},
@@ -15,7 +16,7 @@ use serde_json::{Map, Value, json};
 const CHOICES: [&str; 3] = ["yes", "no", "maybe"];
 
 pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
-    let longest = args.limits.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
+    let longest = args.limits.max_length.unwrap_or_else(|| room(loaded));
     let (mut items, mut pairs) = (Map::new(), Vec::new());
     for row in rows {
         let RowContent::PubMedQa { question, contexts, decision } = &row.content else {

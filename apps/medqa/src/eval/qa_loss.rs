@@ -1,6 +1,6 @@
 //! The evaluation task `qa-loss`: the mean loss over the answer tokens.
 
-use super::EvalArgs;
+use super::{EvalArgs, room};
 use crate::{
     data::{EncodeOptions, Row, encode_rows},
     model::LoadedModel,
@@ -53,12 +53,13 @@ pub fn total_loss<B: Kernels>(
 }
 
 pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
-    let longest = args.limits.max_length.unwrap_or(loaded.model.config().max_position_embeddings);
+    let longest = args.limits.max_length.unwrap_or_else(|| room(loaded));
     let options = EncodeOptions { max_length: longest, on_too_long: OnTooLong::Truncate, learn: args.rows.learn };
     let encoded = encode_rows(&loaded.tokenizer, rows, options)?;
     let batching = EvalBatching { batch_size: args.limits.batch_size.get(), padding_free: true };
     let total = total_loss(&loaded.model, &encoded.examples, batching)?;
     let loss = total.mean();
+    loaded.model.check_finite("loss", loss.is_finite())?;
     Ok(json!({
         "task": "qa-loss", "rows": encoded.examples.len(), "loss": loss, "perplexity": loss.exp(),
         "target_tokens": total.target_tokens,

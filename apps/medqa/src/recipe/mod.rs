@@ -23,6 +23,7 @@ mod value;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use burn_zero::lr_schedule::LrKind;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -86,13 +87,24 @@ pub struct Recipe {
 
 impl Recipe {
     /// Loads a recipe for a run of `world` ranks; each of `sets` is a `table.key=value` that overrides it. A ds_config
-    /// or Accelerate file that it names is merged into the recipe.
+    /// or Accelerate file that it names is merged into the recipe. A run that is resumed has an `earlier` recipe, which
+    /// decides about keys whose defaults have changed between versions.
     ///
     /// # Errors
     /// One line that names the origin of the text (or `--set`), the key, what was expected and what was found.
-    pub fn load(text: &RecipeText, sets: &[String], world: u64) -> Result<LoadedRecipe> {
-        let ParsedRecipe { recipe, origin, notes } = read::read(&text.text, &text.origin, sets, Some(world))?;
-        Ok(LoadedRecipe { recipe: recipe.validated(&origin)?, notes })
+    pub fn load(text: &RecipeText, sets: &[String], world: u64, earlier: Option<&Self>) -> Result<LoadedRecipe> {
+        let ParsedRecipe { mut recipe, origin, mut notes } = read::read(&text.text, &text.origin, sets, Some(world))?;
+        if let Some(earlier) = earlier {
+            recipe.train.schedule.warmup = recipe.train.schedule.warmup.or(earlier.train.schedule.warmup);
+        }
+        let constant = recipe.train.schedule.scheduler == LrKind::Constant;
+        let recipe = recipe.validated(&origin)?;
+        if constant && recipe.train.schedule.scheduler != LrKind::Constant {
+            notes.push(
+                "`train.scheduler`: \"constant\" with `train.warmup` is read as \"constant_with_warmup\"".to_owned(),
+            );
+        }
+        Ok(LoadedRecipe { recipe, notes })
     }
 
     /// Parses a recipe from `text`, which came from `path`. A ds_config or Accelerate file that it names is not read.
@@ -140,6 +152,11 @@ impl Recipe {
             _ => WeightDtype::F32,
         });
         self.train.optimizer.learning_rate.get_or_insert(kind.default_learning_rate());
+        let schedule = &mut self.train.schedule;
+        let warmup = *schedule.warmup.get_or_insert_default();
+        if schedule.scheduler == LrKind::Constant && !warmup.is_zero() {
+            schedule.scheduler = LrKind::ConstantWithWarmup;
+        }
         let steps = &mut self.train.steps;
         if steps.max_steps.is_none() {
             steps.epochs.get_or_insert(1.0);

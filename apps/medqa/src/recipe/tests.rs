@@ -21,7 +21,7 @@ fn the_least_recipe_has_every_default() {
     let recipe = parse(LEAST, &[]).unwrap();
     assert_eq!(recipe.train.optimizer.learning_rate, Some(2e-4));
     assert_eq!(recipe.train.steps.epochs, Some(1.0));
-    assert_eq!(recipe.train.schedule.warmup, Warmup::Ratio(0.03));
+    assert_eq!(recipe.train.schedule.warmup, Some(Warmup::Steps(0)));
     assert_eq!((recipe.data.packing, recipe.data.group_by_length), (Packing::PaddingFree, false));
     assert_eq!(recipe.data.train[0].path, "t.jsonl");
     assert_eq!(recipe.method.targets.target_modules, Some(TargetModules::default()));
@@ -55,7 +55,7 @@ fn a_written_recipe_loads_as_itself() {
     let recipe = parse(rich, &[]).unwrap();
     assert_eq!(recipe.data.train[1].weight, 2.0);
     assert_eq!(recipe.train.steps.activation_checkpointing, burn_zero::segment::Checkpointing::Every(2));
-    assert_eq!(recipe.train.schedule.warmup, Warmup::Steps(3));
+    assert_eq!(recipe.train.schedule.warmup, Some(Warmup::Steps(3)));
 }
 
 #[test]

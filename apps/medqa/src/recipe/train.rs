@@ -113,8 +113,10 @@ impl Default for OptimizerConfig {
 pub struct LrScheduleConfig {
     /// The shape of the schedule after the warmup.
     pub scheduler: LrKind,
-    /// The length of the warmup: a number of steps, or a fraction of all steps.
-    pub warmup: Warmup,
+    /// The length of the warmup: a number of steps, or a fraction of all steps; always set once a recipe is loaded, by
+    /// default to 0 steps.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warmup: Option<Warmup>,
     /// DeepSpeed's `scheduler` block, `{ type, params }`, instead of both: its `"auto"` values are `learning_rate`,
     /// `warmup` and the steps of the run.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -216,6 +216,11 @@ pub enum Warmup {
 }
 
 impl Warmup {
+    /// Returns true if there is no warmup.
+    pub fn is_zero(self) -> bool {
+        matches!(self, Self::Steps(0)) || self == Self::Ratio(0.0)
+    }
+
     /// Returns the warmup steps in a run of `total` steps; a fraction is rounded up, as in `transformers`.
     pub fn steps(self, total: usize) -> usize {
         match self {
@@ -227,7 +232,7 @@ impl Warmup {
 
 impl Default for Warmup {
     fn default() -> Self {
-        Self::Ratio(0.03)
+        Self::Steps(0)
     }
 }
 

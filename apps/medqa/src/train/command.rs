@@ -11,7 +11,7 @@ use super::{
     world::World,
 };
 use crate::{backend::with_backend, fetch, model, recipe::Recipe, template::TemplateOptions};
-use anyhow::{Result, bail};
+use anyhow::Result;
 use burn::backend::Autodiff;
 use burn_llama::kernel::Kernels;
 use burn_zero::comm::Communicator;
@@ -22,9 +22,7 @@ pub fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summa
     let directory = &options.directory;
     if options.resume {
         state::ensure_same_recipe(directory, &recipe)?;
-        if directory.join("summary.json").exists() {
-            bail!("{}: the run is complete; there is nothing to resume", directory.display());
-        }
+        state::ensure_not_complete(directory, &recipe)?;
     }
     let (first, (communicator, mpi_guard)) = (world.is_rank_zero(), world.into_parts());
     let device = options.device.ensure_ready()?;

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     backend::{Device, with_backend},
     model,
-    recipe::{Recipe, RecipeText},
+    recipe::Recipe,
     template::TemplateOptions,
     write::write_dir_atomically,
 };
@@ -39,7 +39,7 @@ pub fn consolidate(args: &ConsolidateArgs) -> Result<()> {
     if args.out.exists() {
         bail!("{out}: it exists already; choose another --out");
     }
-    let recipe = Recipe::load(&RecipeText::read(&run.join("recipe.toml"))?, &[], 1)?.recipe;
+    let recipe = state::read_recipe(&run)?;
     let state = checkpoint.join(STATE_FILE);
     with_backend!(Device::default(), |B, device| write_dir_atomically(&args.out, |part| write::<B>(
         &recipe, &state, part, device

@@ -10,6 +10,8 @@ pub struct TrainOptions {
     pub directory: PathBuf,
     /// True to resume the run that is in it.
     pub resume: bool,
+    /// True if a resumed run may go on with other data.
+    pub allow_changed_data: bool,
     /// True if burn-train's display uses the terminal.
     pub display: bool,
     /// The training device.

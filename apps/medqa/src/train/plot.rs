@@ -52,6 +52,7 @@ impl LossPlot {
         let (points, loss) = match record {
             MetricsRecord::Step(record) => (&mut self.train, record.loss),
             MetricsRecord::Eval(record) => (&mut self.valid, record.valid_loss),
+            MetricsRecord::Note(_) => return,
         };
         if loss.is_finite() {
             points.push((record.step() as i64, loss));

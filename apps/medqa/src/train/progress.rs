@@ -54,6 +54,8 @@ impl Reporter for ProgressLine {
             RunEvent::Record(MetricsRecord::Eval(record)) => {
                 self.print_line(&format!("step {}: validation loss {:.4}", record.step, record.valid_loss));
             }
+            // It was printed with the step that the run goes on after.
+            RunEvent::Record(MetricsRecord::Note(_)) => {}
             RunEvent::TraceWritten(trace) => self.print_line(&format!(
                 "{}: {:.0} % of the time in collectives overlaps computation",
                 trace.path,

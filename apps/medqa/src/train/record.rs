@@ -88,12 +88,24 @@ pub struct EvalRecord {
     pub elapsed_seconds: f64,
 }
 
+/// A note about the run, such as that its data has changed.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct NoteRecord {
+    /// Steps taken before it.
+    pub step: usize,
+    /// The note, in one line.
+    pub note: String,
+    /// Seconds since the run started, without the time between interruption and resume.
+    pub elapsed_seconds: f64,
+}
+
 /// A line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum MetricsRecord {
     Step(StepRecord),
     Eval(EvalRecord),
+    Note(NoteRecord),
 }
 
 impl StepRecord {
@@ -116,7 +128,7 @@ impl MetricsRecord {
     /// Parses a line of `metrics.jsonl`.
     ///
     /// # Errors
-    /// If the line is not the record of a step or of an evaluation.
+    /// If the line is not the record of a step or of an evaluation, or a note.
     pub fn parse(line: &str) -> Result<Self> {
         serde_json::from_str(line)
             .with_context(|| format!("expected the record of a step or of an evaluation, found {line}"))
@@ -127,6 +139,7 @@ impl MetricsRecord {
         match self {
             Self::Step(record) => record.step,
             Self::Eval(record) => record.step,
+            Self::Note(record) => record.step,
         }
     }
 
@@ -135,6 +148,7 @@ impl MetricsRecord {
         match self {
             Self::Step(record) => record.usage.elapsed_seconds,
             Self::Eval(record) => record.elapsed_seconds,
+            Self::Note(record) => record.elapsed_seconds,
         }
     }
 
@@ -151,6 +165,7 @@ impl MetricsRecord {
         let mut scalars = match self {
             Self::Step(record) => record.scalars(),
             Self::Eval(record) => vec![("valid/loss", record.valid_loss)],
+            Self::Note(_) => Vec::new(),
         };
         for (_, value) in &mut scalars {
             if !value.is_finite() {
@@ -172,10 +187,11 @@ mod tests {
     const STEP: &str = r#"{"step":3,"epoch":0.5,"loss":2.5,"learning_rate":0.0001,"grad_norm":1.25,"tokens":64,"target_tokens":32,"tokens_per_second":128.0,"elapsed_seconds":1.5,"peak_rss_bytes":4096}"#;
     const STEP_F16: &str = r#"{"step":3,"epoch":0.5,"loss":2.5,"learning_rate":0.0001,"grad_norm":1.25,"tokens":64,"target_tokens":32,"tokens_per_second":128.0,"elapsed_seconds":1.5,"peak_rss_bytes":4096,"loss_scale":256.0,"skipped":true}"#;
     const EVAL: &str = r#"{"step":3,"valid_loss":2.25,"elapsed_seconds":1.5}"#;
+    const NOTE: &str = r#"{"step":3,"note":"other rows","elapsed_seconds":1.5}"#;
 
     #[test]
     fn lines_are_read_and_written_alike() {
-        for line in [STEP, STEP_F16, EVAL] {
+        for line in [STEP, STEP_F16, EVAL, NOTE] {
             let record = MetricsRecord::parse(line).unwrap();
             assert_eq!((record.step(), record.elapsed_seconds()), (3, 1.5));
             assert_eq!(serde_json::to_string(&record).unwrap(), line);

@@ -1,6 +1,6 @@
 //! Builds the parts of a run from a recipe.
 
-use super::freeze::freeze;
+use super::{freeze::freeze, resume::LlamaEngine, state::TrainerState};
 use crate::{
     data::{EncodedRows, encode_rows, read_rows},
     fetch, identify,
@@ -137,8 +137,22 @@ fn load_examples<B: Kernels>(
     let encoded = encode_rows(&loaded.tokenizer, &rows, data.into());
     let encoded = encoded.with_context(|| path.to_owned())?;
     report_rows(path, &encoded);
+    if let Some(problem) = encoded.beyond_positions(loaded.model.config().position_limit()) {
+        eprintln!("warning: {path}: {problem}");
+    }
     loaded.model.check_examples(&encoded.examples).with_context(|| path.to_owned())?;
     Ok(encoded.examples)
+}
+
+/// Returns an error on every rank if the ranks have read different rows, or have different tokenizers.
+pub fn check_same_on_all_ranks<B: Kernels>(engine: &LlamaEngine<B>, state: &TrainerState) -> Result<()> {
+    let Some(inputs) = &state.inputs else { return Ok(()) };
+    let own = inputs.fingerprint()?;
+    let different = engine.sum_over_ranks(&[own])?[0] != own * engine.world() as f64;
+    if engine.sum_over_ranks(&[f64::from(different)])?[0] > 0.0 {
+        bail!("the ranks have different rows or tokenizers; expected the same files on every machine");
+    }
+    Ok(())
 }
 
 fn report_rows(path: &str, encoded: &EncodedRows) {
@@ -165,7 +179,8 @@ fn report_rows(path: &str, encoded: &EncodedRows) {
 /// If DeepSpeed's scheduler is not possible in a run of `total` steps.
 pub fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> {
     let train = &recipe.train;
-    let (peak, warmup) = (train.optimizer.learning_rate.unwrap_or_default(), train.schedule.warmup.steps(total));
+    let (peak, warmup) =
+        (train.optimizer.learning_rate.unwrap_or_default(), train.schedule.warmup.unwrap_or_default().steps(total));
     if let Some(block) = &train.schedule.deepspeed_scheduler {
         let schedule = recipe::deepspeed_schedule(block, peak, warmup, total);
         return Ok(schedule.context("`train.deepspeed_scheduler`")?.applied_at(step as u64));

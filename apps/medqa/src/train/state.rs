@@ -1,5 +1,6 @@
 //! The state of a run, and the checkpoints that it can resume from.
 
+use super::inputs::RunInputs;
 use crate::{
     recipe::{Packing, Recipe},
     write,
@@ -51,14 +52,25 @@ pub struct TrainerState {
     pub rows_per_step: usize,
     /// Input tokens seen.
     pub tokens: usize,
-    /// Seconds since the run started, without the time between interruption and resume.
-    pub seconds: f64,
-    /// The seconds among these that were spent in steps.
-    pub stepping: f64,
+    /// The time taken.
+    #[serde(flatten)]
+    pub time: TimeTaken,
     /// The validation loss before the first step.
     pub valid_loss_before: Option<f64>,
     /// The length of `metrics.jsonl`: anything after it belongs to steps that a resumed run repeats.
     pub metrics_bytes: u64,
+    /// The inputs of the run; none in checkpoints of earlier versions.
+    #[serde(default)]
+    pub inputs: Option<RunInputs>,
+}
+
+/// The time that a run has taken.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+pub struct TimeTaken {
+    /// Seconds since the run started, without the time between interruption and resume.
+    pub seconds: f64,
+    /// The seconds among these that were spent in steps.
+    pub stepping: f64,
 }
 
 /// Returns the checkpoints of a run directory, oldest first, and removes incomplete ones that a killed run left.
@@ -131,13 +143,44 @@ pub fn remove(checkpoint: &Path) -> Result<()> {
         .with_context(|| format!("{}: cannot be removed", checkpoint.display()))
 }
 
-/// Refuses to resume a run with another recipe.
-pub fn ensure_same_recipe(directory: &Path, recipe: &Recipe) -> Result<()> {
+/// Reads the recipe of the run in `directory`.
+///
+/// # Errors
+/// If there is no run, or its recipe is not valid.
+pub fn read_recipe(directory: &Path) -> Result<Recipe> {
     let path = directory.join("recipe.toml");
     let text = fs::read_to_string(&path)
         .with_context(|| format!("{}: cannot be read; there is no run to resume", path.display()))?;
-    // Keys that the run's version did not know have their defaults.
-    let old: toml::Value = toml::from_str(&Recipe::parse(&text, &path, &[])?.to_toml()?)?;
+    Recipe::parse(&text, &path, &[])
+}
+
+/// Refuses to resume a run that is complete, unless the recipe makes it longer and there is a checkpoint to go on from.
+pub fn ensure_not_complete(directory: &Path, recipe: &Recipe) -> Result<()> {
+    if !directory.join("summary.json").exists() {
+        return Ok(());
+    }
+    let (at, before) = (directory.display(), read_recipe(directory)?.train.steps);
+    let now = &recipe.train.steps;
+    let longer = match (now.max_steps, before.max_steps) {
+        (Some(now), Some(before)) => now > before,
+        (None, None) => now.epochs > before.epochs,
+        // The number of steps per epoch is not known yet.
+        _ => true,
+    };
+    if !longer {
+        bail!("{at}: the run is complete; a higher `train.max_steps` or `train.epochs` makes it longer");
+    }
+    if checkpoints(directory)?.is_empty() {
+        bail!("{at}: the run is complete and has no checkpoint to go on from, since `train.save_every` was not set");
+    }
+    Ok(())
+}
+
+/// Refuses to resume a run with another recipe.
+pub fn ensure_same_recipe(directory: &Path, recipe: &Recipe) -> Result<()> {
+    let path = directory.join("recipe.toml");
+    // Read as a recipe, because an earlier version may have written it.
+    let old: toml::Value = toml::from_str(&read_recipe(directory)?.to_toml()?)?;
     let new: toml::Value = toml::from_str(&recipe.to_toml()?)?;
     let (mut before, mut now) = (Vec::new(), Vec::new());
     flatten("", &old, &mut before);

@@ -7,7 +7,7 @@ use super::{
     crc::CRC32C,
     event::{Reporter, RunEvent},
     protobuf::ProtoMessage,
-    record::Scalar,
+    record::{MetricsRecord, Scalar},
 };
 use anyhow::{Context, Result};
 use std::{
@@ -57,6 +57,9 @@ impl TensorBoardWriter {
 impl Reporter for TensorBoardWriter {
     fn report(&mut self, event: &RunEvent) -> Result<()> {
         let RunEvent::Record(record) = event else { return Ok(()) };
+        if matches!(record, MetricsRecord::Note(_)) {
+            return Ok(());
+        }
         let summary = summary_message(&record.scalars());
         self.write_event(event_message(now(), record.step() as u64).message(5, summary))
     }

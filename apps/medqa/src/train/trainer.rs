@@ -4,13 +4,15 @@ use super::{
     early_stopping::EarlyStopping,
     eval_device::{self, Evaluator},
     event::{Reporter, RunEnd, RunEvent, RunStart, TraceReport},
+    inputs::RunInputs,
     memory::{self, RunSizes, peak_rss_bytes},
     options::TrainOptions,
-    record::{EvalRecord, LossScaling, MetricsRecord, ProcessUsage, StepRecord, TokenCounts},
+    record::{EvalRecord, LossScaling, MetricsRecord, NoteRecord, ProcessUsage, StepRecord, TokenCounts},
+    resume::{LlamaEngine, Start, Started},
     run_log::{ResumePoint, RunLog},
     run_output::RunOutput,
     setup,
-    state::{self, STATE_FILE, TrainerState},
+    state::{self, STATE_FILE, TimeTaken, TrainerState},
     step_rows::{StepRows, TrainData},
     summary::{RunTime, Summary},
 };
@@ -21,20 +23,17 @@ use crate::{
     recipe::{ComputeDtype, Recipe},
     write,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use burn::{backend::Autodiff, module::AutodiffModule, train::Interrupter};
 use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
-use burn_peft::{DropoutKey, ForwardContext, adapter::QuantizationResidual, param};
-use burn_zero::{Engine, EngineConfig, StepReport, comm::Communicator};
+use burn_peft::{DropoutKey, ForwardContext, adapter::find_not_finite, param};
+use burn_zero::{StepReport, comm::Communicator};
 use std::{
     fs,
     ops::Range,
     path::{Path, PathBuf},
     time::Instant,
 };
-
-/// The engine of a run, which owns the model.
-type LlamaEngine<B> = Engine<Autodiff<B>, Llama<Autodiff<B>>>;
 
 /// The trainer of one run.
 pub struct Trainer<B: Kernels> {
@@ -73,12 +72,14 @@ struct RunProgress {
     start: Instant,
     /// Seconds from the start of the process to the first step of this run.
     seconds_to_first_step: Option<f64>,
+    /// A note that is still to be written to the run's record.
+    note: Option<String>,
 }
 
 impl RunProgress {
     /// Returns the seconds since the run started, without the time between interruption and resume.
     fn elapsed_seconds(&self) -> f64 {
-        self.state.seconds + self.start.elapsed().as_secs_f64()
+        self.state.time.seconds + self.start.elapsed().as_secs_f64()
     }
 }
 
@@ -104,6 +105,7 @@ impl<B: Kernels> Trainer<B> {
     ) -> Result<Self> {
         let sources = setup::load_sources(&loaded, &recipe.data)?;
         let rows = setup::load_validation(&loaded, &recipe.data)?;
+        let inputs = RunInputs::new(&loaded, &sources, &rows)?;
         let (model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
         let validation = ValidationData { rows, evaluator: eval_device::open(&recipe)?, early_stopping: None };
         let data = TrainData::new(&recipe, sources, communicator.world_size())?;
@@ -116,15 +118,12 @@ impl<B: Kernels> Trainer<B> {
         let config = setup::engine_config(&recipe, communicator)?;
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
-        let (engine, state) = start_or_resume(model, config, &recipe, &directory, data.batch_sampler.rows_per_step())?;
-        let mut run_log = None;
-        if engine.rank() == 0 {
-            write::write_atomically(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
-            let resume = ResumePoint { step: state.step, metrics_bytes: state.metrics_bytes };
-            run_log = Some(RunLog::open(&directory, &recipe, resume, options.display)?);
-        }
+        let start = Start { recipe: &recipe, options, inputs, rows_per_step: data.batch_sampler.rows_per_step() };
+        let Started { engine, state, note } = start.engine(model, config)?;
+        setup::check_same_on_all_ranks(&engine, &state)?;
+        let run_log = if engine.rank() == 0 { Some(open_record(&recipe, options, &state)?) } else { None };
         let output = RunOutput::new(adapter, loaded.tokenizer);
-        let progress = RunProgress { state, start: Instant::now(), seconds_to_first_step: None };
+        let progress = RunProgress { state, start: Instant::now(), seconds_to_first_step: None, note };
         Ok(Self { recipe, directory, engine, output, data, validation, run_log, progress })
     }
 
@@ -167,7 +166,11 @@ impl<B: Kernels> Trainer<B> {
         let losses = earlier.iter().filter_map(MetricsRecord::valid_loss_after_training);
         self.validation.early_stopping = settings.early_stopping.map(|patience| EarlyStopping::after(patience, losses));
         let eval_every = settings.eval_every.unwrap_or(total_steps);
-        self.report(&RunEvent::Started(RunStart { total_steps, eval_every, earlier: &earlier }), display)
+        self.report(&RunEvent::Started(RunStart { total_steps, eval_every, earlier: &earlier }), display)?;
+        let Some(note) = self.progress.note.take() else { return Ok(()) };
+        let (step, elapsed_seconds) = (self.progress.state.step, self.progress.elapsed_seconds());
+        let record = MetricsRecord::Note(NoteRecord { step, note, elapsed_seconds });
+        self.report(&RunEvent::Record(&record), display)
     }
 
     fn report(&mut self, event: &RunEvent, display: &mut dyn Reporter) -> Result<()> {
@@ -202,11 +205,12 @@ impl<B: Kernels> Trainer<B> {
         let micro_batches = rows.batch.micro_batches_of_rank(self.engine.rank(), self.engine.world());
         let learning_rate = setup::learning_rate(&self.recipe, step - self.progress.state.skipped, steps)?;
         let loss_scale = self.engine.loss_scale();
-        let (loss, report) = B::with_spinning_pool(|| self.run_micro_batches(&rows, micro_batches, learning_rate))?;
+        let stepped = B::with_spinning_pool(|| self.run_micro_batches(&rows, micro_batches, learning_rate));
+        let (loss, report) = stepped.or_else(|error| Err(self.name_cause(step, error)?))?;
         let (seconds, state) = (begin.elapsed().as_secs_f64(), &mut self.progress.state);
         state.skipped += usize::from(report.skipped);
         state.tokens += tokens;
-        state.stepping += seconds;
+        state.time.stepping += seconds;
         let is_f16 = self.recipe.model.compute == ComputeDtype::F16;
         let record = StepRecord {
             step: step + 1,
@@ -219,6 +223,20 @@ impl<B: Kernels> Trainer<B> {
             loss_scaling: is_f16.then_some(LossScaling { loss_scale, skipped: report.skipped }),
         };
         self.report(&RunEvent::Record(&MetricsRecord::Step(record)), display)
+    }
+
+    /// Names the tensor of the model that is not finite as the cause of a failed step, if no step before it has changed
+    /// the model. If updates overlap the backward pass, the failed step itself has.
+    fn name_cause(&mut self, step: usize, error: anyhow::Error) -> Result<anyhow::Error> {
+        let numeric = matches!(error.downcast_ref(), Some(burn_zero::Error::Numeric(_)));
+        let clips = self.recipe.train.optimizer.max_grad_norm > 0.0;
+        if !numeric || !clips || self.progress.state.skipped != step {
+            return Ok(error);
+        }
+        let tensor = self.engine.with_full_params(find_not_finite::<Autodiff<B>, _>)?;
+        Ok(tensor.map_or(error, |tensor| {
+            anyhow!("step {step}: the gradient is not finite: {tensor} holds NaN or infinity; use another file of it")
+        }))
     }
 
     /// Runs forward and backward passes over this rank's `micro_batches`, then the optimizer step; returns the loss of
@@ -275,6 +293,9 @@ impl<B: Kernels> Trainer<B> {
         })??;
         let sums = self.engine.sum_over_ranks(&[own.sum, own.target_tokens as f64])?;
         let (loss, elapsed_seconds) = (sums[0] / sums[1], self.progress.elapsed_seconds());
+        if step == 0 {
+            self.engine.with_full_params(|model| model.check_finite("validation loss", loss.is_finite()))??;
+        }
         let record = MetricsRecord::Eval(EvalRecord { step, valid_loss: loss, elapsed_seconds });
         self.report(&RunEvent::Record(&record), display)?;
         let observed = self.validation.early_stopping.as_mut().zip(record.valid_loss_after_training());
@@ -294,7 +315,7 @@ impl<B: Kernels> Trainer<B> {
         let state = TrainerState {
             step,
             rows_per_step: self.data.batch_sampler.rows_per_step(),
-            seconds: self.progress.elapsed_seconds(),
+            time: TimeTaken { seconds: self.progress.elapsed_seconds(), ..self.progress.state.time },
             metrics_bytes: self.run_log.as_ref().map_or(0, RunLog::metrics_bytes),
             ..self.progress.state.clone()
         };
@@ -324,7 +345,7 @@ impl<B: Kernels> Trainer<B> {
         let directory = self.directory.clone();
         self.save(&directory)?;
         self.report(&RunEvent::Finished(RunEnd::Complete), display)?;
-        let TrainerState { tokens, stepping, valid_loss_before, .. } = self.progress.state;
+        let TrainerState { tokens, time, valid_loss_before, .. } = self.progress.state;
         let summary = Summary {
             valid_loss_before,
             valid_loss_after,
@@ -334,7 +355,7 @@ impl<B: Kernels> Trainer<B> {
                 seconds_to_first_step: self.progress.seconds_to_first_step,
             },
             tokens,
-            tokens_per_second: tokens as f64 / stepping,
+            tokens_per_second: tokens as f64 / time.stepping,
             peak_rss_bytes: peak_rss_bytes(),
             trainable_parameters: self.engine.with_full_params(param::count_trainable::<Autodiff<B>, _>)?,
         };
@@ -354,37 +375,16 @@ impl<B: Kernels> Trainer<B> {
     }
 }
 
-/// Creates the engine for the model, and brings it to the newest checkpoint in the run directory. Without one,
-/// initializes the adapters by LoftQ, if the recipe asks for it.
-fn start_or_resume<B: Kernels>(
-    mut model: Llama<Autodiff<B>>,
-    config: EngineConfig,
-    recipe: &Recipe,
-    directory: &Path,
-    rows_per_step: usize,
-) -> Result<(LlamaEngine<B>, TrainerState)> {
-    if let Some(checkpoint) = state::checkpoints(directory)?.last() {
-        let state = state::read_state(checkpoint)?;
-        if state.rows_per_step != rows_per_step {
-            bail!(
-                "{}: `train.batch_size` · `train.gradient_accumulation` · ranks: the run has {} rows per step, now \
-                 {rows_per_step}; a resumed run keeps them",
-                checkpoint.display(),
-                state.rows_per_step
-            );
-        }
-        let mut engine = config.init(model)?;
-        engine.restore(&checkpoint.join(STATE_FILE)).with_context(|| state::advice(checkpoint))?;
-        if engine.rank() == 0 {
-            eprintln!("resuming after step {} ({})", state.step, checkpoint.display());
-        }
-        return Ok((engine, state));
+/// Opens the record of a run: its recipe, its inputs and its log. The summary of a finished run that goes on is removed.
+fn open_record(recipe: &Recipe, options: &TrainOptions, state: &TrainerState) -> Result<RunLog> {
+    let directory = &options.directory;
+    write::write_atomically(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
+    let inputs = serde_json::to_string_pretty(&state.inputs)?;
+    write::write_atomically(&directory.join("inputs.json"), format!("{inputs}\n").as_bytes())?;
+    let summary = directory.join("summary.json");
+    if summary.exists() {
+        fs::remove_file(&summary).with_context(|| format!("{}: cannot be removed", summary.display()))?;
     }
-    let loftq = setup::init_loftq(&mut model, recipe)?;
-    let engine = config.init(model)?;
-    if let Some(QuantizationResidual { layers, without_adapter, with_adapter }) = loftq.filter(|_| engine.rank() == 0) {
-        let share = 100.0 * (1.0 - with_adapter / without_adapter);
-        eprintln!("loftq: the adapters of {layers} layers remove {share:.1} % of the squared error of nf4");
-    }
-    Ok((engine, TrainerState::default()))
+    let resume = ResumePoint { step: state.step, metrics_bytes: state.metrics_bytes };
+    RunLog::open(directory, recipe, resume, options.display)
 }

@@ -81,6 +81,9 @@ impl WandbWriter {
     }
 
     fn write(&mut self, record: &MetricsRecord) -> Result<()> {
+        if matches!(record, MetricsRecord::Note(_)) {
+            return Ok(());
+        }
         self.write_row(record.step(), record.elapsed_seconds(), &record.scalars())
     }
 

@@ -49,10 +49,14 @@ impl Gguf {
             set("attention_bias", json!(self.tensor("blk.0.attn_q.bias").is_some()));
             set("mlp_bias", json!(self.tensor("blk.0.ffn_gate.bias").is_some()));
         }
-        let window = self.optional_integer("attention.sliding_window")?.map(Json::from);
-        for (key, value) in [("rope_scaling", self.rope_scaling()?), ("sliding_window", window)] {
-            if let Some(value) = value {
-                set(key, value);
+        if let Some(scaling) = self.rope_scaling()? {
+            set("rope_scaling", scaling);
+        }
+        if let Some(window) = self.optional_integer("attention.sliding_window")? {
+            set("sliding_window", json!(window));
+            if architecture == "llama" {
+                // llama.cpp has no architecture of its own for Mistral, the only one of this name that has a window.
+                set("model_type", json!("mistral"));
             }
         }
         for key in ["bos_token_id", "eos_token_id"] {

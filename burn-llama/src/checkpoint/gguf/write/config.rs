@@ -25,6 +25,33 @@ fn float(x: f64) -> MetadataValue {
     MetadataValue::Float(f64::from(x as f32))
 }
 
+/// Checks that llama.cpp can run a model of this configuration. Returns one sentence for each property of the model that
+/// llama.cpp does not honour, and with which its results are nevertheless right up to a limit.
+///
+/// # Errors
+/// If llama.cpp refuses the tensors of the model, or has no such rotary scaling.
+pub fn check(config: &LlamaConfig) -> Result<Vec<String>, Error> {
+    let (architecture, biases) = (architecture(config), config.biases);
+    // Its loaders of qwen2 and qwen3 leave tensors over, and then refuse the file.
+    let left_over = [
+        ("attention_bias", biases.output && architecture != "llama"),
+        ("mlp_bias", biases.mlp && architecture != "llama"),
+    ];
+    if let Some((field, _)) = left_over.into_iter().find(|(_, left)| *left) {
+        let expected = format!("false, since llama.cpp has no such biases for {architecture}");
+        return Err(Error::config(format!("{field} (for GGUF)"), expected, true));
+    }
+    rope_scaling(&config.rope_scaling)?;
+    rope_freqs(config)?;
+    let window = config.sliding_window.map(|window| {
+        format!(
+            "llama.cpp does not apply the model's sliding window of {window} positions; longer texts give other results \
+             there"
+        )
+    });
+    Ok(window.into_iter().collect())
+}
+
 /// Returns the hyperparameters as metadata; every key is prefixed with the architecture.
 pub(super) fn metadata(config: &LlamaConfig) -> Result<Metadata, Error> {
     let unsigned = |n: usize| MetadataValue::Unsigned(n as u64);

@@ -10,6 +10,7 @@ mod encode;
 mod file;
 
 pub use adapter::save_adapter;
+pub use config::check;
 pub(super) use config::permuted_head_dim;
 pub use file::Metadata;
 
@@ -30,11 +31,12 @@ use std::path::Path;
 /// converter.
 ///
 /// # Errors
-/// If the file cannot be written, a value does not fit `kind`, or llama.cpp has no such rotary scaling.
+/// If the file cannot be written, a value does not fit `kind`, or llama.cpp cannot run the model (see [`check`]).
 pub fn save<B: Kernels>(model: &Llama<B>, tokens: Metadata, kind: BlockType, path: &Path) -> Result<(), Error> {
     check_kind(kind, &BlockType::WRITABLE)?;
     require_dense(model)?;
     let config = model.config();
+    check(config)?;
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     let mut metadata = general_metadata(config::architecture(config), "model", name, kind);
     metadata.extend(config::metadata(config)?);

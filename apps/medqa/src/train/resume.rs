@@ -1,0 +1,89 @@
+//! The start of a run, at its first step or at the newest checkpoint.
+
+use super::{
+    inputs::{self, RunInputs},
+    options::TrainOptions,
+    setup,
+    state::{self, STATE_FILE, TrainerState},
+};
+use crate::recipe::Recipe;
+use anyhow::{Context, Result, bail};
+use burn::backend::Autodiff;
+use burn_llama::{Llama, kernel::Kernels};
+use burn_peft::adapter::QuantizationResidual;
+use burn_zero::{Engine, EngineConfig};
+use std::path::Path;
+
+/// The engine of a run, which owns the model.
+pub type LlamaEngine<B> = Engine<Autodiff<B>, Llama<Autodiff<B>>>;
+
+/// What a run starts with.
+pub struct Start<'a> {
+    pub recipe: &'a Recipe,
+    pub options: &'a TrainOptions,
+    /// The inputs of the run, as they are now.
+    pub inputs: RunInputs,
+    /// Rows per step, of all ranks.
+    pub rows_per_step: usize,
+}
+
+/// A run at its first step or at a checkpoint.
+pub struct Started<B: Kernels> {
+    pub engine: LlamaEngine<B>,
+    pub state: TrainerState,
+    /// A note for `metrics.jsonl`, if the run goes on with other data.
+    pub note: Option<String>,
+}
+
+impl Start<'_> {
+    /// Creates the engine for the model, and brings it to the newest checkpoint in the run directory. Without one,
+    /// initializes the adapters by LoftQ, if the recipe asks for it.
+    ///
+    /// # Errors
+    /// If the checkpoint cannot be read, is of a run with other rows, or the ranks have different rows.
+    pub fn engine<B: Kernels>(self, mut model: Llama<Autodiff<B>>, config: EngineConfig) -> Result<Started<B>> {
+        let Some(checkpoint) = state::checkpoints(&self.options.directory)?.pop() else {
+            let loftq = setup::init_loftq(&mut model, self.recipe)?;
+            let engine = config.init(model)?;
+            report_loftq(loftq.filter(|_| engine.rank() == 0));
+            let state = TrainerState { inputs: Some(self.inputs), ..TrainerState::default() };
+            return Ok(Started { engine, state, note: None });
+        };
+        let (state, note) = self.compare(&checkpoint)?;
+        let mut engine = config.init(model)?;
+        engine.restore(&checkpoint.join(STATE_FILE)).with_context(|| state::advice(&checkpoint))?;
+        if engine.rank() == 0 {
+            eprintln!("resuming after step {} ({})", state.step, checkpoint.display());
+            note.iter().for_each(|note| eprintln!("note: {note}"));
+        }
+        let known = state.inputs.is_some();
+        let state = TrainerState { inputs: Some(self.inputs), ..state };
+        Ok(Started { engine, state, note: note.filter(|_| known) })
+    }
+
+    /// Reads the state in a checkpoint and compares its rows with those of now; also returns a note for the user.
+    fn compare(&self, checkpoint: &Path) -> Result<(TrainerState, Option<String>)> {
+        let (state, at) = (state::read_state(checkpoint)?, checkpoint.display());
+        if state.rows_per_step != self.rows_per_step {
+            bail!(
+                "{at}: `train.batch_size` · `train.gradient_accumulation` · ranks: the run has {} rows per step, now {}; \
+                 a resumed run keeps them",
+                state.rows_per_step,
+                self.rows_per_step
+            );
+        }
+        let note = match &state.inputs {
+            Some(before) => inputs::compare(before, &self.inputs, self.options.allow_changed_data)
+                .with_context(|| at.to_string())?,
+            None => Some(format!("{at} is of an earlier version and has no digest of its data, so none is compared")),
+        };
+        Ok((state, note))
+    }
+}
+
+fn report_loftq(residual: Option<QuantizationResidual>) {
+    if let Some(QuantizationResidual { layers, without_adapter, with_adapter }) = residual {
+        let share = 100.0 * (1.0 - with_adapter / without_adapter);
+        eprintln!("loftq: the adapters of {layers} layers remove {share:.1} % of the squared error of nf4");
+    }
+}
