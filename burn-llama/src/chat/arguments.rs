@@ -1,7 +1,10 @@
 //! Arguments of a call in a template, bound to the names of parameters as Python does.
 
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Rest, Value, ValueOrKwargs};
 use minijinja::{Error, ErrorKind};
+
+/// The arguments of a filter after the value.
+pub(super) type Others = Rest<ValueOrKwargs>;
 
 /// The arguments of a call, one value for each of `N` parameters.
 pub(super) struct Arguments<const N: usize> {

@@ -1,10 +1,10 @@
 //! Filters of Jinja2 that the engine lacks, or that take other arguments there.
 
 use minijinja::formatting::{FormatStyle, format};
-use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, filters};
 
-use super::arguments::Arguments;
+use super::arguments::{Arguments, Others};
 use super::json::tojson;
 use super::source::PERCENT_FILTER;
 use super::{generators, repr, text};
@@ -26,9 +26,6 @@ pub(super) fn add(environment: &mut Environment) {
     // The engine's writes one item on each line, Python's fills the lines.
     environment.remove_filter("pprint");
 }
-
-/// The arguments after the value.
-type Others = Rest<ValueOrKwargs>;
 
 /// Implements the operator `%` of a string. The operand is a tuple of values, a mapping, or one value.
 fn percent_format(pattern: &str, operand: &Value) -> Result<String, Error> {

@@ -1,12 +1,9 @@
 //! Filters that return a generator in Jinja2: it can be read once, has no length and is no JSON.
 
-use minijinja::value::{Rest, Value, ValueOrKwargs};
+use minijinja::value::Value;
 use minijinja::{Environment, Error, State, filters};
 
-use super::arguments::Arguments;
-
-/// The arguments after the value.
-type Others = Rest<ValueOrKwargs>;
+use super::arguments::{Arguments, Others};
 
 /// Adds the filters to an environment, in place of the engine's of the same names, which return lists.
 pub(super) fn add(environment: &mut Environment) {

@@ -1,9 +1,9 @@
 //! Python's `json.dumps`, as the filter `tojson` of `transformers` calls it.
 
-use minijinja::value::{Rest, Value, ValueKind, ValueOrKwargs};
+use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
-use super::arguments::Arguments;
+use super::arguments::{Arguments, Others};
 use super::repr;
 
 /// The keyword arguments of `json.dumps`.
@@ -22,9 +22,9 @@ struct JsonDumps {
 
 /// Implements the filter `tojson`. Its parameters have the order and defaults that `transformers` gives them:
 /// `ensure_ascii=False, indent=None, separators=None, sort_keys=False`.
-pub(super) fn tojson(value: &Value, arguments: Rest<ValueOrKwargs>) -> Result<String, Error> {
+pub(super) fn tojson(value: &Value, others: Others) -> Result<String, Error> {
     let names = ["ensure_ascii", "indent", "separators", "sort_keys"];
-    let arguments = Arguments::bind("tojson", names, &arguments.into_values())?;
+    let arguments = Arguments::bind("tojson", names, &others.into_values())?;
     let indent = match arguments.get(1).map(Value::as_str) {
         Some(Some(text)) => Some(text.to_owned()),
         _ => arguments.integer(1)?.map(|spaces| " ".repeat(usize::try_from(spaces).unwrap_or(0))),
