@@ -8,7 +8,7 @@ use crate::{
     recipe::ComputeDtype,
     template,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
     ChatTemplate, Checkpoint, Llama, LlamaConfig, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,

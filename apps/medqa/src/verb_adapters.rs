@@ -277,7 +277,8 @@ fn combine(args: &CombineArgs) -> Result<()> {
     };
     let directories = adapter_directories(args.adapters.iter().map(|part| part.directory.as_path()))?;
     let weights = args.adapters.iter().map(|part| part.weight);
-    let parts = directories.iter().zip(weights).map(|(adapter, weight)| Weighted { adapter: adapter.as_path(), weight });
+    let parts =
+        directories.iter().zip(weights).map(|(adapter, weight)| Weighted { adapter: adapter.as_path(), weight });
     let parts: Vec<_> = parts.collect();
     with_backend!(Device::default(), |B, device| combine_directories::<B>(&parts, how, &args.out, device))?;
     Ok(())

@@ -1,7 +1,7 @@
 //! Tensors that a checkpoint stores although the model shares or computes them: they must say the same.
 
 use super::{Checkpoint, TensorFiles};
-use crate::{Error, TensorMismatch, rope::RopeScaling};
+use crate::{Error, MismatchedTensor, TensorMismatch, rope::RopeScaling};
 use burn::tensor::DType;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -32,7 +32,7 @@ impl Checkpoint {
         let found: Vec<f32> = self.read(&name, DType::F32)?.iter::<f32>().collect();
         let (head_dim, theta) = (self.config.head_dim, self.config.rope_theta);
         let same = |scaling: &RopeScaling| {
-            let expected = scaling.frequencies(head_dim, theta).0;
+            let expected = scaling.frequencies(head_dim, theta);
             // Tables in 16 bits are rounded to a part in 256, and f16 has steps of 6e-8 near zero.
             let close = |(a, b): (&f32, &f32)| (a - b).abs() <= b.abs() / 128.0 + 6e-8;
             found.len() == expected.len() && found.iter().zip(&expected).all(close)
@@ -40,7 +40,7 @@ impl Checkpoint {
         if !same(&RopeScaling::None) && !same(&self.config.rope_scaling) {
             let expected = format!("{} frequencies of rope_theta = {theta}", head_dim / 2);
             let found = format!("{} from {:?} to {:?}", found.len(), found.first(), found.last());
-            mismatch.mismatched.push((name, expected, found));
+            mismatch.mismatched.push(MismatchedTensor { name, expected, found });
         }
         Ok(())
     }
