@@ -47,7 +47,7 @@ fn a_spoiled_model_or_adapter_is_named_by_every_verb() {
             &["logits", "--text", "hi", "--out", "l"],
             &["logits", "--text", "hi", "--out", "l", "--by-steps"],
         ] {
-            named(&work, &[verb, model].concat(), &["not finite", tensor]);
+            named(&work, &[verb, model].concat(), &["expected finite numbers", tensor]);
         }
     }
     assert!(!work.at("l").exists());
@@ -55,7 +55,11 @@ fn a_spoiled_model_or_adapter_is_named_by_every_verb() {
     let valid = work.text("run.toml");
     work.write("bare.toml", &valid.replace("valid = 'valid.jsonl'\n", ""));
     for (recipe, folder) in [("run.toml", "out"), ("bare.toml", "other")] {
-        named(&work, &["train", recipe, "--set", "model.path=spoiled", "--dir", folder], &["not finite", weight]);
+        named(
+            &work,
+            &["train", recipe, "--set", "model.path=spoiled", "--dir", folder],
+            &["expected finite numbers", weight],
+        );
     }
 }
 
