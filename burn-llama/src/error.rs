@@ -61,7 +61,7 @@ pub enum Error {
         message: String,
     },
     /// A result of the model is not finite.
-    #[error("the {result} is not finite: {cause}")]
+    #[error("{result}: expected finite numbers, found NaN or infinity: {cause}")]
     NotFinite {
         /// The result, such as `loss`.
         result: &'static str,

@@ -83,7 +83,12 @@ impl RopeScaling {
                 attention_factor: yarn_attention_factor(value, number("factor")?),
                 beta_fast: optional("beta_fast")?.unwrap_or(32.0),
                 beta_slow: optional("beta_slow")?.unwrap_or(1.0),
-                truncate: value.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+                truncate: match value.get("truncate").filter(|truncate| !truncate.is_null()) {
+                    None => true,
+                    Some(truncate) => truncate
+                        .as_bool()
+                        .ok_or_else(|| Error::config("rope_scaling.truncate", "true or false", truncate))?,
+                },
                 original,
             },
             "factors" => Self::Factors(factors(value, head_dim)?),

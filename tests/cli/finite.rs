@@ -3,10 +3,10 @@
 use crate::{
     model::{shapes, tensors},
     run::train,
-    work::WorkDir,
+    work::{CommandOutput, WorkDir},
 };
 use safetensors::tensor::TensorView;
-use std::fs;
+use std::{fs, io::Write, process::Stdio};
 
 /// Puts a NaN into a tensor of a file.
 fn spoil(work: &WorkDir, file: &str, name: &str) {
@@ -47,7 +47,7 @@ fn a_spoiled_model_or_adapter_is_named_by_every_verb() {
             &["logits", "--text", "hi", "--out", "l"],
             &["logits", "--text", "hi", "--out", "l", "--by-steps"],
         ] {
-            named(&work, &[verb, model].concat(), &["not finite", tensor]);
+            named(&work, &[verb, model].concat(), &["expected finite numbers", tensor]);
         }
     }
     assert!(!work.at("l").exists());
@@ -55,7 +55,11 @@ fn a_spoiled_model_or_adapter_is_named_by_every_verb() {
     let valid = work.text("run.toml");
     work.write("bare.toml", &valid.replace("valid = 'valid.jsonl'\n", ""));
     for (recipe, folder) in [("run.toml", "out"), ("bare.toml", "other")] {
-        named(&work, &["train", recipe, "--set", "model.path=spoiled", "--dir", folder], &["not finite", weight]);
+        named(
+            &work,
+            &["train", recipe, "--set", "model.path=spoiled", "--dir", folder],
+            &["expected finite numbers", weight],
+        );
     }
 }
 
@@ -65,6 +69,14 @@ fn a_text_beyond_the_models_positions_is_refused_and_such_rows_are_counted() {
     let long = "word ".repeat(300);
     let ask = ["chat", "--model", "model", "--max-new-tokens", "5", "--prompt", &long];
     named(&work, &ask, &["at most 256 positions", "found "]);
+    // In a conversation the question is dropped, and the next one is answered.
+    let mut command = work.command(&["chat", "--model", "model", "--max-new-tokens", "5"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    child.stdin.take().unwrap().write_all(format!("{long}\nWhat is 7?\n").as_bytes()).unwrap();
+    let done: CommandOutput = child.wait_with_output().unwrap().into();
+    assert!(done.code == Some(0) && done.stdout.lines().count() == 1, "{done:?}");
+    assert!(done.stderr.contains("at most 256 positions") && done.stderr.contains("/new"), "{done:?}");
     // The same model with scaled positions has no such limit.
     work.copy_of_model("scaled");
     let mut config = work.json("scaled/config.json");

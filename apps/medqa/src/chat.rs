@@ -96,8 +96,15 @@ fn run_chat<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
             question => {
                 editor.add_history_entry(question)?;
                 history.push(Message::new("user", question));
-                let text = stream_answer(&loaded, &history, &settings, &args.sampling.stop)?;
-                history.push(Message::new("assistant", text));
+                match stream_answer(&loaded, &history, &settings, &args.sampling.stop) {
+                    Ok(text) => history.push(Message::new("assistant", text)),
+                    // A conversation that has become too long must not end the program.
+                    Err(error) if matches!(error.downcast_ref(), Some(burn_llama::Error::ContextLength { .. })) => {
+                        eprintln!("error: {error:#}; /new forgets the conversation");
+                        history.pop();
+                    }
+                    Err(error) => return Err(error),
+                }
             }
         }
     }

@@ -14,8 +14,8 @@ impl<B: Kernels> Llama<B> {
             return Ok(());
         }
         let cause = burn_peft::adapter::find_not_finite(self).map_or_else(
-            || "no float tensor holds NaN or infinity, so the computation overflows; compute in f32".to_owned(),
-            |tensor| format!("{tensor} holds NaN or infinity; use another file of it"),
+            || "no tensor in floats holds them, so the computation overflows; compute in f32".to_owned(),
+            |tensor| format!("{tensor} holds them; use another file of it"),
         );
         Err(Error::NotFinite { result, cause })
     }

@@ -17,7 +17,7 @@ use std::path::Path;
 /// The engine of a run, which owns the model.
 pub type LlamaEngine<B> = Engine<Autodiff<B>, Llama<Autodiff<B>>>;
 
-/// What a run starts with.
+/// The recipe, the options and the inputs of a run that is about to start.
 pub struct Start<'a> {
     pub recipe: &'a Recipe,
     pub options: &'a TrainOptions,
@@ -35,13 +35,36 @@ pub struct Started<B: Kernels> {
     pub note: Option<String>,
 }
 
+impl<B: Kernels> Started<B> {
+    /// Returns an error on every rank if the ranks have read different rows, or have different tokenizers.
+    fn check_same_on_all_ranks(&self) -> Result<()> {
+        let Some(inputs) = &self.state.inputs else { return Ok(()) };
+        let own = inputs.fingerprint()?;
+        let different = self.engine.sum_over_ranks(&[own])?[0] != own * self.engine.world() as f64;
+        if self.engine.sum_over_ranks(&[f64::from(different)])?[0] > 0.0 {
+            bail!("the ranks have different rows or tokenizers; expected the same files on every machine");
+        }
+        Ok(())
+    }
+}
+
 impl Start<'_> {
     /// Creates the engine for the model, and brings it to the newest checkpoint in the run directory. Without one,
     /// initializes the adapters by LoftQ, if the recipe asks for it.
     ///
     /// # Errors
     /// If the checkpoint cannot be read, is of a run with other rows, or the ranks have different rows.
-    pub fn engine<B: Kernels>(self, mut model: Llama<Autodiff<B>>, config: EngineConfig) -> Result<Started<B>> {
+    pub fn engine<B: Kernels>(self, model: Llama<Autodiff<B>>, config: EngineConfig) -> Result<Started<B>> {
+        let started = self.first_step_or_checkpoint(model, config)?;
+        started.check_same_on_all_ranks()?;
+        Ok(started)
+    }
+
+    fn first_step_or_checkpoint<B: Kernels>(
+        self,
+        mut model: Llama<Autodiff<B>>,
+        config: EngineConfig,
+    ) -> Result<Started<B>> {
         let Some(checkpoint) = state::checkpoints(&self.options.directory)?.pop() else {
             let loftq = setup::init_loftq(&mut model, self.recipe)?;
             let engine = config.init(model)?;

@@ -1,6 +1,6 @@
 //! Builds the parts of a run from a recipe.
 
-use super::{freeze::freeze, resume::LlamaEngine, state::TrainerState};
+use super::freeze::freeze;
 use crate::{
     data::{EncodedRows, encode_rows, read_rows},
     fetch, identify,
@@ -142,17 +142,6 @@ fn load_examples<B: Kernels>(
     }
     loaded.model.check_examples(&encoded.examples).with_context(|| path.to_owned())?;
     Ok(encoded.examples)
-}
-
-/// Returns an error on every rank if the ranks have read different rows, or have different tokenizers.
-pub fn check_same_on_all_ranks<B: Kernels>(engine: &LlamaEngine<B>, state: &TrainerState) -> Result<()> {
-    let Some(inputs) = &state.inputs else { return Ok(()) };
-    let own = inputs.fingerprint()?;
-    let different = engine.sum_over_ranks(&[own])?[0] != own * engine.world() as f64;
-    if engine.sum_over_ranks(&[f64::from(different)])?[0] > 0.0 {
-        bail!("the ranks have different rows or tokenizers; expected the same files on every machine");
-    }
-    Ok(())
 }
 
 fn report_rows(path: &str, encoded: &EncodedRows) {

@@ -120,7 +120,6 @@ impl<B: Kernels> Trainer<B> {
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
         let start = Start { recipe: &recipe, options, inputs, rows_per_step: data.batch_sampler.rows_per_step() };
         let Started { engine, state, note } = start.engine(model, config)?;
-        setup::check_same_on_all_ranks(&engine, &state)?;
         let run_log = if engine.rank() == 0 { Some(open_record(&recipe, options, &state)?) } else { None };
         let output = RunOutput::new(adapter, loaded.tokenizer);
         let progress = RunProgress { state, start: Instant::now(), seconds_to_first_step: None, note };
@@ -235,7 +234,10 @@ impl<B: Kernels> Trainer<B> {
         }
         let tensor = self.engine.with_full_params(find_not_finite::<Autodiff<B>, _>)?;
         Ok(tensor.map_or(error, |tensor| {
-            anyhow!("step {step}: the gradient is not finite: {tensor} holds NaN or infinity; use another file of it")
+            anyhow!(
+                "step {step}: gradient: expected finite numbers, found NaN or infinity: {tensor} holds them; use another \
+                 file of it"
+            )
         }))
     }
 
