@@ -42,8 +42,8 @@ fn doctor_approves_what_is_right_and_finds_what_is_not() {
     work.copy_of_model("base");
     work.template("base", None);
     for (model, law, words) in [
-        ("silent", "chat template renders turn by turn", "does not print the assistant's answers"),
-        ("silent", "training ends an answer as chat does", "does not print the assistant's answers"),
+        ("silent", "chat template renders turn by turn", "`content`: expected the chat template to print it"),
+        ("silent", "training ends an answer as chat does", "`content`: expected the chat template to print it"),
         ("endless", "chat template renders turn by turn", "ends an answer without an end token"),
         ("infinite", "logits are finite", "expected a finite number, found NaN"),
         ("base", "training reads what chat sends", "no chat template"),

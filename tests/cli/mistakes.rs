@@ -114,7 +114,7 @@ fn adapters_and_arguments_that_do_not_fit_are_refused() {
                 "--chat-template",
                 "silent.jinja",
             ]),
-            &["messages.jsonl", "line 1", "turn 2", "model/tokenizer.json", "does not print the assistant's answers"],
+            &["messages.jsonl", "line 1", "turn 2", "`content`: expected the chat template to print it"],
         ),
         (
             eval(&["--task", "qa-loss", "--data", "thinking.jsonl", "--format", "messages"]),

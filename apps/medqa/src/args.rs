@@ -141,7 +141,7 @@ pub struct WeightsArgs {
     pub compute: ComputeDtype,
 }
 
-/// Format and column names of a data file.
+/// Format and column names of a data file, and how its conversations are learned.
 #[derive(Args, Clone)]
 pub struct RowsArgs {
     /// Format of the rows in the data file
@@ -153,6 +153,8 @@ pub struct RowsArgs {
     /// Answers of a conversation that are learned
     #[arg(long, default_value = "all")]
     pub learn: Learn,
+    #[command(flatten)]
+    pub template: TemplateArgs,
 }
 
 impl RowsArgs {

@@ -28,6 +28,13 @@ pub struct ConversationRenderer<'a> {
     said: char,
 }
 
+/// The text around an answer's text.
+#[derive(Default)]
+struct Surroundings {
+    opening: String,
+    closing: String,
+}
+
 /// The text of an answer.
 pub struct AnswerText {
     /// The text that `chat` sends.
@@ -81,9 +88,9 @@ impl<'a> ConversationRenderer<'a> {
         let asked = self.after_question(self.render(&turns, true)?);
         turns.push(answer.clone());
         let told = self.after_question(self.render(&turns, false)?);
-        let (opening, closing) = self.around_answer(&mut turns)?;
+        let around = self.around_answer(&mut turns)?.unwrap_or_default();
         let (mut empty_thought, mut learned) = (false, String::new());
-        match (told.strip_prefix(&asked), told.strip_prefix(&opening)) {
+        match (told.strip_prefix(&asked), told.strip_prefix(&around.opening)) {
             (Some(rest), _) => learned.push_str(rest),
             (None, Some(rest)) => match OpenThought::at_end_of(&asked) {
                 Some(thought) => {
@@ -92,9 +99,9 @@ impl<'a> ConversationRenderer<'a> {
                 }
                 None => learned.push_str(rest),
             },
-            (None, None) => bail!(self.not_incremental_error(&opening, &told)),
+            (None, None) => bail!(self.not_incremental_error(&around.opening, &told)),
         }
-        let ended = self.end_answer(&mut learned, &closing);
+        let ended = self.end_answer(&mut learned, answer, &around.closing);
         Ok(AnswerText { prompt, learned, ended, empty_thought })
     }
 
@@ -110,32 +117,31 @@ impl<'a> ConversationRenderer<'a> {
         }
     }
 
-    /// Returns the text between the last question and the answer, and the text after the answer. A thought in the
-    /// answer's text stays before it. `turns` end with the answer.
-    fn around_answer(&self, turns: &mut [Message]) -> Result<(String, String)> {
+    /// Returns the text around the answer's text: from the last question to it, and after it. There is none if the
+    /// template does not print it, as beside a call of tools. A thought in the answer's text stays before it. `turns` end
+    /// with the answer.
+    fn around_answer(&self, turns: &mut [Message]) -> Result<Option<Surroundings>> {
         if let Some(answer) = turns.last_mut() {
             let (thought, _) = split_after_thought(answer.text());
             answer.content = Some(format!("{thought}{}", self.said));
         }
         let text = self.after_question(self.render(turns, false)?);
-        match text.rsplit_once(self.said) {
-            Some((opening, closing)) => Ok((opening.to_owned(), closing.to_owned())),
-            None => bail!(
-                "{}: this chat template does not print the assistant's answers, so there is nothing to learn; use \
-                 another template",
-                self.tokenizer.path().display()
-            ),
-        }
+        let around = text.rsplit_once(self.said);
+        Ok(around.map(|(opening, closing)| Surroundings { opening: opening.to_owned(), closing: closing.to_owned() }))
     }
 
-    /// Ends the text of an answer at its end token, or before `closing` if there is none. Returns whether it
-    /// ends with an end token.
-    fn end_answer(&self, learned: &mut String, closing: &str) -> bool {
+    /// Ends the text of an answer at its end token, or before `closing` if there is none. Returns whether it ends with an
+    /// end token.
+    fn end_answer(&self, learned: &mut String, answer: &Message, closing: &str) -> bool {
         let token = |id: u32| self.tokenizer.id_to_token(id);
         let own_end = self.tokenizer.end_of_turn_override().and_then(token);
         // Everything that the message spells out is escaped, so these were written by the template.
         let place = |end: String| Some((learned.rfind(&end)?, end.len()));
-        let found = self.tokenizer.template_end_of_turn().and_then(token).and_then(place);
+        let found = self.tokenizer.template_end_of_turn().and_then(token).and_then(|end| {
+            // Phi-3.5's template writes another end after that of the last turn.
+            let tail = closing.split_once(&end).filter(|_| answer.fields.is_empty() && learned.ends_with(closing));
+            tail.map(|(_, tail)| (learned.len() - tail.len() - end.len(), end.len())).or_else(|| place(end))
+        });
         let found =
             found.or_else(|| self.tokenizer.eos_ids().iter().copied().filter_map(token).filter_map(place).max());
         let end = match found {

@@ -221,3 +221,30 @@ fn a_trimmed_answer_is_learned_up_to_the_end_of_its_turn() {
     let end = tokenizer.end_of_turn().unwrap();
     assert_eq!(example.ids.iter().filter(|id| **id == end).count(), 4);
 }
+
+#[test]
+fn an_end_token_after_the_end_of_the_last_turn_is_not_learned() {
+    let phi = "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|end|>\\n' }}{% endfor %}\
+        {% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}";
+    let names = ["<s>", "<|end|>", "<|user|>", "<|assistant|>"];
+    let tokenizer = byte_level(phi, [names[0], names[1]], &names);
+    let row = json!({"messages": [user("a"), assistant("b"), user("c"), assistant("d")]});
+    let expected = "<|user|>\na<|end|>\n<|assistant|>\n[[b<|end|>]]\n<|user|>\nc<|end|>\n<|assistant|>\n[[d<|end|>]]";
+    assert_eq!(learned(&tokenizer, &row), [expected]);
+}
+
+#[test]
+fn a_template_may_leave_out_the_text_beside_a_call() {
+    let llama = "{% for m in messages %}<|start|>{{ m.role }}\n{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}\
+        {% else %}{{ m.content }}{% endif %}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}";
+    let names = ["<s>", "<|eot|>", "<|start|>"];
+    let tokenizer = byte_level(llama, [names[0], names[1]], &names);
+    let row = |content: &str| {
+        let call = json!([{"id": "c1", "function": {"name": "weather"}}]);
+        json!({"messages": [user("Rain?"), {"role": "assistant", "content": content, "tool_calls": call}]})
+    };
+    let expected = "<|start|>user\nRain?<|eot|><|start|>assistant\n[[{\"name\": \"weather\"}<|eot|>]]";
+    assert_eq!(learned(&tokenizer, &row("")), [expected]);
+    let error = format!("{:#}", encoded(&tokenizer, &row("I look.")).unwrap_err());
+    assert!(error.starts_with("turn 2: `content`: ") && error.contains("\"I look.\""), "{error}");
+}

@@ -7,7 +7,7 @@ use super::{
     reader::{Row, read_each_row},
 };
 use crate::{
-    args::{ModelArgs, RowsArgs, TemplateArgs},
+    args::{ModelArgs, RowsArgs},
     model,
     recipe::OnTooLong,
     template,
@@ -26,8 +26,6 @@ pub struct CheckArgs {
     pub model: ModelArgs,
     #[command(flatten)]
     pub rows: RowsArgs,
-    #[command(flatten)]
-    pub template: TemplateArgs,
     /// Maximum length of a row, in tokens
     #[arg(long, default_value_t = 512)]
     pub max_length: usize,
@@ -45,7 +43,7 @@ const MAX_SHOWN: usize = 10;
 /// If the file or the tokenizer cannot be read, a row has a mistake, or no row has a token to learn.
 pub fn check(args: &CheckArgs) -> Result<()> {
     let rows = read_each_row(&args.file, &args.rows.schema()?)?;
-    let tokenizer = args.template.options().apply(model::load_tokenizer(&args.model)?)?;
+    let tokenizer = args.rows.template.options().apply(model::load_tokenizer(&args.model)?)?;
     // Without a chat template, every row would report the same mistake.
     if rows.iter().any(|(_, content)| !matches!(content, Ok(RowContent::PubMedQa { .. }) | Err(_))) {
         template::chat_template(&tokenizer)?;

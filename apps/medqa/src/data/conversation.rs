@@ -101,6 +101,7 @@ pub fn answer_tokens(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Answ
     let last = messages.len().checked_sub(1).context("expected an answer, found no message")?;
     let renderer = ConversationRenderer::new(tokenizer, messages, None)?;
     let text = renderer.answer_text(last)?;
+    check_printed(renderer.message(last), &text.learned)?;
     if !text.ended {
         bail!(missing_end_token_error(tokenizer, &renderer.restore(&text.learned)));
     }
@@ -124,7 +125,8 @@ fn check_printed(message: &Message, learned: &str) -> Result<()> {
         let found: String = missing.text.chars().take(40).collect();
         bail!(
             "`{}`: expected the chat template to print it in the answer that is learned, found {found:?} nowhere there; \
-             remove the key from the rows, or use a template that prints it (`model.chat_template`)",
+             remove the key from the rows, or use a template that prints it (`model.chat_template`) or arguments with which it \
+             does (`data.template_arguments`)",
             missing.key
         );
     }

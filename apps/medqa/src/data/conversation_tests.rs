@@ -182,7 +182,7 @@ fn templates_that_cannot_teach_are_refused_by_name() {
     let counting = format!("{counting}{{% if add_generation_prompt %}}<|im_start|>Answer: {{% endif %}}");
     for (template, words) in [
         (endless, &["without an end token", "expected one of [<|im_end|>]", "found \"The first.\"", "tokenizer.json"]),
-        (silent, &["does not print the assistant's answers", "", "", "tokenizer.json"]),
+        (silent, &["turn 2: `content`: expected the chat template to print it", "found \"The first.\"", "", ""]),
         (&counting, &["when the answer's text changes", "expected \" \"", "found \"0 The first.", "tokenizer.json"]),
         (MISTRAL, &["roles must alternate", "", "", ""]),
     ] {

@@ -1,7 +1,7 @@
 //! Checks of the model's computations.
 
 use super::CheckSubject;
-use crate::{data::encode_row, model, recipe::Learn};
+use crate::{data::encode_row, model};
 use anyhow::{Context, Result, bail};
 use burn::tensor::{DType, Int, Tensor, TensorData};
 use burn_llama::{Example, Generation, GenerationConfig, KvCache, Message, SequenceLayout, generate, kernel::Kernels};
@@ -16,7 +16,7 @@ const ROUNDING_TOLERANCE: f32 = 1e-4;
 /// Checks that the model's vocabulary contains every token of the rows.
 pub fn vocabulary<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let model = &subject.loaded.model;
-    let all = subject.rows.iter().map(|row| encode_row(&subject.loaded.tokenizer, &row.content, Learn::All));
+    let all = subject.rows.iter().map(|row| encode_row(&subject.loaded.tokenizer, &row.content, subject.learn));
     let all: Vec<_> = all.collect::<Result<_>>()?;
     let all: Vec<Example> = all.into_iter().flat_map(|row| row.examples).collect();
     model.check_examples(&all)?;
@@ -92,7 +92,7 @@ pub fn test_sequence<B: Kernels>(subject: &CheckSubject<B>) -> Result<Vec<u32>> 
     let rows = subject
         .rows
         .iter()
-        .flat_map(|row| encode_row(tokenizer, &row.content, Learn::All).unwrap_or_default().examples);
+        .flat_map(|row| encode_row(tokenizer, &row.content, subject.learn).unwrap_or_default().examples);
     let mut ids = match rows.map(|example| example.ids).find(|ids| ids.len() >= 8) {
         Some(ids) => ids,
         None => {

@@ -9,6 +9,7 @@ use crate::{
     backend::{Device, with_backend},
     data::{self, Row, RowContent, RowLocation, content::Turn},
     model::{self, LoadedModel},
+    recipe::Learn,
 };
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
@@ -42,6 +43,8 @@ const MAX_ROWS: usize = 100;
 pub struct CheckSubject<B: Kernels> {
     pub loaded: LoadedModel<B>,
     pub rows: Vec<Row>,
+    /// The answers of a conversation that are learned.
+    pub learn: Learn,
     /// Arguments to load the model again with.
     model_args: ModelArgs,
     device: B::Device,
@@ -118,9 +121,12 @@ pub fn doctor(args: &DoctorArgs) -> Result<()> {
 }
 
 fn run_checks<B: Kernels>(args: &DoctorArgs, device: &B::Device, rows: Vec<Row>) -> Result<()> {
+    let mut loaded = model::load::<B>(&args.model, DType::F32, device)?;
+    loaded.tokenizer = args.rows.template.options().apply(loaded.tokenizer)?;
     let subject = CheckSubject {
-        loaded: model::load::<B>(&args.model, DType::F32, device)?,
+        loaded,
         rows,
+        learn: args.rows.learn,
         model_args: args.model.clone(),
         device: device.clone(),
         adapter_dir: tempfile::tempdir().context("a temporary folder for the adapter cannot be created")?,

@@ -2,7 +2,7 @@
 
 use super::CheckSubject;
 use crate::{
-    data::{AnswerTokens, RowContent, answer_tokens, content::Turn, encode_row, pubmedqa_prompt},
+    data::{AnswerTokens, RowContent, answer_tokens, encode_row, pubmedqa_prompt},
     model,
     recipe::Learn,
     template::chat_template,
@@ -86,8 +86,10 @@ pub fn training_matches_chat<B: Kernels>(subject: &CheckSubject<B>) -> Result<St
     let mut answers = 0;
     for row in &subject.rows {
         let place = || row.location.to_string();
-        let (found, expected) =
-            (encode_row(tokenizer, &row.content, Learn::All), answer_prompts(tokenizer, &row.content));
+        let (found, expected) = (
+            encode_row(tokenizer, &row.content, subject.learn),
+            answer_prompts(tokenizer, &row.content, subject.learn),
+        );
         let (found, expected) = (found.with_context(place)?.examples, expected.with_context(place)?);
         for prompt in &expected {
             let learned = |example: &Example| example.loss_mask.get(prompt.len()) == Some(&true);
@@ -103,7 +105,7 @@ pub fn training_matches_chat<B: Kernels>(subject: &CheckSubject<B>) -> Result<St
 }
 
 /// Returns the prompt tokens before each learned answer of a row.
-fn answer_prompts(tokenizer: &Tokenizer, content: &RowContent) -> Result<Vec<Vec<u32>>> {
+fn answer_prompts(tokenizer: &Tokenizer, content: &RowContent, learn: Learn) -> Result<Vec<Vec<u32>>> {
     match content {
         RowContent::Answer { prompt, .. } => Ok(vec![model::apply_chat_template(tokenizer, prompt)?]),
         RowContent::PubMedQa { question, contexts, .. } => {
@@ -111,8 +113,9 @@ fn answer_prompts(tokenizer: &Tokenizer, content: &RowContent) -> Result<Vec<Vec
         }
         RowContent::Conversation(conversation) => {
             let (messages, tools) = (conversation.messages(), conversation.tools.as_ref());
-            let taught = |(_, turn): &(usize, &Turn)| turn.learned && turn.message.role == "assistant";
-            let taught = conversation.turns.iter().enumerate().filter(taught);
+            let answers = || conversation.turns.iter().enumerate().filter(|(_, turn)| turn.message.role == "assistant");
+            let first = if learn == Learn::Last { answers().count().saturating_sub(1) } else { 0 };
+            let taught = answers().skip(first).filter(|(_, turn)| turn.learned);
             taught.map(|(index, _)| Ok(tokenizer.apply_chat_template(&messages[..index], tools, true)?)).collect()
         }
     }

@@ -8,7 +8,7 @@ mod qa_loss;
 pub use qa_loss::{EvalBatching, TotalLoss, total_loss};
 
 use crate::{
-    args::{DeviceArgs, ModelArgs, RowsArgs, TemplateArgs, WeightsArgs, parse_positive},
+    args::{DeviceArgs, ModelArgs, RowsArgs, WeightsArgs, parse_positive},
     backend::with_backend,
     data::{Row, read_rows},
     model::{self, LoadedModel},
@@ -47,8 +47,6 @@ pub struct EvalArgs {
     pub data: PathBuf,
     #[command(flatten)]
     pub rows: RowsArgs,
-    #[command(flatten)]
-    pub template: TemplateArgs,
     #[command(flatten)]
     pub limits: EvalLimits,
     /// Write the result as JSON to this file, for pubmedqa with every item
@@ -99,7 +97,7 @@ fn remove_items(result: &mut Value) {
 /// of them, and prints a table. Every result includes the loss on a neutral text, without and with the adapter.
 fn evaluate<B: Kernels>(args: &EvalArgs, device: &B::Device, rows: &[Row]) -> Result<Value> {
     let mut loaded = model::load_without_adapters::<B>(&args.model, args.weights.weights, device)?;
-    loaded.tokenizer = args.template.options().apply(loaded.tokenizer)?;
+    loaded.tokenizer = args.rows.template.options().apply(loaded.tokenizer)?;
     loaded.model = model::with_compute(loaded.model, args.weights.compute)?;
     let total = neutral::neutral_loss(&loaded)?;
     let (before, tokens) = (total.mean(), total.target_tokens);
