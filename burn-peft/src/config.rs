@@ -22,7 +22,6 @@ pub struct LoraConfig {
     /// If true, scales by `lora_alpha / √r` instead (rank-stabilized LoRA: Kalajdzievski, 2023, arXiv:2312.03732).
     pub use_rslora: bool,
     /// The layers that get an adapter.
-    #[serde(deserialize_with = "default_if_null")]
     pub target_modules: TargetModules,
     /// Layers that get no adapter even if `target_modules` selects them: a list of names or a regular expression.
     pub exclude_modules: Option<TargetModules>,
@@ -31,15 +30,12 @@ pub struct LoraConfig {
     /// The name of the module list that holds the blocks, for paths with several numbers.
     pub layers_pattern: Option<OneOrMany<String>>,
     /// Ranks other than `r`, by a regular expression that the end of a layer's path matches; the first match counts.
-    #[serde(deserialize_with = "default_if_null")]
     pub rank_pattern: Map<String, Value>,
     /// Values other than `lora_alpha`, in the form of `rank_pattern`.
-    #[serde(deserialize_with = "default_if_null")]
     pub alpha_pattern: Map<String, Value>,
     /// If true, trains magnitude and direction of the weight separately (DoRA: Liu et al., 2024, arXiv:2402.09353).
     pub use_dora: bool,
     /// The initialization of the adapter.
-    #[serde(deserialize_with = "default_if_null")]
     pub init_lora_weights: InitLoraWeights,
     /// The biases of the base model that are trained along with the adapter.
     pub bias: Bias,
@@ -157,15 +153,6 @@ impl From<InitLoraWeights> for Value {
             InitLoraWeights::Other(name) => name.into(),
         }
     }
-}
-
-/// Deserializes `null`, which PEFT writes for fields that are not set, as the default.
-pub(crate) fn default_if_null<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-where
-    D: serde::Deserializer<'de>,
-    T: Default + Deserialize<'de>,
-{
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 impl Default for LoraConfig {

@@ -1,7 +1,10 @@
 //! PEFT's `adapter_config.json` for LoRA.
 
 use super::{InitLoraWeights, LoraConfig};
-use crate::{Error, Loaded, TargetModules, config_file::KnownFields};
+use crate::{
+    Error, Loaded, TargetModules,
+    config_file::{KnownFields, parse_fields},
+};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -40,13 +43,7 @@ impl LoraConfig {
     /// # Errors
     /// If the adapter is not LoRA or uses a feature that is not supported.
     pub fn from_json(path: &Path, value: Value) -> Result<Loaded<Self>, Error> {
-        if !value.is_object() {
-            return Err(Error::format(path, "adapter_config.json", "a JSON object", value));
-        }
-        match value["peft_type"].as_str() {
-            Some("LORA") => {}
-            other => return Err(Error::format(path, "peft_type", "LORA", other.unwrap_or("nothing"))),
-        }
+        let value = parse_fields(path, value, &["LORA"])?;
         let known = KnownFields { own: &json!(Self::default()), neutral: &neutral_fields(), ignored: &IGNORED };
         let unknown_fields = known.unknown(path, &value)?;
         let config: Self = serde_json::from_value(value)
@@ -130,6 +127,47 @@ mod tests {
         let read = LoraConfig::from_json(Path::new("x"), json).unwrap();
         assert_eq!(read.value.rank_pattern.keys().collect::<Vec<_>>(), ["z", "a"], "the order of patterns matters");
         assert_eq!(read, Loaded { value: config, unknown_fields: vec!["from_the_future".to_owned()] });
+    }
+
+    #[test]
+    fn settings_written_in_other_ways_mean_the_same() {
+        let expected = LoraConfig { r: 4, ..Default::default() };
+        let mut json = expected.to_json();
+        let fields = json.as_object_mut().unwrap();
+        for (name, value) in [
+            ("r", json!(4.0)),
+            ("lora_alpha", json!(8.0)),
+            ("lora_dropout", json!(0)),
+            ("layers_to_transform", json!([])),
+            ("modules_to_save", json!([])),
+            ("exclude_modules", json!([])),
+            ("megatron_config", json!({})),
+            ("layer_replication", json!([])),
+            ("rank_pattern", json!(null)),
+            ("bias", json!(null)),
+            ("use_rslora", json!(null)),
+            ("init_lora_weights", json!(null)),
+            ("from_the_future", json!(null)),
+        ] {
+            fields.insert(name.to_owned(), value);
+        }
+        let read = LoraConfig::from_json(Path::new("x"), json).unwrap();
+        assert_eq!(read, Loaded { value: expected, unknown_fields: vec![] });
+    }
+
+    #[test]
+    fn an_adapter_of_another_kind_is_refused_with_the_kinds_that_can_be_read() {
+        for (kind, expected) in [
+            (json!("LOHA"), "expected LORA, ADALORA, IA3, PREFIX_TUNING, PROMPT_TUNING or P_TUNING"),
+            (json!(null), "expected LORA, ADALORA, IA3, PREFIX_TUNING, PROMPT_TUNING or P_TUNING"),
+            (json!("IA3"), "expected LORA here"),
+        ] {
+            let mut json = LoraConfig::default().to_json();
+            json["peft_type"] = kind.clone();
+            let error = LoraConfig::from_json(Path::new("x"), json).unwrap_err().to_string();
+            let found = format!("found {}", kind.as_str().unwrap_or("nothing"));
+            assert!(error.contains(expected) && error.ends_with(&found), "{error}");
+        }
     }
 
     #[test]
