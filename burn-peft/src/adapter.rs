@@ -4,6 +4,7 @@ mod activate;
 mod base;
 mod combine;
 mod convert;
+mod embedding;
 mod freeze;
 mod hotswap;
 mod ia3;
@@ -13,6 +14,7 @@ mod lora;
 mod merge;
 mod registry;
 mod save;
+mod saved_embeddings;
 
 pub use activate::{activate, delete};
 pub use base::is_adapter;

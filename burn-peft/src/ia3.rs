@@ -1,6 +1,10 @@
 //! IA3: scales features by learned factors (Liu et al., 2022, arXiv:2205.05638).
 
-use crate::{Error, Loaded, TargetModules, config_file::{KnownFields, parse_fields}, param};
+use crate::{
+    Error, Loaded, TargetModules,
+    config_file::{KnownFields, parse_fields},
+    param,
+};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},

@@ -124,6 +124,9 @@ pub fn lora_config(recipe: &Recipe) -> LoraConfig {
         init_lora_weights: lora.init_lora_weights.clone(),
         bias: scope.bias,
         modules_to_save: scope.modules_to_save.clone(),
+        trainable_token_indices: None,
+        ensure_weight_tying: false,
+        save_embedding_layers: false,
         base_model_name_or_path: Some(recipe.model.path.clone()),
     }
 }

@@ -4,7 +4,7 @@ mod atomic_write;
 pub mod gguf;
 mod pages;
 mod parameters;
-pub mod safetensors;
+mod safetensors;
 mod save;
 mod storage;
 
@@ -36,14 +36,16 @@ enum TensorFiles {
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face directory (`config.json` beside `model.safetensors` or its shards) or a `.gguf` file.
+    /// Opens a Hugging Face directory (`config.json` beside `model.safetensors` or its shards, or
+    /// `pytorch_model.bin` or its shards) or a `.gguf` file.
     ///
     /// # Errors
     /// If a file is missing or malformed, or the model is not supported.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let (config, files) = if path.is_dir() {
             let config = LlamaConfig::load(&path.join("config.json"))?;
-            (config, TensorFiles::HuggingFace(safetensors::Shards::open(path)?))
+            let parameters = build::parameter_shapes(&config).into_iter().map(|(name, _)| name).collect();
+            (config, TensorFiles::HuggingFace(safetensors::Shards::open(path, &parameters)?))
         } else {
             let gguf = Gguf::open(path)?;
             let config = LlamaConfig::from_json(gguf.config_json()?).map_err(|error| error.in_file(path))?;

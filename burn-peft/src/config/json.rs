@@ -4,6 +4,7 @@ use super::{InitLoraWeights, LoraConfig};
 use crate::{
     Error, Loaded, TargetModules,
     config_file::{KnownFields, parse_fields},
+    format::adalora::to_lora_fields,
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -13,13 +14,13 @@ fn neutral_fields() -> Value {
     json!({
         "alora_invocation_tokens": null, "arrow_config": null, "corda_config": null, "eva_config": null,
         "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null, "lora_bias": false,
-        "lora_ga_config": null, "monteclora_config": null, "target_parameters": null, "trainable_token_indices": null,
+        "lora_ga_config": null, "monteclora_config": null, "target_parameters": null,
         "use_bdlora": null, "use_qalora": false, "velora_config": null,
     })
 }
 
 /// Fields that make no difference for a trained adapter.
-const IGNORED: [&str; 11] = [
+const IGNORED: [&str; 10] = [
     "auto_mapping",
     "inference_mode",
     // Parameters of the initialization; `init_lora_weights` tells if the base weights differ because of it.
@@ -31,20 +32,28 @@ const IGNORED: [&str; 11] = [
     "qalora_group_size",
     "revision",
     "task_type",
-    "ensure_weight_tying",
 ];
+
+/// AdaLoRA's fields for training.
+const ADALORA_TRAINING: [&str; 9] =
+    ["init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"];
 
 /// Unsupported initializations that change the base weights, so that the adapter does not fit the original ones.
 const MUTATING_INITS: [&str; 2] = ["corda", "lora_ga"];
 
 impl LoraConfig {
-    /// Parses the content of `adapter_config.json`.
+    /// Parses the content of `adapter_config.json`. `r` of an AdaLoRA adapter is its initial rank.
     ///
     /// # Errors
-    /// If the adapter is not LoRA or uses a feature that is not supported.
+    /// If the adapter is neither LoRA nor AdaLoRA, or uses a feature that is not supported.
     pub fn from_json(path: &Path, value: Value) -> Result<Loaded<Self>, Error> {
-        let value = parse_fields(path, value, &["LORA"])?;
-        let known = KnownFields { own: &json!(Self::default()), neutral: &neutral_fields(), ignored: &IGNORED };
+        let mut value = parse_fields(path, value, &["LORA", "ADALORA"])?;
+        let mut ignored = IGNORED.to_vec();
+        if value["peft_type"] == "ADALORA" {
+            value = to_lora_fields(value);
+            ignored.extend(ADALORA_TRAINING);
+        }
+        let known = KnownFields { own: &json!(Self::default()), neutral: &neutral_fields(), ignored: &ignored };
         let unknown_fields = known.unknown(path, &value)?;
         let config: Self = serde_json::from_value(value)
             .map_err(|e| Error::format(path, "adapter_config.json", "LoRA's fields", e))?;
@@ -84,7 +93,7 @@ impl LoraConfig {
             "auto_mapping": null, "inference_mode": true, "init_lora_weights": init, "loftq_config": {},
             "lora_alpha": alpha, "megatron_config": null, "megatron_core": "megatron.core",
             "peft_type": "LORA", "qalora_group_size": 16, "revision": null,
-            "target_modules": target, "task_type": "CAUSAL_LM", "ensure_weight_tying": false,
+            "target_modules": target, "task_type": "CAUSAL_LM",
         });
         for fields in [json!(self), fixed] {
             if let (Value::Object(all), Value::Object(fields)) = (&mut all, fields) {
@@ -160,7 +169,7 @@ mod tests {
         for (kind, expected) in [
             (json!("LOHA"), "expected LORA, ADALORA, IA3, PREFIX_TUNING, PROMPT_TUNING or P_TUNING"),
             (json!(null), "expected LORA, ADALORA, IA3, PREFIX_TUNING, PROMPT_TUNING or P_TUNING"),
-            (json!("IA3"), "expected LORA here"),
+            (json!("IA3"), "expected LORA or ADALORA here"),
         ] {
             let mut json = LoraConfig::default().to_json();
             json["peft_type"] = kind.clone();
