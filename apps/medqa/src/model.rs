@@ -20,7 +20,7 @@ pub fn load<B: Kernels>(args: &ModelArgs, storage: impl Into<Storage>, device: &
         bail!("--adapter: expected one here, found a second one: {}", second.directory.display());
     }
     let mut loaded = load_without_adapters(args, storage, device)?;
-    add_adapters(&mut loaded.model, args)?;
+    add_adapters(&mut loaded, args)?;
     Ok(loaded)
 }
 
@@ -34,18 +34,39 @@ pub fn load_without_adapters<B: Kernels>(
     Ok(LoadedModel { model: checkpoint.load::<B>(storage, device)?, tokenizer })
 }
 
-/// Loads the adapters onto the model and activates the first one.
-pub fn add_adapters<B: Kernels>(model: &mut Llama<B>, args: &ModelArgs) -> Result<()> {
+/// Loads the adapters onto the model and activates the first one. If an adapter brings an embedding with another number
+/// of rows, the tokenizer in its folder, which knows the new tokens, replaces the model's.
+pub fn add_adapters<B: Kernels>(loaded: &mut LoadedModel<B>, args: &ModelArgs) -> Result<()> {
     for (index, source) in args.adapter.iter().enumerate() {
         if args.adapter[..index].iter().any(|before| before.name == source.name) {
             let (name, directory) = (&source.name, source.directory.display());
             bail!("--adapter {directory}: another one is called {name:?} already; name it: --adapter NAME={directory}");
         }
-        method_adapter::load(model, &source.name, &source.directory)?;
+        let rows = loaded.model.config().vocab_size;
+        method_adapter::load(&mut loaded.model, &source.name, &source.directory)?;
+        if loaded.model.config().vocab_size != rows && args.tokenizer.is_none() {
+            replace_tokenizer(loaded, rows, &source.directory)?;
+        }
     }
     if let [first, _, ..] = args.adapter.as_slice() {
-        burn_peft::adapter::activate(model, &[&first.name])?;
+        burn_peft::adapter::activate(&mut loaded.model, &[&first.name])?;
     }
+    Ok(())
+}
+
+/// Reads the tokenizer in the folder of an adapter that changed the number of the model's rows, or warns that there is
+/// none.
+fn replace_tokenizer<B: Kernels>(loaded: &mut LoadedModel<B>, rows: usize, directory: &Path) -> Result<()> {
+    if directory.join("tokenizer.json").is_file() {
+        loaded.tokenizer = read_tokenizer(directory)?;
+        return Ok(());
+    }
+    let (found, directory) = (loaded.model.config().vocab_size, directory.display());
+    eprintln!(
+        "warning: {directory}: the adapter brings an embedding with {found} rows, the model has {rows}, and there is no \
+         tokenizer.json beside the adapter: tokens that were added in training are unknown here (--tokenizer DIR names \
+         the tokenizer that knows them)"
+    );
     Ok(())
 }
 

@@ -76,12 +76,12 @@ impl TrainableBase {
             saved.extend(selection.matching_modules_to_save(module).cloned());
             let trained = bias || selection.in_modules_to_save(module);
             if trained || saved_paths.contains(module) {
-                // PEFT wraps adapted layers: their own parameters are under `base_layer`, or under `original_module`
-                // if single rows are trained.
+                // PEFT wraps adapted layers: their own parameters are under `base_layer`, or of the
+                // adapter of single rows.
                 let wrapped = embedding.as_ref().filter(|embedding| embedding.wraps(model, module));
                 let inner = match wrapped.map(EmbeddingTarget::is_lora) {
                     None if !layer => "",
-                    Some(false) => ".original_module",
+                    Some(false) => ".token_adapter.base_layer",
                     _ => ".base_layer",
                 };
                 let peft_key = format!("{}{module}{inner}.{name}", format::PREFIX);

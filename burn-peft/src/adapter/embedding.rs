@@ -9,7 +9,7 @@ use crate::{
 };
 use burn::tensor::{DType, Tensor, TensorData};
 use burn_peft_kernels::LinearKernels;
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
 /// What a configuration asks for on the token embedding.
 pub(super) struct EmbeddingTarget {
@@ -36,9 +36,7 @@ impl EmbeddingTarget {
         let head = model.tied().map(|[_, head]| head);
         let tokens = config.trainable_token_indices.as_ref().map(|indices| indices.of_embedding(path, head));
         let tokens = tokens.transpose()?.unwrap_or_default().to_vec();
-        let message = if let Some(token) = tokens.iter().find(|&&token| token as usize >= shape[0]) {
-            format!("`trainable_token_indices`: expected tokens below {}, found {token}", shape[0])
-        } else if lora && config.use_dora {
+        let message = if lora && config.use_dora {
             format!("`use_dora`: DoRA of the embedding is not supported; leave {path} out of `target_modules`")
         } else if lora && !tokens.is_empty() {
             format!("`trainable_token_indices`: {path} is one of `target_modules`, too; choose one of the two")
@@ -49,6 +47,20 @@ impl EmbeddingTarget {
             return Ok((lora || !tokens.is_empty()).then_some(Self { path, shape, lora, tokens }));
         };
         Err(Error::config(message))
+    }
+
+    /// Checks that the embedding has a row for every token.
+    ///
+    /// # Errors
+    /// If it has none for one of them.
+    pub fn check_tokens(&self) -> Result<(), Error> {
+        let rows = self.shape[0];
+        match self.tokens.iter().find(|&&token| token as usize >= rows) {
+            None => Ok(()),
+            Some(token) => {
+                Err(Error::config(format!("`trainable_token_indices`: expected tokens below {rows}, found {token}")))
+            }
+        }
     }
 
     /// Returns true if the embedding gets low-rank matrices.
@@ -74,6 +86,36 @@ impl EmbeddingTarget {
             expected.push((tokens_key(&self.path), vec![self.tokens.len(), hidden]));
         }
         expected
+    }
+
+    /// Takes the tensors of a head that shares the adapter out of `tensors`, where PEFT writes them a second time.
+    ///
+    /// # Errors
+    /// If they differ from those of the embedding.
+    pub fn take_tied<B: LinearKernels, M: Linears<B>>(
+        &self,
+        model: &M,
+        directory: &Path,
+        tensors: &mut BTreeMap<String, TensorData>,
+    ) -> Result<(), Error> {
+        let Some([path, head]) = model.tied() else { return Ok(()) };
+        let transposed = |data: &TensorData| {
+            let transposed = Tensor::<B, 2>::from_data(data.clone(), (&B::Device::default(), DType::F32)).transpose();
+            transposed.into_data()
+        };
+        for (key, on_head) in [
+            (lora_key(path, "A"), format::tensor_key(head, "lora_B")),
+            (lora_key(path, "B"), format::tensor_key(head, "lora_A")),
+            (tokens_key(path), tokens_key(head)),
+        ] {
+            let Some(own) = tensors.get(&key) else { continue };
+            let own = if key.contains("lora") { transposed(own) } else { own.clone() };
+            if tensors.remove(&on_head).is_some_and(|found| found != own) {
+                let expected = "the values of the embedding, whose weight the head shares";
+                return Err(Error::format(directory, &on_head, expected, "others"));
+            }
+        }
+        Ok(())
     }
 
     /// Adds a new adapter to the embedding; it changes nothing yet.
@@ -118,8 +160,13 @@ pub(super) fn collect_tensors<B: LinearKernels, M: Linears<B>>(
     let (path, embedding) = model.embedding()?;
     let adapter = embedding.adapter(name)?;
     if let Some(lora) = &adapter.lora {
-        tensors.insert(lora_key(path, "A"), lora.lora_embedding_a.val().into_data());
-        tensors.insert(lora_key(path, "B"), lora.lora_embedding_b.val().into_data());
+        let (a, b) = (lora.lora_embedding_a.val(), lora.lora_embedding_b.val());
+        if let Some([_, head]) = model.tied().filter(|_| adapter.config.ensure_weight_tying) {
+            tensors.insert(format::tensor_key(head, "lora_A"), b.clone().transpose().into_data());
+            tensors.insert(format::tensor_key(head, "lora_B"), a.clone().transpose().into_data());
+        }
+        tensors.insert(lora_key(path, "A"), a.into_data());
+        tensors.insert(lora_key(path, "B"), b.into_data());
     }
     if let Some(tokens) = &adapter.tokens {
         tensors.insert(tokens_key(path), tokens.delta.val().into_data());

@@ -48,6 +48,7 @@ pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
     base::untie(model, config)?;
     let (base, embedding) = (TrainableBase::new(model, config)?, EmbeddingTarget::new(model, config)?);
     check_layers(model, |path, linear| if base.is_target(path) { linear.check_init(path, config) } else { Ok(()) })?;
+    embedding.as_ref().map_or(Ok(()), EmbeddingTarget::check_tokens)?;
     let mut result = Ok(());
     model.linears_mut(&mut |path, linear| {
         if base.is_target(path) && result.is_ok() {
@@ -109,6 +110,10 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     saved.check_new_adapter(model, name)?;
     config.save_embedding_layers = saved.install(model);
     let (base, embedding) = (TrainableBase::new(model, &config)?, EmbeddingTarget::new(model, &config)?);
+    if let Some(embedding) = &embedding {
+        embedding.check_tokens()?;
+        embedding.take_tied(model, directory, &mut tensors)?;
+    }
     let expected = expected_tensors(model, &config, &base, &tensors)?;
     format::check_tensors(directory, &expected, &tensors)?;
     check_layers(model, |path, linear| if base.is_target(path) { linear.check_init(path, &config) } else { Ok(()) })?;

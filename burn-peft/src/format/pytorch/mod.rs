@@ -10,6 +10,7 @@ use crate::Error;
 use burn::tensor::{Bytes, DType, TensorData};
 use memmap2::Mmap;
 use pickle::Tensor;
+use safetensors::SafeTensors;
 use std::{
     collections::{BTreeMap, HashMap},
     fs::File,
@@ -58,8 +59,12 @@ impl PytorchFile {
         // SAFETY: the map is read-only and the file is opened read-only. A checkpoint must not be modified or truncated
         // while it is mapped; every program that maps checkpoints relies on that.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
-        let mut archive =
-            ZipArchive::new(file).map_err(|_| refuse("another file, or one of an older PyTorch".to_owned()))?;
+        let mut archive = ZipArchive::new(file).map_err(|_| {
+            refuse(match SafeTensors::read_metadata(&map) {
+                Ok(_) => "a safetensors file; rename it so that it ends in .safetensors".to_owned(),
+                Err(_) => "another file, or one of an older PyTorch".to_owned(),
+            })
+        })?;
         let entries = Entries::read(&mut archive).map_err(refuse)?;
         let mut tensors = BTreeMap::new();
         for (name, tensor) in pickle::read_tensors(&entries.pickle).map_err(refuse)? {
