@@ -3,7 +3,7 @@
 use crate::{ForwardContext, LoraConfig, Weight, error::MERGED, param, random, route::TokenSelection};
 use burn::{
     module::{Module, Param},
-    tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData},
+    tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData, s},
 };
 use burn_peft_kernels::LinearKernels;
 use std::sync::Arc;
@@ -253,6 +253,14 @@ impl<B: LinearKernels> TrainableTokens<B> {
         let ids = indices.iter().map(|&index| index as i32).collect::<Vec<_>>();
         let ids = Tensor::<B, 1, Int>::from_data(TensorData::new(ids, [indices.len()]), (&device, DType::I32));
         Self::new(path, name, indices, weight.val().detach().select(0, ids).cast(DType::F32).detach())
+    }
+
+    /// Sets every row to the mean of those of `weight [vocab_size, hidden_size]` before the first of the tokens.
+    pub(crate) fn set_to_mean(&mut self, weight: Tensor<B, 2>) {
+        let before = self.indices.iter().min().map_or(0, |&first| first as usize).max(1);
+        let mean = weight.slice(s![0..before, ..]).mean_dim(0).repeat_dim(0, self.indices.len());
+        let trained = self.delta.is_require_grad();
+        self.delta = self.delta.clone().map(|_| mean.detach().set_require_grad(trained));
     }
 
     fn index_tensor(&self, device: &B::Device) -> Tensor<B, 1, Int> {

@@ -17,5 +17,6 @@ mod quickstart;
 mod resume;
 mod run;
 mod spoiled;
+mod tokens;
 mod train;
 mod work;

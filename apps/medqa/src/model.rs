@@ -1,11 +1,16 @@
 //! Loading a model and its tokenizer, as named on the command line or in a recipe.
 
-use crate::{args::ModelArgs, fetch, method_adapter, recipe::ComputeDtype};
+use crate::{
+    args::ModelArgs,
+    fetch, method_adapter,
+    recipe::{ComputeDtype, Recipe},
+};
 use anyhow::{Context, Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
     ChatTemplate, Checkpoint, Llama, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
 };
+use burn_peft::Linears;
 use std::path::Path;
 
 /// A loaded model and its tokenizer.
@@ -34,8 +39,8 @@ pub fn load_without_adapters<B: Kernels>(
     Ok(LoadedModel { model: checkpoint.load::<B>(storage, device)?, tokenizer })
 }
 
-/// Loads the adapters onto the model and activates the first one. If an adapter brings an embedding with another number
-/// of rows, the tokenizer in its folder, which knows the new tokens, replaces the model's.
+/// Loads the adapters onto the model and activates the first one. If an adapter brings rows for single tokens, or an
+/// embedding with another number of rows, the tokenizer in its folder, which knows new tokens, replaces the model's.
 pub fn add_adapters<B: Kernels>(loaded: &mut LoadedModel<B>, args: &ModelArgs) -> Result<()> {
     for (index, source) in args.adapter.iter().enumerate() {
         if args.adapter[..index].iter().any(|before| before.name == source.name) {
@@ -43,8 +48,9 @@ pub fn add_adapters<B: Kernels>(loaded: &mut LoadedModel<B>, args: &ModelArgs) -
             bail!("--adapter {directory}: another one is called {name:?} already; name it: --adapter NAME={directory}");
         }
         let rows = loaded.model.config().vocab_size;
-        method_adapter::load(&mut loaded.model, &source.name, &source.directory)?;
-        if loaded.model.config().vocab_size != rows && args.tokenizer.is_none() {
+        let adapter = method_adapter::load(&mut loaded.model, &source.name, &source.directory)?;
+        let grown = loaded.model.config().vocab_size != rows;
+        if args.tokenizer.is_none() && (grown || adapter.has_tokens()) {
             replace_tokenizer(loaded, rows, &source.directory)?;
         }
     }
@@ -62,11 +68,13 @@ fn replace_tokenizer<B: Kernels>(loaded: &mut LoadedModel<B>, rows: usize, direc
         return Ok(());
     }
     let (found, directory) = (loaded.model.config().vocab_size, directory.display());
-    eprintln!(
-        "warning: {directory}: the adapter brings an embedding with {found} rows, the model has {rows}, and there is no \
-         tokenizer.json beside the adapter: tokens that were added in training are unknown here (--tokenizer DIR names \
-         the tokenizer that knows them)"
-    );
+    if found != rows {
+        eprintln!(
+            "warning: {directory}: the adapter brings an embedding with {found} rows, the model has {rows}, and there is \
+             no tokenizer.json beside the adapter: tokens that were added in training are unknown here (--tokenizer DIR \
+             names the tokenizer that knows them)"
+        );
+    }
     Ok(())
 }
 
@@ -75,6 +83,21 @@ pub fn load_base<B: Kernels>(name: &str, storage: impl Into<Storage>, device: &B
     let (checkpoint, tokenizer) = open_checkpoint(name, None)?;
     let model = checkpoint.load::<B>(storage, device)?;
     Ok(LoadedModel { model, tokenizer })
+}
+
+/// Loads the base model of a recipe, with `method.new_tokens` in its tokenizer and a row for each of them.
+pub fn load_recipe_base<B: Kernels>(
+    recipe: &Recipe,
+    storage: impl Into<Storage>,
+    device: &B::Device,
+) -> Result<LoadedModel<B>> {
+    let mut loaded = load_base::<B>(&recipe.model.path, storage, device)?;
+    let new = loaded.tokenizer.add_tokens(&recipe.method.targets.new_tokens)?;
+    let rows = new.iter().max().map_or(0, |&last| last as usize + 1);
+    if rows > loaded.model.config().vocab_size {
+        loaded.model.resize_token_embeddings(rows);
+    }
+    Ok(loaded)
 }
 
 /// Sets the numeric format of the model's matrix products.

@@ -2,7 +2,10 @@
 
 use super::Llama;
 use crate::kernel::Kernels;
-use burn::{module::Param, tensor::Tensor};
+use burn::{
+    module::Param,
+    tensor::{Tensor, s},
+};
 use burn_peft::{Embedding, Linear, Linears, Prompt, Weight, param};
 
 /// The path of the token embedding.
@@ -110,7 +113,7 @@ impl<B: Kernels> Linears<B> for Llama<B> {
 fn resize_rows<B: Kernels>(table: Tensor<B, 2>, rows: usize) -> Tensor<B, 2> {
     let [before, _] = table.dims();
     if rows <= before {
-        return table.slice([0..rows]);
+        return table.slice(s![0..rows, ..]);
     }
     let mean = table.clone().mean_dim(0).repeat_dim(0, rows - before);
     Tensor::cat(vec![table, mean], 0)

@@ -42,7 +42,7 @@ impl Tokenizer {
         let special = files.special_tokens(&tokenizer);
         let (place, template) = files.chat_template(dir)?;
         let chat_template = special.parse_chat_template(template.as_deref(), &place)?;
-        Ok(Self { path, encoder: Encoder::Json(Box::new(tokenizer)), special, chat_template })
+        Ok(Self { path, encoder: Encoder::Json(Box::new(tokenizer)), special, chat_template, added: Vec::new() })
     }
 }
 

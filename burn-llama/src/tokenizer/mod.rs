@@ -9,6 +9,7 @@ use crate::chat::ChatTemplate;
 use crate::checkpoint::gguf::Gguf;
 use crate::error::Error;
 
+mod added;
 mod bpe;
 mod directory;
 mod gguf_metadata;
@@ -28,6 +29,8 @@ pub struct Tokenizer {
     encoder: Encoder,
     special: SpecialTokens,
     chat_template: Option<ChatTemplate>,
+    /// The tokens that [`Tokenizer::add_tokens`] added.
+    added: Vec<String>,
 }
 
 /// The implementation behind a [`Tokenizer`].
@@ -84,7 +87,7 @@ impl Tokenizer {
         let special = vocabulary.special_tokens(gguf)?;
         let chat_template = special.parse_chat_template(gguf.text("tokenizer.chat_template")?, gguf.path())?;
         let encoder = Encoder::Gguf(Box::new(vocabulary));
-        Ok(Self { path: gguf.path().to_owned(), encoder, special, chat_template })
+        Ok(Self { path: gguf.path().to_owned(), encoder, special, chat_template, added: Vec::new() })
     }
 
     /// Returns the path of the file that the tokenizer was read from.

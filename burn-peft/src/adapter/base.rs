@@ -3,8 +3,9 @@
 
 use super::{
     embedding::EmbeddingTarget,
-    linears::{Linears, check_layers, targeted_module_names},
+    linears::{Linears, check_layers},
     saved_embeddings,
+    targets::targeted_module_names,
 };
 use crate::{
     Error, LoraConfig,

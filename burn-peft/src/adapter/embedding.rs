@@ -11,7 +11,7 @@ use burn::tensor::{DType, Tensor, TensorData};
 use burn_peft_kernels::LinearKernels;
 use std::{collections::BTreeMap, path::Path};
 
-/// What a configuration asks for on the token embedding.
+/// The part of a configuration that concerns the token embedding.
 pub(super) struct EmbeddingTarget {
     path: String,
     /// `[vocab_size, hidden_size]`.
@@ -47,6 +47,18 @@ impl EmbeddingTarget {
             return Ok((lora || !tokens.is_empty()).then_some(Self { path, shape, lora, tokens }));
         };
         Err(Error::config(message))
+    }
+
+    /// Adds rows to the model for tokens that follow its last one, if the file holds no embedding that has them.
+    pub fn grow<B: LinearKernels, M: Linears<B>>(&mut self, model: &mut M) {
+        let rows = self.shape[0];
+        let mut new: Vec<usize> =
+            self.tokens.iter().map(|&token| token as usize).filter(|&token| token >= rows).collect();
+        new.sort_unstable();
+        if !new.is_empty() && new.iter().copied().eq(rows..rows + new.len()) {
+            self.shape[0] = rows + new.len();
+            model.resize_token_embeddings(self.shape[0]);
+        }
     }
 
     /// Checks that the embedding has a row for every token.
@@ -147,6 +159,17 @@ impl EmbeddingTarget {
         }
         adapter.tokens = take(tokens_key(path)).map(|rows| TrainableTokens::new(path, name, &self.tokens, rows));
         embedding.adapters.push(adapter);
+    }
+}
+
+/// Sets the rows of `trainable_token_indices` of the named adapter to the mean of the rows of the embedding before the
+/// first of these tokens, from which new tokens start.
+pub fn init_tokens_by_mean<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) {
+    let Some((_, embedding)) = model.embedding_mut() else { return };
+    let weight = embedding.weight.val().detach().cast(DType::F32);
+    let tokens = embedding.adapters.iter_mut().find(|adapter| adapter.name == name);
+    if let Some(tokens) = tokens.and_then(|adapter| adapter.tokens.as_mut()) {
+        tokens.set_to_mean(weight);
     }
 }
 

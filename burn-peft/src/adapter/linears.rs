@@ -1,7 +1,6 @@
 //! The linear layers and prompts of a model, which is all that adapters need to know about it.
 
-use super::embedding::EmbeddingTarget;
-use crate::{Embedding, Error, Linear, LoraConfig, Prompt, TargetModules, config::Selection, param::last_segment};
+use crate::{Embedding, Error, Linear, Prompt, TargetModules, param::last_segment};
 use burn_peft_kernels::LinearKernels;
 use std::collections::BTreeSet;
 
@@ -72,23 +71,6 @@ pub(super) fn select_layers<B: LinearKernels, M: Linears<B>>(
         return Err(Error::NoTarget { target: target.to_string(), available });
     }
     Ok(selected)
-}
-
-/// Returns the paths of the linear layers that `config` selects; none if it selects the embedding alone.
-///
-/// # Errors
-/// If nothing is selected, or the configuration is invalid.
-pub fn targeted_module_names<B: LinearKernels, M: Linears<B>>(
-    model: &M,
-    config: &LoraConfig,
-) -> Result<Vec<String>, Error> {
-    config.check()?;
-    let selection = Selection::new(config)?;
-    let selected = match select_layers(model, &config.target_modules, |path| selection.selects(path)) {
-        Err(Error::NoTarget { .. }) if EmbeddingTarget::new(model, config)?.is_some() => Vec::new(),
-        selected => selected?,
-    };
-    Ok(selected.into_iter().map(|layer| layer.path).collect())
 }
 
 /// Runs `check` on every linear layer and returns the first error.

@@ -93,7 +93,7 @@ pub(super) fn lora_tensor_shapes(
 /// Reads the directory of a LoRA or AdaLoRA adapter of PEFT and adds the adapter to the model as `name`. Returns its
 /// configuration, that of plain LoRA for AdaLoRA. Biases and modules that were trained along with the adapter (`bias`,
 /// `modules_to_save`) replace those of the model, and so do an embedding and an output head in the file: a model with
-/// fewer rows grows.
+/// fewer rows grows. It also grows if `trainable_token_indices` continues its tokens.
 ///
 /// # Errors
 /// If a file is missing or malformed, if the adapter does not fit the model, or if the name is taken.
@@ -109,11 +109,13 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     let saved = SavedEmbeddings::take(model, &config, directory, &mut tensors)?;
     saved.check_new_adapter(model, name)?;
     config.save_embedding_layers = saved.install(model);
-    let (base, embedding) = (TrainableBase::new(model, &config)?, EmbeddingTarget::new(model, &config)?);
-    if let Some(embedding) = &embedding {
+    let mut embedding = EmbeddingTarget::new(model, &config)?;
+    if let Some(embedding) = &mut embedding {
+        embedding.grow(model);
         embedding.check_tokens()?;
         embedding.take_tied(model, directory, &mut tensors)?;
     }
+    let base = TrainableBase::new(model, &config)?;
     let expected = expected_tensors(model, &config, &base, &tensors)?;
     format::check_tensors(directory, &expected, &tensors)?;
     check_layers(model, |path, linear| if base.is_target(path) { linear.check_init(path, &config) } else { Ok(()) })?;

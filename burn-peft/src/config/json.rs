@@ -4,7 +4,6 @@ use super::{InitLoraWeights, LoraConfig};
 use crate::{
     Error, Loaded, TargetModules,
     config_file::{KnownFields, parse_fields},
-    format::adalora::to_lora_fields,
 };
 use serde_json::{Value, json};
 use std::path::Path;
@@ -106,6 +105,17 @@ impl LoraConfig {
         }
         all
     }
+}
+
+/// Returns the fields of LoRA in the fields of an AdaLoRA configuration.
+fn to_lora_fields(mut fields: Value) -> Value {
+    if let Value::Object(fields) = &mut fields {
+        let r = fields.get("init_r").cloned().unwrap_or(json!(12));
+        fields.insert("r".to_owned(), r);
+        // AdaLoRA's pattern lists the ranks that are left, which the tensors' shapes tell as well.
+        fields.retain(|name, _| !matches!(name.as_str(), "rank_pattern" | "alpha_pattern" | "use_rslora"));
+    }
+    fields
 }
 
 #[cfg(test)]

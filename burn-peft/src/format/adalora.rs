@@ -3,7 +3,7 @@
 use super::{names, tensor_key};
 use crate::{Error, LoraConfig};
 use burn::tensor::TensorData;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::{collections::BTreeMap, path::Path};
 
 /// PEFT's names of the factor and the two matrices.
@@ -39,17 +39,6 @@ pub(super) fn fold(
         tensors.insert(tensor_key(&path, "lora_B"), pair.b);
     }
     Ok(tensors)
-}
-
-/// Returns the fields of LoRA in the fields of an AdaLoRA configuration.
-pub(crate) fn to_lora_fields(mut fields: Value) -> Value {
-    if let Value::Object(fields) = &mut fields {
-        let r = fields.get("init_r").cloned().unwrap_or(json!(12));
-        fields.insert("r".to_owned(), r);
-        // AdaLoRA's pattern lists the ranks that are left, which the tensors' shapes tell as well.
-        fields.retain(|name, _| !matches!(name.as_str(), "rank_pattern" | "alpha_pattern" | "use_rslora"));
-    }
-    fields
 }
 
 fn layer_path(key: &str) -> Option<String> {

@@ -1,6 +1,6 @@
 //! PEFT's adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
 
-pub(crate) mod adalora;
+mod adalora;
 mod names;
 pub mod pytorch;
 

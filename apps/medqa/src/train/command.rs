@@ -54,8 +54,7 @@ fn run_on<B: Kernels>(
         &recipe,
         &options.device,
     )?;
-    let mut loaded =
-        model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
+    let mut loaded = model::load_recipe_base::<Autodiff<B>>(&recipe, recipe.model.dtype.unwrap_or_default(), device)?;
     loaded.model = model::with_compute(loaded.model, recipe.model.compute)?;
     let trainer = Trainer::<B>::new(recipe, options, loaded, communicator)?;
     learner::run_in_burn_train(trainer, options.display, interrupt_guard.interrupter())

@@ -8,23 +8,29 @@ use std::path::Path;
 
 /// The form of the result.
 pub enum RunOutput {
-    /// An adapter in PEFT's format.
-    Adapter(AttachedAdapter),
-    /// A Hugging Face model, with the tokenizer. An adapter needs none, so the tokenizer is dropped once the rows are
-    /// tokens.
+    /// An adapter in PEFT's format, with the tokenizer if it has rows for single tokens. Another adapter needs none, so
+    /// the tokenizer is dropped once the rows are tokens.
+    Adapter(AttachedAdapter, Option<Box<Tokenizer>>),
+    /// A Hugging Face model, with the tokenizer.
     Model(Box<Tokenizer>),
 }
 
 impl RunOutput {
     /// Returns the form of the result of training `adapter`, or the model itself if there is none.
     pub fn new(adapter: Option<AttachedAdapter>, tokenizer: Tokenizer) -> Self {
-        adapter.map_or_else(|| Self::Model(Box::new(tokenizer)), Self::Adapter)
+        match adapter {
+            None => Self::Model(Box::new(tokenizer)),
+            Some(adapter) => {
+                let tokenizer = adapter.has_tokens().then(|| Box::new(tokenizer));
+                Self::Adapter(adapter, tokenizer)
+            }
+        }
     }
 
     /// Returns the name of the result's folder in a run directory.
     pub fn folder_name(&self) -> &'static str {
         match self {
-            Self::Adapter(_) => "adapter",
+            Self::Adapter(..) => "adapter",
             Self::Model(_) => "model",
         }
     }
@@ -35,7 +41,10 @@ impl RunOutput {
     /// If a file cannot be written.
     pub fn save<B: Kernels>(&self, model: &Llama<Autodiff<B>>, folder: &Path) -> Result<()> {
         match self {
-            Self::Adapter(adapter) => adapter.save(model, folder),
+            Self::Adapter(adapter, tokenizer) => {
+                adapter.save(model, folder)?;
+                tokenizer.iter().try_for_each(|tokenizer| Ok(tokenizer.save(folder)?))
+            }
             Self::Model(tokenizer) => {
                 checkpoint::save(model, folder)?;
                 Ok(tokenizer.save(folder)?)

@@ -48,6 +48,14 @@ pub fn apply_method<B: Kernels>(
                     directory.display()
                 );
             }
+            let known = tokenizer.vocab_size();
+            if let Some(last) = adapter.last_token().filter(|&last| last as usize >= known) {
+                bail!(
+                    "`method.init`: {}: the adapter has rows for tokens up to {last}, but the tokenizer has {known}: name \
+                     the tokens that were added for it, in their order, in `method.new_tokens`",
+                    directory.display()
+                );
+            }
             adapter
         }
         None => method_adapter::attach(&mut model, tokenizer, recipe)?,

@@ -145,8 +145,8 @@ impl StoredTensor {
         let bytes = bytes.ok_or("values that are not in the file")?;
         let values = bytes.len() / size;
         let count = shape.iter().try_fold(1usize, |n, &size| n.checked_mul(size));
-        let ends = shape.iter().zip(strides).map(|(&n, &stride)| n.saturating_sub(1).checked_mul(stride));
-        let last = ends.fold(Some(*offset), |sum, end| sum?.checked_add(end?));
+        let mut ends = shape.iter().zip(strides).map(|(&n, &stride)| n.saturating_sub(1).checked_mul(stride));
+        let last = ends.try_fold(*offset, |sum, end| sum.checked_add(end?));
         let fits = count == Some(0) || last.is_some_and(|last| last < values) && count.is_some_and(|n| n <= values);
         if shape.len() != strides.len() || !fits {
             return Err(format!("the shape {shape:?} and strides {strides:?} in {values} values"));

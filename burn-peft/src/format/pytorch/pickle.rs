@@ -42,11 +42,14 @@ pub(super) struct Tensor {
     pub strides: Vec<usize>,
 }
 
+/// An entry of a dictionary of tensors.
+pub(super) type NamedTensor = (Rc<str>, Rc<Tensor>);
+
 /// Reads the dictionary of tensors in a pickle.
 ///
 /// # Errors
 /// If the pickle is malformed, or is or contains anything else; the message says what was found.
-pub(super) fn read_tensors(bytes: &[u8]) -> Result<Vec<(Rc<str>, Rc<Tensor>)>, String> {
+pub(super) fn read_tensors(bytes: &[u8]) -> Result<Vec<NamedTensor>, String> {
     let mut machine = Machine { bytes, at: 0, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new() };
     let Value::Dict(entries) = machine.run()? else { return Err("something else than a dictionary".to_owned()) };
     let tensor = |(name, value): (Rc<str>, Value)| match value {
