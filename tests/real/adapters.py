@@ -3,8 +3,8 @@
     python tests/real/adapters.py --medqa target/release/medqa
 
 The model and the adapters are random, and the tokenizer is that of the fixtures, so nothing is downloaded; it takes
-about two minutes. The table has a line for each adapter: the largest difference between medqa's logits and PEFT's, or
-the words with which medqa refuses it. The program fails if an adapter that is read differs by 3e-5, if an adapter has
+about two minutes. The table has a line for each adapter that is read: the largest difference between medqa's logits and
+PEFT's. A list has the words with which medqa refuses the others. The program fails if an adapter that is read differs by 3e-5, if an adapter has
 no effect on the logits, or if a kind that should be read is refused.
 """
 
@@ -92,7 +92,12 @@ OTHERS = {
     "BOFT": {"target_modules": QV, "boft_block_size": 4},
     "C3A": {"target_modules": QV, "block_size": 8},
     "FOURIERFT": {"target_modules": QV, "n_frequency": 16},
-    "LILY": {"target_modules": QV},
+    "MISS": {"target_modules": QV, "r": 4},
+    "SHIRA": {"target_modules": QV, "r": 2},
+    "PSOFT": {"target_modules": QV, "r": 4},
+    "ROAD": {"target_modules": QV, "group_size": 8},
+    "VBLORA": {"target_modules": QV, "vector_length": 4},
+    "WAVEFT": {"target_modules": QV, "n_frequency": 16},
 }
 # The kinds that medqa reads.
 READ = {"LORA", "ADALORA", "IA3", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
@@ -147,6 +152,8 @@ class Table:
 
     def __init__(self, medqa, folder):
         self.medqa, self.folder, self.faults = medqa, folder, []
+        # The kinds that are refused with the same words, and those that PEFT does not write, by the words.
+        self.groups = {}
         self.ids, _ = medqa.logits(TEXT, folder / "untied")
         self.plain = {name: logits(load(folder / name), self.ids) for name in ("untied", "tied")}
 
@@ -160,14 +167,15 @@ class Table:
             model = write(make_config(), self.folder / tied, rows, out, name == "adapter_model.bin")
             expected = logits(load_again(model, self.folder / tied, rows, out), self.ids)
         except Exception as error:  # PEFT's own limits, which differ from kind to kind.
-            print(f"| {kind} | {name} | PEFT does not write it: {str(error).splitlines()[0][:100]} |")
+            self.groups.setdefault("PEFT does not write them for this model", []).append(f"{kind} {name}".strip())
+            print(f"{kind} {name}: {str(error).splitlines()[0]}", file=sys.stderr)
             return
         effect = (expected[:, :VOCABULARY] - self.plain[tied]).abs().max().item()
         try:
             _, found = self.medqa.logits(TEXT, self.folder / tied, out)
         except RuntimeError as error:
             words = str(error).replace(str(out), "adapter").split("error: ")[-1]
-            print(f"| {kind} | {name} | refused: {words} |")
+            self.groups.setdefault(words.replace(f"found {kind}", "found KIND"), []).append(f"{kind} {name}".strip())
             if must_load:
                 self.faults.append(f"{kind} {name} is refused")
             return
@@ -198,12 +206,17 @@ def main():
             make_base(folder / name, name == "tied")
         table = Table(Medqa(arguments.medqa, folder), folder)
         for name, (changes, base) in LORA.items():
-            table.add("LORA", name, lambda: LoraConfig(task_type="CAUSAL_LM", **(RANK | changes)), base, name not in REFUSED_LORA)
+            fields = RANK | changes
+            must_load = name not in REFUSED_LORA
+            table.add("LORA", name, lambda: LoraConfig(task_type="CAUSAL_LM", **fields), base, must_load)
         for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
             name = getattr(kind, "value", kind)
             if name != "LORA":
                 fields = OTHERS.get(name, {"target_modules": QV})
                 table.add(name, "", lambda: config(task_type="CAUSAL_LM", **fields), must_load=name in READ)
+    print("\nRefused, or not written:\n")
+    for words, kinds in table.groups.items():
+        print(f"- {', '.join(kinds)}: {words}")
     if table.faults:
         sys.exit("\n".join(table.faults))
 

@@ -4,8 +4,8 @@ mod atomic_write;
 pub mod gguf;
 mod pages;
 mod parameters;
-mod safetensors;
 mod save;
+mod shards;
 mod storage;
 
 pub(crate) use atomic_write::{atomic_write, atomic_write_with};
@@ -31,7 +31,7 @@ pub struct Checkpoint {
 /// The mapped files that hold a checkpoint's tensors.
 #[derive(Debug)]
 enum TensorFiles {
-    HuggingFace(safetensors::Shards),
+    HuggingFace(shards::Shards),
     Gguf(Box<Gguf>),
 }
 
@@ -45,7 +45,7 @@ impl Checkpoint {
         let (config, files) = if path.is_dir() {
             let config = LlamaConfig::load(&path.join("config.json"))?;
             let parameters = build::parameter_shapes(&config).into_iter().map(|(name, _)| name).collect();
-            (config, TensorFiles::HuggingFace(safetensors::Shards::open(path, &parameters)?))
+            (config, TensorFiles::HuggingFace(shards::Shards::open(path, &parameters)?))
         } else {
             let gguf = Gguf::open(path)?;
             let config = LlamaConfig::from_json(gguf.config_json()?).map_err(|error| error.in_file(path))?;

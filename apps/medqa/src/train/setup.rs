@@ -35,7 +35,16 @@ pub fn apply_method<B: Kernels>(
     }
     let adapter = match choice.init.as_deref().map(Path::new).filter(|init| !init.is_file()) {
         Some(directory) => {
+            let rows = model.config().vocab_size;
             let adapter = method_adapter::load(&mut model, method_adapter::ADAPTER_NAME, directory)?;
+            if model.config().vocab_size != rows {
+                eprintln!(
+                    "warning: `method.init`: {}: the adapter brings an embedding with {} rows, the model has {rows}; the data \
+                     is encoded with the model's tokenizer",
+                    directory.display(),
+                    model.config().vocab_size
+                );
+            }
             let fits = match &adapter {
                 AttachedAdapter::Lora(config, _) if config.use_dora => choice.kind == MethodKind::Dora,
                 AttachedAdapter::Lora(..) => matches!(choice.kind, MethodKind::Lora | MethodKind::QLora),

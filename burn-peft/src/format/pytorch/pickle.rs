@@ -321,4 +321,26 @@ mod tests {
         }
         assert!(read_tensors(b"\x80\x02ccollections\nOrderedDict\n)Rq\x00.").unwrap().is_empty());
     }
+
+    /// A dictionary of one tensor `a [2, 3]`, as PyTorch writes it.
+    const ONE: &[u8] = b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02((\
+        X\x07\x00\x00\x00storageq\x03ctorch\nFloatStorage\nq\x04X\x01\x00\x00\x000q\x05X\x03\x00\x00\x00cpuq\x06K\x06tq\x07Q\
+        K\x00K\x02K\x03\x86q\x08K\x03K\x01\x86q\x09\x89ccollections\nOrderedDict\nq\x0a)Rq\x0btq\x0cRq\x0ds.";
+
+    #[test]
+    fn a_pickle_with_any_byte_changed_or_cut_off_anywhere_is_read_or_refused() {
+        let tensors = read_tensors(ONE).unwrap();
+        let (name, tensor) = &tensors[0];
+        assert_eq!((&**name, &*tensor.storage.class, &*tensor.storage.key), ("a", "torch.FloatStorage", "0"));
+        assert_eq!((tensor.offset, &tensor.shape[..], &tensor.strides[..]), (0, &[2, 3][..], &[3, 1][..]));
+        for at in 0..ONE.len() {
+            assert!(read_tensors(&ONE[..at]).is_err(), "cut off at {at}");
+            for byte in 0..=255 {
+                let mut changed = ONE.to_vec();
+                changed[at] = byte;
+                // No panic is all that is asked for.
+                let _ = read_tensors(&changed);
+            }
+        }
+    }
 }
