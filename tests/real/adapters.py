@@ -3,9 +3,9 @@
     python tests/real/adapters.py --medqa target/release/medqa
 
 The model and the adapters are random, and the tokenizer is that of the fixtures, so nothing is downloaded; it takes
-about two minutes. The table has a line for each adapter that is read: the largest difference between medqa's logits and
-PEFT's. A list has the words with which medqa refuses the others. The program fails if an adapter that is read differs by 3e-5, if an adapter has
-no effect on the logits, or if a kind that should be read is refused.
+about two minutes. The table has a line for each adapter that is read: the largest difference between medqa's logits
+and PEFT's, and the adapter's effect. A list has the words with which medqa refuses the others. The program fails if an
+adapter that is read differs by 3e-5 or has no effect on the logits, or if a kind that should be read is refused.
 """
 
 import argparse
@@ -116,7 +116,8 @@ def make_base(folder, tied):
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            parameter.copy_(1 + 0.3 * torch.randn_like(parameter) if "norm" in key else 0.2 * torch.randn_like(parameter))
+            noise = torch.randn_like(parameter)
+            parameter.copy_(1 + 0.3 * noise if "norm" in key else 0.2 * noise)
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copy(TOKENIZER / name, folder / name)
