@@ -140,14 +140,26 @@ impl std::fmt::Display for TensorMismatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("the tensors are not those of the model that the configuration describes")?;
         if !self.missing.is_empty() {
-            write!(f, "; missing: {}", self.missing.join(", "))?;
+            write!(f, "; missing: {}", examples(&self.missing))?;
         }
         if !self.unexpected.is_empty() {
-            write!(f, "; not part of the model: {}", self.unexpected.join(", "))?;
+            write!(f, "; not part of the model: {}", examples(&self.unexpected))?;
         }
-        for MismatchedTensor { name, expected, found } in &self.mismatched {
+        for MismatchedTensor { name, expected, found } in self.mismatched.iter().take(SHOWN) {
             write!(f, "; {name}: expected {expected}, found {found}")?;
         }
-        Ok(())
+        match self.mismatched.len().saturating_sub(SHOWN) {
+            0 => Ok(()),
+            more => write!(f, "; and {more} more of another shape"),
+        }
     }
+}
+
+/// The number of tensors of one kind that an error names.
+const SHOWN: usize = 3;
+
+/// Returns the first names of a list and the number of the others.
+fn examples(names: &[String]) -> String {
+    let shown = names[..names.len().min(SHOWN)].join(", ");
+    if names.len() > SHOWN { format!("{shown} and {} more", names.len() - SHOWN) } else { shown }
 }

@@ -125,7 +125,8 @@ impl<'a, B: Kernels> Generation<'a, B> {
                 return Ok(());
             }
             let ids = ids.iter().map(|&id| id as i32).collect();
-            let x = self.model.embed(int_tensor(ids, positions.len(), &self.model.device()));
+            let ids = int_tensor(ids, positions.len(), &self.model.device());
+            let x = self.model.embed_in(ids, &self.rows.forward_context(1));
             self.forward(x, &SequenceLayout::next_token(&positions), None)
         })
     }
@@ -276,7 +277,8 @@ pub fn log_likelihoods<B: Kernels>(model: &Llama<B>, context: &[u32], choices: &
             layout.positions.iter_mut().for_each(|p| *p += (model.num_virtual_tokens() + context.len()) as i32);
             let tokens = int_tensor(fed.iter().map(|&id| id as i32).collect(), 1, &model.device());
             let (mut cache, forward_context) = (start.cache.clone(), start.rows.forward_context(fed.len()));
-            let hidden = model.hidden_states(model.embed(tokens), &layout, Some(&mut cache), &forward_context)?;
+            let embeddings = model.embed_in(tokens, &forward_context);
+            let hidden = model.hidden_states(embeddings, &layout, Some(&mut cache), &forward_context)?;
             for (index, &target) in rest.iter().enumerate() {
                 let row = model
                     .head(hidden.clone().slice(s![index..index + 1, ..]), &start.rows.forward_context(1))

@@ -2,8 +2,10 @@
 
 mod json;
 mod selection;
+mod tokens;
 
 pub(crate) use selection::Selection;
+pub use tokens::TokenIndices;
 
 use crate::{Error, TargetModules};
 use serde::{Deserialize, Serialize};
@@ -22,7 +24,6 @@ pub struct LoraConfig {
     /// If true, scales by `lora_alpha / √r` instead (rank-stabilized LoRA: Kalajdzievski, 2023, arXiv:2312.03732).
     pub use_rslora: bool,
     /// The layers that get an adapter.
-    #[serde(deserialize_with = "default_if_null")]
     pub target_modules: TargetModules,
     /// Layers that get no adapter even if `target_modules` selects them: a list of names or a regular expression.
     pub exclude_modules: Option<TargetModules>,
@@ -31,20 +32,26 @@ pub struct LoraConfig {
     /// The name of the module list that holds the blocks, for paths with several numbers.
     pub layers_pattern: Option<OneOrMany<String>>,
     /// Ranks other than `r`, by a regular expression that the end of a layer's path matches; the first match counts.
-    #[serde(deserialize_with = "default_if_null")]
     pub rank_pattern: Map<String, Value>,
     /// Values other than `lora_alpha`, in the form of `rank_pattern`.
-    #[serde(deserialize_with = "default_if_null")]
     pub alpha_pattern: Map<String, Value>,
     /// If true, trains magnitude and direction of the weight separately (DoRA: Liu et al., 2024, arXiv:2402.09353).
     pub use_dora: bool,
     /// The initialization of the adapter.
-    #[serde(deserialize_with = "default_if_null")]
     pub init_lora_weights: InitLoraWeights,
     /// The biases of the base model that are trained along with the adapter.
     pub bias: Bias,
     /// Modules of the base model, such as `lm_head`, that are fully trained along with the adapter.
     pub modules_to_save: Option<Vec<String>>,
+    /// Tokens whose rows of the embedding are trained by themselves; they replace those of the base model.
+    pub trainable_token_indices: Option<TokenIndices>,
+    /// If true, LoRA on the embedding acts on an output head that shares its weight, too. The rows of
+    /// `trainable_token_indices` always do.
+    pub ensure_weight_tying: bool,
+    /// True if the adapter's file also holds the base model's embedding or output head, which are not trained: PEFT
+    /// writes them after the vocabulary has grown. Not a field of the file.
+    #[serde(skip)]
+    pub save_embedding_layers: bool,
     /// The name or path of the base model, for information only.
     pub base_model_name_or_path: Option<String>,
 }
@@ -159,15 +166,6 @@ impl From<InitLoraWeights> for Value {
     }
 }
 
-/// Deserializes `null`, which PEFT writes for fields that are not set, as the default.
-pub(crate) fn default_if_null<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-where
-    D: serde::Deserializer<'de>,
-    T: Default + Deserialize<'de>,
-{
-    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
-}
-
 impl Default for LoraConfig {
     fn default() -> Self {
         Self {
@@ -185,6 +183,9 @@ impl Default for LoraConfig {
             init_lora_weights: InitLoraWeights::True,
             bias: Bias::None,
             modules_to_save: None,
+            trainable_token_indices: None,
+            ensure_weight_tying: false,
+            save_embedding_layers: false,
             base_model_name_or_path: None,
         }
     }
@@ -228,13 +229,14 @@ impl LoraConfig {
     /// Returns true if the adapter is plain LoRA: one rank and one scaling of `B·A` on an unchanged base model.
     pub fn is_plain(&self) -> bool {
         let patterns = self.rank_pattern.is_empty() && self.alpha_pattern.is_empty();
-        patterns && !self.use_dora && !self.changes_base()
+        patterns && !self.use_dora && !self.changes_base() && self.trainable_token_indices.is_none()
     }
 
-    /// Returns true if the adapter also changes the base model: by its initialization, `bias` or `modules_to_save`.
+    /// Returns true if the adapter also changes the base model: by its initialization, `bias`, `modules_to_save`, or an
+    /// embedding of its own.
     pub fn changes_base(&self) -> bool {
         let saved = self.modules_to_save.as_ref().is_some_and(|modules| !modules.is_empty());
-        saved || self.bias != Bias::None || self.init_lora_weights.mutates_base_weights()
+        saved || self.save_embedding_layers || self.bias != Bias::None || self.init_lora_weights.mutates_base_weights()
     }
 
     /// Checks the values of all fields.

@@ -1,6 +1,10 @@
 //! IA3: scales features by learned factors (Liu et al., 2022, arXiv:2205.05638).
 
-use crate::{Error, Loaded, TargetModules, config::default_if_null, config_file::KnownFields, param};
+use crate::{
+    Error, Loaded, TargetModules,
+    config_file::{KnownFields, parse_fields},
+    param,
+};
 use burn::{
     module::{Module, Param},
     tensor::{DType, Tensor},
@@ -56,15 +60,12 @@ impl<B: LinearKernels> Ia3<B> {
 #[serde(default)]
 pub struct Ia3Config {
     /// The layers that get IA3 factors.
-    #[serde(deserialize_with = "or_default_targets")]
     pub target_modules: TargetModules,
     /// The target modules whose input features are scaled instead of the output features.
-    #[serde(deserialize_with = "or_default_feedforward")]
     pub feedforward_modules: TargetModules,
     /// Layers that get no factors even if `target_modules` selects them.
     pub exclude_modules: Option<TargetModules>,
     /// If true, the factors are initialized to 1, which changes nothing.
-    #[serde(deserialize_with = "default_if_null")]
     pub init_ia3_weights: bool,
     /// The name or path of the base model, for information only.
     pub base_model_name_or_path: Option<String>,
@@ -72,14 +73,6 @@ pub struct Ia3Config {
 
 fn suffixes(names: &[&str]) -> TargetModules {
     TargetModules::Suffixes(names.iter().map(|name| (*name).to_owned()).collect())
-}
-
-fn or_default_targets<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<TargetModules, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_else(|| Ia3Config::default().target_modules))
-}
-
-fn or_default_feedforward<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<TargetModules, D::Error> {
-    Ok(Option::deserialize(deserializer)?.unwrap_or_else(|| Ia3Config::default().feedforward_modules))
 }
 
 impl Default for Ia3Config {
@@ -104,9 +97,7 @@ impl Ia3Config {
     /// # Errors
     /// If the adapter is not IA3 or uses a feature that is not supported.
     pub fn from_json(path: &Path, value: Value) -> Result<Loaded<Self>, Error> {
-        if value["peft_type"] != "IA3" {
-            return Err(Error::format(path, "peft_type", "IA3", &value["peft_type"]));
-        }
+        let value = parse_fields(path, value, &["IA3"])?;
         let neutral = json!({ "fan_in_fan_out": false, "modules_to_save": null });
         let known = KnownFields { own: &json!(Self::default()), neutral: &neutral, ignored: &IGNORED };
         let unknown_fields = known.unknown(path, &value)?;

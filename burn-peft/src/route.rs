@@ -66,6 +66,13 @@ impl TokenSelection<'_> {
         }
     }
 
+    /// Returns 1 for the selected and 0 for the other tokens, `[tokens, 1]`; `None` if all are selected.
+    pub fn row_mask<B: LinearKernels>(&self, tokens: usize, device: &B::Device) -> Option<Tensor<B, 2>> {
+        let mut mask = vec![0f32; tokens];
+        self.0?.iter().for_each(|&at| mask[at as usize] = 1.0);
+        Some(Tensor::from_data(TensorData::new(mask, [tokens, 1]), (device, DType::F32)))
+    }
+
     /// Adds `added` to the selected tokens of `y [tokens, features]`.
     pub fn scatter_add<B: LinearKernels>(&self, y: Tensor<B, 2>, added: Tensor<B, 2>) -> Tensor<B, 2> {
         match self.0 {

@@ -21,5 +21,6 @@ mod quickstart;
 mod resume;
 mod run;
 mod spoiled;
+mod tokens;
 mod train;
 mod work;

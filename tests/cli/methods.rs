@@ -23,7 +23,7 @@ fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
     let (plain, floats) = (logits(&["--model", "wide"]), logits(&["--model", "floats"]));
     assert!(apart(&floats, &logits(&["--model", "wide", "--weights", "nf4"])) < 1e-4 * apart(&floats, &plain).max(1.0));
     assert!(apart(&floats, &plain) > 1e-3, "nf4 rounds");
-    let table: [(&str, &[&str], &str); 16] = [
+    let table: [(&str, &[&str], &str); 19] = [
         ("qlora", &["model.path=wide.gguf"], "LORA"),
         ("qlora", &["model.path=wide", "model.dtype=nf4"], "LORA"),
         ("qlora", &["model.path=wide", "method.init_lora_weights=loftq", "method.loftq_iter=1"], "LORA"),
@@ -43,6 +43,10 @@ fn every_method_from_a_recipe_to_chat_with_a_pause_that_changes_nothing() {
             ],
             "LORA",
         ),
+        ("lora", &["method.target_modules=['q_proj', 'embed_tokens']"], "LORA"),
+        // The model has spare rows for three tokens; with five it grows.
+        ("lora", &["method.new_tokens=['<a>', '<b>']", "method.target_modules='all-linear'"], "LORA"),
+        ("lora", &["method.new_tokens=['<a>', '<b>', '<c>', '<d>', '<e>']"], "LORA"),
         ("lora", &["method.init_lora_weights=pissa", "method.rank_pattern={q_proj = 3}"], "LORA"),
         ("lora", &["method.bias=all", "method.modules_to_save=['lm_head']", "method.layers_to_transform=[1]"], "LORA"),
         (

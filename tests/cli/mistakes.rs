@@ -73,7 +73,7 @@ fn adapters_and_arguments_that_do_not_fit_are_refused() {
         ),
         (
             chat(&["--model", "model", "--adapter", "adapter-old"]),
-            &["adapter-old/adapter_model.bin", "expected adapter_model.safetensors", "save_pretrained"],
+            &["adapter-old/adapter_model.bin", "found a safetensors file; rename it"],
         ),
         (chat(&["--model", "model", "--tokenizer", "nowhere"]), &["nowhere", "No such file"]),
         (chat(&["--model", "base"]), &["base", "no chat template"]),

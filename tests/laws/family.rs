@@ -231,7 +231,7 @@ fn a_head_s_adapter_brings_the_head_s_own_weight() {
 }
 
 #[test]
-fn fields_from_the_future_are_told_and_old_files_named() {
+fn fields_from_the_future_are_told() {
     let temporary = tempfile::tempdir().unwrap();
     for name in ["dora", "ia3"] {
         let out = temporary.path().join(name);
@@ -250,9 +250,6 @@ fn fields_from_the_future_are_told_and_old_files_named() {
             }
         };
         assert_eq!(load().unwrap(), ["from_the_future"], "{name}");
-        std::fs::rename(out.join(weights), out.join("adapter_model.bin")).unwrap();
-        let error = load().unwrap_err().to_string();
-        assert!(["adapter_model.bin", weights, "save_pretrained"].iter().all(|part| error.contains(part)), "{error}");
     }
 }
 

@@ -5,6 +5,7 @@ mod export;
 mod family;
 mod generate;
 mod gguf;
+mod hub;
 mod loftq;
 mod methods;
 mod packed;

@@ -65,7 +65,7 @@ fn run_chat<B: Kernels>(args: &ChatArgs, device: &B::Device) -> Result<()> {
     let mut loaded = model::load_without_adapters::<B>(&args.model, args.weights.weights, device)?;
     loaded.tokenizer = args.template.options().apply(loaded.tokenizer)?;
     loaded.model = model::with_compute(loaded.model, args.weights.compute)?;
-    model::add_adapters(&mut loaded.model, &args.model)?;
+    model::add_adapters(&mut loaded, &args.model)?;
     let settings = generation_config(&args.sampling, loaded.tokenizer.eos_ids());
     settings.check()?;
     let mut history = Vec::new();

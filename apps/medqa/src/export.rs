@@ -76,7 +76,7 @@ fn export_merged<B: Kernels>(model: &ModelArgs, device: &B::Device, args: &Expor
     let storage = if args.nf4 { Storage::Nf4 } else { DType::F32.into() };
     let LoadedModel { model: llama, tokenizer } = model::load_without_adapters::<B>(model, storage, device)?;
     let mut loaded = LoadedModel { model: llama.unpacked(), tokenizer };
-    model::add_adapters(&mut loaded.model, model)?;
+    model::add_adapters(&mut loaded, model)?;
     if !loaded.model.prompts.is_empty() {
         bail!("--adapter: expected one that can be merged into the weights, found virtual tokens; use it unmerged");
     }

@@ -6,7 +6,10 @@ use crate::{
 };
 use anyhow::{Context, Result};
 use burn_llama::{Llama, Tokenizer, kernel::Kernels};
-use burn_peft::{AdapterModel, Ia3Config, Loaded, LoraConfig, PromptConfig, TargetModules, adapter, format, prompt};
+use burn_peft::{
+    AdapterModel, Ia3Config, Loaded, LoraConfig, PromptConfig, TargetModules, adapter, config::TokenIndices, format,
+    prompt,
+};
 use std::path::Path;
 use tempfile::TempDir;
 
@@ -74,8 +77,13 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
             Ok(AttachedAdapter::Prompt)
         }
         _ => {
-            let config = lora_config(recipe);
+            let mut config = lora_config(recipe);
+            if !method.targets.new_tokens.is_empty() {
+                let ids = method.targets.new_tokens.iter().filter_map(|token| tokenizer.token_to_id(token));
+                config.trainable_token_indices = Some(TokenIndices::Embedding(ids.collect()));
+            }
             adapter::attach(model, ADAPTER_NAME, &config, seed)?;
+            adapter::init_tokens_by_mean(model, ADAPTER_NAME);
             let mut initial = None;
             if config.init_lora_weights.mutates_base_weights() {
                 let folder = tempfile::tempdir().context("the initial adapter's folder cannot be created")?;
@@ -88,6 +96,20 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
 }
 
 impl AttachedAdapter {
+    /// Returns true if the adapter has rows for single tokens, which only its own tokenizer may know.
+    pub fn has_tokens(&self) -> bool {
+        self.last_token().is_some()
+    }
+
+    /// Returns the last of the tokens for which the adapter has rows of their own.
+    pub fn last_token(&self) -> Option<u32> {
+        let Self::Lora(config, _) = self else { return None };
+        match config.trainable_token_indices.as_ref()? {
+            TokenIndices::Embedding(indices) => indices.iter().max().copied(),
+            TokenIndices::ByModule(modules) => modules.values().flatten().max().copied(),
+        }
+    }
+
     /// Saves the adapter as PEFT's directory. If its initialization changed the base weights, it is converted to plain
     /// LoRA on the original weights.
     pub fn save<B: Kernels>(&self, model: &Llama<B>, directory: &Path) -> Result<()> {
@@ -128,6 +150,9 @@ pub fn lora_config(recipe: &Recipe) -> LoraConfig {
         init_lora_weights: lora.init_lora_weights.clone(),
         bias: scope.bias,
         modules_to_save: scope.modules_to_save.clone(),
+        trainable_token_indices: None,
+        ensure_weight_tying: false,
+        save_embedding_layers: false,
         base_model_name_or_path: Some(recipe.model.path.clone()),
     }
 }

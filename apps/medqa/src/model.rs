@@ -5,15 +5,16 @@ use crate::{
     fetch,
     identify::{self, Purpose},
     method_adapter,
-    recipe::ComputeDtype,
-    template,
+    recipe::{ComputeDtype, Recipe},
+    template::{self, TemplateOptions},
 };
 use anyhow::{Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
     ChatTemplate, Checkpoint, Llama, LlamaConfig, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
 };
-use std::path::Path;
+use burn_peft::Linears;
+use std::path::{Path, PathBuf};
 
 /// A loaded model and its tokenizer.
 pub struct LoadedModel<B: Kernels> {
@@ -27,7 +28,7 @@ pub fn load<B: Kernels>(args: &ModelArgs, storage: impl Into<Storage>, device: &
         bail!("--adapter: expected one here, found a second one: {}", second.directory.display());
     }
     let mut loaded = load_without_adapters(args, storage, device)?;
-    add_adapters(&mut loaded.model, args)?;
+    add_adapters(&mut loaded, args)?;
     Ok(loaded)
 }
 
@@ -38,23 +39,54 @@ pub fn load_without_adapters<B: Kernels>(
     device: &B::Device,
 ) -> Result<LoadedModel<B>> {
     // Loading the weights takes longer than finding out that an adapter is none.
-    identify::adapter_directories(args.adapter.iter().map(|source| source.directory.as_path()))?;
-    let (checkpoint, tokenizer) = open_checkpoint(&args.model, args.tokenizer.as_deref())?;
-    let tokenizer = with_saved_template(tokenizer, args)?;
+    let adapters = adapter_directories(args)?;
+    let (checkpoint, tokenizer) = open_checkpoint(&args.model, tokenizer_path(args, &adapters).as_deref())?;
+    let tokenizer = with_saved_template(tokenizer, &adapters)?;
     Ok(LoadedModel { model: checkpoint.load::<B>(storage, device)?, tokenizer })
 }
 
-/// Loads the adapters onto the model and activates the first one.
-pub fn add_adapters<B: Kernels>(model: &mut Llama<B>, args: &ModelArgs) -> Result<()> {
-    for (index, source) in args.adapter.iter().enumerate() {
+/// Returns the directories of the adapters.
+fn adapter_directories(args: &ModelArgs) -> Result<Vec<PathBuf>> {
+    identify::adapter_directories(args.adapter.iter().map(|source| source.directory.as_path()))
+}
+
+/// Returns the place of the tokenizer, if it is not the model's: the one that is named, or the one in the folder of the
+/// first adapter, which knows the tokens that were added in training. PEFT's `AutoPeftModel` takes the same.
+fn tokenizer_path(args: &ModelArgs, adapters: &[PathBuf]) -> Option<PathBuf> {
+    let beside_adapter = || adapters.first().filter(|directory| has_tokenizer(directory)).cloned();
+    args.tokenizer.clone().or_else(beside_adapter)
+}
+
+fn has_tokenizer(directory: &Path) -> bool {
+    directory.join("tokenizer.json").is_file()
+}
+
+/// Loads the adapters onto the model and activates the first one. A note says which tokens of an adapter the tokenizer
+/// does not know.
+pub fn add_adapters<B: Kernels>(loaded: &mut LoadedModel<B>, args: &ModelArgs) -> Result<()> {
+    for (index, (source, directory)) in args.adapter.iter().zip(adapter_directories(args)?).enumerate() {
         if args.adapter[..index].iter().any(|before| before.name == source.name) {
             let (name, directory) = (&source.name, source.directory.display());
             bail!("--adapter {directory}: another one is called {name:?} already; name it: --adapter NAME={directory}");
         }
-        method_adapter::load(model, &source.name, &source.directory)?;
+        let rows = loaded.model.config().vocab_size;
+        let adapter = method_adapter::load(&mut loaded.model, &source.name, &directory)?;
+        let (found, known) = (loaded.model.config().vocab_size, has_tokenizer(&directory));
+        let at = directory.display();
+        if args.tokenizer.is_none() && found != rows && !known {
+            eprintln!(
+                "note: {at}: the adapter brings an embedding with {found} rows, the model has {rows}, and there is no \
+                 tokenizer.json beside the adapter: tokens that were added in training are unknown here; --tokenizer DIR \
+                 names a tokenizer that knows them"
+            );
+        } else if args.tokenizer.is_none() && index > 0 && known && adapter.has_tokens() {
+            eprintln!(
+                "note: {at}: its tokenizer.json is not used, since another adapter comes first; --tokenizer DIR names it"
+            );
+        }
     }
     if let [first, _, ..] = args.adapter.as_slice() {
-        burn_peft::adapter::activate(model, &[&first.name])?;
+        burn_peft::adapter::activate(&mut loaded.model, &[&first.name])?;
     }
     Ok(())
 }
@@ -64,6 +96,23 @@ pub fn load_base<B: Kernels>(name: &str, storage: impl Into<Storage>, device: &B
     let (checkpoint, tokenizer) = open_checkpoint(name, None)?;
     let model = checkpoint.load::<B>(storage, device)?;
     Ok(LoadedModel { model, tokenizer })
+}
+
+/// Loads the base model of a recipe, with `method.new_tokens` in its tokenizer and a row for each of them, and with the
+/// recipe's chat template.
+pub fn load_recipe_base<B: Kernels>(
+    recipe: &Recipe,
+    storage: impl Into<Storage>,
+    device: &B::Device,
+) -> Result<LoadedModel<B>> {
+    let mut loaded = load_base::<B>(&recipe.model.path, storage, device)?;
+    let new = loaded.tokenizer.add_tokens(&recipe.method.targets.new_tokens)?;
+    let rows = new.iter().max().map_or(0, |&last| last as usize + 1);
+    if rows > loaded.model.config().vocab_size {
+        loaded.model.resize_token_embeddings(rows);
+    }
+    loaded.tokenizer = TemplateOptions::from(recipe).apply(loaded.tokenizer)?;
+    Ok(loaded)
 }
 
 /// Sets the numeric format of the model's matrix products.
@@ -104,23 +153,24 @@ fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
 
 /// Reads a model's tokenizer without loading the model.
 pub fn load_tokenizer(args: &ModelArgs) -> Result<Tokenizer> {
-    let tokenizer = match &args.tokenizer {
-        Some(path) => read_tokenizer(path)?,
+    let adapters = adapter_directories(args)?;
+    let tokenizer = match tokenizer_path(args, &adapters) {
+        Some(path) => read_tokenizer(&path)?,
         None => read_tokenizer(&fetch::resolve(&args.model)?)?,
     };
-    with_saved_template(tokenizer, args)
+    with_saved_template(tokenizer, &adapters)
 }
 
 /// Applies the chat template that is saved with the first adapter. A conversation has one template, so it is noted if
 /// another adapter comes with another one.
-fn with_saved_template(tokenizer: Tokenizer, args: &ModelArgs) -> Result<Tokenizer> {
-    let Some((first, others)) = args.adapter.split_first() else { return Ok(tokenizer) };
-    let tokenizer = template::apply_saved(tokenizer, &first.directory)?;
+fn with_saved_template(tokenizer: Tokenizer, adapters: &[PathBuf]) -> Result<Tokenizer> {
+    let Some((first, others)) = adapters.split_first() else { return Ok(tokenizer) };
+    let tokenizer = template::apply_saved(tokenizer, first)?;
     let used = tokenizer.chat_template().map(ChatTemplate::source);
     for other in others {
-        let path = other.directory.join("chat_template.jinja");
+        let path = other.join("chat_template.jinja");
         if std::fs::read_to_string(&path).is_ok_and(|source| Some(source.as_str()) != used) {
-            let (path, first) = (path.display(), first.directory.display());
+            let (path, first) = (path.display(), first.display());
             eprintln!("note: {path} is not used: it differs from the chat template of the first adapter, {first}");
         }
     }

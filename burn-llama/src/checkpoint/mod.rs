@@ -5,8 +5,8 @@ pub mod gguf;
 mod pages;
 mod parameters;
 mod redundant;
-pub mod safetensors;
 mod save;
+mod shards;
 mod storage;
 
 pub(crate) use atomic_write::{atomic_write, atomic_write_with};
@@ -32,20 +32,22 @@ pub struct Checkpoint {
 /// The mapped files that hold a checkpoint's tensors.
 #[derive(Debug)]
 enum TensorFiles {
-    HuggingFace(safetensors::Shards),
+    HuggingFace(shards::Shards),
     Gguf(Box<Gguf>),
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face directory (`config.json` beside `model.safetensors` or its shards) or a `.gguf` file. If the
-    /// configuration ties the output head to the embedding, but the directory holds another head, the model is untied.
+    /// Opens a Hugging Face directory (`config.json` beside `model.safetensors` or its shards, or
+    /// `pytorch_model.bin` or its shards) or a `.gguf` file. If the configuration ties the output head to the embedding,
+    /// but the directory holds another head, the model is untied.
     ///
     /// # Errors
     /// If a file is missing or malformed, or the model is not supported.
     pub fn open(path: &Path) -> Result<Self, Error> {
         let (config, files) = if path.is_dir() {
             let config = LlamaConfig::load(&path.join("config.json"))?;
-            (config, TensorFiles::HuggingFace(safetensors::Shards::open(path)?))
+            let parameters = build::parameter_shapes(&config).into_iter().map(|(name, _)| name).collect();
+            (config, TensorFiles::HuggingFace(shards::Shards::open(path, &parameters)?))
         } else {
             let gguf = Gguf::open(path)?;
             let config = LlamaConfig::from_json(gguf.config_json()?).map_err(|error| error.in_file(path))?;

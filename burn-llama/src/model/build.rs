@@ -1,12 +1,12 @@
 //! Construction of the model from a configuration and a function that reads tensors.
 
-use super::{Attention, Decoder, Embedding, Layer, Llama, Mlp, RmsNorm};
+use super::{Attention, Decoder, Layer, Llama, Mlp, RmsNorm};
 use crate::{LlamaConfig, kernel::Kernels};
 use burn::{
     module::Param,
     tensor::{Tensor, TensorData},
 };
-use burn_peft::{Linear, Weight, param};
+use burn_peft::{Embedding, Linear, Weight, param};
 use burn_peft_kernels::{Codec, MatmulPrecision, PackedWeight};
 
 /// Returns the name and shape of every parameter of the model.
@@ -74,7 +74,7 @@ pub(crate) fn build<B: Kernels, E>(
     let embedding = "model.embed_tokens.weight";
     Ok(Llama {
         model: Decoder {
-            embed_tokens: Embedding { weight: build.weight(embedding)? },
+            embed_tokens: Embedding::new(build.weight(embedding)?),
             layers,
             norm: build.norm("model.norm")?,
         },

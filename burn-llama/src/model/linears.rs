@@ -2,7 +2,14 @@
 
 use super::Llama;
 use crate::kernel::Kernels;
-use burn_peft::{Linear, Linears, Prompt, Weight};
+use burn::{
+    module::Param,
+    tensor::{Tensor, s},
+};
+use burn_peft::{Embedding, Linear, Linears, Prompt, Weight, param};
+
+/// The path of the token embedding.
+const EMBEDDING: &str = "model.embed_tokens";
 
 impl<B: Kernels> Llama<B> {
     /// Replaces packed weights by the f32 values that they stand for, frozen; adapters can be merged into these.
@@ -35,6 +42,31 @@ impl<B: Kernels> Linears<B> for Llama<B> {
         }
     }
 
+    fn embedding(&self) -> Option<(&str, &Embedding<B>)> {
+        Some((EMBEDDING, &self.model.embed_tokens))
+    }
+
+    fn embedding_mut(&mut self) -> Option<(&str, &mut Embedding<B>)> {
+        Some((EMBEDDING, &mut self.model.embed_tokens))
+    }
+
+    fn resize_token_embeddings(&mut self, rows: usize) {
+        let resize = |weight: &mut Weight<B>, path: &str| {
+            let trained = matches!(weight, Weight::Dense(param) if param.is_require_grad());
+            let values = resize_rows(weight.val().detach(), rows);
+            *weight = Weight::Dense(Param::initialized(
+                param::id(&format!("{path}.weight")),
+                values.detach().set_require_grad(trained),
+            ));
+        };
+        resize(&mut self.model.embed_tokens.weight, EMBEDDING);
+        if let Some(head) = &mut self.lm_head {
+            resize(&mut head.weight, "lm_head");
+        }
+        self.config.vocab_size = rows;
+        self.config.raw_fields.insert("vocab_size".to_owned(), rows.into());
+    }
+
     fn prompts(&self) -> &[Prompt<B>] {
         &self.prompts
     }
@@ -44,7 +76,7 @@ impl<B: Kernels> Linears<B> for Llama<B> {
     }
 
     fn tied(&self) -> Option<[&str; 2]> {
-        self.lm_head.is_none().then_some(["model.embed_tokens", "lm_head"])
+        self.lm_head.is_none().then_some([EMBEDDING, "lm_head"])
     }
 
     fn untie(&mut self) {
@@ -74,4 +106,14 @@ impl<B: Kernels> Linears<B> for Llama<B> {
             visit("lm_head", head);
         }
     }
+}
+
+/// Cuts `table [n, features]` off after the given number of rows, or adds rows with the mean of the others.
+fn resize_rows<B: Kernels>(table: Tensor<B, 2>, rows: usize) -> Tensor<B, 2> {
+    let [before, _] = table.dims();
+    if rows <= before {
+        return table.slice(s![0..rows, ..]);
+    }
+    let mean = table.clone().mean_dim(0).repeat_dim(0, rows - before);
+    Tensor::cat(vec![table, mean], 0)
 }

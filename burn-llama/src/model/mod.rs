@@ -22,23 +22,16 @@ use crate::{
 };
 use burn::{
     module::Module,
-    tensor::{DType, Int, Tensor, TensorData, backend::Backend},
+    tensor::{DType, Int, Tensor, TensorData},
 };
-use burn_peft::{ForwardContext, Linear, Prompt, Weight};
+use burn_peft::{Embedding, ForwardContext, Linear, Prompt};
 use burn_peft_kernels::{MatmulPrecision, WeightMatrix};
 use std::borrow::Cow;
-
-/// The token embedding; the path of its weight is `model.embed_tokens.weight`.
-#[derive(Module, Debug)]
-pub struct Embedding<B: Backend> {
-    /// `[vocab_size, hidden_size]`.
-    pub weight: Weight<B>,
-}
 
 /// The transformer without its head.
 #[derive(Module, Debug)]
 pub struct Decoder<B: Kernels> {
-    /// The token embedding.
+    /// The token embedding; the path of its weight is `model.embed_tokens.weight`.
     pub embed_tokens: Embedding<B>,
     /// The transformer blocks.
     pub layers: Vec<Layer<B>>,
@@ -87,15 +80,21 @@ impl<B: Kernels> Llama<B> {
         self.model.embed_tokens.weight.device()
     }
 
-    /// Looks up the embeddings of token ids `[rows, length]`: `[rows · length, hidden_size]` in f32.
+    /// Looks up the embeddings of token ids `[rows, length]`, with the active adapters: `[rows · length, hidden_size]`
+    /// in f32.
     pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 2> {
+        self.embed_in(ids, &ForwardContext::default())
+    }
+
+    /// Looks up the embeddings of token ids `[rows, length]`, with the adapters of a forward context of these tokens.
+    pub(crate) fn embed_in(&self, ids: Tensor<B, 2, Int>, pass: &ForwardContext) -> Tensor<B, 2> {
         let [rows, length] = ids.dims();
         let ids = ids.reshape([rows * length]);
         let chosen = match self.model.embed_tokens.weight.matrix_ref() {
-            WeightMatrix::Dense(table) => kernel::tensor(B::embed(table, ids.into_primitive())),
-            packed => packed.select(ids),
+            WeightMatrix::Dense(table) => kernel::tensor(B::embed(table, ids.clone().into_primitive())),
+            packed => packed.select(ids.clone()),
         };
-        chosen.cast(DType::F32)
+        self.model.embed_tokens.adapt(chosen.cast(DType::F32), ids, pass)
     }
 
     /// Prepares the rotary tables and the attention mask for the tokens of `layout`, which follow those in the KV
@@ -199,9 +198,10 @@ impl<B: Kernels> Llama<B> {
     /// Applies the output head to normalised hidden states `[n, hidden_size]` and returns the logits,
     /// `[n, vocab_size]`.
     pub fn head(&self, hidden: Tensor<B, 2>, forward_context: &ForwardContext) -> Tensor<B, 2> {
+        let forward_context = self.with_model_precision(forward_context);
         match &self.lm_head {
-            Some(head) => head.forward(hidden, &self.with_model_precision(forward_context)),
-            None => self.model.embed_tokens.weight.linear(hidden, self.matmul_precision),
+            Some(head) => head.forward(hidden, &forward_context),
+            None => self.model.embed_tokens.tied_head(hidden, &forward_context),
         }
     }
 }

@@ -101,7 +101,8 @@ impl<B: Kernels> Llama<B> {
         forward_context: &ForwardContext,
         rows: &RowAdapters,
     ) -> (Tensor<B, 2>, Vec<Tensor<B, 4>>) {
-        let (mut embeddings, mut layers) = (vec![self.embed(ids)], Vec::<Vec<Tensor<B, 4>>>::new());
+        let own = rows.forward_context(ids.dims()[1]);
+        let (mut embeddings, mut layers) = (vec![self.embed_in(ids, &own)], Vec::<Vec<Tensor<B, 4>>>::new());
         for prompt in rows.prompts(self) {
             let tokens = prompt.encode(forward_context);
             embeddings.extend(tokens.embeddings);

@@ -9,6 +9,7 @@ use crate::chat::ChatTemplate;
 use crate::checkpoint::gguf::Gguf;
 use crate::error::Error;
 
+mod added;
 mod bpe;
 mod directory;
 mod end_of_turn;
@@ -43,6 +44,8 @@ pub struct Tokenizer {
     /// The end-of-turn token that the chat template writes.
     template_end_of_turn: Option<u32>,
     end_of_turn_override: Option<u32>,
+    /// The tokens that [`Tokenizer::add_tokens`] added.
+    added: Vec<String>,
 }
 
 /// The implementation behind a [`Tokenizer`].
@@ -145,6 +148,7 @@ impl Tokenizer {
             control,
             template_end_of_turn: None,
             end_of_turn_override: None,
+            added: Vec::new(),
         };
         tokenizer.set_chat_template(chat_template);
         tokenizer

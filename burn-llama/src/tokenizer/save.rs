@@ -66,7 +66,7 @@ impl Tokenizer {
     /// Writes the tokenizer's files into the existing `directory`, so that [`Tokenizer::from_dir`] and `AutoTokenizer`
     /// of `transformers` can load it.
     ///
-    /// A tokenizer that came from a directory is copied file by file. One from a GGUF file becomes `tokenizer.json`
+    /// A tokenizer that came from a directory is copied file by file, with the tokens that were added. One from a GGUF file becomes `tokenizer.json`
     /// (the rules), `tokenizer_config.json` (special tokens, whether they are added, chat template) and
     /// `generation_config.json` (stop ids), and then produces the same ids. Two rules of llama.cpp have no counterpart
     /// in `tokenizer.json`: of special tokens that overlap in a text, `tokenizers` takes the leftmost, llama.cpp the
@@ -100,7 +100,10 @@ impl Tokenizer {
         let from = self.path.parent().unwrap_or(Path::new(""));
         for path in FILES.map(|name| from.join(name)) {
             if path.is_file() {
-                let bytes = std::fs::read(&path).map_err(|source| Error::io(&path, source))?;
+                let mut bytes = std::fs::read(&path).map_err(|source| Error::io(&path, source))?;
+                if path.ends_with("tokenizer.json") && !self.added.is_empty() {
+                    bytes = self.with_added_tokens(&bytes)?;
+                }
                 atomic_write(&directory.join(path.file_name().unwrap_or_default()), &bytes)?;
             }
         }

@@ -34,6 +34,9 @@ pub fn activate<B: LinearKernels, M: Linears<B>>(model: &mut M, names: &[&str]) 
         linear.adapters.iter_mut().for_each(|lora| lora.active = named(&lora.name));
         linear.ia3.iter_mut().for_each(|ia3| ia3.active = named(&ia3.name));
     });
+    if let Some((_, embedding)) = model.embedding_mut() {
+        embedding.adapters.iter_mut().for_each(|adapter| adapter.active = named(&adapter.name));
+    }
     for prompt in model.prompts_mut().into_iter().flatten() {
         prompt.active = named(&prompt.name);
     }
@@ -59,6 +62,9 @@ pub fn delete<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Res
             result = linear.delete_adapter(name);
         }
     });
+    if let (Ok(()), Some((_, embedding))) = (&result, model.embedding_mut()) {
+        result = embedding.delete_adapter(name);
+    }
     if let Some(prompts) = model.prompts_mut() {
         prompts.retain(|prompt| prompt.name != name);
     }

@@ -1,10 +1,16 @@
 //! Parameters of the base model that are trained along with an adapter: biases (`bias`) and whole modules
 //! (`modules_to_save`). They are trained in place; their original values remain only in the base model's files.
 
-use super::linears::{Linears, check_layers, targeted_module_names};
+use super::{
+    embedding::EmbeddingTarget,
+    linears::{Linears, check_layers},
+    saved_embeddings,
+    targets::targeted_module_names,
+};
 use crate::{
     Error, LoraConfig,
     config::{Bias, Selection},
+    format,
     param::{self, ParamInfo, ParamMapper, ParamVisitor},
 };
 use burn::{
@@ -31,23 +37,30 @@ pub(super) fn untie<B: LinearKernels, M: Linears<B>>(model: &mut M, config: &Lor
     Ok(())
 }
 
-/// The layers that an adapter targets, and the base model's parameters that are trained along with it.
+/// The layers that an adapter targets, and the base model's parameters that are in its file: those that are trained
+/// along with it, and an embedding and a head that only come with it.
 pub(super) struct TrainableBase {
     target_paths: BTreeSet<String>,
-    /// The base model's trained parameters, by path.
+    /// The base model's parameters in the file, by path.
     base_params: BTreeMap<String, BaseParam>,
 }
 
-/// A parameter of the base model that is trained along with an adapter.
+/// A parameter of the base model that is in an adapter's file.
 struct BaseParam {
     peft_key: String,
     shape: Vec<usize>,
+    trained: bool,
 }
 
 impl TrainableBase {
     pub fn new<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M, config: &LoraConfig) -> Result<Self, Error> {
         let target_paths: BTreeSet<String> = targeted_module_names(model, config)?.into_iter().collect();
         let selection = Selection::new(config)?;
+        let embedding = EmbeddingTarget::new(model, config)?;
+        let saved_paths = match config.save_embedding_layers {
+            true => saved_embeddings::paths(model, config)?.into_iter().flatten().collect(),
+            false => BTreeSet::new(),
+        };
         check_layers(model, |path, linear| {
             if selection.in_modules_to_save(path) { linear.weight.check_writable("modules_to_save") } else { Ok(()) }
         })?;
@@ -62,11 +75,18 @@ impl TrainableBase {
             let bias = name == "bias" && (config.bias == Bias::All || config.bias == Bias::LoraOnly && layer);
             modules.insert(param::last_segment(module).to_owned());
             saved.extend(selection.matching_modules_to_save(module).cloned());
-            if bias || selection.in_modules_to_save(module) {
-                // PEFT wraps adapted layers: their own parameters are under `base_layer`.
-                let inner = if layer { ".base_layer" } else { "" };
-                let peft_key = format!("base_model.model.{module}{inner}.{name}");
-                base_params.insert(path.clone(), BaseParam { peft_key, shape });
+            let trained = bias || selection.in_modules_to_save(module);
+            if trained || saved_paths.contains(module) {
+                // PEFT wraps adapted layers: their own parameters are under `base_layer`, or of the
+                // adapter of single rows.
+                let wrapped = embedding.as_ref().filter(|embedding| embedding.wraps(model, module));
+                let inner = match wrapped.map(EmbeddingTarget::is_lora) {
+                    None if !layer => "",
+                    Some(false) => ".token_adapter.base_layer",
+                    _ => ".base_layer",
+                };
+                let peft_key = format!("{}{module}{inner}.{name}", format::PREFIX);
+                base_params.insert(path.clone(), BaseParam { peft_key, shape, trained });
             }
         }
         let missing = config.modules_to_save.iter().flatten().find(|name| !saved.contains(*name));
@@ -85,12 +105,13 @@ impl TrainableBase {
 
     /// Returns true if the base model's parameter at `path` is trained along with the adapter.
     pub fn is_trained(&self, path: &str) -> bool {
-        self.base_params.contains_key(path)
+        self.base_params.get(path).is_some_and(|param| param.trained)
     }
 
     /// Returns the keys and shapes of the base model's trained parameters in PEFT's file.
     pub fn expected_tensors(&self) -> Vec<(String, Vec<usize>)> {
-        self.base_params.values().map(|param| (param.peft_key.clone(), param.shape.clone())).collect()
+        let trained = self.base_params.values().filter(|param| param.trained);
+        trained.map(|param| (param.peft_key.clone(), param.shape.clone())).collect()
     }
 
     /// Casts the base model's trained parameters to f32, the type in which weights are trained.
@@ -98,14 +119,14 @@ impl TrainableBase {
         self.load_tensors(model, &BTreeMap::new());
     }
 
-    /// Casts the base model's trained parameters to f32 and sets those that `tensors` contains.
+    /// Casts the base model's trained parameters to f32 and sets those parameters that `tensors` contains.
     pub fn load_tensors<B: Backend, M: Module<B>>(&self, model: &mut M, tensors: &BTreeMap<String, TensorData>) {
         if !self.base_params.is_empty() {
             *model = param::map_params(model.clone(), &mut LoadParams { base: self, tensors });
         }
     }
 
-    /// Returns the values of the base model's trained parameters in f32, by their keys in PEFT's file.
+    /// Returns the values of the base model's parameters in PEFT's file, in f32 and by their keys there.
     pub fn state_dict<B: Backend, M: Module<B>>(&self, model: &M) -> Vec<(String, TensorData)> {
         let mut read = CollectParams { base: self, found: Vec::new() };
         param::visit_params(model, &mut read);
@@ -120,7 +141,7 @@ struct LoadParams<'a> {
 
 impl<B: Backend> ParamMapper<B> for LoadParams<'_> {
     fn map<const D: usize>(&mut self, path: &str, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let Some(BaseParam { peft_key, .. }) = self.base.base_params.get(path) else { return param };
+        let Some(BaseParam { peft_key, trained: true, .. }) = self.base.base_params.get(path) else { return param };
         let (id, tensor, mapper) = param.consume();
         let (on, device) = (tensor.is_require_grad(), tensor.device());
         let tensor = match self.tensors.get(peft_key) {

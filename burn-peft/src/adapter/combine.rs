@@ -183,9 +183,10 @@ fn max_rank<B: LinearKernels, M: Linears<B>>(model: &M, name: &str) -> Result<us
             odd |= lora.dora.is_some() || lora.config.changes_base() || lora.merged;
         }
     });
-    let state =
-        "cannot be combined: only LoRA without DoRA, bias, modules_to_save and PiSSA can, and not while it is merged";
-    if rank == 0 || odd { Err(Error::adapter(name, state)) } else { Ok(rank) }
+    let state = "cannot be combined: only LoRA of linear layers without DoRA, bias, modules_to_save and PiSSA can, and not while \
+         it is merged";
+    let on_embedding = model.embedding().is_some_and(|(_, embedding)| embedding.adapter(name).is_some());
+    if rank == 0 || odd || on_embedding { Err(Error::adapter(name, state)) } else { Ok(rank) }
 }
 
 /// Returns the `target_modules` that select exactly these layers of the model: module names if possible, else paths.
@@ -256,6 +257,16 @@ fn load_adapters<B: LinearKernels>(
         if config.use_dora || config.changes_base() {
             let expected = "LoRA without DoRA, bias, modules_to_save and PiSSA; only that can be combined";
             return Err(Error::format(directory, "adapter_config.json", expected, "another adapter"));
+        }
+        if let Some(other) =
+            tensors.keys().find(|key| !key.ends_with(".lora_A.weight") && !key.ends_with(".lora_B.weight"))
+        {
+            return Err(Error::format(
+                directory,
+                other,
+                "LoRA of linear layers alone; only that can be combined",
+                "it",
+            ));
         }
         let paths: Vec<String> = tensors.keys().filter_map(|key| layer_path(key)).collect();
         for path in paths {

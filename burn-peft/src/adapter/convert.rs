@@ -61,6 +61,9 @@ fn write_converted<B: LinearKernels>(
     device: &B::Device,
 ) -> Result<(), Error> {
     let AdapterFiles { config, mut tensors, .. } = files;
+    if let Some(key) = tensors.keys().find(|key| key.contains(".lora_embedding_")) {
+        return Err(Error::format(initial, key, "PiSSA or OLoRA of linear layers alone", "LoRA of the embedding"));
+    }
     let start = format::read_tensors(initial)?;
     let expected: Vec<_> = tensors.iter().map(|(key, data)| (key.clone(), data.shape.to_vec())).collect();
     format::check_tensors(initial, &expected, &start)?;

@@ -7,6 +7,7 @@ use super::{
 use crate::{Error, param};
 use burn::module::Module;
 use burn_peft_kernels::LinearKernels;
+use std::sync::Arc;
 
 /// Makes only the active adapters trainable, and the parameters of the base model that are trained along with one of
 /// them (`bias`, `modules_to_save`). Every parameter becomes a leaf of the autodiff graph.
@@ -19,6 +20,11 @@ pub fn train_active<B: LinearKernels, M: Linears<B> + Module<B>>(model: M) -> Re
     model.linears(&mut |_, linear| {
         let mut active = linear.adapters.iter().filter(|adapter| adapter.active);
         changes = changes.take().or_else(|| Some(active.find(|lora| lora.config.changes_base())?.config.clone()));
+    });
+    let mut on_embedding = model.embedding().into_iter().flat_map(|(_, embedding)| &embedding.adapters);
+    let changes = changes.or_else(|| {
+        let active = on_embedding.find(|adapter| adapter.active && adapter.config.changes_base())?;
+        Some(Arc::clone(&active.config))
     });
     let base = changes.map(|config| TrainableBase::new(&model, &config)).transpose()?;
     let idle = InactiveAdapters::new(&model);
@@ -41,6 +47,10 @@ impl InactiveAdapters {
             idle.extend(low_rank.filter_map(|at| off(at, "adapters")));
             idle.extend(factors.filter_map(|at| off(at, "ia3")));
         });
+        if let Some((path, embedding)) = model.embedding() {
+            let inactive = embedding.adapters.iter().enumerate().filter(|(_, adapter)| !adapter.active);
+            idle.extend(inactive.map(|(index, _)| format!("{path}.adapters.{index}.")));
+        }
         let first = model.prompts().iter().position(|prompt| prompt.active);
         let others = (0..model.prompts().len()).filter(|&index| Some(index) != first);
         idle.extend(others.map(|index| format!("prompts.{index}.")));

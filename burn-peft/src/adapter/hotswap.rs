@@ -31,10 +31,12 @@ pub fn hotswap<B: LinearKernels, M: Linears<B>>(
 ) -> Result<Loaded<LoraConfig>, Error> {
     check_exists(model, name)?;
     let AdapterFiles { config, mut tensors, unknown_fields } = format::read(directory)?;
-    if config.changes_base() {
+    let on_embedding = model.embedding().is_some_and(|(_, embedding)| embedding.adapter(name).is_some());
+    if config.changes_base() || on_embedding || config.trainable_token_indices.is_some() {
         return Err(Error::adapter(
             name,
-            "cannot be swapped for one that changes the base model (bias, modules_to_save, PiSSA)",
+            "cannot be swapped for one that changes the base model (bias, modules_to_save, PiSSA), nor may either act on the \
+             embedding",
         ));
     }
     check_layers(model, |_, linear| match linear.adapter(name).is_some_and(|adapter| adapter.merged) {

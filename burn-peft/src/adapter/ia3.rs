@@ -80,10 +80,11 @@ pub fn load_ia3<B: LinearKernels, M: Linears<B>>(
 ) -> Result<Loaded<Ia3Config>, Error> {
     let path = directory.join(format::CONFIG_NAME);
     let Loaded { value: config, unknown_fields } = Ia3Config::from_json(&path, format::read_config(directory)?)?;
-    let mut tensors = format::read_tensors(directory)?;
+    let tensors = format::read_tensors(directory)?;
     check_new_adapter(model, name, false)?;
     let selected = target_layers(model, &config)?;
     let expected: Vec<_> = selected.iter().map(|layer| (tensor_key(&layer.path), layer.factors.to_vec())).collect();
+    let mut tensors = format::align_tensors(tensors, expected.iter().map(|(key, _)| key.clone()));
     format::check_tensors(directory, &expected, &tensors)?;
     inject(model, name, &Arc::new(config.clone()), selected, |path, shape, device| {
         match tensors.remove(&tensor_key(path)) {

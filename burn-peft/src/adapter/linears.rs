@@ -1,6 +1,6 @@
 //! The linear layers and prompts of a model, which is all that adapters need to know about it.
 
-use crate::{Error, Linear, LoraConfig, Prompt, TargetModules, config::Selection, param::last_segment};
+use crate::{Embedding, Error, Linear, Prompt, TargetModules, param::last_segment};
 use burn_peft_kernels::LinearKernels;
 use std::collections::BTreeSet;
 
@@ -11,6 +11,20 @@ pub trait Linears<B: LinearKernels> {
 
     /// Calls `visit` with every linear layer and its path, for modification.
     fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>));
+
+    /// Returns the token embedding and its path; `None` if no adapter can act on it.
+    fn embedding(&self) -> Option<(&str, &Embedding<B>)> {
+        None
+    }
+
+    /// Returns the token embedding and its path, for modification.
+    fn embedding_mut(&mut self) -> Option<(&str, &mut Embedding<B>)> {
+        None
+    }
+
+    /// Gives the embedding and the output head the given number of rows, as the method of that name in `transformers`
+    /// does: cuts off the last ones, or adds rows with the mean of the others. Does nothing by default.
+    fn resize_token_embeddings(&mut self, _rows: usize) {}
 
     /// Returns the model's prompts; empty if it has none or does not support them.
     fn prompts(&self) -> &[Prompt<B>] {
@@ -57,20 +71,6 @@ pub(super) fn select_layers<B: LinearKernels, M: Linears<B>>(
         return Err(Error::NoTarget { target: target.to_string(), available });
     }
     Ok(selected)
-}
-
-/// Returns the paths of the linear layers that `config` selects.
-///
-/// # Errors
-/// If nothing is selected, or the configuration is invalid.
-pub fn targeted_module_names<B: LinearKernels, M: Linears<B>>(
-    model: &M,
-    config: &LoraConfig,
-) -> Result<Vec<String>, Error> {
-    config.check()?;
-    let selection = Selection::new(config)?;
-    let selected = select_layers(model, &config.target_modules, |path| selection.selects(path))?;
-    Ok(selected.into_iter().map(|layer| layer.path).collect())
 }
 
 /// Runs `check` on every linear layer and returns the first error.

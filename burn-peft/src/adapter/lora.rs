@@ -2,9 +2,11 @@
 
 use super::{
     base::{self, TrainableBase},
+    embedding::{EmbeddingTarget, collect_tensors},
     freeze::train_active,
     linears::{Linears, check_layers},
     registry::check_new_adapter,
+    saved_embeddings::{self, SavedEmbeddings},
 };
 use crate::{
     Error, Linear, Loaded, Lora, LoraConfig, TargetModules,
@@ -30,8 +32,8 @@ use std::{
 /// [`attach_and_freeze`] and [`train_active`].
 ///
 /// # Errors
-/// If nothing is selected, the name is taken, `init_lora_weights` is not supported, or `modules_to_save` names no
-/// module of the model.
+/// If nothing is selected, the name is taken, `init_lora_weights` is not supported, `modules_to_save` names no module
+/// of the model, or `trainable_token_indices` has a token that the model does not know.
 pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
     model: &mut M,
     name: &str,
@@ -44,14 +46,18 @@ pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
     }
     check_new_adapter(model, name, config.changes_base())?;
     base::untie(model, config)?;
-    let base = TrainableBase::new(model, config)?;
+    let (base, embedding) = (TrainableBase::new(model, config)?, EmbeddingTarget::new(model, config)?);
     check_layers(model, |path, linear| if base.is_target(path) { linear.check_init(path, config) } else { Ok(()) })?;
+    embedding.as_ref().map_or(Ok(()), EmbeddingTarget::check_tokens)?;
     let mut result = Ok(());
     model.linears_mut(&mut |path, linear| {
         if base.is_target(path) && result.is_ok() {
             result = linear.attach(path, name, config, seed);
         }
     });
+    if let Some(embedding) = embedding {
+        embedding.attach(model, name, config, seed);
+    }
     base.cast_to_f32(model);
     result
 }
@@ -84,8 +90,10 @@ pub(super) fn lora_tensor_shapes(
     parts
 }
 
-/// Reads a PEFT adapter directory and adds the adapter to the model as `name`. Returns its configuration. Biases and
-/// modules that were trained along with the adapter (`bias`, `modules_to_save`) replace those of the model.
+/// Reads the directory of a LoRA or AdaLoRA adapter of PEFT and adds the adapter to the model as `name`. Returns its
+/// configuration, that of plain LoRA for AdaLoRA. Biases and modules that were trained along with the adapter (`bias`,
+/// `modules_to_save`) replace those of the model, and so do an embedding and an output head in the file: a model with
+/// fewer rows grows. It also grows if `trainable_token_indices` continues its tokens.
 ///
 /// # Errors
 /// If a file is missing or malformed, if the adapter does not fit the model, or if the name is taken.
@@ -94,20 +102,21 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     name: &str,
     directory: &Path,
 ) -> Result<Loaded<LoraConfig>, Error> {
-    let AdapterFiles { config, mut tensors, unknown_fields } = format::read(directory)?;
+    let AdapterFiles { mut config, tensors, unknown_fields } = format::read(directory)?;
     check_new_adapter(model, name, config.changes_base())?;
     base::untie(model, &config)?;
+    let mut tensors = format::align_tensors(tensors, known_names(model, &config)?.into_iter());
+    let saved = SavedEmbeddings::take(model, &config, directory, &mut tensors)?;
+    saved.check_new_adapter(model, name)?;
+    config.save_embedding_layers = saved.install(model);
+    let mut embedding = EmbeddingTarget::new(model, &config)?;
+    if let Some(embedding) = &mut embedding {
+        embedding.grow(model);
+        embedding.check_tokens()?;
+        embedding.take_tied(model, directory, &mut tensors)?;
+    }
     let base = TrainableBase::new(model, &config)?;
-    let mut expected = base.expected_tensors();
-    model.linears(&mut |path, linear| {
-        if base.is_target(path) {
-            let parts = lora_tensor_shapes(&config, path, linear.shape()).into_iter();
-            expected.extend(parts.map(|(part, shape)| (format::tensor_key(path, part), shape)));
-            // PEFT also writes the base weight of an adapted output head.
-            let own = format::tensor_key(path, "base_layer");
-            expected.extend(tensors.contains_key(&own).then(|| (own, linear.shape().to_vec())));
-        }
-    });
+    let expected = expected_tensors(model, &config, &base, &tensors)?;
     format::check_tensors(directory, &expected, &tensors)?;
     check_layers(model, |path, linear| if base.is_target(path) { linear.check_init(path, &config) } else { Ok(()) })?;
     let mut result = Ok(());
@@ -117,8 +126,44 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
         }
     });
     result?;
+    if let Some(embedding) = embedding {
+        embedding.load(model, name, &config, &mut tensors);
+    }
     base.load_tensors(model, &tensors);
     Ok(Loaded { value: config, unknown_fields })
+}
+
+/// Returns the keys and shapes of the tensors that the adapter's file has to contain, without the embedding and the
+/// head of the base model. Those of single layers are expected if they are in the file.
+fn expected_tensors<B: LinearKernels, M: Linears<B>>(
+    model: &M,
+    config: &LoraConfig,
+    base: &TrainableBase,
+    found: &BTreeMap<String, TensorData>,
+) -> Result<Vec<(String, Vec<usize>)>, Error> {
+    let mut expected = base.expected_tensors();
+    model.linears(&mut |path, linear| {
+        if base.is_target(path) {
+            let parts = lora_tensor_shapes(config, path, linear.shape()).into_iter();
+            expected.extend(parts.map(|(part, shape)| (format::tensor_key(path, part), shape)));
+            let own = format::tensor_key(path, "base_layer");
+            expected.extend(found.contains_key(&own).then(|| (own, linear.shape().to_vec())));
+        }
+    });
+    expected.extend(EmbeddingTarget::new(model, config)?.iter().flat_map(|target| target.expected_tensors(config)));
+    Ok(expected)
+}
+
+/// Returns every name that a tensor of the adapter may have.
+fn known_names<B: LinearKernels, M: Linears<B> + Module<B>>(
+    model: &M,
+    config: &LoraConfig,
+) -> Result<Vec<String>, Error> {
+    let expected = expected_tensors(model, config, &TrainableBase::new(model, config)?, &BTreeMap::new())?;
+    let mut names: Vec<String> = expected.into_iter().map(|(name, _)| name).collect();
+    let paths = saved_embeddings::paths(model, config)?;
+    names.extend(paths.iter().flatten().flat_map(|path| saved_embeddings::names(path)));
+    Ok(names)
 }
 
 /// Adds the adapter of one layer, whose values it takes out of `tensors`.
@@ -165,7 +210,8 @@ pub(super) fn collect_state_dict<B: LinearKernels, M: Linears<B> + Module<B>>(
             config.get_or_insert_with(|| LoraConfig::clone(&adapter.config));
         }
     });
-    let Some(mut config) = config else {
+    let on_embedding = collect_tensors(model, name, &mut tensors);
+    let Some(mut config) = config.or(on_embedding) else {
         return Err(Error::adapter(name, "is no LoRA adapter of the model"));
     };
     tensors.extend(TrainableBase::new(model, &config)?.state_dict(model));

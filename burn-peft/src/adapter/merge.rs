@@ -19,12 +19,23 @@ pub fn merge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) -> Resu
         return Err(Error::adapter(name, state));
     }
     check_layers(model, |_, linear| linear.check_mergeable(name))?;
+    if let Some((_, embedding)) = model.embedding()
+        && let Some(adapter) = embedding.adapter(name)
+    {
+        embedding.weight.check_writable("merging an adapter")?;
+        if adapter.unties_by_merging() {
+            model.untie();
+        }
+    }
     let mut result = Ok(());
     model.linears_mut(&mut |_, linear| {
         if result.is_ok() {
             result = linear.merge(name);
         }
     });
+    if let (Ok(()), Some((_, embedding))) = (&result, model.embedding_mut()) {
+        embedding.set_merged(name, true);
+    }
     result
 }
 
@@ -38,10 +49,18 @@ pub fn safe_merge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) ->
         true => Ok(()),
         false => Err(Error::NotFinite { name: name.to_owned(), layer: path.to_owned() }),
     })?;
+    if let Some((path, embedding)) = model.embedding()
+        && embedding.adapter(name).is_some_and(|adapter| !adapter.is_finite())
+    {
+        return Err(Error::NotFinite { name: name.to_owned(), layer: path.to_owned() });
+    }
     merge(model, name)
 }
 
 /// Undoes [`merge`], up to rounding.
 pub fn unmerge<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) {
     model.linears_mut(&mut |_, linear| linear.unmerge(name));
+    if let Some((_, embedding)) = model.embedding_mut() {
+        embedding.set_merged(name, false);
+    }
 }

@@ -41,6 +41,10 @@ pub(super) fn names_where<B: LinearKernels, M: Linears<B>>(
             see(&ia3.name, AdapterState { active: ia3.active, merged: ia3.merged, changes_base: false });
         }
     });
+    for adapter in model.embedding().iter().flat_map(|(_, embedding)| &embedding.adapters) {
+        let (active, merged, changes_base) = (adapter.active, adapter.merged, adapter.config.changes_base());
+        see(&adapter.name, AdapterState { active, merged, changes_base });
+    }
     for prompt in model.prompts() {
         see(&prompt.name, AdapterState { active: prompt.active, merged: false, changes_base: false });
     }

@@ -1,7 +1,10 @@
 //! PEFT's `adapter_config.json` for LoRA.
 
 use super::{InitLoraWeights, LoraConfig};
-use crate::{Error, Loaded, TargetModules, config_file::KnownFields};
+use crate::{
+    Error, Loaded, TargetModules,
+    config_file::{KnownFields, parse_fields},
+};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -10,13 +13,13 @@ fn neutral_fields() -> Value {
     json!({
         "alora_invocation_tokens": null, "arrow_config": null, "corda_config": null, "eva_config": null,
         "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null, "lora_bias": false,
-        "lora_ga_config": null, "monteclora_config": null, "target_parameters": null, "trainable_token_indices": null,
+        "lora_ga_config": null, "monteclora_config": null, "target_parameters": null,
         "use_bdlora": null, "use_qalora": false, "velora_config": null,
     })
 }
 
 /// Fields that make no difference for a trained adapter.
-const IGNORED: [&str; 11] = [
+const IGNORED: [&str; 10] = [
     "auto_mapping",
     "inference_mode",
     // Parameters of the initialization; `init_lora_weights` tells if the base weights differ because of it.
@@ -28,26 +31,28 @@ const IGNORED: [&str; 11] = [
     "qalora_group_size",
     "revision",
     "task_type",
-    "ensure_weight_tying",
 ];
+
+/// AdaLoRA's fields for training.
+const ADALORA_TRAINING: [&str; 9] =
+    ["init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"];
 
 /// Unsupported initializations that change the base weights, so that the adapter does not fit the original ones.
 const MUTATING_INITS: [&str; 2] = ["corda", "lora_ga"];
 
 impl LoraConfig {
-    /// Parses the content of `adapter_config.json`.
+    /// Parses the content of `adapter_config.json`. `r` of an AdaLoRA adapter is its initial rank.
     ///
     /// # Errors
-    /// If the adapter is not LoRA or uses a feature that is not supported.
+    /// If the adapter is neither LoRA nor AdaLoRA, or uses a feature that is not supported.
     pub fn from_json(path: &Path, value: Value) -> Result<Loaded<Self>, Error> {
-        if !value.is_object() {
-            return Err(Error::format(path, "adapter_config.json", "a JSON object", value));
+        let mut value = parse_fields(path, value, &["LORA", "ADALORA"])?;
+        let mut ignored = IGNORED.to_vec();
+        if value["peft_type"] == "ADALORA" {
+            value = to_lora_fields(value);
+            ignored.extend(ADALORA_TRAINING);
         }
-        match value["peft_type"].as_str() {
-            Some("LORA") => {}
-            other => return Err(Error::format(path, "peft_type", "LORA", other.unwrap_or("nothing"))),
-        }
-        let known = KnownFields { own: &json!(Self::default()), neutral: &neutral_fields(), ignored: &IGNORED };
+        let known = KnownFields { own: &json!(Self::default()), neutral: &neutral_fields(), ignored: &ignored };
         let unknown_fields = known.unknown(path, &value)?;
         let config: Self = serde_json::from_value(value)
             .map_err(|e| Error::format(path, "adapter_config.json", "LoRA's fields", e))?;
@@ -87,7 +92,7 @@ impl LoraConfig {
             "auto_mapping": null, "inference_mode": true, "init_lora_weights": init, "loftq_config": {},
             "lora_alpha": alpha, "megatron_config": null, "megatron_core": "megatron.core",
             "peft_type": "LORA", "qalora_group_size": 16, "revision": null,
-            "target_modules": target, "task_type": "CAUSAL_LM", "ensure_weight_tying": false,
+            "target_modules": target, "task_type": "CAUSAL_LM",
         });
         for fields in [json!(self), fixed] {
             if let (Value::Object(all), Value::Object(fields)) = (&mut all, fields) {
@@ -100,6 +105,17 @@ impl LoraConfig {
         }
         all
     }
+}
+
+/// Returns the fields of LoRA in the fields of an AdaLoRA configuration.
+fn to_lora_fields(mut fields: Value) -> Value {
+    if let Value::Object(fields) = &mut fields {
+        let r = fields.get("init_r").cloned().unwrap_or(json!(12));
+        fields.insert("r".to_owned(), r);
+        // AdaLoRA's pattern lists the ranks that are left, which the tensors' shapes tell as well.
+        fields.retain(|name, _| !matches!(name.as_str(), "rank_pattern" | "alpha_pattern" | "use_rslora"));
+    }
+    fields
 }
 
 #[cfg(test)]
@@ -130,6 +146,47 @@ mod tests {
         let read = LoraConfig::from_json(Path::new("x"), json).unwrap();
         assert_eq!(read.value.rank_pattern.keys().collect::<Vec<_>>(), ["z", "a"], "the order of patterns matters");
         assert_eq!(read, Loaded { value: config, unknown_fields: vec!["from_the_future".to_owned()] });
+    }
+
+    #[test]
+    fn settings_written_in_other_ways_mean_the_same() {
+        let expected = LoraConfig { r: 4, ..Default::default() };
+        let mut json = expected.to_json();
+        let fields = json.as_object_mut().unwrap();
+        for (name, value) in [
+            ("r", json!(4.0)),
+            ("lora_alpha", json!(8.0)),
+            ("lora_dropout", json!(0)),
+            ("layers_to_transform", json!([])),
+            ("modules_to_save", json!([])),
+            ("exclude_modules", json!([])),
+            ("megatron_config", json!({})),
+            ("layer_replication", json!([])),
+            ("rank_pattern", json!(null)),
+            ("bias", json!(null)),
+            ("use_rslora", json!(null)),
+            ("init_lora_weights", json!(null)),
+            ("from_the_future", json!(null)),
+        ] {
+            fields.insert(name.to_owned(), value);
+        }
+        let read = LoraConfig::from_json(Path::new("x"), json).unwrap();
+        assert_eq!(read, Loaded { value: expected, unknown_fields: vec![] });
+    }
+
+    #[test]
+    fn an_adapter_of_another_kind_is_refused_with_the_kinds_that_can_be_read() {
+        for (kind, expected) in [
+            (json!("LOHA"), "expected LORA, ADALORA, IA3, PREFIX_TUNING, PROMPT_TUNING or P_TUNING"),
+            (json!(null), "expected LORA, ADALORA, IA3, PREFIX_TUNING, PROMPT_TUNING or P_TUNING"),
+            (json!("IA3"), "expected LORA or ADALORA here"),
+        ] {
+            let mut json = LoraConfig::default().to_json();
+            json["peft_type"] = kind.clone();
+            let error = LoraConfig::from_json(Path::new("x"), json).unwrap_err().to_string();
+            let found = format!("found {}", kind.as_str().unwrap_or("nothing"));
+            assert!(error.contains(expected) && error.ends_with(&found), "{error}");
+        }
     }
 
     #[test]

@@ -44,13 +44,24 @@ impl Selection {
             None => true,
             Some(layers) => self.layer_index(path).is_some_and(|block| layers.contains(&block)),
         };
-        self.target.selects(path) && !excluded && !self.in_modules_to_save(path) && block()
+        self.target.selects(path) && !excluded && !self.is_saved_target(path) && block()
     }
 
-    /// Returns the names of `modules_to_save` that match the module at `path` or one that contains it.
+    /// Returns true if the token embedding at `path` gets low-rank matrices; `all-linear` does not select it.
+    pub fn selects_embedding(&self, path: &str) -> bool {
+        !matches!(self.target, Matcher::AllLinear) && self.selects(path)
+    }
+
+    /// Returns the names of `modules_to_save` that match the module at `path` or one that contains it. As in PEFT, a
+    /// name matches the end of a path, even inside a segment: `norm` is `input_layernorm` too.
     pub(crate) fn matching_modules_to_save<'a>(&'a self, path: &'a str) -> impl Iterator<Item = &'a String> {
-        let modules = || path.match_indices('.').map(|(at, _)| at).chain([path.len()]).map(|end| &path[..end]);
-        self.modules_to_save.iter().filter(move |name| modules().any(|module| matches_suffix(module, name)))
+        self.modules_to_save.iter().filter(move |name| modules(path).any(|module| module.ends_with(name.as_str())))
+    }
+
+    /// Returns true if a module of `modules_to_save` keeps the layer at `path` from getting an adapter. Here PEFT
+    /// compares whole segments.
+    fn is_saved_target(&self, path: &str) -> bool {
+        self.modules_to_save.iter().any(|name| modules(path).any(|module| matches_suffix(module, name)))
     }
 
     /// Returns true if the module at `path` is one of `modules_to_save` or inside one.
@@ -70,6 +81,11 @@ impl Selection {
         let found = |regex: &fancy_regex::Regex| regex.captures(path).ok()??.name("layer")?.as_str().parse().ok();
         self.layers_pattern.iter().find_map(found)
     }
+}
+
+/// Returns the paths of the module at `path` and of those that contain it.
+fn modules(path: &str) -> impl Iterator<Item = &str> {
+    path.match_indices('.').map(|(at, _)| at).chain([path.len()]).map(|end| &path[..end])
 }
 
 #[cfg(test)]

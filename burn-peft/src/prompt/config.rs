@@ -1,6 +1,10 @@
 //! PEFT's `adapter_config.json` for the prompt learning methods.
 
-use crate::{Error, Loaded, config_file::KnownFields, random};
+use crate::{
+    Error, Loaded,
+    config_file::{KnownFields, parse_fields},
+    random,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -97,6 +101,9 @@ pub struct PromptConfig {
     #[serde(default)]
     pub base_model_name_or_path: Option<String>,
 }
+
+/// The values of `peft_type` of the prompt learning methods.
+const PROMPT_TYPES: [&str; 3] = ["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"];
 
 /// PEFT's fields that make no difference for a trained adapter, and those that all methods share.
 const IGNORED: [&str; 18] = [
@@ -247,7 +254,7 @@ impl PromptConfig {
 
     /// Returns true if the content of `adapter_config.json` is that of a prompt learning method.
     pub fn is_prompt(value: &Value) -> bool {
-        matches!(value["peft_type"].as_str(), Some("PREFIX_TUNING" | "PROMPT_TUNING" | "P_TUNING"))
+        value["peft_type"].as_str().is_some_and(|kind| PROMPT_TYPES.contains(&kind))
     }
 
     /// Parses the content of `adapter_config.json`.
@@ -255,10 +262,7 @@ impl PromptConfig {
     /// # Errors
     /// If the adapter is not a prompt or uses a feature that is not supported.
     pub fn from_json(path: &Path, value: Value) -> Result<Loaded<Self>, Error> {
-        if !Self::is_prompt(&value) {
-            let found = value["peft_type"].as_str().unwrap_or("nothing").to_owned();
-            return Err(Error::format(path, "peft_type", "PREFIX_TUNING, PROMPT_TUNING or P_TUNING", found));
-        }
+        let value = parse_fields(path, value, &PROMPT_TYPES)?;
         let config: Self = serde_json::from_value(value.clone())
             .map_err(|e| Error::format(path, "adapter_config.json", "a prompt method's fields", e))?;
         config.check()?;

@@ -47,7 +47,7 @@ fn a_hot_swap_keeps_every_tensor_in_its_place() {
 
     for (directory, expected) in [
         (directory("wide"), "[4, 32], found [6, 32]"),
-        (directory("b"), "lora_A.weight is missing"),
+        (directory("b"), "have `mlp.down_proj` where `self_attn.q_proj` is expected"),
         (fixture("family/dora"), "lora_magnitude_vector"),
         (fixture("family/pissa"), "changes the base model"),
     ] {

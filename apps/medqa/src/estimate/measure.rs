@@ -146,7 +146,7 @@ fn run_two_steps<B: Kernels>(
 
 fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
     let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
-    let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
+    let loaded = model::load_recipe_base::<Autodiff<B>>(&recipe, recipe.model.dtype.unwrap_or_default(), device)?;
     let (model, _) = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
     let sizes = RunSizes {
         trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,

@@ -103,7 +103,7 @@ fn evaluate<B: Kernels>(args: &EvalArgs, device: &B::Device, rows: &[Row]) -> Re
     let (before, tokens) = (total.mean(), total.target_tokens);
     let several = args.model.adapter.len() > 1;
     let base = (several || args.model.adapter.is_empty()).then(|| run_task(&loaded, rows, args)).transpose()?;
-    model::add_adapters(&mut loaded.model, &args.model)?;
+    model::add_adapters(&mut loaded, &args.model)?;
     let mut found = Vec::new();
     for source in &args.model.adapter {
         burn_peft::adapter::activate(&mut loaded.model, &[&source.name])?;

@@ -1,6 +1,6 @@
 //! Validates a recipe: refuses values that cannot be run, by key.
 
-use std::fmt::Display;
+use std::{collections::BTreeSet, fmt::Display};
 
 use super::{
     AdapterTargets, DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OptimizerConfig,
@@ -121,6 +121,10 @@ fn adapter_targets(targets: &AdapterTargets, kind: MethodKind, found: &str) -> R
         let within_all = some.iter().all(|name| all.contains(name));
         ensure("method.feedforward_modules", within_all, "some of `method.target_modules`", format!("{some:?}"))?;
     }
+    let new = &targets.new_tokens;
+    ensure("method.new_tokens", new.is_empty() || kind.is_lora(), "`method.kind` to be lora, qlora or dora", found)?;
+    let distinct: BTreeSet<&String> = new.iter().filter(|token| !token.trim().is_empty()).collect();
+    ensure("method.new_tokens", distinct.len() == new.len(), "different tokens, and none empty", format!("{new:?}"))?;
     let blocks = targets.layers_pattern.is_none() || targets.layers_to_transform.is_some();
     ensure("method.layers_pattern", blocks, "`method.layers_to_transform` to be given too", "none")
 }

@@ -154,6 +154,10 @@ pub struct AdapterTargets {
     /// The modules of the model that are trained in full, such as `"lm_head"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub modules_to_save: Option<Vec<String>>,
+    /// Tokens to add to the tokenizer, such as `"<finding>"`. Their rows of the embedding start from the mean of the
+    /// others and are trained; they and the tokenizer are saved with the adapter.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub new_tokens: Vec<String>,
 }
 
 fn deserialize_indices<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<OneOrMany<usize>>, D::Error> {

@@ -10,7 +10,7 @@ use super::{
     trainer::{RunOutcome, Trainer},
     world::World,
 };
-use crate::{backend::with_backend, fetch, model, recipe::Recipe, template::TemplateOptions};
+use crate::{backend::with_backend, fetch, model, recipe::Recipe};
 use anyhow::Result;
 use burn::backend::Autodiff;
 use burn_llama::kernel::Kernels;
@@ -52,9 +52,7 @@ fn run_on<B: Kernels>(
         &recipe,
         &options.device,
     )?;
-    let mut loaded =
-        model::load_base::<Autodiff<B>>(&recipe.model.path, recipe.model.dtype.unwrap_or_default(), device)?;
-    loaded.tokenizer = TemplateOptions::from(&recipe).apply(loaded.tokenizer)?;
+    let mut loaded = model::load_recipe_base::<Autodiff<B>>(&recipe, recipe.model.dtype.unwrap_or_default(), device)?;
     loaded.model = model::with_compute(loaded.model, recipe.model.compute)?;
     let trainer = Trainer::<B>::new(recipe, options, loaded, communicator)?;
     learner::run_in_burn_train(trainer, options.display, interrupt_guard.interrupter())

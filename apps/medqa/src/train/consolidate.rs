@@ -9,7 +9,6 @@ use crate::{
     backend::{Device, with_backend},
     model,
     recipe::Recipe,
-    template::TemplateOptions,
     write::write_dir_atomically,
 };
 use anyhow::{Context, Result, bail};
@@ -65,9 +64,8 @@ fn find_checkpoint(folder: &Path) -> Result<(PathBuf, PathBuf)> {
 
 fn write<B: Kernels>(recipe: &Recipe, state: &Path, out: &Path, device: &B::Device) -> Result<()> {
     let dtype = recipe.model.dtype.unwrap_or_default();
-    let loaded = model::load_base::<Autodiff<B>>(&recipe.model.path, dtype, device)?;
+    let loaded = model::load_recipe_base::<Autodiff<B>>(recipe, dtype, device)?;
     let (model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, recipe)?;
     let model = burn_zero::restore_weights::<Autodiff<B>, _>(model, state)?;
-    let tokenizer = TemplateOptions::from(recipe).apply(loaded.tokenizer)?;
-    RunOutput::new(adapter, tokenizer).save(&model, out)
+    RunOutput::new(adapter, loaded.tokenizer).save(&model, out)
 }

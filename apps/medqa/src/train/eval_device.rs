@@ -34,7 +34,7 @@ pub fn open(recipe: &Recipe) -> Result<Option<Box<dyn Evaluator>>> {
 /// types. With nf4 they hold the dequantized values.
 fn load<B: Kernels>(recipe: &Recipe, device: &B::Device) -> Result<Llama<B>> {
     let storage = if recipe.model.dtype == Some(WeightDtype::Nf4) { Storage::Nf4 } else { DType::F32.into() };
-    let loaded = model::load_base::<B>(&recipe.model.path, storage, device)?;
+    let loaded = model::load_recipe_base::<B>(recipe, storage, device)?;
     Ok(setup::apply_method(loaded.model, &loaded.tokenizer, recipe)?.0.unpacked())
 }
 

@@ -8,18 +8,42 @@ use std::path::Path;
 
 /// The form of the result.
 pub enum RunOutput {
-    /// An adapter in PEFT's format, with the chat template and the stop ids that it was trained with. It needs no more of
-    /// the tokenizer, which is dropped once the rows are tokens.
-    Adapter(AttachedAdapter, ChatFiles),
+    /// An adapter in PEFT's format, with what it needs of the tokenizer.
+    Adapter(AttachedAdapter, TokenizerFiles),
     /// A Hugging Face model, with the tokenizer.
     Model(Box<Tokenizer>),
+}
+
+/// The tokenizer's files that are saved with an adapter.
+pub enum TokenizerFiles {
+    /// The chat template and the stop ids that it was trained with. The tokenizer itself is the model's, and is dropped
+    /// once the rows are tokens.
+    Chat(ChatFiles),
+    /// The whole tokenizer, for an adapter that has rows for single tokens.
+    Whole(Box<Tokenizer>),
+}
+
+impl TokenizerFiles {
+    fn of(adapter: &AttachedAdapter, tokenizer: Tokenizer) -> Self {
+        if adapter.has_tokens() { Self::Whole(Box::new(tokenizer)) } else { Self::Chat(tokenizer.chat_files()) }
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        match self {
+            Self::Chat(files) => Ok(files.save(folder)?),
+            Self::Whole(tokenizer) => Ok(tokenizer.save(folder)?),
+        }
+    }
 }
 
 impl RunOutput {
     /// Returns the form of the result of training `adapter`, or the model itself if there is none.
     pub fn new(adapter: Option<AttachedAdapter>, tokenizer: Tokenizer) -> Self {
         match adapter {
-            Some(adapter) => Self::Adapter(adapter, tokenizer.chat_files()),
+            Some(adapter) => {
+                let tokenizer = TokenizerFiles::of(&adapter, tokenizer);
+                Self::Adapter(adapter, tokenizer)
+            }
             None => Self::Model(Box::new(tokenizer)),
         }
     }
@@ -38,9 +62,9 @@ impl RunOutput {
     /// If a file cannot be written.
     pub fn save<B: Kernels>(&self, model: &Llama<Autodiff<B>>, folder: &Path) -> Result<()> {
         match self {
-            Self::Adapter(adapter, chat) => {
+            Self::Adapter(adapter, tokenizer) => {
                 adapter.save(model, folder)?;
-                Ok(chat.save(folder)?)
+                tokenizer.save(folder)
             }
             Self::Model(tokenizer) => {
                 checkpoint::save(model, folder)?;

@@ -35,7 +35,16 @@ pub fn apply_method<B: Kernels>(
     }
     let adapter = match choice.init.as_deref().map(Path::new).filter(|init| !init.is_file()) {
         Some(directory) => {
+            let rows = model.config().vocab_size;
             let adapter = method_adapter::load(&mut model, method_adapter::ADAPTER_NAME, directory)?;
+            if model.config().vocab_size != rows {
+                eprintln!(
+                    "warning: `method.init`: {}: the adapter brings an embedding with {} rows, the model has {rows}; the data \
+                     is encoded with the model's tokenizer",
+                    directory.display(),
+                    model.config().vocab_size
+                );
+            }
             let fits = match &adapter {
                 AttachedAdapter::Lora(config, _) if config.use_dora => choice.kind == MethodKind::Dora,
                 AttachedAdapter::Lora(..) => matches!(choice.kind, MethodKind::Lora | MethodKind::QLora),
@@ -45,6 +54,14 @@ pub fn apply_method<B: Kernels>(
             if !fits {
                 bail!(
                     "`method.init`: {}: expected an adapter of `method.kind`, found another kind",
+                    directory.display()
+                );
+            }
+            let known = tokenizer.vocab_size();
+            if let Some(last) = adapter.last_token().filter(|&last| last as usize >= known) {
+                bail!(
+                    "`method.init`: {}: the adapter has rows for tokens up to {last}, but the tokenizer has {known}: name \
+                     the tokens that were added for it, in their order, in `method.new_tokens`",
                     directory.display()
                 );
             }

@@ -90,6 +90,9 @@ impl FlexDecoder {
         if rows > MAX_ROWS {
             return None;
         }
+        if model.model.embed_tokens.is_adapted() {
+            return None;
+        }
         let table = model.model.embed_tokens.weight.matrix_ref();
         let head = match &model.lm_head {
             Some(head) => Projection::of(head)?,

@@ -1,7 +1,15 @@
 //! PEFT's adapter directory: `adapter_config.json` and `adapter_model.safetensors`.
 
+mod adalora;
+mod names;
+pub mod pytorch;
+
+pub(crate) use names::PREFIX;
+pub use names::align_names;
+
 use crate::{Error, Loaded, LoraConfig};
 use burn::tensor::{DType, TensorData};
+use pytorch::PytorchFile;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 use std::{
@@ -21,23 +29,36 @@ pub fn tensor_key(path: &str, part: &str) -> String {
     format!("base_model.model.{path}.{part}{end}")
 }
 
+/// Gives the tensors the known names from which theirs differ only at their start, all in the same way.
+pub(crate) fn align_tensors(
+    tensors: BTreeMap<String, TensorData>,
+    known: impl Iterator<Item = String>,
+) -> BTreeMap<String, TensorData> {
+    let mut aligned = names::align_names(tensors.keys(), &known.collect());
+    tensors.into_iter().map(|(name, data)| (aligned.remove(&name).unwrap_or(name), data)).collect()
+}
+
 /// Checks that `tensors` are exactly the expected ones, by key and shape.
 pub(crate) fn check_tensors(
     directory: &Path,
     expected: &[(String, Vec<usize>)],
     tensors: &BTreeMap<String, TensorData>,
 ) -> Result<(), Error> {
-    let mut problems = Vec::new();
+    let (mut missing, mut shapes) = (Vec::new(), Vec::new());
     for (key, shape) in expected {
         match tensors.get(key) {
             Some(tensor) if tensor.shape.as_slice() == shape => {}
-            Some(tensor) => problems.push(format!("{key}: expected {shape:?}, found {:?}", tensor.shape.as_slice())),
-            None => problems.push(format!("{key} is missing")),
+            Some(tensor) => shapes.push(format!("{key}: expected {shape:?}, found {:?}", tensor.shape.as_slice())),
+            None => missing.push(key.clone()),
         }
     }
     let known: BTreeSet<&String> = expected.iter().map(|(key, _)| key).collect();
-    let extra = tensors.keys().filter(|key| !known.contains(key));
-    problems.extend(extra.map(|key| format!("{key} belongs to no selected layer")));
+    let unexpected: Vec<String> = tensors.keys().filter(|key| !known.contains(key)).cloned().collect();
+    missing.sort();
+    let mut problems = names::describe_differences(&missing, &unexpected);
+    if !shapes.is_empty() {
+        problems.push(format!("{} tensors have another shape: {}", shapes.len(), names::examples(&shapes)));
+    }
     if problems.is_empty() {
         return Ok(());
     }
@@ -55,14 +76,20 @@ pub struct AdapterFiles {
     pub unknown_fields: Vec<String>,
 }
 
-/// Reads a LoRA adapter's directory. Tensors in f16 or bf16 are converted to f32.
+/// Reads the directory of a LoRA adapter, or of an AdaLoRA adapter, which becomes plain LoRA with the factors of its
+/// ranks in `A`. Tensors in f16 or bf16 are converted to f32.
 ///
 /// # Errors
 /// If a file is missing or malformed, or the adapter needs a feature that is not supported.
 pub fn read(directory: &Path) -> Result<AdapterFiles, Error> {
-    let config = LoraConfig::from_json(&directory.join(CONFIG_NAME), read_config(directory)?)?;
-    let Loaded { value: config, unknown_fields } = config;
-    Ok(AdapterFiles { config, tensors: read_tensors(directory)?, unknown_fields })
+    let json = read_config(directory)?;
+    let is_adalora = json["peft_type"] == "ADALORA";
+    let Loaded { value: mut config, unknown_fields } = LoraConfig::from_json(&directory.join(CONFIG_NAME), json)?;
+    let mut tensors = read_tensors(directory)?;
+    if is_adalora {
+        tensors = adalora::fold(directory, &mut config, tensors)?;
+    }
+    Ok(AdapterFiles { config, tensors, unknown_fields })
 }
 
 /// Reads an adapter directory's `adapter_config.json`.
@@ -75,22 +102,33 @@ pub fn read_config(directory: &Path) -> Result<Value, Error> {
     serde_json::from_slice(&text).map_err(|e| Error::format(&path, "content", "JSON", e))
 }
 
-/// Reads an adapter directory's tensors, by key; those in f16 or bf16 are converted to f32.
+/// Reads an adapter directory's tensors in f32, by PEFT's names: segments that `torch.compile` or FSDP inserted and the
+/// adapter's name are left out, and the prefix `base_model.model.` stands exactly once.
 ///
 /// # Errors
-/// If the file is missing or malformed.
+/// If the file is missing or malformed, or contains one tensor twice.
 pub fn read_tensors(directory: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
-    let (path, old) = (directory.join(SAFETENSORS_WEIGHTS_NAME), directory.join(WEIGHTS_NAME));
+    let (mut path, old) = (directory.join(SAFETENSORS_WEIGHTS_NAME), directory.join(WEIGHTS_NAME));
     if !path.exists() && old.exists() {
-        let expected = "adapter_model.safetensors, to which PEFT converts it: \
-            PeftModel.from_pretrained(model, directory).save_pretrained(directory)";
-        return Err(Error::format(&old, "content", expected, "a PyTorch pickle"));
+        path = old;
     }
-    read_file(&path)
+    let mut tensors = BTreeMap::new();
+    for (name, data) in read_file(&path)? {
+        let key = names::peft_name(&name);
+        if tensors.insert(key.clone(), data).is_some() {
+            let expected = "one adapter, whose tensors stand in the file once";
+            return Err(Error::format(&path, &key, expected, format!("several, one of which is {name}")));
+        }
+    }
+    Ok(tensors)
 }
 
-/// Reads the tensors of a safetensors file in f32, like [`read_tensors`].
+/// Reads the tensors of a safetensors file, or of a `.bin` file of PyTorch, in f32.
 pub(crate) fn read_file(path: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
+    if path.extension().is_some_and(|extension| extension == "bin") {
+        let file = PytorchFile::open(path)?;
+        return file.shapes().map(|(name, _)| Ok((name.clone(), file.read(name, DType::F32)?))).collect();
+    }
     let bytes = fs::read(path).map_err(|e| Error::io(path, e))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| Error::format(path, "header", "safetensors", e))?;
     let mut tensors = BTreeMap::new();
