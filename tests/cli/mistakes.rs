@@ -19,7 +19,10 @@ fn models_that_cannot_be_read_are_refused() {
         ("arch", &["arch/config.json", "model_type", "expected llama", "found gpt2"]),
         ("field", &["field/config.json", "num_attention_heads", "expected a positive integer", "found \"two\""]),
         ("cut", &["cut/model.safetensors", "expected a complete safetensors file", "found"]),
-        ("shape", &["shape", "model.norm.weight", "expected [16]", "found [20]"]),
+        (
+            "shape",
+            &["shape", "model.embed_tokens.weight", "expected [376, 16]", "found [376, 20]", "more of another shape"],
+        ),
         ("lacking", &["lacking", "missing: model.embed_tokens.weight"]),
         ("template", &["template/tokenizer_config.json", "chat_template", "found"]),
         ("jinja", &["jinja/chat_template.jinja", "chat_template", "found"]),
