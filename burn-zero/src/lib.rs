@@ -47,6 +47,7 @@
 //! ```
 #![deny(missing_docs)]
 
+mod backend;
 mod bucket;
 pub mod comm;
 mod compute_lock;

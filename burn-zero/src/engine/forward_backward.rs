@@ -268,9 +268,9 @@ impl<B: AutodiffBackend> OptimizerInBackward<'_, B> {
         let ShardContext { layout, device, .. } = self.updates.context;
         while self.ready.len() > max_waiting {
             let Some((index, flags)) = self.ready.pop_front() else { return Ok(()) };
-            let device = self.updates.states.host.is_none().then_some(device);
-            let gradients = self.reducer.take_bucket(layout, index, device)?;
-            add_gradient_squares(&mut self.squared_norm, &gradients);
+            let gradient_device = self.updates.states.host.is_none().then_some(device);
+            let gradients = self.reducer.take_bucket(layout, index, gradient_device)?;
+            add_gradient_squares(&mut self.squared_norm, &gradients, device);
             let flags = flags.wait()?;
             let slot = |parameter| layout.buckets[index].parameters().position(|other| other == parameter);
             let present = |parameter| slot(parameter).is_some_and(|slot| flags.iter().any(|flags| flags[slot] != 0));
