@@ -41,6 +41,15 @@ pub struct StepReport {
     pub skipped: bool,
 }
 
+/// The outcome of the last micro-batch of a step and of the step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainStepOutput {
+    /// The loss of the micro-batch on this rank, as [`Engine::forward_backward`] returns it.
+    pub loss: f64,
+    /// The report of the optimizer step.
+    pub report: StepReport,
+}
+
 /// One rank that trains a model; [`EngineConfig::init`] creates it. [`Engine::train_step`] takes an optimizer step of
 /// one micro-batch. A step of several micro-batches is a call of [`Engine::forward_backward`] for each and then
 /// [`Engine::step`]; or call [`Engine::forward_backward_step`] for the last micro-batch, which needs less memory if

@@ -3,7 +3,7 @@
 use crate::{
     args::DeviceArgs,
     recipe::{LoadedRecipe, MethodKind, Recipe, RecipeText},
-    train::{TrainOptions, World, launched_by_mpirun, run, world_size_and_rank},
+    train::{RankInfo, TrainOptions, World, launched_by_mpirun, run},
 };
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
@@ -153,10 +153,10 @@ impl TrainArgs {
 /// # Errors
 /// If the recipe is invalid, the run directory holds another run, or the run fails.
 pub fn train(args: TrainArgs) -> Result<()> {
-    let (ranks, rank) = world_size_and_rank();
+    let RankInfo { rank, world_size } = RankInfo::from_env();
     let sets: Vec<String> = args.sets.iter().cloned().chain(args.files.overrides()).collect();
     let (text, run_name) = args.recipe_text()?;
-    let LoadedRecipe { recipe, notes } = Recipe::load(&text, &sets, ranks)?;
+    let LoadedRecipe { recipe, notes } = Recipe::load(&text, &sets, world_size)?;
     if rank == 0 {
         notes.iter().for_each(|note| eprintln!("note: {note}"));
     }

@@ -1,7 +1,7 @@
 //! The collectives, for any communicator.
 
 use super::{
-    CommVolume, Communicator, Element, Operation,
+    CommVolume, Communicator, Element, Message, Operation,
     element::{add_message, add_values},
 };
 use crate::{CommError, Error};
@@ -95,9 +95,9 @@ pub trait Collectives: Communicator {
     /// Sends `buffer` to rank `to`, which must call [`Collectives::recv`].
     fn send<T: Element>(&mut self, buffer: &[T], to: usize) -> Result<(), Error> {
         check_peer(self, to)?;
-        let message = encode(buffer);
-        let sent = CommVolume { elements: buffer.len() as u64, bytes: message.len() as u64 };
-        self.exchange(Operation::Send, vec![(to, message)], &[])?;
+        let bytes = encode(buffer);
+        let sent = CommVolume { elements: buffer.len() as u64, bytes: bytes.len() as u64 };
+        self.exchange(Operation::Send, vec![Message { to, bytes }], &[])?;
         self.record_sent(Operation::Send, sent);
         Ok(())
     }
@@ -211,7 +211,7 @@ fn reduce_scatter_parts<C: Communicator + ?Sized, T: Element>(
     }
     for portion in message_ranges(input.len().div_ceil(world), T::SIZE) {
         let values = |rank: usize| &input[subrange(&part(rank), &portion)];
-        let outgoing: Vec<_> = peers.iter().map(|&to| (to, encode(values(to)))).collect();
+        let outgoing: Vec<_> = peers.iter().map(|&to| Message { to, bytes: encode(values(to)) }).collect();
         let sent = sent_volume(&outgoing, T::SIZE);
         let mut messages = group.exchange(operation, outgoing, &peers)?.into_iter();
         group.record_sent(operation, sent);
@@ -230,8 +230,8 @@ fn reduce_scatter_parts<C: Communicator + ?Sized, T: Element>(
     Ok(())
 }
 
-fn sent_volume(outgoing: &[(usize, Vec<u8>)], size: usize) -> CommVolume {
-    let bytes: u64 = outgoing.iter().map(|(_, message)| message.len() as u64).sum();
+fn sent_volume(outgoing: &[Message], size: usize) -> CommVolume {
+    let bytes: u64 = outgoing.iter().map(|message| message.bytes.len() as u64).sum();
     CommVolume { elements: bytes / size as u64, bytes }
 }
 
@@ -253,7 +253,8 @@ fn send_to_peers<C: Communicator + ?Sized>(
     values: RawValues<'_>,
     incoming: &[usize],
 ) -> Result<Vec<Vec<u8>>, Error> {
-    let outgoing: Vec<_> = peers(group).into_iter().map(|to| (to, copy_to_message(values.bytes))).collect();
+    let message = |to| Message { to, bytes: copy_to_message(values.bytes) };
+    let outgoing: Vec<_> = peers(group).into_iter().map(message).collect();
     let sent = sent_volume(&outgoing, values.value_size);
     let messages = group.exchange(operation, outgoing, incoming)?;
     group.record_sent(operation, sent);
@@ -266,7 +267,7 @@ fn exchange_objects<C: Communicator + ?Sized>(
     object: &[u8],
 ) -> Result<Vec<Vec<u8>>, Error> {
     let peers = peers(group);
-    let outgoing: Vec<_> = peers.iter().map(|&to| (to, object.to_vec())).collect();
+    let outgoing: Vec<_> = peers.iter().map(|&to| Message { to, bytes: object.to_vec() }).collect();
     let bytes = (object.len() * outgoing.len()) as u64;
     let mut messages = group.exchange(operation, outgoing, &peers)?;
     // Control data has no element type: it is counted in units of four bytes.

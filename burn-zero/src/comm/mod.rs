@@ -72,6 +72,15 @@ impl Operation {
     }
 }
 
+/// The bytes that one rank sends to another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// The rank that receives the message.
+    pub to: usize,
+    /// The content.
+    pub bytes: Vec<u8>,
+}
+
 /// A group of ranks that call the same collectives in the same order. The collectives themselves are the methods of
 /// [`Collectives`], which every communicator has.
 pub trait Communicator: Send {
@@ -90,7 +99,7 @@ pub trait Communicator: Send {
     fn exchange(
         &mut self,
         operation: Operation,
-        outgoing: Vec<(usize, Vec<u8>)>,
+        outgoing: Vec<Message>,
         incoming: &[usize],
     ) -> Result<Vec<Vec<u8>>, Error>;
 

@@ -1,6 +1,6 @@
 //! A group of ranks that are connected by a transport.
 
-use super::{CommVolume, Communicator, ComputeLock, Operation, Traffic, collective::peers};
+use super::{CommVolume, Communicator, ComputeLock, Message, Operation, Traffic, collective::peers};
 use crate::{CommError, Error};
 use std::{
     sync::{
@@ -27,7 +27,7 @@ pub(super) trait Transport: Send + Sync {
 /// The messages that one rank sends in one exchange, and the ranks from which it expects one.
 #[derive(Debug)]
 pub(super) struct Messages {
-    pub outgoing: Vec<(usize, Vec<u8>)>,
+    pub outgoing: Vec<Message>,
     pub incoming: Vec<usize>,
 }
 
@@ -88,18 +88,18 @@ impl Communicator for ProcessGroup {
     fn exchange(
         &mut self,
         operation: Operation,
-        outgoing: Vec<(usize, Vec<u8>)>,
+        outgoing: Vec<Message>,
         incoming: &[usize],
     ) -> Result<Vec<Vec<u8>>, Error> {
         let global = |rank: usize| {
             let world = self.members.len();
             self.members.get(rank).copied().ok_or(CommError::UnknownRank { operation: operation.name(), rank, world })
         };
-        let sealed = outgoing.into_iter().map(|(to, mut message)| {
-            message.push(operation as u8);
-            Ok((global(to)?, message))
+        let tagged = outgoing.into_iter().map(|Message { to, mut bytes }| {
+            bytes.push(operation as u8);
+            Ok(Message { to: global(to)?, bytes })
         });
-        let outgoing = sealed.collect::<Result<_, Error>>()?;
+        let outgoing = tagged.collect::<Result<_, Error>>()?;
         let incoming = incoming.iter().map(|&from| global(from)).collect::<Result<Vec<_>, _>>()?;
         let messages = Messages { outgoing, incoming: incoming.clone() };
         let mut received = self
@@ -118,7 +118,7 @@ impl Communicator for ProcessGroup {
         let object = [color as u64, key as u64, u64::from(self.next_tag.load(Ordering::SeqCst))];
         let bytes: Vec<u8> = object.iter().flat_map(|number| number.to_le_bytes()).collect();
         let peers = peers(self);
-        let outgoing = peers.iter().map(|&to| (to, bytes.clone())).collect();
+        let outgoing = peers.iter().map(|&to| Message { to, bytes: bytes.clone() }).collect();
         let mut objects = self.exchange(Operation::Split, outgoing, &peers)?;
         objects.insert(self.rank, bytes);
         let number = |note: &[u8], i: usize| {

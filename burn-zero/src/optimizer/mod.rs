@@ -15,7 +15,7 @@ mod sgd;
 pub(crate) use adamw::AdamVariant;
 pub use adamw::{AdamW, Moments};
 pub(crate) use eight_bit::{EightBitMoments, MIN_8BIT_SIZE};
-pub use group::{ParamGroup, ParamGroups, no_decay};
+pub use group::{NamedLrScale, ParamGroup, ParamGroups, no_decay};
 pub use kind::OptimizerKind;
 pub use lamb::Lamb;
 pub use lion::Lion;

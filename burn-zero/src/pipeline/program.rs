@@ -26,9 +26,9 @@ impl PipelineSchedule {
         for slot in 0..self.rows()[0].len() {
             let actions = (0..shape.ranks()).filter_map(|rank| Some((rank, self.rows()[rank][slot]?)));
             let mut messages = Vec::new();
-            for (rank, work) in actions {
-                ranks[rank].push(Instruction::Compute(work));
-                messages.extend(stage_message(shape, rank, work));
+            for (rank, action) in actions {
+                ranks[rank].push(Instruction::Compute(action));
+                messages.extend(stage_message(shape, rank, action));
             }
             messages.sort_by_key(|message| message.key);
             for StageMessage { output, input, from, to, .. } in messages {
@@ -55,7 +55,7 @@ impl Program {
 /// Returns the position of every pass in a list, with the number of live activations while it runs.
 pub(super) fn live_activations(list: &[Instruction]) -> impl Iterator<Item = (usize, usize)> {
     let actions = list.iter().enumerate().filter_map(|(position, instruction)| match instruction {
-        Instruction::Compute(work) => Some((position, work.computation)),
+        Instruction::Compute(action) => Some((position, action.computation)),
         _ => None,
     });
     actions.scan(0, |live: &mut usize, (position, pass)| {
@@ -87,7 +87,7 @@ fn delay_receives(list: Vec<Instruction>) -> Vec<Instruction> {
     let (mut waiting, mut later): (Vec<RankAction>, Vec<_>) = Default::default();
     for instruction in list {
         match instruction {
-            Instruction::Recv { action: work, from } => waiting.push(RankAction { rank: from, action: work }),
+            Instruction::Recv { action, from } => waiting.push(RankAction { rank: from, action }),
             Instruction::Compute(needed) => {
                 if let Some(last) = waiting.iter().position(|message| message.action == needed) {
                     let from = waiting[last].rank;

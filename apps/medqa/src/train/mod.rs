@@ -37,4 +37,4 @@ pub use memory::{RunSizes, peak_rss_bytes, rss_anon_bytes};
 pub use options::TrainOptions;
 pub use setup::{apply_method, engine_config};
 pub use summary::Summary;
-pub use world::{World, launched_by_mpirun, world_size_and_rank};
+pub use world::{RankInfo, World, launched_by_mpirun};

@@ -17,8 +17,8 @@ fn position(list: &[Instruction], wanted: Instruction) -> usize {
     list.iter().position(|&instruction| instruction == wanted).unwrap()
 }
 
-fn compute(work: Action) -> Instruction {
-    Instruction::Compute(work)
+fn compute(action: Action) -> Instruction {
+    Instruction::Compute(action)
 }
 
 #[test]

@@ -85,7 +85,7 @@ fn the_live_activations_are_those_of_the_formulas() {
 fn the_bubble_is_that_of_the_formula() {
     for (kind, schedule) in schedules() {
         let layout = schedule.shape();
-        let idle = schedule.rows().iter().flatten().filter(|work| work.is_none()).count();
+        let idle = schedule.rows().iter().flatten().filter(|action| action.is_none()).count();
         assert_eq!(idle, 2 * (layout.ranks() - 1) * layout.ranks(), "{kind:?} {layout:?}");
         for (transport, backward) in TRANSPORTS.into_iter().flat_map(|t| [(t, 1.0), (t, 2.0)]) {
             let costs = Costs { send_mode: transport, ..Costs::uniform(layout, 1.0, backward) };
