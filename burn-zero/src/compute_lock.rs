@@ -57,7 +57,7 @@ impl ComputeLock {
     }
 
     /// Runs `work` with the lock held.
-    pub fn locked<R>(&self, work: impl FnOnce() -> R) -> R {
+    pub(crate) fn locked<R>(&self, work: impl FnOnce() -> R) -> R {
         let Some(lock) = &self.0 else { return work() };
         lock.acquire();
         let _guard = OnDrop(|| lock.release());
@@ -65,7 +65,7 @@ impl ComputeLock {
     }
 
     /// Runs `wait` with the lock released, so that other ranks can compute. Without the lock it just runs `wait`.
-    pub fn unlocked<R>(&self, wait: impl FnOnce() -> R) -> R {
+    pub(crate) fn unlocked<R>(&self, wait: impl FnOnce() -> R) -> R {
         let Some(lock) = self.0.as_ref().filter(|lock| lock.is_held_by_this_thread()) else { return wait() };
         lock.release();
         let _guard = OnDrop(|| lock.acquire());

@@ -73,8 +73,8 @@ impl ExactSum {
         }
         let mut carried = self.clone();
         carried.carry();
-        let weigh = |(i, &limb): (usize, &u64)| limb as f64 * f64::from(MIN_EXPONENT + 32 * i as i32).exp2();
-        carried.limbs.iter().enumerate().rev().map(weigh).sum()
+        let weighted = |(i, &limb): (usize, &u64)| limb as f64 * f64::from(MIN_EXPONENT + 32 * i as i32).exp2();
+        carried.limbs.iter().enumerate().rev().map(weighted).sum()
     }
 
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -103,12 +103,12 @@ pub(crate) fn add_squares<B: Backend>(sum: &mut ExactSum, values: &DynTensor<B>)
         let squares = rows.clone().mul(rows).sum_dim(1);
         squares.into_data().iter::<f32>().for_each(|square| sum.add(square));
     };
-    let whole = n - n % ALIGN;
-    for from in (0..whole).step_by(MAX_SQUARES) {
-        add(from, [MAX_SQUARES.min(whole - from) / ALIGN, ALIGN]);
+    let full_blocks = n - n % ALIGN;
+    for from in (0..full_blocks).step_by(MAX_SQUARES) {
+        add(from, [MAX_SQUARES.min(full_blocks - from) / ALIGN, ALIGN]);
     }
-    if whole < n {
-        add(whole, [1, n - whole]);
+    if full_blocks < n {
+        add(full_blocks, [1, n - full_blocks]);
     }
 }
 

@@ -21,12 +21,9 @@ mod solo;
 pub mod threads;
 mod traffic;
 
-pub use crate::{
-    compute_lock::ComputeLock,
-    trace::{Lane, Trace},
-    worker::Pending,
-};
-pub use async_communicator::AsyncCommunicator;
+pub use crate::{compute_lock::ComputeLock, trace::Trace};
+pub(crate) use crate::{trace::Lane, worker::Pending};
+pub(crate) use async_communicator::AsyncCommunicator;
 pub use collective::Collectives;
 pub use element::Element;
 pub use process_group::ProcessGroup;

@@ -20,17 +20,17 @@ const STACK_BYTES: usize = 16 << 20;
 /// # Panics
 /// If a rank panics.
 pub fn run<R: Send>(world: usize, rank: impl Fn(ProcessGroup) -> R + Sync) -> Vec<R> {
-    let hub = Arc::new(ThreadWorld {
+    let shared = Arc::new(ThreadWorld {
         mailboxes: Mutex::default(),
         changed: Condvar::new(),
         compute_lock: ComputeLock::shared(),
     });
     thread::scope(|scope| {
         let spawn = |number| {
-            let (rank, member) = (&rank, ThreadTransport { world: hub.clone(), rank: number });
+            let (rank, transport) = (&rank, ThreadTransport { world: shared.clone(), rank: number });
             let work = move || {
-                let compute_lock = member.world.compute_lock.clone();
-                let group = ProcessGroup::world_group(Arc::new(member), number, world);
+                let compute_lock = transport.world.compute_lock.clone();
+                let group = ProcessGroup::world_group(Arc::new(transport), number, world);
                 compute_lock.locked(|| rank(group))
             };
             thread::Builder::new().stack_size(STACK_BYTES).name(format!("rank {number}")).spawn_scoped(scope, work)

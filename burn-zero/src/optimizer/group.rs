@@ -2,11 +2,11 @@
 
 /// The settings of a parameter group.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ParamGroup {
+pub(crate) struct ParamGroup {
     /// The factor applied to the learning rate of the schedule.
-    pub lr_scale: f64,
+    pub(crate) lr_scale: f64,
     /// The weight decay.
-    pub weight_decay: f64,
+    pub(crate) weight_decay: f64,
 }
 
 /// A learning-rate factor of the parameters with a name.
@@ -38,7 +38,7 @@ impl ParamGroups {
     }
 
     /// Returns the group of a parameter with this path and number of dimensions; `weight_decay` applies to matrices.
-    pub fn group_of(&self, path: &str, num_dims: usize, weight_decay: f64) -> ParamGroup {
+    pub(crate) fn group_of(&self, path: &str, num_dims: usize, weight_decay: f64) -> ParamGroup {
         let named = |rule: &&NamedLrScale| path.split('.').any(|part| part.eq_ignore_ascii_case(&rule.name));
         let lr_scale = self.lr_scales.iter().find(named).map(|rule| rule.lr_scale);
         let vector_scale = self.vector_lr_scale.filter(|_| num_dims <= 1);

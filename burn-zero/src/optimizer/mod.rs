@@ -15,7 +15,7 @@ mod sgd;
 pub(crate) use adamw::AdamVariant;
 pub use adamw::{AdamW, Moments};
 pub(crate) use eight_bit::{EightBitMoments, MIN_8BIT_SIZE};
-pub use group::{NamedLrScale, ParamGroup, ParamGroups, no_decay};
+pub use group::{NamedLrScale, ParamGroups, no_decay};
 pub use kind::OptimizerKind;
 pub use lamb::Lamb;
 pub use lion::Lion;
@@ -102,7 +102,7 @@ impl Optimizer {
     }
 
     /// Returns the names of the state tensors of a parameter, as torch calls them.
-    pub fn slot_names(&self) -> &'static [&'static str] {
+    pub(crate) fn slot_names(&self) -> &'static [&'static str] {
         match self {
             Self::AdamW(_) | Self::Adam(_) | Self::AdamW8bit(_) | Self::Lamb(_) => &["exp_avg", "exp_avg_sq"],
             Self::Lion(_) => &["exp_avg"],

@@ -23,8 +23,8 @@ impl PipelineSchedule {
     /// slots; then every action runs as early as the order of its row allows.
     ///
     /// # Errors
-    /// If a cell is not the action of a full forward or backward pass or names a stage of another rank, or if the rows
-    /// are not a schedule, see [`PipelineSchedule::from_rows`].
+    /// If a cell is not the action of a full forward or backward pass or names a stage of another rank, or if an action
+    /// is missing, appears twice or is part of a cycle of dependencies.
     pub fn from_csv(text: &str) -> Result<Self, PipelineError> {
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
         let mut cells = Vec::new();

@@ -48,20 +48,20 @@ impl Program {
     /// Returns the largest number of live activations of each rank, counted in chunks of one micro-batch. Activations
     /// live from the forward pass to the end of its backward pass.
     pub fn peak_live_activations(&self) -> Vec<usize> {
-        self.ranks.iter().map(|list| live_activations(list).map(|(_, live)| live).max().unwrap_or(0)).collect()
+        self.ranks.iter().map(|list| live_activations(list).max().unwrap_or(0)).collect()
     }
 }
 
-/// Returns the position of every pass in a list, with the number of live activations while it runs.
-pub(super) fn live_activations(list: &[Instruction]) -> impl Iterator<Item = (usize, usize)> {
-    let actions = list.iter().enumerate().filter_map(|(position, instruction)| match instruction {
-        Instruction::Compute(action) => Some((position, action.computation)),
+/// Returns the number of live activations during each pass of a list.
+fn live_activations(list: &[Instruction]) -> impl Iterator<Item = usize> {
+    let passes = list.iter().filter_map(|instruction| match instruction {
+        Instruction::Compute(action) => Some(action.computation),
         _ => None,
     });
-    actions.scan(0, |live: &mut usize, (position, pass)| {
+    passes.scan(0, |live: &mut usize, pass| {
         let during = if pass == ComputationType::Forward { *live + 1 } else { *live };
         *live = if pass == ComputationType::Forward { during } else { during.saturating_sub(1) };
-        Some((position, during))
+        Some(during)
     })
 }
 

@@ -35,7 +35,7 @@ impl PipelineSchedule {
     ///
     /// # Errors
     /// As [`PipelineSchedule::from_orders`]; positions count the actions of a rank without idle slots.
-    pub fn from_rows(shape: PipelineShape, mut rows: Vec<Vec<Option<Action>>>) -> Result<Self, PipelineError> {
+    pub(super) fn from_rows(shape: PipelineShape, mut rows: Vec<Vec<Option<Action>>>) -> Result<Self, PipelineError> {
         let timed = Self::from_orders(shape, rows.iter().map(|row| row.iter().flatten().copied().collect()).collect())?;
         let slots = rows.iter().map(|row| row.iter().rposition(Option::is_some).map_or(0, |last| last + 1)).max();
         rows.iter_mut().for_each(|row| row.resize(slots.unwrap_or(0), None));
@@ -47,7 +47,7 @@ impl PipelineSchedule {
     ///
     /// # Errors
     /// If an action is missing, appears twice, does not exist in this shape, or is part of a cycle of dependencies.
-    pub fn from_orders(shape: PipelineShape, orders: Vec<Vec<Action>>) -> Result<Self, PipelineError> {
+    fn from_orders(shape: PipelineShape, orders: Vec<Vec<Action>>) -> Result<Self, PipelineError> {
         if orders.len() != shape.ranks() {
             let (expected, found) = (format!("{} rows", shape.ranks()), orders.len().to_string());
             return Err(PipelineError::Setting { field: "ranks", expected, found });

@@ -1,6 +1,5 @@
 //! Validation of a program: it runs every action once, in an order that respects all dependencies, without deadlock.
 
-use super::program::live_activations;
 use super::{Action, ComputationType, Costs, Instruction, PipelineError, PipelineShape, Program, RankAction, SendMode};
 use std::collections::HashSet;
 use std::mem::discriminant;
@@ -26,19 +25,6 @@ impl Program {
             }
         }
         self.simulate(&Costs { send_mode, ..Costs::uniform(self.shape, 1.0, 1.0) }).map(drop)
-    }
-
-    /// Checks that rank `r` never has more than `limits[r]` live activations, counted in chunks of one micro-batch.
-    ///
-    /// # Errors
-    /// The first forward pass that exceeds the limit.
-    pub fn check_live_activations(&self, limits: &[usize]) -> Result<(), PipelineError> {
-        for (rank, (list, &expected)) in self.ranks.iter().zip(limits).enumerate() {
-            if let Some((position, found)) = live_activations(list).find(|&(_, live)| live > expected) {
-                return Err(PipelineError::LiveActivations { rank, position, expected, found });
-            }
-        }
-        Ok(())
     }
 
     fn check_messages(&self, from: usize, to: usize) -> Result<(), PipelineError> {

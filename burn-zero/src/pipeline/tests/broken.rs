@@ -121,12 +121,6 @@ fn a_deadlock_is_named_and_depends_on_the_transport() {
 }
 
 #[test]
-fn too_many_live_activations_are_named() {
-    let message = program(PipelineKind::GPipe, 2, 1, 4).check_live_activations(&[4, 2]).unwrap_err().to_string();
-    assert_eq!(message, "rank 1, position 5: expected at most 2 live activations, found 3");
-}
-
-#[test]
 fn orders_that_are_no_schedule_are_named() {
     let refused = |text: &str| PipelineSchedule::from_csv(text).unwrap_err().to_string();
     assert_eq!(

@@ -64,19 +64,18 @@ fn every_schedule_is_valid_even_if_every_message_blocks() {
 fn the_live_activations_are_those_of_the_formulas() {
     for (kind, schedule) in schedules() {
         let layout = schedule.shape();
-        let bounds: Vec<_> = (0..layout.ranks()).map(|rank| kind.max_live_activations(layout, rank)).collect();
-        for (rank, &bound) in bounds.iter().enumerate() {
+        let formula = |rank: usize| {
             let (behind, chunks) = (layout.ranks() - 1 - rank, layout.chunks());
-            let formula = match (kind, chunks) {
+            let live = match (kind, chunks) {
                 (PipelineKind::GPipe, _) => usize::MAX,
                 (PipelineKind::Interleaved1F1B, 2..) => 2 * behind + (chunks - 1) * layout.ranks() + 1,
                 _ => behind + 1,
             };
-            assert_eq!(bound, formula.min(chunks * layout.micro_batches()), "{kind:?} {layout:?}");
-        }
+            live.min(chunks * layout.micro_batches())
+        };
+        let expected: Vec<_> = (0..layout.ranks()).map(formula).collect();
         for program in TRANSPORTS.map(|transport| schedule.program(transport)) {
-            assert_eq!(program.peak_live_activations(), bounds, "{kind:?} {layout:?}");
-            assert_eq!(program.check_live_activations(&bounds), Ok(()));
+            assert_eq!(program.peak_live_activations(), expected, "{kind:?} {layout:?}");
         }
     }
 }
