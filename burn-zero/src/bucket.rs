@@ -54,15 +54,15 @@ pub(crate) fn unpack_parameters<B: Backend>(
     let size = bucket.dtype.size();
     if let &[ParamOffset { parameter, .. }] = bucket.param_offsets.as_slice() {
         // Reuse the received buffer: the only parameter of a bucket may be the largest tensor of the model.
-        let known = &layout.parameters[parameter];
-        bytes.truncate(known.elements() * size);
-        let data = TensorData::from_bytes_vec(bytes, known.dims.clone(), bucket.dtype);
-        return vec![(known.id, DynTensor::from_primitive(B::float_from_data(data, device)))];
+        let info = &layout.parameters[parameter];
+        bytes.truncate(info.elements() * size);
+        let data = TensorData::from_bytes_vec(bytes, info.dims.clone(), bucket.dtype);
+        return vec![(info.id, DynTensor::from_primitive(B::float_from_data(data, device)))];
     }
     let unpack = |&ParamOffset { parameter, offset }: &ParamOffset| {
-        let known = &layout.parameters[parameter];
-        let bytes = &bytes[offset * size..][..known.elements() * size];
-        (known.id, tensor_from_bytes(bytes, &known.dims, bucket.dtype, device))
+        let info = &layout.parameters[parameter];
+        let bytes = &bytes[offset * size..][..info.elements() * size];
+        (info.id, tensor_from_bytes(bytes, &info.dims, bucket.dtype, device))
     };
     bucket.param_offsets.iter().map(unpack).collect()
 }

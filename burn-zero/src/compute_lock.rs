@@ -13,31 +13,31 @@ pub struct ComputeLock(Option<Arc<LockState>>);
 
 #[derive(Debug, Default)]
 struct LockState {
-    held: Mutex<bool>,
+    locked: Mutex<bool>,
     released: Condvar,
 }
 
 thread_local! {
     /// The locks that this thread holds.
-    static HELD: RefCell<Vec<Arc<LockState>>> = const { RefCell::new(Vec::new()) };
+    static HELD_LOCKS: RefCell<Vec<Arc<LockState>>> = const { RefCell::new(Vec::new()) };
 }
 
 impl LockState {
     fn acquire(self: &Arc<Self>) {
-        let taken = self.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut taken = self.released.wait_while(taken, |taken| *taken).unwrap_or_else(PoisonError::into_inner);
-        *taken = true;
-        HELD.with_borrow_mut(|inside| inside.push(self.clone()));
+        let locked = self.locked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut locked = self.released.wait_while(locked, |locked| *locked).unwrap_or_else(PoisonError::into_inner);
+        *locked = true;
+        HELD_LOCKS.with_borrow_mut(|locks| locks.push(self.clone()));
     }
 
     fn release(self: &Arc<Self>) {
-        HELD.with_borrow_mut(|inside| inside.retain(|gate| !Arc::ptr_eq(gate, self)));
-        *self.held.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        HELD_LOCKS.with_borrow_mut(|locks| locks.retain(|lock| !Arc::ptr_eq(lock, self)));
+        *self.locked.lock().unwrap_or_else(PoisonError::into_inner) = false;
         self.released.notify_one();
     }
 
-    fn is_held_here(self: &Arc<Self>) -> bool {
-        HELD.with_borrow(|inside| inside.iter().any(|gate| Arc::ptr_eq(gate, self)))
+    fn is_held_by_this_thread(self: &Arc<Self>) -> bool {
+        HELD_LOCKS.with_borrow(|locks| locks.iter().any(|lock| Arc::ptr_eq(lock, self)))
     }
 }
 
@@ -57,18 +57,18 @@ impl ComputeLock {
     }
 
     /// Runs `work` with the lock held.
-    pub fn locked<R>(&self, work: impl FnOnce() -> R) -> R {
-        let Some(gate) = &self.0 else { return work() };
-        gate.acquire();
-        let _undo = OnDrop(|| gate.release());
+    pub(crate) fn locked<R>(&self, work: impl FnOnce() -> R) -> R {
+        let Some(lock) = &self.0 else { return work() };
+        lock.acquire();
+        let _guard = OnDrop(|| lock.release());
         work()
     }
 
     /// Runs `wait` with the lock released, so that other ranks can compute. Without the lock it just runs `wait`.
-    pub fn unlocked<R>(&self, wait: impl FnOnce() -> R) -> R {
-        let Some(gate) = self.0.as_ref().filter(|gate| gate.is_held_here()) else { return wait() };
-        gate.release();
-        let _undo = OnDrop(|| gate.acquire());
+    pub(crate) fn unlocked<R>(&self, wait: impl FnOnce() -> R) -> R {
+        let Some(lock) = self.0.as_ref().filter(|lock| lock.is_held_by_this_thread()) else { return wait() };
+        lock.release();
+        let _guard = OnDrop(|| lock.acquire());
         wait()
     }
 }

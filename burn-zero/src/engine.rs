@@ -41,6 +41,15 @@ pub struct StepReport {
     pub skipped: bool,
 }
 
+/// The outcome of the last micro-batch of a step and of the step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TrainStepOutput {
+    /// The loss of the micro-batch on this rank, as [`Engine::forward_backward`] returns it.
+    pub loss: f64,
+    /// The report of the optimizer step.
+    pub report: StepReport,
+}
+
 /// One rank that trains a model; [`EngineConfig::init`] creates it. [`Engine::train_step`] takes an optimizer step of
 /// one micro-batch. A step of several micro-batches is a call of [`Engine::forward_backward`] for each and then
 /// [`Engine::step`]; or call [`Engine::forward_backward_step`] for the last micro-batch, which needs less memory if
@@ -128,13 +137,13 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         &self.model
     }
 
-    /// Calls `look` with the model and all its weights, for example to evaluate or save it. In stage 3 the weights are
+    /// Calls `f` with the model and all its weights, for example to evaluate or save it. In stage 3 the weights are
     /// gathered for the call, and every rank must call this method; in the other stages nothing is copied.
     ///
     /// # Errors
     /// Returns the same errors as [`Engine::forward_backward`].
-    pub fn with_full_params<R>(&self, look: impl FnOnce(&M) -> R) -> Result<R, Error> {
-        Ok(look(self.gathered_model()?.as_ref().unwrap_or(&self.model)))
+    pub fn with_full_params<R>(&self, f: impl FnOnce(&M) -> R) -> Result<R, Error> {
+        Ok(f(self.gathered_model()?.as_ref().unwrap_or(&self.model)))
     }
 
     /// Ends the training and returns the model with all its weights. In stage 3 the weights are gathered, and every

@@ -108,10 +108,10 @@ pub enum ConfigError {
         /// The error.
         source: Box<ConfigError>,
     },
-    /// A configuration is not well-formed JSON or YAML, or has a duplicate key.
+    /// A configuration is not well-formed Hjson or YAML, or has a duplicate key.
     #[error("not readable as {format}: {source}")]
     Syntax {
-        /// JSON or YAML.
+        /// Hjson or YAML.
         format: &'static str,
         /// The error of the parser, with line and column.
         source: Box<dyn std::error::Error + Send + Sync>,

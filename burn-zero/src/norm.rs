@@ -4,13 +4,15 @@
 //! added exactly, so it does not matter which rank adds which. Torch adds in f32 in an order that depends on the
 //! sharding.
 
-use crate::{segment::DynTensor, sharding::ALIGN};
+use crate::{bucket, segment::DynTensor, sharding::ALIGN};
 use burn::tensor::backend::Backend;
 
 /// The number of 32-bit digits of an [`ExactSum`]: the range of f32, and room for as many terms as fit into a machine.
 const LIMBS: usize = 11;
 /// The largest number of squares that are materialized at a time.
 const MAX_SQUARES: usize = ALIGN << 14;
+/// The largest number of host values that are copied to the device at a time.
+const MAX_HOST_VALUES: usize = ALIGN << 10;
 /// The exponent of the smallest positive f32.
 const MIN_EXPONENT: i32 = -149;
 
@@ -71,8 +73,8 @@ impl ExactSum {
         }
         let mut carried = self.clone();
         carried.carry();
-        let weigh = |(i, &limb): (usize, &u64)| limb as f64 * f64::from(MIN_EXPONENT + 32 * i as i32).exp2();
-        carried.limbs.iter().enumerate().rev().map(weigh).sum()
+        let weighted = |(i, &limb): (usize, &u64)| limb as f64 * f64::from(MIN_EXPONENT + 32 * i as i32).exp2();
+        carried.limbs.iter().enumerate().rev().map(weighted).sum()
     }
 
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -101,25 +103,20 @@ pub(crate) fn add_squares<B: Backend>(sum: &mut ExactSum, values: &DynTensor<B>)
         let squares = rows.clone().mul(rows).sum_dim(1);
         squares.into_data().iter::<f32>().for_each(|square| sum.add(square));
     };
-    let whole = n - n % ALIGN;
-    for from in (0..whole).step_by(MAX_SQUARES) {
-        add(from, [MAX_SQUARES.min(whole - from) / ALIGN, ALIGN]);
+    let full_blocks = n - n % ALIGN;
+    for from in (0..full_blocks).step_by(MAX_SQUARES) {
+        add(from, [MAX_SQUARES.min(full_blocks - from) / ALIGN, ALIGN]);
     }
-    if whole < n {
-        add(whole, [1, n - whole]);
+    if full_blocks < n {
+        add(full_blocks, [1, n - full_blocks]);
     }
 }
 
-/// Adds the squares of values in host memory. With the CPU backend they are summed by that backend, so the result is
-/// the same whether states are on the device or on the host; without it they are summed in f64.
-pub(crate) fn add_squares_on_host(sum: &mut ExactSum, values: &[f32]) {
-    #[cfg(feature = "flex")]
-    for part in values.chunks(ALIGN << 10) {
-        add_squares::<burn::backend::Flex>(sum, &crate::bucket::tensor_from_slice(part, &Default::default()));
-    }
-    #[cfg(not(feature = "flex"))]
-    for block in values.chunks(ALIGN) {
-        sum.add(block.iter().map(|&value| f64::from(value) * f64::from(value)).sum::<f64>() as f32);
+/// Adds the squares of values in host memory. They are summed on the device, a part at a time, because the order in
+/// which a row is summed differs between backends and the norm must not depend on where the values are.
+pub(crate) fn add_squares_on_host<B: Backend>(sum: &mut ExactSum, values: &[f32], device: &B::Device) {
+    for part in values.chunks(MAX_HOST_VALUES) {
+        add_squares::<B>(sum, &bucket::tensor_from_slice(part, device));
     }
 }
 
@@ -152,6 +149,18 @@ mod tests {
                 merged.merge(part);
             }
             assert_eq!(merged.value(), forward.value());
+        }
+    }
+
+    #[test]
+    fn values_on_the_host_have_the_sum_of_values_on_the_device() {
+        let (device, terms) = (Default::default(), terms());
+        for n in [1, ALIGN - 1, ALIGN, 3 * ALIGN + 7, MAX_HOST_VALUES, MAX_HOST_VALUES + ALIGN + 1] {
+            let values: Vec<f32> = terms.iter().cycle().copied().take(n).collect();
+            let (mut on_device, mut on_host) = (ExactSum::default(), ExactSum::default());
+            add_squares::<burn::backend::Flex>(&mut on_device, &bucket::tensor_from_slice(&values, &device));
+            add_squares_on_host::<burn::backend::Flex>(&mut on_host, &values, &device);
+            assert_eq!(on_host.value(), on_device.value(), "{n} values");
         }
     }
 

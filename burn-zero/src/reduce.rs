@@ -133,8 +133,8 @@ impl<B: Backend> GradientReducer<B> {
         }
         let bucket = layout.buckets[index].clone();
         let num_shards = layout.num_shards;
-        let taken = bucket.parameters().filter_map(|parameter| Some((parameter, self.unreduced.remove(&parameter)?)));
-        let mut full: HashMap<usize, DynTensor<B>> = taken.collect();
+        let gradient = |parameter| Some((parameter, self.unreduced.remove(&parameter)?));
+        let mut full: HashMap<usize, DynTensor<B>> = bucket.parameters().filter_map(gradient).collect();
         self.in_flight_bytes += bucket.length * 4;
         self.peak.buckets = self.peak.buckets.max(self.in_flight_bytes);
         let trace = communicator.trace().clone();

@@ -214,8 +214,8 @@ fn build_buckets(parameters: &[Parameter], sharding: Sharding, world: usize) -> 
         let fits = |bucket: &&mut Bucket| {
             bucket.length + parameter.elements() <= sharding.bucket_size && bucket.dtype == parameter.dtype
         };
-        let open = buckets.last_mut().filter(|_| last.as_ref() == Some(&new)).filter(fits);
-        let bucket = match open {
+        let current = buckets.last_mut().filter(|_| last.as_ref() == Some(&new)).filter(fits);
+        let bucket = match current {
             Some(bucket) => bucket,
             None => {
                 let (dtype, trainable) = (parameter.dtype, parameter.trainable);

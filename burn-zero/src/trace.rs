@@ -10,7 +10,7 @@ use std::{
 
 /// The kind of work of a span; it determines the thread that the span is drawn on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Lane {
+pub(crate) enum Lane {
     /// The compute thread: micro-batches, segments, steps.
     Compute,
     /// The compute thread, while it waits for another thread.
@@ -98,7 +98,7 @@ impl Trace {
 
     /// Returns the fraction of the time in `lane` that overlapped computation: the compute thread was in a span whose
     /// name begins with `name`, and did not wait. `None` if there were no spans in `lane`.
-    pub fn overlap_fraction_in(&self, lane: Lane, name: &str) -> Option<f64> {
+    pub(crate) fn overlap_fraction_in(&self, lane: Lane, name: &str) -> Option<f64> {
         let spans = self.spans();
         let of = |lane, name: &str| -> Vec<(f64, f64)> {
             let own = spans.iter().filter(|span| span.lane == lane && span.name.starts_with(name));

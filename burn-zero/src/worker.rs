@@ -31,7 +31,7 @@ pub(crate) struct Worker<S> {
 
 /// The result of a job that may still be running.
 #[derive(Debug)]
-pub struct Pending<R> {
+pub(crate) struct Pending<R> {
     result: Receiver<Result<R, Error>>,
     compute_lock: ComputeLock,
     trace: Trace,
@@ -42,7 +42,7 @@ impl<R> Pending<R> {
     ///
     /// # Errors
     /// The error of the job; [`CommError::Aborted`] if an earlier job failed.
-    pub fn wait(self) -> Result<R, Error> {
+    pub(crate) fn wait(self) -> Result<R, Error> {
         let wait = || self.compute_lock.unlocked(|| receive_while_helping(&self.result));
         self.trace.span("wait", Lane::Wait, wait).unwrap_or(Err(CommError::Aborted.into()))
     }
@@ -61,8 +61,8 @@ fn receive_while_helping<R>(result: &Receiver<R>) -> Result<R, RecvError> {
             Ok(result) => return Ok(result),
             Err(RecvTimeoutError::Disconnected) => return Err(RecvError),
             Err(RecvTimeoutError::Timeout) => {
-                let helped = rayon::yield_now() == Some(rayon::Yield::Executed);
-                timeout = if helped { Duration::ZERO } else { POLL_INTERVAL };
+                let executed = rayon::yield_now() == Some(rayon::Yield::Executed);
+                timeout = if executed { Duration::ZERO } else { POLL_INTERVAL };
             }
         }
     }
@@ -100,15 +100,15 @@ impl<S: Send + 'static> Worker<S> {
         work: impl FnOnce(&mut S) -> Result<R, Error> + Send + 'static,
     ) -> Pending<R> {
         let (reply, result) = channel();
-        let (trace, open) = (self.trace.clone(), self.unfinished.clone());
-        open.fetch_add(1, Ordering::SeqCst);
+        let (trace, unfinished) = (self.trace.clone(), self.unfinished.clone());
+        unfinished.fetch_add(1, Ordering::SeqCst);
         let job: Job<S> = Box::new(move |owned| {
-            let done = trace.span(name, lane, || work(owned));
-            let well = done.is_ok();
-            open.fetch_sub(1, Ordering::SeqCst);
+            let result = trace.span(name, lane, || work(owned));
+            let succeeded = result.is_ok();
+            unfinished.fetch_sub(1, Ordering::SeqCst);
             // Nobody receives the result if the engine has failed in the meantime.
-            let _ = reply.send(done);
-            well
+            let _ = reply.send(result);
+            succeeded
         });
         if let Some(jobs) = &self.jobs {
             // If the thread has ended, the job is dropped, and waiting for it returns an error.

@@ -58,7 +58,7 @@ fn a_ds_config_is_part_of_the_recipe_and_says_what_it_says_in_vain() {
 #[test]
 fn a_foreign_file_that_does_not_fit_is_refused() {
     let work = WorkDir::new();
-    let table: [(&str, &[&str], &[&str]); 10] = [
+    let table: [(&str, &[&str], &[&str]); 11] = [
         (
             r#"{"train_micro_batch_size_per_gpu": 8}"#,
             &[],
@@ -96,7 +96,12 @@ fn a_foreign_file_that_does_not_fit_is_refused() {
             &[],
             &["`zero_optimization.offload_param.device`", "stage 3"],
         ),
-        ("{", &[], &["ds.json", "not readable as JSON"]),
+        ("{", &[], &["ds.json", "not readable as Hjson"]),
+        (
+            "{\n  # twice\n  train_batch_size: auto\n  train_batch_size: 8,\n}",
+            &[],
+            &["ds.json", "the key `train_batch_size` appears twice at line 4"],
+        ),
     ];
     for (text, sets, words) in table {
         work.write("ds.json", text);

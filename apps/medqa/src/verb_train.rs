@@ -3,7 +3,7 @@
 use crate::{
     args::DeviceArgs,
     recipe::{LoadedRecipe, MethodKind, Recipe, RecipeText},
-    train::{TrainOptions, World, launched_by_mpirun, read_recipe, run, world_size_and_rank},
+    train::{RankInfo, TrainOptions, World, launched_by_mpirun, read_recipe, run},
 };
 use anyhow::{Result, bail};
 use clap::{Args, ValueEnum};
@@ -156,12 +156,12 @@ impl TrainArgs {
 /// # Errors
 /// If the recipe is invalid, the run directory holds another run, or the run fails.
 pub fn train(args: TrainArgs) -> Result<()> {
-    let (ranks, rank) = world_size_and_rank();
+    let RankInfo { rank, world_size } = RankInfo::from_env();
     let sets: Vec<String> = args.sets.iter().cloned().chain(args.files.overrides()).collect();
     let (text, run_name) = args.recipe_text()?;
     let directory = args.dir.unwrap_or_else(|| Path::new("runs").join(run_name));
     let earlier = if args.resume { Some(read_recipe(&directory)?) } else { None };
-    let LoadedRecipe { recipe, notes } = Recipe::load(&text, &sets, ranks, earlier.as_ref())?;
+    let LoadedRecipe { recipe, notes } = Recipe::load(&text, &sets, world_size, earlier.as_ref())?;
     if rank == 0 {
         notes.iter().for_each(|note| eprintln!("note: {note}"));
         let arguments = recipe.data.template_arguments.iter();

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// A thread that owns a communicator and runs collectives in the order in which they are submitted. Ranks only have to
 /// submit them in the same order, whatever each computes meanwhile.
-pub struct AsyncCommunicator {
+pub(crate) struct AsyncCommunicator {
     worker: Worker<Box<dyn Communicator>>,
     rank: usize,
     world_size: usize,
@@ -19,7 +19,7 @@ pub struct AsyncCommunicator {
 
 impl std::fmt::Debug for AsyncCommunicator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "queue of rank {} of {}", self.rank, self.world_size)
+        write!(f, "communicator of rank {} of {}", self.rank, self.world_size)
     }
 }
 
@@ -28,7 +28,7 @@ impl AsyncCommunicator {
     ///
     /// # Panics
     /// If the system cannot start a thread.
-    pub fn new(communicator: Box<dyn Communicator>) -> Self {
+    pub(crate) fn new(communicator: Box<dyn Communicator>) -> Self {
         let (rank, world, compute_lock) = (communicator.rank(), communicator.world_size(), communicator.compute_lock());
         let traffic = Arc::new(Mutex::new(communicator.traffic()));
         let name = format!("communication of rank {rank}");
@@ -37,32 +37,32 @@ impl AsyncCommunicator {
     }
 
     /// Returns this rank's number.
-    pub fn rank(&self) -> usize {
+    pub(crate) fn rank(&self) -> usize {
         self.rank
     }
 
     /// Returns the number of ranks.
-    pub fn world_size(&self) -> usize {
+    pub(crate) fn world_size(&self) -> usize {
         self.world_size
     }
 
     /// Returns the lock that ranks of one process share, so that one of them computes at a time.
-    pub fn compute_lock(&self) -> &ComputeLock {
+    pub(crate) fn compute_lock(&self) -> &ComputeLock {
         &self.compute_lock
     }
 
     /// Returns how much this rank has sent in the collectives that are complete.
-    pub fn traffic(&self) -> Traffic {
+    pub(crate) fn traffic(&self) -> Traffic {
         *self.traffic.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns the timeline of the collectives and of the waits for them.
-    pub fn trace(&self) -> &Trace {
+    pub(crate) fn trace(&self) -> &Trace {
         self.worker.trace()
     }
 
     /// Appends a collective to the queue; `name` is its name in the trace.
-    pub fn submit<R: Send + 'static>(
+    pub(crate) fn submit<R: Send + 'static>(
         &self,
         name: &'static str,
         work: impl FnOnce(&mut dyn Communicator) -> Result<R, Error> + Send + 'static,
@@ -71,9 +71,9 @@ impl AsyncCommunicator {
         // A single rank sends nothing: what remains of a collective is the transfer to the host and back.
         let lane = if self.world_size > 1 { Lane::Communication } else { Lane::Transfer };
         self.worker.submit(name, lane, move |communicator| {
-            let done = work(communicator.as_mut());
+            let result = work(communicator.as_mut());
             *traffic.lock().unwrap_or_else(PoisonError::into_inner) = communicator.traffic();
-            done
+            result
         })
     }
 }

@@ -1,7 +1,7 @@
 //! The collectives, for any communicator.
 
 use super::{
-    CommVolume, Communicator, Element, Operation,
+    CommVolume, Communicator, Element, Message, Operation,
     element::{add_message, add_values},
 };
 use crate::{CommError, Error};
@@ -18,14 +18,14 @@ pub trait Collectives: Communicator {
     fn all_reduce<T: Element>(&mut self, buffer: &mut [T]) -> Result<(), Error> {
         let (operation, n, world, rank) = (Operation::AllReduce, buffer.len(), self.world_size(), self.rank());
         let part = |rank: usize| rank * n / world..(rank + 1) * n / world;
-        let mine = part(rank);
-        let mut sum = vec![0.0; mine.len()];
+        let local = part(rank);
+        let mut sum = vec![0.0; local.len()];
         reduce_scatter_parts(self, operation, ReduceBuffers { input: buffer, sum: &mut sum, accumulate: false }, part)?;
-        buffer[mine.clone()].iter_mut().zip(sum).for_each(|(value, sum)| *value = T::from_f32(sum));
-        for portion in message_ranges(n.div_ceil(world), T::SIZE) {
-            let own = encode(&buffer[subrange(&mine, &portion)]);
+        buffer[local.clone()].iter_mut().zip(sum).for_each(|(value, sum)| *value = T::from_f32(sum));
+        for message_range in message_ranges(n.div_ceil(world), T::SIZE) {
+            let own = encode(&buffer[subrange(&local, &message_range)]);
             for (peer, message) in all_gather_part(self, operation, RawValues { bytes: &own, value_size: T::SIZE })? {
-                let values = &mut buffer[subrange(&part(peer), &portion)];
+                let values = &mut buffer[subrange(&part(peer), &message_range)];
                 check_length(operation, values.len() * T::SIZE, message.len(), T::SIZE)?;
                 T::read(&message, values);
             }
@@ -68,11 +68,11 @@ pub trait Collectives: Communicator {
         let (operation, n, rank) = (Operation::AllGather, shard.len(), self.rank());
         let mut all = vec![0; n * self.world_size()];
         all[rank * n..(rank + 1) * n].copy_from_slice(shard);
-        for portion in message_ranges(n, 1) {
-            let values = RawValues { bytes: &shard[portion.clone()], value_size: size };
+        for message_range in message_ranges(n, 1) {
+            let values = RawValues { bytes: &shard[message_range.clone()], value_size: size };
             for (peer, message) in all_gather_part(self, operation, values)? {
-                check_length(operation, portion.len(), message.len(), size)?;
-                all[peer * n..][portion.clone()].copy_from_slice(&message);
+                check_length(operation, message_range.len(), message.len(), size)?;
+                all[peer * n..][message_range.clone()].copy_from_slice(&message);
             }
         }
         Ok(all)
@@ -95,9 +95,9 @@ pub trait Collectives: Communicator {
     /// Sends `buffer` to rank `to`, which must call [`Collectives::recv`].
     fn send<T: Element>(&mut self, buffer: &[T], to: usize) -> Result<(), Error> {
         check_peer(self, to)?;
-        let message = encode(buffer);
-        let sent = CommVolume { elements: buffer.len() as u64, bytes: message.len() as u64 };
-        self.exchange(Operation::Send, vec![(to, message)], &[])?;
+        let bytes = encode(buffer);
+        let sent = CommVolume { elements: buffer.len() as u64, bytes: bytes.len() as u64 };
+        self.exchange(Operation::Send, vec![Message { to, bytes }], &[])?;
         self.record_sent(Operation::Send, sent);
         Ok(())
     }
@@ -169,14 +169,14 @@ const MAX_MESSAGE_BYTES: usize = 1 << 20;
 
 /// Splits `n` values of `size` bytes into the ranges that fit one message; a single empty range if `n` is 0.
 fn message_ranges(n: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
-    let most = MAX_MESSAGE_BYTES / size;
-    (0..n.div_ceil(most).max(1)).map(move |i| i * most..n.min((i + 1) * most))
+    let max_values = MAX_MESSAGE_BYTES / size;
+    (0..n.div_ceil(max_values).max(1)).map(move |i| i * max_values..n.min((i + 1) * max_values))
 }
 
-/// Returns the part of `part` at `portion`, whose positions count from the start of `part`, cut off at its end.
+/// Returns `range`, whose positions count from the start of `part`, within `part`; it is cut off at the end of `part`.
 fn subrange(part: &Range<usize>, range: &Range<usize>) -> Range<usize> {
-    let place = |at: usize| part.end.min(part.start + at);
-    place(range.start)..place(range.end)
+    let position = |offset: usize| part.end.min(part.start + offset);
+    position(range.start)..position(range.end)
 }
 
 /// The buffers of a reduce-scatter.
@@ -209,14 +209,14 @@ fn reduce_scatter_parts<C: Communicator + ?Sized, T: Element>(
         // Adding to -0 keeps the sign of a zero, so the sum starts with exactly the values of rank 0.
         sum.fill(-0.0);
     }
-    for portion in message_ranges(input.len().div_ceil(world), T::SIZE) {
-        let values = |rank: usize| &input[subrange(&part(rank), &portion)];
-        let outgoing: Vec<_> = peers.iter().map(|&to| (to, encode(values(to)))).collect();
+    for message_range in message_ranges(input.len().div_ceil(world), T::SIZE) {
+        let values = |rank: usize| &input[subrange(&part(rank), &message_range)];
+        let outgoing: Vec<_> = peers.iter().map(|&to| Message { to, bytes: encode(values(to)) }).collect();
         let sent = sent_volume(&outgoing, T::SIZE);
         let mut messages = group.exchange(operation, outgoing, &peers)?.into_iter();
         group.record_sent(operation, sent);
-        let place = subrange(&(0..sum.len()), &portion);
-        let sum = &mut sum[place];
+        let local_range = subrange(&(0..sum.len()), &message_range);
+        let sum = &mut sum[local_range];
         for from in 0..world {
             if from == rank {
                 add_values(sum, values(rank));
@@ -230,8 +230,8 @@ fn reduce_scatter_parts<C: Communicator + ?Sized, T: Element>(
     Ok(())
 }
 
-fn sent_volume(outgoing: &[(usize, Vec<u8>)], size: usize) -> CommVolume {
-    let bytes: u64 = outgoing.iter().map(|(_, message)| message.len() as u64).sum();
+fn sent_volume(outgoing: &[Message], size: usize) -> CommVolume {
+    let bytes: u64 = outgoing.iter().map(|message| message.bytes.len() as u64).sum();
     CommVolume { elements: bytes / size as u64, bytes }
 }
 
@@ -253,7 +253,8 @@ fn send_to_peers<C: Communicator + ?Sized>(
     values: RawValues<'_>,
     incoming: &[usize],
 ) -> Result<Vec<Vec<u8>>, Error> {
-    let outgoing: Vec<_> = peers(group).into_iter().map(|to| (to, copy_to_message(values.bytes))).collect();
+    let message = |to| Message { to, bytes: copy_to_message(values.bytes) };
+    let outgoing: Vec<_> = peers(group).into_iter().map(message).collect();
     let sent = sent_volume(&outgoing, values.value_size);
     let messages = group.exchange(operation, outgoing, incoming)?;
     group.record_sent(operation, sent);
@@ -266,7 +267,7 @@ fn exchange_objects<C: Communicator + ?Sized>(
     object: &[u8],
 ) -> Result<Vec<Vec<u8>>, Error> {
     let peers = peers(group);
-    let outgoing: Vec<_> = peers.iter().map(|&to| (to, object.to_vec())).collect();
+    let outgoing: Vec<_> = peers.iter().map(|&to| Message { to, bytes: object.to_vec() }).collect();
     let bytes = (object.len() * outgoing.len()) as u64;
     let mut messages = group.exchange(operation, outgoing, &peers)?;
     // Control data has no element type: it is counted in units of four bytes.

@@ -21,12 +21,9 @@ mod solo;
 pub mod threads;
 mod traffic;
 
-pub use crate::{
-    compute_lock::ComputeLock,
-    trace::{Lane, Trace},
-    worker::Pending,
-};
-pub use async_communicator::AsyncCommunicator;
+pub use crate::{compute_lock::ComputeLock, trace::Trace};
+pub(crate) use crate::{trace::Lane, worker::Pending};
+pub(crate) use async_communicator::AsyncCommunicator;
 pub use collective::Collectives;
 pub use element::Element;
 pub use process_group::ProcessGroup;
@@ -72,6 +69,15 @@ impl Operation {
     }
 }
 
+/// The bytes that one rank sends to another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Message {
+    /// The rank that receives the message.
+    pub to: usize,
+    /// The content.
+    pub bytes: Vec<u8>,
+}
+
 /// A group of ranks that call the same collectives in the same order. The collectives themselves are the methods of
 /// [`Collectives`], which every communicator has.
 pub trait Communicator: Send {
@@ -90,7 +96,7 @@ pub trait Communicator: Send {
     fn exchange(
         &mut self,
         operation: Operation,
-        outgoing: Vec<(usize, Vec<u8>)>,
+        outgoing: Vec<Message>,
         incoming: &[usize],
     ) -> Result<Vec<Vec<u8>>, Error>;
 

@@ -1,12 +1,12 @@
 //! Ranks as processes that `mpirun` has started.
 //!
-//! One thread makes all MPI calls: it posts the exchanges that other threads ask for and polls until they are complete,
+//! One thread makes all MPI calls: it posts the exchanges that other threads request and polls until they are complete,
 //! since Open MPI makes progress only inside its calls. If a rank does not answer before the deadline, the ranks that
 //! wait for it get an error; if a rank is killed or ends without [`Session::finalize`], `mpirun` ends all other ranks
 //! and names it.
 
 use super::{
-    ComputeLock, ProcessGroup,
+    ComputeLock, Message, ProcessGroup,
     process_group::{LostPeer, Messages, Transport},
 };
 use crate::{CommError, Error};
@@ -68,23 +68,23 @@ impl Session {
     /// # Errors
     /// [`CommError::MpiInit`] if MPI cannot be initialised, [`CommError::MpiThread`] if the thread cannot be started.
     pub fn init() -> Result<(Self, ProcessGroup), Error> {
-        let ((posts, asked), (tell, told)) = (channel(), channel());
+        let (commands, command_receiver) = channel();
+        let (group_sender, group_receiver) = channel();
+        let transport = MpiTransport { commands: commands.clone() };
         let work = move || {
             let universe = initialize_with_threading(Threading::Serialized);
-            let _ = tell.send(universe.as_ref().map(|(universe, _)| {
+            let _ = group_sender.send(universe.as_ref().map(|(universe, _)| {
                 let world = universe.world();
-                (world.rank() as usize, world.size() as usize)
+                ProcessGroup::world_group(Arc::new(transport), world.rank() as usize, world.size() as usize)
             }));
             if let Some((universe, _)) = universe {
-                run_progress_loop(universe, &asked);
+                run_progress_loop(universe, &command_receiver);
             }
         };
         let thread = std::thread::Builder::new().name("mpi".to_owned()).spawn(work);
         let thread = thread.map_err(|source| CommError::MpiThread { source })?;
-        let place = told.recv().ok().flatten();
-        let (rank, world) = place.ok_or(CommError::MpiInit)?;
-        let group = ProcessGroup::world_group(Arc::new(MpiTransport { commands: posts.clone() }), rank, world);
-        Ok((Self { commands: posts, thread }, group))
+        let group = group_receiver.recv().ok().flatten().ok_or(CommError::MpiInit)?;
+        Ok((Self { commands, thread }, group))
     }
 
     /// Leaves the job; every rank must call it. A process that ends without it has failed, and `mpirun` ends the
@@ -114,27 +114,30 @@ impl Transport for MpiTransport {
 
 /// Runs exchanges until a command to finish arrives or all senders are dropped. MPI is finalised only if no exchange
 /// has failed, because `MPI_Finalize` waits for all ranks.
-fn run_progress_loop(universe: Universe, asked: &Receiver<MpiCommand>) {
-    let (mut running, mut idle, mut peace): (Vec<ActiveExchange>, u32, bool) = (Vec::new(), 0, true);
+fn run_progress_loop(universe: Universe, commands: &Receiver<MpiCommand>) {
+    let (mut pending, mut idle_polls, mut failed): (Vec<ActiveExchange>, u32, bool) = (Vec::new(), 0, false);
     loop {
-        let post =
-            if running.is_empty() { asked.recv().map_err(|_| TryRecvError::Disconnected) } else { asked.try_recv() };
-        match post {
+        let command = if pending.is_empty() {
+            commands.recv().map_err(|_| TryRecvError::Disconnected)
+        } else {
+            commands.try_recv()
+        };
+        match command {
             Ok(MpiCommand::Exchange(request)) => {
-                running.push(ActiveExchange::post(request));
-                idle = 0;
+                pending.push(ActiveExchange::post(request));
+                idle_polls = 0;
             }
-            Ok(MpiCommand::Finalize) if peace => return drop(universe),
+            Ok(MpiCommand::Finalize) if !failed => return drop(universe),
             Ok(MpiCommand::Finalize) | Err(TryRecvError::Disconnected) => return std::mem::forget(universe),
             Err(TryRecvError::Empty) => {}
         }
         let mut progress = false;
-        running =
-            std::mem::take(&mut running).into_iter().filter_map(|job| job.poll(&mut progress, &mut peace)).collect();
-        idle = if progress { 0 } else { idle.saturating_add(1) };
-        if idle > IDLE_POLLS {
+        let polled = std::mem::take(&mut pending).into_iter();
+        pending = polled.filter_map(|exchange| exchange.poll(&mut progress, &mut failed)).collect();
+        idle_polls = if progress { 0 } else { idle_polls.saturating_add(1) };
+        if idle_polls > IDLE_POLLS {
             std::thread::sleep(POLL_PAUSE);
-        } else if idle > 0 {
+        } else if idle_polls > 0 {
             std::thread::yield_now();
         }
     }
@@ -153,52 +156,60 @@ struct ActiveExchange {
 struct ActiveSend {
     to: usize,
     requests: Vec<ffi::MPI_Request>,
-    /// The buffer that MPI reads until the requests are complete.
-    message: Vec<u8>,
+    /// The send buffer, which MPI reads until the requests are complete.
+    buffer: Vec<u8>,
 }
 
 struct ActiveReceive {
     from: usize,
-    message: Vec<u8>,
-    /// The request of the part that MPI is writing at the end of `message`, and the length of the part.
-    part: Option<(ffi::MPI_Request, usize)>,
+    /// The receive buffer, with the parts that have arrived.
+    buffer: Vec<u8>,
+    /// The part that MPI is writing at the end of `buffer`.
+    part: Option<PartReceive>,
     complete: bool,
+}
+
+/// The receive request of a part of a message.
+struct PartReceive {
+    request: ffi::MPI_Request,
+    /// The length of the part in bytes.
+    length: usize,
 }
 
 impl ActiveExchange {
     fn post(request: ExchangeRequest) -> Self {
         let ExchangeRequest { tag, messages, deadline, reply } = request;
         let tag = tag as c_int;
-        let sends = messages.outgoing.into_iter().map(|(to, message)| ActiveSend::post(to, message, tag)).collect();
-        let receive = |from| ActiveReceive { from, message: Vec::new(), part: None, complete: false };
+        let sends = messages.outgoing.into_iter().map(|message| ActiveSend::post(message, tag)).collect();
+        let receive = |from| ActiveReceive { from, buffer: Vec::new(), part: None, complete: false };
         let receives = messages.incoming.into_iter().map(receive).collect();
         Self { tag, sends, receives, start: Instant::now(), deadline, reply }
     }
 
     /// Makes as much progress as possible without blocking; returns `None` when the exchange is complete or has failed.
-    fn poll(mut self, progress: &mut bool, peace: &mut bool) -> Option<Self> {
+    fn poll(mut self, progress: &mut bool, failed: &mut bool) -> Option<Self> {
         // Every request is polled, whatever the state of the others.
-        let mut open = 0;
-        for sending in &mut self.sends {
-            open += usize::from(!sending.poll(progress));
+        let mut incomplete = 0;
+        for send in &mut self.sends {
+            incomplete += usize::from(!send.poll(progress));
         }
-        for receiving in &mut self.receives {
-            open += usize::from(!receiving.poll(self.tag, progress));
+        for receive in &mut self.receives {
+            incomplete += usize::from(!receive.poll(self.tag, progress));
         }
-        if open == 0 {
-            let _ = self.reply.send(Ok(self.receives.into_iter().map(|receiving| receiving.message).collect()));
+        if incomplete == 0 {
+            let _ = self.reply.send(Ok(self.receives.into_iter().map(|receive| receive.buffer).collect()));
             return None;
         }
         if self.start.elapsed() < self.deadline {
             return Some(self);
         }
-        let silent = self.receives.iter().find(|receiving| !receiving.complete).map(|receiving| receiving.from);
-        let deaf = self.sends.iter().find(|sending| !sending.requests.is_empty()).map(|sending| sending.to);
-        let lost = LostPeer { rank: silent.or(deaf).unwrap_or(0), waited: Some(self.deadline) };
+        let source = self.receives.iter().find(|receive| !receive.complete).map(|receive| receive.from);
+        let destination = self.sends.iter().find(|send| !send.requests.is_empty()).map(|send| send.to);
+        let lost = LostPeer { rank: source.or(destination).unwrap_or(0), waited: Some(self.deadline) };
         let _ = self.reply.send(Err(lost));
-        // The requests are still open, so MPI may still use the buffers: they are leaked.
+        // The requests are still pending, so MPI may still use the buffers: they are leaked.
         std::mem::forget((self.sends, self.receives));
-        *peace = false;
+        *failed = true;
         None
     }
 }
@@ -213,14 +224,15 @@ fn is_done(request: &mut ffi::MPI_Request) -> bool {
 }
 
 impl ActiveSend {
-    fn post(to: usize, message: Vec<u8>, tag: c_int) -> Self {
+    fn post(message: Message, tag: c_int) -> Self {
+        let Message { to, bytes: buffer } = message;
         // If the length is a multiple of the part size, an empty last part follows: only a shorter part ends a message.
-        let parts = message.len() / MAX_PART_BYTES + 1;
+        let parts = buffer.len() / MAX_PART_BYTES + 1;
         let send = |part: usize| {
-            let bytes = &message[part * MAX_PART_BYTES..message.len().min((part + 1) * MAX_PART_BYTES)];
+            let bytes = &buffer[part * MAX_PART_BYTES..buffer.len().min((part + 1) * MAX_PART_BYTES)];
             let mut request = MaybeUninit::uninit();
-            // SAFETY: the bytes lie in the heap buffer of `message`, which moves into the returned struct without
-            // moving its buffer and is freed only when all requests are complete; `MPI_Isend` initialises `request`.
+            // SAFETY: the bytes lie in the heap allocation of `buffer`, which moves into the returned struct without
+            // moving its allocation and is freed only when all requests are complete; `MPI_Isend` initialises `request`.
             unsafe {
                 ffi::MPI_Isend(
                     bytes.as_ptr().cast::<c_void>(),
@@ -235,7 +247,7 @@ impl ActiveSend {
             }
         };
         let requests = (0..parts).map(send).collect();
-        Self { to, requests, message }
+        Self { to, requests, buffer }
     }
 
     fn poll(&mut self, progress: &mut bool) -> bool {
@@ -243,7 +255,7 @@ impl ActiveSend {
         self.requests.retain_mut(|request| !is_done(request));
         *progress |= self.requests.len() < before;
         if self.requests.is_empty() {
-            self.message = Vec::new();
+            self.buffer = Vec::new();
         }
         self.requests.is_empty()
     }
@@ -257,11 +269,11 @@ impl ActiveReceive {
                     Some(part) => self.part = Some(part),
                     None => return false,
                 },
-                Some((request, length)) => {
-                    if !is_done(request) {
+                Some(part) => {
+                    if !is_done(&mut part.request) {
                         return false;
                     }
-                    self.complete = *length < MAX_PART_BYTES;
+                    self.complete = part.length < MAX_PART_BYTES;
                     self.part = None;
                 }
             }
@@ -271,12 +283,12 @@ impl ActiveReceive {
     }
 
     /// Starts to receive the next part if MPI has matched one.
-    fn receive_part(&mut self, tag: c_int) -> Option<(ffi::MPI_Request, usize)> {
+    fn receive_part(&mut self, tag: c_int) -> Option<PartReceive> {
         let (mut flag, mut count): (c_int, c_int) = (0, 0);
         let (mut message, mut status, mut request) =
             (MaybeUninit::uninit(), MaybeUninit::uninit(), MaybeUninit::uninit());
         // SAFETY: `MPI_Improbe` initialises `message` and `status` if it sets the flag. The part is received behind the
-        // bytes that are there, into `count` bytes that were just allocated; `self.message` is not touched until the
+        // bytes that are there, into `count` bytes that were just allocated; `self.buffer` is not touched until the
         // request is complete.
         unsafe {
             let (from, world) = (self.from as c_int, ffi::RSMPI_COMM_WORLD);
@@ -285,11 +297,11 @@ impl ActiveReceive {
                 return None;
             }
             ffi::MPI_Get_count(status.as_ptr(), ffi::RSMPI_UINT8_T, &mut count);
-            let start = self.message.len();
-            self.message.resize(start + count as usize, 0);
-            let buffer = self.message[start..].as_mut_ptr().cast::<c_void>();
-            ffi::MPI_Imrecv(buffer, count, ffi::RSMPI_UINT8_T, message.as_mut_ptr(), request.as_mut_ptr());
-            Some((request.assume_init(), count as usize))
+            let start = self.buffer.len();
+            self.buffer.resize(start + count as usize, 0);
+            let address = self.buffer[start..].as_mut_ptr().cast::<c_void>();
+            ffi::MPI_Imrecv(address, count, ffi::RSMPI_UINT8_T, message.as_mut_ptr(), request.as_mut_ptr());
+            Some(PartReceive { request: request.assume_init(), length: count as usize })
         }
     }
 }

@@ -1,6 +1,6 @@
 //! A group of ranks that are connected by a transport.
 
-use super::{CommVolume, Communicator, ComputeLock, Operation, Traffic, collective::peers};
+use super::{CommVolume, Communicator, ComputeLock, Message, Operation, Traffic, collective::peers};
 use crate::{CommError, Error};
 use std::{
     sync::{
@@ -12,7 +12,7 @@ use std::{
 
 /// The time after which a rank that does not answer counts as lost, unless [`ProcessGroup::with_deadline`] sets
 /// another. It is longer than any ordinary pause, such as another rank that reads data or writes a checkpoint.
-pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
+const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
 
 /// A transport of bytes between processes or threads. Ranks are numbered within the whole world.
 pub(super) trait Transport: Send + Sync {
@@ -27,7 +27,7 @@ pub(super) trait Transport: Send + Sync {
 /// The messages that one rank sends in one exchange, and the ranks from which it expects one.
 #[derive(Debug)]
 pub(super) struct Messages {
-    pub outgoing: Vec<(usize, Vec<u8>)>,
+    pub outgoing: Vec<Message>,
     pub incoming: Vec<usize>,
 }
 
@@ -88,18 +88,18 @@ impl Communicator for ProcessGroup {
     fn exchange(
         &mut self,
         operation: Operation,
-        outgoing: Vec<(usize, Vec<u8>)>,
+        outgoing: Vec<Message>,
         incoming: &[usize],
     ) -> Result<Vec<Vec<u8>>, Error> {
         let global = |rank: usize| {
             let world = self.members.len();
             self.members.get(rank).copied().ok_or(CommError::UnknownRank { operation: operation.name(), rank, world })
         };
-        let sealed = outgoing.into_iter().map(|(to, mut message)| {
-            message.push(operation as u8);
-            Ok((global(to)?, message))
+        let tagged = outgoing.into_iter().map(|Message { to, mut bytes }| {
+            bytes.push(operation as u8);
+            Ok(Message { to: global(to)?, bytes })
         });
-        let outgoing = sealed.collect::<Result<_, Error>>()?;
+        let outgoing = tagged.collect::<Result<_, Error>>()?;
         let incoming = incoming.iter().map(|&from| global(from)).collect::<Result<Vec<_>, _>>()?;
         let messages = Messages { outgoing, incoming: incoming.clone() };
         let mut received = self
@@ -115,25 +115,25 @@ impl Communicator for ProcessGroup {
     }
 
     fn split(&mut self, color: usize, key: usize) -> Result<Box<dyn Communicator>, Error> {
-        let object = [color as u64, key as u64, u64::from(self.next_tag.load(Ordering::SeqCst))];
-        let bytes: Vec<u8> = object.iter().flat_map(|number| number.to_le_bytes()).collect();
+        let own = [color as u64, key as u64, u64::from(self.next_tag.load(Ordering::SeqCst))];
+        let bytes: Vec<u8> = own.iter().flat_map(|number| number.to_le_bytes()).collect();
         let peers = peers(self);
-        let outgoing = peers.iter().map(|&to| (to, bytes.clone())).collect();
+        let outgoing = peers.iter().map(|&to| Message { to, bytes: bytes.clone() }).collect();
         let mut objects = self.exchange(Operation::Split, outgoing, &peers)?;
         objects.insert(self.rank, bytes);
-        let number = |note: &[u8], i: usize| {
-            note.chunks_exact(8).nth(i).map_or(0, |b| u64::from_le_bytes(b.try_into().unwrap_or_default()))
+        let number = |object: &[u8], i: usize| {
+            object.chunks_exact(8).nth(i).map_or(0, |b| u64::from_le_bytes(b.try_into().unwrap_or_default()))
         };
         // All ranks of the group agree on the next free tag, so that two groups with two ranks in common have different
         // tags.
-        let first_tag = objects.iter().map(|note| number(note, 2)).max().unwrap_or(0) as u32;
-        let mut colors: Vec<u64> = objects.iter().map(|note| number(note, 0)).collect();
+        let first_tag = objects.iter().map(|object| number(object, 2)).max().unwrap_or(0) as u32;
+        let mut colors: Vec<u64> = objects.iter().map(|object| number(object, 0)).collect();
         colors.sort_unstable();
         colors.dedup();
         self.next_tag.store(first_tag + colors.len() as u32, Ordering::SeqCst);
         let index = colors.iter().position(|&other| other == color as u64).unwrap_or(0);
-        let with_color = objects.iter().enumerate().filter(|(_, note)| number(note, 0) == color as u64);
-        let mut members: Vec<(u64, usize)> = with_color.map(|(rank, note)| (number(note, 1), rank)).collect();
+        let with_color = objects.iter().enumerate().filter(|(_, object)| number(object, 0) == color as u64);
+        let mut members: Vec<(u64, usize)> = with_color.map(|(rank, object)| (number(object, 1), rank)).collect();
         members.sort_unstable();
         let rank = members.iter().position(|&(_, rank)| rank == self.rank).unwrap_or(0);
         Ok(Box::new(Self {

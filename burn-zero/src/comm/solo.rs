@@ -1,6 +1,6 @@
 //! A world of one rank.
 
-use super::{CommVolume, Communicator, Operation, Traffic};
+use super::{CommVolume, Communicator, Message, Operation, Traffic};
 use crate::{CommError, Error};
 
 /// The communicator of a world of one rank: every collective is the identity and nothing is sent.
@@ -19,10 +19,10 @@ impl Communicator for Solo {
     fn exchange(
         &mut self,
         operation: Operation,
-        outgoing: Vec<(usize, Vec<u8>)>,
+        outgoing: Vec<Message>,
         incoming: &[usize],
     ) -> Result<Vec<Vec<u8>>, Error> {
-        let peer = outgoing.first().map(|(to, _)| *to).or(incoming.first().copied());
+        let peer = outgoing.first().map(|message| message.to).or(incoming.first().copied());
         match peer {
             Some(rank) => Err(CommError::UnknownRank { operation: operation.name(), rank, world: 1 }.into()),
             None => Ok(Vec::new()),

@@ -1,7 +1,7 @@
 //! Ranks as threads of one process, for tests and for debugging a run of several ranks in one debugger.
 
 use super::{
-    ComputeLock, ProcessGroup,
+    ComputeLock, Message, ProcessGroup,
     process_group::{LostPeer, Messages, Transport},
 };
 use std::{
@@ -20,18 +20,18 @@ const STACK_BYTES: usize = 16 << 20;
 /// # Panics
 /// If a rank panics.
 pub fn run<R: Send>(world: usize, rank: impl Fn(ProcessGroup) -> R + Sync) -> Vec<R> {
-    let hub = Arc::new(ThreadWorld {
+    let shared = Arc::new(ThreadWorld {
         mailboxes: Mutex::default(),
         changed: Condvar::new(),
         compute_lock: ComputeLock::shared(),
     });
     thread::scope(|scope| {
         let spawn = |number| {
-            let (rank, member) = (&rank, ThreadTransport { world: hub.clone(), rank: number });
+            let (rank, transport) = (&rank, ThreadTransport { world: shared.clone(), rank: number });
             let work = move || {
-                let turn = member.world.compute_lock.clone();
-                let group = ProcessGroup::world_group(Arc::new(member), number, world);
-                turn.locked(|| rank(group))
+                let compute_lock = transport.world.compute_lock.clone();
+                let group = ProcessGroup::world_group(Arc::new(transport), number, world);
+                compute_lock.locked(|| rank(group))
             };
             thread::Builder::new().stack_size(STACK_BYTES).name(format!("rank {number}")).spawn_scoped(scope, work)
         };
@@ -49,10 +49,18 @@ struct ThreadWorld {
 
 #[derive(Default)]
 struct Mailboxes {
-    /// Messages that have not been received yet, by sender, receiver and tag.
-    messages: HashMap<(usize, usize, u32), VecDeque<Vec<u8>>>,
+    /// Messages that have not been received yet, oldest first.
+    messages: HashMap<MessageKey, VecDeque<Vec<u8>>>,
     /// Ranks that have ended.
     ended: Vec<usize>,
+}
+
+/// The sender, the receiver and the tag of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct MessageKey {
+    from: usize,
+    to: usize,
+    tag: u32,
 }
 
 /// One rank's transport. The rank counts as ended when the last group that holds its transport is dropped.
@@ -66,17 +74,17 @@ impl ThreadWorld {
         self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn receive(&self, key: (usize, usize, u32), start: Instant, deadline: Duration) -> Result<Vec<u8>, LostPeer> {
+    fn receive(&self, key: MessageKey, start: Instant, deadline: Duration) -> Result<Vec<u8>, LostPeer> {
         let mut state = self.lock();
         loop {
             if let Some(message) = state.messages.get_mut(&key).and_then(VecDeque::pop_front) {
                 return Ok(message);
             }
-            if state.ended.contains(&key.0) {
-                return Err(LostPeer { rank: key.0, waited: None });
+            if state.ended.contains(&key.from) {
+                return Err(LostPeer { rank: key.from, waited: None });
             }
             let Some(left) = deadline.checked_sub(start.elapsed()) else {
-                return Err(LostPeer { rank: key.0, waited: Some(deadline) });
+                return Err(LostPeer { rank: key.from, waited: Some(deadline) });
             };
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -86,13 +94,17 @@ impl ThreadWorld {
 impl Transport for ThreadTransport {
     fn exchange(&self, tag: u32, messages: Messages, deadline: Duration) -> Result<Vec<Vec<u8>>, LostPeer> {
         let mut state = self.world.lock();
-        for (to, message) in messages.outgoing {
-            state.messages.entry((self.rank, to, tag)).or_default().push_back(message);
+        for Message { to, bytes } in messages.outgoing {
+            let key = MessageKey { from: self.rank, to, tag };
+            state.messages.entry(key).or_default().push_back(bytes);
         }
         drop(state);
         self.world.changed.notify_all();
         let start = Instant::now();
-        let receive = |&from: &usize| self.world.receive((from, self.rank, tag), start, deadline);
+        let receive = |&from: &usize| {
+            let key = MessageKey { from, to: self.rank, tag };
+            self.world.receive(key, start, deadline)
+        };
         self.world.compute_lock.unlocked(|| messages.incoming.iter().map(receive).collect())
     }
 

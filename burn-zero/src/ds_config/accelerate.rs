@@ -6,7 +6,7 @@ use super::{
     fsdp::fsdp_stage,
     keys::ACCELERATE,
     raw::parse_file,
-    strict,
+    strict_yaml,
 };
 use crate::{ConfigError, Error, ZeroStage};
 use serde_json::{Map, Value, json};
@@ -46,7 +46,7 @@ impl AccelerateConfig {
         // Copied into the ds_config, which resolves it.
         let auto = |path: &str| path.starts_with("deepspeed_config.gradient_").then(|| "auto".into());
         let mut check = Checker { auto: &auto, unhonoured: Vec::new() };
-        let root = check.check_block("", ACCELERATE, &strict::from_yaml(text)?)?;
+        let root = check.check_block("", ACCELERATE, &strict_yaml::parse(text)?)?;
         let block = |name: &str| root.get(name).and_then(Value::as_object).filter(|block| !block.is_empty());
         let (deepspeed, fsdp) = (block("deepspeed_config"), block("fsdp_config"));
         let strategy = distributed_type(&root)?;

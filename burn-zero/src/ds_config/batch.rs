@@ -23,7 +23,7 @@ impl BatchSizes {
     ///
     /// # Panics
     /// If `world` is 0.
-    pub fn complete(
+    pub(super) fn complete(
         train: Option<u64>,
         micro: Option<u64>,
         accumulation: Option<u64>,

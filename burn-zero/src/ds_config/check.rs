@@ -219,6 +219,6 @@ fn unknown_key(block: &str, key: String, names: impl Iterator<Item = &'static st
 
 fn nearest_name(names: impl Iterator<Item = &'static str>, name: &str) -> &'static str {
     let name = name.to_lowercase();
-    let likeness = |known: &str| strsim::jaro_winkler(&known.to_lowercase(), &name);
-    names.max_by(|a, b| likeness(a).total_cmp(&likeness(b))).unwrap_or_default()
+    let similarity = |known: &str| strsim::jaro_winkler(&known.to_lowercase(), &name);
+    names.max_by(|a, b| similarity(a).total_cmp(&similarity(b))).unwrap_or_default()
 }

@@ -5,6 +5,8 @@
 //!  accelerate.yaml ► AccelerateConfig ────▲
 //! ```
 //!
+//! A ds_config is Hjson, as for DeepSpeed: comments, trailing commas and keys without quotes are read.
+//!
 //! The crate knows every key of DeepSpeed with its kind of value. An unknown key is an error that names the most
 //! similar key, a value of the wrong kind is an error, and a key that is not honoured is listed in
 //! [`DsConfig::unhonoured`] with what is done instead, so that the application can report it.
@@ -25,7 +27,7 @@
 //!     "zero_optimization": { "stage": 2, "round_robin_gradients": true }
 //! }"#;
 //! let auto = AutoValues { micro_batch: 8, ..Default::default() };
-//! let config = RawDsConfig::from_json(text)?.resolve(2, &auto)?;
+//! let config = RawDsConfig::from_hjson(text)?.resolve(2, &auto)?;
 //! assert_eq!(config.batch.train, 64);
 //! assert_eq!(config.zero.stage, ZeroStage::Gradients);
 //! assert_eq!(config.unhonoured[0].key, "zero_optimization.round_robin_gradients");
@@ -38,12 +40,13 @@ mod batch;
 mod check;
 mod deprecated;
 mod fsdp;
+mod hjson;
 mod keys;
 mod optimizer;
 mod precision;
 mod raw;
 mod scheduler;
-mod strict;
+mod strict_yaml;
 #[cfg(test)]
 mod tests;
 mod zero;
@@ -59,7 +62,9 @@ pub use raw::RawDsConfig;
 pub use scheduler::{
     LrRangeTestParams, OneCycleParams, SchedulerConfig, WarmupCosineLrParams, WarmupDecayLrParams, WarmupLrParams,
 };
-pub use zero::{OffloadConfig, ZeroConfig, ZeroStage3Config};
+#[cfg(test)]
+use zero::ZeroStage3Config;
+pub use zero::{OffloadConfig, ZeroConfig};
 
 use crate::lr_schedule::DeepSpeedLrSchedule;
 use serde_json::{Map, Value, json};

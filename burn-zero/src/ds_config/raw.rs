@@ -4,10 +4,10 @@ use super::{
     AutoValues, BatchSizes, DsConfig, SchedulerConfig,
     check::{Checker, UnhonouredKey, join_path},
     deprecated::replace_deprecated_keys,
+    hjson,
     keys::{BETA_CYCLE, DEEPSPEED},
     optimizer,
     precision::{self, Bf16Config, Fp16Config},
-    strict,
     zero::ZeroConfig,
 };
 use crate::{ConfigError, Error, ZeroStage};
@@ -22,22 +22,22 @@ pub struct RawDsConfig {
 }
 
 impl RawDsConfig {
-    /// Parses JSON.
+    /// Parses Hjson, of which JSON is a part.
     ///
     /// # Errors
-    /// [`ConfigError::Syntax`] if the text is not JSON or has a duplicate key.
-    pub fn from_json(text: &str) -> Result<Self, ConfigError> {
-        let mut root = strict::from_json(text)?;
+    /// [`ConfigError::Syntax`] if the text is not Hjson or has a duplicate key.
+    pub fn from_hjson(text: &str) -> Result<Self, ConfigError> {
+        let mut root = hjson::parse(text)?;
         replace_deprecated_keys(&mut root)?;
         Ok(Self { root })
     }
 
-    /// Reads a JSON file.
+    /// Reads a Hjson file.
     ///
     /// # Errors
     /// [`Error::Io`] if the file cannot be read, [`ConfigError::File`] with the path and the error in it.
     pub fn read(path: &Path) -> Result<Self, Error> {
-        parse_file(path, Self::from_json)
+        parse_file(path, Self::from_hjson)
     }
 
     /// Returns the paths of the keys that are `"auto"`.

@@ -7,14 +7,14 @@ use crate::lr_schedule::{DeepSpeedLrSchedule, HalfCycle, OneCycle, Warmup, Warmu
 #[serde(default)]
 pub struct WarmupLrParams {
     /// The learning rate of the first step.
-    pub warmup_min_lr: f64,
+    pub(super) warmup_min_lr: f64,
     /// The learning rate after the warm-up; by default that of the optimizer.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub warmup_max_lr: Option<f64>,
+    pub(super) warmup_max_lr: Option<f64>,
     /// The number of warm-up steps.
-    pub warmup_num_steps: u64,
+    pub(super) warmup_num_steps: u64,
     /// The form of the warm-up.
-    pub warmup_type: WarmupType,
+    pub(super) warmup_type: WarmupType,
 }
 
 impl Default for WarmupLrParams {
@@ -28,15 +28,15 @@ impl Default for WarmupLrParams {
 #[serde(default)]
 pub struct WarmupDecayLrParams {
     /// The number of steps of the run.
-    pub total_num_steps: u64,
+    pub(super) total_num_steps: u64,
     /// The learning rate of the first step.
-    pub warmup_min_lr: f64,
+    pub(super) warmup_min_lr: f64,
     /// The learning rate after the warm-up.
-    pub warmup_max_lr: f64,
+    pub(super) warmup_max_lr: f64,
     /// The number of warm-up steps.
-    pub warmup_num_steps: u64,
+    pub(super) warmup_num_steps: u64,
     /// The form of the warm-up.
-    pub warmup_type: WarmupType,
+    pub(super) warmup_type: WarmupType,
 }
 
 impl Default for WarmupDecayLrParams {
@@ -51,15 +51,15 @@ impl Default for WarmupDecayLrParams {
 #[serde(default)]
 pub struct WarmupCosineLrParams {
     /// The number of steps of the run.
-    pub total_num_steps: u64,
+    pub(super) total_num_steps: u64,
     /// The learning rate of the first step as a fraction of the peak.
-    pub warmup_min_ratio: f64,
+    pub(super) warmup_min_ratio: f64,
     /// The number of warm-up steps.
-    pub warmup_num_steps: u64,
+    pub(super) warmup_num_steps: u64,
     /// The learning rate of the last step as a fraction of the peak.
-    pub cos_min_ratio: f64,
+    pub(super) cos_min_ratio: f64,
     /// The form of the warm-up.
-    pub warmup_type: WarmupType,
+    pub(super) warmup_type: WarmupType,
 }
 
 impl Default for WarmupCosineLrParams {
@@ -74,23 +74,23 @@ impl Default for WarmupCosineLrParams {
 #[serde(default)]
 pub struct OneCycleParams {
     /// The lowest learning rate.
-    pub cycle_min_lr: f64,
+    pub(super) cycle_min_lr: f64,
     /// The highest learning rate.
-    pub cycle_max_lr: f64,
+    pub(super) cycle_max_lr: f64,
     /// The decay rate of the learning rate per `decay_step_size` steps after the cycle.
-    pub decay_lr_rate: f64,
+    pub(super) decay_lr_rate: f64,
     /// The number of steps up.
-    pub cycle_first_step_size: u64,
+    pub(super) cycle_first_step_size: u64,
     /// The number of steps down; by default as many as up.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub cycle_second_step_size: Option<u64>,
+    pub(super) cycle_second_step_size: Option<u64>,
     /// The number of stairs up; 0 for none.
-    pub cycle_first_stair_count: u64,
+    pub(super) cycle_first_stair_count: u64,
     /// The number of stairs down; by default as many as up.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub cycle_second_stair_count: Option<u64>,
+    pub(super) cycle_second_stair_count: Option<u64>,
     /// The unit of `decay_lr_rate` in steps; 0 for no decay.
-    pub decay_step_size: u64,
+    pub(super) decay_step_size: u64,
 }
 
 impl Default for OneCycleParams {
@@ -113,13 +113,13 @@ impl Default for OneCycleParams {
 #[serde(default)]
 pub struct LrRangeTestParams {
     /// The learning rate before the first step.
-    pub lr_range_test_min_lr: f64,
+    pub(super) lr_range_test_min_lr: f64,
     /// The number of steps in which the factor on the minimum grows by the rate.
-    pub lr_range_test_step_size: u64,
+    pub(super) lr_range_test_step_size: u64,
     /// The growth of the factor per `lr_range_test_step_size` steps.
-    pub lr_range_test_step_rate: f64,
+    pub(super) lr_range_test_step_rate: f64,
     /// True if the factor grows only every `lr_range_test_step_size` steps.
-    pub lr_range_test_staircase: bool,
+    pub(super) lr_range_test_staircase: bool,
 }
 
 impl Default for LrRangeTestParams {

@@ -40,7 +40,7 @@ pub struct ZeroConfig {
     pub contiguous_gradients: bool,
     /// The settings of stage 3.
     #[serde(flatten)]
-    pub stage3: ZeroStage3Config,
+    pub(super) stage3: ZeroStage3Config,
 }
 
 impl Default for ZeroConfig {
@@ -68,27 +68,27 @@ impl From<&ZeroConfig> for Sharding {
 /// The settings of stage 3; all but the last are numbers of weights.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(default)]
-pub struct ZeroStage3Config {
+pub(super) struct ZeroStage3Config {
     /// The number of weights that are updated at a time.
-    pub sub_group_size: u64,
+    pub(super) sub_group_size: u64,
     /// The largest number of gathered weights.
     #[serde(rename = "stage3_max_live_parameters")]
-    pub max_live_parameters: u64,
+    pub(super) max_live_parameters: u64,
     /// The reuse distance, in weights, below which gathered weights are not released.
     #[serde(rename = "stage3_max_reuse_distance")]
-    pub max_reuse_distance: u64,
+    pub(super) max_reuse_distance: u64,
     /// The number of weights that are gathered before their use.
     #[serde(rename = "stage3_prefetch_bucket_size")]
-    pub prefetch_bucket_size: u64,
+    pub(super) prefetch_bucket_size: u64,
     /// The size below which a parameter is not sharded.
     #[serde(rename = "stage3_param_persistence_threshold")]
-    pub param_persistence_threshold: u64,
+    pub(super) param_persistence_threshold: u64,
     /// The largest total number of weights that are not sharded.
     #[serde(rename = "stage3_model_persistence_threshold")]
-    pub model_persistence_threshold: u64,
+    pub(super) model_persistence_threshold: u64,
     /// True if saving gathers the whole model in its 16-bit data type.
     #[serde(rename = "stage3_gather_16bit_weights_on_model_save")]
-    pub gather_16bit_weights_on_model_save: bool,
+    pub(super) gather_16bit_weights_on_model_save: bool,
 }
 
 impl Default for ZeroStage3Config {

@@ -13,7 +13,7 @@
 //! point on every rank, so that all ranks submit the same collectives in the same order.
 
 use super::{
-    Engine, ShardingState, StepReport,
+    Engine, ShardingState, TrainStepOutput,
     step::{add_gradient_squares, reduce_gradient_stats, retain_present},
     update::UpdatePipeline,
 };
@@ -37,7 +37,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// # Errors
     /// Returns the errors of [`Engine::forward_backward_step`].
     pub fn train_step(&mut self, batch: &<M as Segments<B>>::Batch, learning_rate: f64) -> Result<f64, Error> {
-        self.forward_backward_step(batch, learning_rate).map(|(loss, _)| loss)
+        self.forward_backward_step(batch, learning_rate).map(|output| output.loss)
     }
 
     /// Runs the forward and backward pass of one micro-batch and accumulates its gradients; returns the sum of this
@@ -88,10 +88,10 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         &mut self,
         batch: &<M as Segments<B>>::Batch,
         learning_rate: f64,
-    ) -> Result<(f64, StepReport), Error> {
+    ) -> Result<TrainStepOutput, Error> {
         if self.settings.max_grad_norm.is_some() || self.loss_scaler.is_some() {
             let loss = self.forward_backward(batch)?;
-            return Ok((loss, self.step(learning_rate)?));
+            return Ok(TrainStepOutput { loss, report: self.step(learning_rate)? });
         }
         let mut reducer = self.sharded.take_gradients();
         let result = self.optimizer_in_backward(batch, &mut reducer, learning_rate);
@@ -104,7 +104,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         batch: &<M as Segments<B>>::Batch,
         reducer: &mut GradientReducer<B::InnerBackend>,
         learning_rate: f64,
-    ) -> Result<(f64, StepReport), Error> {
+    ) -> Result<TrainStepOutput, Error> {
         let Self { model, settings, communicator, sharded, states, .. } = self;
         let ShardingState { layout, device, weights, .. } = sharded;
         let context = ShardContext { layout, communicator, device };
@@ -128,7 +128,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         if !norm.is_finite() {
             return Err(NumericError::NotFinite { step: self.steps - 1, norm }.into());
         }
-        Ok((self.unscaled_loss(loss), report))
+        Ok(TrainStepOutput { loss: self.unscaled_loss(loss), report })
     }
 
     /// Returns the sum of a loss, with the loss scale divided out.
@@ -268,9 +268,9 @@ impl<B: AutodiffBackend> OptimizerInBackward<'_, B> {
         let ShardContext { layout, device, .. } = self.updates.context;
         while self.ready.len() > max_waiting {
             let Some((index, flags)) = self.ready.pop_front() else { return Ok(()) };
-            let device = self.updates.states.host.is_none().then_some(device);
-            let gradients = self.reducer.take_bucket(layout, index, device)?;
-            add_gradient_squares(&mut self.squared_norm, &gradients);
+            let gradient_device = self.updates.states.host.is_none().then_some(device);
+            let gradients = self.reducer.take_bucket(layout, index, gradient_device)?;
+            add_gradient_squares(&mut self.squared_norm, &gradients, device);
             let flags = flags.wait()?;
             let slot = |parameter| layout.buckets[index].parameters().position(|other| other == parameter);
             let present = |parameter| slot(parameter).is_some_and(|slot| flags.iter().any(|flags| flags[slot] != 0));

@@ -50,7 +50,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         let gradient_device = states.host.is_none().then_some(context.device);
         let reduced = reducer.finish(context.layout, settings.sharding.stage, communicator, gradient_device)?;
         let mut sum = ExactSum::default();
-        reduced.values().for_each(|gradients| add_gradient_squares(&mut sum, gradients));
+        reduced.values().for_each(|gradients| add_gradient_squares(&mut sum, gradients, context.device));
         let GradientStats { norm, has_gradient } = reduce_gradient_stats(context, &sum, &has_gradient)?;
         let scale = loss_scaler.map_or(1.0, |scaler| scaler.scale());
         let (norm, unscale) = (norm / scale, 1.0 / scale);
@@ -108,11 +108,11 @@ pub(super) fn reduce_gradient_stats<B: Backend>(
 }
 
 /// Adds the squares of a bucket's gradients to `sum`.
-pub(super) fn add_gradient_squares<B: Backend>(sum: &mut ExactSum, gradients: &ShardGradients<B>) {
-    for held in gradients.iter().filter_map(|(_, held)| held.as_ref()) {
-        match held {
+pub(super) fn add_gradient_squares<B: Backend>(sum: &mut ExactSum, gradients: &ShardGradients<B>, device: &B::Device) {
+    for gradient in gradients.iter().filter_map(|(_, gradient)| gradient.as_ref()) {
+        match gradient {
             HostOrDevice::Device(value) => add_squares(sum, value),
-            HostOrDevice::Host(values) => add_squares_on_host(sum, values),
+            HostOrDevice::Host(values) => add_squares_on_host::<B>(sum, values, device),
         }
     }
 }
@@ -122,9 +122,9 @@ pub(super) fn retain_present<B: Backend>(
     gradients: ShardGradients<B>,
     present: impl Fn(usize) -> bool,
 ) -> ShardGradients<B> {
-    let filter = |(shard, held): (ParamShard, Option<HostOrDevice<B>>)| {
-        let held = held.filter(|_| present(shard.parameter));
-        (shard, held)
+    let filter = |(shard, gradient): (ParamShard, Option<HostOrDevice<B>>)| {
+        let gradient = gradient.filter(|_| present(shard.parameter));
+        (shard, gradient)
     };
     gradients.into_iter().map(filter).collect()
 }

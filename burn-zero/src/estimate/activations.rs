@@ -75,7 +75,7 @@ impl LlamaShape {
     }
 
     /// Returns the number of weights of the largest segment: embedding or head, an attention block or an MLP block.
-    pub fn largest_segment(&self) -> u64 {
+    pub(crate) fn largest_segment(&self) -> u64 {
         let head = self.vocabulary * self.hidden + self.hidden;
         head.max(self.attention_parameters()).max(self.mlp_parameters())
     }

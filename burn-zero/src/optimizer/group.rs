@@ -2,11 +2,20 @@
 
 /// The settings of a parameter group.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ParamGroup {
+pub(crate) struct ParamGroup {
+    /// The factor applied to the learning rate of the schedule.
+    pub(crate) lr_scale: f64,
+    /// The weight decay.
+    pub(crate) weight_decay: f64,
+}
+
+/// A learning-rate factor of the parameters with a name.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NamedLrScale {
+    /// The name of a module or parameter: one part of a path, in any case.
+    pub name: String,
     /// The factor applied to the learning rate of the schedule.
     pub lr_scale: f64,
-    /// The weight decay.
-    pub weight_decay: f64,
 }
 
 /// The rules that assign parameters to groups, by path and shape.
@@ -14,9 +23,8 @@ pub struct ParamGroup {
 pub struct ParamGroups {
     /// True if norms, biases and vectors decay as well, see [`no_decay`]. Default: false.
     pub decay_all: bool,
-    /// Learning-rate factors by name: a rule applies to parameters with that name as one part of their path. The first
-    /// match wins. Default: none.
-    pub lr_scales: Vec<(String, f64)>,
+    /// Learning-rate factors by name. The first that matches a part of the path wins. Default: none.
+    pub lr_scales: Vec<NamedLrScale>,
     /// The learning-rate factor of vectors that no name matches. Default: 1.
     pub vector_lr_scale: Option<f64>,
 }
@@ -25,13 +33,14 @@ impl ParamGroups {
     /// Returns the groups of LoRA+ (Hayou et al., 2024, arXiv:2402.12354): the adapter matrices `B` learn `ratio` times
     /// as fast as the matrices `A`, and so do vectors, as in PEFT; the paper recommends 16.
     pub fn lora_plus(ratio: f64) -> Self {
-        Self { lr_scales: vec![("lora_B".to_owned(), ratio)], vector_lr_scale: Some(ratio), ..Self::default() }
+        let matrices = NamedLrScale { name: "lora_B".to_owned(), lr_scale: ratio };
+        Self { lr_scales: vec![matrices], vector_lr_scale: Some(ratio), ..Self::default() }
     }
 
     /// Returns the group of a parameter with this path and number of dimensions; `weight_decay` applies to matrices.
-    pub fn group_of(&self, path: &str, num_dims: usize, weight_decay: f64) -> ParamGroup {
-        let named = |(name, _): &&(String, f64)| path.split('.').any(|part| part.eq_ignore_ascii_case(name));
-        let lr_scale = self.lr_scales.iter().find(named).map(|&(_, scale)| scale);
+    pub(crate) fn group_of(&self, path: &str, num_dims: usize, weight_decay: f64) -> ParamGroup {
+        let named = |rule: &&NamedLrScale| path.split('.').any(|part| part.eq_ignore_ascii_case(&rule.name));
+        let lr_scale = self.lr_scales.iter().find(named).map(|rule| rule.lr_scale);
         let vector_scale = self.vector_lr_scale.filter(|_| num_dims <= 1);
         let lr_scale = lr_scale.or(vector_scale).unwrap_or(1.0);
         let decays = self.decay_all || !no_decay(path, num_dims);

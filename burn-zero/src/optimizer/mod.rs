@@ -15,13 +15,13 @@ mod sgd;
 pub(crate) use adamw::AdamVariant;
 pub use adamw::{AdamW, Moments};
 pub(crate) use eight_bit::{EightBitMoments, MIN_8BIT_SIZE};
-pub use group::{ParamGroup, ParamGroups, no_decay};
+pub use group::{NamedLrScale, ParamGroups, no_decay};
 pub use kind::OptimizerKind;
 pub use lamb::Lamb;
 pub use lion::Lion;
 pub use sgd::Sgd;
 
-use crate::{ConfigError, bucket, segment::DynTensor};
+use crate::{ConfigError, backend, bucket, segment::DynTensor};
 use burn::tensor::{Tensor, backend::Backend};
 
 /// An optimizer with its settings.
@@ -102,7 +102,7 @@ impl Optimizer {
     }
 
     /// Returns the names of the state tensors of a parameter, as torch calls them.
-    pub fn slot_names(&self) -> &'static [&'static str] {
+    pub(crate) fn slot_names(&self) -> &'static [&'static str] {
         match self {
             Self::AdamW(_) | Self::Adam(_) | Self::AdamW8bit(_) | Self::Lamb(_) => &["exp_avg", "exp_avg_sq"],
             Self::Lion(_) => &["exp_avg"],
@@ -131,7 +131,7 @@ impl Optimizer {
         gradient: Tensor<B, 1>,
         state: Option<OptimizerState<B>>,
     ) -> (Tensor<B, 1>, OptimizerState<B>) {
-        if let (Some(adam), true) = (self.adam_variant(), is_host_backend::<B>()) {
+        if let (Some(adam), true) = (self.adam_variant(), backend::has_host_memory::<B>()) {
             return adam_on_host(adam, hyperparameters, parameter, gradient, state);
         }
         match (self, self.adam_variant()) {
@@ -160,14 +160,6 @@ fn adam_on_device<B: Backend>(
     let (parameter, moments) = adam.update(hyperparameters, parameter, gradient, moments);
     let Moments { step, exp_avg, exp_avg_sq } = moments;
     (parameter, OptimizerState { step, slots: vec![exp_avg, exp_avg_sq] })
-}
-
-/// Returns whether the device's memory is the memory of this process.
-fn is_host_backend<B: Backend>() -> bool {
-    #[cfg(feature = "flex")]
-    return std::any::TypeId::of::<B>() == std::any::TypeId::of::<burn::backend::Flex>();
-    #[cfg(not(feature = "flex"))]
-    false
 }
 
 /// Runs Adam on the tensors' own host buffers, in one pass.

@@ -36,7 +36,7 @@ impl Costs {
     }
 
     /// Returns the time of one pass through `stage`.
-    pub fn time(&self, computation: ComputationType, stage: usize) -> f64 {
+    pub(super) fn time(&self, computation: ComputationType, stage: usize) -> f64 {
         match computation {
             ComputationType::Forward => self.forward[stage],
             ComputationType::Backward => self.backward[stage],

@@ -8,13 +8,13 @@ impl PipelineSchedule {
     /// Returns the schedule as CSV; all rows have the same number of cells.
     pub fn to_csv(&self) -> String {
         let cell = |rank: usize, action: &Option<Action>| {
-            action.map_or(String::new(), |work| {
-                let computation = if work.computation == ComputationType::Forward { 'F' } else { 'B' };
-                format!("{}{computation}{}", self.shape().stage_index(rank, work.chunk), work.micro_batch)
+            action.map_or(String::new(), |action| {
+                let computation = if action.computation == ComputationType::Forward { 'F' } else { 'B' };
+                format!("{}{computation}{}", self.shape().stage_index(rank, action.chunk), action.micro_batch)
             })
         };
         let row = |(rank, row): (usize, &Vec<_>)| {
-            row.iter().map(|work| cell(rank, work)).collect::<Vec<_>>().join(",") + "\n"
+            row.iter().map(|action| cell(rank, action)).collect::<Vec<_>>().join(",") + "\n"
         };
         self.rows().iter().enumerate().map(row).collect()
     }
@@ -23,8 +23,8 @@ impl PipelineSchedule {
     /// slots; then every action runs as early as the order of its row allows.
     ///
     /// # Errors
-    /// If a cell is not the action of a full forward or backward pass or names a stage of another rank, or if the rows
-    /// are not a schedule, see [`PipelineSchedule::from_rows`].
+    /// If a cell is not the action of a full forward or backward pass or names a stage of another rank, or if an action
+    /// is missing, appears twice or is part of a cycle of dependencies.
     pub fn from_csv(text: &str) -> Result<Self, PipelineError> {
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
         let mut cells = Vec::new();
@@ -33,9 +33,9 @@ impl PipelineSchedule {
             cells.push(row.collect::<Result<Vec<_>, _>>()?);
         }
         let most = |size: fn(Action) -> usize| {
-            cells.iter().flatten().flatten().map(|&work| size(work).saturating_add(1)).max().unwrap_or(0)
+            cells.iter().flatten().flatten().map(|&action| size(action).saturating_add(1)).max().unwrap_or(0)
         };
-        let shape = PipelineShape::new(lines.len(), most(|work| work.chunk), most(|work| work.micro_batch))?;
+        let shape = PipelineShape::new(lines.len(), most(|action| action.chunk), most(|action| action.micro_batch))?;
         Self::from_rows(shape, cells)
     }
 }

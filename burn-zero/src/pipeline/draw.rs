@@ -15,8 +15,8 @@ impl PipelineSchedule {
     /// Returns the schedule as SVG; all slots have the same width.
     pub fn to_svg(&self) -> String {
         let spans = |row: &Vec<_>| {
-            let actions = row.iter().enumerate().filter_map(|(slot, &work)| Some((slot as f64, work?)));
-            actions.map(|(start, work)| TimedAction { action: work, start, end: start + 1.0 }).collect()
+            let actions = row.iter().enumerate().filter_map(|(slot, &action)| Some((slot as f64, action?)));
+            actions.map(|(start, action)| TimedAction { action, start, end: start + 1.0 }).collect()
         };
         svg(&self.rows().iter().map(spans).collect::<Vec<_>>())
     }

@@ -27,18 +27,6 @@ pub enum PipelineError {
         /// The entry at this position.
         found: String,
     },
-    /// A rank keeps the activations of more micro-batches than its limit.
-    #[error("rank {rank}, position {position}: expected at most {expected} live activations, found {found}")]
-    LiveActivations {
-        /// The rank.
-        rank: usize,
-        /// The position of the forward pass that exceeds the limit.
-        position: usize,
-        /// The limit.
-        expected: usize,
-        /// The number of live activations at that position.
-        found: usize,
-    },
     /// Deadlock: every rank that has not finished waits for another one.
     #[error("deadlock: rank {rank}, position {position}: expected {expected}, found {found}")]
     Deadlock {

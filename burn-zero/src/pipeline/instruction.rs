@@ -36,11 +36,11 @@ impl Action {
 
 /// An action with the rank that runs it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct RankAction {
+pub(super) struct RankAction {
     /// The rank.
-    pub rank: usize,
+    pub(super) rank: usize,
     /// The action.
-    pub action: Action,
+    pub(super) action: Action,
 }
 
 /// One instruction of a rank. DeepSpeed (`runtime/pipe/schedule.py`) has one class per computation, where this type has
@@ -83,12 +83,12 @@ pub enum Instruction {
 
 impl Instruction {
     /// The instructions at the end of every rank's list, in this order.
-    pub const CLOSING: [Self; 3] = [Self::ReduceTiedGradients, Self::ReduceGradients, Self::OptimizerStep];
+    pub(super) const CLOSING: [Self; 3] = [Self::ReduceTiedGradients, Self::ReduceGradients, Self::OptimizerStep];
 
     /// Returns the action that the instruction runs, or whose input or output it transfers.
-    pub fn action(self) -> Option<Action> {
+    pub(super) fn action(self) -> Option<Action> {
         match self {
-            Self::Compute(work) | Self::Send { action: work, .. } | Self::Recv { action: work, .. } => Some(work),
+            Self::Compute(action) | Self::Send { action, .. } | Self::Recv { action, .. } => Some(action),
             _ => None,
         }
     }
@@ -103,9 +103,9 @@ impl fmt::Display for Action {
 impl fmt::Display for Instruction {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Compute(work) => write!(f, "{work}"),
-            Self::Send { action: work, to } => write!(f, "the send to rank {to} of the output of {work}"),
-            Self::Recv { action: work, from } => write!(f, "the receive from rank {from} of the input of {work}"),
+            Self::Compute(action) => write!(f, "{action}"),
+            Self::Send { action, to } => write!(f, "the send to rank {to} of the output of {action}"),
+            Self::Recv { action, from } => write!(f, "the receive from rank {from} of the input of {action}"),
             closing => write!(f, "{closing:?}"),
         }
     }

@@ -51,16 +51,6 @@ impl PipelineKind {
         }
         Ok(())
     }
-
-    /// Returns the largest number of live activations of `rank`, counted in chunks of one micro-batch.
-    pub fn max_live_activations(self, shape: PipelineShape, rank: usize) -> usize {
-        let all = shape.chunks() * shape.micro_batches();
-        match self {
-            Self::GPipe => all,
-            Self::OneFOneB => all.min(shape.ranks() - rank),
-            Self::Interleaved1F1B => all.min(warmup_passes(shape, rank) + 1),
-        }
-    }
 }
 
 /// Returns the slot of an action in GPipe: all forward passes from the first stage to the last, then all backward

@@ -47,7 +47,8 @@ mod validate;
 
 pub use cost::{Costs, SendMode, TimedAction, Timeline};
 pub use error::PipelineError;
-pub use instruction::{Action, ComputationType, Instruction, RankAction};
+use instruction::RankAction;
+pub use instruction::{Action, ComputationType, Instruction};
 pub use kind::PipelineKind;
 pub use partition::PartitionMethod;
 pub use program::Program;

@@ -26,9 +26,9 @@ impl PipelineSchedule {
         for slot in 0..self.rows()[0].len() {
             let actions = (0..shape.ranks()).filter_map(|rank| Some((rank, self.rows()[rank][slot]?)));
             let mut messages = Vec::new();
-            for (rank, work) in actions {
-                ranks[rank].push(Instruction::Compute(work));
-                messages.extend(stage_message(shape, rank, work));
+            for (rank, action) in actions {
+                ranks[rank].push(Instruction::Compute(action));
+                messages.extend(stage_message(shape, rank, action));
             }
             messages.sort_by_key(|message| message.key);
             for StageMessage { output, input, from, to, .. } in messages {
@@ -48,20 +48,20 @@ impl Program {
     /// Returns the largest number of live activations of each rank, counted in chunks of one micro-batch. Activations
     /// live from the forward pass to the end of its backward pass.
     pub fn peak_live_activations(&self) -> Vec<usize> {
-        self.ranks.iter().map(|list| live_activations(list).map(|(_, live)| live).max().unwrap_or(0)).collect()
+        self.ranks.iter().map(|list| live_activations(list).max().unwrap_or(0)).collect()
     }
 }
 
-/// Returns the position of every pass in a list, with the number of live activations while it runs.
-pub(super) fn live_activations(list: &[Instruction]) -> impl Iterator<Item = (usize, usize)> {
-    let actions = list.iter().enumerate().filter_map(|(position, instruction)| match instruction {
-        Instruction::Compute(work) => Some((position, work.computation)),
+/// Returns the number of live activations during each pass of a list.
+fn live_activations(list: &[Instruction]) -> impl Iterator<Item = usize> {
+    let passes = list.iter().filter_map(|instruction| match instruction {
+        Instruction::Compute(action) => Some(action.computation),
         _ => None,
     });
-    actions.scan(0, |live: &mut usize, (position, pass)| {
+    passes.scan(0, |live: &mut usize, pass| {
         let during = if pass == ComputationType::Forward { *live + 1 } else { *live };
         *live = if pass == ComputationType::Forward { during } else { during.saturating_sub(1) };
-        Some((position, during))
+        Some(during)
     })
 }
 
@@ -87,7 +87,7 @@ fn delay_receives(list: Vec<Instruction>) -> Vec<Instruction> {
     let (mut waiting, mut later): (Vec<RankAction>, Vec<_>) = Default::default();
     for instruction in list {
         match instruction {
-            Instruction::Recv { action: work, from } => waiting.push(RankAction { rank: from, action: work }),
+            Instruction::Recv { action, from } => waiting.push(RankAction { rank: from, action }),
             Instruction::Compute(needed) => {
                 if let Some(last) = waiting.iter().position(|message| message.action == needed) {
                     let from = waiting[last].rank;

@@ -35,7 +35,7 @@ impl PipelineSchedule {
     ///
     /// # Errors
     /// As [`PipelineSchedule::from_orders`]; positions count the actions of a rank without idle slots.
-    pub fn from_rows(shape: PipelineShape, mut rows: Vec<Vec<Option<Action>>>) -> Result<Self, PipelineError> {
+    pub(super) fn from_rows(shape: PipelineShape, mut rows: Vec<Vec<Option<Action>>>) -> Result<Self, PipelineError> {
         let timed = Self::from_orders(shape, rows.iter().map(|row| row.iter().flatten().copied().collect()).collect())?;
         let slots = rows.iter().map(|row| row.iter().rposition(Option::is_some).map_or(0, |last| last + 1)).max();
         rows.iter_mut().for_each(|row| row.resize(slots.unwrap_or(0), None));
@@ -47,7 +47,7 @@ impl PipelineSchedule {
     ///
     /// # Errors
     /// If an action is missing, appears twice, does not exist in this shape, or is part of a cycle of dependencies.
-    pub fn from_orders(shape: PipelineShape, orders: Vec<Vec<Action>>) -> Result<Self, PipelineError> {
+    fn from_orders(shape: PipelineShape, orders: Vec<Vec<Action>>) -> Result<Self, PipelineError> {
         if orders.len() != shape.ranks() {
             let (expected, found) = (format!("{} rows", shape.ranks()), orders.len().to_string());
             return Err(PipelineError::Setting { field: "ranks", expected, found });
@@ -66,10 +66,10 @@ impl PipelineSchedule {
             if slot.iter().all(Option::is_none) {
                 return Err(deadlock_error(shape, &orders, &next, &done));
             }
-            for (rank, work) in slot.into_iter().enumerate() {
-                schedule.rows[rank].push(work);
-                next[rank] += usize::from(work.is_some());
-                done.extend(work.map(|action| RankAction { rank, action }));
+            for (rank, action) in slot.into_iter().enumerate() {
+                schedule.rows[rank].push(action);
+                next[rank] += usize::from(action.is_some());
+                done.extend(action.map(|action| RankAction { rank, action }));
             }
         }
         Ok(schedule)
@@ -87,11 +87,11 @@ impl PipelineSchedule {
 
     /// Puts every action into the slot that `slot` returns. Rank 0 must end last: it has the last backward pass.
     fn from_slots(shape: PipelineShape, slot: impl Fn(PipelineShape, usize, Action) -> usize) -> Self {
-        let slots = shape.actions().map(|work| slot(shape, 0, work)).max().map_or(0, |last| last + 1);
+        let slots = shape.actions().map(|action| slot(shape, 0, action)).max().map_or(0, |last| last + 1);
         let mut rows = vec![vec![None; slots]; shape.ranks()];
         for (rank, row) in rows.iter_mut().enumerate() {
-            for work in shape.actions() {
-                row[slot(shape, rank, work)] = Some(work);
+            for action in shape.actions() {
+                row[slot(shape, rank, action)] = Some(action);
             }
         }
         Self { shape, rows }
@@ -122,18 +122,18 @@ fn check_complete(shape: PipelineShape, rank: usize, order: &[Action]) -> Result
     let wrong =
         |position, expected: String, found: String| Err(PipelineError::Order { rank, position, expected, found });
     let mut seen = HashSet::new();
-    for (position, &work) in order.iter().enumerate() {
-        if work.chunk >= shape.chunks() || work.micro_batch >= shape.micro_batches() {
+    for (position, &action) in order.iter().enumerate() {
+        if action.chunk >= shape.chunks() || action.micro_batch >= shape.micro_batches() {
             let expected =
                 format!("a chunk below {} and a micro-batch below {}", shape.chunks(), shape.micro_batches());
-            return wrong(position, expected, work.to_string());
+            return wrong(position, expected, action.to_string());
         }
-        if !seen.insert(work) {
-            return wrong(position, "each action once".to_owned(), format!("{work} again"));
+        if !seen.insert(action) {
+            return wrong(position, "each action once".to_owned(), format!("{action} again"));
         }
     }
-    match shape.actions().find(|work| !seen.contains(work)) {
-        Some(work) => wrong(order.len(), work.to_string(), "the end of the list".to_owned()),
+    match shape.actions().find(|action| !seen.contains(action)) {
+        Some(action) => wrong(order.len(), action.to_string(), "the end of the list".to_owned()),
         None => Ok(()),
     }
 }

@@ -46,24 +46,24 @@ impl PipelineShape {
     }
 
     /// Returns the index of the stage that is `chunk` of `rank`.
-    pub fn stage_index(self, rank: usize, chunk: usize) -> usize {
+    pub(super) fn stage_index(self, rank: usize, chunk: usize) -> usize {
         chunk * self.ranks + rank
     }
 
     /// Returns the action that produces the input of `action` on `rank`; `None` for the forward pass of the first stage
     /// and the backward pass of the last stage.
-    pub fn producer(self, rank: usize, action: Action) -> Option<RankAction> {
+    pub(super) fn producer(self, rank: usize, action: Action) -> Option<RankAction> {
         self.neighbour(rank, action, action.computation == ComputationType::Backward)
     }
 
     /// Returns the action that consumes the output of `action` on `rank`; `None` for the forward pass of the last stage
     /// and the backward pass of the first stage.
-    pub fn consumer(self, rank: usize, action: Action) -> Option<RankAction> {
+    pub(super) fn consumer(self, rank: usize, action: Action) -> Option<RankAction> {
         self.neighbour(rank, action, action.computation == ComputationType::Forward)
     }
 
     /// Returns all actions of a rank: the forward and the backward pass of every micro-batch through every chunk.
-    pub fn actions(self) -> impl Iterator<Item = Action> {
+    pub(super) fn actions(self) -> impl Iterator<Item = Action> {
         (0..self.chunks).flat_map(move |chunk| {
             (0..self.micro_batches).flat_map(move |m| [Action::forward(chunk, m), Action::backward(chunk, m)])
         })

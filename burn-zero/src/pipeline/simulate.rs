@@ -61,17 +61,16 @@ impl Simulator<'_> {
     fn try_step(&mut self, rank: usize) -> bool {
         match self.next_instruction(rank, 0) {
             None => false,
-            Some(Instruction::Compute(work)) => {
+            Some(Instruction::Compute(action)) => {
                 let start = self.clocks[rank];
-                let end = start + self.costs.time(work.computation, self.program.shape.stage_index(rank, work.chunk));
-                self.timeline.ranks[rank].push(TimedAction { action: work, start, end });
+                let end =
+                    start + self.costs.time(action.computation, self.program.shape.stage_index(rank, action.chunk));
+                self.timeline.ranks[rank].push(TimedAction { action, start, end });
                 self.advance(rank, 1, end)
             }
-            Some(Instruction::Send { action: work, to }) => {
-                self.try_send_recv(rank, to) || self.try_send(rank, work, to)
-            }
-            Some(Instruction::Recv { action: work, from }) => {
-                self.try_send_recv(rank, from) || self.try_receive(rank, work)
+            Some(Instruction::Send { action, to }) => self.try_send_recv(rank, to) || self.try_send(rank, action, to),
+            Some(Instruction::Recv { action, from }) => {
+                self.try_send_recv(rank, from) || self.try_receive(rank, action)
             }
             Some(_) => self.advance(rank, 1, self.clocks[rank]),
         }
@@ -117,11 +116,11 @@ impl Simulator<'_> {
     /// next two instructions are one of each.
     fn send_recv_pair(&self, rank: usize, peer: usize) -> Option<(Action, Action)> {
         match (self.next_instruction(rank, 0)?, self.next_instruction(rank, 1)?) {
-            (Instruction::Send { action: work, to }, Instruction::Recv { action: input, from })
-            | (Instruction::Recv { action: input, from }, Instruction::Send { action: work, to })
+            (Instruction::Send { action, to }, Instruction::Recv { action: input, from })
+            | (Instruction::Recv { action: input, from }, Instruction::Send { action, to })
                 if to == peer && from == peer =>
             {
-                Some((work, input))
+                Some((action, input))
             }
             _ => None,
         }
@@ -137,13 +136,13 @@ impl Simulator<'_> {
             |instruction: Option<Instruction>| instruction.map_or("the end of its list".to_owned(), |i| i.to_string());
         let head = self.next_instruction(rank, 0);
         let (peer, expected) = match head {
-            Some(Instruction::Send { action: work, to }) => (
+            Some(Instruction::Send { action, to }) => (
                 to,
-                self.program.shape.consumer(rank, work).map(|to| Instruction::Recv { action: to.action, from: rank }),
+                self.program.shape.consumer(rank, action).map(|to| Instruction::Recv { action: to.action, from: rank }),
             ),
-            Some(Instruction::Recv { action: work, from }) => (
+            Some(Instruction::Recv { action, from }) => (
                 from,
-                self.program.shape.producer(rank, work).map(|of| Instruction::Send { action: of.action, to: rank }),
+                self.program.shape.producer(rank, action).map(|of| Instruction::Send { action: of.action, to: rank }),
             ),
             _ => (rank, None),
         };

@@ -1,6 +1,5 @@
 //! Validation of a program: it runs every action once, in an order that respects all dependencies, without deadlock.
 
-use super::program::live_activations;
 use super::{Action, ComputationType, Costs, Instruction, PipelineError, PipelineShape, Program, RankAction, SendMode};
 use std::collections::HashSet;
 use std::mem::discriminant;
@@ -28,32 +27,18 @@ impl Program {
         self.simulate(&Costs { send_mode, ..Costs::uniform(self.shape, 1.0, 1.0) }).map(drop)
     }
 
-    /// Checks that rank `r` never has more than `limits[r]` live activations, counted in chunks of one micro-batch.
-    ///
-    /// # Errors
-    /// The first forward pass that exceeds the limit.
-    pub fn check_live_activations(&self, limits: &[usize]) -> Result<(), PipelineError> {
-        for (rank, (list, &expected)) in self.ranks.iter().zip(limits).enumerate() {
-            if let Some((position, found)) = live_activations(list).find(|&(_, live)| live > expected) {
-                return Err(PipelineError::LiveActivations { rank, position, expected, found });
-            }
-        }
-        Ok(())
-    }
-
     fn check_messages(&self, from: usize, to: usize) -> Result<(), PipelineError> {
         let sent = self.ranks[from].iter().filter_map(|&instruction| match instruction {
-            Instruction::Send { action: work, to: peer } if peer == to => self.shape.consumer(from, work),
+            Instruction::Send { action, to: peer } if peer == to => self.shape.consumer(from, action),
             _ => None,
         });
         let received = self.ranks[to].iter().enumerate().filter_map(|(position, &instruction)| match instruction {
-            Instruction::Recv { action: work, from: peer } if peer == from => Some((position, work)),
+            Instruction::Recv { action, from: peer } if peer == from => Some((position, action)),
             _ => None,
         });
-        for (RankAction { action: work, .. }, (position, found)) in sent.zip(received) {
-            if work != found {
-                let (expected, found) =
-                    (Instruction::Recv { action: work, from }, Instruction::Recv { action: found, from });
+        for (RankAction { action, .. }, (position, found)) in sent.zip(received) {
+            if action != found {
+                let (expected, found) = (Instruction::Recv { action, from }, Instruction::Recv { action: found, from });
                 return Err(order_error(to, position, expected, found));
             }
         }
@@ -66,7 +51,7 @@ fn order_error(rank: usize, position: usize, expected: impl ToString, found: imp
 }
 
 fn check_list(shape: PipelineShape, rank: usize, list: &[Instruction]) -> Result<(), PipelineError> {
-    let required: Vec<_> = shape.actions().flat_map(|work| with_messages(shape, rank, work)).collect();
+    let required: Vec<_> = shape.actions().flat_map(|action| with_messages(shape, rank, action)).collect();
     let mut seen = HashSet::new();
     for (position, &found) in list.iter().enumerate() {
         if found.action().is_some() && !required.contains(&found) {
@@ -111,16 +96,16 @@ fn prerequisites(
     required: &[Instruction],
 ) -> Vec<Instruction> {
     match instruction {
-        Instruction::Compute(work) => {
-            let input = shape.producer(rank, work).map(|source| match source.rank {
+        Instruction::Compute(action) => {
+            let input = shape.producer(rank, action).map(|source| match source.rank {
                 from if from == rank => Instruction::Compute(source.action),
-                from => Instruction::Recv { action: work, from },
+                from => Instruction::Recv { action, from },
             });
-            let forward = (work.computation == ComputationType::Backward)
-                .then_some(Instruction::Compute(Action { computation: ComputationType::Forward, ..work }));
+            let forward = (action.computation == ComputationType::Backward)
+                .then_some(Instruction::Compute(Action { computation: ComputationType::Forward, ..action }));
             input.into_iter().chain(forward).collect()
         }
-        Instruction::Send { action: work, .. } => vec![Instruction::Compute(work)],
+        Instruction::Send { action, .. } => vec![Instruction::Compute(action)],
         Instruction::Recv { .. } => Vec::new(),
         // Before all passes and messages are done, the gradients are incomplete and a peer may wait for this rank.
         Instruction::ReduceTiedGradients => required.to_vec(),

@@ -293,7 +293,7 @@ pub fn loss_scaler(block: Option<&toml::Table>) -> Result<LossScaler, ConfigErro
     let mut block = block.cloned().unwrap_or_default();
     block.insert("enabled".to_owned(), true.into());
     let text = json!({ "train_micro_batch_size_per_gpu": 1, "fp16": block }).to_string();
-    RawDsConfig::from_json(&text)?.resolve(1, &AutoValues::default())?.precision.loss_scaler()
+    RawDsConfig::from_hjson(&text)?.resolve(1, &AutoValues::default())?.precision.loss_scaler()
 }
 
 /// Returns DeepSpeed's learning rate schedule by its `scheduler` block, for a run of `total` steps with `warmup` steps
@@ -311,7 +311,7 @@ pub fn deepspeed_schedule(
         total_steps: total as u64,
         ..AutoValues::default()
     };
-    let config = RawDsConfig::from_json(&text)?.resolve(1, &auto)?;
+    let config = RawDsConfig::from_hjson(&text)?.resolve(1, &auto)?;
     let scheduler = config.scheduler.expect("the block is there");
     Ok(scheduler.lr_schedule(learning_rate))
 }

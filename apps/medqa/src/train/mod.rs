@@ -40,4 +40,4 @@ pub use options::TrainOptions;
 pub use setup::{apply_method, engine_config};
 pub use state::read_recipe;
 pub use summary::Summary;
-pub use world::{World, launched_by_mpirun, world_size_and_rank};
+pub use world::{RankInfo, World, launched_by_mpirun};

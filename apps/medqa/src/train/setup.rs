@@ -16,7 +16,7 @@ use burn_zero::{
     EngineConfig, MemoryTier, OffloadDevice, Sharding,
     comm::Communicator,
     lr_schedule::LrSchedule,
-    optimizer::{AdamW, Optimizer, ParamGroups},
+    optimizer::{AdamW, NamedLrScale, Optimizer, ParamGroups},
 };
 use std::path::Path;
 
@@ -113,7 +113,7 @@ fn param_groups(recipe: &Recipe) -> ParamGroups {
     let optimizer = &recipe.train.optimizer;
     let mut groups = optimizer.loraplus_lr_ratio.map(ParamGroups::lora_plus).unwrap_or_default();
     if let (Some(table), Some(all)) = (optimizer.loraplus_lr_embedding, optimizer.learning_rate) {
-        groups.lr_scales.push(("embed_tokens".to_owned(), table / all));
+        groups.lr_scales.push(NamedLrScale { name: "embed_tokens".to_owned(), lr_scale: table / all });
     }
     groups
 }

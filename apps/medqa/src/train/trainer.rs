@@ -27,7 +27,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use burn::{backend::Autodiff, module::AutodiffModule, train::Interrupter};
 use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
 use burn_peft::{DropoutKey, ForwardContext, adapter::find_not_finite, param};
-use burn_zero::{StepReport, comm::Communicator};
+use burn_zero::{TrainStepOutput, comm::Communicator};
 use std::{
     fs,
     ops::Range,
@@ -205,7 +205,7 @@ impl<B: Kernels> Trainer<B> {
         let learning_rate = setup::learning_rate(&self.recipe, step - self.progress.state.skipped, steps)?;
         let loss_scale = self.engine.loss_scale();
         let stepped = B::with_spinning_pool(|| self.run_micro_batches(&rows, micro_batches, learning_rate));
-        let (loss, report) = stepped.or_else(|error| Err(self.name_cause(step, error)?))?;
+        let TrainStepOutput { loss, report } = stepped.or_else(|error| Err(self.name_cause(step, error)?))?;
         let (seconds, state) = (begin.elapsed().as_secs_f64(), &mut self.progress.state);
         state.skipped += usize::from(report.skipped);
         state.tokens += tokens;
@@ -248,13 +248,14 @@ impl<B: Kernels> Trainer<B> {
         rows: &StepRows,
         micro_batches: impl Iterator<Item = Range<usize>>,
         learning_rate: f64,
-    ) -> Result<(f64, StepReport)> {
+    ) -> Result<TrainStepOutput> {
         let (mut loss, mut own) = (0.0, micro_batches.peekable());
         while let Some(micro) = own.next() {
             let batch = self.micro_batch(rows, micro)?;
             if own.peek().is_none() {
-                let (last, report) = self.engine.forward_backward_step(&batch, learning_rate)?;
-                return Ok((self.engine.sum_over_ranks(&[loss + last])?[0], report));
+                let output = self.engine.forward_backward_step(&batch, learning_rate)?;
+                let loss = self.engine.sum_over_ranks(&[loss + output.loss])?[0];
+                return Ok(TrainStepOutput { loss, ..output });
             }
             loss += self.engine.forward_backward(&batch)?;
         }

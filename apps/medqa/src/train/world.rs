@@ -85,8 +85,20 @@ pub fn launched_by_mpirun() -> bool {
     std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some()
 }
 
-/// Returns the world size and the rank of this process before it joins the group: 1 and 0 without `mpirun`.
-pub fn world_size_and_rank() -> (u64, u64) {
-    let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    (number("OMPI_COMM_WORLD_SIZE").unwrap_or(1).max(1), number("OMPI_COMM_WORLD_RANK").unwrap_or(0))
+/// The rank of this process and the number of ranks, known before the process joins the group.
+#[derive(Debug, Clone, Copy)]
+pub struct RankInfo {
+    /// The rank; 0 without `mpirun`.
+    pub rank: u64,
+    /// The number of ranks; 1 without `mpirun`.
+    pub world_size: u64,
+}
+
+impl RankInfo {
+    /// Reads the environment variables that `mpirun` sets.
+    pub fn from_env() -> Self {
+        let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
+        let world_size = number("OMPI_COMM_WORLD_SIZE").unwrap_or(1).max(1);
+        Self { rank: number("OMPI_COMM_WORLD_RANK").unwrap_or(0), world_size }
+    }
 }

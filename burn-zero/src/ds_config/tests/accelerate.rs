@@ -88,7 +88,7 @@ fn a_deepspeed_file_is_found_beside_the_yaml() {
     let json = r#"{"train_batch_size": 4, "zero_optimization": {"stage": 2}}"#;
     std::fs::write(folder.join("zero-by-test.json"), json).unwrap();
     let read = AccelerateConfig::read(&yaml).unwrap();
-    assert_eq!(read.source, DsConfigSource::Inline(RawDsConfig::from_json(json).unwrap()));
+    assert_eq!(read.source, DsConfigSource::Inline(RawDsConfig::from_hjson(json).unwrap()));
     std::fs::write(&yaml, "distributed_type: [").unwrap();
     let broken = message(AccelerateConfig::read(&yaml));
     assert!(broken.starts_with(&format!("{}: not readable as YAML: ", yaml.display())), "{broken}");

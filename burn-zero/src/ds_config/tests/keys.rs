@@ -152,16 +152,6 @@ fn mistakes_are_explained_in_one_line() {
 }
 
 #[test]
-fn what_is_no_json_or_says_a_thing_twice_is_refused() {
-    let twice = r#"{"fp16": {"enabled": true, "enabled": false}}"#;
-    let found = message(resolve(twice));
-    assert!(found.starts_with("not readable as JSON: the key `enabled` appears twice at line 1"), "{found}");
-    for text in ["", "{", r#"{"a": 1,}"#, "// a comment\n{}"] {
-        assert!(message(resolve(text)).starts_with("not readable as JSON: "), "{text}");
-    }
-}
-
-#[test]
 fn what_we_do_anyway_is_not_noted() {
     let text = r#"{
         "wall_clock_breakdown": false, "prescale_gradients": false, "communication_data_type": "fp32",

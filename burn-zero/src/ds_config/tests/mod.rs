@@ -2,6 +2,7 @@
 
 mod accelerate;
 mod blocks;
+mod hjson;
 mod keys;
 mod resolve;
 
@@ -10,7 +11,7 @@ use crate::{ConfigError, OffloadDevice, ZeroStage};
 
 /// Resolves a JSON text for two ranks, with the default values for `"auto"`.
 fn resolve(text: &str) -> Result<DsConfig, ConfigError> {
-    RawDsConfig::from_json(text)?.resolve(2, &AutoValues::default())
+    RawDsConfig::from_hjson(text)?.resolve(2, &AutoValues::default())
 }
 
 /// Resolves a text without batch sizes, with a micro-batch of 1.

@@ -43,7 +43,7 @@ fn values() -> AutoValues {
 
 #[test]
 fn auto_stands_for_the_callers_values() {
-    let document = RawDsConfig::from_json(AUTO).unwrap();
+    let document = RawDsConfig::from_hjson(AUTO).unwrap();
     assert_eq!(document.auto_keys().len(), 18);
     assert_eq!(document.auto_keys()[0], "train_batch_size");
     let config = document.resolve(2, &values()).unwrap();
@@ -85,12 +85,12 @@ fn the_train_batch_follows_from_what_the_file_says() {
         (r#"{"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": 1}"#, [8, 4, 1]),
     ];
     for (text, expected) in table {
-        let batch = RawDsConfig::from_json(text).unwrap().resolve(2, &values()).unwrap().batch;
+        let batch = RawDsConfig::from_hjson(text).unwrap().resolve(2, &values()).unwrap().batch;
         assert_eq!([batch.train, batch.micro, batch.accumulation], expected, "{text}");
     }
     let text =
         r#"{"train_batch_size": 24, "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}"#;
-    let found = message(RawDsConfig::from_json(text).unwrap().resolve(2, &values()));
+    let found = message(RawDsConfig::from_hjson(text).unwrap().resolve(2, &values()));
     assert!(found.ends_with("24 != 4 * 8 * 2"), "{found}");
 }
 
@@ -225,8 +225,8 @@ fn what_is_wrong_with_a_file_names_the_file() {
     assert!(missing.starts_with(&format!("{}: cannot be read: ", file.display())), "{missing}");
     std::fs::write(&file, "{").unwrap();
     let broken = message(RawDsConfig::read(&file));
-    assert!(broken.starts_with(&format!("{}: not readable as JSON: ", file.display())), "{broken}");
+    assert!(broken.starts_with(&format!("{}: not readable as Hjson: ", file.display())), "{broken}");
     std::fs::write(&file, AUTO).unwrap();
-    assert_eq!(RawDsConfig::read(&file).unwrap(), RawDsConfig::from_json(AUTO).unwrap());
+    assert_eq!(RawDsConfig::read(&file).unwrap(), RawDsConfig::from_hjson(AUTO).unwrap());
     std::fs::remove_dir_all(&folder).unwrap();
 }

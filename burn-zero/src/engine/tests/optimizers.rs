@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     comm::threads,
-    optimizer::{Lamb, Lion, Optimizer, ParamGroups, Sgd},
+    optimizer::{Lamb, Lion, NamedLrScale, Optimizer, ParamGroups, Sgd},
 };
 use burn::{module::ModuleMapper, tensor::DType};
 
@@ -30,10 +30,11 @@ fn config(optimizer: Optimizer) -> EngineConfig {
 }
 
 fn config_of(case: Case, optimizer: Optimizer) -> EngineConfig {
+    let lr_scales = vec![NamedLrScale { name: "up".into(), lr_scale: 2.0 }];
     EngineConfig::new(optimizer)
         .with_max_grad_norm(case.max_grad_norm)
         .with_checkpointing(case.checkpointing)
-        .with_param_groups(ParamGroups { lr_scales: vec![("up".into(), 2.0)], ..ParamGroups::default() })
+        .with_param_groups(ParamGroups { lr_scales, ..ParamGroups::default() })
 }
 
 #[test]

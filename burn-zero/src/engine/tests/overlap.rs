@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     MemoryTier,
-    comm::{CommVolume, Communicator, Lane, Operation, Solo, Traffic, threads},
+    comm::{CommVolume, Communicator, Lane, Message, Operation, Solo, Traffic, threads},
 };
 use std::time::Duration;
 
@@ -154,7 +154,7 @@ impl Communicator for SlowTransfer {
     fn exchange(
         &mut self,
         operation: Operation,
-        outgoing: Vec<(usize, Vec<u8>)>,
+        outgoing: Vec<Message>,
         incoming: &[usize],
     ) -> Result<Vec<Vec<u8>>, Error> {
         if operation == Operation::ReduceScatter {

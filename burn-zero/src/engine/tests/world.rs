@@ -117,21 +117,22 @@ pub(super) struct Outcome {
     pub losses: Vec<f64>,
 }
 
-/// Takes one optimizer step of at least one micro-batch on this rank; returns the loss and the report.
+/// Takes one optimizer step of at least one micro-batch on this rank; returns the sum of their losses and the report.
 pub(super) fn take_step(
     engine: &mut ToyEngine,
     batches: &[ToyBatch<TestBackend>],
     learning_rate: f64,
     optimizer_in_backward: bool,
-) -> (f64, StepReport) {
+) -> TrainStepOutput {
     let (last, others) = batches.split_last().unwrap();
     let loss: f64 = others.iter().map(|batch| engine.forward_backward(batch).unwrap()).sum();
-    let (more, report) = if optimizer_in_backward {
+    let output = if optimizer_in_backward {
         engine.forward_backward_step(last, learning_rate).unwrap()
     } else {
-        (engine.forward_backward(last).unwrap(), engine.step(learning_rate).unwrap())
+        let loss = engine.forward_backward(last).unwrap();
+        TrainStepOutput { loss, report: engine.step(learning_rate).unwrap() }
     };
-    (loss + more, report)
+    TrainStepOutput { loss: loss + output.loss, ..output }
 }
 
 /// Runs [`STEPS`] steps of `micros` micro-batches each on this rank.
@@ -141,7 +142,7 @@ pub(super) fn run(case: Case, config: EngineConfig, micros: usize) -> (Outcome, 
     let (mut norms, mut losses) = (vec![], vec![]);
     for step in 0..STEPS {
         let batches: Vec<_> = (0..micros).map(|micro| batch(step, micro * world + rank)).collect();
-        let (loss, report) = take_step(&mut engine, &batches, 1e-3, case.optimizer_in_backward);
+        let TrainStepOutput { loss, report } = take_step(&mut engine, &batches, 1e-3, case.optimizer_in_backward);
         losses.extend(engine.sum_over_ranks(&[loss]).unwrap());
         norms.push(report.grad_norm);
     }

@@ -4,7 +4,7 @@ use super::*;
 
 /// Returns the row of a rank in the notation `F0 . F1 B0`, with a dot for an idle slot.
 fn row(schedule: &PipelineSchedule, rank: usize) -> String {
-    let cell = |work: &Option<Action>| match work {
+    let cell = |action: &Option<Action>| match action {
         None => ".".to_owned(),
         Some(Action { computation: ComputationType::Forward, micro_batch, .. }) => format!("F{micro_batch}"),
         Some(Action { micro_batch, .. }) => format!("B{micro_batch}"),

@@ -64,19 +64,18 @@ fn every_schedule_is_valid_even_if_every_message_blocks() {
 fn the_live_activations_are_those_of_the_formulas() {
     for (kind, schedule) in schedules() {
         let layout = schedule.shape();
-        let bounds: Vec<_> = (0..layout.ranks()).map(|rank| kind.max_live_activations(layout, rank)).collect();
-        for (rank, &bound) in bounds.iter().enumerate() {
+        let formula = |rank: usize| {
             let (behind, chunks) = (layout.ranks() - 1 - rank, layout.chunks());
-            let formula = match (kind, chunks) {
+            let live = match (kind, chunks) {
                 (PipelineKind::GPipe, _) => usize::MAX,
                 (PipelineKind::Interleaved1F1B, 2..) => 2 * behind + (chunks - 1) * layout.ranks() + 1,
                 _ => behind + 1,
             };
-            assert_eq!(bound, formula.min(chunks * layout.micro_batches()), "{kind:?} {layout:?}");
-        }
+            live.min(chunks * layout.micro_batches())
+        };
+        let expected: Vec<_> = (0..layout.ranks()).map(formula).collect();
         for program in TRANSPORTS.map(|transport| schedule.program(transport)) {
-            assert_eq!(program.peak_live_activations(), bounds, "{kind:?} {layout:?}");
-            assert_eq!(program.check_live_activations(&bounds), Ok(()));
+            assert_eq!(program.peak_live_activations(), expected, "{kind:?} {layout:?}");
         }
     }
 }
@@ -85,7 +84,7 @@ fn the_live_activations_are_those_of_the_formulas() {
 fn the_bubble_is_that_of_the_formula() {
     for (kind, schedule) in schedules() {
         let layout = schedule.shape();
-        let idle = schedule.rows().iter().flatten().filter(|work| work.is_none()).count();
+        let idle = schedule.rows().iter().flatten().filter(|action| action.is_none()).count();
         assert_eq!(idle, 2 * (layout.ranks() - 1) * layout.ranks(), "{kind:?} {layout:?}");
         for (transport, backward) in TRANSPORTS.into_iter().flat_map(|t| [(t, 1.0), (t, 2.0)]) {
             let costs = Costs { send_mode: transport, ..Costs::uniform(layout, 1.0, backward) };

@@ -1,11 +1,11 @@
-//! Parsers of JSON and YAML that reject duplicate keys.
+//! A parser of YAML that rejects duplicate keys.
 
 use crate::ConfigError;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 use std::fmt;
 
-/// A value whose deserialization fails on duplicate keys, of which serde_json and Python silently take the last.
+/// A value whose deserialization fails on duplicate keys, of which Python silently takes the last.
 struct UniqueKeysValue(Value);
 
 impl<'de> Deserialize<'de> for UniqueKeysValue {
@@ -68,21 +68,11 @@ impl<'de> Visitor<'de> for UniqueKeysVisitor {
     }
 }
 
-fn top_level_map(UniqueKeysValue(value): UniqueKeysValue) -> Result<Map<String, Value>, ConfigError> {
-    match value {
-        Value::Object(map) => Ok(map),
-        other => Err(ConfigError::invalid_value("the file", "keys and values", other.to_string())),
-    }
-}
-
-/// Parses a JSON file and returns its top-level object.
-pub(super) fn from_json(text: &str) -> Result<Map<String, Value>, ConfigError> {
-    let syntax = |error: serde_json::Error| ConfigError::Syntax { format: "JSON", source: error.into() };
-    top_level_map(serde_json::from_str(text).map_err(syntax)?)
-}
-
 /// Parses a YAML file and returns its top-level mapping.
-pub(super) fn from_yaml(text: &str) -> Result<Map<String, Value>, ConfigError> {
+pub(super) fn parse(text: &str) -> Result<Map<String, Value>, ConfigError> {
     let syntax = |error: serde_yaml_ng::Error| ConfigError::Syntax { format: "YAML", source: error.into() };
-    top_level_map(serde_yaml_ng::from_str(text).map_err(syntax)?)
+    match serde_yaml_ng::from_str(text).map_err(syntax)? {
+        UniqueKeysValue(Value::Object(map)) => Ok(map),
+        UniqueKeysValue(other) => Err(ConfigError::invalid_value("the file", "keys and values", other.to_string())),
+    }
 }
