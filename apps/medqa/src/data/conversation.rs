@@ -96,7 +96,7 @@ fn push_tokens(example: &mut Example, ids: &[u32], learned: bool) {
 /// Returns the tokens of the last message, which is the assistant's.
 ///
 /// # Errors
-/// The same as those of [`encode_conversation`].
+/// If the template rejects the turns, does not print all of the answer, or ends it without an end token.
 pub fn answer_tokens(tokenizer: &Tokenizer, messages: &[Message]) -> Result<AnswerTokens> {
     let last = messages.len().checked_sub(1).context("expected an answer, found no message")?;
     let renderer = ConversationRenderer::new(tokenizer, messages, None)?;
