@@ -248,3 +248,19 @@ fn a_template_may_leave_out_the_text_beside_a_call() {
     let error = format!("{:#}", encoded(&tokenizer, &row("I look.")).unwrap_err());
     assert!(error.starts_with("turn 2: `content`: ") && error.contains("\"I look.\""), "{error}");
 }
+
+#[test]
+fn control_tokens_that_the_template_searches_answers_for_are_found_there_and_nowhere_else() {
+    let names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"];
+    let tokenizer = byte_level(QWEN3, ["<|endoftext|>", "<|im_end|>"], &names);
+    let row = |question: &str| json!({"messages": [user(question), assistant("<think>\nTwo and two.\n</think>\n\n4.<|im_end|>")]});
+    let question = "Is </think> a tag?";
+    let expected = format!(
+        "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n[[<think>\nTwo and two.\n</think>\n\n4.<|im_end|>\
+         <|im_end|>]]"
+    );
+    assert_eq!(learned(&tokenizer, &row(question)), [expected]);
+    let ids = encoded(&tokenizer, &row(question)).unwrap().examples.remove(0).ids;
+    let count = |token: &str| ids.iter().filter(|id| Some(**id) == tokenizer.token_to_id(token)).count();
+    assert_eq!(names.map(count), [0, 2, 2, 1, 1]);
+}

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use burn_llama::{Example, Message, Tokenizer};
 use serde_json::Value;
 
-/// Keys inside a value whose strings templates do not print: identifiers of tool calls.
+/// Keys whose strings templates need not print: identifiers, such as those of tool calls.
 const IDENTIFIERS: [&str; 4] = ["id", "type", "index", "tool_call_id"];
 
 /// The examples of a conversation.
@@ -96,7 +96,7 @@ fn push_tokens(example: &mut Example, ids: &[u32], learned: bool) {
 /// Returns the tokens of the last message, which is the assistant's.
 ///
 /// # Errors
-/// The same as those of [`encode_conversation`].
+/// If the template rejects the turns, does not print all of the answer, or ends it without an end token.
 pub fn answer_tokens(tokenizer: &Tokenizer, messages: &[Message]) -> Result<AnswerTokens> {
     let last = messages.len().checked_sub(1).context("expected an answer, found no message")?;
     let renderer = ConversationRenderer::new(tokenizer, messages, None)?;
@@ -143,7 +143,8 @@ struct MissingText<'a> {
 /// as JSON.
 fn missing_texts<'a>(message: &'a Message, printed: &'a str) -> impl Iterator<Item = MissingText<'a>> {
     let content = ("content", without_tags(message.text()));
-    let fields = message.fields.iter().map(|(key, value)| (key.as_str(), strings(value)));
+    let fields = message.fields.iter().filter(|(key, _)| !IDENTIFIERS.contains(&key.as_str()));
+    let fields = fields.map(|(key, value)| (key.as_str(), strings(value)));
     std::iter::once(content).chain(fields).filter_map(move |(key, texts)| {
         let missing = texts.into_iter().map(str::trim).find(|text| !contains(printed, text))?;
         Some(MissingText { key, text: missing })
