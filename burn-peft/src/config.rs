@@ -212,6 +212,14 @@ impl LoraConfig {
         alpha / if self.use_rslora { (r as f64).sqrt() } else { r as f64 }
     }
 
+    /// Returns true if the token embedding at `path` gets low-rank matrices; `all-linear` does not select it.
+    ///
+    /// # Errors
+    /// If a pattern is not a regular expression.
+    pub fn selects_embedding(&self, path: &str) -> Result<bool, Error> {
+        Ok(Selection::new(self)?.selects_embedding(path))
+    }
+
     /// Returns the number of the adapter's trainable values on linear layers of these paths and shapes `[out, in]`,
     /// without the base model's parameters that are trained along with it (`bias`, `modules_to_save`).
     ///

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use burn_llama::LlamaConfig;
-use burn_peft::{LoraConfig, config::Selection};
+use burn_peft::LoraConfig;
 use burn_zero::estimate::LlamaShape;
 
 /// Converts bytes to GiB.
@@ -16,7 +16,7 @@ pub fn gib(bytes: u64) -> f64 {
 /// If the configuration is invalid.
 pub fn count_lora_params(shape: &LlamaShape, lora: &LoraConfig) -> Result<u64> {
     let mut layers = linear_layers(shape);
-    if Selection::new(lora)?.selects_embedding("model.embed_tokens") {
+    if lora.selects_embedding("model.embed_tokens")? {
         layers.push(("model.embed_tokens".to_owned(), [shape.vocabulary as usize, shape.hidden as usize]));
     }
     Ok(lora.count_trainable(layers.iter().map(|(path, shape)| (path.as_str(), *shape)))? as u64)

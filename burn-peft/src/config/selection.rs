@@ -48,7 +48,7 @@ impl Selection {
     }
 
     /// Returns true if the token embedding at `path` gets low-rank matrices; `all-linear` does not select it.
-    pub fn selects_embedding(&self, path: &str) -> bool {
+    pub(crate) fn selects_embedding(&self, path: &str) -> bool {
         !matches!(self.target, Matcher::AllLinear) && self.selects(path)
     }
 
