@@ -174,7 +174,7 @@ fn wrong_types_name_key_expected_and_found() {
         ("train.warmup=-1", "found integer `-1`"),
         ("train.activation_checkpointing=half", "`train.activation_checkpointing`: expected \"none\", \"full\""),
         ("train.activation_checkpointing=0", "found integer `0`"),
-        ("train.scheduler=step", "`train.scheduler`: expected one of `constant`, `linear`"),
+        ("train.scheduler=step", "`train.scheduler`: expected one of `constant`, `constant_with_warmup`, `linear`"),
         ("data.shuffle=1", "expected true or false, found integer `1`"),
         ("data.group_by_length=1", "expected true or false, found integer `1`"),
         ("data.packing=full", "`data.packing`: expected true, false or \"fill\", found string \"full\""),
