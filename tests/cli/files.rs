@@ -199,7 +199,7 @@ fn models_in_other_layouts_are_named_with_the_next_step() {
     work.succeed(&train("run", &["train.max_steps=2", "train.save_every=1"]));
     work.succeed(&["adapters", "convert", "run/adapter", "lora.gguf", "--model", "model"]);
     for (model, words) in [
-        ("bin", ["bin/model.safetensors", "pytorch_model.bin", "AutoModelForCausalLM"]),
+        ("bin", ["bin/pytorch_model.bin", "found a safetensors file", "rename it"]),
         ("original", ["original", "consolidated.safetensors in place of", "model.safetensors"]),
         ("sentencepiece", ["sentencepiece/tokenizer.json", "it has tokenizer.model", "AutoTokenizer"]),
         ("slow", ["slow/tokenizer.json", "it has vocab.json", "AutoTokenizer"]),

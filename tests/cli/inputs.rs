@@ -77,7 +77,7 @@ fn a_complete_run_goes_on_if_it_is_made_longer() {
         assert!(done.code == Some(2) && done.stderr.contains("a higher `train.max_steps`"), "{done:?}");
     }
     let done = run("parts", &["train.max_steps=8", "--resume"]);
-    assert!(done.code == Some(0) && done.stderr.contains("going on after step 4"), "{done:?}");
+    assert!(done.code == Some(0) && done.stderr.contains("resuming after step 4"), "{done:?}");
     assert_eq!(work.json("parts/summary.json")["steps"], 8);
     let steps = |folder: &str| -> Vec<Value> {
         lasting(&work, folder).into_iter().filter(|line| line.get("loss").is_some()).collect()

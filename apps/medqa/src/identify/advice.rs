@@ -112,14 +112,8 @@ fn incomplete_model(path: &Path) -> Option<String> {
         }
     }
     let has = |start: &str, end: &str| names.iter().find(|name| name.starts_with(start) && name.ends_with(end));
-    if has("model", ".safetensors").is_some() {
+    if has("model", ".safetensors").or_else(|| has("pytorch_model", ".bin")).is_some() {
         return None;
-    }
-    if let Some(old) = has("pytorch_model", ".bin") {
-        return Some(format!(
-            "its weights are in {old}, a file of torch.save; write model.safetensors by {}",
-            resave("AutoModelForCausalLM", path)
-        ));
     }
     if let Some(original) = has("consolidated", "") {
         return Some(format!("it has {original} in place of model.safetensors; {}", original_weights()));
@@ -127,10 +121,12 @@ fn incomplete_model(path: &Path) -> Option<String> {
     Some("it has no weights: expected model.safetensors, or its parts with model.safetensors.index.json".to_owned())
 }
 
-/// Returns the command that reads a directory with transformers and writes it back in today's files.
-fn resave(class: &str, path: &Path) -> String {
+/// Returns the command that reads a tokenizer with transformers and writes it back in today's files.
+fn resave_tokenizer(path: &Path) -> String {
     let at = path.display();
-    format!("`python -c \"from transformers import {class} as A; A.from_pretrained('{at}').save_pretrained('{at}')\"`")
+    format!(
+        "`python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('{at}').save_pretrained('{at}')\"`"
+    )
 }
 
 fn for_adapter(path: &Path, found: PathKind) -> Option<String> {
@@ -159,7 +155,7 @@ fn for_adapter(path: &Path, found: PathKind) -> Option<String> {
 }
 
 fn for_tokenizer(path: &Path, found: PathKind) -> Option<String> {
-    let old = |directory: &Path| resave("AutoTokenizer", directory);
+    let old = resave_tokenizer;
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match found {
         PathKind::SentencePiece => {

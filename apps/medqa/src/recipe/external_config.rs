@@ -54,16 +54,19 @@ pub fn read(recipe: &Recipe, world: u64) -> Result<Option<ExternalConfig>> {
         }
         (Some(file), None) => {
             foreign.file = file.clone();
-            explained(RawDsConfig::read(Path::new(file)), file, Purpose::DeepSpeed)?
+            explained(RawDsConfig::read(Path::new(file)).map_err(Into::into), file, Purpose::DeepSpeed)?
         }
         (None, Some(file)) => {
             foreign.file = file.clone();
-            let config = explained(AccelerateConfig::read(Path::new(file)), file, Purpose::Accelerate)?;
+            let config = AccelerateConfig::read(Path::new(file)).map_err(Into::into);
+            let config = explained(config, file, Purpose::Accelerate)?;
             foreign.accelerate(config, world)?
         }
     };
     let auto = auto_values(recipe, &document).with_context(|| foreign.file.clone())?;
-    let config = document.resolve(world, &auto).map_err(|error| anyhow!("{}: {error}", foreign.file))?;
+    let purpose = if files.deepspeed.is_some() { Purpose::DeepSpeed } else { Purpose::Accelerate };
+    let config = document.resolve(world, &auto).map_err(|error| anyhow!("{}: {error}", foreign.file));
+    let config = explained(config, &foreign.file, purpose)?;
     foreign.notes.extend(config.unhonoured.iter().map(ToString::to_string));
     foreign.batch(&document, &config);
     foreign.zero(&document, &config)?;
@@ -74,8 +77,8 @@ pub fn read(recipe: &Recipe, world: u64) -> Result<Option<ExternalConfig>> {
 }
 
 /// Adds to the error of a file that could not be read what stands at its path.
-fn explained<T>(read: Result<T, burn_zero::Error>, file: &str, purpose: Purpose) -> Result<T> {
-    read.map_err(|error| identify::explain(error.into(), Path::new(file), purpose))
+fn explained<T>(read: Result<T>, file: &str, purpose: Purpose) -> Result<T> {
+    read.map_err(|error| identify::explain(error, Path::new(file), purpose))
 }
 
 /// Returns the recipe's values for the keys that are "auto" in the file.
