@@ -155,12 +155,14 @@ fn for_adapter(path: &Path, found: PathKind) -> Option<String> {
 }
 
 fn for_tokenizer(path: &Path, found: PathKind) -> Option<String> {
-    let old = resave_tokenizer;
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     match found {
-        PathKind::SentencePiece => {
-            Some(format!("{} is {}; write tokenizer.json by {}", path.display(), found.name(), old(parent)))
-        }
+        PathKind::SentencePiece => Some(format!(
+            "{} is {}; write tokenizer.json by {}",
+            path.display(),
+            found.name(),
+            resave_tokenizer(parent)
+        )),
         PathKind::Json => Some(format!("{} is a file; name its directory, {}", path.display(), parent.display())),
         _ if path.is_dir() => {
             let file = path.join("tokenizer.json");
@@ -171,7 +173,9 @@ fn for_tokenizer(path: &Path, found: PathKind) -> Option<String> {
             }
             let older = ["tokenizer.model", "vocab.json"].into_iter().find(|name| path.join(name).exists());
             Some(match older {
-                Some(name) => format!("it has {name} in place of tokenizer.json; write that by {}", old(path)),
+                Some(name) => {
+                    format!("it has {name} in place of tokenizer.json; write that by {}", resave_tokenizer(path))
+                }
                 None => format!("{} is {} without tokenizer.json", path.display(), found.name()),
             })
         }
