@@ -70,7 +70,7 @@ pub(crate) struct KnownFields<'a> {
 impl KnownFields<'_> {
     /// Returns the names of the fields of `content` that are not known, or an error if one of the neutral fields has
     /// another value than the supported one.
-    pub fn unknown(&self, path: &Path, content: &Value) -> Result<Vec<String>, Error> {
+    pub(crate) fn unknown(&self, path: &Path, content: &Value) -> Result<Vec<String>, Error> {
         let mut unknown = Vec::new();
         for (name, found) in content.as_object().into_iter().flatten() {
             match self.neutral.get(name) {

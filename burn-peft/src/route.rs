@@ -53,10 +53,10 @@ pub(crate) struct TokenSelection<'a>(Option<&'a [i32]>);
 
 impl TokenSelection<'_> {
     /// Selects every token.
-    pub const ALL: Self = Self(None);
+    pub(crate) const ALL: Self = Self(None);
 
     /// Returns the selected tokens of `x [tokens, features]`.
-    pub fn gather<B: LinearKernels>(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    pub(crate) fn gather<B: LinearKernels>(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         match self.0 {
             None => x,
             Some(at) => {
@@ -67,14 +67,14 @@ impl TokenSelection<'_> {
     }
 
     /// Returns 1 for the selected and 0 for the other tokens, `[tokens, 1]`; `None` if all are selected.
-    pub fn row_mask<B: LinearKernels>(&self, tokens: usize, device: &B::Device) -> Option<Tensor<B, 2>> {
+    pub(crate) fn row_mask<B: LinearKernels>(&self, tokens: usize, device: &B::Device) -> Option<Tensor<B, 2>> {
         let mut mask = vec![0f32; tokens];
         self.0?.iter().for_each(|&at| mask[at as usize] = 1.0);
         Some(Tensor::from_data(TensorData::new(mask, [tokens, 1]), (device, DType::F32)))
     }
 
     /// Adds `added` to the selected tokens of `y [tokens, features]`.
-    pub fn scatter_add<B: LinearKernels>(&self, y: Tensor<B, 2>, added: Tensor<B, 2>) -> Tensor<B, 2> {
+    pub(crate) fn scatter_add<B: LinearKernels>(&self, y: Tensor<B, 2>, added: Tensor<B, 2>) -> Tensor<B, 2> {
         match self.0 {
             None => add(y, added),
             Some(at) => {

@@ -96,7 +96,7 @@ pub(crate) fn start_all_gather<B: Backend>(
 
 impl<B: Backend> PendingGather<B> {
     /// Waits for the result and returns the full parameters.
-    pub fn wait(
+    pub(crate) fn wait(
         self,
         layout: &ShardLayout,
         bucket: &Bucket,
@@ -162,7 +162,7 @@ pub(crate) struct GatheredModel<'a, B: AutodiffBackend, M> {
 
 impl<'a, B: AutodiffBackend, M: Module<B>> GatheredModel<'a, B, M> {
     /// Creates the model from placeholders, as [`WeightShards::shard`] leaves them.
-    pub fn new(
+    pub(crate) fn new(
         model: M,
         weights: &'a mut WeightShards<B::InnerBackend>,
         context: ShardContext<'a, B::InnerBackend>,

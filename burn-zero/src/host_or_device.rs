@@ -21,7 +21,7 @@ pub(crate) struct DeviceHostBytes {
 }
 
 impl DeviceHostBytes {
-    pub fn total(self) -> usize {
+    pub(crate) fn total(self) -> usize {
         self.device + self.host
     }
 }
@@ -34,7 +34,7 @@ impl Sum for DeviceHostBytes {
 
 impl<B: Backend> HostOrDevice<B> {
     /// Returns the values in host memory; copies them from the device if necessary.
-    pub fn into_host(self) -> Vec<f32> {
+    pub(crate) fn into_host(self) -> Vec<f32> {
         match self {
             Self::Device(value) => bucket::to_host(value),
             Self::Host(values) => values,
@@ -42,7 +42,7 @@ impl<B: Backend> HostOrDevice<B> {
     }
 
     /// Returns the values on the device; copies them from the host if necessary.
-    pub fn into_device(self, device: &B::Device) -> DynTensor<B> {
+    pub(crate) fn into_device(self, device: &B::Device) -> DynTensor<B> {
         match self {
             Self::Device(value) => value,
             Self::Host(values) => bucket::tensor_from_vec(values, device),
@@ -50,7 +50,7 @@ impl<B: Backend> HostOrDevice<B> {
     }
 
     /// Returns the bytes of the values.
-    pub fn device_and_host_bytes(&self) -> DeviceHostBytes {
+    pub(crate) fn device_and_host_bytes(&self) -> DeviceHostBytes {
         match self {
             Self::Device(value) => DeviceHostBytes { device: value.bytes(), host: 0 },
             Self::Host(values) => DeviceHostBytes { device: 0, host: size_of_val(values.as_slice()) },

@@ -28,7 +28,7 @@ pub(crate) struct ExactSum {
 }
 
 impl ExactSum {
-    pub fn add(&mut self, term: f32) {
+    pub(crate) fn add(&mut self, term: f32) {
         if !term.is_finite() {
             self.infinite |= term.is_infinite();
             self.nan |= term.is_nan();
@@ -57,7 +57,7 @@ impl ExactSum {
     }
 
     /// Adds another sum.
-    pub fn merge(&mut self, mut other: Self) {
+    pub(crate) fn merge(&mut self, mut other: Self) {
         self.carry();
         other.carry();
         self.limbs.iter_mut().zip(other.limbs).for_each(|(limb, more)| *limb += more);
@@ -67,7 +67,7 @@ impl ExactSum {
     }
 
     /// Returns the sum, rounded to f64; the rounding depends on the sum alone.
-    pub fn value(&self) -> f64 {
+    pub(crate) fn value(&self) -> f64 {
         if self.nan || self.infinite {
             return if self.nan { f64::NAN } else { f64::INFINITY };
         }
@@ -77,7 +77,7 @@ impl ExactSum {
         carried.limbs.iter().enumerate().rev().map(weighted).sum()
     }
 
-    pub fn to_bytes(&self) -> Vec<u8> {
+    pub(crate) fn to_bytes(&self) -> Vec<u8> {
         let flags = u64::from(self.infinite) | u64::from(self.nan) << 1;
         let mut carried = self.clone();
         carried.carry();
@@ -85,7 +85,7 @@ impl ExactSum {
     }
 
     /// Reads a sum from the start of `bytes`; returns it and the remaining bytes.
-    pub fn from_bytes(bytes: &[u8]) -> (Self, &[u8]) {
+    pub(crate) fn from_bytes(bytes: &[u8]) -> (Self, &[u8]) {
         let (own, rest) = bytes.split_at(8 * (LIMBS + 1));
         let mut words =
             own.chunks_exact(8).map(|b| u64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]));

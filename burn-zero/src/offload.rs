@@ -103,7 +103,7 @@ impl OffloadedStates {
     /// # Errors
     /// Returns [`ConfigError::InvalidValue`] for an optimizer that cannot run on the host, [`Error::Io`] if the file
     /// cannot be created.
-    pub fn new(optimizer: Optimizer, tier: &MemoryTier, rank: usize) -> Result<Self, Error> {
+    pub(crate) fn new(optimizer: Optimizer, tier: &MemoryTier, rank: usize) -> Result<Self, Error> {
         if optimizer.adam_variant().is_none() {
             let (expected, found) = ("Adam or AdamW if optimizer states are offloaded", format!("{optimizer:?}"));
             return Err(ConfigError::invalid_value("optimizer", expected, found).into());
@@ -127,7 +127,7 @@ impl OffloadedStates {
     }
 
     /// Updates a flat f32 shard of a parameter in place.
-    pub fn update(
+    pub(crate) fn update(
         &mut self,
         parameter: ParamRef,
         hyperparameters: Hyperparameters,
@@ -156,17 +156,17 @@ impl OffloadedStates {
     }
 
     /// Waits until all pending writes to the file are complete; called at the end of a step.
-    pub fn flush(&mut self) -> Result<(), Error> {
+    pub(crate) fn flush(&mut self) -> Result<(), Error> {
         self.file.as_mut().map_or(Ok(()), MomentFile::flush)
     }
 
     /// Returns the number of updates of a shard; none before the first update.
-    pub fn step(&self, id: ParamId) -> Option<usize> {
+    pub(crate) fn step(&self, id: ParamId) -> Option<usize> {
         self.states.get(&id).map(|state| state.step)
     }
 
     /// Returns the block scales of an 8-bit moment; none for other moments.
-    pub fn scales(&self, id: ParamId, slot: usize) -> Option<&[f32]> {
+    pub(crate) fn scales(&self, id: ParamId, slot: usize) -> Option<&[f32]> {
         match &self.states.get(&id)?.moments {
             MomentStorage::EightBit(codes) => Some(codes.scales()[slot]),
             _ => None,
@@ -175,7 +175,7 @@ impl OffloadedStates {
 
     /// Returns a moment of a shard that has been updated. If the file cannot be read, the result is empty and
     /// [`OffloadedStates::check_reads`] returns the error.
-    pub fn moment(&self, id: ParamId, slot: usize) -> Cow<'_, [f32]> {
+    pub(crate) fn moment(&self, id: ParamId, slot: usize) -> Cow<'_, [f32]> {
         match &self.states[&id].moments {
             MomentStorage::Memory { exp_avg, exp_avg_sq } => Cow::Borrowed([exp_avg, exp_avg_sq][slot]),
             MomentStorage::EightBit(codes) => {
@@ -194,12 +194,12 @@ impl OffloadedStates {
     ///
     /// # Errors
     /// Returns [`Error::Io`] if a moment could not be read since the last call.
-    pub fn check_reads(&self) -> Result<(), Error> {
+    pub(crate) fn check_reads(&self) -> Result<(), Error> {
         self.read_error.take().map_or(Ok(()), Err)
     }
 
     /// Loads a saved state.
-    pub fn restore(&mut self, parameter: ParamRef, saved: StateSnapshot) -> Result<(), Error> {
+    pub(crate) fn restore(&mut self, parameter: ParamRef, saved: StateSnapshot) -> Result<(), Error> {
         let StateSnapshot { step, moments: [exp_avg, exp_avg_sq], scales } = saved;
         let moments = match self.initial_moments(exp_avg.len(), parameter)? {
             MomentStorage::Memory { .. } => MomentStorage::Memory { exp_avg, exp_avg_sq },
@@ -218,7 +218,7 @@ impl OffloadedStates {
     }
 
     /// Removes all states.
-    pub fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         self.states.clear();
         if let Some(file) = &mut self.file {
             file.clear();
@@ -226,7 +226,7 @@ impl OffloadedStates {
     }
 
     /// Returns the bytes of the states in memory.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         let bytes = |state: &OffloadedState| match &state.moments {
             MomentStorage::Memory { exp_avg, exp_avg_sq } => 4 * (exp_avg.len() + exp_avg_sq.len()),
             MomentStorage::EightBit(codes) => codes.bytes(),

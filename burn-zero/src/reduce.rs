@@ -60,7 +60,7 @@ pub struct PeakMemory {
 pub(crate) type ShardGradients<B> = Vec<(ParamShard, Option<HostOrDevice<B>>)>;
 
 impl<B: Backend> GradientReducer<B> {
-    pub fn new(layout: &ShardLayout) -> Self {
+    pub(crate) fn new(layout: &ShardLayout) -> Self {
         Self {
             unreduced: HashMap::new(),
             reduced_shards: HashMap::new(),
@@ -73,7 +73,7 @@ impl<B: Backend> GradientReducer<B> {
     }
 
     /// Accumulates the gradients of one segment.
-    pub fn accumulate(&mut self, layout: &ShardLayout, found: Vec<Gradient<B>>) {
+    pub(crate) fn accumulate(&mut self, layout: &ShardLayout, found: Vec<Gradient<B>>) {
         for gradient in found {
             let index = layout.parameter_index[&gradient.id];
             let value = gradient.value.into_f32();
@@ -88,12 +88,12 @@ impl<B: Backend> GradientReducer<B> {
     }
 
     /// Returns the bytes of all gradients, without the buffers of buckets in flight.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         self.device_and_host_bytes().total()
     }
 
     /// Returns the bytes of full gradients on the device, and of this rank's shards in host memory.
-    pub fn device_and_host_bytes(&self) -> DeviceHostBytes {
+    pub(crate) fn device_and_host_bytes(&self) -> DeviceHostBytes {
         let reduced: usize = self.reduced_shards.values().map(|shard| shard.len() * 4).sum();
         let in_flight: usize = self.pending.iter().map(|reduction| reduction.shard_bytes).sum();
         DeviceHostBytes { device: self.unreduced.values().map(DynTensor::bytes).sum(), host: reduced + in_flight }
@@ -101,17 +101,17 @@ impl<B: Backend> GradientReducer<B> {
 
     /// Returns the gradients that have not been reduced yet, by parameter index.
     #[cfg(test)]
-    pub fn unreduced(&self) -> &HashMap<usize, DynTensor<B>> {
+    pub(crate) fn unreduced(&self) -> &HashMap<usize, DynTensor<B>> {
         &self.unreduced
     }
 
     /// Returns, for each parameter, whether this rank had a gradient.
-    pub fn has_gradient(&self) -> &[bool] {
+    pub(crate) fn has_gradient(&self) -> &[bool] {
         &self.has_gradient
     }
 
     /// Starts the reduction of the buckets whose last gradient belongs to this segment.
-    pub fn reduce_ready_after(
+    pub(crate) fn reduce_ready_after(
         &mut self,
         layout: &ShardLayout,
         segment: usize,
@@ -122,7 +122,7 @@ impl<B: Backend> GradientReducer<B> {
 
     /// Starts the reduction of a bucket: a reduce-scatter that accumulates onto this rank's shard, or an all-reduce if
     /// nothing is sharded. The gradients are copied off the device by the communication thread.
-    pub fn reduce(
+    pub(crate) fn reduce(
         &mut self,
         layout: &ShardLayout,
         index: usize,
@@ -174,7 +174,7 @@ impl<B: Backend> GradientReducer<B> {
     }
 
     /// Waits for all buckets in flight.
-    pub fn wait_all(&mut self, layout: &ShardLayout) -> Result<(), Error> {
+    pub(crate) fn wait_all(&mut self, layout: &ShardLayout) -> Result<(), Error> {
         while !self.pending.is_empty() {
             self.wait_oldest(layout)?;
         }
@@ -183,7 +183,7 @@ impl<B: Backend> GradientReducer<B> {
 
     /// Reduces all remaining buckets and returns this rank's shards, on the device if one is given. With one rank the
     /// reduction is the identity and nothing leaves the device.
-    pub fn finish(
+    pub(crate) fn finish(
         mut self,
         layout: &ShardLayout,
         stage: ZeroStage,
@@ -200,7 +200,7 @@ impl<B: Backend> GradientReducer<B> {
 
     /// Returns this rank's gradients of a bucket whose reduction has been [started](Self::reduce) or is not needed; on
     /// the device if one is given.
-    pub fn take_bucket(
+    pub(crate) fn take_bucket(
         &mut self,
         layout: &ShardLayout,
         index: usize,

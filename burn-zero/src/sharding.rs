@@ -67,7 +67,7 @@ pub(crate) struct Parameter {
 }
 
 impl Parameter {
-    pub fn elements(&self) -> usize {
+    pub(crate) fn elements(&self) -> usize {
         self.dims.iter().product()
     }
 }
@@ -87,7 +87,7 @@ pub(crate) struct Bucket {
 
 impl Bucket {
     /// Returns the indices of the parameters, in the order of their offsets.
-    pub fn parameters(&self) -> impl Iterator<Item = usize> {
+    pub(crate) fn parameters(&self) -> impl Iterator<Item = usize> {
         self.param_offsets.iter().map(|slot| slot.parameter)
     }
 }
@@ -128,7 +128,7 @@ impl ShardLayout {
     /// Computes the layout of a model that has all its weights. In stage 3 all float parameters are sharded and no
     /// bucket mixes parameters that are used by different segments; in the other stages frozen parameters are not
     /// sharded.
-    pub fn new<B: AutodiffBackend, M: TrainSegments<B>>(model: &M, sharding: Sharding, rank: RankInfo) -> Self {
+    pub(crate) fn new<B: AutodiffBackend, M: TrainSegments<B>>(model: &M, sharding: Sharding, rank: RankInfo) -> Self {
         let mut visitor = ParameterVisitor::default();
         let segments = Segments::segments(model);
         for segment in 0..segments {
@@ -139,14 +139,14 @@ impl ShardLayout {
     }
 
     /// Computes the layout of a module that is not a list of segments.
-    pub fn for_module<B: AutodiffBackend, M: Module<B>>(model: &M, sharding: Sharding, rank: RankInfo) -> Self {
+    pub(crate) fn for_module<B: AutodiffBackend, M: Module<B>>(model: &M, sharding: Sharding, rank: RankInfo) -> Self {
         let mut visitor = ParameterVisitor::default();
         model.visit(&mut visitor);
         visitor.into_layout(sharding, rank, 1)
     }
 
     /// Returns the parameter shards in one shard of a bucket, ascending.
-    pub fn param_shards(&self, bucket: &Bucket, shard_index: usize) -> Vec<ParamShard> {
+    pub(crate) fn param_shards(&self, bucket: &Bucket, shard_index: usize) -> Vec<ParamShard> {
         let length = bucket.length / self.num_shards;
         let bucket_shard = shard_index * length..(shard_index + 1) * length;
         let shard = |&ParamOffset { parameter, offset: start }: &ParamOffset| {
@@ -161,23 +161,23 @@ impl ShardLayout {
     }
 
     /// Returns this rank's parameter shards of a bucket.
-    pub fn local_param_shards(&self, bucket: &Bucket) -> Vec<ParamShard> {
+    pub(crate) fn local_param_shards(&self, bucket: &Bucket) -> Vec<ParamShard> {
         self.param_shards(bucket, self.shard_index)
     }
 
     /// Returns the trainable buckets, with their indices.
-    pub fn trainable_buckets(&self) -> impl Iterator<Item = (usize, &Bucket)> {
+    pub(crate) fn trainable_buckets(&self) -> impl Iterator<Item = (usize, &Bucket)> {
         self.buckets.iter().enumerate().filter(|(_, bucket)| bucket.trainable)
     }
 
     /// Returns the trainable buckets that have all their gradients once the backward pass has left `segment`. The rest
     /// of the pass does not use their weights either.
-    pub fn buckets_ready_after(&self, segment: usize) -> impl Iterator<Item = usize> {
+    pub(crate) fn buckets_ready_after(&self, segment: usize) -> impl Iterator<Item = usize> {
         self.trainable_buckets().filter(move |(_, bucket)| bucket.segments[0] == segment).map(|(index, _)| index)
     }
 
     /// Returns the first segment with a trainable parameter; the number of segments if there is none.
-    pub fn first_trainable_segment(&self) -> usize {
+    pub(crate) fn first_trainable_segment(&self) -> usize {
         self.trainable_buckets().map(|(_, bucket)| bucket.segments[0]).min().unwrap_or(self.num_segments)
     }
 }

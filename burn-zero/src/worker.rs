@@ -73,7 +73,7 @@ impl<S: Send + 'static> Worker<S> {
     ///
     /// # Panics
     /// If the system cannot start a thread.
-    pub fn new(name: String, mut owned: S, compute_lock: ComputeLock, trace: Trace) -> Self {
+    pub(crate) fn new(name: String, mut owned: S, compute_lock: ComputeLock, trace: Trace) -> Self {
         let (jobs, waiting) = channel::<Job<S>>();
         let work = move || {
             for job in waiting {
@@ -88,12 +88,12 @@ impl<S: Send + 'static> Worker<S> {
     }
 
     /// Returns the timeline of the jobs and of the waits for them.
-    pub fn trace(&self) -> &Trace {
+    pub(crate) fn trace(&self) -> &Trace {
         &self.trace
     }
 
     /// Appends a job to the queue; `name` and `lane` are its name and its lane in the trace.
-    pub fn submit<R: Send + 'static>(
+    pub(crate) fn submit<R: Send + 'static>(
         &self,
         name: &'static str,
         lane: Lane,

@@ -7,7 +7,7 @@ use crate::{
 use serde_json::json;
 
 /// Returns a file in PubMedQA's format: items by id.
-pub fn pubmedqa() -> String {
+pub(crate) fn pubmedqa() -> String {
     let item =
         |decision: &str| json!({"QUESTION": "Is it so?", "CONTEXTS": ["One.", "Two."], "final_decision": decision});
     json!({"31": item("yes"), "7": item("no"), "12": item("maybe")}).to_string()

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fs, path::Path};
 
 /// Returns the names and shapes of the parameters of a Llama with two blocks, two heads, one key-value head and an
 /// untied head.
-pub fn shapes(vocabulary: usize, hidden: usize) -> Vec<(String, Vec<usize>)> {
+pub(crate) fn shapes(vocabulary: usize, hidden: usize) -> Vec<(String, Vec<usize>)> {
     let mut all = vec![
         ("model.embed_tokens.weight".to_owned(), vec![vocabulary, hidden]),
         ("model.norm.weight".to_owned(), vec![hidden]),
@@ -31,7 +31,7 @@ pub fn shapes(vocabulary: usize, hidden: usize) -> Vec<(String, Vec<usize>)> {
 }
 
 /// Returns the f32 bytes of a pseudo-random tensor; norms are ones.
-pub fn random(name: &str, shape: &[usize]) -> Vec<u8> {
+pub(crate) fn random(name: &str, shape: &[usize]) -> Vec<u8> {
     let mut state = name.bytes().fold(1u32, |state, byte| state.wrapping_mul(31).wrapping_add(byte.into()));
     let value = |_| {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -41,7 +41,7 @@ pub fn random(name: &str, shape: &[usize]) -> Vec<u8> {
 }
 
 /// Returns a GGUF file of the same kind of model: the fixture's vocabulary with sizes, a chat template and tensors.
-pub fn gguf() -> Vec<u8> {
+pub(crate) fn gguf() -> Vec<u8> {
     let vocabulary = fs::read(fixture("gguf/vocab-smollm.gguf")).unwrap();
     let string = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
     let value = |key: &str, kind: u32, value: &[u8]| [&string(key), &kind.to_le_bytes()[..], value].concat();
@@ -78,7 +78,7 @@ pub fn gguf() -> Vec<u8> {
 }
 
 /// Reads the tensors of a safetensors file: type, shape and bytes by name.
-pub fn tensors(path: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
+pub(crate) fn tensors(path: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
     let bytes = fs::read(path).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let tensor =
@@ -87,12 +87,12 @@ pub fn tensors(path: &Path) -> BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> {
 }
 
 /// Decodes bytes as f32 values.
-pub fn floats(bytes: &[u8]) -> Vec<f32> {
+pub(crate) fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }
 
 /// Returns the largest difference of two arrays of the same length.
-pub fn apart(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn apart(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).fold(0f32, |max, (a, b)| max.max((a - b).abs()))
 }

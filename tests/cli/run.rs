@@ -8,12 +8,12 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 
 /// Returns the arguments of a run of `run.toml` into `folder`, with settings (`key=value`) and other arguments.
-pub fn train<'a>(folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+pub(crate) fn train<'a>(folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     train_by("run.toml", folder, more)
 }
 
 /// Like [`train`], with another recipe.
-pub fn train_by<'a>(recipe: &'a str, folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+pub(crate) fn train_by<'a>(recipe: &'a str, folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let mut arguments = vec!["train", recipe, "--dir", folder];
     for argument in more {
         arguments.extend(argument.contains('=').then_some("--set"));
@@ -23,14 +23,14 @@ pub fn train_by<'a>(recipe: &'a str, folder: &'a str, more: &[&'a str]) -> Vec<&
 }
 
 /// Returns questions and answers that are similar, so that a small model learns something within a few steps.
-pub fn rows(range: std::ops::Range<usize>) -> String {
+pub(crate) fn rows(range: std::ops::Range<usize>) -> String {
     range
         .map(|i| json!({"question": format!("What is {i}?"), "answer": "It is a number."}).to_string() + "\n")
         .collect()
 }
 
 /// Returns conversations with two questions each, in OpenAI's format.
-pub fn conversations(range: std::ops::Range<usize>) -> String {
+pub(crate) fn conversations(range: std::ops::Range<usize>) -> String {
     let row = |i: usize| {
         let say = |role: &str, content: &str| json!({"role": role, "content": content});
         let (first, then) = (format!("What is {i}?"), format!("And {}?", i + 1));
@@ -40,12 +40,12 @@ pub fn conversations(range: std::ops::Range<usize>) -> String {
     range.map(row).collect()
 }
 
-pub fn number(value: &Value, key: &str) -> f64 {
+pub(crate) fn number(value: &Value, key: &str) -> f64 {
     value[key].as_f64().unwrap_or_else(|| panic!("{key}: {value}"))
 }
 
 /// Checks a run directory and returns its summary.
-pub fn run_folder(work: &WorkDir, folder: &str, steps: usize, trained: &[&str]) -> Value {
+pub(crate) fn run_folder(work: &WorkDir, folder: &str, steps: usize, trained: &[&str]) -> Value {
     for name in ["recipe.toml", "metrics.jsonl", "summary.json"].iter().chain(trained) {
         assert!(work.at(folder).join(name).is_file(), "{folder}/{name}");
     }
@@ -73,7 +73,7 @@ pub fn run_folder(work: &WorkDir, folder: &str, steps: usize, trained: &[&str]) 
 }
 
 /// Checks evaluation, chat and logits with the result of a run.
-pub fn usable(work: &WorkDir, model: &[&str], after: f64) {
+pub(crate) fn usable(work: &WorkDir, model: &[&str], after: f64) {
     let with = |verb: &[&str]| work.succeed(&[verb, model].concat());
     let loss = with(&["eval", "--task", "qa-loss", "--data", "valid.jsonl", "--batch-size", "2"]).json();
     assert!((number(&loss, "loss") - after).abs() < 1e-4, "{loss} against {after}");
@@ -99,7 +99,7 @@ pub fn usable(work: &WorkDir, model: &[&str], after: f64) {
 }
 
 /// Reads `metrics.jsonl` without the values that differ between runs of the same steps.
-pub fn lasting(work: &WorkDir, folder: &str) -> Vec<Value> {
+pub(crate) fn lasting(work: &WorkDir, folder: &str) -> Vec<Value> {
     let lines = work.lines(&format!("{folder}/metrics.jsonl")).into_iter();
     let line = |mut line: Value| {
         for key in ["elapsed_seconds", "tokens_per_second", "peak_rss_bytes"] {
@@ -111,12 +111,12 @@ pub fn lasting(work: &WorkDir, folder: &str) -> Vec<Value> {
 }
 
 /// Reads the resolved recipe of a run.
-pub fn resolved(work: &WorkDir, folder: &str) -> toml::Table {
+pub(crate) fn resolved(work: &WorkDir, folder: &str) -> toml::Table {
     work.text(&format!("{folder}/recipe.toml")).parse().unwrap()
 }
 
 /// Asserts that a command fails with a one-line error that contains all the words, and creates no folder `out`.
-pub fn refused_in(work: &WorkDir, arguments: &[&str], words: &[&str]) {
+pub(crate) fn refused_in(work: &WorkDir, arguments: &[&str], words: &[&str]) {
     let done = work.run(arguments);
     assert_eq!(done.code, Some(2), "{arguments:?}: {done:?}");
     let line = done.stderr.trim();

@@ -9,7 +9,7 @@ use crate::{
 use std::fs;
 
 /// Returns a folder with all kinds of broken input next to a correct model and correct data.
-pub fn spoiled() -> WorkDir {
+pub(crate) fn spoiled() -> WorkDir {
     let work = WorkDir::new();
     for name in [
         "cut", "shape", "lacking", "arch", "noconfig", "notjson", "field", "template", "jinja", "base", "nowords",
@@ -79,14 +79,14 @@ pub fn spoiled() -> WorkDir {
 }
 
 /// Runs commands that must fail in a folder of broken input.
-pub fn refused(table: &[(&[&str], &[&str])]) {
+pub(crate) fn refused(table: &[(&[&str], &[&str])]) {
     let work = spoiled();
     let wrong: String = table.iter().map(|(arguments, words)| refusal_mistakes(&work, arguments, words)).collect();
     assert!(wrong.is_empty(), "{wrong}");
 }
 
 /// Runs a command that must fail in the folder.
-pub fn refused_in_folder(work: &WorkDir, arguments: &[&str], words: &[&str]) {
+pub(crate) fn refused_in_folder(work: &WorkDir, arguments: &[&str], words: &[&str]) {
     let wrong = refusal_mistakes(work, arguments, words);
     assert!(wrong.is_empty(), "{wrong}");
 }

@@ -15,21 +15,21 @@ use std::{
 };
 use tempfile::TempDir;
 
-pub const TEMPLATE: &str = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}\
+pub(crate) const TEMPLATE: &str = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}\
     {% if add_generation_prompt %}assistant:{% endif %}";
 
 /// A chat template whose generation prompt equals the beginning of an assistant's message, so that conversations can be
 /// learned.
-pub const TURNS: &str = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}\
+pub(crate) const TURNS: &str = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}{{ eos_token }}\n{% endfor %}\
     {% if add_generation_prompt %}{{ bos_token }}assistant:{% endif %}";
 
-pub fn fixture(name: &str) -> PathBuf {
+pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
 }
 
 /// The output of a finished command.
 #[derive(Debug)]
-pub struct CommandOutput {
+pub(crate) struct CommandOutput {
     pub code: Option<i32>,
     pub stdout: String,
     pub stderr: String,
@@ -37,7 +37,7 @@ pub struct CommandOutput {
 
 impl CommandOutput {
     /// Parses the last line of stdout as JSON.
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         let line = self.stdout.lines().last().unwrap_or_default();
         serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
@@ -51,12 +51,12 @@ impl From<Output> for CommandOutput {
 }
 
 /// A temporary folder with a model in which commands run.
-pub struct WorkDir(pub TempDir);
+pub(crate) struct WorkDir(pub TempDir);
 
 impl WorkDir {
     /// Creates the folder with `model/`: two blocks with random weights, and the fixture's tokenizer with a chat
     /// template.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let work = Self(tempfile::tempdir().unwrap());
         fs::create_dir(work.at("model")).unwrap();
         let config = json!({
@@ -78,25 +78,25 @@ impl WorkDir {
         work
     }
 
-    pub fn at(&self, name: &str) -> PathBuf {
+    pub(crate) fn at(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    pub fn write(&self, name: &str, text: &str) {
+    pub(crate) fn write(&self, name: &str, text: &str) {
         fs::create_dir_all(self.at(name).parent().unwrap()).unwrap();
         fs::write(self.at(name), text).unwrap();
     }
 
-    pub fn text(&self, name: &str) -> String {
+    pub(crate) fn text(&self, name: &str) -> String {
         fs::read_to_string(self.at(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 
-    pub fn json(&self, name: &str) -> Value {
+    pub(crate) fn json(&self, name: &str) -> Value {
         serde_json::from_str(&self.text(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
     }
 
     /// Copies `model/` so that a test can change the copy.
-    pub fn copy_of_model(&self, name: &str) {
+    pub(crate) fn copy_of_model(&self, name: &str) {
         fs::create_dir(self.at(name)).unwrap();
         for file in fs::read_dir(self.at("model")).unwrap() {
             let file = file.unwrap();
@@ -104,7 +104,7 @@ impl WorkDir {
         }
     }
 
-    pub fn weights(&self, name: &str, shapes: &[(String, Vec<usize>)]) {
+    pub(crate) fn weights(&self, name: &str, shapes: &[(String, Vec<usize>)]) {
         let bytes: Vec<_> = shapes.iter().map(|(name, shape)| random(name, shape)).collect();
         let tensors = shapes.iter().zip(&bytes);
         let tensors =
@@ -113,7 +113,7 @@ impl WorkDir {
     }
 
     /// Returns a command that runs the binary in this folder, without the user's caches and without the network.
-    pub fn command(&self, arguments: &[&str]) -> Command {
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_medqa"));
         command.args(arguments).current_dir(self.0.path()).env("HOME", self.at("home")).env("HF_HUB_OFFLINE", "1");
         // Otherwise a software device spends minutes on autotuning kernels.
@@ -124,11 +124,11 @@ impl WorkDir {
         command
     }
 
-    pub fn run(&self, arguments: &[&str]) -> CommandOutput {
+    pub(crate) fn run(&self, arguments: &[&str]) -> CommandOutput {
         self.command(arguments).output().unwrap().into()
     }
 
-    pub fn json_of_latest_checkpoint(&self, folder: &str) -> Value {
+    pub(crate) fn json_of_latest_checkpoint(&self, folder: &str) -> Value {
         let names =
             fs::read_dir(self.at(folder)).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
         let steps = names.filter_map(|name| name.strip_prefix("checkpoint-")?.parse::<usize>().ok());
@@ -136,18 +136,18 @@ impl WorkDir {
     }
 
     /// Computes the logits of a text.
-    pub fn logits(&self, model: &[&str]) -> Vec<f32> {
+    pub(crate) fn logits(&self, model: &[&str]) -> Vec<f32> {
         self.succeed(&[&["logits", "--text", "What is 7?", "--out", "l"], model].concat());
         floats(&tensors(&self.at("l"))["logits"].2)
     }
 
     /// Parses the lines of a file as JSON objects.
-    pub fn lines(&self, name: &str) -> Vec<Value> {
+    pub(crate) fn lines(&self, name: &str) -> Vec<Value> {
         self.text(name).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
     /// Replaces a tokenizer's chat template, or removes it.
-    pub fn template(&self, model: &str, template: Option<&str>) {
+    pub(crate) fn template(&self, model: &str, template: Option<&str>) {
         let mut config = self.json("model/tokenizer_config.json");
         let fields = config.as_object_mut().unwrap();
         match template {
@@ -158,7 +158,7 @@ impl WorkDir {
     }
 
     /// Waits until a run has written `lines` lines of metrics.
-    pub fn wait(&self, run: &mut Child, folder: &str, lines: usize) {
+    pub(crate) fn wait(&self, run: &mut Child, folder: &str, lines: usize) {
         let metrics = self.at(&format!("{folder}/metrics.jsonl"));
         while fs::read_to_string(&metrics).unwrap_or_default().lines().count() < lines {
             if run.try_wait().unwrap().is_some() {
@@ -168,14 +168,14 @@ impl WorkDir {
         }
     }
 
-    pub fn succeed(&self, arguments: &[&str]) -> CommandOutput {
+    pub(crate) fn succeed(&self, arguments: &[&str]) -> CommandOutput {
         let done = self.run(arguments);
         assert_eq!(done.code, Some(0), "{arguments:?}: {done:?}");
         done
     }
 
     /// Lists every file and folder with its size.
-    pub fn listing(&self) -> BTreeMap<PathBuf, u64> {
+    pub(crate) fn listing(&self) -> BTreeMap<PathBuf, u64> {
         fn walk(folder: &Path, into: &mut BTreeMap<PathBuf, u64>) {
             for entry in fs::read_dir(folder).unwrap() {
                 let entry = entry.unwrap();
@@ -192,5 +192,5 @@ impl WorkDir {
     }
 }
 
-pub const RECIPE: &str = "[model]\npath = 'model'\n[data]\ntrain = 'train.jsonl'\nvalid = 'valid.jsonl'\n\
+pub(crate) const RECIPE: &str = "[model]\npath = 'model'\n[data]\ntrain = 'train.jsonl'\nvalid = 'valid.jsonl'\n\
     [method]\nr = 4\ntarget_modules = 'all-linear'\n[train]\nbatch_size = 2\nmax_steps = 12\nlearning_rate = 2e-2\nwarmup = 0\n";

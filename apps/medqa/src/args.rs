@@ -21,7 +21,7 @@ use std::{
 ///
 /// # Errors
 /// The words that clap shows after the option's name.
-pub fn parse_positive<T: FromStr>(text: &str) -> Result<T, String> {
+pub(crate) fn parse_positive<T: FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| "expected a positive integer".to_owned())
 }
 
@@ -132,7 +132,7 @@ impl FromStr for TemplateArgument {
 
 /// Numeric formats of the model's weights and of the products with them.
 #[derive(Args, Clone, Copy)]
-pub struct WeightsArgs {
+pub(crate) struct WeightsArgs {
     /// Numeric format of the weights in memory; packed needs a GGUF file
     #[arg(long, default_value = "f32")]
     pub weights: WeightDtype,

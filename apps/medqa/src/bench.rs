@@ -24,7 +24,7 @@ use std::{num::NonZeroUsize, time::Instant};
 /// Parameters that the training benchmark updates.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum BenchMethod {
+pub(crate) enum BenchMethod {
     /// No training
     None,
     /// LoRA of rank 8 on q_proj and v_proj
@@ -35,7 +35,7 @@ pub enum BenchMethod {
 
 /// Arguments of `bench`.
 #[derive(Args)]
-pub struct BenchArgs {
+pub(crate) struct BenchArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
@@ -56,7 +56,7 @@ pub struct BenchArgs {
 
 /// The decoding benchmark.
 #[derive(Args)]
-pub struct DecodeBenchArgs {
+pub(crate) struct DecodeBenchArgs {
     /// Tokens of the prompt in the decoding benchmark
     #[arg(long, default_value = "32", value_parser = parse_positive::<NonZeroUsize>)]
     pub prompt: NonZeroUsize,
@@ -67,7 +67,7 @@ pub struct DecodeBenchArgs {
 
 /// The training benchmark.
 #[derive(Args, Clone, Copy)]
-pub struct TrainBenchArgs {
+pub(crate) struct TrainBenchArgs {
     /// Parameters to train in the training benchmark
     #[arg(long, default_value = "lora")]
     pub train: BenchMethod,
@@ -80,7 +80,7 @@ pub struct TrainBenchArgs {
 }
 
 /// Runs the benchmarks and prints the results as one JSON object.
-pub fn bench(args: &BenchArgs) -> Result<()> {
+pub(crate) fn bench(args: &BenchArgs) -> Result<()> {
     if args.length < 2 {
         bail!("--length: expected at least 2 tokens per training row, found {}", args.length);
     }

@@ -3,7 +3,7 @@
 use std::panic::{self, AssertUnwindSafe};
 
 /// Runs `work`, and returns the first line of its panic as the error. Nothing is printed.
-pub fn catch_panic<R>(work: impl FnOnce() -> R) -> Result<R, String> {
+pub(crate) fn catch_panic<R>(work: impl FnOnce() -> R) -> Result<R, String> {
     let hook = panic::take_hook();
     panic::set_hook(Box::new(|_| {}));
     let done = panic::catch_unwind(AssertUnwindSafe(work));

@@ -14,7 +14,7 @@ use std::io::{IsTerminal, Write};
 
 /// Arguments of `chat`.
 #[derive(Args)]
-pub struct ChatArgs {
+pub(crate) struct ChatArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
@@ -32,7 +32,7 @@ pub struct ChatArgs {
 
 /// Generation of an answer.
 #[derive(Args)]
-pub struct SamplingArgs {
+pub(crate) struct SamplingArgs {
     /// Maximum number of tokens per answer
     #[arg(long, default_value_t = 256)]
     pub max_new_tokens: usize,
@@ -57,7 +57,7 @@ pub struct SamplingArgs {
 }
 
 /// Runs the verb `chat`.
-pub fn chat(args: &ChatArgs) -> Result<()> {
+pub(crate) fn chat(args: &ChatArgs) -> Result<()> {
     with_backend!(args.device.device.ensure_ready()?, |B, device| run_chat::<B>(args, device))
 }
 

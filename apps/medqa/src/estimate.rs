@@ -24,7 +24,7 @@ mod measure;
 
 /// Arguments of `estimate`.
 #[derive(Args)]
-pub struct EstimateArgs {
+pub(crate) struct EstimateArgs {
     /// Model as for `chat`
     #[arg(long, default_value = fetch::SMOLLM2)]
     pub model: String,
@@ -52,7 +52,7 @@ pub struct EstimateArgs {
 
 /// The trained parameters.
 #[derive(Args)]
-pub struct MethodArgs {
+pub(crate) struct MethodArgs {
     /// Fine-tuning method: full or lora
     #[arg(long, default_value = "lora", value_parser = parse_method)]
     pub method: MethodKind,
@@ -66,7 +66,7 @@ pub struct MethodArgs {
 
 /// The measured run.
 #[derive(Args)]
-pub struct MeasureArgs {
+pub(crate) struct MeasureArgs {
     /// Train two steps on meaningless tokens, in f32, and print the estimate next to the counted and the measured
     /// memory; under mpirun, every rank does so
     #[arg(long, conflicts_with = "config")]
@@ -88,7 +88,7 @@ fn parse_method(name: &str) -> Result<MethodKind, String> {
 }
 
 /// Runs the verb `estimate`: prints a table on stdout. Only the model's configuration is read, no weights.
-pub fn estimate(args: &EstimateArgs) -> Result<()> {
+pub(crate) fn estimate(args: &EstimateArgs) -> Result<()> {
     if args.measure.measure {
         return measure::measure(args);
     }

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 /// Numeric format of the matrices in an exported file.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum ExportDtype {
+pub(crate) enum ExportDtype {
     /// 32-bit floating point
     F32,
     /// 16-bit floating point
@@ -35,7 +35,7 @@ pub enum ExportDtype {
 
 /// Arguments of `export` and `adapters merge`.
 #[derive(Args)]
-pub struct ExportArgs {
+pub(crate) struct ExportArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Output: FILE.gguf for a GGUF file; any other name for a new directory with config.json, model.safetensors and
@@ -55,7 +55,7 @@ pub struct ExportArgs {
 }
 
 /// Runs the verb `export`.
-pub fn export(args: &ExportArgs) -> Result<()> {
+pub(crate) fn export(args: &ExportArgs) -> Result<()> {
     check_args(args)?;
     if args.adapter_only {
         export_adapter(args)?;
@@ -153,7 +153,7 @@ fn export_adapter(args: &ExportArgs) -> Result<()> {
 }
 
 /// Converts an adapter directory to a GGUF file for llama.cpp.
-pub fn write_adapter_gguf(model: &str, directory: &Path, dtype: ExportDtype, out: &Path) -> Result<()> {
+pub(crate) fn write_adapter_gguf(model: &str, directory: &Path, dtype: ExportDtype, out: &Path) -> Result<()> {
     let directory = &identify::adapter_directory(directory)?;
     let checkpoint = fetch::open_checkpoint(model)?;
     create_parent_dir(out)?;

@@ -6,7 +6,7 @@ use burn_peft::LoraConfig;
 use burn_zero::estimate::LlamaShape;
 
 /// Converts bytes to GiB.
-pub fn gib(bytes: u64) -> f64 {
+pub(crate) fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1 << 30)
 }
 
@@ -14,7 +14,7 @@ pub fn gib(bytes: u64) -> f64 {
 ///
 /// # Errors
 /// If the configuration is invalid.
-pub fn count_lora_params(shape: &LlamaShape, lora: &LoraConfig) -> Result<u64> {
+pub(crate) fn count_lora_params(shape: &LlamaShape, lora: &LoraConfig) -> Result<u64> {
     let mut layers = linear_layers(shape);
     if lora.selects_embedding("model.embed_tokens")? {
         layers.push(("model.embed_tokens".to_owned(), [shape.vocabulary as usize, shape.hidden as usize]));
@@ -43,7 +43,7 @@ fn linear_layers(shape: &LlamaShape) -> Vec<(String, [usize; 2])> {
 }
 
 /// Returns the dimensions of a model that an estimate needs.
-pub fn model_shape(config: &LlamaConfig) -> LlamaShape {
+pub(crate) fn model_shape(config: &LlamaConfig) -> LlamaShape {
     LlamaShape {
         layers: config.num_hidden_layers as u64,
         hidden: config.hidden_size as u64,

@@ -14,7 +14,7 @@ use std::{
 
 /// Arguments of `launch`.
 #[derive(Args)]
-pub struct LaunchArgs {
+pub(crate) struct LaunchArgs {
     /// Number of ranks (processes)
     #[arg(short = 'n', long, value_parser = parse_positive::<NonZeroUsize>)]
     pub ranks: NonZeroUsize,
@@ -28,7 +28,7 @@ pub struct LaunchArgs {
 
 /// Runs the verb `launch`: replaces this process by `mpirun`, which starts the program once per rank; each rank gets
 /// its share of the cores.
-pub fn launch(args: &LaunchArgs) -> Result<()> {
+pub(crate) fn launch(args: &LaunchArgs) -> Result<()> {
     if !cfg!(feature = "mpi") {
         bail!(
             "launch needs a medqa that was built with the feature `mpi`: cargo build --release -p medqa --features mpi"

@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 /// Arguments of `logits`.
 #[derive(Args)]
-pub struct LogitsArgs {
+pub(crate) struct LogitsArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
@@ -33,7 +33,7 @@ pub struct LogitsArgs {
 }
 
 /// Runs the verb `logits`.
-pub fn logits(args: &LogitsArgs) -> Result<()> {
+pub(crate) fn logits(args: &LogitsArgs) -> Result<()> {
     with_backend!(args.device.device.ensure_ready()?, |B, device| write_logits::<B>(args, device))
 }
 

@@ -14,10 +14,10 @@ use std::path::Path;
 use tempfile::TempDir;
 
 /// Name of the adapter that a run trains, PEFT's default.
-pub const ADAPTER_NAME: &str = "default";
+pub(crate) const ADAPTER_NAME: &str = "default";
 
 /// The adapter on a model, with its configuration.
-pub enum AttachedAdapter {
+pub(crate) enum AttachedAdapter {
     /// LoRA or one of its variants. If its initialization changed the base weights (as PiSSA does), the temporary
     /// directory holds the adapter as it was initialized.
     Lora(Box<LoraConfig>, Option<TempDir>),
@@ -31,7 +31,7 @@ pub enum AttachedAdapter {
 ///
 /// # Errors
 /// If the adapter cannot be read, has an unsupported PEFT type, or does not fit the model.
-pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, path: &Path) -> Result<AttachedAdapter> {
+pub(crate) fn load<B: Kernels>(model: &mut Llama<B>, name: &str, path: &Path) -> Result<AttachedAdapter> {
     let directory = &identify::adapter_directory(path)?;
     let json = format::read_config(directory)?;
     if PromptConfig::is_prompt(&json) {
@@ -53,14 +53,18 @@ pub fn load<B: Kernels>(model: &mut Llama<B>, name: &str, path: &Path) -> Result
 }
 
 /// Warns of fields in an adapter's configuration that are unknown here and have no effect.
-pub fn warn_unknown_fields(directory: &Path, unknown: &[String]) {
+pub(crate) fn warn_unknown_fields(directory: &Path, unknown: &[String]) {
     if !unknown.is_empty() {
         eprintln!("warning: {}: unknown fields are ignored: {}", directory.display(), unknown.join(", "));
     }
 }
 
 /// Attaches a new adapter to the model, as the recipe says.
-pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &Recipe) -> Result<AttachedAdapter> {
+pub(crate) fn attach<B: Kernels>(
+    model: &mut Llama<B>,
+    tokenizer: &Tokenizer,
+    recipe: &Recipe,
+) -> Result<AttachedAdapter> {
     let (method, seed) = (&recipe.method, recipe.train.steps.seed);
     match method.common.kind {
         MethodKind::Ia3 => {
@@ -97,12 +101,12 @@ pub fn attach<B: Kernels>(model: &mut Llama<B>, tokenizer: &Tokenizer, recipe: &
 
 impl AttachedAdapter {
     /// Returns true if the adapter has rows for single tokens, which only its own tokenizer may know.
-    pub fn has_tokens(&self) -> bool {
+    pub(crate) fn has_tokens(&self) -> bool {
         self.last_token().is_some()
     }
 
     /// Returns the last of the tokens for which the adapter has rows of their own.
-    pub fn last_token(&self) -> Option<u32> {
+    pub(crate) fn last_token(&self) -> Option<u32> {
         let Self::Lora(config, _) = self else { return None };
         match config.trainable_token_indices.as_ref()? {
             TokenIndices::Embedding(indices) => indices.iter().max().copied(),
@@ -112,7 +116,7 @@ impl AttachedAdapter {
 
     /// Saves the adapter as PEFT's directory. If its initialization changed the base weights, it is converted to plain
     /// LoRA on the original weights.
-    pub fn save<B: Kernels>(&self, model: &Llama<B>, directory: &Path) -> Result<()> {
+    pub(crate) fn save<B: Kernels>(&self, model: &Llama<B>, directory: &Path) -> Result<()> {
         match (self, model.prompts.iter().find(|prompt| prompt.name == ADAPTER_NAME)) {
             (Self::Lora(_, None) | Self::Ia3, _) => model.save_adapter(ADAPTER_NAME, directory)?,
             (Self::Lora(_, Some(start)), _) => {
@@ -133,7 +137,7 @@ fn to_target_modules(targets: &Targets) -> TargetModules {
 }
 
 /// Returns PEFT's LoRA configuration for a recipe.
-pub fn lora_config(recipe: &Recipe) -> LoraConfig {
+pub(crate) fn lora_config(recipe: &Recipe) -> LoraConfig {
     let (lora, scope, choice) = (&recipe.method.lora, &recipe.method.targets, &recipe.method.common);
     LoraConfig {
         r: lora.r,

@@ -23,7 +23,11 @@ pub struct LoadedModel<B: Kernels> {
 }
 
 /// Loads a model for evaluation, with at most one adapter.
-pub fn load<B: Kernels>(args: &ModelArgs, storage: impl Into<Storage>, device: &B::Device) -> Result<LoadedModel<B>> {
+pub(crate) fn load<B: Kernels>(
+    args: &ModelArgs,
+    storage: impl Into<Storage>,
+    device: &B::Device,
+) -> Result<LoadedModel<B>> {
     if let [_, second, ..] = args.adapter.as_slice() {
         bail!("--adapter: expected one here, found a second one: {}", second.directory.display());
     }
@@ -33,7 +37,7 @@ pub fn load<B: Kernels>(args: &ModelArgs, storage: impl Into<Storage>, device: &
 }
 
 /// Loads a model for evaluation, without its adapters.
-pub fn load_without_adapters<B: Kernels>(
+pub(crate) fn load_without_adapters<B: Kernels>(
     args: &ModelArgs,
     storage: impl Into<Storage>,
     device: &B::Device,
@@ -63,7 +67,7 @@ fn has_tokenizer(directory: &Path) -> bool {
 
 /// Loads the adapters onto the model and activates the first one. A note says which tokens of an adapter the tokenizer
 /// does not know.
-pub fn add_adapters<B: Kernels>(loaded: &mut LoadedModel<B>, args: &ModelArgs) -> Result<()> {
+pub(crate) fn add_adapters<B: Kernels>(loaded: &mut LoadedModel<B>, args: &ModelArgs) -> Result<()> {
     for (index, (source, directory)) in args.adapter.iter().zip(adapter_directories(args)?).enumerate() {
         if args.adapter[..index].iter().any(|before| before.name == source.name) {
             let (name, directory) = (&source.name, source.directory.display());
@@ -92,7 +96,11 @@ pub fn add_adapters<B: Kernels>(loaded: &mut LoadedModel<B>, args: &ModelArgs) -
 }
 
 /// Loads a base model by its name.
-pub fn load_base<B: Kernels>(name: &str, storage: impl Into<Storage>, device: &B::Device) -> Result<LoadedModel<B>> {
+pub(crate) fn load_base<B: Kernels>(
+    name: &str,
+    storage: impl Into<Storage>,
+    device: &B::Device,
+) -> Result<LoadedModel<B>> {
     let (checkpoint, tokenizer) = open_checkpoint(name, None)?;
     let model = checkpoint.load::<B>(storage, device)?;
     Ok(LoadedModel { model, tokenizer })
@@ -100,7 +108,7 @@ pub fn load_base<B: Kernels>(name: &str, storage: impl Into<Storage>, device: &B
 
 /// Loads the base model of a recipe, with `method.new_tokens` in its tokenizer and a row for each of them, and with the
 /// recipe's chat template.
-pub fn load_recipe_base<B: Kernels>(
+pub(crate) fn load_recipe_base<B: Kernels>(
     recipe: &Recipe,
     storage: impl Into<Storage>,
     device: &B::Device,
@@ -119,7 +127,7 @@ pub fn load_recipe_base<B: Kernels>(
 ///
 /// # Errors
 /// If the device does not support the format.
-pub fn with_compute<B: Kernels>(model: Llama<B>, compute: ComputeDtype) -> Result<Llama<B>> {
+pub(crate) fn with_compute<B: Kernels>(model: Llama<B>, compute: ComputeDtype) -> Result<Llama<B>> {
     let (name, dtype) = match compute {
         ComputeDtype::F32 => ("f32", DType::F32),
         ComputeDtype::Bf16 => ("bf16", DType::BF16),
@@ -132,7 +140,7 @@ pub fn with_compute<B: Kernels>(model: Llama<B>, compute: ComputeDtype) -> Resul
 }
 
 /// Opens a model's checkpoint, without loading the weights, and reads its tokenizer, or the one at the path `instead`.
-pub fn open_checkpoint(name: &str, instead: Option<&Path>) -> Result<(Checkpoint, Tokenizer)> {
+pub(crate) fn open_checkpoint(name: &str, instead: Option<&Path>) -> Result<(Checkpoint, Tokenizer)> {
     let path = fetch::resolve(name)?;
     let checkpoint = fetch::open(&path)?;
     let tokenizer = match (instead, checkpoint.gguf()) {
@@ -152,7 +160,7 @@ fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
 }
 
 /// Reads a model's tokenizer without loading the model.
-pub fn load_tokenizer(args: &ModelArgs) -> Result<Tokenizer> {
+pub(crate) fn load_tokenizer(args: &ModelArgs) -> Result<Tokenizer> {
     let adapters = adapter_directories(args)?;
     let tokenizer = match tokenizer_path(args, &adapters) {
         Some(path) => read_tokenizer(&path)?,
@@ -179,7 +187,7 @@ fn with_saved_template(tokenizer: Tokenizer, adapters: &[PathBuf]) -> Result<Tok
 
 /// Returns the number of positions that the model supports, without loading it; none if there is no limit, or if only a
 /// tokenizer is there.
-pub fn position_limit(args: &ModelArgs) -> Result<Option<usize>> {
+pub(crate) fn position_limit(args: &ModelArgs) -> Result<Option<usize>> {
     if args.tokenizer.is_some() {
         return Ok(None);
     }
@@ -193,7 +201,7 @@ pub fn position_limit(args: &ModelArgs) -> Result<Option<usize>> {
 
 /// Encodes a conversation with the model's chat template, up to where the assistant's next answer begins. Texts of
 /// control tokens in the messages are ordinary text.
-pub fn apply_chat_template(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
+pub(crate) fn apply_chat_template(tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
     template::chat_template(tokenizer)?;
     Ok(tokenizer.apply_chat_template(messages, None, true)?)
 }

@@ -10,7 +10,7 @@ use std::{fmt::Write as _, path::PathBuf};
 
 /// Arguments of `schedule`.
 #[derive(Args)]
-pub struct ScheduleArgs {
+pub(crate) struct ScheduleArgs {
     /// Number of pipeline ranks; each has one stage or, if interleaved, several
     #[arg(long)]
     pub stages: usize,
@@ -41,7 +41,7 @@ fn parse_kind(name: &str) -> Result<PipelineKind, String> {
 
 /// Runs the verb `schedule`: prints a table of what each rank computes when, the bubble, and the peak number of live
 /// activations.
-pub fn schedule(args: &ScheduleArgs) -> Result<()> {
+pub(crate) fn schedule(args: &ScheduleArgs) -> Result<()> {
     let shape = PipelineShape::new(args.stages, args.chunks, args.micro_batches)?;
     let schedule = PipelineSchedule::new(args.kind, shape)?;
     let program = schedule.program(SendMode::Blocking);

@@ -48,7 +48,7 @@ impl TemplateOptions {
 }
 
 /// Returns the model's chat template.
-pub fn chat_template(tokenizer: &Tokenizer) -> Result<&ChatTemplate> {
+pub(crate) fn chat_template(tokenizer: &Tokenizer) -> Result<&ChatTemplate> {
     tokenizer
         .chat_template()
         .with_context(|| format!("{}: no chat template; use an instruction-tuned model", tokenizer.path().display()))
@@ -65,7 +65,7 @@ fn with_template_file(tokenizer: Tokenizer, path: &Path) -> Result<Tokenizer> {
 
 /// Applies the chat template and the stop ids that a run has saved with its adapter, as `transformers` saves them with a
 /// tokenizer. A folder without them changes nothing.
-pub fn apply_saved(mut tokenizer: Tokenizer, directory: &Path) -> Result<Tokenizer> {
+pub(crate) fn apply_saved(mut tokenizer: Tokenizer, directory: &Path) -> Result<Tokenizer> {
     let template = directory.join("chat_template.jinja");
     if template.is_file() {
         tokenizer = with_template_file(tokenizer, &template)?;

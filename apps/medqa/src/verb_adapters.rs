@@ -24,7 +24,7 @@ use std::{
 
 /// The verbs of `adapters`.
 #[derive(Subcommand)]
-pub enum AdaptersVerb {
+pub(crate) enum AdaptersVerb {
     /// List adapters with their PEFT type, number of values, settings and base model
     List(ListArgs),
     /// Write a model with one or several adapters merged, as `export` does; refuses adapters with infinite or NaN
@@ -39,7 +39,7 @@ pub enum AdaptersVerb {
 
 /// Arguments of `adapters list`.
 #[derive(Args)]
-pub struct ListArgs {
+pub(crate) struct ListArgs {
     /// Adapter directories, or directories to search for adapters
     #[arg(required = true)]
     pub folders: Vec<PathBuf>,
@@ -47,7 +47,7 @@ pub struct ListArgs {
 
 /// Arguments of `adapters convert`.
 #[derive(Args)]
-pub struct ConvertArgs {
+pub(crate) struct ConvertArgs {
     /// Adapter directory or GGUF adapter to convert
     pub from: PathBuf,
     /// Output: FILE.gguf, or a new adapter directory
@@ -65,7 +65,7 @@ pub struct ConvertArgs {
 
 /// Arguments of `adapters combine`.
 #[derive(Args)]
-pub struct CombineArgs {
+pub(crate) struct CombineArgs {
     /// Adapters and their weights; a negative weight subtracts the adapter
     #[arg(required = true, value_name = "DIR=WEIGHT")]
     pub adapters: Vec<WeightedAdapter>,
@@ -83,7 +83,7 @@ pub struct CombineArgs {
 
 /// Combination type, as in PEFT's `add_weighted_adapter`.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CombinationArg {
+pub(crate) enum CombinationArg {
     /// Concatenate the A and the B matrices: exact
     Cat,
     /// Best approximation of a given rank, by singular value decomposition
@@ -94,7 +94,7 @@ pub enum CombinationArg {
 
 /// An adapter directory and its weight in a combination, given as `DIR=WEIGHT`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct WeightedAdapter {
+pub(crate) struct WeightedAdapter {
     /// Path of PEFT's adapter directory.
     pub directory: PathBuf,
     /// Factor of the adapter in the sum.
@@ -114,7 +114,7 @@ impl FromStr for WeightedAdapter {
 }
 
 /// Runs the verb `adapters`.
-pub fn adapters(verb: &AdaptersVerb) -> Result<()> {
+pub(crate) fn adapters(verb: &AdaptersVerb) -> Result<()> {
     match verb {
         AdaptersVerb::List(args) => list(&args.folders),
         AdaptersVerb::Merge(args) => {

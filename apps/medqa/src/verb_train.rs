@@ -14,7 +14,7 @@ use std::{
 
 /// Arguments of `train`.
 #[derive(Args)]
-pub struct TrainArgs {
+pub(crate) struct TrainArgs {
     /// Recipe: a TOML file with the model, the data, the fine-tuning method and the training settings; without it,
     /// --model and --data are needed
     pub recipe: Option<PathBuf>,
@@ -41,7 +41,7 @@ pub struct TrainArgs {
 
 /// Options that make a recipe, instead of a recipe file.
 #[derive(Args, Clone)]
-pub struct RecipeParts {
+pub(crate) struct RecipeParts {
     /// Without a recipe: the model, as for `chat` (recipe key model.path)
     #[arg(long)]
     model: Option<String>,
@@ -107,7 +107,7 @@ fn options(parts: &[RecipePart]) -> String {
 
 /// Files besides the recipe; each option is shorthand for a recipe key in `[parallel]`.
 #[derive(Args, Clone)]
-pub struct FilesArgs {
+pub(crate) struct FilesArgs {
     /// DeepSpeed configuration (ds_config.json): sets what the recipe leaves unset (recipe key parallel.deepspeed)
     #[arg(long, value_name = "FILE")]
     deepspeed: Option<String>,
@@ -155,7 +155,7 @@ impl TrainArgs {
 ///
 /// # Errors
 /// If the recipe is invalid, the run directory holds another run, or the run fails.
-pub fn train(args: TrainArgs) -> Result<()> {
+pub(crate) fn train(args: TrainArgs) -> Result<()> {
     let RankInfo { rank, world_size } = RankInfo::from_env();
     let sets: Vec<String> = args.sets.iter().cloned().chain(args.files.overrides()).collect();
     let (text, run_name) = args.recipe_text()?;

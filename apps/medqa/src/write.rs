@@ -7,7 +7,7 @@ use std::{
 };
 
 /// Writes `bytes` to a temporary file next to `path`, then renames it to `path`.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let partial = partial_path(path);
     fs::write(&partial, bytes)
         .and_then(|()| fs::rename(&partial, path))
@@ -17,7 +17,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Lets `fill` write into a temporary folder next to `out`, then renames it to `out`; an empty folder at `out` is
 /// replaced.
-pub fn write_dir_atomically(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub(crate) fn write_dir_atomically(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let out = std::path::absolute(out).with_context(|| out.display().to_string())?;
     create_parent_dir(&out)?;
     let partial = partial_path(&out);
@@ -36,7 +36,7 @@ pub fn write_dir_atomically(out: &Path, fill: impl FnOnce(&Path) -> Result<()>) 
 }
 
 /// Creates the parent folder of `path`.
-pub fn create_parent_dir(path: &Path) -> Result<()> {
+pub(crate) fn create_parent_dir(path: &Path) -> Result<()> {
     let Some(parent) = path.parent() else { return Ok(()) };
     fs::create_dir_all(parent).with_context(|| format!("{}: cannot be made", parent.display()))
 }

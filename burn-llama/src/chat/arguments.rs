@@ -19,7 +19,7 @@ impl<const N: usize> Arguments<N> {
     /// # Errors
     ///
     /// Too many arguments, a keyword that is no parameter, or a parameter that is given twice.
-    pub fn bind(function: &str, names: [&'static str; N], arguments: &[Value]) -> Result<Self, Error> {
+    pub(super) fn bind(function: &str, names: [&'static str; N], arguments: &[Value]) -> Result<Self, Error> {
         let refused = |message: String| Error::new(ErrorKind::InvalidOperation, format!("{function} {message}"));
         let (positional, keywords) = match arguments.split_last() {
             Some((last, rest)) if last.is_kwargs() => (rest, Some(Kwargs::try_from(last.clone())?)),
@@ -43,12 +43,12 @@ impl<const N: usize> Arguments<N> {
     }
 
     /// Returns an argument; `None` if it was left out or is none.
-    pub fn get(&self, index: usize) -> Option<&Value> {
+    pub(super) fn get(&self, index: usize) -> Option<&Value> {
         self.values[index].as_ref().filter(|value| !value.is_none())
     }
 
     /// Returns an argument that must be there.
-    pub fn required(&self, index: usize) -> Result<&Value, Error> {
+    pub(super) fn required(&self, index: usize) -> Result<&Value, Error> {
         self.values[index].as_ref().ok_or_else(|| {
             let message = format!("{} needs the argument {}", self.function, self.names[index]);
             Error::new(ErrorKind::MissingArgument, message)
@@ -56,41 +56,41 @@ impl<const N: usize> Arguments<N> {
     }
 
     /// Returns a string that must be there.
-    pub fn text(&self, index: usize) -> Result<&str, Error> {
+    pub(super) fn text(&self, index: usize) -> Result<&str, Error> {
         let value = self.required(index)?;
         value.as_str().ok_or_else(|| self.wrong(index, "a string"))
     }
 
     /// Returns a string, or `None`.
-    pub fn optional_text(&self, index: usize) -> Result<Option<&str>, Error> {
+    pub(super) fn optional_text(&self, index: usize) -> Result<Option<&str>, Error> {
         self.get(index).map(|_| self.text(index)).transpose()
     }
 
     /// Returns an integer, or `None`.
-    pub fn integer(&self, index: usize) -> Result<Option<i64>, Error> {
+    pub(super) fn integer(&self, index: usize) -> Result<Option<i64>, Error> {
         let number = |value: &Value| i64::try_from(value.clone()).map_err(|_| self.wrong(index, "an integer"));
         self.get(index).map(number).transpose()
     }
 
     /// Returns true if the argument is there and true.
-    pub fn flag(&self, index: usize) -> bool {
+    pub(super) fn flag(&self, index: usize) -> bool {
         self.get(index).is_some_and(Value::is_true)
     }
 
     /// Returns the arguments in order, up to the last that was given, for a function that takes them by position.
-    pub fn positional(self) -> Vec<Value> {
+    pub(super) fn positional(self) -> Vec<Value> {
         let given = self.values.iter().rposition(Option::is_some).map_or(0, |last| last + 1);
         self.values.into_iter().take(given).map(Option::unwrap_or_default).collect()
     }
 
     /// Returns the arguments that were given as keywords, for a function that takes them so.
-    pub fn keywords(self) -> Kwargs {
+    pub(super) fn keywords(self) -> Kwargs {
         let pairs = self.names.into_iter().zip(self.values);
         pairs.filter_map(|(name, value)| value.map(|value| (name, value))).collect()
     }
 
     /// Returns the error for an argument of another kind than `expected`.
-    pub fn wrong(&self, index: usize, expected: &str) -> Error {
+    pub(super) fn wrong(&self, index: usize, expected: &str) -> Error {
         let found = self.values[index].as_ref().map_or("nothing".to_owned(), |value| value.kind().to_string());
         let message = format!("{}: {} must be {expected}, not {found}", self.function, self.names[index]);
         Error::new(ErrorKind::InvalidOperation, message)

@@ -18,7 +18,7 @@ pub(super) struct Parameter<B: Backend> {
 
 impl<B: Backend> Parameter<B> {
     /// Copies the values from the device, in row-major order, as the float type `dtype`.
-    pub fn data(&self, dtype: DType) -> TensorData {
+    pub(super) fn data(&self, dtype: DType) -> TensorData {
         self.values.clone().into_data().convert_dtype(dtype)
     }
 }

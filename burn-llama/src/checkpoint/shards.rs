@@ -132,7 +132,7 @@ impl Shards {
     ///
     /// # Errors
     /// If there are none, a file that the index names is missing, or a file is malformed.
-    pub fn open(directory: &Path, parameters: &BTreeSet<String>) -> Result<Self, Error> {
+    pub(super) fn open(directory: &Path, parameters: &BTreeSet<String>) -> Result<Self, Error> {
         let files = file_names(directory)?.into_iter().map(Shard::open).collect::<Result<Vec<_>, _>>()?;
         let mut index = BTreeMap::new();
         for (file, shard) in files.iter().enumerate() {
@@ -153,7 +153,7 @@ impl Shards {
     }
 
     /// Returns the names and shapes of all tensors.
-    pub fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+    pub(super) fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
         let files: Vec<_> = self.files.iter().map(Shard::shapes).collect();
         let shape = |(name, place): (&String, &Place)| {
             (name.clone(), files[place.file].get(&place.name).cloned().unwrap_or_default())
@@ -162,7 +162,7 @@ impl Shards {
     }
 
     /// Returns true if there is a tensor of this name.
-    pub fn contains(&self, name: &str) -> bool {
+    pub(super) fn contains(&self, name: &str) -> bool {
         self.index.contains_key(name)
     }
 
@@ -170,7 +170,7 @@ impl Shards {
     ///
     /// # Errors
     /// If there are no such tensors, or they are stored in types that [`Shards::read`] refuses.
-    pub fn same(&self, one: &str, other: &str) -> Result<bool, Error> {
+    pub(super) fn same(&self, one: &str, other: &str) -> Result<bool, Error> {
         if let (Some(one), Some(other)) = (self.stored(one), self.stored(other)) {
             if one.info.shape != other.info.shape {
                 return Ok(false);
@@ -197,7 +197,7 @@ impl Shards {
     ///
     /// # Errors
     /// If there is no such tensor, or it is stored in another type.
-    pub fn read(&self, name: &str, dtype: DType) -> Result<TensorData, Error> {
+    pub(super) fn read(&self, name: &str, dtype: DType) -> Result<TensorData, Error> {
         let place = self.index.get(name).ok_or_else(|| Error::config(name, "a tensor of this name", "none"))?;
         self.files[place.file].read(&place.name, dtype)
     }

@@ -16,7 +16,7 @@ impl RotaryConfig {
     ///
     /// # Errors
     /// If a value is impossible or not supported, or the two spellings disagree.
-    pub fn read(fields: &ConfigFields<'_>, max_positions: usize, head_dim: usize) -> Result<Self, Error> {
+    pub(super) fn read(fields: &ConfigFields<'_>, max_positions: usize, head_dim: usize) -> Result<Self, Error> {
         let mut theta = fields.optional_positive_number("rope_theta")?.map(|theta| ("rope_theta".to_owned(), theta));
         let mut scaling: Option<(RopeScaling, &Value)> = None;
         for name in ["rope_parameters", "rope_scaling"] {

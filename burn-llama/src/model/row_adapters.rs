@@ -32,14 +32,14 @@ impl<B: Kernels> Llama<B> {
 
 impl RowAdapters {
     /// Returns the forward context of rows of `length` slots.
-    pub fn forward_context(&self, length: usize) -> ForwardContext {
+    pub(crate) fn forward_context(&self, length: usize) -> ForwardContext {
         self.adapter_names.as_ref().map_or_else(ForwardContext::default, |names| {
             ForwardContext::routed(Route::from_adapter_names(names, length))
         })
     }
 
     /// Returns true if each row names its adapter.
-    pub fn has_names(&self) -> bool {
+    pub(crate) fn has_names(&self) -> bool {
         self.adapter_names.is_some()
     }
 
@@ -49,12 +49,12 @@ impl RowAdapters {
     }
 
     /// Returns the prompts in use, in the model's order.
-    pub fn prompts<'a, B: Kernels>(&self, model: &'a Llama<B>) -> impl Iterator<Item = &'a Prompt<B>> {
+    pub(crate) fn prompts<'a, B: Kernels>(&self, model: &'a Llama<B>) -> impl Iterator<Item = &'a Prompt<B>> {
         self.used_prompts().into_iter().map(|index| &model.prompts[index])
     }
 
     /// Returns the virtual tokens of every row, as a range of those of all prompts in use that act at `place`.
-    pub fn virtual_token_ranges<B: Kernels>(&self, model: &Llama<B>, place: Injection) -> Vec<Range<usize>> {
+    pub(crate) fn virtual_token_ranges<B: Kernels>(&self, model: &Llama<B>, place: Injection) -> Vec<Range<usize>> {
         let (mut ranges, mut end) = (vec![0..0; model.prompts.len()], 0);
         for index in self.used_prompts().into_iter().filter(|&index| model.prompts[index].injection() == place) {
             let start = end;
@@ -65,7 +65,7 @@ impl RowAdapters {
     }
 
     /// Returns the number of virtual tokens of every row.
-    pub fn num_virtual_tokens<B: Kernels>(&self, model: &Llama<B>) -> Vec<usize> {
+    pub(crate) fn num_virtual_tokens<B: Kernels>(&self, model: &Llama<B>) -> Vec<usize> {
         let number = |prompt: &Option<usize>| prompt.map_or(0, |index| model.prompts[index].num_virtual_tokens());
         self.prompts.iter().map(number).collect()
     }

@@ -26,7 +26,7 @@ pub(crate) struct PromptedLayout {
 
 impl PromptedLayout {
     /// Returns the new slot of each token, indexed by its old slot.
-    pub fn new_slots(&self, slots: usize) -> Vec<i32> {
+    pub(crate) fn new_slots(&self, slots: usize) -> Vec<i32> {
         let mut places: Vec<i32> = (0..slots as i32).collect();
         for (new, &old) in self.embedding_sources.iter().flatten().enumerate() {
             // Padding has source 0 too, and does not count.
@@ -38,7 +38,7 @@ impl PromptedLayout {
     }
 
     /// Extends the dropout tokens of a forward context to the new slots; a virtual token takes the row of its sequence.
-    pub fn forward_context(&self, forward_context: ForwardContext, virtual_tokens: usize) -> ForwardContext {
+    pub(crate) fn forward_context(&self, forward_context: ForwardContext, virtual_tokens: usize) -> ForwardContext {
         let (Some(sources), Some(mut noise)) = (&self.embedding_sources, forward_context.dropout.clone()) else {
             return forward_context;
         };

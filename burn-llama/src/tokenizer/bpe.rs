@@ -10,7 +10,11 @@ use super::pre_tokenizer::PreTokenizerRules;
 
 impl PreTokenizerRules {
     /// Builds the tokenizer of a vocabulary in id order and its merges, each written `left right`, best first.
-    pub fn build_tokenizer(&self, tokens: &[String], merges: &[String]) -> Result<tokenizers::Tokenizer, String> {
+    pub(super) fn build_tokenizer(
+        &self,
+        tokens: &[String],
+        merges: &[String],
+    ) -> Result<tokenizers::Tokenizer, String> {
         let ids = tokens.iter().cloned().zip(0..).collect::<tokenizers::models::bpe::Vocab>();
         let mut pairs = Vec::with_capacity(merges.len());
         for merge in merges {

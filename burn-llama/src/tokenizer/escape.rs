@@ -41,7 +41,7 @@ pub(super) struct ControlToken<'a> {
 
 impl ControlTokens {
     /// Collects the control tokens of a vocabulary, and its other tokens that are matched in a text.
-    pub fn new(control: impl IntoIterator<Item = String>, others: impl IntoIterator<Item = String>) -> Self {
+    pub(super) fn new(control: impl IntoIterator<Item = String>, others: impl IntoIterator<Item = String>) -> Self {
         // White space alone is never escaped, as templates trim it.
         let mut tokens: Vec<String> = control.into_iter().filter(|token| !token.trim().is_empty()).collect();
         tokens.sort_unstable();
@@ -55,7 +55,7 @@ impl ControlTokens {
     }
 
     /// Returns the first of the control tokens in a text: the leftmost, and of several there the longest.
-    pub fn find_in<'a>(&'a self, text: &str) -> Option<ControlToken<'a>> {
+    pub(super) fn find_in<'a>(&'a self, text: &str) -> Option<ControlToken<'a>> {
         text.char_indices().find_map(|(start, c)| {
             let rest = &text[start..];
             // Sorted, a token is not after a text that it begins, and not before that text's first character.

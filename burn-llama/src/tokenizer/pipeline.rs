@@ -18,7 +18,7 @@ use super::vocabulary::{AddedTokens, TokenizerModel, Vocabulary};
 impl Vocabulary {
     /// Builds the pipeline: matching of special tokens, normalization, splitting into words, merging, and a
     /// post-processor that adds BOS and EOS.
-    pub fn pipeline(&self) -> Result<tokenizers::Tokenizer, String> {
+    pub(super) fn pipeline(&self) -> Result<tokenizers::Tokenizer, String> {
         let mut tokenizer = match &self.model {
             TokenizerModel::Bpe(tokenizer) => {
                 let mut tokenizer = tokenizers::Tokenizer::clone(tokenizer);

@@ -115,18 +115,18 @@ impl PreTokenizerRules {
     }
 
     /// Returns the supported names, for error messages.
-    pub fn supported() -> String {
+    pub(super) fn supported() -> String {
         RULES.iter().flat_map(Self::names).collect::<Vec<_>>().join(", ")
     }
 
     /// Returns the rules of a `tokenizer.ggml.pre`, or `None` for an unknown name.
-    pub fn from_name(pre: &str) -> Option<&'static Self> {
+    pub(super) fn from_name(pre: &str) -> Option<&'static Self> {
         RULES.iter().find(|rules| rules.names().any(|name| name == pre))
     }
 
     /// Returns the `tokenizer.ggml.pre` whose rules equal those of a `tokenizer.json`: its pre-tokenizer and
     /// `ignore_merges`. If no name has the same rules, the error describes those of the file.
-    pub fn name_of(pre_tokenizer: &Value, ignore_merges: bool) -> Result<&'static str, String> {
+    pub(super) fn name_of(pre_tokenizer: &Value, ignore_merges: bool) -> Result<&'static str, String> {
         let patterns = split_patterns(pre_tokenizer)?;
         let same = |rules: &&Self| rules.patterns == patterns && rules.ignore_merges == ignore_merges;
         RULES.iter().find(same).and_then(|rules| rules.names().next()).ok_or_else(|| {

@@ -79,7 +79,7 @@ enum TextFragment<'t> {
 
 impl Vocabulary {
     /// Reads the tokens, their types and the rules from the metadata.
-    pub fn read(gguf: &Gguf) -> Result<Self, Error> {
+    pub(super) fn read(gguf: &Gguf) -> Result<Self, Error> {
         let tokens = strings(gguf, "tokenizer.ggml.tokens")?;
         let mut ids = HashMap::with_capacity(tokens.len());
         for (token, id) in tokens.iter().zip(0..) {
@@ -117,7 +117,7 @@ impl Vocabulary {
     }
 
     /// Returns the special tokens that the file names and the stop tokens that llama.cpp recognizes by their text.
-    pub fn special_tokens(&self, gguf: &Gguf) -> Result<SpecialTokens, Error> {
+    pub(super) fn special_tokens(&self, gguf: &Gguf) -> Result<SpecialTokens, Error> {
         let named = |name: &str| self.named_id(gguf, name, u32::MAX);
         let (bos, eos) = (self.named_id(gguf, "bos", 1)?, self.named_id(gguf, "eos", 2)?);
         let token = |id: Option<u32>| id.and_then(|id| self.token(id)).map(str::to_owned);
@@ -141,32 +141,32 @@ impl Vocabulary {
     }
 
     /// Returns the number of tokens.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.tokens.len()
     }
 
     /// Returns the id of a token.
-    pub fn id(&self, token: &str) -> Option<u32> {
+    pub(super) fn id(&self, token: &str) -> Option<u32> {
         self.ids.get(token).copied()
     }
 
     /// Returns the token of an id.
-    pub fn token(&self, id: u32) -> Option<&str> {
+    pub(super) fn token(&self, id: u32) -> Option<&str> {
         self.tokens.get(id as usize).map(String::as_str)
     }
 
     /// Returns the ids of the tokens that are matched in the raw text.
-    pub fn matched_ids(&self) -> impl Iterator<Item = u32> {
+    pub(super) fn matched_ids(&self) -> impl Iterator<Item = u32> {
         self.special_ids.iter().copied()
     }
 
     /// Encodes a text to ids.
-    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
+    pub(super) fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
         self.encode_pieces(text, add_special_tokens, str::to_owned)
     }
 
     /// Encodes a text to ids, with `rewrite` applied to each piece of it between special tokens.
-    pub fn encode_pieces(
+    pub(super) fn encode_pieces(
         &self,
         text: &str,
         add_special_tokens: bool,
@@ -252,7 +252,7 @@ impl Vocabulary {
     }
 
     /// Decodes ids to text.
-    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> String {
+    pub(super) fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> String {
         let mut bytes = Vec::new();
         // Encoding added a space before the text; it is removed from the first token.
         let spaced = matches!(self.model, TokenizerModel::SentencePiece { add_space_prefix: true, .. });

@@ -53,7 +53,10 @@ struct BaseParam {
 }
 
 impl TrainableBase {
-    pub fn new<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M, config: &LoraConfig) -> Result<Self, Error> {
+    pub(super) fn new<B: LinearKernels, M: Linears<B> + Module<B>>(
+        model: &M,
+        config: &LoraConfig,
+    ) -> Result<Self, Error> {
         let target_paths: BTreeSet<String> = targeted_module_names(model, config)?.into_iter().collect();
         let selection = Selection::new(config)?;
         let embedding = EmbeddingTarget::new(model, config)?;
@@ -99,35 +102,35 @@ impl TrainableBase {
     }
 
     /// Returns true if the adapter targets the layer at `path`.
-    pub fn is_target(&self, path: &str) -> bool {
+    pub(super) fn is_target(&self, path: &str) -> bool {
         self.target_paths.contains(path)
     }
 
     /// Returns true if the base model's parameter at `path` is trained along with the adapter.
-    pub fn is_trained(&self, path: &str) -> bool {
+    pub(super) fn is_trained(&self, path: &str) -> bool {
         self.base_params.get(path).is_some_and(|param| param.trained)
     }
 
     /// Returns the keys and shapes of the base model's trained parameters in PEFT's file.
-    pub fn expected_tensors(&self) -> Vec<(String, Vec<usize>)> {
+    pub(super) fn expected_tensors(&self) -> Vec<(String, Vec<usize>)> {
         let trained = self.base_params.values().filter(|param| param.trained);
         trained.map(|param| (param.peft_key.clone(), param.shape.clone())).collect()
     }
 
     /// Casts the base model's trained parameters to f32, the type in which weights are trained.
-    pub fn cast_to_f32<B: Backend, M: Module<B>>(&self, model: &mut M) {
+    pub(super) fn cast_to_f32<B: Backend, M: Module<B>>(&self, model: &mut M) {
         self.load_tensors(model, &BTreeMap::new());
     }
 
     /// Casts the base model's trained parameters to f32 and sets those parameters that `tensors` contains.
-    pub fn load_tensors<B: Backend, M: Module<B>>(&self, model: &mut M, tensors: &BTreeMap<String, TensorData>) {
+    pub(super) fn load_tensors<B: Backend, M: Module<B>>(&self, model: &mut M, tensors: &BTreeMap<String, TensorData>) {
         if !self.base_params.is_empty() {
             *model = param::map_params(model.clone(), &mut LoadParams { base: self, tensors });
         }
     }
 
     /// Returns the values of the base model's parameters in PEFT's file, in f32 and by their keys there.
-    pub fn state_dict<B: Backend, M: Module<B>>(&self, model: &M) -> Vec<(String, TensorData)> {
+    pub(super) fn state_dict<B: Backend, M: Module<B>>(&self, model: &M) -> Vec<(String, TensorData)> {
         let mut read = CollectParams { base: self, found: Vec::new() };
         param::visit_params(model, &mut read);
         read.found

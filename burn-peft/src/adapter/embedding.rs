@@ -24,7 +24,7 @@ pub(super) struct EmbeddingTarget {
 
 impl EmbeddingTarget {
     /// Returns what `config` asks for, or `None` if it leaves the embedding alone.
-    pub fn new<B: LinearKernels, M: Linears<B>>(model: &M, config: &LoraConfig) -> Result<Option<Self>, Error> {
+    pub(super) fn new<B: LinearKernels, M: Linears<B>>(model: &M, config: &LoraConfig) -> Result<Option<Self>, Error> {
         let Some((path, embedding)) = model.embedding() else {
             return match &config.trainable_token_indices {
                 Some(_) => Err(Error::config("`trainable_token_indices`: the model has no embedding for adapters")),
@@ -50,7 +50,7 @@ impl EmbeddingTarget {
     }
 
     /// Adds rows to the model for tokens that follow its last one, if the file holds no embedding that has them.
-    pub fn grow<B: LinearKernels, M: Linears<B>>(&mut self, model: &mut M) {
+    pub(super) fn grow<B: LinearKernels, M: Linears<B>>(&mut self, model: &mut M) {
         let rows = self.shape[0];
         let mut new: Vec<usize> =
             self.tokens.iter().map(|&token| token as usize).filter(|&token| token >= rows).collect();
@@ -65,7 +65,7 @@ impl EmbeddingTarget {
     ///
     /// # Errors
     /// If it has none for one of them.
-    pub fn check_tokens(&self) -> Result<(), Error> {
+    pub(super) fn check_tokens(&self) -> Result<(), Error> {
         let rows = self.shape[0];
         match self.tokens.iter().find(|&&token| token as usize >= rows) {
             None => Ok(()),
@@ -76,18 +76,18 @@ impl EmbeddingTarget {
     }
 
     /// Returns true if the embedding gets low-rank matrices.
-    pub fn is_lora(&self) -> bool {
+    pub(super) fn is_lora(&self) -> bool {
         self.lora
     }
 
     /// Returns true if PEFT wraps the module at `path`: the embedding, and a head that shares its rows.
-    pub fn wraps<B: LinearKernels, M: Linears<B>>(&self, model: &M, path: &str) -> bool {
+    pub(super) fn wraps<B: LinearKernels, M: Linears<B>>(&self, model: &M, path: &str) -> bool {
         let head = model.tied().is_some_and(|[_, head]| head == path);
         path == self.path || (head && !self.tokens.is_empty())
     }
 
     /// Returns the keys and shapes of the tensors in PEFT's file.
-    pub fn expected_tensors(&self, config: &LoraConfig) -> Vec<(String, Vec<usize>)> {
+    pub(super) fn expected_tensors(&self, config: &LoraConfig) -> Vec<(String, Vec<usize>)> {
         let ([vocabulary, hidden], r) = (self.shape, config.rank_at(&self.path));
         let mut expected = Vec::new();
         if self.lora {
@@ -104,7 +104,7 @@ impl EmbeddingTarget {
     ///
     /// # Errors
     /// If they differ from those of the embedding.
-    pub fn take_tied<B: LinearKernels, M: Linears<B>>(
+    pub(super) fn take_tied<B: LinearKernels, M: Linears<B>>(
         &self,
         model: &M,
         directory: &Path,
@@ -131,7 +131,13 @@ impl EmbeddingTarget {
     }
 
     /// Adds a new adapter to the embedding; it changes nothing yet.
-    pub fn attach<B: LinearKernels, M: Linears<B>>(&self, model: &mut M, name: &str, config: &LoraConfig, seed: u64) {
+    pub(super) fn attach<B: LinearKernels, M: Linears<B>>(
+        &self,
+        model: &mut M,
+        name: &str,
+        config: &LoraConfig,
+        seed: u64,
+    ) {
         let Some((path, embedding)) = model.embedding_mut() else { return };
         let mut adapter = EmbeddingAdapter::new(name, config);
         adapter.lora = self.lora.then(|| EmbeddingLora::new(path, name, config, &embedding.weight, seed));
@@ -141,7 +147,7 @@ impl EmbeddingTarget {
     }
 
     /// Adds an adapter to the embedding, whose values it takes out of `tensors`.
-    pub fn load<B: LinearKernels, M: Linears<B>>(
+    pub(super) fn load<B: LinearKernels, M: Linears<B>>(
         &self,
         model: &mut M,
         name: &str,

@@ -46,7 +46,7 @@ impl SavedEmbeddings {
     ///
     /// # Errors
     /// If they do not fit the model.
-    pub fn take<B: LinearKernels, M: Linears<B>>(
+    pub(super) fn take<B: LinearKernels, M: Linears<B>>(
         model: &M,
         config: &LoraConfig,
         directory: &Path,
@@ -78,13 +78,17 @@ impl SavedEmbeddings {
     ///
     /// # Errors
     /// If another adapter shares the model.
-    pub fn check_new_adapter<B: LinearKernels, M: Linears<B>>(&self, model: &M, name: &str) -> Result<(), Error> {
+    pub(super) fn check_new_adapter<B: LinearKernels, M: Linears<B>>(
+        &self,
+        model: &M,
+        name: &str,
+    ) -> Result<(), Error> {
         registry::check_new_adapter(model, name, self.embedding.is_some() || self.head.is_some())
     }
 
     /// Replaces the model's embedding and output head; a model with fewer rows grows. Returns true if that changes the
     /// model.
-    pub fn install<B: LinearKernels, M: Linears<B>>(self, model: &mut M) -> bool {
+    pub(super) fn install<B: LinearKernels, M: Linears<B>>(self, model: &mut M) -> bool {
         let Some(rows) = self.embedding.iter().chain(&self.head).map(|data| data.shape[0]).next() else { return false };
         let before = model.embedding().map(|(_, embedding)| embedding.weight.shape()[0]);
         let mut changed = before.is_some_and(|before| before != rows);

@@ -69,7 +69,7 @@ struct SquaredNorms {
 }
 
 impl<'a, B: AutodiffBackend> UpdatePipeline<'a, B> {
-    pub fn new(
+    pub(super) fn new(
         settings: &'a EngineSettings,
         states: &'a mut OptimizerStates<B>,
         context: ShardContext<'a, B::InnerBackend>,
@@ -79,7 +79,7 @@ impl<'a, B: AutodiffBackend> UpdatePipeline<'a, B> {
     }
 
     /// Updates this rank's shards of a bucket; a shard without gradient (no rank had one) stays as it is.
-    pub fn update_bucket(
+    pub(super) fn update_bucket(
         &mut self,
         store: &mut dyn WeightStore<B::InnerBackend>,
         bucket: usize,
@@ -91,7 +91,11 @@ impl<'a, B: AutodiffBackend> UpdatePipeline<'a, B> {
     }
 
     /// Waits until at most `max_in_flight` buckets are in flight.
-    pub fn drain(&mut self, store: &mut dyn WeightStore<B::InnerBackend>, max_in_flight: usize) -> Result<(), Error> {
+    pub(super) fn drain(
+        &mut self,
+        store: &mut dyn WeightStore<B::InnerBackend>,
+        max_in_flight: usize,
+    ) -> Result<(), Error> {
         while self.in_flight.len() > max_in_flight {
             let Some(update) = self.in_flight.pop_front() else { return Ok(()) };
             let bucket = update.bucket;
@@ -102,7 +106,7 @@ impl<'a, B: AutodiffBackend> UpdatePipeline<'a, B> {
     }
 
     /// Returns the bytes of the gradients held by the host optimizer.
-    pub fn gradient_bytes(&self) -> usize {
+    pub(super) fn gradient_bytes(&self) -> usize {
         self.in_flight.iter().map(|update| update.gradient_bytes).sum()
     }
 

@@ -29,7 +29,7 @@ pub(crate) struct ReplicatedModel<'a, B: AutodiffBackend, M> {
 impl<'a, B: AutodiffBackend, M: Module<B>> ReplicatedModel<'a, B, M> {
     /// Takes the trainable weights out of a model and leaves placeholders of one element, so that the weights have no
     /// other owner.
-    pub fn take_from(model: &mut M, context: ShardContext<'a, B::InnerBackend>) -> Self {
+    pub(crate) fn take_from(model: &mut M, context: ShardContext<'a, B::InnerBackend>) -> Self {
         let full = detach_parameters(model.clone());
         let layout = context.layout;
         let selects = |id: ParamId| layout.parameters[layout.parameter_index[&id]].trainable;
@@ -49,7 +49,7 @@ impl<'a, B: AutodiffBackend, M: Module<B>> ReplicatedModel<'a, B, M> {
 
     /// Puts the weights back into the model. After an error, in `done` or while receiving, the model lacks the weights
     /// that were being updated.
-    pub fn put_back<R>(mut self, model: &mut M, done: Result<R, Error>) -> Result<R, Error> {
+    pub(crate) fn put_back<R>(mut self, model: &mut M, done: Result<R, Error>) -> Result<R, Error> {
         let done = done.and_then(|done| self.drain(0).map(|()| done));
         let values = std::mem::take(&mut self.updated);
         if let Some(full) = self.model {

@@ -54,7 +54,7 @@ impl<B: Backend> WeightShards<B> {
     ///
     /// # Errors
     /// Returns [`Error::Io`] if the shards go to a file that cannot be written.
-    pub fn shard<A: AutodiffBackend<InnerBackend = B>, M: Module<A>>(
+    pub(crate) fn shard<A: AutodiffBackend<InnerBackend = B>, M: Module<A>>(
         model: M,
         layout: &ShardLayout,
         device: &B::Device,
@@ -81,7 +81,7 @@ impl<B: Backend> WeightShards<B> {
     }
 
     /// Returns the shards as a store for the update.
-    pub fn as_store<'a>(&'a mut self, context: ShardContext<'a, B>) -> WeightShardStore<'a, B> {
+    pub(crate) fn as_store<'a>(&'a mut self, context: ShardContext<'a, B>) -> WeightShardStore<'a, B> {
         WeightShardStore(self, context)
     }
 
@@ -114,7 +114,12 @@ impl<B: Backend> WeightShards<B> {
     }
 
     /// Returns a copy of this rank's shards of a bucket, on the device.
-    pub fn read(&self, layout: &ShardLayout, index: usize, device: &B::Device) -> Result<ShardTensors<B>, Error> {
+    pub(crate) fn read(
+        &self,
+        layout: &ShardLayout,
+        index: usize,
+        device: &B::Device,
+    ) -> Result<ShardTensors<B>, Error> {
         let bucket = &layout.buckets[index];
         let bytes = match (&self.shards[&index], &self.file) {
             (BucketShard::Device(shards), _) => return Ok(shards.clone()),
@@ -132,7 +137,12 @@ impl<B: Backend> WeightShards<B> {
     }
 
     /// Starts the all-gather of a bucket.
-    pub fn gather(&self, layout: &ShardLayout, index: usize, communicator: &AsyncCommunicator) -> PendingGather<B> {
+    pub(crate) fn gather(
+        &self,
+        layout: &ShardLayout,
+        index: usize,
+        communicator: &AsyncCommunicator,
+    ) -> PendingGather<B> {
         let bucket = &layout.buckets[index];
         let (size, trace) = (bucket.dtype.size(), communicator.trace().clone());
         match (&self.shards[&index], &self.file) {
@@ -155,7 +165,7 @@ impl<B: Backend> WeightShards<B> {
     }
 
     /// Gathers all weights and returns them by parameter.
-    pub fn gather_all(&self, context: ShardContext<'_, B>) -> Result<HashMap<ParamId, DynTensor<B>>, Error> {
+    pub(crate) fn gather_all(&self, context: ShardContext<'_, B>) -> Result<HashMap<ParamId, DynTensor<B>>, Error> {
         let ShardContext { layout, communicator, device } = context;
         let mut values = HashMap::new();
         for (index, bucket) in layout.buckets.iter().enumerate() {
@@ -165,7 +175,7 @@ impl<B: Backend> WeightShards<B> {
     }
 
     /// Returns the bytes of the trainable or of the frozen buckets.
-    pub fn bytes(&self, layout: &ShardLayout, trainable: bool) -> DeviceHostBytes {
+    pub(crate) fn bytes(&self, layout: &ShardLayout, trainable: bool) -> DeviceHostBytes {
         let own = self.shards.iter().filter(|(index, _)| layout.buckets[**index].trainable == trainable);
         let bytes = |(_, shard): (&usize, &BucketShard<B>)| match shard {
             BucketShard::Device(shards) => {

@@ -119,7 +119,7 @@ impl MomentFile {
     ///
     /// # Errors
     /// Returns [`Error::Io`] if the file cannot be created.
-    pub fn create(folder: &Path, rank: usize) -> Result<Self, Error> {
+    pub(super) fn create(folder: &Path, rank: usize) -> Result<Self, Error> {
         let (path, file) = create_file(folder, rank, "states")?;
         let wrong = |source| Error::Io { path: path.clone(), source };
         let (requests, submitted) = channel();
@@ -136,7 +136,7 @@ impl MomentFile {
     }
 
     /// Allocates space for the moments of `n` values, initializes it and returns its offset.
-    pub fn allocate(&mut self, n: usize) -> Result<u64, Error> {
+    pub(super) fn allocate(&mut self, n: usize) -> Result<u64, Error> {
         let start = self.allocated;
         self.allocated += 2 * n as u64;
         let mut buffer = self.free.pop().unwrap_or_default();
@@ -152,7 +152,7 @@ impl MomentFile {
     }
 
     /// Frees all allocated space.
-    pub fn clear(&mut self) {
+    pub(super) fn clear(&mut self) {
         self.allocated = 0;
     }
 
@@ -206,7 +206,7 @@ impl MomentFile {
 
     /// Updates a shard block by block: while one block is updated, the next one is read and the previous one is
     /// written. After an error no request is in flight, and some of the moments are those before the update.
-    pub fn update(
+    pub(super) fn update(
         &mut self,
         start: u64,
         update: &AdamUpdate,
@@ -247,7 +247,7 @@ impl MomentFile {
     }
 
     /// Reads a moment of a shard; all writes must have been completed by [`MomentFile::flush`].
-    pub fn read(&self, start: u64, n: usize, slot: usize) -> Result<Vec<f32>, Error> {
+    pub(super) fn read(&self, start: u64, n: usize, slot: usize) -> Result<Vec<f32>, Error> {
         let mut moment = vec![0.0; n];
         for block @ FileBlock { offset, length } in blocks(n) {
             let begin = 4 * (block.position(start) + (slot * length) as u64);
@@ -261,7 +261,7 @@ impl MomentFile {
     ///
     /// # Errors
     /// Returns the first error since the last update or flush.
-    pub fn flush(&mut self) -> Result<(), Error> {
+    pub(super) fn flush(&mut self) -> Result<(), Error> {
         let mut result = Ok(());
         while self.in_flight > 0 {
             let completion = self.next_completion();
@@ -271,7 +271,7 @@ impl MomentFile {
     }
 
     /// Overwrites both moments of a shard.
-    pub fn write(&mut self, start: u64, moments: [&[f32]; 2]) -> Result<(), Error> {
+    pub(super) fn write(&mut self, start: u64, moments: [&[f32]; 2]) -> Result<(), Error> {
         for block @ FileBlock { offset, length } in blocks(moments[0].len()) {
             let begin = 4 * block.position(start);
             for (slot, moment) in moments.iter().enumerate() {
@@ -296,23 +296,23 @@ impl OffloadFile {
     ///
     /// # Errors
     /// Returns [`Error::Io`] if the file cannot be created.
-    pub fn create(folder: &Path, rank: usize) -> Result<Self, Error> {
+    pub(crate) fn create(folder: &Path, rank: usize) -> Result<Self, Error> {
         let (path, file) = create_file(folder, rank, "weights")?;
         Ok(Self { path, file, allocated: 0 })
     }
 
     /// Allocates space for `length` bytes and returns its offset.
-    pub fn allocate(&mut self, length: usize) -> u64 {
+    pub(crate) fn allocate(&mut self, length: usize) -> u64 {
         self.allocated += length as u64;
         self.allocated - length as u64
     }
 
-    pub fn write(&self, start: u64, bytes: &[u8]) -> Result<(), Error> {
+    pub(crate) fn write(&self, start: u64, bytes: &[u8]) -> Result<(), Error> {
         self.file.write_all_at(bytes, start).map_err(|source| Error::Io { path: self.path.clone(), source })
     }
 
     /// Returns a closure that reads `length` bytes; any thread can call it.
-    pub fn reader(&self, start: u64, length: usize) -> impl FnOnce() -> Result<Vec<u8>, Error> + Send + 'static {
+    pub(crate) fn reader(&self, start: u64, length: usize) -> impl FnOnce() -> Result<Vec<u8>, Error> + Send + 'static {
         let (path, file) = (self.path.clone(), self.file.clone());
         move || {
             let mut bytes = vec![0; length];

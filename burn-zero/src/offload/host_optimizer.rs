@@ -34,7 +34,7 @@ fn lock(states: &Mutex<OffloadedStates>) -> MutexGuard<'_, OffloadedStates> {
 
 impl HostOptimizer {
     /// Starts the thread; its work is recorded in the communicator's trace.
-    pub fn new(states: OffloadedStates, communicator: &AsyncCommunicator) -> Self {
+    pub(crate) fn new(states: OffloadedStates, communicator: &AsyncCommunicator) -> Self {
         let states = Arc::new(Mutex::new(states));
         let name = format!("optimizer of rank {}", communicator.rank());
         let worker =
@@ -43,12 +43,15 @@ impl HostOptimizer {
     }
 
     /// Locks and returns the states; waits for an update that is running.
-    pub fn lock_states(&self) -> MutexGuard<'_, OffloadedStates> {
+    pub(crate) fn lock_states(&self) -> MutexGuard<'_, OffloadedStates> {
         lock(&self.states)
     }
 
     /// Queues the updates of a bucket and returns its pending result.
-    pub fn submit<B: Backend>(&self, updates: Vec<ShardUpdate<B>>) -> Pending<Vec<(ParamShard, HostOrDevice<B>)>> {
+    pub(crate) fn submit<B: Backend>(
+        &self,
+        updates: Vec<ShardUpdate<B>>,
+    ) -> Pending<Vec<(ParamShard, HostOrDevice<B>)>> {
         self.worker.submit("update", Lane::Optimizer, move |states| {
             let mut states = lock(states);
             let mut run = |update: ShardUpdate<B>| -> Result<_, Error> {

@@ -146,12 +146,12 @@ fn quantize_block(map: &DynamicMap, values: &[f32], scale: f32, codes: &mut [u8]
 }
 
 impl EightBitMoments {
-    pub fn new(n: usize) -> Self {
+    pub(crate) fn new(n: usize) -> Self {
         Self { exp_avg: QuantizedMoment::new(n, &SIGNED), exp_avg_sq: QuantizedMoment::new(n, &UNSIGNED) }
     }
 
     /// Quantizes 32-bit moments, with the block scales that they had as 8-bit moments before, if any.
-    pub fn from_values([exp_avg, exp_avg_sq]: [&[f32]; 2], scales: Option<[&[f32]; 2]>) -> Self {
+    pub(crate) fn from_values([exp_avg, exp_avg_sq]: [&[f32]; 2], scales: Option<[&[f32]; 2]>) -> Self {
         let mut new = Self::new(exp_avg.len());
         new.exp_avg.quantize(&SIGNED, exp_avg, scales.map(|scales| scales[0]));
         new.exp_avg_sq.quantize(&UNSIGNED, exp_avg_sq, scales.map(|scales| scales[1]));
@@ -159,22 +159,22 @@ impl EightBitMoments {
     }
 
     /// Returns both moments in 32 bits.
-    pub fn values(&self) -> [Vec<f32>; 2] {
+    pub(crate) fn values(&self) -> [Vec<f32>; 2] {
         [self.exp_avg.dequantize(&SIGNED), self.exp_avg_sq.dequantize(&UNSIGNED)]
     }
 
     /// Returns the block scales of both moments.
-    pub fn scales(&self) -> [&[f32]; 2] {
+    pub(crate) fn scales(&self) -> [&[f32]; 2] {
         [&self.exp_avg.scales, &self.exp_avg_sq.scales]
     }
 
     /// Returns the bytes of codes and scales.
-    pub fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         [&self.exp_avg, &self.exp_avg_sq].iter().map(|codes| codes.codes.len() + 4 * codes.scales.len()).sum()
     }
 
     /// Applies Adam's update block by block: dequantizes, updates, quantizes.
-    pub fn apply(&mut self, update: &AdamUpdate, parameter: &mut [f32], gradient: &[f32]) {
+    pub(crate) fn apply(&mut self, update: &AdamUpdate, parameter: &mut [f32], gradient: &[f32]) {
         let (constants, first, second) = (update.constants(), &mut self.exp_avg, &mut self.exp_avg_sq);
         let blocks = parameter.par_chunks_mut(ALIGN).zip(gradient.par_chunks(ALIGN));
         let blocks = blocks.zip(first.codes.par_chunks_mut(ALIGN).zip(first.scales.par_iter_mut()));

@@ -17,7 +17,7 @@ pub(super) struct BackwardPlan {
 }
 
 impl BackwardPlan {
-    pub fn new<B: AutodiffBackend, M: TrainSegments<B>>(model: &M) -> Self {
+    pub(super) fn new<B: AutodiffBackend, M: TrainSegments<B>>(model: &M) -> Self {
         let mut find = FirstUseVisitor { segment: 0, first_use: HashMap::new() };
         for segment in 0..model.segments() {
             find.segment = segment;

@@ -35,7 +35,7 @@ pub(crate) struct ResidentModel<M>(M);
 
 impl<M> ResidentModel<M> {
     /// Wraps the model with detached weights, see [`detach_parameters`].
-    pub fn new<B: AutodiffBackend>(model: &M) -> Self
+    pub(super) fn new<B: AutodiffBackend>(model: &M) -> Self
     where
         M: Module<B>,
     {

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 /// A conversation that can be rendered up to each of its answers. Texts are in escaped form: placeholders stand for
 /// control tokens that messages spell out.
-pub struct ConversationRenderer<'a> {
+pub(super) struct ConversationRenderer<'a> {
     tokenizer: &'a Tokenizer,
     template: &'a ChatTemplate,
     chat: EscapedConversation,
@@ -36,7 +36,7 @@ struct Surroundings {
 }
 
 /// The text of an answer.
-pub struct AnswerText {
+pub(super) struct AnswerText {
     /// The text that `chat` sends.
     pub prompt: String,
     /// The text that is learned after it.
@@ -52,7 +52,7 @@ impl<'a> ConversationRenderer<'a> {
     ///
     /// # Errors
     /// If the tokenizer has no chat template.
-    pub fn new(tokenizer: &'a Tokenizer, messages: &[Message], tools: Option<&Value>) -> Result<Self> {
+    pub(super) fn new(tokenizer: &'a Tokenizer, messages: &[Message], tools: Option<&Value>) -> Result<Self> {
         let template = template::chat_template(tokenizer)?;
         let mut chat = tokenizer.escape_conversation(messages, tools);
         let (asked, said) = (chat.escapes.unused_char(), chat.escapes.unused_char());
@@ -60,17 +60,17 @@ impl<'a> ConversationRenderer<'a> {
     }
 
     /// Returns a message in escaped form.
-    pub fn message(&self, index: usize) -> &Message {
+    pub(super) fn message(&self, index: usize) -> &Message {
         &self.chat.messages[index]
     }
 
     /// Encodes a text in escaped form.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+    pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.tokenizer.encode_escaped(text, &self.chat.escapes, false)?)
     }
 
     /// Replaces placeholders by their texts.
-    pub fn restore(&self, text: &str) -> String {
+    pub(super) fn restore(&self, text: &str) -> String {
         self.chat.escapes.restore(text)
     }
 
@@ -78,7 +78,7 @@ impl<'a> ConversationRenderer<'a> {
     ///
     /// # Errors
     /// If the template rejects the turns, or does not print the answer.
-    pub fn answer_text(&self, index: usize) -> Result<AnswerText> {
+    pub(super) fn answer_text(&self, index: usize) -> Result<AnswerText> {
         let (before, answer) = (&self.chat.messages[..index], &self.chat.messages[index]);
         let prompt = self.render(before, true)?;
         let mut turns = before.to_vec();
@@ -167,7 +167,7 @@ impl<'a> ConversationRenderer<'a> {
 }
 
 /// Returns the error for an answer that the template ends without an end token.
-pub fn missing_end_token_error(tokenizer: &Tokenizer, learned: &str) -> String {
+pub(super) fn missing_end_token_error(tokenizer: &Tokenizer, learned: &str) -> String {
     let ends: Vec<_> = tokenizer.eos_ids().iter().filter_map(|&id| tokenizer.id_to_token(id)).collect();
     let tail: String = learned.chars().skip(learned.chars().count().saturating_sub(40)).collect();
     format!(

@@ -35,7 +35,7 @@ pub struct AnswerTokens {
 
 /// The end of an answer whose template writes no end token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MissingEnd {
+pub(super) enum MissingEnd {
     /// It is an error: the template would go on without one in the next turn.
     Refuse,
     /// The tokenizer's EOS token ends the answer, which is the last of its row.
@@ -49,7 +49,7 @@ pub enum MissingEnd {
 ///
 /// # Errors
 /// If the template rejects the turns, does not print all of an answer that is learned, or ends it without an end token.
-pub fn encode_conversation(
+pub(super) fn encode_conversation(
     tokenizer: &Tokenizer,
     conversation: &Conversation,
     learn: Learn,

@@ -9,7 +9,7 @@ use std::path::Path;
 
 /// The character between two fields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Delimiter {
+pub(super) enum Delimiter {
     Comma,
     Tab,
 }
@@ -23,7 +23,7 @@ const END: &str = "\u{0}end of file";
 /// # Errors
 /// If the header is malformed or a quote is never closed. A record with another number of fields than the header is an
 /// error of that row alone.
-pub fn parse(path: &Path, text: &str, delimiter: Delimiter, schema: &Schema) -> Result<JsonRows> {
+pub(super) fn parse(path: &Path, text: &str, delimiter: Delimiter, schema: &Schema) -> Result<JsonRows> {
     let at = path.display();
     let text = format!("{}\n{END}\n", text.strip_suffix('\n').unwrap_or(text));
     let byte = if delimiter == Delimiter::Tab { b'\t' } else { b',' };

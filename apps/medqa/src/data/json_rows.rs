@@ -10,7 +10,7 @@ use std::path::Path;
 ///
 /// # Errors
 /// If the text as a whole is malformed. A malformed line of JSONL is an error of that row alone.
-pub fn parse(path: &Path, text: &str, schema: &Schema) -> Result<JsonRows> {
+pub(super) fn parse(path: &Path, text: &str, schema: &Schema) -> Result<JsonRows> {
     if schema.format == Format::PubMedQa {
         return parse_pubmedqa_items(path, text);
     }

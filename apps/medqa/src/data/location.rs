@@ -36,4 +36,4 @@ impl RowLocation {
 }
 
 /// Rows as JSON values, before their format is applied. Each has a result of its own.
-pub type JsonRows = Vec<(RowLocation, Result<Value>)>;
+pub(super) type JsonRows = Vec<(RowLocation, Result<Value>)>;

@@ -14,7 +14,7 @@ pub struct RowIndex {
 
 /// The size of a source.
 #[derive(Debug, Clone, Copy)]
-pub struct SourceSize {
+pub(super) struct SourceSize {
     /// Number of rows.
     pub rows: usize,
     /// Mean number of times that a row is seen per epoch.
@@ -24,7 +24,7 @@ pub struct SourceSize {
 /// Returns the rows of one epoch over sources of the given sizes. A weight of 2.5 takes every row twice and half of
 /// them, drawn anew in every epoch, a third time. Without shuffling, the sources follow each other, each in its own
 /// order.
-pub fn epoch_order(sources: &[SourceSize], seed: u64, epoch: u64, shuffle: bool) -> Vec<RowIndex> {
+pub(super) fn epoch_order(sources: &[SourceSize], seed: u64, epoch: u64, shuffle: bool) -> Vec<RowIndex> {
     let mut order = Vec::new();
     for (source, &SourceSize { rows, weight }) in sources.iter().enumerate() {
         for _ in 0..weight as usize {
@@ -46,7 +46,7 @@ pub fn epoch_order(sources: &[SourceSize], seed: u64, epoch: u64, shuffle: bool)
 /// Groups rows of similar length, as `transformers`' `LengthGroupedSampler` does: the order is cut into chunks with the
 /// rows of up to 50 steps, each chunk is sorted from long to short, and the longest row of all is swapped with the very
 /// first one, so that running out of memory shows at once.
-pub fn group_by_length(order: &mut [RowIndex], length: impl Fn(&RowIndex) -> usize, rows_per_step: usize) {
+pub(super) fn group_by_length(order: &mut [RowIndex], length: impl Fn(&RowIndex) -> usize, rows_per_step: usize) {
     let steps = (order.len() / (rows_per_step * 4)).clamp(1, 50);
     for part in order.chunks_mut(steps * rows_per_step) {
         part.sort_by_key(|row| Reverse(length(row)));

@@ -12,14 +12,14 @@ use serde_json::{Map, Number, Value};
 use std::{fs::File, path::Path};
 
 /// The first and the last bytes of a Parquet file.
-pub const MAGIC: &[u8] = b"PAR1";
+pub(super) const MAGIC: &[u8] = b"PAR1";
 
 /// Reads the rows of a file. Structs become objects; dates, times and decimals become text.
 ///
 /// # Errors
 /// If the file is damaged or compressed by a codec that is not built in. A value that JSON cannot hold is an error of
 /// its row alone.
-pub fn read(path: &Path) -> Result<JsonRows> {
+pub(super) fn read(path: &Path) -> Result<JsonRows> {
     // The reader panics on some damaged files.
     let rows = catch_panic(|| read_rows(path)).unwrap_or_else(|problem| Err(anyhow!("it is damaged: {problem}")));
     rows.with_context(|| format!("{}: expected a whole Parquet file", path.display()))

@@ -4,13 +4,13 @@ use burn_llama::Tokenizer;
 use serde_json::{Value, json};
 use std::{fs, path::Path};
 
-pub fn fixture(name: &str) -> std::path::PathBuf {
+pub(super) fn fixture(name: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures").join(name)
 }
 
 /// Returns the fixture's byte-level tokenizer with additional special tokens, a chat template, and the named bos and
 /// eos tokens.
-pub fn byte_level(template: &str, [bos, eos]: [&str; 2], special: &[&str]) -> Tokenizer {
+pub(super) fn byte_level(template: &str, [bos, eos]: [&str; 2], special: &[&str]) -> Tokenizer {
     let folder = tempfile::tempdir().unwrap();
     let mut words: Value = serde_json::from_slice(&fs::read(fixture("tokenizer/tokenizer.json")).unwrap()).unwrap();
     let base = words["model"]["vocab"].as_object().unwrap().len();
@@ -28,7 +28,7 @@ pub fn byte_level(template: &str, [bos, eos]: [&str; 2], special: &[&str]) -> To
 }
 
 /// Returns the fixture's SentencePiece tokenizer from a GGUF file, with a chat template.
-pub fn sentencepiece(template: &str) -> Tokenizer {
+pub(super) fn sentencepiece(template: &str) -> Tokenizer {
     let bytes = fs::read(fixture("gguf/vocab-spm.gguf")).unwrap();
     let count = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) + 1;
     let string = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();

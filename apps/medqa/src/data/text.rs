@@ -11,7 +11,7 @@ const GZIP: [u8; 2] = [0x1f, 0x8b];
 const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
 /// The bytes of a data file.
-pub struct DataFile {
+pub(super) struct DataFile {
     /// The bytes, without compression.
     pub bytes: Vec<u8>,
     /// The name of the file, without the ending of a compressed file.
@@ -23,7 +23,7 @@ impl DataFile {
     ///
     /// # Errors
     /// If the file cannot be read or its compressed data is damaged; the error says what stands at the path.
-    pub fn read(path: &Path) -> Result<Self> {
+    pub(super) fn read(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).with_context(|| format!("{}: cannot be read", path.display()));
         let bytes = bytes.map_err(|error| identify::explain(error, path, Purpose::Rows))?;
         let mut decompressed = Vec::new();
@@ -39,7 +39,7 @@ impl DataFile {
     }
 
     /// Returns whether the name, without the ending of a compressed file, ends in `.extension`.
-    pub fn has_extension(&self, extension: &str) -> bool {
+    pub(super) fn has_extension(&self, extension: &str) -> bool {
         self.name.extension().is_some_and(|found| found.eq_ignore_ascii_case(extension))
     }
 
@@ -47,7 +47,7 @@ impl DataFile {
     ///
     /// # Errors
     /// If the bytes are in another encoding, with the line, or are no text at all; `path` is the file's.
-    pub fn text(self, path: &Path) -> Result<String> {
+    pub(super) fn text(self, path: &Path) -> Result<String> {
         let units = match self.bytes.as_slice() {
             [0xff, 0xfe, rest @ ..] => rest.chunks(2).map(|unit| unit.try_into().map(u16::from_le_bytes)).collect(),
             [0xfe, 0xff, rest @ ..] => rest.chunks(2).map(|unit| unit.try_into().map(u16::from_be_bytes)).collect(),

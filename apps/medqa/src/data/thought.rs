@@ -23,7 +23,7 @@ const REASONING_KEYS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"]
 
 /// A thought that a prompt has opened: the model's next token is its first one.
 #[derive(Debug, Clone, Copy)]
-pub struct OpenThought {
+pub(super) struct OpenThought {
     tags: ThoughtTags,
     /// True if the prompt goes to a new line after the tag.
     lines: bool,
@@ -31,19 +31,19 @@ pub struct OpenThought {
 
 impl OpenThought {
     /// Returns the thought that the end of a prompt opens.
-    pub fn at_end_of(prompt: &str) -> Option<Self> {
+    pub(super) fn at_end_of(prompt: &str) -> Option<Self> {
         let tags = THOUGHT_TAGS.into_iter().find(|tags| prompt.trim_end().ends_with(tags.open))?;
         Some(Self { tags, lines: prompt.ends_with('\n') })
     }
 
     /// Returns whether `message` has no thought, neither beside its text nor in it.
-    pub fn is_missing_in(self, message: &Message) -> bool {
+    pub(super) fn is_missing_in(self, message: &Message) -> bool {
         reasoning(message).is_none() && !message.text().contains(self.tags.close)
     }
 
     /// Returns what follows the prompt: the thought of `message`, its closing tag, and `answer`, which is what the
     /// template writes from the answer on. A thought that is not in the row is empty and is closed at once.
-    pub fn complete(self, message: &Message, answer: &str) -> String {
+    pub(super) fn complete(self, message: &Message, answer: &str) -> String {
         let (line, gap) = if self.lines { ("\n", "\n\n") } else { ("", "") };
         let (thought, gap) = match (reasoning(message), message.text().rsplit_once(self.tags.close)) {
             (Some(thought), _) => (format!("{thought}{line}"), gap),
@@ -65,13 +65,13 @@ fn reasoning(message: &Message) -> Option<&str> {
 }
 
 /// Splits the text of a message after its thought, if it has one.
-pub fn split_after_thought(text: &str) -> (&str, &str) {
+pub(super) fn split_after_thought(text: &str) -> (&str, &str) {
     let ends = THOUGHT_TAGS.iter().filter_map(|tags| Some(text.rfind(tags.close)? + tags.close.len()));
     text.split_at(ends.max().unwrap_or(0))
 }
 
 /// Returns the parts of a text between the tags of thoughts.
-pub fn without_tags(text: &str) -> Vec<&str> {
+pub(super) fn without_tags(text: &str) -> Vec<&str> {
     let mut parts = vec![text];
     for tag in THOUGHT_TAGS.iter().flat_map(|tags| [tags.open, tags.close]) {
         parts = parts.into_iter().flat_map(|part| part.split(tag)).collect();

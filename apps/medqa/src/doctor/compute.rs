@@ -14,7 +14,7 @@ const MAX_TOKENS: usize = 48;
 const ROUNDING_TOLERANCE: f32 = 1e-4;
 
 /// Checks that the model's vocabulary contains every token of the rows.
-pub fn vocabulary<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn vocabulary<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let model = &subject.loaded.model;
     let all = subject.rows.iter().map(|row| encode_row(&subject.loaded.tokenizer, &row.content, subject.learn));
     let all: Vec<_> = all.collect::<Result<_>>()?;
@@ -24,7 +24,7 @@ pub fn vocabulary<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 }
 
 /// Checks that no logit of the test sequence is infinite or NaN.
-pub fn finite_logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn finite_logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let logits = to_f32_vec(generate::logits(&subject.loaded.model, &test_sequence(subject)?)?)?;
     if let Some(place) = logits.iter().position(|logit| !logit.is_finite()) {
         let size = subject.loaded.model.config().vocab_size;
@@ -34,7 +34,7 @@ pub fn finite_logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 }
 
 /// Checks that greedy generation gives the same tokens twice.
-pub fn deterministic_generation<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn deterministic_generation<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let settings = GenerationConfig { max_new_tokens: 12, ..GenerationConfig::default() };
     let answer = || -> Result<Vec<Vec<u32>>> {
         Ok(Generation::new(&subject.loaded.model, &[test_sequence(subject)?], &settings)?.finish()?)
@@ -48,7 +48,7 @@ pub fn deterministic_generation<B: Kernels>(subject: &CheckSubject<B>) -> Result
 
 /// Checks that the KV cache changes no logits: half of the sequence at once and the rest token by token give the logits
 /// of one forward pass over the whole.
-pub fn cached_logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn cached_logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let (model, ids, context) = (&subject.loaded.model, test_sequence(subject)?, ForwardContext::default());
     let expected = to_f32_vec(generate::logits(model, &ids)?)?;
     let mut cache = KvCache::new(model.config().num_hidden_layers, 1);
@@ -68,7 +68,7 @@ pub fn cached_logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 }
 
 /// Checks that the loss of every token is the same for separate rows, a padded batch and packed rows.
-pub fn packed_losses<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn packed_losses<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let model = &subject.loaded.model;
     let whole = test_sequence(subject)?;
     // Rows of different lengths, so that padding and packing differ.
@@ -87,7 +87,7 @@ pub fn packed_losses<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 }
 
 /// Returns the test sequence: the beginning of the first row with at least 8 tokens, or else of a built-in question.
-pub fn test_sequence<B: Kernels>(subject: &CheckSubject<B>) -> Result<Vec<u32>> {
+pub(super) fn test_sequence<B: Kernels>(subject: &CheckSubject<B>) -> Result<Vec<u32>> {
     let tokenizer = &subject.loaded.tokenizer;
     let rows = subject
         .rows
@@ -104,7 +104,7 @@ pub fn test_sequence<B: Kernels>(subject: &CheckSubject<B>) -> Result<Vec<u32>> 
 }
 
 /// Returns the values of a tensor as f32.
-pub fn to_f32_vec<B: Kernels>(tensor: Tensor<B, 2>) -> Result<Vec<f32>> {
+pub(super) fn to_f32_vec<B: Kernels>(tensor: Tensor<B, 2>) -> Result<Vec<f32>> {
     tensor.cast(DType::F32).into_data().into_vec().map_err(|e| anyhow::anyhow!("expected f32 values, found {e:?}"))
 }
 
@@ -113,7 +113,7 @@ fn max_abs(values: &[f32]) -> f32 {
 }
 
 /// Compares two lists of numbers within a tolerance relative to the largest expected value.
-pub fn compare(found: &[f32], expected: &[f32], tolerance: f32) -> Result<String> {
+pub(super) fn compare(found: &[f32], expected: &[f32], tolerance: f32) -> Result<String> {
     if found.len() != expected.len() {
         bail!("expected {} numbers, found {}", expected.len(), found.len());
     }

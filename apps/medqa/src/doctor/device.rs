@@ -22,7 +22,7 @@ const STEPS: usize = 5;
 const DEVICE_TOLERANCE: f32 = 1e-3;
 
 /// Results of a short LoRA training on one device.
-pub struct DeviceTraining {
+pub(super) struct DeviceTraining {
     /// Gradient of every adapter parameter before the first step, by path.
     gradients: BTreeMap<String, Vec<f32>>,
     /// Loss before each step, and after the last one.
@@ -98,7 +98,7 @@ fn train_adapter<B: Kernels>(model: &str, device: &B::Device, ids: &[u32], direc
 }
 
 /// Checks that five steps of LoRA lower the loss.
-pub fn loss_decreases<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn loss_decreases<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let losses = &subject.training()?.losses;
     let (first, last) = (losses[0], losses[STEPS]);
     if last.partial_cmp(&first) != Some(std::cmp::Ordering::Less) {
@@ -109,7 +109,7 @@ pub fn loss_decreases<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 
 /// Checks that the model's logits agree with those of the CPU.
 #[cfg(feature = "flex")]
-pub fn logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let ids = compute::test_sequence(subject)?;
     let cpu_model = model::load::<Flex>(&subject.model_args, DType::F32, &Default::default())?.model;
     let found = compute::to_f32_vec(generate::logits(&subject.loaded.model, &ids)?)?;
@@ -118,7 +118,7 @@ pub fn logits<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 
 /// Checks that all LoRA gradients agree with those of the CPU.
 #[cfg(feature = "flex")]
-pub fn gradients<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn gradients<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let (found, expected) = (&subject.training()?.gradients, &subject.cpu_training()?.gradients);
     let mut numbers = 0;
     for (path, expected) in expected {
@@ -131,14 +131,14 @@ pub fn gradients<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 
 /// Checks that the losses during five steps of LoRA agree with those of the CPU.
 #[cfg(feature = "flex")]
-pub fn losses<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn losses<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let losses = |of: &DeviceTraining| of.losses.iter().map(|loss| *loss as f32).collect::<Vec<_>>();
     compute::compare(&losses(subject.training()?), &losses(subject.cpu_training()?), DEVICE_TOLERANCE)
 }
 
 /// Checks that the adapter trained on this device, loaded from its files, gives the same logits on the CPU.
 #[cfg(feature = "flex")]
-pub fn adapter_transfers<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn adapter_transfers<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let expected = &subject.training()?.logits;
     let mut cpu_model = model::load_base::<Flex>(&subject.model_args.model, DType::F32, &Default::default())?.model;
     adapter::load(&mut cpu_model, ADAPTER, subject.adapter_dir.path())?;

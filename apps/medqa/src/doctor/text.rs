@@ -21,7 +21,7 @@ const SAMPLE_TEXTS: [&str; 6] = [
 ];
 
 /// Checks that each named special token is encoded as one token, and that generation stops at the end token.
-pub fn special_tokens<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn special_tokens<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
     let eos = tokenizer.eos().context("expected an end token (eos), found none: answers could not end")?;
     if !tokenizer.eos_ids().contains(&eos) {
@@ -42,7 +42,7 @@ pub fn special_tokens<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 }
 
 /// Checks that encoded texts decode to themselves.
-pub fn round_trip<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn round_trip<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
     for text in SAMPLE_TEXTS {
         let found = tokenizer.decode(&tokenizer.encode(text, false)?, false)?;
@@ -54,7 +54,7 @@ pub fn round_trip<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 }
 
 /// Checks that the chat template renders a question, and an answer that continues it and ends with an end token.
-pub fn template<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn template<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
     let [question, _] = sample_messages();
     let text = chat_template(tokenizer)?.render(std::slice::from_ref(&question), None, true)?;
@@ -66,7 +66,7 @@ pub fn template<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
 }
 
 /// Checks that training ends answers with a token at which generation stops.
-pub fn answer_end_token<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn answer_end_token<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
     let last = answer_tokens(tokenizer, &sample_messages())?.answer.last().copied();
     let token = last.and_then(|id| tokenizer.id_to_token(id)).unwrap_or_default();
@@ -81,7 +81,7 @@ fn sample_messages() -> [Message; 2] {
 }
 
 /// Checks that each learned answer follows exactly the tokens that `chat` (for PubMedQA, `eval`) gives the model there.
-pub fn training_matches_chat<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
+pub(super) fn training_matches_chat<B: Kernels>(subject: &CheckSubject<B>) -> Result<String> {
     let tokenizer = &subject.loaded.tokenizer;
     let mut answers = 0;
     for row in &subject.rows {

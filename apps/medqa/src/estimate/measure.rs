@@ -58,7 +58,7 @@ impl PeakMemorySampler {
 }
 
 /// Runs the verb `estimate --measure`: every rank prints one line of JSON.
-pub fn measure(args: &EstimateArgs) -> Result<()> {
+pub(super) fn measure(args: &EstimateArgs) -> Result<()> {
     // Otherwise the holes of a fragmented heap would be measured too.
     process::disable_memory_retention();
     let (communicator, mpi_guard) = World::join()?.into_parts();

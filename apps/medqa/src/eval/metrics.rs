@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 
 /// Returns the fraction of correct predictions.
-pub fn accuracy(pairs: &[(&str, &str)]) -> f64 {
+pub(super) fn accuracy(pairs: &[(&str, &str)]) -> f64 {
     pairs.iter().filter(|(prediction, gold)| prediction == gold).count() as f64 / pairs.len() as f64
 }
 
 /// Returns the macro F1 score: the mean, over all labels that occur as prediction or gold, of the harmonic mean of
 /// precision and recall, which is 0 where both are 0.
-pub fn macro_f1(pairs: &[(&str, &str)]) -> f64 {
+pub(super) fn macro_f1(pairs: &[(&str, &str)]) -> f64 {
     let labels: BTreeSet<&str> = pairs.iter().flat_map(|&(prediction, gold)| [prediction, gold]).collect();
     let f1 = |label: &&str| {
         let hit = pairs.iter().filter(|(p, g)| p == label && g == label).count() as f64;

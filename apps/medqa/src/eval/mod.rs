@@ -5,7 +5,7 @@ mod neutral;
 mod pubmedqa;
 mod qa_loss;
 
-pub use qa_loss::{EvalBatching, TotalLoss, total_loss};
+pub(crate) use qa_loss::{EvalBatching, TotalLoss, total_loss};
 
 use crate::{
     args::{DeviceArgs, ModelArgs, RowsArgs, WeightsArgs, parse_positive},
@@ -23,7 +23,7 @@ use std::{num::NonZeroUsize, path::PathBuf};
 
 /// Evaluation task.
 #[derive(Clone, Copy, ValueEnum)]
-pub enum EvalTask {
+pub(crate) enum EvalTask {
     /// Mean loss over the answer tokens
     QaLoss,
     /// PubMedQA accuracy; the answer is the most likely of yes, no and maybe
@@ -32,7 +32,7 @@ pub enum EvalTask {
 
 /// Arguments of `eval`.
 #[derive(Args)]
-pub struct EvalArgs {
+pub(crate) struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     #[command(flatten)]
@@ -56,7 +56,7 @@ pub struct EvalArgs {
 
 /// Number and length of the rows of an evaluation, and of its batches.
 #[derive(Args)]
-pub struct EvalLimits {
+pub(crate) struct EvalLimits {
     /// Evaluate only this many rows, from the start of the file
     #[arg(long, value_parser = parse_positive::<NonZeroUsize>)]
     pub limit: Option<NonZeroUsize>,
@@ -69,7 +69,7 @@ pub struct EvalLimits {
 }
 
 /// Runs the verb `eval`: prints the metrics on stdout and writes the full result to `--out`.
-pub fn eval(args: &EvalArgs) -> Result<()> {
+pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     let schema = match args.task {
         EvalTask::QaLoss => args.rows.schema()?,
         EvalTask::Pubmedqa => Schema { format: Format::PubMedQa, ..Schema::default() },

@@ -12,7 +12,7 @@ const TEXT: &str = include_str!("neutral.txt");
 
 /// Computes the losses of the tokens of the text. Each paragraph is a sequence of its own,
 /// truncated to half the model's maximum length.
-pub fn neutral_loss<B: Kernels>(loaded: &LoadedModel<B>) -> Result<TotalLoss> {
+pub(super) fn neutral_loss<B: Kernels>(loaded: &LoadedModel<B>) -> Result<TotalLoss> {
     let (model, mut examples) = (&loaded.model, Vec::new());
     // The other half leaves room for virtual tokens, so that the text is the same for every adapter.
     let longest = (model.config().max_position_embeddings / 2).max(2);

@@ -15,7 +15,7 @@ use serde_json::{Map, Value, json};
 
 const CHOICES: [&str; 3] = ["yes", "no", "maybe"];
 
-pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
+pub(super) fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.limits.max_length.unwrap_or_else(|| room(loaded));
     let (mut items, mut pairs) = (Map::new(), Vec::new());
     for row in rows {

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 /// The form of the batches of an evaluation.
 #[derive(Debug, Clone, Copy)]
-pub struct EvalBatching {
+pub(crate) struct EvalBatching {
     /// Rows per batch.
     pub batch_size: usize,
     /// True if the rows of a batch are concatenated into one sequence without padding.
@@ -23,20 +23,20 @@ pub struct EvalBatching {
 
 /// The losses of all target tokens together.
 #[derive(Debug, Clone, Copy)]
-pub struct TotalLoss {
+pub(crate) struct TotalLoss {
     pub sum: f64,
     pub target_tokens: usize,
 }
 
 impl TotalLoss {
     /// Returns the mean loss per target token.
-    pub fn mean(self) -> f64 {
+    pub(crate) fn mean(self) -> f64 {
         self.sum / self.target_tokens as f64
     }
 }
 
 /// Computes the losses of all target tokens of `examples`.
-pub fn total_loss<B: Kernels>(
+pub(crate) fn total_loss<B: Kernels>(
     model: &Llama<B>,
     examples: &[Example],
     EvalBatching { batch_size, padding_free }: EvalBatching,
@@ -52,7 +52,7 @@ pub fn total_loss<B: Kernels>(
     Ok(total)
 }
 
-pub fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
+pub(super) fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let longest = args.limits.max_length.unwrap_or_else(|| room(loaded));
     let options = EncodeOptions { max_length: longest, on_too_long: OnTooLong::Truncate, learn: args.rows.learn };
     let encoded = encode_rows(&loaded.tokenizer, rows, options)?;

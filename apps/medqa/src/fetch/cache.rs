@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 /// Returns the cache directory: `$MEDQA_CACHE`, else `$XDG_CACHE_HOME/medqa`, else `~/.cache/medqa`. It is created if
 /// it does not exist.
-pub fn cache_dir() -> Result<PathBuf> {
+pub(super) fn cache_dir() -> Result<PathBuf> {
     let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let path = set("MEDQA_CACHE")
         .or_else(|| set("XDG_CACHE_HOME").map(|base| base.join("medqa")))
@@ -23,7 +23,7 @@ pub fn cache_dir() -> Result<PathBuf> {
 
 /// Locks the cache, so that no other medqa process writes the same files; the lock is released when the returned file
 /// is dropped or the process ends.
-pub fn lock(cache: &Path) -> Result<File> {
+pub(super) fn lock(cache: &Path) -> Result<File> {
     let path = cache.join(".lock");
     let file = File::create(&path).with_context(|| format!("{}: cannot be written", path.display()))?;
     if file.try_lock().is_err() {
@@ -37,7 +37,7 @@ pub fn lock(cache: &Path) -> Result<File> {
 ///
 /// Hashing 100 MB at every start would take noticeable time, so a marker file next to it records the size and
 /// modification time for which the hash was right. If the directory is not writable, the file is hashed each time.
-pub fn is_intact(file: &Path, sha256: &str) -> Result<bool> {
+pub(super) fn is_intact(file: &Path, sha256: &str) -> Result<bool> {
     if !file.is_file() {
         return Ok(false);
     }
@@ -67,7 +67,7 @@ fn marker_content(file: &Path, sha256: &str) -> Result<String> {
 }
 
 /// Returns the SHA-256 of a whole file (hexadecimal, lower case).
-pub fn sha256_of(path: &Path) -> Result<String> {
+pub(super) fn sha256_of(path: &Path) -> Result<String> {
     let unreadable = || format!("{}: cannot be read", path.display());
     let mut file = File::open(path).with_context(unreadable)?;
     let mut hashing = HashingWriter::new(io::sink());
@@ -76,19 +76,19 @@ pub fn sha256_of(path: &Path) -> Result<String> {
 }
 
 /// A writer that computes the SHA-256 of the bytes written through it.
-pub struct HashingWriter<W> {
+pub(super) struct HashingWriter<W> {
     inner: W,
     hasher: Sha256,
 }
 
 impl<W: Write> HashingWriter<W> {
     /// Creates a writer that passes all bytes on to `inner`.
-    pub fn new(inner: W) -> Self {
+    pub(super) fn new(inner: W) -> Self {
         Self { inner, hasher: Sha256::new() }
     }
 
     /// Returns the SHA-256 (hexadecimal, lower case).
-    pub fn finish(self) -> String {
+    pub(super) fn finish(self) -> String {
         self.hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 }
@@ -106,7 +106,7 @@ impl<W: Write> Write for HashingWriter<W> {
 }
 
 /// Writes a file atomically: into a temporary file in the same directory, which is then renamed to `path`.
-pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
+pub(super) fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> io::Result<()>) -> Result<()> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let unwritable = || format!("{}: cannot be written", path.display());
     let mut options = tempfile::Builder::new();
@@ -121,7 +121,7 @@ pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> io::R
 }
 
 /// Copies a model (a file or a directory of files) into the directory `dest` and returns the path of the copy.
-pub fn copy_into(model: &Path, dest: &Path) -> Result<PathBuf> {
+pub(super) fn copy_into(model: &Path, dest: &Path) -> Result<PathBuf> {
     if dest.exists() && !dest.is_dir() {
         bail!("{}: expected a directory to put the model into, found a file", dest.display());
     }

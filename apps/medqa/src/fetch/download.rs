@@ -26,7 +26,7 @@ enum DownloadError {
 
 /// Downloads a listed file into the partial file `part`, appending to its content, until the file is complete and its
 /// hash, if known, is right.
-pub fn download(agent: &Agent, index_file: &IndexFile, part: &Path) -> Result<()> {
+pub(super) fn download(agent: &Agent, index_file: &IndexFile, part: &Path) -> Result<()> {
     let kept = file_size(part);
     if kept > 0 {
         eprintln!("{}: resuming after {}", index_file.filename, megabytes(kept));

@@ -12,7 +12,7 @@ use super::pip_config;
 
 /// Creates a client with the connection timeout `connect`. The proxy comes from pip's `proxy`, else from the usual
 /// environment variables.
-pub fn agent(connect: Duration) -> Result<Agent> {
+pub(super) fn agent(connect: Duration) -> Result<Agent> {
     let mut config = Agent::config_builder()
         .user_agent(concat!("medqa/", env!("CARGO_PKG_VERSION")))
         .redirect_auth_headers(RedirectAuthHeaders::SameHost)
@@ -64,7 +64,7 @@ fn read_roots(path: &Path) -> Result<RootCerts> {
 }
 
 /// Describes an HTTP error for the user.
-pub fn describe_error(url: &str, error: &ureq::Error) -> String {
+pub(super) fn describe_error(url: &str, error: &ureq::Error) -> String {
     match error {
         ureq::Error::StatusCode(code) => format!("{url}: the server answered {code}"),
         ureq::Error::HostNotFound => format!("{url}: the host name cannot be resolved"),

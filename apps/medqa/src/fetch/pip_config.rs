@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 /// Returns pip's `option` (`index-url`, `no-index`, `cert`, `proxy`), from the environment variable `PIP_…` or from the
 /// first configuration file that sets it.
-pub fn option(option: &str) -> Option<String> {
+pub(super) fn option(option: &str) -> Option<String> {
     let variable = format!("PIP_{}", option.to_ascii_uppercase().replace('-', "_"));
     if let Some(value) = env_var(&variable) {
         return Some(value);
@@ -15,12 +15,12 @@ pub fn option(option: &str) -> Option<String> {
 }
 
 /// Returns the value of an environment variable if it is set and not empty.
-pub fn env_var(name: &str) -> Option<String> {
+pub(super) fn env_var(name: &str) -> Option<String> {
     std::env::var(name).ok().map(|value| value.trim().to_string()).filter(|value| !value.is_empty())
 }
 
 /// Returns whether the value of a setting means true.
-pub fn is_true(value: &str) -> bool {
+pub(super) fn is_true(value: &str) -> bool {
     ["1", "true", "yes", "on"].iter().any(|yes| value.eq_ignore_ascii_case(yes))
 }
 

@@ -1,7 +1,7 @@
 //! The parts of URL handling that a package index needs: credentials, relative links, percent-encoding.
 
 /// Returns a URL without its credentials, and the credentials as the value of a `Basic` authorization header.
-pub fn split_credentials(url: &str) -> (String, Option<String>) {
+pub(super) fn split_credentials(url: &str) -> (String, Option<String>) {
     let Some((scheme, rest)) = url.split_once("://") else { return (url.to_string(), None) };
     let (authority, path) = rest.split_at(rest.find(['/', '?', '#']).unwrap_or(rest.len()));
     match authority.rsplit_once('@') {
@@ -15,14 +15,14 @@ pub fn split_credentials(url: &str) -> (String, Option<String>) {
 }
 
 /// Returns scheme, host and port of a URL, which must be equal for credentials to be sent along.
-pub fn origin(url: &str) -> &str {
+pub(super) fn origin(url: &str) -> &str {
     let start = url.find("://").map_or(0, |at| at + 3);
     let end = url[start..].find(['/', '?', '#']).map_or(url.len(), |at| start + at);
     &url[..end]
 }
 
 /// Resolves a link found in the page at `base` (RFC 3986, section 5.2).
-pub fn join(base: &str, link: &str) -> String {
+pub(super) fn join(base: &str, link: &str) -> String {
     let absolute = link.split_once("://").is_some_and(|(scheme, _)| {
         !scheme.is_empty() && scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
     });
@@ -59,7 +59,7 @@ fn remove_dot_segments(path: &str) -> String {
 }
 
 /// Decodes a percent-encoded text to bytes; a stray `%` stays as it is.
-pub fn percent_decode(text: &str) -> Vec<u8> {
+pub(super) fn percent_decode(text: &str) -> Vec<u8> {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut at = 0;

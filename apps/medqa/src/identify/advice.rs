@@ -7,7 +7,7 @@ use super::{
 use std::path::Path;
 
 /// Says what stands at a path and what to do, or `None` if nothing is there or it is of the expected kind.
-pub fn advice(path: &Path, purpose: Purpose) -> Option<String> {
+pub(crate) fn advice(path: &Path, purpose: Purpose) -> Option<String> {
     let found = PathKind::of(path);
     let at = path.display();
     Some(match found {

@@ -10,7 +10,7 @@ use std::{
 
 /// The kind of thing at a path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PathKind {
+pub(super) enum PathKind {
     Missing,
     /// A path that begins with `~`, which a shell would have replaced.
     UnexpandedHome,
@@ -51,7 +51,7 @@ pub enum PathKind {
 
 impl PathKind {
     /// Finds the kind of thing at `path`.
-    pub fn of(path: &Path) -> Self {
+    pub(super) fn of(path: &Path) -> Self {
         if path.is_dir() {
             return directory(path);
         }
@@ -76,7 +76,7 @@ impl PathKind {
     }
 
     /// Returns the kind as a noun with its article.
-    pub fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Missing | Self::UnexpandedHome | Self::UnmatchedPattern => "no file",
             Self::Run => "a run directory",
@@ -114,7 +114,7 @@ impl PathKind {
 }
 
 /// Returns the names in a directory, in order.
-pub fn names(directory: &Path) -> Vec<String> {
+pub(super) fn names(directory: &Path) -> Vec<String> {
     let entries = directory.read_dir().into_iter().flatten().flatten();
     let mut names: Vec<String> = entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
@@ -122,13 +122,13 @@ pub fn names(directory: &Path) -> Vec<String> {
 }
 
 /// Returns the JSON object in a file of a directory; an empty one if there is none.
-pub fn json_object(file: &Path) -> Map<String, Value> {
+pub(super) fn json_object(file: &Path) -> Map<String, Value> {
     let text = std::fs::read(file).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
 }
 
 /// Returns a snapshot in a folder of the hub's cache.
-pub fn hub_snapshot(folder: &Path) -> Option<PathBuf> {
+pub(super) fn hub_snapshot(folder: &Path) -> Option<PathBuf> {
     let snapshots = folder.join("snapshots");
     names(&snapshots).iter().map(|name| snapshots.join(name)).find(|snapshot| snapshot.join("config.json").exists())
 }

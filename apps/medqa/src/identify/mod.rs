@@ -4,14 +4,14 @@
 mod advice;
 mod kind;
 
-pub use advice::advice;
+pub(crate) use advice::advice;
 use anyhow::{Result, anyhow, bail};
 use kind::PathKind;
 use std::path::{Path, PathBuf};
 
 /// The use that a path was given for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Purpose {
+pub(crate) enum Purpose {
     Model,
     Adapter,
     Tokenizer,
@@ -22,7 +22,7 @@ pub enum Purpose {
 }
 
 /// Appends to an error what stands at the path, unless it is of the expected kind.
-pub fn explain(error: anyhow::Error, path: &Path, purpose: Purpose) -> anyhow::Error {
+pub(crate) fn explain(error: anyhow::Error, path: &Path, purpose: Purpose) -> anyhow::Error {
     match advice(path, purpose) {
         Some(found) => anyhow!("{error:#}; {found}"),
         None => error,
@@ -33,7 +33,7 @@ pub fn explain(error: anyhow::Error, path: &Path, purpose: Purpose) -> anyhow::E
 ///
 /// # Errors
 /// If there is none; the error says what stands at the path.
-pub fn adapter_directory(path: &Path) -> Result<PathBuf> {
+pub(crate) fn adapter_directory(path: &Path) -> Result<PathBuf> {
     match PathKind::of(path) {
         PathKind::Adapter => return Ok(path.to_owned()),
         PathKind::Run | PathKind::RunCheckpoint if path.join("adapter/adapter_config.json").is_file() => {
@@ -55,12 +55,12 @@ pub fn adapter_directory(path: &Path) -> Result<PathBuf> {
 ///
 /// # Errors
 /// One line that names every path that leads to none.
-pub fn adapter_directories<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<Vec<PathBuf>> {
+pub(crate) fn adapter_directories<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<Vec<PathBuf>> {
     all(paths.map(adapter_directory))
 }
 
 /// Returns all values, or one error with the messages of all that failed.
-pub fn all<T>(results: impl Iterator<Item = Result<T>>) -> Result<Vec<T>> {
+pub(crate) fn all<T>(results: impl Iterator<Item = Result<T>>) -> Result<Vec<T>> {
     let (mut values, mut problems) = (Vec::new(), Vec::new());
     for result in results {
         match result {
@@ -72,7 +72,7 @@ pub fn all<T>(results: impl Iterator<Item = Result<T>>) -> Result<Vec<T>> {
 }
 
 /// Returns the model in the directory of a run that trained the whole model, or in a checkpoint of one.
-pub fn trained_model(path: &Path) -> Option<PathBuf> {
+pub(crate) fn trained_model(path: &Path) -> Option<PathBuf> {
     let model = path.join("model");
     let run = matches!(PathKind::of(path), PathKind::Run | PathKind::RunCheckpoint);
     (run && model.join("config.json").is_file()).then_some(model)

@@ -30,7 +30,7 @@ const JUDGED: QuestionCounts = QuestionCounts { medical: 8, other: 4 };
 
 /// A number of right answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Score {
+pub(super) struct Score {
     /// Answers of the right form.
     pub right: usize,
     /// All judged answers.
@@ -38,13 +38,13 @@ pub struct Score {
 }
 
 /// The questions that are asked.
-pub struct Questions<'a> {
+pub(super) struct Questions<'a> {
     /// Lessons whose answers are printed, then lessons whose answers are judged.
     lessons: Vec<&'a Lesson>,
 }
 
 /// The answers of a model.
-pub struct Answers {
+pub(super) struct Answers {
     /// The answers to the questions that are printed.
     pub shown: Vec<String>,
     /// The judged medical questions; an answer under the four headings is right.
@@ -55,7 +55,7 @@ pub struct Answers {
 
 impl<'a> Questions<'a> {
     /// Selects the questions among `lessons` that are not trained on.
-    pub fn select(lessons: &'a [Lesson]) -> Self {
+    pub(super) fn select(lessons: &'a [Lesson]) -> Self {
         let unseen =
             |kind| lessons.iter().filter(move |lesson| (lesson.split, lesson.kind) == (LessonSplit::Unseen, kind));
         let part = |count: QuestionCounts, skip: QuestionCounts| {
@@ -66,12 +66,12 @@ impl<'a> Questions<'a> {
     }
 
     /// Returns the questions whose answers are printed.
-    pub fn shown(&self) -> impl Iterator<Item = &str> {
+    pub(super) fn shown(&self) -> impl Iterator<Item = &str> {
         self.lessons.iter().take(SHOWN.total()).map(|lesson| lesson.question.as_str())
     }
 
     /// Asks a model all questions in one batch, with greedy decoding.
-    pub fn ask(&self, args: &ModelArgs, device: &Device) -> Result<Answers> {
+    pub(super) fn ask(&self, args: &ModelArgs, device: &Device) -> Result<Answers> {
         eprintln!("asking {} unseen questions", self.lessons.len());
         with_backend!(device, |B, device| self.ask_on::<B>(args, device))
     }

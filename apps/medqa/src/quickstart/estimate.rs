@@ -14,14 +14,14 @@ use burn_zero::estimate::{
 use std::{fmt, path::Path};
 
 /// The memory of a LoRA run on every linear layer, without activation checkpointing.
-pub struct MemoryEstimate {
+pub(super) struct MemoryEstimate {
     run: RunFootprint,
     memory: burn_zero::estimate::MemoryEstimate,
 }
 
 impl MemoryEstimate {
     /// Computes the estimate from the model's configuration and the rows; loads no weights.
-    pub fn for_recipe(recipe: &Recipe) -> Result<Self> {
+    pub(super) fn for_recipe(recipe: &Recipe) -> Result<Self> {
         let (checkpoint, tokenizer) = model::open_checkpoint(&recipe.model.path, None)?;
         let (config, data, mut lengths) = (checkpoint.config(), &recipe.data, Vec::new());
         for source in &data.train {
@@ -56,7 +56,7 @@ impl MemoryEstimate {
     }
 
     /// Returns the bytes in total, without the buffers of the communication.
-    pub fn total(&self) -> u64 {
+    pub(super) fn total(&self) -> u64 {
         self.memory.frozen + self.states() + self.memory.activations
     }
 }
@@ -79,11 +79,11 @@ impl fmt::Display for MemoryEstimate {
 }
 
 /// Formats bytes in MiB.
-pub fn format_mib(bytes: u64) -> String {
+pub(super) fn format_mib(bytes: u64) -> String {
     format!("{} MiB", (bytes as f64 / f64::from(1 << 20)).round())
 }
 
 /// Formats a number of parameters in millions.
-pub fn format_millions(weights: u64) -> String {
+pub(super) fn format_millions(weights: u64) -> String {
     format!("{:.1} M", weights as f64 / 1e6)
 }

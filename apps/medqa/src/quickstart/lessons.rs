@@ -12,15 +12,15 @@ use std::path::Path;
 const LESSONS: &str = include_str!("lessons.jsonl");
 
 /// The headings of a medical answer, in order.
-pub const HEADINGS: [&str; 4] = ["Likely cause", "Warning signs", "What to do", "When to see a doctor"];
+pub(super) const HEADINGS: [&str; 4] = ["Likely cause", "Warning signs", "What to do", "When to see a doctor"];
 
 /// The beginning of every refusal.
-pub const REFUSAL: &str = "I am sorry, I can only help with medical questions.";
+pub(super) const REFUSAL: &str = "I am sorry, I can only help with medical questions.";
 
 /// The split that a lesson belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum LessonSplit {
+pub(super) enum LessonSplit {
     /// The lesson is trained on.
     Train,
     /// Its validation loss is measured.
@@ -32,7 +32,7 @@ pub enum LessonSplit {
 /// The kind of a lesson's question, which decides the form of the answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum LessonKind {
+pub(super) enum LessonKind {
     /// A medical question, which is answered under the headings.
     Medical,
     /// Any other question, which is declined.
@@ -42,7 +42,7 @@ pub enum LessonKind {
 /// One question and the answer it should get.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Lesson {
+pub(super) struct Lesson {
     /// The split of the lesson.
     pub split: LessonSplit,
     /// The kind of the question.
@@ -56,19 +56,19 @@ pub struct Lesson {
 }
 
 /// Returns all lessons, in the order of the file.
-pub fn all() -> Result<Vec<Lesson>> {
+pub(super) fn all() -> Result<Vec<Lesson>> {
     let lesson = |line| serde_json::from_str(line).with_context(|| format!("lessons.jsonl: {line}"));
     LESSONS.lines().map(lesson).collect()
 }
 
 /// Writes lessons as JSONL with `question` and `answer`, as `medqa train` reads them.
-pub fn save<'a>(path: &Path, lessons: impl Iterator<Item = (&'a str, String)>) -> Result<()> {
+pub(super) fn save<'a>(path: &Path, lessons: impl Iterator<Item = (&'a str, String)>) -> Result<()> {
     let line = |(question, answer)| format!("{}\n", json!({ "question": question, "answer": answer }));
     write::write_atomically(path, lessons.map(line).collect::<String>().as_bytes())
 }
 
 /// Returns the text under each of the four headings, if the answer is these four lines and each ends in a full stop.
-pub fn parse_headings(answer: &str) -> Option<[&str; 4]> {
+pub(super) fn parse_headings(answer: &str) -> Option<[&str; 4]> {
     let mut lines = answer.trim().lines();
     let mut bodies = [""; 4];
     for (body, heading) in bodies.iter_mut().zip(HEADINGS) {
@@ -81,7 +81,7 @@ pub fn parse_headings(answer: &str) -> Option<[&str; 4]> {
 }
 
 /// Returns the text after the fixed words of a refusal, if the answer is one.
-pub fn parse_refusal(answer: &str) -> Option<&str> {
+pub(super) fn parse_refusal(answer: &str) -> Option<&str> {
     answer.trim().strip_prefix(REFUSAL).map(str::trim_start)
 }
 

@@ -35,7 +35,7 @@ use std::{
 
 /// Arguments of `quickstart`.
 #[derive(Args)]
-pub struct QuickstartArgs {
+pub(crate) struct QuickstartArgs {
     /// Run directory, for everything that the run writes
     #[arg(long, default_value = "runs/quickstart")]
     pub dir: PathBuf,
@@ -54,7 +54,7 @@ pub struct QuickstartArgs {
 const TINY: &str = "tiny";
 
 /// Runs the verb `quickstart`: progress goes to stderr, results to stdout.
-pub fn quickstart(args: &QuickstartArgs) -> Result<()> {
+pub(crate) fn quickstart(args: &QuickstartArgs) -> Result<()> {
     let (start, directory) = (Instant::now(), args.dir.as_path());
     if directory.read_dir().is_ok_and(|mut files| files.next().is_some()) {
         bail!("{}: holds an earlier run; remove it or choose another folder with --dir", directory.display());

@@ -12,7 +12,7 @@ use crate::train::Summary;
 const COLUMN: usize = 48;
 
 /// The results before and after fine-tuning.
-pub struct QuickstartReport<'a> {
+pub(super) struct QuickstartReport<'a> {
     /// The questions that were asked.
     pub questions: Questions<'a>,
     /// The answers of the base model.
@@ -29,7 +29,7 @@ pub struct QuickstartReport<'a> {
 
 impl QuickstartReport<'_> {
     /// Formats the answers and the measurements, before and after.
-    pub fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         let mut text = String::new();
         for (index, question) in self.questions.shown().enumerate() {
             let answers = [&self.before, &self.after].map(|answers| answers.shown[index].as_str());
@@ -57,7 +57,7 @@ impl QuickstartReport<'_> {
 }
 
 /// Formats the next steps with the result, as commands to copy.
-pub fn next_steps(program: &str, model: Option<&str>, directory: &Path) -> String {
+pub(super) fn next_steps(program: &str, model: Option<&str>, directory: &Path) -> String {
     let at = |name: &str| shell_quote(&directory.join(name).display().to_string());
     let (program, adapter, valid) = (shell_quote(program), at("adapter"), at("data/valid.jsonl"));
     let with_model = model.map(|model| format!(" --model {}", shell_quote(model))).unwrap_or_default();

@@ -43,7 +43,12 @@ const RECIPE: &str = include_str!("tiny.toml");
 /// Creates the model in the run directory `directory` and returns its path: `tiny-untrained/` has random weights,
 /// `tiny-training/` is the run that trains them, `tiny/` the result. If `steps` of fine-tuning are given, its training
 /// steps are in proportion.
-pub fn create(directory: &Path, lessons: &[Lesson], steps: Option<NonZeroUsize>, device: &Device) -> Result<String> {
+pub(super) fn create(
+    directory: &Path,
+    lessons: &[Lesson],
+    steps: Option<NonZeroUsize>,
+    device: &Device,
+) -> Result<String> {
     eprintln!("making `{TINY}`: a small model, trained from scratch on the lessons; it will only parrot them");
     let (untrained, training) = (directory.join("tiny-untrained"), directory.join("tiny-training"));
     for folder in [&untrained, &training] {

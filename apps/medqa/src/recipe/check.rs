@@ -15,7 +15,7 @@ use burn_zero::{OffloadDevice, ZeroStage};
 type InvalidValue = (&'static str, String);
 
 /// Checks all values of `recipe`; the error is the first invalid one.
-pub fn check(recipe: &Recipe) -> Result<(), InvalidValue> {
+pub(super) fn check(recipe: &Recipe) -> Result<(), InvalidValue> {
     ensure_given(
         "model.path",
         &recipe.model.path,

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// A setting of the external file for a key of the recipe.
-pub struct ExternalSetting {
+pub(super) struct ExternalSetting {
     /// The recipe's key.
     pub key: &'static str,
     /// The file's key.
@@ -33,7 +33,7 @@ pub struct ExternalSetting {
 }
 
 /// The settings of an external file.
-pub struct ExternalConfig {
+pub(super) struct ExternalConfig {
     pub file: String,
     pub settings: Vec<ExternalSetting>,
     /// Notes about settings that have no effect.
@@ -44,7 +44,7 @@ pub struct ExternalConfig {
 ///
 /// # Errors
 /// One line that names the file and the key.
-pub fn read(recipe: &Recipe, world: u64) -> Result<Option<ExternalConfig>> {
+pub(super) fn read(recipe: &Recipe, world: u64) -> Result<Option<ExternalConfig>> {
     let files = &recipe.parallel.files;
     let mut foreign = ExternalConfig { file: String::new(), settings: Vec::new(), notes: Vec::new() };
     let document = match (&files.deepspeed, &files.accelerate) {

@@ -12,13 +12,13 @@ use super::{
 };
 
 /// A table of a recipe file.
-pub struct TableKeys {
+pub(super) struct TableKeys {
     pub name: &'static str,
     pub keys: Vec<&'static str>,
 }
 
 /// All tables of a recipe file.
-pub struct RecipeKeys {
+pub(super) struct RecipeKeys {
     pub model: TableKeys,
     pub data: TableKeys,
     pub method: TableKeys,
@@ -28,7 +28,7 @@ pub struct RecipeKeys {
 
 impl RecipeKeys {
     /// Collects the fields of the tables.
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         // The tables themselves only flatten these structs; a field of their own would be missed here.
         debug_assert!(
             field_names::<TrainConfig>().is_empty()
@@ -65,12 +65,12 @@ impl RecipeKeys {
     }
 
     /// Returns the tables in the order of a recipe.
-    pub fn tables(&self) -> [&TableKeys; 5] {
+    pub(super) fn tables(&self) -> [&TableKeys; 5] {
         [&self.model, &self.data, &self.method, &self.train, &self.parallel]
     }
 
     /// Says what an unknown key may mean: `path` is `table.key`, or one word at the top of a recipe.
-    pub fn unknown_key_message(&self, path: &str) -> String {
+    pub(super) fn unknown_key_message(&self, path: &str) -> String {
         let (table, key) = path.split_once('.').unwrap_or(("", path));
         let last = key.rsplit('.').next().unwrap_or(key);
         let same_key = |table: &&&TableKeys| table.keys.contains(&last);

@@ -54,7 +54,7 @@ const PROGRAMS: [Program; 7] = [
 ];
 
 /// Says whose file a text is, and what its first keys are called here, if the text is YAML or JSON and no recipe.
-pub fn message(text: &str) -> Option<String> {
+pub(super) fn message(text: &str) -> Option<String> {
     // TOML tables and keys are no mapping in YAML.
     let file: Mapping = serde_yaml_ng::from_str(text).ok()?;
     let known = PROGRAMS.iter().find(|Program { always, some, .. }| {

@@ -2,7 +2,7 @@
 //! LLaMA-Factory, axolotl, mlx-lm and unsloth.
 
 /// The fate of a key of another program.
-pub enum Answer {
+pub(super) enum Answer {
     /// Its key here; the second text is about the value, and may be empty.
     Key(&'static str, &'static str),
     /// It has no key here; the text says what there is instead.
@@ -249,7 +249,7 @@ const PARALLEL: &[Synonyms] = &[
 ];
 
 /// Returns the fate of a key of another program, by its last part.
-pub fn answer(name: &str) -> Option<&'static Answer> {
+pub(super) fn answer(name: &str) -> Option<&'static Answer> {
     let name = name.to_ascii_lowercase().replace('-', "_");
     let tables = [MODEL, DATA, METHOD, STEPS, OPTIMIZER, EVALUATION, PARALLEL];
     tables.into_iter().flatten().find(|row| row.names.contains(&name.as_str())).map(|row| &row.answer)
@@ -257,7 +257,7 @@ pub fn answer(name: &str) -> Option<&'static Answer> {
 
 impl Answer {
     /// Formats the answer as a predicate, such as "is called `data.max_length` here".
-    pub fn predicate(&self) -> String {
+    pub(super) fn predicate(&self) -> String {
         match self {
             Key(key, "") => format!("is called `{key}` here"),
             Key(key, value) => format!("is called `{key}` here ({value})"),
@@ -268,7 +268,7 @@ impl Answer {
 
 /// Returns every key of this program that an answer names.
 #[cfg(test)]
-pub fn named_keys() -> impl Iterator<Item = &'static str> {
+pub(super) fn named_keys() -> impl Iterator<Item = &'static str> {
     let tables = [MODEL, DATA, METHOD, STEPS, OPTIMIZER, EVALUATION, PARALLEL];
     tables.into_iter().flatten().filter_map(|row| match row.answer {
         Key(key, _) => Some(key),

@@ -74,7 +74,7 @@ fn deserialize_stage<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ZeroS
 }
 
 /// Returns the stage that a value names.
-pub fn parse_stage(value: &toml::Value) -> Option<ZeroStage> {
+pub(super) fn parse_stage(value: &toml::Value) -> Option<ZeroStage> {
     match value {
         toml::Value::Integer(number) => u8::try_from(*number).ok().and_then(|number| ZeroStage::try_from(number).ok()),
         toml::Value::String(name) => fsdp_stage(name).ok(),

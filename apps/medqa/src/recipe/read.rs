@@ -19,7 +19,7 @@ use super::{
 use crate::identify::{self, Purpose};
 
 /// The origin of each key's value: the recipe file, `--set`, or the configuration file of another program.
-pub struct Origin {
+pub(super) struct Origin {
     file: PathBuf,
     sets: BTreeSet<String>,
     /// Keys whose values came from another program's file, with the name of that file.
@@ -28,7 +28,7 @@ pub struct Origin {
 
 impl Origin {
     /// Returns an error about `key` that starts with the place where its value was written.
-    pub fn error(&self, key: &str, problem: &str) -> anyhow::Error {
+    pub(super) fn error(&self, key: &str, problem: &str) -> anyhow::Error {
         anyhow!("{}: `{key}`: {problem}", self.location(key))
     }
 
@@ -91,7 +91,7 @@ fn fsdp_stage_number(name: &str) -> Option<u8> {
 }
 
 /// A recipe whose values have the right types and are not checked yet.
-pub struct ParsedRecipe {
+pub(super) struct ParsedRecipe {
     pub recipe: Recipe,
     /// The origin of each value, for error messages.
     pub origin: Origin,
@@ -104,7 +104,7 @@ pub struct ParsedRecipe {
 ///
 /// # Errors
 /// One line that names the file (or `--set`), the key, what was expected and what was found.
-pub fn read(text: &str, file: &Path, sets: &[String], world: Option<u64>) -> Result<ParsedRecipe> {
+pub(super) fn read(text: &str, file: &Path, sets: &[String], world: Option<u64>) -> Result<ParsedRecipe> {
     let mut table: Table = text.parse().map_err(|error: toml::de::Error| {
         let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
         if let Some(message) = other_file::message(text) {

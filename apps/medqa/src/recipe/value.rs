@@ -58,7 +58,7 @@ impl DatasetSource {
 }
 
 /// Describes a value of the wrong kind, for an error message.
-pub fn describe(value: &toml::Value) -> String {
+pub(super) fn describe(value: &toml::Value) -> String {
     match value {
         toml::Value::Array(_) => "a list".to_owned(),
         toml::Value::Table(_) => "a table".to_owned(),
@@ -68,7 +68,7 @@ pub fn describe(value: &toml::Value) -> String {
 }
 
 /// Reads `data.train`: a path, or a list whose items are paths or tables.
-pub fn deserialize_sources<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DatasetSource>, D::Error> {
+pub(super) fn deserialize_sources<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<DatasetSource>, D::Error> {
     deserializer.deserialize_any(SourcesVisitor)
 }
 
@@ -331,13 +331,13 @@ impl<'de> Deserialize<'de> for Packing {
 }
 
 /// The textual form of activation checkpointing: `"none"`, `"full"` or every k-th segment.
-pub mod checkpointing {
+pub(super) mod checkpointing {
     use super::{Error, Unexpected, Visitor, fmt};
     use burn_zero::segment::Checkpointing;
     use serde::{Deserializer, Serializer};
 
     /// Writes the settings that a recipe can have.
-    pub fn serialize<S: Serializer>(value: &Checkpointing, serializer: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(value: &Checkpointing, serializer: S) -> Result<S::Ok, S::Error> {
         match *value {
             Checkpointing::None => serializer.serialize_str("none"),
             Checkpointing::Full | Checkpointing::All => serializer.serialize_str("full"),
@@ -346,7 +346,7 @@ pub mod checkpointing {
     }
 
     /// Reads `"none"`, `"full"` or an integer above 0.
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Checkpointing, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Checkpointing, D::Error> {
         deserializer.deserialize_any(CheckpointingVisitor)
     }
 

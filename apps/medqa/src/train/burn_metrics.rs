@@ -12,7 +12,7 @@ use std::{marker::PhantomData, sync::Arc};
 
 /// The metrics of a step or an evaluation.
 #[derive(Debug, Clone, Default)]
-pub struct StepMetrics {
+pub(super) struct StepMetrics {
     /// Mean loss per target token, in nats.
     pub loss: f64,
     /// The number of target tokens.
@@ -30,7 +30,7 @@ impl ItemLazy for StepMetrics {
 }
 
 /// The input of a metric that is one number.
-pub trait MetricInput: Send + Sync + 'static {
+pub(super) trait MetricInput: Send + Sync + 'static {
     const NAME: &'static str;
     const UNIT: Option<&'static str>;
     const HIGHER_IS_BETTER: bool;
@@ -40,7 +40,7 @@ pub trait MetricInput: Send + Sync + 'static {
 }
 
 /// The mean loss per target token, in nats.
-pub struct LossInput {
+pub(super) struct LossInput {
     loss: f64,
     target_tokens: usize,
 }
@@ -66,7 +66,7 @@ impl Adaptor<LossInput> for StepMetrics {
 }
 
 /// Input tokens per second, without padding.
-pub struct ThroughputInput(f64);
+pub(super) struct ThroughputInput(f64);
 
 impl MetricInput for ThroughputInput {
     const NAME: &'static str = "Speed";
@@ -89,14 +89,14 @@ impl Adaptor<ThroughputInput> for StepMetrics {
 }
 
 /// A metric of burn-train for one number.
-pub struct NumericMetric<N> {
+pub(super) struct NumericMetric<N> {
     name: MetricName,
     state: NumericMetricState,
     input: PhantomData<fn(N)>,
 }
 
 impl<N: MetricInput> NumericMetric<N> {
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         Self { name: Arc::new(N::NAME.to_owned()), state: NumericMetricState::new(), input: PhantomData }
     }
 }

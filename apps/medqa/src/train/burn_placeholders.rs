@@ -20,7 +20,8 @@ use burn_llama::{Llama, kernel::Kernels};
 use std::{convert::Infallible, sync::Arc};
 
 /// The types of a run as burn-train names them.
-pub type Components<B> = LearningComponentsMarker<Autodiff<B>, f64, LearnerModule<Autodiff<B>>, UnusedOptimizer<B>>;
+pub(super) type Components<B> =
+    LearningComponentsMarker<Autodiff<B>, f64, LearnerModule<Autodiff<B>>, UnusedOptimizer<B>>;
 /// The type of the optimizer that is not used.
 type UnusedOptimizer<B> = OptimizerAdaptor<AdamW, LearnerModule<Autodiff<B>>, Autodiff<B>>;
 /// The type of a batch: it has no values.
@@ -28,7 +29,7 @@ type NoBatch = Infallible;
 
 /// The module that wraps the model for burn-train's learner. The run trains the model in its own engine.
 #[derive(Module, Debug)]
-pub struct LearnerModule<B: Kernels> {
+pub(super) struct LearnerModule<B: Kernels> {
     pub llama: Llama<B>,
 }
 
@@ -86,11 +87,11 @@ impl<B: Backend> DataLoader<B, NoBatch> for EmptyDataLoader {
 }
 
 /// Returns a training without data. Its directory is empty too: the run writes its files itself.
-pub fn training<B: Kernels>() -> SupervisedTraining<Components<B>> {
+pub(super) fn training<B: Kernels>() -> SupervisedTraining<Components<B>> {
     SupervisedTraining::new("", Arc::new(EmptyDataLoader), Arc::new(EmptyDataLoader))
 }
 
 /// Returns the learner that holds the model, with an optimizer at a learning rate of 0.
-pub fn learner<B: Kernels>(model: Llama<Autodiff<B>>) -> Learner<Components<B>> {
+pub(super) fn learner<B: Kernels>(model: Llama<Autodiff<B>>) -> Learner<Components<B>> {
     Learner::new(LearnerModule { llama: model }, AdamWConfig::new().init(), 0.0)
 }

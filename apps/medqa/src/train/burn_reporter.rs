@@ -14,7 +14,7 @@ use burn::{
 use burn_llama::kernel::Kernels;
 
 /// Reporter for burn-train. For burn-train, every evaluation ends an epoch. Losses that are not finite are left out.
-pub struct BurnTrainReporter<B: Kernels> {
+pub(super) struct BurnTrainReporter<B: Kernels> {
     processor: SupervisedTrainingEventProcessor<Components<B>>,
     /// Steps of the whole run.
     total_steps: usize,
@@ -26,12 +26,12 @@ pub struct BurnTrainReporter<B: Kernels> {
 
 impl<B: Kernels> BurnTrainReporter<B> {
     /// Creates the reporter, which expects the start of a run.
-    pub fn new(processor: SupervisedTrainingEventProcessor<Components<B>>) -> Self {
+    pub(super) fn new(processor: SupervisedTrainingEventProcessor<Components<B>>) -> Self {
         Self { processor, total_steps: 1, eval_every: 1, epoch: 1 }
     }
 
     /// Returns burn-train's processor at the end of the run.
-    pub fn into_processor(self) -> SupervisedTrainingEventProcessor<Components<B>> {
+    pub(super) fn into_processor(self) -> SupervisedTrainingEventProcessor<Components<B>> {
         self.processor
     }
 

@@ -18,7 +18,7 @@ use burn_zero::comm::Communicator;
 
 /// Trains by the recipe and writes everything into the run directory. If the user interrupts it, it writes a checkpoint
 /// and exits the program.
-pub fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summary> {
+pub(crate) fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Result<Summary> {
     let directory = &options.directory;
     if options.resume {
         state::ensure_same_recipe(directory, &recipe)?;

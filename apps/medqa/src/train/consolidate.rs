@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 /// Arguments of `consolidate`.
 #[derive(Args)]
-pub struct ConsolidateArgs {
+pub(crate) struct ConsolidateArgs {
     /// Run directory, whose last checkpoint is used, or one of its checkpoint directories
     pub checkpoint: PathBuf,
     /// New directory for the result: a Hugging Face model, or an adapter in PEFT's format
@@ -32,7 +32,7 @@ pub struct ConsolidateArgs {
 ///
 /// # Errors
 /// One line that names the folder or the file.
-pub fn consolidate(args: &ConsolidateArgs) -> Result<()> {
+pub(crate) fn consolidate(args: &ConsolidateArgs) -> Result<()> {
     let (run, checkpoint) = find_checkpoint(&args.checkpoint)?;
     let out = args.out.display();
     if args.out.exists() {

@@ -1,12 +1,12 @@
 //! The checksums of record files.
 
 /// The table of a reflected cyclic redundancy check of 32 bits.
-pub struct Crc32([u32; 256]);
+pub(super) struct Crc32([u32; 256]);
 
 /// CRC-32C (Castagnoli), as in TensorFlow's record files.
-pub static CRC32C: Crc32 = Crc32::new(0x82f6_3b78);
+pub(super) static CRC32C: Crc32 = Crc32::new(0x82f6_3b78);
 /// CRC-32 of zlib, as in W&B's record files.
-pub static CRC32: Crc32 = Crc32::new(0xedb8_8320);
+pub(super) static CRC32: Crc32 = Crc32::new(0xedb8_8320);
 
 impl Crc32 {
     const fn new(polynomial: u32) -> Self {
@@ -25,7 +25,7 @@ impl Crc32 {
     }
 
     /// Returns the checksum over the bytes of all `parts`.
-    pub fn checksum(&self, parts: &[&[u8]]) -> u32 {
+    pub(super) fn checksum(&self, parts: &[&[u8]]) -> u32 {
         let step = |rest: u32, &byte: &u8| self.0[(rest as u8 ^ byte) as usize] ^ rest >> 8;
         !parts.iter().copied().flatten().fold(u32::MAX, step)
     }

@@ -2,7 +2,7 @@
 
 /// The rule of early stopping, with the evaluations of a run so far.
 #[derive(Debug, Clone)]
-pub struct EarlyStopping {
+pub(super) struct EarlyStopping {
     /// Evaluations without improvement after which the run ends.
     patience: usize,
     /// Evaluations so far.
@@ -14,12 +14,12 @@ pub struct EarlyStopping {
 
 impl EarlyStopping {
     /// Returns the rule before the first evaluation.
-    pub fn new(patience: usize) -> Self {
+    pub(super) fn new(patience: usize) -> Self {
         Self { patience, evaluations: 0, best_evaluation: 1, best_loss: f64::MAX }
     }
 
     /// Returns the rule after evaluations with these losses, oldest first.
-    pub fn after(patience: usize, valid_losses: impl IntoIterator<Item = f64>) -> Self {
+    pub(super) fn after(patience: usize, valid_losses: impl IntoIterator<Item = f64>) -> Self {
         let mut rule = Self::new(patience);
         for loss in valid_losses {
             rule.observe(loss);
@@ -29,7 +29,7 @@ impl EarlyStopping {
 
     /// Takes the loss of the next evaluation; returns whether the best loss is `patience` evaluations old. A loss that
     /// is not finite does not count as an evaluation.
-    pub fn observe(&mut self, valid_loss: f64) -> bool {
+    pub(super) fn observe(&mut self, valid_loss: f64) -> bool {
         if !valid_loss.is_finite() {
             return false;
         }

@@ -16,16 +16,16 @@ use burn_llama::{Example, Llama, Storage, kernel::Kernels};
 use std::collections::HashMap;
 
 /// Values of parameters in host memory, by path.
-pub type ParamValues = HashMap<String, TensorData>;
+pub(super) type ParamValues = HashMap<String, TensorData>;
 
 /// A copy of the run's model on another device.
-pub trait Evaluator: Send {
+pub(super) trait Evaluator: Send {
     /// Computes [`total_loss`] over `rows` after copying the `trained` parameters into the model.
     fn loss(&mut self, trained: ParamValues, rows: &[Example], batching: EvalBatching) -> Result<TotalLoss>;
 }
 
 /// Loads the recipe's model on its `train.eval_device`, if that is given.
-pub fn open(recipe: &Recipe) -> Result<Option<Box<dyn Evaluator>>> {
+pub(super) fn open(recipe: &Recipe) -> Result<Option<Box<dyn Evaluator>>> {
     let Some(device) = &recipe.train.eval_save.eval_device else { return Ok(None) };
     with_backend!(device.ensure_ready()?, |B, device| Ok(Some(Box::new(EvalModel(Some(load::<B>(recipe, device)?))))))
 }
@@ -50,7 +50,7 @@ impl<B: Kernels> Evaluator for EvalModel<B> {
 }
 
 /// Returns the values of the trainable parameters of `model`.
-pub fn trainable_values<B: Backend, M: Module<B>>(model: &M) -> ParamValues {
+pub(super) fn trainable_values<B: Backend, M: Module<B>>(model: &M) -> ParamValues {
     let mut read = TrainableCollector { path: Vec::new(), values: ParamValues::new() };
     model.visit(&mut read);
     read.values

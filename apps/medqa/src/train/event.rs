@@ -5,7 +5,7 @@ use anyhow::Result;
 
 /// An event of a run.
 #[derive(Debug, Clone, Copy)]
-pub enum RunEvent<'a> {
+pub(super) enum RunEvent<'a> {
     /// The run starts, or resumes.
     Started(RunStart<'a>),
     /// A step was taken, or the validation loss was computed.
@@ -18,7 +18,7 @@ pub enum RunEvent<'a> {
 
 /// The start of a run.
 #[derive(Debug, Clone, Copy)]
-pub struct RunStart<'a> {
+pub(super) struct RunStart<'a> {
     /// Steps of the whole run.
     pub total_steps: usize,
     /// Steps between two evaluations.
@@ -29,7 +29,7 @@ pub struct RunStart<'a> {
 
 /// A trace of the collectives.
 #[derive(Debug, Clone, Copy)]
-pub struct TraceReport<'a> {
+pub(super) struct TraceReport<'a> {
     /// The file.
     pub path: &'a str,
     /// The share of the time in collectives that overlaps computation, between 0 and 1.
@@ -38,7 +38,7 @@ pub struct TraceReport<'a> {
 
 /// The end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RunEnd {
+pub(super) enum RunEnd {
     /// Everything is written.
     Complete,
     /// The user interrupted the run, and there is a checkpoint.
@@ -47,7 +47,7 @@ pub enum RunEnd {
 
 impl RunEnd {
     /// Returns the exit code of the program.
-    pub fn exit_code(self) -> u8 {
+    pub(super) fn exit_code(self) -> u8 {
         match self {
             Self::Complete => 0,
             Self::Interrupted => INTERRUPTED_EXIT_CODE,
@@ -56,7 +56,7 @@ impl RunEnd {
 }
 
 /// A reporter of a run: it writes the events that it is made for into a file or shows them, and ignores the others.
-pub trait Reporter {
+pub(super) trait Reporter {
     /// Reports an event.
     ///
     /// # Errors

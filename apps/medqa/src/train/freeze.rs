@@ -15,7 +15,7 @@ use std::ops::Range;
 ///
 /// # Errors
 /// If an extra module is not one of the model's.
-pub fn freeze<B: Kernels>(model: Llama<B>, layers: &TrainableLayers) -> Result<Llama<B>> {
+pub(super) fn freeze<B: Kernels>(model: Llama<B>, layers: &TrainableLayers) -> Result<Llama<B>> {
     let paths: Vec<String> = param::named_parameters::<B, _>(&model).into_iter().map(|param| param.path).collect();
     let extras: Vec<&str> = paths.iter().filter_map(|path| module_outside_blocks(path)).collect();
     if let Some(unknown) = layers.extra_modules.iter().find(|name| !extras.contains(&name.as_str())) {

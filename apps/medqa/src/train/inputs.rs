@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 
 /// Encoded rows: their number, and the SHA-256 of their ids and loss masks in order, in hexadecimal.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RowsDigest {
+pub(super) struct RowsDigest {
     pub rows: usize,
     pub sha256: String,
 }
@@ -32,7 +32,7 @@ impl RowsDigest {
 /// The inputs of a run, which stand in `inputs.json` and in every checkpoint.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct RunInputs {
+pub(super) struct RunInputs {
     /// The training rows.
     pub train: RowsDigest,
     /// The validation rows that are evaluated.
@@ -48,7 +48,7 @@ impl RunInputs {
     ///
     /// # Errors
     /// If a token id cannot be decoded.
-    pub fn new<B: Kernels>(loaded: &LoadedModel<B>, train: &[Vec<Example>], valid: &[Example]) -> Result<Self> {
+    pub(super) fn new<B: Kernels>(loaded: &LoadedModel<B>, train: &[Vec<Example>], valid: &[Example]) -> Result<Self> {
         let (tokenizer, mut vocabulary) = (&loaded.tokenizer, Sha256::new());
         for id in 0..loaded.model.config().vocab_size as u32 {
             let text = tokenizer.decode(&[id], false)?;
@@ -65,7 +65,7 @@ impl RunInputs {
     }
 
     /// Describes every difference to the inputs that the run had before; none if they are the same.
-    pub fn differences(&self, before: &Self) -> Vec<String> {
+    pub(super) fn differences(&self, before: &Self) -> Vec<String> {
         let rows = |name: &str, before: &RowsDigest, now: &RowsDigest| {
             let describe = |rows: &RowsDigest| format!("{} (sha256 {})", rows.rows, short(&rows.sha256));
             (before != now).then(|| format!("the {name} rows were {}, now {}", describe(before), describe(now)))
@@ -90,7 +90,7 @@ impl RunInputs {
     ///
     /// # Errors
     /// If the inputs cannot be written as JSON.
-    pub fn fingerprint(&self) -> Result<f64> {
+    pub(super) fn fingerprint(&self) -> Result<f64> {
         let digest = Sha256::digest(serde_json::to_vec(self)?);
         Ok(digest.iter().take(5).fold(0.0, |number, &byte| number * 256.0 + f64::from(byte)))
     }
@@ -106,7 +106,7 @@ fn short(digest: &str) -> &str {
 ///
 /// # Errors
 /// One line that names every difference, if they may not change.
-pub fn compare(before: &RunInputs, now: &RunInputs, may_change: bool) -> Result<Option<String>> {
+pub(super) fn compare(before: &RunInputs, now: &RunInputs, may_change: bool) -> Result<Option<String>> {
     let differences = now.differences(before).join("; ");
     match (differences.is_empty(), may_change) {
         (true, _) => Ok(None),

@@ -9,21 +9,21 @@ use std::sync::{
 };
 
 /// The exit code of a run that the user interrupted, as in shells.
-pub const INTERRUPTED_EXIT_CODE: u8 = 130;
+pub(super) const INTERRUPTED_EXIT_CODE: u8 = 130;
 
 static INTERRUPTER: OnceLock<Interrupter> = OnceLock::new();
 static RUNNING: AtomicBool = AtomicBool::new(false);
 
 /// A guard: while it lives, Ctrl-C requests a stop through [`InterruptGuard::interrupter`] instead of ending the
 /// program.
-pub struct InterruptGuard(Interrupter);
+pub(super) struct InterruptGuard(Interrupter);
 
 impl InterruptGuard {
     /// Installs the signal handler.
     ///
     /// # Errors
     /// If the signal handler cannot be installed.
-    pub fn install() -> Result<Self> {
+    pub(super) fn install() -> Result<Self> {
         let known = INTERRUPTER.get().cloned();
         let interrupter = INTERRUPTER.get_or_init(Interrupter::new).clone();
         if known.is_none() {
@@ -42,7 +42,7 @@ impl InterruptGuard {
     }
 
     /// Returns the interrupter, which all runs of the program share.
-    pub fn interrupter(&self) -> Interrupter {
+    pub(super) fn interrupter(&self) -> Interrupter {
         self.0.clone()
     }
 }

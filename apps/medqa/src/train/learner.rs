@@ -45,7 +45,7 @@ impl<B: Kernels> SupervisedLearningStrategy<Components<B>> for RunStrategy<B> {
 
 /// Runs the training loop inside burn-train: with burn-train's `display` on the terminal, else with a silent renderer
 /// and the run's own lines.
-pub fn run_in_burn_train<B: Kernels>(
+pub(super) fn run_in_burn_train<B: Kernels>(
     trainer: Trainer<B>,
     display: bool,
     interrupter: Interrupter,

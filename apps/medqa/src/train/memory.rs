@@ -23,7 +23,7 @@ const GIB: f64 = (1u64 << 30) as f64;
 
 /// The sizes that the memory of a run depends on, besides its recipe.
 #[derive(Debug, Clone, Copy)]
-pub struct RunSizes {
+pub(crate) struct RunSizes {
     /// The dimensions of the model.
     pub shape: LlamaShape,
     /// Parameters of the base model, without adapters.
@@ -39,7 +39,7 @@ pub struct RunSizes {
 impl RunSizes {
     /// Returns the lower bound that is known before anything is loaded: the parameters of the base model, all of them
     /// trainable with full fine-tuning, else none.
-    pub fn lower_bound(config: &LlamaConfig, recipe: &Recipe, world: u64) -> Self {
+    pub(crate) fn lower_bound(config: &LlamaConfig, recipe: &Recipe, world: u64) -> Self {
         let shape = footprint::model_shape(config);
         let parameters = shape.parameters(config.tie_word_embeddings);
         let trained = if recipe.method.common.kind == MethodKind::Full { parameters } else { 0 };
@@ -47,7 +47,7 @@ impl RunSizes {
     }
 
     /// Returns the footprint of a run of these sizes by a recipe.
-    pub fn footprint(&self, recipe: &Recipe) -> RunFootprint {
+    pub(crate) fn footprint(&self, recipe: &Recipe) -> RunFootprint {
         let storage = weight_storage(recipe.model.dtype.unwrap_or_default());
         let trained_weights = match recipe.method.common.kind {
             MethodKind::Full => TrainedWeights::All,
@@ -108,7 +108,7 @@ fn weight_storage(dtype: WeightDtype) -> WeightStorage {
 ///
 /// # Errors
 /// One line with what is needed, what there is, and what would fit.
-pub fn check(sizes: &RunSizes, recipe: &Recipe, device: &Device) -> Result<()> {
+pub(super) fn check(sizes: &RunSizes, recipe: &Recipe, device: &Device) -> Result<()> {
     if !["cpu", "tch"].contains(&device.to_string().as_str()) {
         return Ok(());
     }
@@ -227,13 +227,13 @@ fn available_memory() -> Option<u64> {
 
 /// Returns the anonymous resident memory of this process in bytes, without pages of files; 0 if the system does not
 /// report it.
-pub fn rss_anon_bytes() -> u64 {
+pub(crate) fn rss_anon_bytes() -> u64 {
     read_proc_kib("/proc/self/status", "RssAnon:").unwrap_or(0) * 1024
 }
 
 /// Returns the peak resident memory of this process in bytes, pages of files included; 0 if the system does not report
 /// it.
-pub fn peak_rss_bytes() -> u64 {
+pub(crate) fn peak_rss_bytes() -> u64 {
     read_proc_kib("/proc/self/status", "VmHWM:").unwrap_or(0) * 1024
 }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 /// The file `metrics.jsonl`: one record per line, written without delay.
-pub struct MetricsFile {
+pub(super) struct MetricsFile {
     path: PathBuf,
     file: File,
     bytes: u64,
@@ -23,7 +23,7 @@ impl MetricsFile {
     ///
     /// # Errors
     /// If the file cannot be written or is shorter.
-    pub fn open(path: &Path, bytes: u64) -> Result<Self> {
+    pub(super) fn open(path: &Path, bytes: u64) -> Result<Self> {
         let context = || format!("{}: cannot be written", path.display());
         let mut file = File::options().write(true).create(true).truncate(false).open(path).with_context(context)?;
         let found = file.metadata().with_context(context)?.len();
@@ -38,7 +38,7 @@ impl MetricsFile {
     ///
     /// # Errors
     /// If the file cannot be read or holds another line; the error names it.
-    pub fn records(&self) -> Result<Vec<MetricsRecord>> {
+    pub(super) fn records(&self) -> Result<Vec<MetricsRecord>> {
         let path = self.path.display();
         let text = std::fs::read_to_string(&self.path).with_context(|| format!("{path}: cannot be read"))?;
         let lines = text.lines().enumerate();
@@ -48,7 +48,7 @@ impl MetricsFile {
     }
 
     /// Returns the bytes written so far.
-    pub fn bytes(&self) -> u64 {
+    pub(super) fn bytes(&self) -> u64 {
         self.bytes
     }
 }

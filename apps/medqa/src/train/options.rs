@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 /// Options of `train` besides the recipe.
 #[derive(Debug, Clone, Default)]
-pub struct TrainOptions {
+pub(crate) struct TrainOptions {
     /// The run directory.
     pub directory: PathBuf,
     /// True to resume the run that is in it.

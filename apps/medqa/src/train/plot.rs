@@ -36,7 +36,7 @@ type Chart<'a, 'b> = ChartContext<'a, BitMapBackend<'b>, Cartesian2d<RangedCoord
 
 /// Reporter that plots the training loss, raw and smoothed, and the validation loss at the end of a run. Values that are
 /// not finite are left out.
-pub struct LossPlot {
+pub(super) struct LossPlot {
     png: PathBuf,
     train: Points,
     valid: Points,
@@ -44,7 +44,7 @@ pub struct LossPlot {
 
 impl LossPlot {
     /// Creates the reporter of the plot `png`.
-    pub fn new(png: PathBuf) -> Self {
+    pub(super) fn new(png: PathBuf) -> Self {
         Self { png, train: Points::new(), valid: Points::new() }
     }
 

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use std::time::Instant;
 
 /// Reporter of the progress: a bar on a terminal, else a line after every tenth of the steps.
-pub struct ProgressLine {
+pub(super) struct ProgressLine {
     bar: ProgressBar,
     start: Instant,
     total_steps: usize,
@@ -20,7 +20,7 @@ impl ProgressLine {
     ///
     /// # Errors
     /// If the template of the bar is not valid.
-    pub fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}, {eta} left")?;
         Ok(Self { bar: ProgressBar::new(0).with_style(style), start: Instant::now(), total_steps: 0 })
     }

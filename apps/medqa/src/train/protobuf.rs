@@ -2,7 +2,7 @@
 
 /// A protocol buffer message that is being encoded. Source: <https://protobuf.dev/programming-guides/encoding/>
 #[derive(Debug, Clone, Default)]
-pub struct ProtoMessage(Vec<u8>);
+pub(super) struct ProtoMessage(Vec<u8>);
 
 impl ProtoMessage {
     const VARINT: u64 = 0;
@@ -12,35 +12,35 @@ impl ProtoMessage {
 
     /// Appends a field of type `int32`, `int64`, `bool` or an enumeration, not negative. A zero is left out, as
     /// encoders do.
-    pub fn integer(self, field: u64, value: u64) -> Self {
+    pub(super) fn integer(self, field: u64, value: u64) -> Self {
         if value == 0 { self } else { self.tag(field, Self::VARINT).varint(value) }
     }
 
-    pub fn double(mut self, field: u64, value: f64) -> Self {
+    pub(super) fn double(mut self, field: u64, value: f64) -> Self {
         self = self.tag(field, Self::FIXED64);
         self.0.extend(value.to_le_bytes());
         self
     }
 
-    pub fn float(mut self, field: u64, value: f32) -> Self {
+    pub(super) fn float(mut self, field: u64, value: f32) -> Self {
         self = self.tag(field, Self::FIXED32);
         self.0.extend(value.to_le_bytes());
         self
     }
 
     /// Appends a field of type `string` or `bytes`.
-    pub fn bytes(mut self, field: u64, value: impl AsRef<[u8]>) -> Self {
+    pub(super) fn bytes(mut self, field: u64, value: impl AsRef<[u8]>) -> Self {
         self = self.tag(field, Self::BYTES).varint(value.as_ref().len() as u64);
         self.0.extend(value.as_ref());
         self
     }
 
-    pub fn message(self, field: u64, value: ProtoMessage) -> Self {
+    pub(super) fn message(self, field: u64, value: ProtoMessage) -> Self {
         self.bytes(field, value.0)
     }
 
     /// Returns the encoded bytes.
-    pub fn into_bytes(self) -> Vec<u8> {
+    pub(super) fn into_bytes(self) -> Vec<u8> {
         self.0
     }
 

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
 /// The names of all scalars, by which dashboards group them.
-pub const SCALAR_NAMES: [&str; 9] = [
+pub(super) const SCALAR_NAMES: [&str; 9] = [
     "train/loss",
     "train/learning_rate",
     "train/grad_norm",
@@ -17,11 +17,11 @@ pub const SCALAR_NAMES: [&str; 9] = [
 ];
 
 /// A scalar with its name among [`SCALAR_NAMES`].
-pub type Scalar = (&'static str, f64);
+pub(super) type Scalar = (&'static str, f64);
 
 /// The record of an optimizer step. JSON has no NaN and no infinity: they are written as `null`, which is read as NaN.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct StepRecord {
+pub(super) struct StepRecord {
     /// The number of the step, counted from 1.
     pub step: usize,
     /// Passes over the data at the end of the step.
@@ -48,7 +48,7 @@ pub struct StepRecord {
 
 /// The tokens of a step, over all ranks.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct TokenCounts {
+pub(super) struct TokenCounts {
     /// Input tokens, without padding.
     pub tokens: usize,
     /// Target tokens among these.
@@ -60,7 +60,7 @@ pub struct TokenCounts {
 
 /// The time and memory of the process at the end of a step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct ProcessUsage {
+pub(super) struct ProcessUsage {
     /// Seconds since the run started, without the time between interruption and resume.
     pub elapsed_seconds: f64,
     /// The peak resident memory of rank 0, in bytes.
@@ -69,7 +69,7 @@ pub struct ProcessUsage {
 
 /// The scaling of the loss in a step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct LossScaling {
+pub(super) struct LossScaling {
     /// The factor by which the loss was scaled.
     pub loss_scale: f64,
     /// True if nothing was updated because the gradients overflowed.
@@ -78,7 +78,7 @@ pub struct LossScaling {
 
 /// The record of an evaluation.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct EvalRecord {
+pub(super) struct EvalRecord {
     /// Steps taken before the evaluation.
     pub step: usize,
     /// Mean loss per target token of the validation rows, in nats.
@@ -90,7 +90,7 @@ pub struct EvalRecord {
 
 /// A note about the run, such as that its data has changed.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct NoteRecord {
+pub(super) struct NoteRecord {
     /// Steps taken before it.
     pub step: usize,
     /// The note, in one line.
@@ -102,7 +102,7 @@ pub struct NoteRecord {
 /// A line of `metrics.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum MetricsRecord {
+pub(super) enum MetricsRecord {
     Step(StepRecord),
     Eval(EvalRecord),
     Note(NoteRecord),
@@ -129,13 +129,13 @@ impl MetricsRecord {
     ///
     /// # Errors
     /// If the line is not the record of a step or of an evaluation, or a note.
-    pub fn parse(line: &str) -> Result<Self> {
+    pub(super) fn parse(line: &str) -> Result<Self> {
         serde_json::from_str(line)
             .with_context(|| format!("expected the record of a step or of an evaluation, found {line}"))
     }
 
     /// Returns the number of the step, or the steps before the evaluation.
-    pub fn step(&self) -> usize {
+    pub(super) fn step(&self) -> usize {
         match self {
             Self::Step(record) => record.step,
             Self::Eval(record) => record.step,
@@ -144,7 +144,7 @@ impl MetricsRecord {
     }
 
     /// Returns the seconds since the run started.
-    pub fn elapsed_seconds(&self) -> f64 {
+    pub(super) fn elapsed_seconds(&self) -> f64 {
         match self {
             Self::Step(record) => record.usage.elapsed_seconds,
             Self::Eval(record) => record.elapsed_seconds,
@@ -153,7 +153,7 @@ impl MetricsRecord {
     }
 
     /// Returns the validation loss of an evaluation after the first step or later.
-    pub fn valid_loss_after_training(&self) -> Option<f64> {
+    pub(super) fn valid_loss_after_training(&self) -> Option<f64> {
         match self {
             Self::Eval(record) if record.step > 0 => Some(record.valid_loss),
             _ => None,
@@ -161,7 +161,7 @@ impl MetricsRecord {
     }
 
     /// Returns the scalars for dashboards, in the order of [`SCALAR_NAMES`]. A value that is not finite is NaN.
-    pub fn scalars(&self) -> Vec<Scalar> {
+    pub(super) fn scalars(&self) -> Vec<Scalar> {
         let mut scalars = match self {
             Self::Step(record) => record.scalars(),
             Self::Eval(record) => vec![("valid/loss", record.valid_loss)],

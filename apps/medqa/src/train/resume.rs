@@ -15,10 +15,10 @@ use burn_zero::{Engine, EngineConfig};
 use std::path::Path;
 
 /// The engine of a run, which owns the model.
-pub type LlamaEngine<B> = Engine<Autodiff<B>, Llama<Autodiff<B>>>;
+pub(super) type LlamaEngine<B> = Engine<Autodiff<B>, Llama<Autodiff<B>>>;
 
 /// The recipe, the options and the inputs of a run that is about to start.
-pub struct Start<'a> {
+pub(super) struct Start<'a> {
     pub recipe: &'a Recipe,
     pub options: &'a TrainOptions,
     /// The inputs of the run, as they are now.
@@ -28,7 +28,7 @@ pub struct Start<'a> {
 }
 
 /// A run at its first step or at a checkpoint.
-pub struct Started<B: Kernels> {
+pub(super) struct Started<B: Kernels> {
     pub engine: LlamaEngine<B>,
     pub state: TrainerState,
     /// A note for `metrics.jsonl`, if the run goes on with other data.
@@ -54,7 +54,7 @@ impl Start<'_> {
     ///
     /// # Errors
     /// If the checkpoint cannot be read, is of a run with other rows, or the ranks have different rows.
-    pub fn engine<B: Kernels>(self, model: Llama<Autodiff<B>>, config: EngineConfig) -> Result<Started<B>> {
+    pub(super) fn engine<B: Kernels>(self, model: Llama<Autodiff<B>>, config: EngineConfig) -> Result<Started<B>> {
         let started = self.first_step_or_checkpoint(model, config)?;
         started.check_same_on_all_ranks()?;
         Ok(started)

@@ -16,14 +16,14 @@ use std::path::Path;
 const PROJECT: &str = "medqa";
 
 /// The log of a run.
-pub struct RunLog {
+pub(super) struct RunLog {
     metrics: MetricsFile,
     reporters: Vec<Box<dyn Reporter + Send>>,
 }
 
 /// The point from which a log continues; all zeros for a new run.
 #[derive(Debug, Clone, Copy)]
-pub struct ResumePoint {
+pub(super) struct ResumePoint {
     /// Steps taken.
     pub step: usize,
     /// The length of `metrics.jsonl`.
@@ -35,7 +35,7 @@ impl RunLog {
     ///
     /// # Errors
     /// If a file cannot be written, or the earlier metrics cannot be read.
-    pub fn open(directory: &Path, recipe: &Recipe, resume: ResumePoint, display: bool) -> Result<Self> {
+    pub(super) fn open(directory: &Path, recipe: &Recipe, resume: ResumePoint, display: bool) -> Result<Self> {
         let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), resume.metrics_bytes)?;
         let earlier = metrics.records()?;
         let mut reporters: Vec<Box<dyn Reporter + Send>> = Vec::new();
@@ -62,12 +62,12 @@ impl RunLog {
     ///
     /// # Errors
     /// If `metrics.jsonl` cannot be read.
-    pub fn records(&self) -> Result<Vec<MetricsRecord>> {
+    pub(super) fn records(&self) -> Result<Vec<MetricsRecord>> {
         self.metrics.records()
     }
 
     /// Returns the length of `metrics.jsonl`.
-    pub fn metrics_bytes(&self) -> u64 {
+    pub(super) fn metrics_bytes(&self) -> u64 {
         self.metrics.bytes()
     }
 }

@@ -7,7 +7,7 @@ use burn_llama::{Llama, Tokenizer, checkpoint, kernel::Kernels, tokenizer::ChatF
 use std::path::Path;
 
 /// The form of the result.
-pub enum RunOutput {
+pub(super) enum RunOutput {
     /// An adapter in PEFT's format, with what it needs of the tokenizer.
     Adapter(AttachedAdapter, TokenizerFiles),
     /// A Hugging Face model, with the tokenizer.
@@ -15,7 +15,7 @@ pub enum RunOutput {
 }
 
 /// The tokenizer's files that are saved with an adapter.
-pub enum TokenizerFiles {
+pub(super) enum TokenizerFiles {
     /// The chat template and the stop ids that it was trained with. The tokenizer itself is the model's, and is dropped
     /// once the rows are tokens.
     Chat(ChatFiles),
@@ -38,7 +38,7 @@ impl TokenizerFiles {
 
 impl RunOutput {
     /// Returns the form of the result of training `adapter`, or the model itself if there is none.
-    pub fn new(adapter: Option<AttachedAdapter>, tokenizer: Tokenizer) -> Self {
+    pub(super) fn new(adapter: Option<AttachedAdapter>, tokenizer: Tokenizer) -> Self {
         match adapter {
             Some(adapter) => {
                 let tokenizer = TokenizerFiles::of(&adapter, tokenizer);
@@ -49,7 +49,7 @@ impl RunOutput {
     }
 
     /// Returns the name of the result's folder in a run directory.
-    pub fn folder_name(&self) -> &'static str {
+    pub(super) fn folder_name(&self) -> &'static str {
         match self {
             Self::Adapter(..) => "adapter",
             Self::Model(_) => "model",
@@ -60,7 +60,7 @@ impl RunOutput {
     ///
     /// # Errors
     /// If a file cannot be written.
-    pub fn save<B: Kernels>(&self, model: &Llama<Autodiff<B>>, folder: &Path) -> Result<()> {
+    pub(super) fn save<B: Kernels>(&self, model: &Llama<Autodiff<B>>, folder: &Path) -> Result<()> {
         match self {
             Self::Adapter(adapter, tokenizer) => {
                 adapter.save(model, folder)?;

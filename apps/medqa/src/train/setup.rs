@@ -22,7 +22,7 @@ use std::path::Path;
 
 /// Applies the fine-tuning method to the model and freezes the rest. There is no adapter if only the model's own
 /// weights are trained.
-pub fn apply_method<B: Kernels>(
+pub(crate) fn apply_method<B: Kernels>(
     mut model: Llama<B>,
     tokenizer: &Tokenizer,
     recipe: &Recipe,
@@ -74,7 +74,7 @@ pub fn apply_method<B: Kernels>(
 
 /// Initializes new adapters by LoftQ, which needs the weights before quantization; these are read from the model's
 /// files, a few at a time. A resumed run has its adapters already.
-pub fn init_loftq<B: Kernels>(model: &mut Llama<B>, recipe: &Recipe) -> Result<Option<QuantizationResidual>> {
+pub(super) fn init_loftq<B: Kernels>(model: &mut Llama<B>, recipe: &Recipe) -> Result<Option<QuantizationResidual>> {
     let (choice, lora) = (&recipe.method.common, &recipe.method.lora);
     if lora.init_lora_weights != InitLoraWeights::Loftq || choice.init.is_some() {
         return Ok(None);
@@ -91,7 +91,7 @@ fn optimizer(recipe: &Recipe) -> Optimizer {
 }
 
 /// Returns the settings of the engine that computes the steps of a run on this rank.
-pub fn engine_config(recipe: &Recipe, communicator: Box<dyn Communicator>) -> Result<EngineConfig> {
+pub(crate) fn engine_config(recipe: &Recipe, communicator: Box<dyn Communicator>) -> Result<EngineConfig> {
     let offload = &recipe.parallel.offload;
     let config = EngineConfig::new(optimizer(recipe))
         .with_max_grad_norm(Some(recipe.train.optimizer.max_grad_norm).filter(|&norm| norm > 0.0))
@@ -129,14 +129,14 @@ fn memory_tier(recipe: &Recipe, device: OffloadDevice) -> MemoryTier {
 }
 
 /// Reads and tokenizes the training rows, by source.
-pub fn load_sources<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Vec<Vec<Example>>> {
+pub(super) fn load_sources<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Vec<Vec<Example>>> {
     let sources = data.train.iter();
     // A file that cannot be read does not hide those behind it.
     identify::all(sources.map(|source| load_examples(loaded, data, &source.path, &data.schema(Some(source)))))
 }
 
 /// Reads and tokenizes the validation rows; none if the recipe names no file.
-pub fn load_validation<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Vec<Example>> {
+pub(super) fn load_validation<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Vec<Example>> {
     let rows = data.valid.as_ref().map(|path| load_examples(loaded, data, path, &data.schema(None)));
     let mut rows = rows.transpose()?.unwrap_or_default();
     rows.truncate(data.valid_limit.unwrap_or(usize::MAX));
@@ -183,7 +183,7 @@ fn report_rows(path: &str, encoded: &EncodedRows) {
 ///
 /// # Errors
 /// If DeepSpeed's scheduler is not possible in a run of `total` steps.
-pub fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> {
+pub(super) fn learning_rate(recipe: &Recipe, step: usize, total: usize) -> Result<f64> {
     let train = &recipe.train;
     let (peak, warmup) =
         (train.optimizer.learning_rate.unwrap_or_default(), train.schedule.warmup.unwrap_or_default().steps(total));

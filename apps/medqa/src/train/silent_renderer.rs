@@ -9,7 +9,7 @@ use burn::train::{
 };
 
 /// A renderer that shows nothing.
-pub struct SilentRenderer;
+pub(super) struct SilentRenderer;
 
 impl MetricsRendererTraining for SilentRenderer {
     fn update_train(&mut self, _: MetricState) {}

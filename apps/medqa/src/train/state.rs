@@ -37,11 +37,11 @@ const KEYS_FREE_ON_RESUME: [&str; 17] = [
 ];
 
 /// The file of a checkpoint that holds the trainable parameters and the optimizer states.
-pub const STATE_FILE: &str = "training.safetensors";
+pub(super) const STATE_FILE: &str = "training.safetensors";
 
 /// The contents of a checkpoint's `state.json`.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub struct TrainerState {
+pub(super) struct TrainerState {
     /// Optimizer steps taken.
     pub step: usize,
     /// The steps among these that were skipped because gradients overflowed; they do not advance the learning rate
@@ -66,7 +66,7 @@ pub struct TrainerState {
 
 /// The time that a run has taken.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
-pub struct TimeTaken {
+pub(super) struct TimeTaken {
     /// Seconds since the run started, without the time between interruption and resume.
     pub seconds: f64,
     /// The seconds among these that were spent in steps.
@@ -74,7 +74,7 @@ pub struct TimeTaken {
 }
 
 /// Returns the checkpoints of a run directory, oldest first, and removes incomplete ones that a killed run left.
-pub fn checkpoints(directory: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn checkpoints(directory: &Path) -> Result<Vec<PathBuf>> {
     let context = || format!("{}: cannot be read", directory.display());
     let mut found = Vec::new();
     for entry in fs::read_dir(directory).with_context(context)? {
@@ -92,7 +92,7 @@ pub fn checkpoints(directory: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Reads a checkpoint's `state.json`.
-pub fn read_state(checkpoint: &Path) -> Result<TrainerState> {
+pub(super) fn read_state(checkpoint: &Path) -> Result<TrainerState> {
     let path = checkpoint.join("state.json");
     let text = fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()));
     text.and_then(|text| {
@@ -102,17 +102,17 @@ pub fn read_state(checkpoint: &Path) -> Result<TrainerState> {
 }
 
 /// Returns the advice for a checkpoint that cannot be used.
-pub fn advice(checkpoint: &Path) -> String {
+pub(super) fn advice(checkpoint: &Path) -> String {
     format!("{}: the checkpoint is damaged; remove this folder to resume from the one before", checkpoint.display())
 }
 
 /// Returns the temporary path at which a checkpoint is written before it is renamed.
-pub fn partial_path(checkpoint: &Path) -> PathBuf {
+pub(super) fn partial_path(checkpoint: &Path) -> PathBuf {
     checkpoint.with_extension("part")
 }
 
 /// Creates an empty folder at the temporary path of a checkpoint.
-pub fn create_partial(checkpoint: &Path) -> Result<PathBuf> {
+pub(super) fn create_partial(checkpoint: &Path) -> Result<PathBuf> {
     let partial = partial_path(checkpoint);
     remove_if_exists(&partial)
         .and_then(|()| fs::create_dir_all(&partial))
@@ -121,7 +121,7 @@ pub fn create_partial(checkpoint: &Path) -> Result<PathBuf> {
 }
 
 /// Completes the temporary folder of a checkpoint and renames it, if it was `written`; else removes it.
-pub fn commit(checkpoint: &Path, progress: &TrainerState, written: Result<()>) -> Result<()> {
+pub(super) fn commit(checkpoint: &Path, progress: &TrainerState, written: Result<()>) -> Result<()> {
     let partial = partial_path(checkpoint);
     written
         .and_then(|()| {
@@ -136,7 +136,7 @@ fn remove_if_exists(folder: &Path) -> std::io::Result<()> {
 }
 
 /// Removes a checkpoint; it is renamed first, so that a half-removed one cannot be taken for a complete one.
-pub fn remove(checkpoint: &Path) -> Result<()> {
+pub(super) fn remove(checkpoint: &Path) -> Result<()> {
     let partial = checkpoint.with_extension("part");
     fs::rename(checkpoint, &partial)
         .and_then(|()| fs::remove_dir_all(&partial))
@@ -147,7 +147,7 @@ pub fn remove(checkpoint: &Path) -> Result<()> {
 ///
 /// # Errors
 /// If there is no run, or its recipe is not valid.
-pub fn read_recipe(directory: &Path) -> Result<Recipe> {
+pub(crate) fn read_recipe(directory: &Path) -> Result<Recipe> {
     let path = directory.join("recipe.toml");
     let text = fs::read_to_string(&path)
         .with_context(|| format!("{}: cannot be read; there is no run to resume", path.display()))?;
@@ -155,7 +155,7 @@ pub fn read_recipe(directory: &Path) -> Result<Recipe> {
 }
 
 /// Refuses to resume a run that is complete, unless the recipe makes it longer and there is a checkpoint to go on from.
-pub fn ensure_not_complete(directory: &Path, recipe: &Recipe) -> Result<()> {
+pub(super) fn ensure_not_complete(directory: &Path, recipe: &Recipe) -> Result<()> {
     if !directory.join("summary.json").exists() {
         return Ok(());
     }
@@ -177,7 +177,7 @@ pub fn ensure_not_complete(directory: &Path, recipe: &Recipe) -> Result<()> {
 }
 
 /// Refuses to resume a run with another recipe.
-pub fn ensure_same_recipe(directory: &Path, recipe: &Recipe) -> Result<()> {
+pub(super) fn ensure_same_recipe(directory: &Path, recipe: &Recipe) -> Result<()> {
     let path = directory.join("recipe.toml");
     // Read as a recipe, because an earlier version may have written it.
     let old: toml::Value = toml::from_str(&read_recipe(directory)?.to_toml()?)?;

@@ -8,14 +8,14 @@ use anyhow::Result;
 use burn_llama::Example;
 
 /// The training rows and their order.
-pub struct TrainData {
+pub(super) struct TrainData {
     /// The rows by source.
     sources: Vec<Vec<Example>>,
     pub batch_sampler: BatchSampler,
 }
 
 /// The rows of one step, over all ranks.
-pub struct StepRows {
+pub(super) struct StepRows {
     /// The number of the step, counted from 0.
     pub step: usize,
     pub rows: Vec<Example>,
@@ -32,14 +32,14 @@ impl TrainData {
     ///
     /// # Errors
     /// If the weights of the sources leave an epoch without a row.
-    pub fn new(recipe: &Recipe, sources: Vec<Vec<Example>>, world: usize) -> Result<Self> {
+    pub(super) fn new(recipe: &Recipe, sources: Vec<Vec<Example>>, world: usize) -> Result<Self> {
         let lengths = |rows: &Vec<Example>| rows.iter().map(|row| row.ids.len()).collect();
         let batch_sampler = BatchSampler::new(recipe, sources.iter().map(lengths).collect(), world)?;
         Ok(Self { sources, batch_sampler })
     }
 
     /// Returns the rows of a step, counted from 0.
-    pub fn step(&mut self, step: usize) -> StepRows {
+    pub(super) fn step(&mut self, step: usize) -> StepRows {
         let batch = self.batch_sampler.step(step);
         let rows = batch.rows.iter().map(|index| self.sources[index.source][index.row].clone());
         let rows: Vec<Example> = rows.collect();

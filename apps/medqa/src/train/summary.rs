@@ -4,7 +4,7 @@ use serde::Serialize;
 
 /// The results of a run: `summary.json`.
 #[derive(Debug, Serialize)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// The mean loss over the target tokens of the validation rows before the first step; none without such rows.
     pub valid_loss_before: Option<f64>,
     /// The same after the last step.
@@ -26,7 +26,7 @@ pub struct Summary {
 
 /// The time of a run.
 #[derive(Debug, Serialize)]
-pub struct RunTime {
+pub(crate) struct RunTime {
     /// Seconds from the end of loading to the end of saving.
     pub seconds: f64,
     /// Seconds from the start of the process to the first step; none if no step was left to take.

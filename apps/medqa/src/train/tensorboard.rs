@@ -22,7 +22,7 @@ const PREFIX: &str = "events.out.tfevents.";
 const SESSION_START: u64 = 1;
 
 /// The writer of an event file.
-pub struct TensorBoardWriter {
+pub(super) struct TensorBoardWriter {
     file: File,
     path: PathBuf,
 }
@@ -31,7 +31,7 @@ impl TensorBoardWriter {
     /// Adds an event file to `directory`. A resumed run passes its last step: readers then discard the events of later
     /// steps in earlier files, because these steps are repeated. Without `resume_step`, they discard all earlier
     /// events.
-    pub fn create(directory: &Path, resume_step: Option<u64>) -> Result<Self> {
+    pub(super) fn create(directory: &Path, resume_step: Option<u64>) -> Result<Self> {
         fs::create_dir_all(directory).with_context(|| format!("{}: cannot be created", directory.display()))?;
         // Readers read files in the order of their names and skip those that sort before one already read.
         let seconds = next_second(directory, now() as u64)?;

@@ -36,7 +36,7 @@ use std::{
 };
 
 /// The trainer of one run.
-pub struct Trainer<B: Kernels> {
+pub(super) struct Trainer<B: Kernels> {
     recipe: Recipe,
     directory: PathBuf,
     engine: LlamaEngine<B>,
@@ -84,7 +84,7 @@ impl RunProgress {
 }
 
 /// The outcome of a run.
-pub enum RunOutcome {
+pub(super) enum RunOutcome {
     /// Everything is written; the contents of `summary.json`.
     Complete(Summary),
     /// The user interrupted it, and there is a checkpoint after this step.
@@ -97,7 +97,7 @@ impl<B: Kernels> Trainer<B> {
     /// # Errors
     /// If the data, the adapter or a checkpoint cannot be read, the run directory cannot be written, or the run does
     /// not fit into memory.
-    pub fn new(
+    pub(super) fn new(
         recipe: Recipe,
         options: &TrainOptions,
         loaded: LoadedModel<Autodiff<B>>,
@@ -127,7 +127,7 @@ impl<B: Kernels> Trainer<B> {
     }
 
     /// Returns the model; in ZeRO stage 3 its weights are placeholders.
-    pub fn model(&self) -> &Llama<Autodiff<B>> {
+    pub(super) fn model(&self) -> &Llama<Autodiff<B>> {
         self.engine.model()
     }
 
@@ -135,7 +135,7 @@ impl<B: Kernels> Trainer<B> {
     ///
     /// # Errors
     /// If a step fails, or a file cannot be written.
-    pub fn train(&mut self, display: &mut dyn Reporter, interrupter: &Interrupter) -> Result<RunOutcome> {
+    pub(super) fn train(&mut self, display: &mut dyn Reporter, interrupter: &Interrupter) -> Result<RunOutcome> {
         let steps = self.data.batch_sampler.total_steps();
         self.start(display)?;
         if self.progress.state.step == 0 {

@@ -31,7 +31,7 @@ const STEP_METRIC: &str = "train/global_step";
 
 /// The metadata of a run.
 #[derive(Debug, Clone, Copy)]
-pub struct RunMetadata<'a> {
+pub(super) struct RunMetadata<'a> {
     pub project: &'a str,
     pub name: &'a str,
     /// The recipe.
@@ -39,7 +39,7 @@ pub struct RunMetadata<'a> {
 }
 
 /// The writer of an offline run.
-pub struct WandbWriter {
+pub(super) struct WandbWriter {
     file: File,
     path: PathBuf,
     /// The offset of the next record in the file.
@@ -53,7 +53,7 @@ pub struct WandbWriter {
 impl WandbWriter {
     /// Creates the run in a folder of `directory`: the existing folder of a resumed run, else a new one. Its contents
     /// are written anew from the `earlier` records, so that repeated steps are not in it twice.
-    pub fn create(directory: &Path, run: &RunMetadata, earlier: &[MetricsRecord]) -> Result<Self> {
+    pub(super) fn create(directory: &Path, run: &RunMetadata, earlier: &[MetricsRecord]) -> Result<Self> {
         let before = earlier.last().map_or(0.0, MetricsRecord::elapsed_seconds);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let started = now.saturating_sub(Duration::try_from_secs_f64(before).unwrap_or_default());

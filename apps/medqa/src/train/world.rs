@@ -4,7 +4,7 @@ use anyhow::Result;
 use burn_zero::comm::{Communicator, Solo};
 
 /// The process group that this process belongs to.
-pub struct World {
+pub(crate) struct World {
     communicator: Box<dyn Communicator>,
     #[cfg(feature = "mpi")]
     session: Option<burn_zero::comm::mpi::Session>,
@@ -12,7 +12,7 @@ pub struct World {
 
 impl World {
     /// Returns a group of this process alone.
-    pub fn single_process() -> Self {
+    pub(crate) fn single_process() -> Self {
         Self {
             communicator: Box::new(Solo),
             #[cfg(feature = "mpi")]
@@ -38,7 +38,7 @@ impl World {
     /// # Errors
     /// If it was started by `mpirun`, which this binary cannot join.
     #[cfg(not(feature = "mpi"))]
-    pub fn join() -> Result<Self> {
+    pub(crate) fn join() -> Result<Self> {
         match std::env::var("OMPI_COMM_WORLD_SIZE") {
             Ok(size) if size != "1" => anyhow::bail!(
                 "started by mpirun as one of {size} ranks, which needs a medqa that was built with the feature `mpi`: cargo \
@@ -49,12 +49,12 @@ impl World {
     }
 
     /// Returns whether this is rank 0, which prints and writes for all.
-    pub fn is_rank_zero(&self) -> bool {
+    pub(crate) fn is_rank_zero(&self) -> bool {
         self.communicator.rank() == 0
     }
 
     /// Splits into the communicator, for the engine, and the guard that leaves the MPI job at the end.
-    pub fn into_parts(self) -> (Box<dyn Communicator>, MpiGuard) {
+    pub(crate) fn into_parts(self) -> (Box<dyn Communicator>, MpiGuard) {
         #[cfg(feature = "mpi")]
         return (self.communicator, MpiGuard(self.session));
         #[cfg(not(feature = "mpi"))]
@@ -68,11 +68,11 @@ impl World {
 pub(crate) struct MpiGuard(Option<burn_zero::comm::mpi::Session>);
 /// A guard that does nothing, without MPI.
 #[cfg(not(feature = "mpi"))]
-pub struct MpiGuard();
+pub(crate) struct MpiGuard();
 
 impl MpiGuard {
     /// Leaves the MPI job. Called once everything is written.
-    pub fn finalize(self) {
+    pub(crate) fn finalize(self) {
         #[cfg(feature = "mpi")]
         if let Some(session) = self.0 {
             session.finalize();
@@ -81,13 +81,13 @@ impl MpiGuard {
 }
 
 /// Returns whether `mpirun` started this process.
-pub fn launched_by_mpirun() -> bool {
+pub(crate) fn launched_by_mpirun() -> bool {
     std::env::var_os("OMPI_COMM_WORLD_SIZE").is_some()
 }
 
 /// The rank of this process and the number of ranks, known before the process joins the group.
 #[derive(Debug, Clone, Copy)]
-pub struct RankInfo {
+pub(crate) struct RankInfo {
     /// The rank; 0 without `mpirun`.
     pub rank: u64,
     /// The number of ranks; 1 without `mpirun`.
@@ -96,7 +96,7 @@ pub struct RankInfo {
 
 impl RankInfo {
     /// Reads the environment variables that `mpirun` sets.
-    pub fn from_env() -> Self {
+    pub(crate) fn from_env() -> Self {
         let number = |name| std::env::var(name).ok().and_then(|text| text.parse().ok());
         let world_size = number("OMPI_COMM_WORLD_SIZE").unwrap_or(1).max(1);
         Self { rank: number("OMPI_COMM_WORLD_RANK").unwrap_or(0), world_size }

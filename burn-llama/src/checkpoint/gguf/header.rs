@@ -121,7 +121,7 @@ pub(super) struct Header {
 
 impl Header {
     /// Parses the header of `bytes`, the whole file at `path`.
-    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
+    pub(super) fn parse(path: &Path, bytes: &[u8]) -> Result<Self, Error> {
         let mut reader = HeaderReader { path, bytes, position: 0 };
         if reader.take(4, "magic")? != b"GGUF" {
             return Err(Error::format(path, "magic", "GGUF", format!("{:02x?}", &bytes[..4])));

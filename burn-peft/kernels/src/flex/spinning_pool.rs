@@ -11,7 +11,7 @@ const SPINS_PER_POLL: usize = 32;
 
 /// Runs `work` on this thread while the other threads of rayon's pool poll for its tasks without falling asleep in
 /// between: waking a thread takes as long as many of the tasks. A nested call has no effect.
-pub fn with_spinning_pool<R>(work: impl FnOnce() -> R) -> R {
+pub(super) fn with_spinning_pool<R>(work: impl FnOnce() -> R) -> R {
     static SPINNING: AtomicBool = AtomicBool::new(false);
     let threads = rayon::current_num_threads();
     if threads < 2 || SPINNING.swap(true, Ordering::Acquire) {

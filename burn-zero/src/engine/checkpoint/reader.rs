@@ -18,7 +18,7 @@ pub(super) struct MappedFiles(Vec<(PathBuf, Mmap)>);
 
 impl MappedFiles {
     /// Maps the file itself or, if it does not exist, the files of all shards next to it.
-    pub fn open(path: &Path) -> Result<Self, Error> {
+    pub(super) fn open(path: &Path) -> Result<Self, Error> {
         let paths = if path.exists() { vec![path.to_owned()] } else { shard_paths(path)? };
         let map = |path: PathBuf| {
             let wrong = |source| Error::Io { path: path.clone(), source };
@@ -90,7 +90,7 @@ pub(super) struct CheckpointReader<'a> {
 }
 
 impl<'a> CheckpointReader<'a> {
-    pub fn open(path: &Path, maps: &'a MappedFiles) -> Result<Self, Error> {
+    pub(super) fn open(path: &Path, maps: &'a MappedFiles) -> Result<Self, Error> {
         let mut saved =
             Self { path: path.to_owned(), shards: HashMap::new(), unread: BTreeSet::new(), steps: 0, scaler: None };
         for (file, map) in &maps.0 {
@@ -132,12 +132,12 @@ impl<'a> CheckpointReader<'a> {
     }
 
     /// Returns whether the checkpoint contains a tensor of this name.
-    pub fn contains(&self, key: &str) -> bool {
+    pub(super) fn contains(&self, key: &str) -> bool {
         self.shards.contains_key(key)
     }
 
     /// Reads `range` of the flattened tensor `key`, whose full shape must be `dims`.
-    pub fn read_values(&mut self, key: &str, dims: &[usize], range: Range<usize>) -> Result<Vec<f32>, Error> {
+    pub(super) fn read_values(&mut self, key: &str, dims: &[usize], range: Range<usize>) -> Result<Vec<f32>, Error> {
         let expected = format!("f32 {dims:?}");
         let Some(shards) = self.shards.get(key) else {
             return Err(self.wrong(key, expected, "no such tensor".to_owned()).into());
@@ -163,7 +163,7 @@ impl<'a> CheckpointReader<'a> {
     }
 
     /// Reads a full parameter, in f32.
-    pub fn read_parameter<B: Backend>(
+    pub(super) fn read_parameter<B: Backend>(
         &mut self,
         parameter: &Parameter,
         device: &B::Device,
@@ -173,7 +173,7 @@ impl<'a> CheckpointReader<'a> {
     }
 
     /// Reads the number of updates of a parameter; none if it had no update yet.
-    pub fn read_step(&mut self, key: &str) -> Result<Option<usize>, Error> {
+    pub(super) fn read_step(&mut self, key: &str) -> Result<Option<usize>, Error> {
         let Some(SavedShard { view, .. }) = self.shards.get(key).and_then(|shards| shards.first()) else {
             return Ok(None);
         };
@@ -184,7 +184,7 @@ impl<'a> CheckpointReader<'a> {
     }
 
     /// Returns an error if a tensor of the checkpoint has not been read.
-    pub fn check_all_read(&self) -> Result<(), CheckpointError> {
+    pub(super) fn check_all_read(&self) -> Result<(), CheckpointError> {
         let wrong = |key: &String| {
             let (expected, found) = ("a trainable parameter", "none of that name in this run");
             Err(self.wrong(key, expected.to_owned(), found.to_owned()))

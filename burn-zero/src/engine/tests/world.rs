@@ -57,22 +57,22 @@ pub(super) const CASES: [Case; 7] = {
 };
 
 impl Case {
-    pub fn model(&self) -> Toy<TestBackend> {
+    pub(super) fn model(&self) -> Toy<TestBackend> {
         freeze(toy_of(self.vocab, self.hidden, self.tied), self.frozen)
     }
 
-    pub fn config(&self) -> EngineConfig {
+    pub(super) fn config(&self) -> EngineConfig {
         let config = EngineConfig::new(AdamW::default()).with_max_grad_norm(self.max_grad_norm);
         config.with_checkpointing(self.checkpointing)
     }
 
     /// Returns an engine with the model of this case.
-    pub fn engine(&self) -> ToyEngine {
+    pub(super) fn engine(&self) -> ToyEngine {
         self.config().init(self.model()).unwrap()
     }
 
     /// Returns the same case without clipping and with updates during the backward pass.
-    pub fn with_optimizer_in_backward(self) -> Self {
+    pub(super) fn with_optimizer_in_backward(self) -> Self {
         Self { max_grad_norm: None, optimizer_in_backward: true, ..self }
     }
 }
