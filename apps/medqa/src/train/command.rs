@@ -1,6 +1,7 @@
 //! Starts a run on the chosen device and the ranks of the process group.
 
 use super::{
+    inputs,
     interrupt::{INTERRUPTED_EXIT_CODE, InterruptGuard},
     learner,
     memory::{self, RunSizes},
@@ -53,6 +54,10 @@ fn run_on<B: Kernels>(
         &options.device,
     )?;
     let mut loaded = model::load_recipe_base::<Autodiff<B>>(&recipe, recipe.model.dtype.unwrap_or_default(), device)?;
+    if let Some(checkpoint) = state::checkpoints(&options.directory)?.last() {
+        let state = state::read_state(checkpoint)?;
+        loaded.tokenizer = inputs::with_time_of_run(loaded.tokenizer, state.inputs.as_ref())?;
+    }
     loaded.model = model::with_compute(loaded.model, recipe.model.compute)?;
     let trainer = Trainer::<B>::new(recipe, options, loaded, communicator)?;
     learner::run_in_burn_train(trainer, options.display, interrupt_guard.interrupter())

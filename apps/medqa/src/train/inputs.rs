@@ -2,7 +2,7 @@
 
 use crate::model::LoadedModel;
 use anyhow::{Result, bail};
-use burn_llama::{Example, kernel::Kernels};
+use burn_llama::{ChatTemplate, Example, Tokenizer, kernel::Kernels};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -41,6 +41,9 @@ pub(super) struct RunInputs {
     pub vocabulary: String,
     /// The SHA-256 of the chat template's source; none without a template.
     pub chat_template: Option<String>,
+    /// The local time that the chat template saw, if it looks at the clock. A resumed run sees the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template_time: Option<String>,
 }
 
 impl RunInputs {
@@ -61,6 +64,7 @@ impl RunInputs {
             valid: RowsDigest::new([valid].into_iter()),
             vocabulary: format!("{:x}", vocabulary.finalize()),
             chat_template: template,
+            template_time: tokenizer.chat_template().filter(|template| sees_clock(template)).map(ChatTemplate::time),
         })
     }
 
@@ -91,9 +95,26 @@ impl RunInputs {
     /// # Errors
     /// If the inputs cannot be written as JSON.
     pub(super) fn fingerprint(&self) -> Result<f64> {
-        let digest = Sha256::digest(serde_json::to_vec(self)?);
+        // The clocks of two ranks may differ by a second; what they change shows in the rows.
+        let digest = Sha256::digest(serde_json::to_vec(&Self { template_time: None, ..self.clone() })?);
         Ok(digest.iter().take(5).fold(0.0, |number, &byte| number * 256.0 + f64::from(byte)))
     }
+}
+
+fn sees_clock(template: &ChatTemplate) -> bool {
+    template.source().contains("strftime_now")
+}
+
+/// Sets the clock of the chat template to the time that a run to be resumed has kept.
+///
+/// # Errors
+/// If the time is none.
+pub(super) fn with_time_of_run(tokenizer: Tokenizer, inputs: Option<&RunInputs>) -> Result<Tokenizer> {
+    let time = inputs.and_then(|inputs| inputs.template_time.as_deref());
+    Ok(match (tokenizer.chat_template().cloned(), time) {
+        (Some(template), Some(time)) => tokenizer.with_chat_template(template.with_time(time)?),
+        _ => tokenizer,
+    })
 }
 
 /// Returns the beginning of a digest, for messages.
