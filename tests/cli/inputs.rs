@@ -57,15 +57,13 @@ fn a_template_sees_the_clock_of_the_start_of_the_run() {
     work.copy_of_model("clock");
     let template = "{% for m in messages %}{{ m.role }}:{{ m.content }}<eos>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}";
     work.template("clock", Some(&format!("{{{{ strftime_now('%H:%M:%S') }}}}{template}")));
-    let run = |more: &[&str]| {
-        train("run", &[&["model.path=clock", "train.save_every=2", "train.max_steps=4"], more].concat())
-    };
-    work.succeed(&run(&[]));
+    let sets = ["model.path=clock", "train.save_every=2", "train.max_steps=4"];
+    work.succeed(&train("run", &sets));
     fs::remove_file(work.at("run/summary.json")).unwrap();
     let inputs = work.json("run/inputs.json");
     assert!(inputs["template_time"].as_str().is_some_and(|time| time.contains('T')), "{inputs}");
     std::thread::sleep(std::time::Duration::from_millis(1100));
-    work.succeed(&run(&["--resume"]));
+    work.succeed(&train("run", &[&sets[..], &["--resume"]].concat()));
     assert_eq!(work.json("run/inputs.json"), inputs);
 }
 
