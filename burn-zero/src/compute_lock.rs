@@ -6,8 +6,8 @@ use std::{
 };
 
 /// A lock that lets one rank of a process compute at a time, because concurrent backward passes lose gradients in Burn
-/// 0.21. A thread computes inside `locked`, and releases the lock by `unlocked` wherever
-/// it waits for a peer. The default is the lock of a rank that has a process to itself; it never blocks.
+/// 0.21. A thread computes inside `locked`, and releases the lock by `unlocked` wherever it waits for a peer. The
+/// default is the lock of a rank that has a process to itself; it never blocks.
 #[derive(Debug, Clone, Default)]
 pub struct ComputeLock(Option<Arc<LockState>>);
 

@@ -54,8 +54,9 @@ fn run_on<B: Kernels>(
         &options.device,
     )?;
     let mut loaded = model::load_recipe_base::<Autodiff<B>>(&recipe, recipe.model.dtype.unwrap_or_default(), device)?;
-    if let Some(checkpoint) = state::checkpoints(&options.directory)?.last() {
-        let state = state::read_state(checkpoint)?;
+    let checkpoint = if options.resume { state::checkpoints(&options.directory)?.pop() } else { None };
+    if let Some(checkpoint) = checkpoint {
+        let state = state::read_state(&checkpoint)?;
         loaded.tokenizer = inputs::with_time_of_run(loaded.tokenizer, state.inputs.as_ref())?;
     }
     loaded.model = model::with_compute(loaded.model, recipe.model.compute)?;
