@@ -92,6 +92,10 @@ fn a_complete_run_goes_on_if_it_is_made_longer() {
         let done = run("parts", &[steps, "--resume"]);
         assert!(done.code == Some(2) && done.stderr.contains("a higher `train.max_steps`"), "{done:?}");
     }
+    fs::rename(work.at("parts/summary.json"), work.at("summary.json")).unwrap();
+    let done = run("parts", &["train.max_steps=3", "--resume"]);
+    assert!(done.code == Some(2) && done.stderr.contains("has taken 4 steps, the recipe asks for 3"), "{done:?}");
+    fs::rename(work.at("summary.json"), work.at("parts/summary.json")).unwrap();
     let done = run("parts", &["train.max_steps=8", "--resume"]);
     assert!(done.code == Some(0) && done.stderr.contains("resuming after step 4"), "{done:?}");
     assert_eq!(work.json("parts/summary.json")["steps"], 8);

@@ -8,7 +8,7 @@ use crate::{
     model::{self, LoadedModel},
     write::{create_parent_dir, write_dir_atomically},
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use burn::tensor::DType;
 use burn_llama::{
     Storage,
@@ -122,7 +122,10 @@ fn block_type(dtype: ExportDtype) -> BlockType {
 }
 
 fn write_gguf<B: Kernels>(loaded: &LoadedModel<B>, args: &ExportArgs) -> Result<()> {
-    for note in write::check(loaded.model.config()).with_context(|| args.model.model.clone())? {
+    let notes = write::check(loaded.model.config());
+    for note in
+        notes.map_err(|error| anyhow!("{}: {error}; write a directory instead, by --out FOLDER", args.model.model))?
+    {
         eprintln!("note: {}: {note}", args.out.display());
     }
     create_parent_dir(&args.out)?;

@@ -51,6 +51,12 @@ pub fn read_each_row(path: &Path, schema: &Schema) -> Result<Vec<(RowLocation, R
 fn read_values(path: &Path, schema: &Schema) -> Result<JsonRows> {
     let file = DataFile::read(path)?;
     if file.bytes.starts_with(parquet_rows::MAGIC) {
+        if file.compressed {
+            bail!(
+                "{}: expected Parquet as it is, found it compressed by gzip or zstd; unpack it first",
+                path.display()
+            );
+        }
         return parquet_rows::read(path);
     }
     let delimiter = match (file.has_extension("csv"), file.has_extension("tsv")) {

@@ -16,6 +16,8 @@ pub(super) struct DataFile {
     pub bytes: Vec<u8>,
     /// The name of the file, without the ending of a compressed file.
     pub name: PathBuf,
+    /// True if the file was compressed.
+    pub compressed: bool,
 }
 
 impl DataFile {
@@ -32,10 +34,13 @@ impl DataFile {
         } else if bytes.starts_with(&ZSTD) {
             zstd::Decoder::new(&bytes[..]).and_then(|mut decoder| decoder.read_to_end(&mut decompressed))
         } else {
-            return Ok(Self { bytes, name: path.to_owned() });
+            return Ok(Self { bytes, name: path.to_owned(), compressed: false });
         };
         read.map_err(|error| anyhow!("{}: expected complete compressed data: {error}", path.display()))?;
-        Ok(Self { bytes: decompressed, name: path.with_extension("") })
+        let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default().to_lowercase();
+        let named = ["gz", "gzip", "zst", "zstd"].contains(&ending.as_str());
+        let name = if named { path.with_extension("") } else { path.to_owned() };
+        Ok(Self { bytes: decompressed, name, compressed: true })
     }
 
     /// Returns whether the name, without the ending of a compressed file, ends in `.extension`.

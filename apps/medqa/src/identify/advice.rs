@@ -137,7 +137,7 @@ fn for_adapter(path: &Path, found: PathKind) -> Option<String> {
         PathKind::Run | PathKind::RunCheckpoint if path.join("model").is_dir() => {
             format!("it trained the whole model: use --model {}", path.join("model").display())
         }
-        PathKind::Run => match kind::names(path).into_iter().rfind(|name| name.starts_with("checkpoint-")) {
+        PathKind::Run => match newest_checkpoint(path) {
             Some(checkpoint) => format!("it has no adapter yet; a checkpoint is {}", path.join(checkpoint).display()),
             None => "it has neither an adapter nor a checkpoint yet".to_owned(),
         },
@@ -152,6 +152,12 @@ fn for_adapter(path: &Path, found: PathKind) -> Option<String> {
         _ => return Some(plain(found)),
     };
     Some(format!("this is {name}; {next}"))
+}
+
+/// Returns the name of the checkpoint with the most steps in the directory of a run.
+fn newest_checkpoint(run: &Path) -> Option<String> {
+    let steps = |name: &String| name.strip_prefix("checkpoint-")?.parse::<usize>().ok();
+    kind::names(run).into_iter().filter(|name| steps(name).is_some()).max_by_key(steps)
 }
 
 fn for_tokenizer(path: &Path, found: PathKind) -> Option<String> {
@@ -194,10 +200,11 @@ fn for_rows(path: &Path, found: PathKind) -> Option<String> {
         PathKind::Zip => "unpack it first".to_owned(),
         PathKind::Arrow => "write it as Parquet: datasets.Dataset.from_file(FILE).to_parquet(NEW)".to_owned(),
         PathKind::Gguf | PathKind::Safetensors | PathKind::PytorchFile => "it holds weights, not rows".to_owned(),
-        _ if path.is_dir() => match kind::names(path).into_iter().find(|name| is_data_file(name)) {
+        PathKind::Directory => match kind::names(path).into_iter().find(|name| is_data_file(name)) {
             Some(file) => format!("name a file in it, such as {}", path.join(file).display()),
-            None => "name a file".to_owned(),
+            None => "name a file with rows".to_owned(),
         },
+        _ if path.is_dir() => "name a file with rows".to_owned(),
         _ => return Some(plain(found)),
     };
     Some(format!("this is {name}; {next}"))

@@ -54,11 +54,11 @@ pub(super) fn read(recipe: &Recipe, world: u64) -> Result<Option<ExternalConfig>
         }
         (Some(file), None) => {
             foreign.file = file.clone();
-            explained(RawDsConfig::read(Path::new(file)).map_err(Into::into), file, Purpose::DeepSpeed)?
+            explained(RawDsConfig::read(Path::new(file)).map_err(whole_message), file, Purpose::DeepSpeed)?
         }
         (None, Some(file)) => {
             foreign.file = file.clone();
-            let config = AccelerateConfig::read(Path::new(file)).map_err(Into::into);
+            let config = AccelerateConfig::read(Path::new(file)).map_err(whole_message);
             let config = explained(config, file, Purpose::Accelerate)?;
             foreign.accelerate(config, world)?
         }
@@ -74,6 +74,11 @@ pub(super) fn read(recipe: &Recipe, world: u64) -> Result<Option<ExternalConfig>
     foreign.optimizer(&document, &config);
     foreign.scheduler(&document)?;
     Ok(Some(foreign))
+}
+
+/// Returns the message of an error, which contains those of its sources, as an error without sources.
+fn whole_message(error: burn_zero::Error) -> anyhow::Error {
+    anyhow!("{error}")
 }
 
 /// Adds to the error of a file that could not be read what stands at its path.

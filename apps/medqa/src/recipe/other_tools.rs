@@ -38,7 +38,7 @@ const MODEL: &[Synonyms] = &[
     of(&["double_quantization", "bnb_4bit_use_double_quant"], NoKey("the scales of nf4 are not quantized again")),
     of(&["trust_remote_code"], NoKey("no code of a model is run")),
     of(&["rope_scaling"], NoKey("it is read from the model's config.json")),
-    of(&["template", "chat_template_path"], NoKey("the model's own chat template is used")),
+    of(&["template", "chat_template_path"], Key("model.chat_template", "a file with a Jinja template")),
     of(&["cache_dir"], NoKey("the environment variables HF_HOME and HF_HUB_CACHE name the cache")),
     of(
         &[
@@ -90,7 +90,6 @@ const DATA: &[Synonyms] = &[
             "train_on_inputs",
             "train_on_prompt",
             "mask_prompt",
-            "mask_history",
             "completion_only_loss",
             "assistant_only_loss",
             "train_on_responses_only",
@@ -112,6 +111,11 @@ const DATA: &[Synonyms] = &[
         ],
         NoKey("all rows are read and tokenized before the first step"),
     ),
+    of(&["mask_history"], Key("data.learn", "\"last\"")),
+    of(
+        &["enable_thinking", "chat_template_kwargs"],
+        Key("data.template_arguments", "a table, such as { enable_thinking = false }"),
+    ),
     of(&["pad_to_sequence_len", "pad_to_multiple_of"], NoKey("rows are not padded, or only to the longest one")),
 ];
 
@@ -127,6 +131,10 @@ const METHOD: &[Synonyms] = &[
         Key("method.target_modules", "\"all-linear\" for all"),
     ),
     of(&["additional_target", "lora_modules_to_save"], Key("method.modules_to_save", "")),
+    of(
+        &["add_tokens", "new_special_tokens", "additional_special_tokens"],
+        Key("method.new_tokens", "a list of tokens"),
+    ),
     of(&["peft_use_rslora"], Key("method.use_rslora", "")),
     of(&["peft_init_lora_weights"], Key("method.init_lora_weights", "")),
     of(&["pissa_init", "pissa_iter"], Key("method.init_lora_weights", "\"pissa\" or \"pissa_niter_N\"")),

@@ -121,7 +121,8 @@ pub(super) fn read(text: &str, file: &Path, sets: &[String], world: Option<u64>)
         origin.sets.insert(key);
     }
     if let Some(name) = table.keys().find(|name| !known.tables().iter().any(|known| known.name == *name)) {
-        return Err(origin.error(name, &known.unknown_key_message(name)));
+        let set = origin.sets.iter().find(|set| set.split('.').next() == Some(name));
+        return Err(origin.error(set.unwrap_or(name), &known.unknown_key_message(name)));
     }
     let recipe = sections(&table, &known, &origin)?;
     let foreign = world.map(|world| external_config::read(&recipe, world)).transpose()?.flatten();

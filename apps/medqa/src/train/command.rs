@@ -33,7 +33,8 @@ pub(crate) fn run(recipe: Recipe, options: &TrainOptions, world: World) -> Resul
         RunOutcome::Complete(summary) => Ok(summary),
         RunOutcome::Interrupted(step) => {
             if first {
-                eprintln!("interrupted after step {step}; resume with --dir {} --resume", directory.display());
+                let at = directory.display();
+                eprintln!("interrupted after step {step}; resume: medqa train {at}/recipe.toml --dir {at} --resume");
             }
             std::process::exit(INTERRUPTED_EXIT_CODE.into());
         }

@@ -25,6 +25,8 @@ pub(super) struct Start<'a> {
     pub inputs: RunInputs,
     /// Rows per step, of all ranks.
     pub rows_per_step: usize,
+    /// The steps of the whole run.
+    pub total_steps: usize,
 }
 
 /// A run at its first step or at a checkpoint.
@@ -93,6 +95,14 @@ impl Start<'_> {
                  a resumed run keeps them",
                 state.rows_per_step,
                 self.rows_per_step
+            );
+        }
+        let complete = state::steps_of_complete_run(&self.options.directory)?;
+        if state.step > self.total_steps || complete.is_some_and(|steps| steps >= self.total_steps) {
+            bail!(
+                "{at}: the run has taken {} steps, the recipe asks for {}; raise `train.max_steps` or `train.epochs`",
+                complete.unwrap_or(state.step),
+                self.total_steps
             );
         }
         let note = match &state.inputs {

@@ -137,7 +137,7 @@ fn remove_if_exists(folder: &Path) -> std::io::Result<()> {
 
 /// Removes a checkpoint; it is renamed first, so that a half-removed one cannot be taken for a complete one.
 pub(super) fn remove(checkpoint: &Path) -> Result<()> {
-    let partial = checkpoint.with_extension("part");
+    let partial = partial_path(checkpoint);
     fs::rename(checkpoint, &partial)
         .and_then(|()| fs::remove_dir_all(&partial))
         .with_context(|| format!("{}: cannot be removed", checkpoint.display()))
@@ -171,9 +171,26 @@ pub(super) fn ensure_not_complete(directory: &Path, recipe: &Recipe) -> Result<(
         bail!("{at}: the run is complete; a higher `train.max_steps` or `train.epochs` makes it longer");
     }
     if checkpoints(directory)?.is_empty() {
-        bail!("{at}: the run is complete and has no checkpoint to go on from, since `train.save_every` was not set");
+        bail!(
+            "{at}: the run is complete and has no checkpoint to go on from; one is written after every `train.save_every` \
+             steps, but none after the last step"
+        );
     }
     Ok(())
+}
+
+/// Returns the number of steps in the summary of a complete run; none if the run is not complete.
+///
+/// # Errors
+/// If the summary cannot be read.
+pub(super) fn steps_of_complete_run(directory: &Path) -> Result<Option<usize>> {
+    let path = directory.join("summary.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let at = || format!("{}: expected the summary of a run", path.display());
+    let summary: serde_json::Value = serde_json::from_slice(&fs::read(&path).with_context(at)?).with_context(at)?;
+    Ok(summary["steps"].as_u64().map(|steps| steps as usize))
 }
 
 /// Refuses to resume a run with another recipe.

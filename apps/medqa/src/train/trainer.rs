@@ -118,7 +118,8 @@ impl<B: Kernels> Trainer<B> {
         let config = setup::engine_config(&recipe, communicator)?;
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
-        let start = Start { recipe: &recipe, options, inputs, rows_per_step: data.batch_sampler.rows_per_step() };
+        let (rows_per_step, total_steps) = (data.batch_sampler.rows_per_step(), data.batch_sampler.total_steps());
+        let start = Start { recipe: &recipe, options, inputs, rows_per_step, total_steps };
         let Started { engine, state, note } = start.engine(model, config)?;
         let run_log = if engine.rank() == 0 { Some(open_record(&recipe, options, &state)?) } else { None };
         let output = RunOutput::new(adapter, loaded.tokenizer);
@@ -310,7 +311,14 @@ impl<B: Kernels> Trainer<B> {
     fn save(&mut self, directory: &Path) -> Result<()> {
         let (first, output) = (self.engine.rank() == 0, &self.output);
         let folder = directory.join(output.folder_name());
-        self.engine.with_full_params(|model| if first { output.save(model, &folder) } else { Ok(()) })?
+        self.engine.with_full_params(|model| match find_not_finite::<Autodiff<B>, _>(model) {
+            Some(tensor) => bail!(
+                "{tensor} holds NaN or infinity after the last step, so nothing is saved; lower `train.learning_rate`, or \
+                 clip gradients by `train.max_grad_norm`"
+            ),
+            None if first => output.save(model, &folder),
+            None => Ok(()),
+        })?
     }
 
     /// Writes a checkpoint to resume from after `step`, and removes the oldest ones beyond `train.keep`.
