@@ -94,3 +94,11 @@ fn a_text_beyond_the_models_positions_is_refused_and_such_rows_are_counted() {
     let done = work.succeed(&["data", "check", "long.jsonl", "--model", "scaled", "--max-length", "2000"]);
     assert!(!done.stdout.contains("longer than"), "{done:?}");
 }
+
+#[test]
+fn a_result_that_is_not_finite_is_not_saved() {
+    let work = WorkDir::new();
+    let sets = ["train.learning_rate=1e39", "train.max_steps=1", "train.max_grad_norm=0"];
+    named(&work, &train("out", &sets), &["lora_b holds NaN or infinity", "`train.learning_rate`"]);
+    assert!(!work.at("out/adapter").exists() && !work.at("out/summary.json").exists());
+}
