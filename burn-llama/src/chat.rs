@@ -62,6 +62,12 @@ impl ChatTemplate {
         Ok(Self { environment, source: source.to_owned(), time })
     }
 
+    /// Defines further special tokens, by the names of their variables, such as `pad_token`.
+    pub(crate) fn with_special_tokens(mut self, tokens: &[(&'static str, String)]) -> Self {
+        tokens.iter().for_each(|(name, text)| self.environment.add_global(*name, text.as_str().to_owned()));
+        self
+    }
+
     /// Sets the local time that the template sees, such as `2024-02-29T23:59:59`. Without it that is the time at which
     /// the template was parsed, so that every text of one template has the same date.
     ///

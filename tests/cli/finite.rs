@@ -99,6 +99,6 @@ fn a_text_beyond_the_models_positions_is_refused_and_such_rows_are_counted() {
 fn a_result_that_is_not_finite_is_not_saved() {
     let work = WorkDir::new();
     let sets = ["train.learning_rate=1e39", "train.max_steps=1", "train.max_grad_norm=0"];
-    named(&work, &train("out", &sets), &["lora_b holds NaN or infinity", "`train.learning_rate`"]);
+    named(&work, &train("out", &sets), &["holds NaN or infinity after the last step", "`train.learning_rate`"]);
     assert!(!work.at("out/adapter").exists() && !work.at("out/summary.json").exists());
 }

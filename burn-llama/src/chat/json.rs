@@ -114,7 +114,7 @@ impl JsonDumps {
         }
         let mut out = String::new();
         for c in quoted.chars() {
-            if matches!(c, ' '..='~') {
+            if matches!(c, ' '..='~') || repr::is_placeholder(c) {
                 out.push(c);
             } else {
                 out.extend(c.encode_utf16(&mut [0; 2]).iter().map(|unit| format!("\\u{unit:04x}")));

@@ -80,9 +80,18 @@ fn quoted(text: &str) -> String {
     out
 }
 
-/// Returns true if Python's `str.isprintable` does so for the character. The standard library escapes the same
-/// categories in `Debug`, and combining characters at the start of a string besides.
+/// Returns true for the characters that may be placeholders of texts.
+pub(super) fn is_placeholder(c: char) -> bool {
+    ('\u{e000}'..='\u{f8ff}').contains(&c)
+}
+
+/// Returns true if Python's `str.isprintable` does so for the character, and for private-use characters, which stand for
+/// texts that must not become control tokens. The standard library escapes the same categories in `Debug`, and combining
+/// characters at the start of a string besides.
 pub(super) fn is_printable(c: char) -> bool {
+    if is_placeholder(c) {
+        return true;
+    }
     let text = String::from_iter(['a', c]);
     matches!(c, '\'' | '"' | '\\') || text.escape_debug().eq(text.chars())
 }

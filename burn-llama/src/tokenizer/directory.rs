@@ -174,7 +174,9 @@ impl ConfigFiles {
         let eos = named("eos_token").or(stop.first().copied());
         let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
         let pad = named("pad_token").or(either("pad_token_id").first().copied());
-        SpecialTokens { bos, eos, pad, bos_token: token(bos), eos_token: token(eos), stop_ids: Vec::new() }
+        let others = SPECIAL_TOKEN_KEYS.into_iter().filter(|name| !["bos_token", "eos_token"].contains(name));
+        let others = others.filter_map(|name| Some((name, self.named_token(name)?.to_owned()))).collect();
+        SpecialTokens { bos, eos, pad, bos_token: token(bos), eos_token: token(eos), others, stop_ids: Vec::new() }
             .with_stop_ids(stop)
     }
 

@@ -52,13 +52,13 @@ impl Tokenizer {
         self
     }
 
-    /// Parses a chat template whose variables `bos_token` and `eos_token` are those of this tokenizer.
+    /// Parses a chat template whose variables `bos_token`, `eos_token` and so on are those of this tokenizer.
     ///
     /// # Errors
     ///
     /// [`Error::Template`] with the line number if it does not parse.
     pub fn parse_chat_template(&self, source: &str) -> Result<ChatTemplate, Error> {
-        ChatTemplate::new(source, self.bos_token(), self.eos_token())
+        self.special.parse_template(source)
     }
 
     pub(super) fn set_chat_template(&mut self, template: Option<ChatTemplate>) {

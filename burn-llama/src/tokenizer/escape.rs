@@ -200,13 +200,13 @@ impl Escaper<'_> {
         out + rest
     }
 
-    /// Escapes every string in a JSON value, and control tokens in its keys.
+    /// Escapes every string in a JSON value, and its keys.
     fn escape_json(&mut self, value: &Json) -> Json {
         match value {
             Json::String(text) => Json::String(self.escape(text)),
             Json::Array(items) => items.iter().map(|item| self.escape_json(item)).collect(),
             Json::Object(fields) => {
-                fields.iter().map(|(key, value)| (self.escape_tokens(key), self.escape_json(value))).collect()
+                fields.iter().map(|(key, value)| (self.escape(key), self.escape_json(value))).collect()
             }
             other => other.clone(),
         }
@@ -215,7 +215,7 @@ impl Escaper<'_> {
     fn escape_message(&mut self, message: &Message) -> Message {
         let fields = message.fields.iter();
         Message {
-            role: message.role.clone(),
+            role: self.escape_tokens(&message.role),
             content: message.content.as_deref().map(|text| self.escape(text)),
             fields: fields.map(|(key, value)| (self.escape_tokens(key), self.escape_json(value))).collect(),
         }

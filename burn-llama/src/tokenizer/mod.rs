@@ -92,6 +92,8 @@ struct SpecialTokens {
     bos_token: Option<String>,
     /// The text of the `eos` token.
     eos_token: Option<String>,
+    /// The names and texts of the other special tokens, such as `pad_token`, which chat templates see.
+    others: Vec<(&'static str, String)>,
     /// All ids that end a generation, ascending.
     stop_ids: Vec<u32>,
 }
@@ -106,10 +108,15 @@ impl SpecialTokens {
         self
     }
 
-    /// Parses the chat template `source` from the file at `path`, with `bos_token` and `eos_token` as its variables.
+    /// Parses a chat template with the special tokens as its variables.
+    fn parse_template(&self, source: &str) -> Result<ChatTemplate, Error> {
+        let template = ChatTemplate::new(source, self.bos_token.as_deref(), self.eos_token.as_deref())?;
+        Ok(template.with_special_tokens(&self.others))
+    }
+
+    /// Parses the chat template `source` from the file at `path`, with the special tokens as its variables.
     fn parse_chat_template(&self, source: Option<&str>, path: &Path) -> Result<Option<ChatTemplate>, Error> {
-        let parse = |source| ChatTemplate::new(source, self.bos_token.as_deref(), self.eos_token.as_deref());
-        source.map(parse).transpose().map_err(|error| error.in_file(path))
+        source.map(|source| self.parse_template(source)).transpose().map_err(|error| error.in_file(path))
     }
 }
 

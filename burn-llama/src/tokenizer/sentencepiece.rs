@@ -48,8 +48,8 @@ struct Symbol {
 /// Splits a text, with spaces already written as [`SPACE_SYMBOL`], into the pieces that remain when no more merges are
 /// possible.
 ///
-/// `ids` maps the text of a token to its id, and `scores` is indexed by id.
-pub(super) fn pieces<'t>(text: &'t str, ids: &HashMap<String, u32>, scores: &[f32]) -> Vec<&'t str> {
+/// `score` returns the score of a token; none if the text is no token that merges may lead to.
+pub(super) fn pieces(text: &str, score: impl Fn(&str) -> Option<f32>) -> Vec<&str> {
     let mut pieces: Vec<Symbol> = text
         .char_indices()
         .enumerate()
@@ -65,7 +65,7 @@ pub(super) fn pieces<'t>(text: &'t str, ids: &HashMap<String, u32>, scores: &[f3
         let (Some(left), Some(right)) = (left, right) else { return };
         let bytes = pieces[left].bytes + pieces[right].bytes;
         let token = &text[pieces[left].start..][..bytes];
-        if let Some(score) = ids.get(token).and_then(|id| scores.get(*id as usize)) {
+        if let Some(score) = score(token) {
             // Adding zero turns -0.0 into 0.0: llama.cpp compares them as equal, `total_cmp` does not.
             queue.push(Merge { score: score + 0.0, left, right, bytes });
         }

@@ -230,7 +230,10 @@ impl Vocabulary {
             escaped.push(SPACE_SYMBOL);
         }
         escaped.extend(text.chars().map(|c| if c == ' ' { SPACE_SYMBOL } else { c }));
-        for piece in sentencepiece::pieces(&escaped, &self.ids, scores) {
+        // No text becomes a control token by merges.
+        let ordinary = |id: &&u32| self.token_types[**id as usize] != TokenType::Control;
+        let score = |token: &str| scores.get(*self.ids.get(token).filter(ordinary)? as usize).copied();
+        for piece in sentencepiece::pieces(&escaped, score) {
             match self.id(piece) {
                 Some(id) => ids.push(id),
                 None => {

@@ -6,7 +6,7 @@
 //! ```
 //!
 //! A template may write earlier turns differently when an answer follows (Mistral's puts the system text into the last
-//! question), so the two texts are never compared as a whole. A marker in place of the last question's text shows where
+//! question), so the two texts are never compared as a whole. A marker behind the last question's text shows where
 //! the part begins that belongs to the answer, in both of them; a marker in place of the answer shows where it begins
 //! and ends, where the two disagree about its turn.
 
@@ -22,7 +22,7 @@ pub(super) struct ConversationRenderer<'a> {
     tokenizer: &'a Tokenizer,
     template: &'a ChatTemplate,
     chat: EscapedConversation,
-    /// Stands for the text of the message before the answer.
+    /// Stands behind the text of the message before the answer.
     asked: char,
     /// Stands for the text of the answer.
     said: char,
@@ -83,7 +83,8 @@ impl<'a> ConversationRenderer<'a> {
         let prompt = self.render(before, true)?;
         let mut turns = before.to_vec();
         if let Some(last) = turns.last_mut() {
-            last.content = Some(self.asked.into());
+            // A template may look at the question, so the marker stands behind it.
+            last.content = Some(format!("{}{}", last.text(), self.asked));
         }
         let asked = self.after_question(self.render(&turns, true)?);
         turns.push(answer.clone());
@@ -91,13 +92,17 @@ impl<'a> ConversationRenderer<'a> {
         let around = self.around_answer(&mut turns)?.unwrap_or_default();
         let (mut empty_thought, mut learned) = (false, String::new());
         match (told.strip_prefix(&asked), told.strip_prefix(&around.opening)) {
-            (Some(rest), _) => learned.push_str(rest),
+            (Some(rest), _) => {
+                learned.push_str(rest);
+                empty_thought = OpenThought::at_end_of(&asked).is_some_and(|thought| thought.is_missing_in(answer));
+            }
             (None, Some(rest)) => match OpenThought::at_end_of(&asked) {
                 Some(thought) => {
                     learned = thought.complete(answer, rest);
                     empty_thought = thought.is_missing_in(answer);
                 }
-                None => learned.push_str(rest),
+                None if asked.starts_with(around.opening.trim_end()) => learned.push_str(rest),
+                None => bail!(self.not_incremental_error(&around.opening, &asked)),
             },
             (None, None) => bail!(self.not_incremental_error(&around.opening, &told)),
         }

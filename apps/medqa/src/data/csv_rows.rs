@@ -35,17 +35,21 @@ pub(super) fn parse(path: &Path, text: &str, delimiter: Delimiter, schema: &Sche
     }
     let last = records.pop().unwrap_or_default();
     if last.get(0) != Some(END) {
-        bail!("{at}:{}: a quote (\") opens a field of this row and is never closed", line_of(&last));
+        bail!("{at}:{}: a quote (\") opens a field of this row and is never closed", line_of(&text, &last));
     }
     let mut records = records.into_iter();
     let Some(header) = records.next() else { return Ok(JsonRows::new()) };
     check_header(path, &header, delimiter)?;
     let lists = list_columns(schema);
-    Ok(records.map(|record| (RowLocation::Line(line_of(&record)), row(&header, &record, &lists))).collect())
+    Ok(records.map(|record| (RowLocation::Line(line_of(&text, &record)), row(&header, &record, &lists))).collect())
 }
 
-fn line_of(record: &StringRecord) -> usize {
-    record.position().map_or(1, |position| usize::try_from(position.line()).unwrap_or(usize::MAX))
+/// Returns the line at which a record of the text begins. The reader's position is before the line ends that it skips.
+fn line_of(text: &str, record: &StringRecord) -> usize {
+    let start = record.position().map_or(0, |position| usize::try_from(position.byte()).unwrap_or(usize::MAX));
+    let rest = text.get(start..).unwrap_or_default();
+    let skipped = rest.len() - rest.trim_start_matches(['\r', '\n']).len();
+    1 + text.as_bytes().iter().take(start + skipped).filter(|&&byte| byte == b'\n').count()
 }
 
 fn check_header(path: &Path, header: &StringRecord, delimiter: Delimiter) -> Result<()> {

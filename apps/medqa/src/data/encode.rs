@@ -100,7 +100,10 @@ impl EncodedRows {
     /// Returns an error if there is no example.
     pub fn require_examples(&self, max_length: usize) -> Result<()> {
         if self.examples.is_empty() {
-            bail!("no row has a token to learn within `max_length` = {max_length} tokens; raise it");
+            match self.truncated + self.dropped {
+                0 => bail!("no row has a token to learn"),
+                _ => bail!("no row has a token to learn within `max_length` = {max_length} tokens; raise it"),
+            }
         }
         Ok(())
     }

@@ -10,12 +10,13 @@ struct ThoughtTags {
 }
 
 /// The tags of the models in use.
-const THOUGHT_TAGS: [ThoughtTags; 5] = [
+const THOUGHT_TAGS: [ThoughtTags; 6] = [
     ThoughtTags { open: "<think>", close: "</think>" },
     ThoughtTags { open: "<thinking>", close: "</thinking>" },
     ThoughtTags { open: "<thought>", close: "</thought>" },
     ThoughtTags { open: "<seed:think>", close: "</seed:think>" },
     ThoughtTags { open: "[THINK]", close: "[/THINK]" },
+    ThoughtTags { open: "<|START_THINKING|>", close: "<|END_THINKING|>" },
 ];
 
 /// The keys of a turn that hold its thought.
