@@ -264,3 +264,40 @@ fn control_tokens_that_the_template_searches_answers_for_are_found_there_and_now
     let count = |token: &str| ids.iter().filter(|id| Some(**id) == tokenizer.token_to_id(token)).count();
     assert_eq!(names.map(count), [0, 2, 2, 1, 1]);
 }
+
+/// A prompt may depend on the question, as that of Nemotron-Nano does.
+#[test]
+fn a_template_sees_the_question_that_it_answers() {
+    let source = CHATML.replace(
+        "{{ '<|im_start|>assistant\\n' }}",
+        "{{ '<|im_start|>assistant\\n' }}{{ '<think></think>' if '/no_think' in messages[-1].content else '<think>\\n' }}",
+    );
+    assert_ne!(source, CHATML);
+    let tokenizer = chatml(&source);
+    let row = |question: &str| {
+        json!({"messages": [
+            {"role": "user", "content": question}, {"role": "assistant", "content": "4", "reasoning_content": "2+2"}]})
+    };
+    for (question, expected) in
+        [("2+2? /no_think", "<think></think>[[4<|im_end|>]]"), ("2+2?", "<think>\n[[2+2\n</think>\n\n4<|im_end|>]]")]
+    {
+        let found = encoded(&tokenizer, &row(question));
+        let text = found.map(|found| mark_learned(&tokenizer, &found.examples[0]).unwrap());
+        println!("{text:?}");
+        assert!(text.unwrap().ends_with(expected), "{question}");
+    }
+}
+
+/// Nothing is learned inside a thought that the prompt opens and the template closes.
+#[test]
+fn an_answer_that_does_not_follow_its_prompt_is_refused() {
+    let source = CHATML
+        .replace(
+            "m['content'] + '<|im_end|>'",
+            "('<reason></reason>' if m.role == 'assistant' else '') + m['content'] + '<|im_end|>'",
+        )
+        .replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<reason>\\n' }}");
+    let row = json!({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]});
+    let error = encoded(&chatml(&source), &row).unwrap_err();
+    assert!(format!("{error:#}").contains("<reason>"), "{error:#}");
+}
