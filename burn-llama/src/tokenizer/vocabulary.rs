@@ -122,7 +122,15 @@ impl Vocabulary {
         let (bos, eos) = (self.named_id(gguf, "bos", 1)?, self.named_id(gguf, "eos", 2)?);
         let token = |id: Option<u32>| id.and_then(|id| self.token(id)).map(str::to_owned);
         let (bos_token, eos_token) = (token(bos), token(eos));
-        let special = SpecialTokens { bos, eos, pad: named("padding")?, bos_token, eos_token, stop_ids: Vec::new() };
+        let special = SpecialTokens {
+            bos,
+            eos,
+            pad: named("padding")?,
+            bos_token,
+            eos_token,
+            others: Vec::new(),
+            stop_ids: Vec::new(),
+        };
         let by_key = ["eot", "eom", "fim_pad", "fim_rep", "fim_sep"].map(named);
         let mut stop: Vec<u32> = stop_tokens().filter_map(|token| self.id(token)).collect();
         for id in by_key {

@@ -282,7 +282,7 @@ fn a_template_sees_the_question_that_it_answers() {
         [("2+2? /no_think", "<think></think>[[4<|im_end|>]]"), ("2+2?", "<think>\n[[2+2\n</think>\n\n4<|im_end|>]]")]
     {
         let found = encoded(&tokenizer, &row(question));
-        let text = found.map(|found| mark_learned(&tokenizer, &found.examples[0]).unwrap());
+        let text = found.map(|found| mark_learned(&tokenizer, &found.examples[0], "[[", "]]").unwrap());
         println!("{text:?}");
         assert!(text.unwrap().ends_with(expected), "{question}");
     }
