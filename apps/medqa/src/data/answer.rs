@@ -101,8 +101,11 @@ impl<'a> ConversationRenderer<'a> {
                     learned = thought.complete(answer, rest);
                     empty_thought = thought.is_missing_in(answer);
                 }
-                None if asked.starts_with(around.opening.trim_end()) => learned.push_str(rest),
-                None => bail!(self.not_incremental_error(&around.opening, &asked)),
+                // The template writes more before the answer than `chat` sends, such as the end of what that has opened.
+                None if !asked.trim().is_empty() && around.opening.starts_with(asked.trim_end()) => {
+                    bail!(self.not_incremental_error(&asked, &around.opening))
+                }
+                None => learned.push_str(rest),
             },
             (None, None) => bail!(self.not_incremental_error(&around.opening, &told)),
         }

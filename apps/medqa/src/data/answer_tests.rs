@@ -143,15 +143,20 @@ fn a_thought_that_the_template_writes_is_learned_as_it_is_written() {
     let with = |key: &str| json!({"role": "assistant", "content": "4.", key: "Two and two."});
     let open = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n";
     let expected = [format!("{open}[[<think>\nTwo and two.\n</think>\n\n4.<|im_end|>]]")];
-    for answer in [with("reasoning_content"), assistant("<think>\nTwo and two.\n</think>\n\n4.")] {
+    for answer in [
+        with("reasoning_content"),
+        with("thinking"),
+        with("reasoning"),
+        assistant("<think>\nTwo and two.\n</think>\n\n4."),
+    ] {
         assert_eq!(learned(&tokenizer, &json!({"messages": [user("2+2?"), answer]})), expected);
     }
     let row = json!({"messages": [user("2+2?"), assistant("4.")]});
     assert_eq!(learned(&tokenizer, &row), [format!("{open}[[<think>\n\n</think>\n\n4.<|im_end|>]]")]);
     // Keys that the template does not print are refused by name.
     let error =
-        format!("{:#}", encoded(&tokenizer, &json!({"messages": [user("2+2?"), with("thinking")]})).unwrap_err());
-    assert!(error.starts_with("turn 2: `thinking`: expected the chat template to print it"), "{error}");
+        format!("{:#}", encoded(&tokenizer, &json!({"messages": [user("2+2?"), with("rationale")]})).unwrap_err());
+    assert!(error.starts_with("turn 2: `rationale`: expected the chat template to print it"), "{error}");
     assert!(error.contains("\"Two and two.\""), "{error}");
     let empty = json!({"role": "assistant", "content": "4.", "thinking": " ", "name": null, "score": 3, "weight": 1});
     assert_eq!(encoded(&tokenizer, &json!({"messages": [user("2+2?"), empty]})).unwrap().omitted, 0);
@@ -272,19 +277,18 @@ fn a_template_sees_the_question_that_it_answers() {
         "{{ '<|im_start|>assistant\\n' }}",
         "{{ '<|im_start|>assistant\\n' }}{{ '<think></think>' if '/no_think' in messages[-1].content else '<think>\\n' }}",
     );
-    assert_ne!(source, CHATML);
     let tokenizer = chatml(&source);
-    let row = |question: &str| {
-        json!({"messages": [
-            {"role": "user", "content": question}, {"role": "assistant", "content": "4", "reasoning_content": "2+2"}]})
+    let row = |question: &str, thought: Option<&str>| {
+        let answer = json!({"role": "assistant", "content": "4", "reasoning_content": thought});
+        json!({"messages": [user(question), answer]})
     };
-    for (question, expected) in
-        [("2+2? /no_think", "<think></think>[[4<|im_end|>]]"), ("2+2?", "<think>\n[[2+2\n</think>\n\n4<|im_end|>]]")]
-    {
-        let found = encoded(&tokenizer, &row(question));
-        let text = found.map(|found| mark_learned(&tokenizer, &found.examples[0], "[[", "]]").unwrap());
-        println!("{text:?}");
-        assert!(text.unwrap().ends_with(expected), "{question}");
+    for (question, thought, expected) in [
+        ("2+2? /no_think", None, "<think></think>[[4<|im_end|>]]"),
+        ("2+2?", Some("2+2"), "<think>\n[[2+2\n</think>\n\n4<|im_end|>]]"),
+    ] {
+        let found = encoded(&tokenizer, &row(question, thought)).unwrap().examples;
+        let text = mark_learned(&tokenizer, &found[0], "[[", "]]").unwrap();
+        assert!(text.ends_with(expected), "{question}: {text}");
     }
 }
 
@@ -299,5 +303,5 @@ fn an_answer_that_does_not_follow_its_prompt_is_refused() {
         .replace("{{ '<|im_start|>assistant\\n' }}", "{{ '<|im_start|>assistant\\n<reason>\\n' }}");
     let row = json!({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]});
     let error = encoded(&chatml(&source), &row).unwrap_err();
-    assert!(format!("{error:#}").contains("<reason>"), "{error:#}");
+    assert!(format!("{error:#}").contains("</reason>"), "{error:#}");
 }
