@@ -105,6 +105,7 @@ fn thoughts_are_learned_or_refused_by_name() {
         ),
         (R1, field("thinking"), format!("{thought}\n</think>\n\n4.")),
         (R1, row(json!({"content": "4."})), "\n</think>\n\n4.".to_owned()),
+        (QWEN3, field("thinking"), format!("<think>\n{thought}\n</think>\n\n4.")),
         (QWEN3, field("reasoning_content"), format!("<think>\n{thought}\n</think>\n\n4.")),
     ] {
         let done = check(template, &rows, &[]);
@@ -114,10 +115,10 @@ fn thoughts_are_learned_or_refused_by_name() {
         let empty = done.stdout.contains("empty thoughts                   1 (the prompt opens one, the row has none)");
         assert_eq!(empty, expected.starts_with('\n'), "{done:?}");
     }
-    let done = check(QWEN3, &field("thinking"), &[]);
+    let done = check(QWEN3, &field("rationale"), &[]);
     assert_eq!(done.code, Some(2), "{done:?}");
     assert!(
-        done.stdout.contains("rows.jsonl:1: turn 2: `thinking`: expected the chat template to print it"),
+        done.stdout.contains("rows.jsonl:1: turn 2: `rationale`: expected the chat template to print it"),
         "{done:?}"
     );
     // Thoughts of earlier turns that the template leaves out are counted, and arguments reach the template.

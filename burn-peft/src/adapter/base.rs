@@ -26,14 +26,29 @@ pub fn is_adapter(path: &str) -> bool {
 }
 
 /// Unties the output head from the embedding if `config` changes one of the two.
+///
+/// # Errors
+/// If `config` changes both, in ways that cannot be told apart.
 pub(super) fn untie<B: LinearKernels, M: Linears<B>>(model: &mut M, config: &LoraConfig) -> Result<(), Error> {
     let selection = Selection::new(config)?;
     let apart = |[embedding, head]: [&str; 2]| {
         selection.in_modules_to_save(embedding) || selection.in_modules_to_save(head) || selection.selects(head)
     };
-    if model.tied().is_some_and(apart) {
-        model.untie();
+    let Some([embedding, head]) = model.tied().filter(|tied| apart(*tied)).map(|tied| tied.map(str::to_owned)) else {
+        return Ok(());
+    };
+    let both = |what: &str| {
+        Error::config(format!(
+            "{what} and an adapter of `{head}`, which shares the weight of `{embedding}`: choose one"
+        ))
+    };
+    if config.trainable_token_indices.is_some() {
+        return Err(both("`trainable_token_indices`"));
     }
+    if selection.selects(&head) && config.init_lora_weights.mutates_base_weights() {
+        return Err(both("`init_lora_weights` that changes the base weight"));
+    }
+    model.untie();
     Ok(())
 }
 

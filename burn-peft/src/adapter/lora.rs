@@ -106,8 +106,10 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     check_new_adapter(model, name, config.changes_base())?;
     base::untie(model, &config)?;
     let mut tensors = format::align_tensors(tensors, known_names(model, &config)?.into_iter());
+    saved_embeddings::prepare_modules_to_save(model, &config, &mut tensors)?;
     let saved = SavedEmbeddings::take(model, &config, directory, &mut tensors)?;
     saved.check_new_adapter(model, name)?;
+    let has_head = saved.has_head();
     config.save_embedding_layers = saved.install(model);
     let mut embedding = EmbeddingTarget::new(model, &config)?;
     if let Some(embedding) = &mut embedding {
@@ -122,7 +124,8 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     let mut result = Ok(());
     model.linears_mut(&mut |path, linear| {
         if base.is_target(path) && result.is_ok() {
-            result = load_layer(linear, LoraSpec { path, name, config: &config }, &mut tensors);
+            let installed = has_head && path == saved_embeddings::HEAD;
+            result = load_layer(linear, LoraSpec { path, name, config: &config }, installed, &mut tensors);
         }
     });
     result?;
@@ -166,20 +169,25 @@ fn known_names<B: LinearKernels, M: Linears<B> + Module<B>>(
     Ok(names)
 }
 
-/// Adds the adapter of one layer, whose values it takes out of `tensors`.
+/// Adds the adapter of one layer, whose values it takes out of `tensors`. The weight of the layer is in the file as well if
+/// it is `installed` already.
 fn load_layer<B: LinearKernels>(
     linear: &mut Linear<B>,
     spec: LoraSpec<'_>,
+    installed: bool,
     tensors: &mut BTreeMap<String, TensorData>,
 ) -> Result<(), Error> {
     let LoraSpec { path, name, config } = spec;
     let mut take = |part: &str| tensors.remove(&format::tensor_key(path, part));
     let (Some(a), Some(b)) = (take("lora_A"), take("lora_B")) else { return Ok(()) };
     let device = linear.weight.device();
-    if let Some(own) = take("base_layer") {
+    let own = take("base_layer");
+    let in_file = installed || own.is_some();
+    if let Some(own) = own {
         linear.map_weight(|_| Tensor::from_data(own, (&device, DType::F32)));
     }
-    if config.init_lora_weights.mutates_base_weights() {
+    // A weight in the file is changed already.
+    if config.init_lora_weights.mutates_base_weights() && !in_file {
         // The adapter was trained on the weight minus its initial `s·B·A`; attaching a new one subtracts that.
         linear.attach(path, name, config, 0)?;
         linear.adapters.pop();

@@ -12,7 +12,7 @@ const ENDS: [&str; 4] =
     [".weight", ".base_layer.weight", ".original_module.weight", ".token_adapter.base_layer.weight"];
 
 /// The path of the output head, as in PEFT's `EMBEDDING_LAYER_NAMES`.
-const HEAD: &str = "lm_head";
+pub(super) const HEAD: &str = "lm_head";
 
 /// Returns every name that the weight of the module at `path` may have in an adapter's file.
 pub(super) fn names(path: &str) -> impl Iterator<Item = String> {
@@ -41,6 +41,29 @@ pub(super) fn paths<B: LinearKernels, M: Linears<B>>(
     Ok([embedding, head].map(|path| path.filter(|path| !selection.in_modules_to_save(path))))
 }
 
+/// Prepares the model for an embedding and a head that `modules_to_save` names: it grows to their rows. Their originals,
+/// which PEFT writes too, are dropped from `tensors`.
+///
+/// # Errors
+/// If `config` has a pattern that is not a regular expression.
+pub(super) fn prepare_modules_to_save<B: LinearKernels, M: Linears<B>>(
+    model: &mut M,
+    config: &LoraConfig,
+    tensors: &mut BTreeMap<String, TensorData>,
+) -> Result<(), Error> {
+    let selection = Selection::new(config)?;
+    let embedding = model.embedding().map(|(path, embedding)| (path.to_owned(), embedding.weight.shape()[0]));
+    let Some((embedding, rows)) = embedding else { return Ok(()) };
+    for path in [embedding.as_str(), HEAD].into_iter().filter(|path| selection.in_modules_to_save(path)) {
+        tensors.remove(&format!("{}{path}.original_module.weight", format::PREFIX));
+        let saved = tensors.get(&format!("{}{path}.weight", format::PREFIX)).map(|data| data.shape[0]);
+        if let Some(saved) = saved.filter(|&saved| saved > rows) {
+            model.resize_token_embeddings(saved);
+        }
+    }
+    Ok(())
+}
+
 impl SavedEmbeddings {
     /// Takes the weights out of `tensors`.
     ///
@@ -56,9 +79,17 @@ impl SavedEmbeddings {
         let mut found = Vec::new();
         for path in paths(model, config)? {
             // A wrapped weight may stand in the file under two names.
-            let all: Vec<_> =
-                path.iter().flat_map(|path| names(path)).filter_map(|name| tensors.remove(&name)).collect();
-            found.push(all.into_iter().next());
+            let names = path.iter().flat_map(|path| names(path));
+            let mut all = names.filter_map(|name| tensors.remove(&name).map(|data| (name, data)));
+            let first = all.next();
+            if let (Some((one, data)), Some((other, _))) =
+                (&first, all.find(|(_, data)| Some(data) != first.as_ref().map(|(_, first)| first)))
+            {
+                let shape = data.shape.to_vec();
+                let message = format!("{one} {shape:?} and {other} are two different weights of one module");
+                return Err(Error::Mismatch { path: directory.to_owned(), message });
+            }
+            found.push(first.map(|(_, data)| data));
         }
         let mut rows = found.iter().flatten().map(|data| data.shape.to_vec());
         if let Some(first) = rows.next()
@@ -72,6 +103,11 @@ impl SavedEmbeddings {
         }
         let head = found.pop().flatten();
         Ok(Self { embedding: found.pop().flatten(), head })
+    }
+
+    /// Returns whether the file has the weight of the output head.
+    pub(super) fn has_head(&self) -> bool {
+        self.head.is_some()
     }
 
     /// Checks that the weights may replace those of the model.

@@ -113,7 +113,9 @@ fn to_lora_fields(mut fields: Value) -> Value {
         let r = fields.get("init_r").cloned().unwrap_or(json!(12));
         fields.insert("r".to_owned(), r);
         // AdaLoRA's pattern lists the ranks that are left, which the tensors' shapes tell as well.
-        fields.retain(|name, _| !matches!(name.as_str(), "rank_pattern" | "alpha_pattern" | "use_rslora"));
+        // Its matrices begin as plain ones, whatever `init_lora_weights` says.
+        let other = ["rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"];
+        fields.retain(|name, _| !other.contains(&name.as_str()));
     }
     fields
 }

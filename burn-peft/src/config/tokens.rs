@@ -2,7 +2,7 @@
 
 use crate::{Error, param::last_segment};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The tokens whose rows are trained: of the embedding, or by the name of a module.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,7 +39,8 @@ impl TokenIndices {
                 own
             }
         };
-        let twice = indices.iter().find(|index| indices.iter().filter(|other| other == index).count() > 1);
+        let mut seen = BTreeSet::new();
+        let twice = indices.iter().find(|&&index| !seen.insert(index));
         match (indices.is_empty(), twice) {
             (true, _) => Err(refuse("none".to_owned())),
             (_, Some(index)) => Err(refuse(format!("{index} twice"))),

@@ -115,7 +115,8 @@ pub fn read_tensors(directory: &Path) -> Result<BTreeMap<String, TensorData>, Er
     let mut tensors = BTreeMap::new();
     for (name, data) in read_file(&path)? {
         let key = names::peft_name(&name);
-        if tensors.insert(key.clone(), data).is_some() {
+        // PEFT writes a resized embedding twice if `modules_to_save` names it.
+        if tensors.insert(key.clone(), data.clone()).is_some_and(|before| before != data) {
             let expected = "one adapter, whose tensors stand in the file once";
             return Err(Error::format(&path, &key, expected, format!("several, one of which is {name}")));
         }

@@ -113,6 +113,10 @@ impl Entries {
             let name = entry.name().to_owned();
             // Everything is in one folder, whose name is that of the file when it was saved.
             let inner = name.split_once('/').map_or("", |(_, inner)| inner);
+            let wanted = inner == "data.pkl" || inner == "byteorder" || inner.starts_with("data/");
+            if wanted && entry.compression() != CompressionMethod::Stored {
+                return Err(format!("compressed content in {name}"));
+            }
             if inner == "data.pkl" {
                 let mut bytes = Vec::new();
                 entry.read_to_end(&mut bytes).map_err(|e| e.to_string())?;
@@ -124,9 +128,6 @@ impl Entries {
                     return Err(format!("values in {} endian order", order.trim()));
                 }
             } else if let Some(key) = inner.strip_prefix("data/") {
-                if entry.compression() != CompressionMethod::Stored {
-                    return Err(format!("compressed values in {name}"));
-                }
                 let (start, size) = (entry.data_start() as usize, entry.size() as usize);
                 storages.insert(key.to_owned(), start..start.saturating_add(size));
             }

@@ -206,7 +206,13 @@ impl Machine<'_> {
         };
         let value = match (&*function, &*arguments) {
             ("collections.OrderedDict", []) => Value::Dict(Rc::default()),
-            ("torch._utils._rebuild_tensor_v2", [Value::Storage(storage), offset, shape, strides, ..]) => {
+            ("torch._utils._rebuild_tensor_v2", [Value::Storage(storage), offset, shape, strides, rest @ ..]) => {
+                // After `requires_grad` and the hooks; it tells that a tensor is negated, for example.
+                match rest.get(2) {
+                    None | Some(Value::None) => {}
+                    Some(Value::Dict(metadata)) if metadata.is_empty() => {}
+                    Some(_) => return Err("a tensor with metadata, such as a negated one".to_owned()),
+                }
                 let (offset, shape, strides) = (offset.index()?, shape.indices()?, strides.indices()?);
                 Value::Tensor(Rc::new(Tensor { storage: Rc::clone(storage), offset, shape, strides }))
             }
@@ -230,6 +236,10 @@ impl Machine<'_> {
 
     fn set_items(&mut self, items: Vec<Value>) -> Result<(), String> {
         let Some(Value::Dict(entries)) = self.stack.last_mut() else { return Err("items of no dictionary".to_owned()) };
+        // The memo refers to a dictionary before it is filled; a copy for each reference could take any memory.
+        if Rc::strong_count(entries) > 1 && !entries.is_empty() {
+            return Err("a dictionary that is filled after it was referred to".to_owned());
+        }
         for pair in items.chunks_exact(2) {
             let value = if matches!(pair[1], Value::Dict(_)) { Value::Opaque } else { pair[1].clone() };
             Rc::make_mut(entries).push((pair[0].text()?, value));
