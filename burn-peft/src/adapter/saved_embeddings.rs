@@ -82,11 +82,11 @@ impl SavedEmbeddings {
             let names = path.iter().flat_map(|path| names(path));
             let mut all = names.filter_map(|name| tensors.remove(&name).map(|data| (name, data)));
             let first = all.next();
-            if let (Some((one, data)), Some((other, _))) =
-                (&first, all.find(|(_, data)| Some(data) != first.as_ref().map(|(_, first)| first)))
-            {
-                let shape = data.shape.to_vec();
-                let message = format!("{one} {shape:?} and {other} are two different weights of one module");
+            let differs = |(one, data): &(String, TensorData)| {
+                let (other, _) = all.find(|(_, other)| other != data)?;
+                Some(format!("{one} and {other} are two different weights of one module"))
+            };
+            if let Some(message) = first.as_ref().and_then(differs) {
                 return Err(Error::Mismatch { path: directory.to_owned(), message });
             }
             found.push(first.map(|(_, data)| data));

@@ -115,10 +115,14 @@ pub fn read_tensors(directory: &Path) -> Result<BTreeMap<String, TensorData>, Er
     let mut tensors = BTreeMap::new();
     for (name, data) in read_file(&path)? {
         let key = names::peft_name(&name);
-        // PEFT writes a resized embedding twice if `modules_to_save` names it.
-        if tensors.insert(key.clone(), data.clone()).is_some_and(|before| before != data) {
-            let expected = "one adapter, whose tensors stand in the file once";
-            return Err(Error::format(&path, &key, expected, format!("several, one of which is {name}")));
+        match tensors.entry(key) {
+            Entry::Vacant(entry) => drop(entry.insert(data)),
+            // PEFT writes a resized embedding twice if `modules_to_save` names it.
+            Entry::Occupied(entry) if *entry.get() == data => {}
+            Entry::Occupied(entry) => {
+                let expected = "one adapter, whose tensors stand in the file once";
+                return Err(Error::format(&path, entry.key(), expected, format!("several, one of which is {name}")));
+            }
         }
     }
     Ok(tensors)
