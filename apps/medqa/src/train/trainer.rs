@@ -313,8 +313,7 @@ impl<B: Kernels> Trainer<B> {
         let folder = directory.join(output.folder_name());
         self.engine.with_full_params(|model| match find_not_finite::<Autodiff<B>, _>(model) {
             Some(tensor) => bail!(
-                "{tensor} holds NaN or infinity after the last step, so nothing is saved; lower `train.learning_rate`, or \
-                 clip gradients by `train.max_grad_norm`"
+                "{tensor} holds NaN or infinity after the last step, so nothing is saved; lower `train.learning_rate`"
             ),
             None if first => output.save(model, &folder),
             None => Ok(()),
