@@ -30,7 +30,7 @@ pub use linears::Linears;
 pub use loftq::{QuantizationResidual, replace_lora_weights_loftq};
 pub use lora::{attach, attach_and_freeze, load};
 pub use merge::{merge, safe_merge, unmerge};
-pub use not_finite::find_not_finite;
+pub use not_finite::{find_not_finite, find_trained_not_finite};
 pub use registry::{active, check_adapter_names, check_new_adapter, names};
 pub use save::AdapterModel;
 pub use targets::targeted_module_names;

@@ -12,9 +12,18 @@ use burn_peft_kernels::LinearKernels;
 /// there is none. Packed weights are not searched. Every tensor is copied from its device, so this is for use after a
 /// failure.
 pub fn find_not_finite<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M) -> Option<String> {
-    let mut search = Search(None);
+    search(model, Search { found: None, trained_only: false })
+}
+
+/// Names the first trained tensor of the model that holds NaN or an infinity, like [`find_not_finite`]. Frozen tensors
+/// are not read, so this is for use before a result is saved.
+pub fn find_trained_not_finite<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M) -> Option<String> {
+    search(model, Search { found: None, trained_only: true })
+}
+
+fn search<B: LinearKernels, M: Linears<B> + Module<B>>(model: &M, mut search: Search) -> Option<String> {
     param::visit_params(model, &mut search);
-    search.0.map(|path| describe(model, &path))
+    search.found.map(|path| describe(model, &path))
 }
 
 /// Replaces the number of an adapter in the path of a parameter by the adapter's name.
@@ -42,13 +51,20 @@ fn describe<B: LinearKernels, M: Linears<B>>(model: &M, path: &str) -> String {
     name.unwrap_or_else(|| path.to_owned())
 }
 
-/// The path of the first parameter with a value that is not finite.
-struct Search(Option<String>);
+/// A search for a value that is not finite.
+struct Search {
+    /// The path of the first parameter with such a value.
+    found: Option<String>,
+    trained_only: bool,
+}
 
 impl<B: Backend> ParamVisitor<B> for Search {
     fn visit<const D: usize>(&mut self, path: &str, param: &Param<Tensor<B, D>>) {
-        if self.0.is_none() && !param.val().cast(DType::F32).into_data().iter::<f32>().all(f32::is_finite) {
-            self.0 = Some(path.to_owned());
+        if self.found.is_some() || self.trained_only && !param.is_require_grad() {
+            return;
+        }
+        if !param.val().cast(DType::F32).into_data().iter::<f32>().all(f32::is_finite) {
+            self.found = Some(path.to_owned());
         }
     }
 }

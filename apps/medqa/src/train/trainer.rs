@@ -26,7 +26,11 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail};
 use burn::{backend::Autodiff, module::AutodiffModule, train::Interrupter};
 use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
-use burn_peft::{DropoutKey, ForwardContext, adapter::find_not_finite, param};
+use burn_peft::{
+    DropoutKey, ForwardContext,
+    adapter::{find_not_finite, find_trained_not_finite},
+    param,
+};
 use burn_zero::{TrainStepOutput, comm::Communicator};
 use std::{
     fs,
@@ -311,7 +315,7 @@ impl<B: Kernels> Trainer<B> {
     fn save(&mut self, directory: &Path) -> Result<()> {
         let (first, output) = (self.engine.rank() == 0, &self.output);
         let folder = directory.join(output.folder_name());
-        self.engine.with_full_params(|model| match find_not_finite::<Autodiff<B>, _>(model) {
+        self.engine.with_full_params(|model| match find_trained_not_finite::<Autodiff<B>, _>(model) {
             Some(tensor) => bail!(
                 "{tensor} holds NaN or infinity after the last step, so nothing is saved; lower `train.learning_rate`"
             ),
