@@ -26,11 +26,7 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail};
 use burn::{backend::Autodiff, module::AutodiffModule, train::Interrupter};
 use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
-use burn_peft::{
-    DropoutKey, ForwardContext,
-    adapter::{find_not_finite, find_trained_not_finite},
-    param,
-};
+use burn_peft::{DropoutKey, ForwardContext, adapter, param};
 use burn_zero::{TrainStepOutput, comm::Communicator};
 use std::{
     fs,
@@ -237,7 +233,7 @@ impl<B: Kernels> Trainer<B> {
         if !numeric || !clips || self.progress.state.skipped != step {
             return Ok(error);
         }
-        let tensor = self.engine.with_full_params(find_not_finite::<Autodiff<B>, _>)?;
+        let tensor = self.engine.with_full_params(adapter::find_not_finite::<Autodiff<B>, _>)?;
         Ok(tensor.map_or(error, |tensor| {
             anyhow!(
                 "step {step}: gradient: expected finite numbers, found NaN or infinity: {tensor} holds them; use another \
@@ -315,7 +311,7 @@ impl<B: Kernels> Trainer<B> {
     fn save(&mut self, directory: &Path) -> Result<()> {
         let (first, output) = (self.engine.rank() == 0, &self.output);
         let folder = directory.join(output.folder_name());
-        self.engine.with_full_params(|model| match find_trained_not_finite::<Autodiff<B>, _>(model) {
+        self.engine.with_full_params(|model| match adapter::find_trained_not_finite::<Autodiff<B>, _>(model) {
             Some(tensor) => bail!(
                 "{tensor} holds NaN or infinity after the last step, so nothing is saved; lower `train.learning_rate`"
             ),
