@@ -18,6 +18,9 @@ pub struct Message {
 }
 
 impl Message {
+    /// The keys of a message that may hold the thought of an answer. The first one that is present counts.
+    pub const REASONING_KEYS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
     /// Creates a message without further fields.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: Some(content.into()), fields: Map::new() }
@@ -34,7 +37,8 @@ impl Message {
     pub(super) fn to_value(&self) -> Value {
         let own = [("role", Value::from(self.role.as_str())), ("content", Value::from(self.content.clone()))];
         let others = self.fields.iter().map(|(key, value)| (key.as_str(), to_value(value)));
-        let thought = REASONING_KEYS.iter().find_map(|key| self.fields.get(*key).filter(|value| !value.is_null()));
+        let thought =
+            Self::REASONING_KEYS.iter().find_map(|key| self.fields.get(*key).filter(|value| !value.is_null()));
         let thought = thought.map(to_value);
         // Of pairs with one key, the last value counts, at the place of the first.
         let first = thought.clone().map(|thought| ("thinking", thought));
@@ -42,9 +46,6 @@ impl Message {
         Value::from_pairs(first.into_iter().chain(own).chain(others).chain(last))
     }
 }
-
-/// The keys of a message that may hold the thought of an answer, the first one that is present counts.
-const REASONING_KEYS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// Returns a JSON value as a template sees it, with its type and the order of its keys.
 pub(super) fn to_value(json: &Json) -> Value {

@@ -19,9 +19,6 @@ const THOUGHT_TAGS: [ThoughtTags; 6] = [
     ThoughtTags { open: "<|START_THINKING|>", close: "<|END_THINKING|>" },
 ];
 
-/// The keys of a turn that hold its thought.
-const REASONING_KEYS: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
-
 /// A thought that a prompt has opened: the model's next token is its first one.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct OpenThought {
@@ -61,7 +58,7 @@ impl OpenThought {
 
 /// Returns the thought that stands beside a message's text.
 fn reasoning(message: &Message) -> Option<&str> {
-    let texts = REASONING_KEYS.iter().filter_map(|key| message.fields.get(*key)?.as_str());
+    let texts = Message::REASONING_KEYS.iter().filter_map(|key| message.fields.get(*key)?.as_str());
     texts.map(|text| text.trim_matches('\n')).find(|text| !text.is_empty())
 }
 
