@@ -19,8 +19,9 @@ pub struct AccelerateConfig {
     pub num_processes: Option<u64>,
     /// The number of machines.
     pub num_machines: u64,
-    /// True if every layer is recomputed in the backward pass (`fsdp_activation_checkpointing`).
-    pub activation_checkpointing: bool,
+    /// The key that asks for every layer to be recomputed in the backward pass, if one does:
+    /// `fsdp_activation_checkpointing` or `megatron_lm_recompute_activations`, with its block.
+    pub activation_checkpointing: Option<&'static str>,
     /// The equivalent ds_config.
     pub source: DsConfigSource,
     /// The keys of this file that are not honoured.
@@ -48,11 +49,13 @@ impl AccelerateConfig {
         let mut check = Checker { auto: &auto, unhonoured: Vec::new() };
         let root = check.check_block("", ACCELERATE, &strict_yaml::parse(text)?)?;
         let block = |name: &str| root.get(name).and_then(Value::as_object).filter(|block| !block.is_empty());
-        let (deepspeed, fsdp) = (block("deepspeed_config"), block("fsdp_config"));
+        let (deepspeed, fsdp, megatron) =
+            (block("deepspeed_config"), block("fsdp_config"), block("megatron_lm_config"));
         let strategy = distributed_type(&root)?;
         let mut source = match strategy {
             DistributedType::DeepSpeed => from_deepspeed_config(deepspeed)?,
             DistributedType::Fsdp => DsConfigSource::Inline(raw_config_with_zero(zero_from_fsdp_config(fsdp)?)),
+            DistributedType::MegatronLm => DsConfigSource::Inline(from_megatron_lm_config(megatron)),
             DistributedType::Ddp => DsConfigSource::Inline(raw_config_with_zero(json!({"stage": 0}))),
         };
         let mixed = root.get("mixed_precision").and_then(Value::as_str).unwrap_or("no");
@@ -62,15 +65,27 @@ impl AccelerateConfig {
         const DECIDES: &str = "`distributed_type` selects another strategy";
         note("deepspeed_config", DECIDES, deepspeed.is_some() && strategy != DistributedType::DeepSpeed);
         note("fsdp_config", DECIDES, fsdp.is_some() && strategy != DistributedType::Fsdp);
+        note("megatron_lm_config", DECIDES, megatron.is_some() && strategy != DistributedType::MegatronLm);
         match &mut source {
             DsConfigSource::Inline(document) => set_mixed_precision(&mut document.root, mixed)?,
             DsConfigSource::File(_) => note("mixed_precision", "`deepspeed_config_file` decides", mixed != "no"),
         }
-        let recompute = fsdp.and_then(|fsdp| fsdp.get("fsdp_activation_checkpointing"));
+        let megatron = megatron.filter(|_| strategy == DistributedType::MegatronLm);
+        let recompute = [
+            (fsdp.filter(|_| strategy == DistributedType::Fsdp), "fsdp_config.fsdp_activation_checkpointing"),
+            (megatron, "megatron_lm_config.megatron_lm_recompute_activations"),
+        ];
+        let asks = |block: Option<&Map<String, Value>>, path: &str| {
+            let key = path.rsplit('.').next().unwrap_or(path);
+            block.and_then(|block| block.get(key)).is_some_and(|flag| *flag == true)
+        };
         Ok(Self {
             num_processes: root.get("num_processes").and_then(Value::as_u64),
             num_machines: root.get("num_machines").and_then(Value::as_u64).unwrap_or(1),
-            activation_checkpointing: strategy == DistributedType::Fsdp && recompute.is_some_and(|flag| *flag == true),
+            activation_checkpointing: recompute
+                .into_iter()
+                .find(|(block, path)| asks(*block, path))
+                .map(|(_, path)| path),
             source,
             unhonoured: check.unhonoured,
         })
@@ -96,6 +111,7 @@ impl AccelerateConfig {
 enum DistributedType {
     DeepSpeed,
     Fsdp,
+    MegatronLm,
     /// Plain data parallelism: nothing is sharded.
     Ddp,
 }
@@ -107,12 +123,15 @@ fn distributed_type(root: &Map<String, Value>) -> Result<DistributedType, Config
     match root.get(KEY).and_then(Value::as_str).unwrap_or("NO") {
         "DEEPSPEED" => Ok(DistributedType::DeepSpeed),
         "FSDP" => Ok(DistributedType::Fsdp),
+        "MEGATRON_LM" => Ok(DistributedType::MegatronLm),
         "NO" | "MULTI_CPU" | "MULTI_GPU" | "MULTI_XPU" => Ok(DistributedType::Ddp),
-        found @ ("MEGATRON_LM" | "TP") => refused(found, "every rank runs all layers; write MULTI_GPU or DEEPSPEED"),
+        "TP" => refused("TP", "every rank computes whole layers; write MULTI_GPU, DEEPSPEED or MEGATRON_LM"),
         found @ ("XLA" | "TPU" | "MULTI_NPU" | "MULTI_MLU" | "MULTI_MUSA" | "MULTI_SDAA" | "MULTI_HPU") => {
             refused(found, "there is no backend for that device; write MULTI_GPU, MULTI_CPU or NO")
         }
-        found => Err(ConfigError::invalid_value(KEY, "NO, MULTI_CPU, MULTI_GPU, DEEPSPEED or FSDP", found)),
+        found => {
+            Err(ConfigError::invalid_value(KEY, "NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP or MEGATRON_LM", found))
+        }
     }
 }
 
@@ -172,6 +191,27 @@ fn zero_from_fsdp_config(block: Option<&Map<String, Value>>) -> Result<Value, Co
         "offload_optimizer": device(offload),
         "offload_param": device(offload && stage == ZeroStage::Weights),
     }))
+}
+
+/// Returns a `megatron_lm_config` as a ds_config. Its distributed optimizer divides the optimizer states, as ZeRO stage 1
+/// does. Its micro-batches are those of a step.
+fn from_megatron_lm_config(block: Option<&Map<String, Value>>) -> RawDsConfig {
+    let get = |key: &str| block.and_then(|block| block.get(key));
+    let distributed = get("megatron_lm_use_distributed_optimizer").is_some_and(|flag| *flag == true);
+    let mut document = raw_config_with_zero(json!({"stage": u8::from(distributed)}));
+    let keys = [
+        ("megatron_lm_num_micro_batches", "gradient_accumulation_steps"),
+        ("megatron_lm_gradient_clipping", "gradient_clipping"),
+    ];
+    for (key, ours) in keys {
+        if let Some(value) = get(key) {
+            document.root.insert(ours.to_owned(), value.clone());
+        }
+    }
+    if let Some(stages) = get("megatron_lm_pp_degree") {
+        document.root.insert("pipeline".to_owned(), json!({"stages": stages}));
+    }
+    document
 }
 
 fn set_mixed_precision(root: &mut Map<String, Value>, mixed: &str) -> Result<(), ConfigError> {

@@ -24,6 +24,8 @@ pub struct AutoValues {
     pub accumulation: u64,
     /// `gradient_clipping`.
     pub gradient_clipping: f64,
+    /// `pipeline.stages`, the number of ranks of a pipeline, also if the key is absent.
+    pub pipeline_stages: u64,
     /// `optimizer.params`, and `warmup_max_lr` of a scheduler.
     pub adam: AdamParams,
     /// `warmup_num_steps` of a scheduler.
@@ -42,6 +44,7 @@ impl Default for AutoValues {
             micro_batch: 1,
             accumulation: 1,
             gradient_clipping: 1.0,
+            pipeline_stages: 1,
             adam: AdamParams::default(),
             warmup_steps: 1,
             total_steps: 1,
@@ -61,6 +64,7 @@ impl AutoValues {
             "train_micro_batch_size_per_gpu" => self.micro_batch.into(),
             "gradient_accumulation_steps" => self.accumulation.into(),
             "gradient_clipping" => self.gradient_clipping.into(),
+            "pipeline.stages" => self.pipeline_stages.into(),
             "optimizer.params.lr" | "scheduler.params.warmup_max_lr" => self.adam.lr.into(),
             "optimizer.params.betas" => json!(self.adam.betas),
             "optimizer.params.eps" => self.adam.eps.into(),

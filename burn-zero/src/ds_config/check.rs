@@ -187,6 +187,7 @@ fn describe(kind: ValueKind) -> String {
         ValueKind::Flag => "true or false",
         ValueKind::Integer(0, u64::MAX) => "a whole number, 0 or above",
         ValueKind::Integer(1, u64::MAX) => "a whole number, 1 or above",
+        ValueKind::Integer(from, to) if from == to => return from.to_string(),
         ValueKind::Integer(from, to) => return format!("a whole number from {from} to {to}"),
         ValueKind::Number => "a finite number, 0 or above",
         ValueKind::Betas => "two numbers from 0 to below 1",

@@ -56,7 +56,9 @@ impl RawDsConfig {
         Some(value).filter(|value| !value.is_null() && *value != "auto")
     }
 
-    /// Returns the configuration for `world` ranks, with every `"auto"` replaced by the caller's value.
+    /// Returns the configuration for `world` ranks, with every `"auto"` replaced by the caller's value. The ranks of a
+    /// pipeline (`pipeline.stages`, or the caller's number) share their micro-batches and count as one for the batch
+    /// sizes.
     ///
     /// # Errors
     /// [`ConfigError::UnknownKey`], [`ConfigError::InvalidValue`] or [`ConfigError::Unsupported`] for keys and values,
@@ -70,11 +72,17 @@ impl RawDsConfig {
         let mut root = check.check_block("", DEEPSPEED, &self.root)?;
         self.fill_defaults(&mut root, auto);
         let count = |key| root.get(key).and_then(Value::as_u64);
+        let pipeline_stages = root.get("pipeline").and_then(|block| block.get("stages")).and_then(Value::as_u64);
+        let pipeline_stages = pipeline_stages.unwrap_or(auto.pipeline_stages);
+        if !world.is_multiple_of(pipeline_stages) {
+            let expected = format!("a divisor of the {world} ranks");
+            return Err(ConfigError::invalid_value("pipeline.stages", expected, pipeline_stages.to_string()));
+        }
         let batch = BatchSizes::complete(
             count("train_batch_size"),
             count("train_micro_batch_size_per_gpu"),
             count("gradient_accumulation_steps"),
-            world,
+            world / pipeline_stages,
         )?;
         let fp16: Option<Fp16Config> = take_block(&mut root, "fp16")?;
         let bf16: Option<Bf16Config> = take_block(&mut root, "bf16")?;

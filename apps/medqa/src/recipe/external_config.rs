@@ -107,6 +107,7 @@ fn auto_values(recipe: &Recipe, document: &RawDsConfig) -> Result<AutoValues> {
         micro_batch: steps.batch_size as u64,
         accumulation: steps.gradient_accumulation as u64,
         gradient_clipping: optimizer.max_grad_norm,
+        pipeline_stages: recipe.parallel.pipeline.pipeline as u64,
         adam: AdamParams {
             lr: optimizer.learning_rate.unwrap_or_else(|| recipe.method.common.kind.default_learning_rate()),
             betas: optimizer.betas.into(),
@@ -139,8 +140,7 @@ impl ExternalConfig {
         if let Some(processes) = accelerate.num_processes.filter(|&processes| processes != world) {
             self.notes.push(format!("`num_processes` is {processes}, but mpirun started {world}: mpirun decides"));
         }
-        if accelerate.activation_checkpointing {
-            let external_key = "fsdp_config.fsdp_activation_checkpointing";
+        if let Some(external_key) = accelerate.activation_checkpointing {
             self.set("train.activation_checkpointing", external_key, "full");
         }
         match accelerate.source {
@@ -163,6 +163,9 @@ impl ExternalConfig {
                 let external_key = if says[i] { keys[i] } else { keys[usize::from(!says[0])] };
                 self.set(key, external_key, value as i64);
             }
+        }
+        if let Some(stages) = document.get("pipeline.stages").and_then(serde_json::Value::as_u64) {
+            self.set("parallel.pipeline", "pipeline.stages", stages as i64);
         }
         if document.get("gradient_clipping").is_some() {
             self.set("train.max_grad_norm", "gradient_clipping", config.gradient_clipping);

@@ -59,6 +59,17 @@ const FSDP: &[KeySpec] = &[
     not_honoured("fsdp_use_orig_params", ValueKind::Flag, "parameters keep their names and shapes"),
 ];
 
+/// The `megatron_lm_config` block.
+const MEGATRON: &[KeySpec] = &[
+    read("megatron_lm_pp_degree", POSITIVE),
+    read("megatron_lm_tp_degree", ValueKind::Integer(1, 1)),
+    read("megatron_lm_num_micro_batches", POSITIVE),
+    read("megatron_lm_gradient_clipping", ValueKind::Number),
+    read("megatron_lm_recompute_activations", ValueKind::Flag),
+    read("megatron_lm_use_distributed_optimizer", ValueKind::Flag),
+    fixed_flag("megatron_lm_sequence_parallelism", false, "it divides what tensor parallelism leaves whole"),
+];
+
 /// The top level.
 pub(crate) const ACCELERATE: &[KeySpec] = &[
     read("distributed_type", ValueKind::Text),
@@ -92,7 +103,7 @@ pub(crate) const ACCELERATE: &[KeySpec] = &[
     not_honoured("dynamo_config", ValueKind::Any, PYTHON),
     not_honoured("dynamo_backend", ValueKind::Any, PYTHON),
     not_honoured("ipex_config", ValueKind::Any, PYTHON),
-    not_honoured("tp_config", ValueKind::Any, "every rank computes whole layers, all of them"),
-    not_honoured("megatron_lm_config", ValueKind::Any, "every rank computes whole layers, all of them"),
-    not_honoured("parallelism_config", ValueKind::Any, "every rank computes whole layers, all of them"),
+    not_honoured("tp_config", ValueKind::Any, "every rank computes whole layers"),
+    read("megatron_lm_config", ValueKind::Block(MEGATRON)),
+    not_honoured("parallelism_config", ValueKind::Any, "`distributed_type` and its block decide"),
 ];

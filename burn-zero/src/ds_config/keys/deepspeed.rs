@@ -40,6 +40,18 @@ const BF16: &[KeySpec] = &[
     fixed_flag("bf16_optimizer_states", false, "the optimizer keeps its moments in f32"),
 ];
 
+const MODULE: &str = "DeepSpeed takes it from the arguments of PipelineModule, not from this file";
+
+/// The `pipeline` block.
+const PIPELINE: &[KeySpec] = &[
+    read("stages", POSITIVE),
+    not_honoured("partition", ValueKind::Text, MODULE),
+    fixed_flag("seed_layers", false, "random numbers depend on step, row and layer, not on the rank"),
+    fixed_number("activation_checkpoint_interval", 0.0, "the recipe decides which layers are recomputed"),
+    not_honoured("pipe_partitioned", ValueKind::Flag, "whole activations are sent from stage to stage"),
+    not_honoured("grad_partitioned", ValueKind::Flag, "whole gradients are sent from stage to stage"),
+];
+
 /// The top level.
 pub(crate) const DEEPSPEED: &[KeySpec] = &[
     read("train_batch_size", NON_NEGATIVE),
@@ -93,7 +105,7 @@ pub(crate) const DEEPSPEED: &[KeySpec] = &[
     not_honoured("checkpoint", ValueKind::Any, "checkpoints are kept per parameter and load at any number of ranks"),
     not_honoured("nebula", ValueKind::Any, "checkpoints are files"),
     not_honoured("datastates", ValueKind::Any, "checkpoints are files"),
-    not_honoured("pipeline", ValueKind::Any, "every rank runs all layers; there is no pipeline"),
+    read("pipeline", ValueKind::Block(PIPELINE)),
     not_honoured(
         "tensor_parallel",
         ValueKind::Any,

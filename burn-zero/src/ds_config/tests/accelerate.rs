@@ -42,7 +42,7 @@ use_cpu: false
 ";
     let accelerate = parse(text).unwrap();
     assert_eq!((accelerate.num_processes, accelerate.num_machines), (Some(4), 2));
-    assert!(!accelerate.activation_checkpointing);
+    assert_eq!(accelerate.activation_checkpointing, None);
     let config = config(text);
     assert_eq!(config.batch, BatchSizes { train: 40, micro: 2, accumulation: 5 });
     assert_eq!(config.gradient_clipping, 0.3);
@@ -126,7 +126,37 @@ fn an_fsdp_block_is_a_stage() {
         assert!(matches!(config.precision, Precision::F16 { .. }));
     }
     let text = "distributed_type: FSDP\nfsdp_config: {fsdp_activation_checkpointing: true}";
-    assert!(parse(text).unwrap().activation_checkpointing);
+    let key = "fsdp_config.fsdp_activation_checkpointing";
+    assert_eq!(parse(text).unwrap().activation_checkpointing, Some(key));
+}
+
+#[test]
+fn a_megatron_lm_block_is_a_pipeline() {
+    let text = "
+distributed_type: MEGATRON_LM
+megatron_lm_config:
+  megatron_lm_gradient_clipping: 0.5
+  megatron_lm_num_micro_batches: 6
+  megatron_lm_pp_degree: 2
+  megatron_lm_recompute_activations: true
+  megatron_lm_sequence_parallelism: false
+  megatron_lm_tp_degree: 1
+  megatron_lm_use_distributed_optimizer: true
+num_processes: 4
+";
+    let accelerate = parse(text).unwrap();
+    let key = "megatron_lm_config.megatron_lm_recompute_activations";
+    assert_eq!((accelerate.activation_checkpointing, accelerate.unhonoured), (Some(key), vec![]));
+    let DsConfigSource::Inline(document) = accelerate.source else { panic!("the block is in the file") };
+    assert_eq!(document.get("pipeline.stages"), Some(&2.into()));
+    let read = config(text);
+    // Four ranks are two pipelines.
+    assert_eq!(read.batch, BatchSizes { train: 24, micro: 2, accumulation: 6 });
+    assert_eq!((read.gradient_clipping, read.zero.stage), (0.5, ZeroStage::OptimizerStates));
+    let plain = config("distributed_type: MEGATRON_LM");
+    assert_eq!((plain.batch.train, plain.zero.stage), (24, ZeroStage::Disabled));
+    let part = message(parse("distributed_type: MEGATRON_LM\nmegatron_lm_config: {megatron_lm_tp_degree: 2}"));
+    assert_eq!(part, "`megatron_lm_config.megatron_lm_tp_degree`: expected 1, found 2");
 }
 
 #[test]
@@ -157,7 +187,7 @@ fn a_block_that_nothing_reads_is_noted() {
     assert_eq!(notes(&format!("distributed_type: DEEPSPEED\n{blocks}")), ["fsdp_config"]);
     let plain = format!("distributed_type: MULTI_GPU\n{blocks}");
     assert_eq!(notes(&plain), ["deepspeed_config", "fsdp_config"]);
-    assert!(!parse(&plain).unwrap().activation_checkpointing);
+    assert_eq!(parse(&plain).unwrap().activation_checkpointing, None);
     let file = "distributed_type: DEEPSPEED\nmixed_precision: fp16\ndeepspeed_config: {deepspeed_config_file: a.json}";
     assert_eq!(notes(file), ["mixed_precision"]);
 }
@@ -165,9 +195,12 @@ fn a_block_that_nothing_reads_is_noted() {
 #[test]
 fn what_is_not_here_is_refused() {
     let table = [
-        ("distributed_type: MEGATRON_LM", "`distributed_type`: MEGATRON_LM is not supported, because"),
+        ("distributed_type: TP", "`distributed_type`: TP is not supported, because"),
         ("distributed_type: XLA", "`distributed_type`: XLA is not supported, because"),
-        ("distributed_type: MULTI", "`distributed_type`: expected NO, MULTI_CPU, MULTI_GPU, DEEPSPEED or FSDP"),
+        (
+            "distributed_type: MULTI",
+            "`distributed_type`: expected NO, MULTI_CPU, MULTI_GPU, DEEPSPEED, FSDP or MEGATRON_LM",
+        ),
         ("mixed_precision: fp8", "`mixed_precision`: fp8 is not supported, because"),
         ("mixed_precision: f16", "`mixed_precision`: expected no, fp16, bf16, fp8"),
         ("mixed_precision: auto", "`mixed_precision`: expected no, fp16, bf16, fp8, found \"auto\""),

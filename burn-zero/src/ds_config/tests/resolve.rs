@@ -33,6 +33,7 @@ fn values() -> AutoValues {
         micro_batch: 4,
         accumulation: 8,
         gradient_clipping: 0.5,
+        pipeline_stages: 1,
         adam: AdamParams { lr: 2e-4, betas: (0.8, 0.95), eps: 1e-6, weight_decay: 0.1 },
         warmup_steps: 10,
         total_steps: 110,
@@ -229,4 +230,20 @@ fn what_is_wrong_with_a_file_names_the_file() {
     std::fs::write(&file, AUTO).unwrap();
     assert_eq!(RawDsConfig::read(&file).unwrap(), RawDsConfig::from_hjson(AUTO).unwrap());
     std::fs::remove_dir_all(&folder).unwrap();
+}
+
+#[test]
+fn the_ranks_of_a_pipeline_count_as_one_for_the_batch() {
+    let resolve = |stages: &str, auto: u64, world| {
+        let text = format!(r#"{{"train_micro_batch_size_per_gpu": 3, "pipeline": {{{stages}}}}}"#);
+        let auto = AutoValues { pipeline_stages: auto, ..AutoValues::default() };
+        RawDsConfig::from_hjson(&text).unwrap().resolve(world, &auto)
+    };
+    let train = |stages, auto| resolve(stages, auto, 8).unwrap().batch.train;
+    assert_eq!(train(r#""stages": 4"#, 1), 6);
+    assert_eq!((train(r#""stages": "auto""#, 2), train("", 2), train("", 1)), (12, 12, 24));
+    let expected = "`pipeline.stages`: expected a divisor of the 6 ranks, found 4";
+    assert_eq!(message(resolve(r#""stages": 4"#, 1, 6)), expected);
+    let read = resolve(r#""partition": "best", "seed_layers": false"#, 1, 1).unwrap();
+    assert_eq!(read.unhonoured.iter().map(|it| it.key.as_str()).collect::<Vec<_>>(), ["pipeline.partition"]);
 }
