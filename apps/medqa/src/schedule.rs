@@ -3,7 +3,7 @@
 use crate::write;
 use anyhow::Result;
 use burn_zero::pipeline::{
-    Action, ComputationType, Costs, PipelineError, PipelineKind, PipelineSchedule, PipelineShape, SendMode,
+    Action, ComputationType, Costs, PipelineError, PipelineKind, PipelineSchedule, PipelineShape, SendMode, StageTimes,
 };
 use clap::Args;
 use std::{fmt::Write as _, path::PathBuf};
@@ -46,7 +46,8 @@ pub(crate) fn schedule(args: &ScheduleArgs) -> Result<()> {
     let schedule = PipelineSchedule::new(args.kind, shape)?;
     let program = schedule.program(SendMode::Blocking);
     program.validate(SendMode::Blocking)?;
-    let timeline = program.simulate(&Costs::uniform(shape, 1.0, args.backward))?;
+    let times = StageTimes { forward: 1.0, backward_input: args.backward / 2.0, backward_weight: args.backward / 2.0 };
+    let timeline = program.simulate(&Costs::uniform(shape, times))?;
     if let Some(path) = &args.csv {
         write::write_atomically(path, schedule.to_csv().as_bytes())?;
     }

@@ -69,13 +69,14 @@ fn colour(action: Action) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::pipeline::{Costs, PipelineKind, PipelineSchedule, PipelineShape, SendMode};
+    use crate::pipeline::{Costs, PipelineKind, PipelineSchedule, PipelineShape, SendMode, StageTimes};
 
     #[test]
     fn every_pass_is_a_box_with_its_micro_batch() {
         let layout = PipelineShape::new(2, 2, 4).unwrap();
         let schedule = PipelineSchedule::new(PipelineKind::Interleaved1F1B, layout).unwrap();
-        let timeline = schedule.program(SendMode::Blocking).simulate(&Costs::uniform(layout, 1.0, 2.0)).unwrap();
+        let times = StageTimes { forward: 1.0, backward_input: 1.0, backward_weight: 1.0 };
+        let timeline = schedule.program(SendMode::Blocking).simulate(&Costs::uniform(layout, times)).unwrap();
         for picture in [schedule.to_svg(), timeline.to_svg()] {
             assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"));
             assert_eq!(picture.matches("<rect x=").count(), 2 * 2 * 2 * 4);
