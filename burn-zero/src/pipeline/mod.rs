@@ -48,6 +48,7 @@ mod shape;
 mod simulate;
 #[cfg(test)]
 mod tests;
+mod trace_file;
 mod validate;
 
 pub use cost::{Costs, SendMode, StageTimes, TimedAction, Timeline};
@@ -59,3 +60,4 @@ pub use partition::PartitionMethod;
 pub use program::Program;
 pub use schedule::PipelineSchedule;
 pub use shape::{PipelineShape, Placement};
+pub use trace_file::TraceFile;
