@@ -4,12 +4,16 @@ use std::{collections::BTreeSet, fmt::Display};
 
 use super::{
     AdapterTargets, DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OptimizerConfig,
-    ParallelConfig, Recipe, StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule, loss_scaler,
+    ParallelConfig, Partition, Recipe, StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule,
+    loss_scaler,
 };
 use crate::schema::Schema;
 use burn_llama::ChatTemplate;
 use burn_peft::config::InitLoraWeights;
-use burn_zero::{OffloadDevice, ZeroStage};
+use burn_zero::{
+    OffloadDevice, ZeroStage,
+    pipeline::{PipelineError, PipelineShape},
+};
 
 /// The key and what is wrong with its value.
 type InvalidValue = (&'static str, String);
@@ -31,7 +35,8 @@ pub(super) fn check(recipe: &Recipe) -> Result<(), InvalidValue> {
     optimizer(&recipe.train.optimizer)?;
     schedule(&recipe.train.schedule)?;
     saving(&recipe.train.eval_save, recipe.data.valid.is_some())?;
-    parallel(&recipe.parallel)
+    parallel(&recipe.parallel)?;
+    pipeline(recipe)
 }
 
 fn data(data: &DataConfig) -> Result<(), InvalidValue> {
@@ -248,6 +253,50 @@ fn parallel(parallel: &ParallelConfig) -> Result<(), InvalidValue> {
     let divided = parallel.sharding.zero_stage == ZeroStage::Weights || offload.offload_param == OffloadDevice::None;
     let found = format!("zero_stage = {}", u8::from(parallel.sharding.zero_stage));
     ensure("parallel.offload_param", divided, "\"none\", or `zero_stage = 3`", found)
+}
+
+/// Checks the keys of a pipeline, except those that depend on the number of ranks and on the model.
+fn pipeline(recipe: &Recipe) -> Result<(), InvalidValue> {
+    let pipeline = &recipe.parallel.pipeline;
+    let (ranks, chunks) = (pipeline.pipeline, pipeline.chunks());
+    ensure_positive("parallel.pipeline", Some(ranks))?;
+    ensure_positive("parallel.data", pipeline.data)?;
+    ensure_positive("parallel.chunks", Some(chunks))?;
+    if let Partition::Explicit(sizes) = &pipeline.partition {
+        let fits = sizes.len() == ranks * chunks && !sizes.contains(&0);
+        let expected = format!("a number above 0 for each of the {ranks} · {chunks} stages");
+        ensure("parallel.partition", fits, &expected, format!("{sizes:?}"))?;
+    }
+    if ranks == 1 {
+        return Ok(());
+    }
+    let shape = PipelineShape::new(ranks, chunks, recipe.train.steps.gradient_accumulation);
+    let shape = shape.map(|shape| shape.with_placement(pipeline.schedule.placement()));
+    match shape.and_then(|shape| pipeline.schedule.check(shape)) {
+        Err(PipelineError::Setting { field: "micro_batches", expected, found }) => {
+            return Err(("train.gradient_accumulation", format!("expected {expected}, found {found}")));
+        }
+        Err(PipelineError::Setting { expected, found, .. }) => {
+            return Err(("parallel.chunks", format!("expected {expected}, found {found}")));
+        }
+        Err(other) => return Err(("parallel.schedule", other.to_string())),
+        Ok(()) => {}
+    }
+    let whole = recipe.parallel.sharding.zero_stage < ZeroStage::Weights;
+    let expected = "0, 1 or 2 with a pipeline: its micro-batches in flight would keep the gathered weights of stage 3";
+    ensure("parallel.zero_stage", whole, expected, 3)?;
+    pipeline_start(&recipe.method)
+}
+
+/// Refuses initial values of adapters that a rank of a pipeline cannot compute from its own stage.
+fn pipeline_start(method: &MethodConfig) -> Result<(), InvalidValue> {
+    let expected = "another start with a pipeline, where no rank has the whole model: make the adapter with one process \
+                    and `train.max_steps = 1`, and name it in `method.init`";
+    let MethodConfig { lora, virtual_tokens, .. } = method;
+    ensure("method.init_text", virtual_tokens.init_text.is_none(), expected, "a text")?;
+    let start = &lora.init_lora_weights;
+    let own = !matches!(start, InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora | InitLoraWeights::Loftq);
+    ensure("method.init_lora_weights", own, expected, serde_json::to_string(start).unwrap_or_default())
 }
 
 fn ensure_positive(key: &'static str, count: Option<usize>) -> Result<(), InvalidValue> {

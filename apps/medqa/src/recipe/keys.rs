@@ -7,8 +7,8 @@ use serde::{Deserialize, forward_to_deserialize_any};
 
 use super::{
     AdapterTargets, CommonMethodConfig, DataConfig, EvalSaveConfig, LoraOptions, LrScheduleConfig, MethodConfig,
-    ModelConfig, OffloadConfig, OptimizerConfig, ParallelConfig, ParallelFiles, ShardingConfig, StepsConfig,
-    TrainConfig, VirtualTokens, other_tools,
+    ModelConfig, OffloadConfig, OptimizerConfig, ParallelConfig, ParallelFiles, PipelineOptions, ShardingConfig,
+    StepsConfig, TrainConfig, VirtualTokens, other_tools,
 };
 
 /// A table of a recipe file.
@@ -59,7 +59,12 @@ impl RecipeKeys {
             ),
             parallel: table(
                 "parallel",
-                &[field_names::<ShardingConfig>(), field_names::<OffloadConfig>(), field_names::<ParallelFiles>()],
+                &[
+                    field_names::<PipelineOptions>(),
+                    field_names::<ShardingConfig>(),
+                    field_names::<OffloadConfig>(),
+                    field_names::<ParallelFiles>(),
+                ],
             ),
         }
     }

@@ -15,6 +15,7 @@ mod method;
 mod other_file;
 mod other_tools;
 mod parallel;
+mod pipeline;
 mod read;
 mod tables;
 mod train;
@@ -35,6 +36,7 @@ use read::ParsedRecipe;
 pub use external_config::{deepspeed_schedule, loss_scaler};
 pub use method::{AdapterTargets, CommonMethodConfig, LoraOptions, MethodConfig, MethodKind, VirtualTokens};
 pub use parallel::{OffloadConfig, ParallelConfig, ParallelFiles, ShardingConfig};
+pub use pipeline::{Partition, PipelineOptions};
 pub use tables::{ComputeDtype, DataConfig, Learn, ModelConfig, OnTooLong, WeightDtype};
 pub use train::{EvalSaveConfig, LrScheduleConfig, OptimizerConfig, ReportTo, StepsConfig, TrainConfig};
 pub use value::{DatasetSource, Packing, TargetModules, TrainableLayers};
@@ -81,7 +83,7 @@ pub struct Recipe {
     pub method: MethodConfig,
     /// Steps, optimizer, learning rate, evaluation and checkpoints.
     pub train: TrainConfig,
-    /// Sharding among ranks, and offload.
+    /// Pipelines, sharding among ranks, and offload.
     pub parallel: ParallelConfig,
 }
 

@@ -1,6 +1,7 @@
-//! The table `[parallel]`: sharding, offload, and configuration files of other programs. One flat table in the file,
-//! three small structs in the program.
+//! The table `[parallel]`: pipelines, sharding, offload, and configuration files of other programs. One flat table in
+//! the file, four small structs in the program.
 
+use super::PipelineOptions;
 use burn_zero::{OffloadDevice, ZeroStage, ds_config::fsdp_stage};
 use serde::{Deserialize, Deserializer, Serialize, de::Error};
 
@@ -8,6 +9,9 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error};
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ParallelConfig {
+    /// The pipeline.
+    #[serde(flatten)]
+    pub pipeline: PipelineOptions,
     /// Sharding among ranks.
     #[serde(flatten)]
     pub sharding: ShardingConfig,
