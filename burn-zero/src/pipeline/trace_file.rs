@@ -1,4 +1,4 @@
-//! What a trace file, written by [`crate::Engine::write_trace`], says about a pipeline and about segments.
+//! Reads the passes of a pipeline and the times of segments from a trace file that [`crate::Engine::write_trace`] wrote.
 
 use super::{
     Action, ComputationType, PipelineError, PipelineSchedule, PipelineShape, StageTimes, TimedAction, Timeline,
