@@ -1,4 +1,4 @@
-//! What a trace file, written by [`crate::Engine::write_trace`], says about a pipeline and about segments.
+//! Reads the passes of a pipeline and the times of segments from a trace file that [`crate::Engine::write_trace`] wrote.
 
 use super::{
     Action, ComputationType, PipelineError, PipelineSchedule, PipelineShape, StageTimes, TimedAction, Timeline,
@@ -98,15 +98,16 @@ impl TraceFile {
             Some(TimedAction { action: span.action()?, start: span.start, end })
         };
         let mut passes: Vec<_> = own.filter_map(timed).collect();
+        let missing = |passes: &[TimedAction]| {
+            let found: BTreeSet<_> = passes.iter().map(|span| span.action).collect();
+            order.iter().copied().find(|action| !found.contains(action))
+        };
+        let nowhere = missing(&passes);
         passes.drain(..passes.len().saturating_sub(order.len()));
-        let found: BTreeSet<_> = passes.iter().map(|span| span.action).collect();
-        match order.iter().find(|action| !found.contains(action)) {
-            None => Ok(passes),
-            Some(missing) => {
-                let expected = format!("{missing} in the last step of rank {rank}");
-                Err(refused(expected, format!("{} passes without it", passes.len())))
-            }
-        }
+        let Some(missing) = nowhere.or_else(|| missing(&passes)) else { return Ok(passes) };
+        let foreign = passes.iter().map(|span| span.action).find(|action| !order.contains(action));
+        let found = foreign.map_or_else(|| format!("{} passes without it", passes.len()), |action| action.to_string());
+        Err(refused(format!("{missing} in the last step of rank {rank}"), found))
     }
 
     /// Returns the nanoseconds that each segment took in its last forward and backward pass on the first rank of the
@@ -208,7 +209,7 @@ mod tests {
         events.retain(|event| event["name"] != "W 2" || event["pid"] != 1);
         assert_eq!(
             message(&events),
-            "`trace`: expected BackwardWeight(chunk 0, micro-batch 2) in the last step of rank 1, found 22 passes \
+            "`trace`: expected BackwardWeight(chunk 1, micro-batch 2) in the last step of rank 1, found 22 passes \
              without it"
         );
         events.retain(|event| event["pid"] == 0);
