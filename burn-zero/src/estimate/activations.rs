@@ -1,5 +1,6 @@
 //! The activation memory of a LLaMA: what one micro-batch saves for the backward pass.
 
+use super::RankStages;
 use crate::segment::Checkpointing;
 use std::ops::Range;
 
@@ -80,11 +81,11 @@ impl LlamaShape {
         head.max(self.attention_parameters()).max(self.mlp_parameters())
     }
 
-    fn attention_parameters(&self) -> u64 {
+    pub(super) fn attention_parameters(&self) -> u64 {
         self.hidden * self.head_dim * 2 * (self.heads + self.kv_heads) + self.hidden
     }
 
-    fn mlp_parameters(&self) -> u64 {
+    pub(super) fn mlp_parameters(&self) -> u64 {
         3 * self.hidden * self.intermediate + self.hidden
     }
 
@@ -95,37 +96,63 @@ impl LlamaShape {
     /// recomputed. What only some methods save, such as the products of LoRA's `A` matrices or a P-tuning prefix, is
     /// not counted.
     pub fn activations(&self, micro_batch: MicroBatch) -> ActivationMemory {
+        self.activations_of_stages(micro_batch, &RankStages::whole(self))
+    }
+
+    /// Returns the activation memory of one rank of a pipeline: that of the micro-batches between their two passes, of
+    /// which one is in its backward pass.
+    pub fn activations_of_stages(&self, micro_batch: MicroBatch, rank: &RankStages) -> ActivationMemory {
         let MicroBatch { tokens, value_bytes: bytes, checkpointing, first_layer } = micro_batch;
         let (wide, narrow) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let attention = tokens * (bytes * 2 * (wide + narrow) + 4 * self.heads);
         let mlp = tokens * bytes * 2 * self.intermediate;
-        let logits = 4 * MAX_LOGITS.min(tokens * self.vocabulary);
         let working = self.hidden + (2 * (wide + narrow)).max(3 * self.intermediate);
-        let layers = first_layer.min(self.layers)..self.layers;
+        let tracked = 2 * first_layer.min(self.layers) as usize + 1;
+        let chunks: Vec<Range<usize>> =
+            rank.segments.iter().map(|chunk| chunk.start.max(tracked)..chunk.end.max(tracked)).collect();
+        let saved = chunks.iter().map(|chunk| self.saved(chunk.clone(), [attention, mlp], checkpointing));
+        let saved: Vec<SavedInBlocks> = saved.collect();
+        let kept: u64 = saved.iter().map(|chunk| chunk.kept).sum();
+        let inputs: u64 = chunks.iter().map(|chunk| chunk.len() as u64).sum();
+        let head = if rank.holds(self.segments() - 1) { tokens * (bytes * 2 * self.hidden + 4) } else { 0 };
+        let logits = if head == 0 { 0 } else { 4 * MAX_LOGITS.min(tokens * self.vocabulary) };
         ActivationMemory {
-            inputs: tokens * bytes * self.hidden * (2 * (layers.end - layers.start) + 1),
-            saved: self.peak_saved(layers, [attention, mlp], checkpointing),
-            head: tokens * (bytes * 2 * self.hidden + 4) + logits,
+            inputs: rank.of_live(tokens * bytes * self.hidden * inputs, rank.live),
+            saved: rank.of_live(kept, rank.live.saturating_sub(1))
+                + saved.iter().map(|chunk| chunk.peak).max().unwrap_or(0),
+            head: rank.live.div_ceil(rank.segments.len().max(1) as u64) * head + logits,
             working: tokens * bytes * working,
         }
     }
 
-    /// Returns the largest sum of the activations inside blocks that exist at a time: when the backward pass is at a
-    /// block, those of the blocks before it that keep theirs, and its own. `[attention, mlp]` are the bytes of a block
-    /// of each kind.
-    fn peak_saved(&self, layers: Range<u64>, blocks: [u64; 2], checkpointing: Checkpointing) -> u64 {
+    /// Returns the number of segments: the embedding, two per layer, the head.
+    pub(super) fn segments(&self) -> usize {
+        2 * self.layers as usize + 2
+    }
+
+    /// Returns the activations inside the blocks among some segments. `[attention, mlp]` are the bytes of a block of
+    /// each kind.
+    fn saved(&self, segments: Range<usize>, blocks: [u64; 2], checkpointing: Checkpointing) -> SavedInBlocks {
+        let mut saved = SavedInBlocks { kept: 0, peak: 0 };
         // The embedding is segment 0, then each layer has two; the head is the last.
-        let segments = 2 * self.layers as usize + 2;
-        let (mut kept, mut peak) = (0, 0);
-        for segment in 2 * layers.start as usize + 1..2 * layers.end as usize + 1 {
+        for segment in segments.start.max(1)..segments.end.min(self.segments() - 1) {
             let own = blocks[(segment + 1) % 2];
-            peak = peak.max(kept + own);
-            if checkpointing.keeps_graph(segment, segments) {
-                kept += own;
+            saved.peak = saved.peak.max(saved.kept + own);
+            if checkpointing.keeps_graph(segment, self.segments()) {
+                saved.kept += own;
             }
         }
-        peak
+        saved
     }
+}
+
+/// The bytes of the activations inside blocks.
+struct SavedInBlocks {
+    /// Those that the blocks keep between the two passes.
+    kept: u64,
+    /// The most that exist at a time in the backward pass: when it is at a block, those of the blocks before it that
+    /// keep theirs, and its own.
+    peak: u64,
 }
 
 #[cfg(test)]

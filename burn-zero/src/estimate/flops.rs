@@ -1,4 +1,4 @@
-//! The operations of the segments of a LLaMA, by which its layers are divided among the stages of a pipeline.
+//! The operations and the weights of the segments of a LLaMA, by which its layers are divided among the stages of a pipeline.
 
 use super::LlamaShape;
 
@@ -17,6 +17,13 @@ impl LlamaShape {
         let head = 2 * targets * self.hidden * self.vocabulary;
         let layers = (0..self.layers).flat_map(|_| [attention, mlp]);
         std::iter::once(0).chain(layers).chain([head]).collect()
+    }
+
+    /// Returns the number of weights of each segment, with a table of its own for the head.
+    pub(super) fn segment_weights(&self) -> Vec<u64> {
+        let table = self.vocabulary * self.hidden;
+        let layers = (0..self.layers).flat_map(|_| [self.attention_parameters(), self.mlp_parameters()]);
+        std::iter::once(table).chain(layers).chain([table + self.hidden]).collect()
     }
 }
 

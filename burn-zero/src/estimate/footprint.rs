@@ -1,6 +1,9 @@
 //! The peak memory of one rank of a run.
 
-use super::{LlamaShape, MemoryEstimate, MicroBatch, ModelSize, StatePlacement, TrainingPrecision, model_states};
+use super::{
+    LlamaShape, MemoryEstimate, MicroBatch, ModelSize, RankStages, StatePlacement, TrainingPrecision, model_states,
+    stages::StageWeights,
+};
 use crate::ZeroStage;
 
 /// The format in which a model's weights are stored.
@@ -90,23 +93,32 @@ impl RunFootprint {
     /// Returns the memory of one rank at its peak, in bytes: [`model_states`], with the gradients in f32, in which the
     /// engine sums them whatever the model computes in, and the transient memory of a step.
     pub fn peak_memory(&self) -> MemoryEstimate {
-        let BaseModel { shape, weights, storage } = self.base;
+        self.peak_memory_of_stages(&RankStages::whole(&self.base.shape))
+    }
+
+    /// Returns the memory of one rank of a pipeline at its peak, in bytes. The ranks of the placement are those that run
+    /// the same stages.
+    pub fn peak_memory_of_stages(&self, rank: &RankStages) -> MemoryEstimate {
+        let BaseModel { shape, storage, .. } = self.base;
+        let StageWeights { base, trained, copied } = self.stage_weights(rank);
         let frozen = match self.trained_weights {
             TrainedWeights::All => 0,
-            TrainedWeights::Part => storage.bytes(weights.saturating_sub(self.trained)),
-            TrainedWeights::Adapters => storage.bytes(weights),
+            TrainedWeights::Part => storage.bytes(base.saturating_sub(trained)),
+            TrainedWeights::Adapters => storage.bytes(base),
         };
         let (frozen_bytes, blocks, largest_segment_bytes) = match storage {
             WeightStorage::Quantized => (0, frozen, 0),
             WeightStorage::F32 | WeightStorage::Half => (frozen, 0, storage.bytes(shape.largest_segment())),
         };
-        let (trained, bucket_size) = (self.trained, self.bucket_size);
+        let bucket_size = self.bucket_size;
         let size = ModelSize { trained, frozen_bytes, largest_segment_bytes, bucket_size };
         let mut memory = model_states(size, self.precision, self.placement);
         memory.gradients = memory.gradients * 4 / self.precision.bytes_per_weight();
         memory.frozen += blocks;
-        memory.activations = shape.activations(self.micro_batch).total();
-        if self.trained_weights == TrainedWeights::All {
+        memory.parameters += self.precision.bytes_per_weight() * copied;
+        memory.gradients += 4 * copied;
+        memory.activations = shape.activations_of_stages(self.micro_batch, rank).total() + self.deferred_bytes(rank);
+        if self.trained_weights == TrainedWeights::All && rank.holds(0) {
             memory.activations = self.peak_transient_bytes(memory.activations);
         }
         memory

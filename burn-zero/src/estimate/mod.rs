@@ -1,7 +1,8 @@
 //! Estimates of the memory that a run needs, from parameter counts and settings alone.
 //!
 //! [`model_states`] estimates weights, gradients and optimizer states on one rank, [`LlamaShape::activations`] what the
-//! layers of a LLaMA save for the backward pass, and [`RunFootprint::peak_memory`] both together.
+//! layers of a LLaMA save for the backward pass, and [`RunFootprint::peak_memory`] both together,
+//! and [`RunFootprint::peak_memory_of_stages`] on one rank of a pipeline.
 //! [`LlamaShape::segment_flops`] counts the operations by which a pipeline divides the layers. [`zero2`] and
 //! [`zero3`] are DeepSpeed's own estimates, which leave out activations.
 //!
@@ -21,9 +22,11 @@ mod activations;
 mod deepspeed;
 mod flops;
 mod footprint;
+mod stages;
 mod states;
 
 pub use activations::{ActivationMemory, LlamaShape, MAX_LOGITS, MicroBatch};
 pub use deepspeed::{Cluster, CpuOffload, DeepSpeedEstimate, zero2, zero3};
 pub use footprint::{BaseModel, RunFootprint, TrainedWeights, WeightStorage};
+pub use stages::RankStages;
 pub use states::{MemoryEstimate, ModelSize, StatePlacement, TrainingPrecision, model_states};

@@ -1,0 +1,185 @@
+//! The memory of one rank of a pipeline.
+
+use super::{BaseModel, LlamaShape, MicroBatch, RunFootprint, TrainedWeights};
+use crate::pipeline::Program;
+use std::ops::Range;
+
+/// The stages that one rank of a pipeline runs, and how much its schedule keeps of them.
+///
+/// ```
+/// use burn_zero::{estimate::RankStages, pipeline::*};
+///
+/// let shape = PipelineShape::new(2, 1, 4)?;
+/// let program = PipelineSchedule::new(PipelineKind::OneFOneB, shape)?.program(SendMode::Buffered);
+/// let ranks = RankStages::of_program(&program, &[0..3, 3..6]);
+/// assert_eq!(ranks[0].segments, [0..3]);
+/// assert_eq!((ranks[0].live, ranks[1].live), (2, 1));
+/// # Ok::<(), PipelineError>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RankStages {
+    /// The segments of each stage.
+    pub segments: Vec<Range<usize>>,
+    /// The largest number of stages and micro-batches that are between their two passes,
+    /// [`Program::peak_live_activations`](crate::pipeline::Program::peak_live_activations).
+    pub live: u64,
+    /// The same up to the pass that computes the gradients of weights,
+    /// [`Program::peak_kept_activations`](crate::pipeline::Program::peak_kept_activations).
+    pub kept: u64,
+}
+
+impl RankStages {
+    /// Returns the only rank of a pipeline of one.
+    pub fn whole(shape: &LlamaShape) -> Self {
+        Self { segments: std::iter::once(0..shape.segments()).collect(), live: 1, kept: 1 }
+    }
+
+    /// Returns every rank of a pipeline; `segments` are those of each stage.
+    pub fn of_program(program: &Program, segments: &[Range<usize>]) -> Vec<Self> {
+        let shape = program.shape;
+        let (live, kept) = (program.peak_live_activations(), program.peak_kept_activations());
+        let own = |rank| {
+            let stages = (0..shape.chunks()).map(|chunk| segments[shape.stage_index(rank, chunk)].clone());
+            Self { segments: stages.collect(), live: live[rank] as u64, kept: kept[rank] as u64 }
+        };
+        (0..shape.ranks()).map(own).collect()
+    }
+
+    /// Returns true if the rank runs a segment.
+    pub(super) fn holds(&self, segment: usize) -> bool {
+        self.segments.iter().any(|stage| stage.contains(&segment))
+    }
+
+    /// Returns the bytes of `count` stages and micro-batches, where `bytes` are those of one micro-batch in all stages.
+    pub(super) fn of_live(&self, bytes: u64, count: u64) -> u64 {
+        (bytes * count).div_ceil(self.segments.len().max(1) as u64)
+    }
+
+    /// Returns the number of layers of which the rank runs at least one segment, from the layer `first` on, in halves.
+    fn half_layers(&self, shape: &LlamaShape, first: u64) -> u64 {
+        let blocks = 2 * first as usize + 1..shape.segments() - 1;
+        blocks.filter(|&segment| self.holds(segment)).count() as u64
+    }
+}
+
+/// The weights of a rank of a pipeline.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct StageWeights {
+    /// The weights of the base model.
+    pub base: u64,
+    /// The trained weights that the rank updates.
+    pub trained: u64,
+    /// The weights of a trained table that is embedding and head, of which the rank has a copy: the first stage updates
+    /// it.
+    pub copied: u64,
+}
+
+impl RunFootprint {
+    /// Returns the weights of one rank of a pipeline. Adapters are counted as equal in all layers.
+    pub(super) fn stage_weights(&self, rank: &RankStages) -> StageWeights {
+        let BaseModel { shape, weights, .. } = self.base;
+        let tied = weights == shape.parameters(true);
+        let (first, last) = (rank.holds(0), rank.holds(shape.segments() - 1));
+        let table = shape.vocabulary * shape.hidden;
+        let own: u64 = shape.segment_weights().iter().enumerate().filter(|(i, _)| rank.holds(*i)).map(|(_, w)| w).sum();
+        let base = if tied && first && last { own - table } else { own };
+        let copied = if tied && last && !first { table } else { 0 };
+        match self.trained_weights {
+            TrainedWeights::All => StageWeights { base, trained: base - copied, copied },
+            TrainedWeights::Part | TrainedWeights::Adapters => {
+                let from = self.micro_batch.first_layer.min(shape.layers);
+                let (own, all) = (rank.half_layers(&shape, from), 2 * (shape.layers - from).max(1));
+                StageWeights { base, trained: (self.trained * own).div_ceil(all), copied: 0 }
+            }
+        }
+    }
+
+    /// Returns the bytes of the inputs and output gradients of the projections whose weight gradients are put off, at
+    /// the peak.
+    pub(super) fn deferred_bytes(&self, rank: &RankStages) -> u64 {
+        if self.trained_weights == TrainedWeights::Adapters {
+            return 0;
+        }
+        let (shape, MicroBatch { tokens, value_bytes, first_layer, .. }) = (self.base.shape, self.micro_batch);
+        let (wide, narrow) = (shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+        let attention = 2 * shape.hidden + 2 * wide + 2 * narrow;
+        let mlp = 2 * shape.hidden + 3 * shape.intermediate;
+        let blocks = 2 * first_layer.min(shape.layers) as usize + 1..shape.segments() - 1;
+        let own = blocks.filter(|&segment| rank.holds(segment));
+        let values: u64 = own.map(|segment| if segment % 2 == 1 { attention } else { mlp }).sum();
+        rank.of_live(tokens * value_bytes * values, rank.kept - rank.live)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        estimate::{StatePlacement, TrainingPrecision, WeightStorage},
+        pipeline::{PipelineKind, PipelineSchedule, PipelineShape, SendMode},
+    };
+
+    const SHAPE: LlamaShape =
+        LlamaShape { layers: 4, hidden: 64, intermediate: 176, heads: 4, kv_heads: 2, head_dim: 16, vocabulary: 512 };
+
+    fn run(trained_weights: TrainedWeights, tied: bool) -> RunFootprint {
+        let weights = SHAPE.parameters(tied);
+        RunFootprint {
+            base: BaseModel { shape: SHAPE, weights, storage: WeightStorage::F32 },
+            trained_weights,
+            trained: if trained_weights == TrainedWeights::All { weights } else { 4000 },
+            precision: TrainingPrecision::F32,
+            placement: StatePlacement::default(),
+            bucket_size: 0,
+            micro_batch: MicroBatch { tokens: 10, ..MicroBatch::default() },
+        }
+    }
+
+    fn ranks(kind: PipelineKind, ranks: usize, micro_batches: usize, segments: &[Range<usize>]) -> Vec<RankStages> {
+        let shape = PipelineShape::new(ranks, kind.fixed_chunks().unwrap_or(2), micro_batches).unwrap();
+        let schedule = PipelineSchedule::new(kind, shape.with_placement(kind.placement())).unwrap();
+        RankStages::of_program(&schedule.program(SendMode::Buffered), segments)
+    }
+
+    #[test]
+    fn the_ranks_of_a_pipeline_have_the_model_together() {
+        for (trained, tied) in
+            [(TrainedWeights::All, true), (TrainedWeights::All, false), (TrainedWeights::Adapters, true)]
+        {
+            let run = run(trained, tied);
+            let parts = ranks(PipelineKind::OneFOneB, 3, 4, &[0..3, 3..6, 6..10]);
+            let weights = parts.iter().map(|rank| run.stage_weights(rank));
+            let sum = weights.fold([0; 3], |[base, trained, copied], own| {
+                [base + own.base, trained + own.trained, copied + own.copied]
+            });
+            // The rank of the head holds a table of its own, trained or not.
+            let table = if tied { 512 * 64 } else { 0 };
+            let copied = if trained == TrainedWeights::All { table } else { 0 };
+            assert_eq!(sum, [run.base.weights + table, run.trained, copied]);
+        }
+        // In a V the first rank has both ends.
+        let ends = &ranks(PipelineKind::ZBV, 2, 4, &[0..3, 3..5, 5..7, 7..10])[0];
+        assert_eq!(run(TrainedWeights::All, true).stage_weights(ends).copied, 0);
+    }
+
+    #[test]
+    fn early_ranks_keep_more_micro_batches() {
+        let run = run(TrainedWeights::Adapters, false);
+        let parts = ranks(PipelineKind::OneFOneB, 2, 4, &[0..5, 5..10]);
+        let saved = |rank: &RankStages| SHAPE.activations_of_stages(run.micro_batch, rank);
+        let (first, last) = (saved(&parts[0]), saved(&parts[1]));
+        let layer = 4 * 10 * (2 * (64 + 32) + 4 + 2 * 176);
+        assert_eq!((first.inputs, first.saved, first.head), (2 * 4 * 4 * 10 * 64, 2 * 2 * layer, 0));
+        assert_eq!((last.inputs, last.saved), (5 * 4 * 10 * 64, 2 * layer));
+        assert_eq!(last.head, SHAPE.activations(run.micro_batch).head);
+    }
+
+    #[test]
+    fn put_off_products_keep_inputs_and_gradients() {
+        let full = run(TrainedWeights::All, false);
+        let parts = ranks(PipelineKind::ZBH1, 2, 4, &[0..5, 5..10]);
+        let layer = 4 * 10 * (2 * 64 + 2 * 64 + 2 * 32 + 2 * 64 + 3 * 176);
+        assert_eq!(parts.iter().map(|rank| full.deferred_bytes(rank)).collect::<Vec<_>>(), [0, 2 * layer]);
+        assert_eq!(run(TrainedWeights::Adapters, false).deferred_bytes(&parts[1]), 0);
+    }
+}
