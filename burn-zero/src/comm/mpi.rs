@@ -265,7 +265,9 @@ impl ActiveExchange {
             }
         }
         if incomplete == 0 {
-            self.finish(Ok(self.receives.iter_mut().map(|receive| std::mem::take(&mut receive.buffer)).collect()));
+            let receives = self.receives.iter_mut();
+            let received = receives.map(|receive| std::mem::take(&mut receive.buffer)).collect();
+            self.finish(Ok(received));
         } else if let Some(rank) = self.overdue() {
             self.finish(Err(LostPeer { rank, waited: Some(self.deadline) }));
         }
