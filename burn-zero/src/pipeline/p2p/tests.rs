@@ -18,7 +18,7 @@ fn tensor(values: &[f32], dims: &[usize], dtype: DType) -> DynTensor<Flex> {
 fn value(number: usize, dims: &[usize], dtype: DType) -> P2pValue<Flex> {
     let n: usize = dims.iter().product();
     let values: Vec<f32> = (0..n).map(|i| ((number * 7919 + i * 104_729) % 1009) as f32 / 7.0 - 60.0).collect();
-    P2pValue { tensor: Some(tensor(&values, dims, dtype)), requires_grad: number % 2 == 0 }
+    P2pValue { tensor: Some(tensor(&values, dims, dtype)), requires_grad: number.is_multiple_of(2) }
 }
 
 /// The content of a value: dtype, shape, bytes and the gradient mark.
