@@ -71,6 +71,11 @@ impl<B: Backend> DynTensor<B> {
         Self(B::float_reshape(self.0, Shape::from(dims.to_vec())))
     }
 
+    /// Returns the size of every dimension.
+    pub(crate) fn dims(&self) -> Vec<usize> {
+        self.0.shape().to_vec()
+    }
+
     /// Returns the number of elements.
     pub(crate) fn elements(&self) -> usize {
         self.0.shape().num_elements()

@@ -19,9 +19,10 @@ pub struct Traffic {
     pub reduced: CommVolume,
     /// The volume of `all_gather` and `broadcast`.
     pub gathered: CommVolume,
-    /// The volume of `send`.
+    /// The volume of `send` and of the values in messages that describe themselves.
     pub sent: CommVolume,
-    /// The volume of control data: `all_gather_object`, `barrier` and `split`.
+    /// The volume of control data: `all_gather_object`, `barrier`, `split` and the headers of messages that describe
+    /// themselves.
     pub control: CommVolume,
 }
 
@@ -32,7 +33,9 @@ impl Traffic {
             Operation::AllReduce | Operation::ReduceScatter => &mut self.reduced,
             Operation::AllGather | Operation::Broadcast => &mut self.gathered,
             Operation::Send => &mut self.sent,
-            Operation::Barrier | Operation::AllGatherObject | Operation::Split => &mut self.control,
+            Operation::SendObject | Operation::Barrier | Operation::AllGatherObject | Operation::Split => {
+                &mut self.control
+            }
         };
         kind.elements += sent.elements;
         kind.bytes += sent.bytes;

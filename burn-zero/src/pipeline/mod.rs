@@ -37,10 +37,11 @@
 mod cost;
 mod csv;
 mod draw;
-mod error;
 mod instruction;
 mod kind;
 mod order;
+#[cfg_attr(not(test), expect(dead_code, reason = "the executor of a pipeline, which uses it, is not there yet"))]
+pub(crate) mod p2p;
 mod partition;
 mod program;
 mod schedule;
@@ -50,8 +51,8 @@ mod simulate;
 mod tests;
 mod validate;
 
+pub use crate::error::PipelineError;
 pub use cost::{Costs, SendMode, StageTimes, TimedAction, Timeline};
-pub use error::PipelineError;
 use instruction::RankAction;
 pub use instruction::{Action, ComputationType, Instruction};
 pub use kind::PipelineKind;

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     MemoryTier,
-    comm::{CommVolume, Communicator, Lane, Message, Operation, Solo, Traffic, threads},
+    comm::{CommVolume, Communicator, Exchange, Lane, Message, Operation, Solo, Traffic, threads},
 };
 use std::time::Duration;
 
@@ -151,16 +151,11 @@ impl Communicator for SlowTransfer {
         self.0.world_size()
     }
 
-    fn exchange(
-        &mut self,
-        operation: Operation,
-        outgoing: Vec<Message>,
-        incoming: &[usize],
-    ) -> Result<Vec<Vec<u8>>, Error> {
+    fn start(&mut self, operation: Operation, outgoing: Vec<Message>, incoming: &[usize]) -> Result<Exchange, Error> {
         if operation == Operation::ReduceScatter {
             std::thread::sleep(Duration::from_millis(20));
         }
-        self.0.exchange(operation, outgoing, incoming)
+        self.0.start(operation, outgoing, incoming)
     }
 
     fn split(&mut self, color: usize, key: usize) -> Result<Box<dyn Communicator>, Error> {
