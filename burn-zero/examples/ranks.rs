@@ -167,16 +167,12 @@ fn train(
     in_backward: bool,
     world: usize,
 ) -> Result<(Vec<f32>, [u64; 2]), Error> {
-    let (last, others) = micros.split_last().expect("a step has a micro-batch");
     for step in 0..STEPS {
-        let rows = |micro| rows(step * world + micro);
-        for &micro in others {
-            engine.forward_backward(&rows(micro))?;
-        }
+        let micro_batches: Vec<_> = micros.iter().map(|micro| rows(step * world + micro)).collect();
         if in_backward {
-            engine.forward_backward_step(&rows(*last), 1e-3)?;
+            engine.train_step(&micro_batches, 1e-3)?;
         } else {
-            engine.forward_backward(&rows(*last))?;
+            engine.forward_backward(&micro_batches)?;
             engine.step(1e-3)?;
         }
     }
@@ -332,7 +328,7 @@ fn until_lost(group: ProcessGroup, kill: bool) -> Result<(), Error> {
             }
             std::thread::sleep(Duration::from_secs(25));
         }
-        engine.train_step(&rows(step), 1e-3)?;
+        engine.train_step(&[rows(step)], 1e-3)?;
     }
     Ok(())
 }

@@ -26,6 +26,27 @@ pub struct Traffic {
     pub control: CommVolume,
 }
 
+impl std::ops::Add for CommVolume {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { elements: self.elements + other.elements, bytes: self.bytes + other.bytes }
+    }
+}
+
+impl std::ops::Add for Traffic {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            reduced: self.reduced + other.reduced,
+            gathered: self.gathered + other.gathered,
+            sent: self.sent + other.sent,
+            control: self.control + other.control,
+        }
+    }
+}
+
 impl Traffic {
     /// Adds the volume of one call.
     pub fn add(&mut self, operation: Operation, sent: CommVolume) {

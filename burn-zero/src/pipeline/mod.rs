@@ -37,11 +37,11 @@
 mod cost;
 mod csv;
 mod draw;
+mod execute;
 mod instruction;
 mod kind;
 mod order;
-#[cfg_attr(not(test), expect(dead_code, reason = "the executor of a pipeline, which uses it, is not there yet"))]
-pub(crate) mod p2p;
+mod p2p;
 mod partition;
 mod program;
 mod schedule;
@@ -53,9 +53,11 @@ mod validate;
 
 pub use crate::error::PipelineError;
 pub use cost::{Costs, SendMode, StageTimes, TimedAction, Timeline};
+pub(crate) use execute::{Executed, Executor, StageView};
 use instruction::RankAction;
 pub use instruction::{Action, ComputationType, Instruction};
 pub use kind::PipelineKind;
+pub(crate) use p2p::{P2p, P2pValue};
 pub use partition::PartitionMethod;
 pub use program::Program;
 pub use schedule::PipelineSchedule;
