@@ -162,7 +162,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         }
         saved.check_all_read()?;
         let RestoredState { values, weight_shards, master, states } = restored;
-        let ShardingState { layout, device, weights, reducer } = &mut self.sharded;
+        let ShardingState { layout, device, weights, reducer, .. } = &mut self.sharded;
         self.states.replace(states, device)?;
         self.states.master_weights = master;
         *reducer = GradientReducer::new(layout);
@@ -271,7 +271,7 @@ impl<B: AutodiffBackend> OptimizerStates<B> {
 pub fn restore_weights<B: AutodiffBackend, M: TrainSegments<B>>(model: M, path: &Path) -> Result<M, Error> {
     let maps = MappedFiles::open(path)?;
     let mut saved = CheckpointReader::open(path, &maps)?;
-    let layout = ShardLayout::new::<B, M>(&model, Sharding::default(), RankInfo { rank: 0, world: 1 });
+    let layout = ShardLayout::new::<B, M>(&model, Sharding::default(), RankInfo { rank: 0, world: 1 }, |_| Some(0));
     let (device, mut values) = (device_of::<B, M>(&model), HashMap::new());
     for index in layout.trainable_buckets().flat_map(|(_, bucket)| bucket.parameters()) {
         let parameter = &layout.parameters[index];

@@ -37,10 +37,11 @@
 mod cost;
 mod csv;
 mod draw;
-mod error;
+mod execute;
 mod instruction;
 mod kind;
 mod order;
+mod p2p;
 mod partition;
 mod program;
 mod schedule;
@@ -51,11 +52,13 @@ mod tests;
 mod trace_file;
 mod validate;
 
+pub use crate::error::PipelineError;
 pub use cost::{Costs, SendMode, StageTimes, TimedAction, Timeline};
-pub use error::PipelineError;
+pub(crate) use execute::{Executed, Executor, StageView};
 use instruction::RankAction;
 pub use instruction::{Action, ComputationType, Instruction};
 pub use kind::PipelineKind;
+pub(crate) use p2p::{P2p, P2pValue};
 pub use partition::PartitionMethod;
 pub use program::Program;
 pub use schedule::PipelineSchedule;

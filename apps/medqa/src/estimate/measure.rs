@@ -127,10 +127,10 @@ fn run_two_steps<B: Kernels>(
         process::trim_heap();
         sampler.replace(PeakMemorySampler::start()?).map(PeakMemorySampler::finish);
         let noise = DropoutKey { seed: 0, step, tokens: layout.dropout_tokens(0) };
-        let batch = engine.model().batch(rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?;
+        let batch = [engine.model().batch(rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?];
         // The step frees accumulated gradients, and the first step allocates the moments.
         if args.max_grad_norm == 0.0 {
-            engine.forward_backward_step(&batch, 1e-5)?;
+            engine.train_step(&batch, 1e-5)?;
             counted_memory = engine.memory();
         } else {
             engine.forward_backward(&batch)?;
