@@ -39,7 +39,7 @@ pub(crate) fn load<B: Kernels>(model: &mut Llama<B>, name: &str, path: &Path) ->
             prompt::Prompt::load(directory, model.config().base_shape(), &model.device())?;
         warn_unknown_fields(directory, &unknown_fields);
         burn_peft::adapter::check_new_adapter(model, name, false)?;
-        model.prompts.push(prompt.named(name));
+        model.add_prompt(prompt.named(name));
         return Ok(AttachedAdapter::Prompt);
     }
     if json["peft_type"] == "IA3" {
