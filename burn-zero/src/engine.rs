@@ -10,8 +10,7 @@ use crate::{
     precision::LossScaler,
     reduce::GradientReducer,
     segment::TrainSegments,
-    sharding::{RankInfo, ShardLayout, Sharding, device_of},
-    stage::ZeroStage,
+    sharding::{Parameter, ShardLayout},
 };
 use burn::{
     module::ParamId,
@@ -23,6 +22,7 @@ mod checkpoint;
 mod config;
 mod forward_backward;
 mod memory;
+mod parts;
 mod step;
 mod update;
 
@@ -80,24 +80,6 @@ struct ShardingState<B: AutodiffBackend> {
 }
 
 impl<B: AutodiffBackend> ShardingState<B> {
-    /// Shards a model; in stage 3 this rank's weight shards are taken out of it and kept in `tier`.
-    fn new<M: TrainSegments<B>>(
-        model: M,
-        sharding: Sharding,
-        communicator: &AsyncCommunicator,
-        tier: &MemoryTier,
-    ) -> Result<(M, Self), Error> {
-        let layout = ShardLayout::new::<B, M>(&model, sharding, RankInfo::from(communicator));
-        let (device, reducer) = (device_of::<B, M>(&model), GradientReducer::new(&layout));
-        let (model, weights) = if sharding.stage == ZeroStage::Weights {
-            let (placeholders, weights) = WeightShards::shard(model, &layout, &device, tier)?;
-            (placeholders, Some(weights))
-        } else {
-            (model, None)
-        };
-        Ok((model, Self { layout, device, reducer, weights }))
-    }
-
     /// Takes the gradients accumulated so far; gradients added from here on belong to the next step.
     fn take_gradients(&mut self) -> GradientReducer<B::InnerBackend> {
         let mut fresh = GradientReducer::new(&self.layout);
@@ -190,6 +172,12 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// Returns the same errors as [`Engine::forward_backward`].
     pub fn barrier(&self) -> Result<(), Error> {
         self.communicator.submit("barrier", |group| group.barrier()).wait()
+    }
+
+    /// Returns the number of values in the model's trainable parameters, in any stage.
+    pub fn trainable_parameters(&self) -> usize {
+        let trainable = self.sharded.layout.parameters.iter().filter(|parameter| parameter.trainable);
+        trainable.map(Parameter::elements).sum()
     }
 
     /// Returns the number of optimizer steps taken.

@@ -48,6 +48,16 @@ impl LlamaConfig {
         2 * self.num_hidden_layers + 2
     }
 
+    /// Returns the number of the base model's parameters that each segment uses.
+    pub fn segment_parameters(&self) -> Vec<usize> {
+        let mut counts = vec![0; self.num_segments()];
+        for (name, shape) in build::parameter_shapes(self) {
+            let elements = shape.iter().product::<usize>();
+            self.segments_of(&name).into_iter().for_each(|segment| counts[segment] += elements);
+        }
+        counts
+    }
+
     /// Returns the segments that use the parameter at `path`, or the module at `path`, ascending. An embedding whose
     /// weight the output head shares is used by the first and the last one.
     pub fn segments_of(&self, path: &str) -> Vec<usize> {

@@ -124,11 +124,19 @@ impl EngineConfig {
     /// an optimizer that cannot run on the host, [`Error::Io`] if a file of states or weights cannot be created or
     /// written.
     pub fn init<B: AutodiffBackend, M: TrainSegments<B>>(self, model: M) -> Result<Engine<B, M>, Error> {
+        self.build(|sharding, communicator, tier| ShardingState::new(model, sharding, communicator, tier))
+    }
+
+    /// Creates the engine with the model and the sharding that `shard` returns.
+    pub(super) fn build<B: AutodiffBackend, M: TrainSegments<B>, E: From<Error>>(
+        self,
+        shard: impl FnOnce(Sharding, &AsyncCommunicator, &MemoryTier) -> Result<(M, ShardingState<B>), E>,
+    ) -> Result<Engine<B, M>, E> {
         let Self { settings, communicator, optimizer_tier, weights_tier, loss_scaler } = self;
         settings.check()?;
         let communicator = AsyncCommunicator::new(communicator);
         let states = OptimizerStates::new(settings.optimizer, &optimizer_tier, &communicator)?;
-        let (model, sharded) = ShardingState::new(model, settings.sharding, &communicator, &weights_tier)?;
+        let (model, sharded) = shard(settings.sharding, &communicator, &weights_tier)?;
         Ok(Engine { model, settings, communicator, sharded, states, loss_scaler, steps: 0 })
     }
 }

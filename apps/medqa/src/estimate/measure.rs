@@ -5,14 +5,14 @@ use super::EstimateArgs;
 use crate::{
     backend::{Device, with_backend},
     footprint::gib,
-    model, process,
+    process,
     recipe::{MethodKind, Recipe},
     train::{self, RunSizes, World, peak_rss_bytes, rss_anon_bytes},
 };
 use anyhow::Result;
 use burn::backend::Autodiff;
 use burn_llama::{Example, Llama, SequenceLayout, kernel::Kernels};
-use burn_peft::{DropoutKey, ForwardContext, param};
+use burn_peft::{DropoutKey, ForwardContext};
 use burn_zero::{Engine, comm::Communicator, estimate::MemoryEstimate};
 use serde_json::json;
 use std::{
@@ -146,15 +146,16 @@ fn run_two_steps<B: Kernels>(
 
 fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
     let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
-    let loaded = model::load_recipe_base::<Autodiff<B>>(&recipe, recipe.model.dtype.unwrap_or_default(), device)?;
-    let (model, _) = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
-    let sizes = RunSizes {
-        trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
-        tokens: args.tokens,
-        ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
-    };
+    let (loader, loaded) = train::ModelLoader::<B>::open(&recipe, communicator.world_size(), device)?;
+    let model = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?.model;
     let rows = example_rows(args.tokens, model.config().vocab_size as u64);
-    let mut engine = train::engine_config(&recipe, communicator)?.init(model)?;
+    let mut engine = loader.engine(model, &loaded.tokenizer, train::engine_config(&recipe, communicator)?)?;
+    drop(loader);
+    let sizes = RunSizes {
+        trained: engine.trainable_parameters() as u64,
+        tokens: args.tokens,
+        ..RunSizes::lower_bound(engine.model().config(), &recipe, engine.world() as u64)
+    };
     let MeasuredSteps { counted_memory, peak_rss_anon } = run_two_steps(&mut engine, &rows, args)?;
     let (peak, estimated) = (engine.peak_memory(), sizes.footprint(&recipe).peak_memory());
     let all = peak_rss_anon.saturating_sub(before);
