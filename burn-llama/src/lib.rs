@@ -53,7 +53,7 @@ pub use error::{Error, MismatchedTensor, TensorMismatch};
 pub use generate::{Generation, GenerationConfig};
 pub use kv_cache::{KeyValue, KvCache};
 pub use layout::{AttentionContext, OutputSlots, RowSlots, SequenceLayout};
-pub use model::Llama;
+pub use model::{HeldSegments, Llama};
 pub use tokenizer::Tokenizer;
 
 /// The examples of the README are tests.

@@ -14,7 +14,7 @@ impl<B: Kernels> Segments<B> for Llama<B> {
     type Batch = Batch<B>;
 
     fn segments(&self) -> usize {
-        2 * self.model.layers.len() + 2
+        self.config.num_segments()
     }
 
     fn forward_segment(&self, segment: usize, batch: &Batch<B>, inputs: Vec<DynTensor<B>>) -> Vec<DynTensor<B>> {

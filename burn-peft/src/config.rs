@@ -125,6 +125,11 @@ impl InitLoraWeights {
     pub fn mutates_base_weights(&self) -> bool {
         matches!(self, Self::Pissa { .. } | Self::Olora)
     }
+
+    /// Returns true if the initial values are computed from the base weights, so that all of these must be there.
+    pub fn reads_base_weights(&self) -> bool {
+        self.mutates_base_weights() || *self == Self::Loftq
+    }
 }
 
 impl TryFrom<Value> for InitLoraWeights {

@@ -15,6 +15,9 @@ pub struct Embedding<B: LinearKernels> {
     pub weight: Weight<B>,
     /// The adapters, in the order in which they were attached.
     pub adapters: Vec<EmbeddingAdapter<B>>,
+    /// The shape of the weight if another rank holds it, and this embedding has placeholders.
+    #[module(skip)]
+    elsewhere: Option<[usize; 2]>,
 }
 
 /// The part of a LoRA adapter that acts on the token embedding.
@@ -62,7 +65,35 @@ pub struct TrainableTokens<B: LinearKernels> {
 impl<B: LinearKernels> Embedding<B> {
     /// Creates an embedding with the given weight and no adapters.
     pub fn new(weight: Weight<B>) -> Self {
-        Self { weight, adapters: Vec::new() }
+        Self { weight, adapters: Vec::new(), elsewhere: None }
+    }
+
+    /// Says that another rank holds the embedding, whose weight has the `shape` `[vocab_size, hidden_size]`: its weight
+    /// becomes a placeholder, as [`Linear::into_placeholder`](crate::Linear::into_placeholder) says.
+    pub fn into_placeholder(mut self, shape: [usize; 2]) -> Self {
+        self.weight = self.weight.into_placeholder();
+        self.elsewhere = Some(shape);
+        self
+    }
+
+    /// Returns true if another rank holds the embedding.
+    pub fn is_elsewhere(&self) -> bool {
+        self.elsewhere.is_some()
+    }
+
+    /// Says that the embedding holds its weight, or will when a rank gathers it.
+    pub fn assume_held(&mut self) {
+        self.elsewhere = None;
+    }
+
+    /// Returns the shape `[vocab_size, hidden_size]`, also of an embedding that another rank holds.
+    pub fn shape(&self) -> [usize; 2] {
+        self.elsewhere.unwrap_or_else(|| self.weight.shape())
+    }
+
+    /// Changes the number of rows of an embedding that another rank holds.
+    pub fn resize_elsewhere(&mut self, rows: usize) {
+        self.elsewhere = self.elsewhere.map(|[_, features]| [rows, features]);
     }
 
     /// Returns the adapter of that name.
@@ -224,8 +255,12 @@ impl<B: LinearKernels> EmbeddingLora<B> {
     }
 
     /// Creates new matrices as PEFT does: `A` is zero, `B` is drawn from the normal distribution.
-    pub(crate) fn new(path: &str, name: &str, config: &LoraConfig, weight: &Weight<B>, seed: u64) -> Self {
-        let ([vocabulary, hidden], device, r) = (weight.shape(), weight.device(), config.rank_at(path));
+    pub(crate) fn new(path: &str, name: &str, config: &LoraConfig, base: &Embedding<B>, seed: u64) -> Self {
+        let ([vocabulary, hidden], device, r) = (base.shape(), base.weight.device(), config.rank_at(path));
+        if base.is_elsewhere() {
+            let zero = || Tensor::zeros([1, 1], (&device, DType::F32));
+            return Self::from_tensors(path, name, config, [zero(), zero()]);
+        }
         let key = random::key(&[seed, random::key_from_str(path)]);
         let b: Vec<f32> = (0..(hidden * r) as u64).map(|at| random::normal(key, at) as f32).collect();
         let a = Tensor::zeros([r, vocabulary], (&device, DType::F32));
@@ -247,9 +282,12 @@ impl<B: LinearKernels> TrainableTokens<B> {
         Self { delta: Param::initialized(id, rows.require_grad()), indices, original: None }
     }
 
-    /// Creates rows that equal those of the weight.
-    pub(crate) fn from_weight(path: &str, name: &str, indices: &[u32], weight: &Weight<B>) -> Self {
-        let device = weight.device();
+    /// Creates rows that equal those of the embedding.
+    pub(crate) fn from_base(path: &str, name: &str, indices: &[u32], base: &Embedding<B>) -> Self {
+        let (weight, device) = (&base.weight, base.weight.device());
+        if base.is_elsewhere() {
+            return Self::new(path, name, indices, Tensor::zeros([1, 1], (&device, DType::F32)));
+        }
         let ids = indices.iter().map(|&index| index as i32).collect::<Vec<_>>();
         let ids = Tensor::<B, 1, Int>::from_data(TensorData::new(ids, [indices.len()]), (&device, DType::I32));
         Self::new(path, name, indices, weight.val().detach().select(0, ids).cast(DType::F32).detach())

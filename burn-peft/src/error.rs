@@ -120,6 +120,14 @@ impl Error {
         Self::InvalidAdapter { name: name.to_owned(), state }
     }
 
+    /// Returns the error of a start of an adapter that reads the whole model, on a rank that holds a part of it.
+    pub fn needs_whole_model(start: &str) -> Self {
+        Self::config(format!(
+            "{start}: expected a process that holds the whole model, found a rank that holds a part of it: make the adapter \
+             with one process and give it as `method.init`"
+        ))
+    }
+
     pub(crate) fn config(message: impl Into<String>) -> Self {
         Self::Config { message: message.into() }
     }

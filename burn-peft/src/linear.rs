@@ -29,6 +29,9 @@ pub struct Linear<B: LinearKernels> {
     /// The names of the adapters that are merged into the weight, in the order of merging.
     #[module(skip)]
     merged_adapters: Vec<String>,
+    /// The shape of the weight if another rank holds it, and this layer has placeholders.
+    #[module(skip)]
+    elsewhere: Option<[usize; 2]>,
 }
 
 impl<B: LinearKernels> Linear<B> {
@@ -51,12 +54,38 @@ impl<B: LinearKernels> Linear<B> {
             adapters: Vec::new(),
             ia3: Vec::new(),
             merged_adapters: Vec::new(),
+            elsewhere: None,
         }
     }
 
-    /// Returns the shape `[out, in]`.
+    /// Says that another rank holds the layer, whose weight has the `shape` `[out, in]`: its parameters become
+    /// placeholders, see [`Weight::into_placeholder`], and adapters that are attached to it get placeholders too. Such a
+    /// layer cannot be computed.
+    pub fn into_placeholder(mut self, shape: [usize; 2]) -> Self {
+        self.weight = self.weight.into_placeholder();
+        self.bias = self.bias.map(param::placeholder);
+        self.elsewhere = Some(shape);
+        self
+    }
+
+    /// Returns true if another rank holds the layer.
+    pub fn is_elsewhere(&self) -> bool {
+        self.elsewhere.is_some()
+    }
+
+    /// Says that the layer holds its parameters, or will when a rank gathers them.
+    pub fn assume_held(&mut self) {
+        self.elsewhere = None;
+    }
+
+    /// Returns the shape `[out, in]`, also of a layer that another rank holds.
     pub fn shape(&self) -> [usize; 2] {
-        self.weight.shape()
+        self.elsewhere.unwrap_or_else(|| self.weight.shape())
+    }
+
+    /// Changes the number of rows of a layer that another rank holds, see [`Linear::into_placeholder`].
+    pub fn resize_elsewhere(&mut self, rows: usize) {
+        self.elsewhere = self.elsewhere.map(|[_, features]| [rows, features]);
     }
 
     /// Computes the layer with its adapters: `x [tokens, in]` → `[tokens, out]`, in the type of `x`.
@@ -101,10 +130,14 @@ impl<B: LinearKernels> Linear<B> {
     /// initial `s·B·A` from the weight. The layer's output stays the same with every initialization but `false`.
     ///
     /// # Errors
-    /// If the initialization changes the weight and that is packed, or the rank is too large for it.
+    /// If the initialization changes the weight and that is packed or on another rank, or the rank is too large for it.
     pub fn attach(&mut self, path: &str, name: &str, config: &LoraConfig, seed: u64) -> Result<(), Error> {
         self.check_init(path, config)?;
         let (spec, device) = (LoraSpec { path, name, config }, self.weight.device());
+        if self.is_elsewhere() {
+            self.adapters.push(Lora::placeholder(spec, &device));
+            return Ok(());
+        }
         let mut adapter = match config.init_lora_weights {
             InitLoraWeights::Pissa { niter } => Lora::pissa_init(spec, self.weight.val(), niter, seed),
             InitLoraWeights::Olora => Lora::olora_init(spec, self.weight.val()),
@@ -124,6 +157,15 @@ impl<B: LinearKernels> Linear<B> {
 
     /// Returns an error if an adapter of that configuration cannot be initialized on this layer.
     pub(crate) fn check_init(&self, path: &str, config: &LoraConfig) -> Result<(), Error> {
+        if self.is_elsewhere() {
+            return match config.init_lora_weights.reads_base_weights() {
+                true => Err(Error::needs_whole_model(&format!(
+                    "init_lora_weights = {}",
+                    serde_json::json!(config.init_lora_weights)
+                ))),
+                false => Ok(()),
+            };
+        }
         match config.init_lora_weights {
             InitLoraWeights::Pissa { .. } => self.weight.check_writable("init_lora_weights = \"pissa\"")?,
             InitLoraWeights::Olora => self.weight.check_writable("init_lora_weights = \"olora\"")?,

@@ -97,6 +97,15 @@ impl<B: LinearKernels> Lora<B> {
         }
     }
 
+    /// Creates the adapter of a layer that another rank holds: its parameters are placeholders of one element.
+    pub(crate) fn placeholder(spec: LoraSpec<'_>, device: &B::Device) -> Self {
+        let zero = || Tensor::zeros([1, 1], (device, DType::F32));
+        let mut adapter = Self::from_tensors(spec, zero(), zero());
+        let magnitude = spec.config.use_dora.then(|| Tensor::zeros([1], (device, DType::F32)));
+        adapter.dora = magnitude.map(|magnitude| Dora::new(spec.path, spec.name, magnitude));
+        adapter
+    }
+
     /// Creates an adapter with PiSSA's initialization: `s·B·A` is the best approximation of `weight` of rank `r`, which
     /// the caller has to subtract from the weight.
     pub(crate) fn pissa_init(spec: LoraSpec<'_>, weight: Tensor<B, 2>, niter: Option<usize>, seed: u64) -> Self {

@@ -91,6 +91,23 @@ impl<B: Backend, F: Fn(&str) -> bool> ParamMapper<B> for TrainOnly<F> {
     }
 }
 
+/// Replaces the value of a parameter by a placeholder of one element: another rank holds it. Id, data type and
+/// trainability stay.
+pub fn placeholder<B: Backend, const D: usize>(param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+    let (id, tensor, mapper) = param.consume();
+    let zero = Tensor::zeros([1; D], (&tensor.device(), tensor.dtype()));
+    Param::from_mapped_value(id, zero.set_require_grad(tensor.is_require_grad()), mapper)
+}
+
+/// A change of parameters to placeholders, see [`placeholder`].
+pub(crate) struct IntoPlaceholders;
+
+impl<B: Backend> ParamMapper<B> for IntoPlaceholders {
+    fn map<const D: usize>(&mut self, _: &str, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        placeholder(param)
+    }
+}
+
 /// A float parameter of a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ParamInfo {

@@ -54,6 +54,19 @@ impl<B: Backend> Weight<B> {
         }
     }
 
+    /// Replaces the values by a placeholder of one element, or of one row if they are packed: another rank holds them.
+    /// Id, format and trainability stay.
+    pub fn into_placeholder(self) -> Self {
+        match self {
+            Self::Dense(weight) => Self::Dense(param::placeholder(weight)),
+            Self::Packed { id, rows } => {
+                let [_, words] = rows.words().dims();
+                let row = Tensor::zeros([1, words], (&rows.device(), rows.words().dtype()));
+                Self::Packed { id, rows: rows.with_words(row) }
+            }
+        }
+    }
+
     /// Returns the shape `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
         match self {

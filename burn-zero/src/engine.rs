@@ -10,8 +10,7 @@ use crate::{
     precision::LossScaler,
     reduce::GradientReducer,
     segment::{Gradient, TrainSegments},
-    sharding::{RankInfo, ShardLayout, Sharding, device_of},
-    stage::ZeroStage,
+    sharding::{Parameter, ShardLayout},
 };
 use burn::{
     module::ParamId,
@@ -23,6 +22,7 @@ mod checkpoint;
 mod config;
 mod forward_backward;
 mod memory;
+mod parts;
 mod stages;
 mod step;
 mod tied;
@@ -91,30 +91,6 @@ struct ShardingState<B: AutodiffBackend> {
 }
 
 impl<B: AutodiffBackend> ShardingState<B> {
-    /// Shards a model: the parameters of other stages are dropped, and in stage 3 this rank's weight shards are taken out
-    /// of it and kept in `tier`.
-    fn new<M: TrainSegments<B>>(
-        model: M,
-        sharding: Sharding,
-        communicator: &AsyncCommunicator,
-        pipeline: &PipelineAxis,
-        tier: &MemoryTier,
-    ) -> Result<(M, Self), Error> {
-        let layout = ShardLayout::new::<B, M>(&model, sharding, RankInfo::from(communicator), |segment| {
-            pipeline.own_chunk(segment)
-        });
-        let device = device_of::<B, M>(&model);
-        let model = pipeline.keep_own(model, &layout);
-        let (reducer, tied) = (GradientReducer::new(&layout), pipeline.tied_parameters(&layout));
-        let (model, weights) = if sharding.stage == ZeroStage::Weights {
-            let (placeholders, weights) = WeightShards::shard(model, &layout, &device, tier)?;
-            (placeholders, Some(weights))
-        } else {
-            (model, None)
-        };
-        Ok((model, Self { layout, device, reducer, weights, tied }))
-    }
-
     /// Takes the gradients accumulated so far; gradients added from here on belong to the next step.
     fn take_gradients(&mut self) -> GradientReducer<B::InnerBackend> {
         let mut fresh = GradientReducer::new(&self.layout);
@@ -224,6 +200,12 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         // the second, all stages have.
         self.communicator.submit("barrier", |group| group.barrier()).wait()?;
         self.pipeline.communicator.submit("barrier", |group| group.barrier()).wait()
+    }
+
+    /// Returns the number of values in the model's trainable parameters, in any stage.
+    pub fn trainable_parameters(&self) -> usize {
+        let trainable = self.sharded.layout.parameters.iter().filter(|parameter| parameter.trainable);
+        trainable.map(Parameter::elements).sum()
     }
 
     /// Returns the number of optimizer steps taken.

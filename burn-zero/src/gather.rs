@@ -163,7 +163,7 @@ pub(crate) struct GatheredModel<'a, B: AutodiffBackend, M> {
 }
 
 impl<'a, B: AutodiffBackend, M: Module<B>> GatheredModel<'a, B, M> {
-    /// Creates the model from placeholders, as [`WeightShards::shard`] leaves them.
+    /// Creates the model from placeholders, as [`WeightShards::add`] leaves them.
     pub(crate) fn new(
         model: M,
         weights: &'a mut WeightShards<B::InnerBackend>,

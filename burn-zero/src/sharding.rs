@@ -147,6 +147,40 @@ impl ShardLayout {
         visitor.into_layout(sharding, rank, segments)
     }
 
+    /// Computes the layout of the parameters that `range`, a part of the segments, uses first, in stage 3. `part` has
+    /// their values; `self` is the layout of the whole model, whose parameters were placeholders of one element, and gets
+    /// their sizes. The buckets are those of the whole model, because none mixes parameters of different segments.
+    pub(crate) fn measure_part<B: AutodiffBackend, M: TrainSegments<B>>(
+        &mut self,
+        part: &M,
+        range: &Range<usize>,
+        sharding: Sharding,
+        rank: RankInfo,
+    ) -> Self {
+        let mut visitor = ParameterVisitor::default();
+        range.clone().for_each(|segment| part.visit_segment(segment, &mut visitor));
+        for Parameter { id, dims, dtype, .. } in visitor.parameters {
+            let known = &mut self.parameters[self.parameter_index[&id]];
+            if range.contains(&known.segments[0]) {
+                (known.dims, known.dtype) = (dims, dtype);
+            }
+        }
+        let mut layout = Self::from_parameters(self.parameters.clone(), sharding, rank, self.num_segments);
+        layout.buckets.retain(|bucket| range.contains(&bucket.segments[0]));
+        layout
+    }
+
+    /// Computes the layout of parameters.
+    pub(crate) fn from_parameters(
+        parameters: Vec<Parameter>,
+        sharding: Sharding,
+        rank: RankInfo,
+        segments: usize,
+    ) -> Self {
+        let index = parameters.iter().enumerate().map(|(index, parameter)| (parameter.id, index)).collect();
+        ParameterVisitor { parameters, index, ..ParameterVisitor::default() }.into_layout(sharding, rank, segments)
+    }
+
     /// Computes the layout of a module that is not a list of segments.
     pub(crate) fn for_module<B: AutodiffBackend, M: Module<B>>(model: &M, sharding: Sharding, rank: RankInfo) -> Self {
         let mut visitor = ParameterVisitor::default();

@@ -1,6 +1,7 @@
 //! Properties that every fine-tuning method must have, on two architectures, on a tied head and on packed weights. Each
 //! method is a row of a table, each property is a test.
 
+mod stages;
 mod table;
 
 use burn::{

@@ -32,24 +32,28 @@ pub(crate) enum AttachedAdapter {
 /// # Errors
 /// If the adapter cannot be read, has an unsupported PEFT type, or does not fit the model.
 pub(crate) fn load<B: Kernels>(model: &mut Llama<B>, name: &str, path: &Path) -> Result<AttachedAdapter> {
+    let Loaded { value, unknown_fields } = read(model, name, path)?;
+    warn_unknown_fields(&identify::adapter_directory(path)?, &unknown_fields);
+    Ok(value)
+}
+
+/// Loads an adapter as [`load`] does, without a warning of unknown fields.
+pub(crate) fn read<B: Kernels>(model: &mut Llama<B>, name: &str, path: &Path) -> Result<Loaded<AttachedAdapter>> {
     let directory = &identify::adapter_directory(path)?;
     let json = format::read_config(directory)?;
     if PromptConfig::is_prompt(&json) {
         let Loaded { value: prompt, unknown_fields } =
             prompt::Prompt::load(directory, model.config().base_shape(), &model.device())?;
-        warn_unknown_fields(directory, &unknown_fields);
         burn_peft::adapter::check_new_adapter(model, name, false)?;
-        model.prompts.push(prompt.named(name));
-        return Ok(AttachedAdapter::Prompt);
+        model.add_prompt(prompt.named(name));
+        return Ok(Loaded { value: AttachedAdapter::Prompt, unknown_fields });
     }
     if json["peft_type"] == "IA3" {
         let unknown_fields = adapter::load_ia3(model, name, directory)?.unknown_fields;
-        warn_unknown_fields(directory, &unknown_fields);
-        return Ok(AttachedAdapter::Ia3);
+        return Ok(Loaded { value: AttachedAdapter::Ia3, unknown_fields });
     }
     let Loaded { value: config, unknown_fields } = adapter::load(model, name, directory)?;
-    warn_unknown_fields(directory, &unknown_fields);
-    Ok(AttachedAdapter::Lora(Box::new(config), None))
+    Ok(Loaded { value: AttachedAdapter::Lora(Box::new(config), None), unknown_fields })
 }
 
 /// Warns of fields in an adapter's configuration that are unknown here and have no effect.

@@ -11,7 +11,8 @@ use crate::{
 use anyhow::{Result, bail};
 use burn::tensor::DType;
 use burn_llama::{
-    ChatTemplate, Checkpoint, Llama, LlamaConfig, Message, Storage, Tokenizer, checkpoint::gguf::Gguf, kernel::Kernels,
+    ChatTemplate, Checkpoint, HeldSegments, Llama, LlamaConfig, Message, Storage, Tokenizer, checkpoint::gguf::Gguf,
+    kernel::Kernels,
 };
 use burn_peft::Linears;
 use std::path::{Path, PathBuf};
@@ -106,21 +107,50 @@ pub(crate) fn load_base<B: Kernels>(
     Ok(LoadedModel { model, tokenizer })
 }
 
-/// Loads the base model of a recipe, with `method.new_tokens` in its tokenizer and a row for each of them, and with the
-/// recipe's chat template.
+/// The base model of a recipe, of which any segments can be loaded.
+pub(crate) struct RecipeBase {
+    checkpoint: Checkpoint,
+    /// The rows of the embedding that `method.new_tokens` need.
+    rows: usize,
+}
+
+impl RecipeBase {
+    /// Opens the base model of a recipe. Its tokenizer has `method.new_tokens` and the recipe's chat template.
+    pub(crate) fn open(recipe: &Recipe) -> Result<(Self, Tokenizer)> {
+        let (checkpoint, mut tokenizer) = open_checkpoint(&recipe.model.path, None)?;
+        let new = tokenizer.add_tokens(&recipe.method.targets.new_tokens)?;
+        let rows = new.iter().max().map_or(0, |&last| last as usize + 1);
+        Ok((Self { checkpoint, rows }, TemplateOptions::from(recipe).apply(tokenizer)?))
+    }
+
+    /// Returns the configuration of the model in the files, without new tokens.
+    pub(crate) fn config(&self) -> &LlamaConfig {
+        self.checkpoint.config()
+    }
+
+    /// Loads segments of the model, with a row for each of `method.new_tokens`.
+    pub(crate) fn load<B: Kernels>(
+        &self,
+        held: &HeldSegments,
+        storage: impl Into<Storage>,
+        device: &B::Device,
+    ) -> Result<Llama<B>> {
+        let mut model = self.checkpoint.load_segments::<B>(held, storage, device)?;
+        if self.rows > model.config().vocab_size {
+            model.resize_token_embeddings(self.rows);
+        }
+        Ok(model)
+    }
+}
+
+/// Loads the base model of a recipe as [`RecipeBase`] does, all of it.
 pub(crate) fn load_recipe_base<B: Kernels>(
     recipe: &Recipe,
     storage: impl Into<Storage>,
     device: &B::Device,
 ) -> Result<LoadedModel<B>> {
-    let mut loaded = load_base::<B>(&recipe.model.path, storage, device)?;
-    let new = loaded.tokenizer.add_tokens(&recipe.method.targets.new_tokens)?;
-    let rows = new.iter().max().map_or(0, |&last| last as usize + 1);
-    if rows > loaded.model.config().vocab_size {
-        loaded.model.resize_token_embeddings(rows);
-    }
-    loaded.tokenizer = TemplateOptions::from(recipe).apply(loaded.tokenizer)?;
-    Ok(loaded)
+    let (base, tokenizer) = RecipeBase::open(recipe)?;
+    Ok(LoadedModel { model: base.load(&HeldSegments::all(), storage, device)?, tokenizer })
 }
 
 /// Sets the numeric format of the model's matrix products.

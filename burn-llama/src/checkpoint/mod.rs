@@ -12,12 +12,13 @@ mod storage;
 pub(crate) use atomic_write::{atomic_write, atomic_write_with};
 pub use save::{save, save_as};
 pub use storage::Storage;
+use storage::TensorFormat;
 
-use crate::{Error, Llama, LlamaConfig, MismatchedTensor, TensorMismatch, kernel::Kernels, model::build};
+use crate::{Error, HeldSegments, Llama, LlamaConfig, MismatchedTensor, TensorMismatch, kernel::Kernels, model::build};
 use burn::tensor::{DType, TensorData};
 use gguf::Gguf;
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
 };
 
@@ -120,26 +121,39 @@ impl Checkpoint {
     /// If tensors are missing, unexpected or of the wrong shape (one error lists them all), or if the checkpoint cannot
     /// be loaded with this storage.
     pub fn load<B: Kernels>(&self, storage: impl Into<Storage>, device: &B::Device) -> Result<Llama<B>, Error> {
+        self.load_segments(&HeldSegments::all(), storage, device)
+    }
+
+    /// Loads the parameters of some segments of the model as [`Checkpoint::load`] loads them all; no other tensor is
+    /// read. The others are placeholders with the same paths, ids and trainability.
+    ///
+    /// # Errors
+    /// As for [`Checkpoint::load`].
+    pub fn load_segments<B: Kernels>(
+        &self,
+        held: &HeldSegments,
+        storage: impl Into<Storage>,
+        device: &B::Device,
+    ) -> Result<Llama<B>, Error> {
         let storage = storage.into();
         self.check_storage(storage)?;
         let mismatch = self.mismatch()?;
         if !mismatch.is_empty() {
             return Err(Error::Tensors { path: self.path.clone(), mismatch });
         }
-        build::build(
-            &self.config,
-            &|name: &str| {
+        let shapes: HashMap<String, Vec<usize>> = build::parameter_shapes(&self.config).into_iter().collect();
+        let read = |name: &str| {
+            let format = match shapes.get(name).map(Vec::as_slice) {
+                Some(&[_, features]) => self.matrix_format(name, features, storage)?,
                 // Norms and biases (all vectors) are small and sensitive to rounding, so they stay in f32.
-                let matrix =
-                    name.ends_with("_proj.weight") || name.contains("embed_tokens") || name.starts_with("lm_head");
-                if matrix {
-                    self.read_matrix(name, storage)
-                } else {
-                    self.read(name, DType::F32).map(build::LoadedTensor::Floats)
-                }
-            },
-            device,
-        )
+                _ => TensorFormat::Floats(DType::F32),
+            };
+            match held.holds(&self.config, name) {
+                true => self.read_as(name, format),
+                false => Ok(format.placeholder(&shapes[name])),
+            }
+        };
+        build::build(&self.config, held, &read, device)
     }
 
     /// Compares the checkpoint's tensors with the parameters that its configuration requires.

@@ -2,7 +2,7 @@
 
 use super::{Checkpoint, TensorFiles, gguf};
 use crate::{Error, model::build::LoadedTensor};
-use burn::tensor::DType;
+use burn::tensor::{DType, TensorData};
 use burn_peft_kernels::{Codec, packed::nf4};
 
 /// The storage format of a model's matrices: its projections, its embedding and its head. Vectors are always f32.
@@ -36,38 +36,47 @@ impl Checkpoint {
         }
     }
 
-    /// Reads one matrix in the format that `storage` asks for.
-    pub(super) fn read_matrix(&self, name: &str, storage: Storage) -> Result<LoadedTensor, Error> {
+    /// Returns the format in which `storage` keeps a matrix with rows of `features` values.
+    pub(super) fn matrix_format(&self, name: &str, features: usize, storage: Storage) -> Result<TensorFormat, Error> {
+        let projection = name.ends_with("_proj.weight");
         match (storage, &self.files) {
-            (Storage::Dense(dtype), _) => self.read(name, dtype).map(LoadedTensor::Floats),
-            (Storage::Packed, TensorFiles::Gguf(file)) => {
-                let entry = self.entry(file, name)?;
-                let dtype = match entry.kind {
-                    gguf::BlockType::F32 => DType::F32,
-                    gguf::BlockType::F16 => DType::F16,
-                    gguf::BlockType::BF16 => DType::BF16,
-                    kind => {
-                        let (codec, bytes) = (Codec::Blocks(kind), file.rows(entry)?);
-                        return Ok(LoadedTensor::PackedRows { codec, features: entry.row_len(), bytes });
-                    }
-                };
-                self.read(name, dtype).map(LoadedTensor::Floats)
+            (Storage::Dense(dtype), _) => Ok(TensorFormat::Floats(dtype)),
+            (Storage::Nf4, TensorFiles::Gguf(file)) if !projection => self.stored_format(file, name),
+            (Storage::Packed, TensorFiles::Gguf(file)) => self.stored_format(file, name),
+            (Storage::Packed | Storage::Nf4, _) => {
+                let codec = if projection { Codec::Nf4 } else { gguf::BlockType::Q8_0.into() };
+                let whole = features > 0 && features.is_multiple_of(codec.block_len());
+                Ok(if whole { TensorFormat::Quantized(codec) } else { TensorFormat::Floats(DType::BF16) })
             }
-            (Storage::Nf4, TensorFiles::Gguf(_)) if !name.ends_with("_proj.weight") => {
-                self.read_matrix(name, Storage::Packed)
-            }
-            (Storage::Packed | Storage::Nf4, _) => self.read_quantized(name),
         }
     }
 
-    /// Reads a matrix and quantizes it: a projection to NF4, any other matrix to Q8_0.
-    fn read_quantized(&self, name: &str) -> Result<LoadedTensor, Error> {
+    /// Returns the format of a matrix as it is stored in a GGUF file.
+    fn stored_format(&self, file: &gguf::Gguf, name: &str) -> Result<TensorFormat, Error> {
+        Ok(match self.entry(file, name)?.kind {
+            gguf::BlockType::F32 => TensorFormat::Floats(DType::F32),
+            gguf::BlockType::F16 => TensorFormat::Floats(DType::F16),
+            gguf::BlockType::BF16 => TensorFormat::Floats(DType::BF16),
+            kind => TensorFormat::Stored(Codec::Blocks(kind)),
+        })
+    }
+
+    /// Reads one tensor in the given format.
+    pub(super) fn read_as(&self, name: &str, format: TensorFormat) -> Result<LoadedTensor, Error> {
+        match (format, &self.files) {
+            (TensorFormat::Stored(codec), TensorFiles::Gguf(file)) => {
+                let entry = self.entry(file, name)?;
+                Ok(LoadedTensor::PackedRows { codec, features: entry.row_len(), bytes: file.rows(entry)? })
+            }
+            (TensorFormat::Floats(dtype), _) => self.read(name, dtype).map(LoadedTensor::Floats),
+            (TensorFormat::Stored(codec) | TensorFormat::Quantized(codec), _) => self.read_quantized(name, codec),
+        }
+    }
+
+    /// Reads a matrix and quantizes it.
+    fn read_quantized(&self, name: &str, codec: Codec) -> Result<LoadedTensor, Error> {
         let data = self.read(name, DType::F32)?;
         let features = data.shape.last().copied().unwrap_or(0);
-        let codec = if name.ends_with("_proj.weight") { Codec::Nf4 } else { gguf::BlockType::Q8_0.into() };
-        if features == 0 || !features.is_multiple_of(codec.block_len()) {
-            return Ok(LoadedTensor::Floats(data.convert_dtype(DType::BF16)));
-        }
         let values = data.as_slice::<f32>().map_err(|e| Error::config(name, "f32 values", format!("{e:?}")))?;
         let bytes = match codec {
             Codec::Nf4 => nf4::encode(values, features),
@@ -79,5 +88,32 @@ impl Checkpoint {
         let expected = format!("finite values that fit {codec}");
         let bytes = bytes.map_err(|found| Error::format(&self.path, name, expected, found.to_string()))?;
         Ok(LoadedTensor::PackedRows { codec, features, bytes })
+    }
+}
+
+/// The format of a tensor in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum TensorFormat {
+    /// Floats, converted from what the file holds.
+    Floats(DType),
+    /// The blocks of the GGUF file.
+    Stored(Codec),
+    /// Blocks, quantized from what the file holds.
+    Quantized(Codec),
+}
+
+impl TensorFormat {
+    /// Returns the placeholder of a tensor of that shape: one element, or one packed row.
+    pub(super) fn placeholder(self, shape: &[usize]) -> LoadedTensor {
+        match self {
+            Self::Floats(dtype) => {
+                let zero = TensorData::zeros::<f32, _>(vec![1; shape.len()]);
+                LoadedTensor::Floats(if dtype == DType::F32 { zero } else { zero.convert_dtype(dtype) })
+            }
+            Self::Stored(codec) | Self::Quantized(codec) => {
+                let features = shape.last().copied().unwrap_or(0);
+                LoadedTensor::PackedRows { codec, features, bytes: vec![0; codec.row_bytes(features)] }
+            }
+        }
     }
 }

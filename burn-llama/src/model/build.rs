@@ -1,6 +1,6 @@
 //! Construction of the model from a configuration and a function that reads tensors.
 
-use super::{Attention, Decoder, Layer, Llama, Mlp, RmsNorm};
+use super::{Attention, Decoder, HeldSegments, Layer, Llama, Mlp, RmsNorm};
 use crate::{LlamaConfig, kernel::Kernels};
 use burn::{
     module::Param,
@@ -8,6 +8,7 @@ use burn::{
 };
 use burn_peft::{Embedding, Linear, Weight, param};
 use burn_peft_kernels::{Codec, MatmulPrecision, PackedWeight};
+use std::collections::HashMap;
 
 /// Returns the name and shape of every parameter of the model.
 pub(crate) fn parameter_shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
@@ -63,18 +64,20 @@ pub(crate) enum LoadedTensor {
 /// A function that reads a tensor by name.
 type TensorReader<'a, E> = &'a dyn Fn(&str) -> Result<LoadedTensor, E>;
 
-/// Builds the model on `device`, reading each tensor once with `read`.
+/// Builds the model on `device`, reading each tensor once with `read`, which returns placeholders (one element, or one
+/// packed row) for the tensors that are not `held`.
 pub(crate) fn build<B: Kernels, E>(
     config: &LlamaConfig,
+    held: &HeldSegments,
     read: TensorReader<'_, E>,
     device: &B::Device,
 ) -> Result<Llama<B>, E> {
-    let build = ModelBuilder { config, read, device };
+    let shapes = parameter_shapes(config).into_iter().collect();
+    let build = ModelBuilder { config, held, shapes, read, device };
     let layers = (0..config.num_hidden_layers).map(|index| build.layer(index)).collect::<Result<_, _>>()?;
-    let embedding = "model.embed_tokens.weight";
     Ok(Llama {
         model: Decoder {
-            embed_tokens: Embedding::new(build.weight(embedding)?),
+            embed_tokens: build.embedding("model.embed_tokens")?,
             layers,
             norm: build.norm("model.norm")?,
         },
@@ -82,12 +85,15 @@ pub(crate) fn build<B: Kernels, E>(
         lm_head: if config.tie_word_embeddings { None } else { Some(build.linear("lm_head", false)?) },
         config: config.clone(),
         matmul_precision: MatmulPrecision::F32,
+        held: held.clone(),
     })
 }
 
 /// The inputs that every module of the model is built from.
 struct ModelBuilder<'a, D, E> {
     config: &'a LlamaConfig,
+    held: &'a HeldSegments,
+    shapes: HashMap<String, Vec<usize>>,
     read: TensorReader<'a, E>,
     device: &'a D,
 }
@@ -110,7 +116,29 @@ impl<D, E> ModelBuilder<'_, D, E> {
 
     fn linear<B: Kernels<Device = D>>(&self, path: &str, bias: bool) -> Result<Linear<B>, E> {
         let bias = if bias { Some(self.tensor(&format!("{path}.bias"))?) } else { None };
-        Ok(Linear::from_weight(path, self.weight(&format!("{path}.weight"))?, bias))
+        let name = format!("{path}.weight");
+        let linear = Linear::from_weight(path, self.weight(&name)?, bias);
+        Ok(match self.shape_elsewhere(&name) {
+            Some(shape) => linear.into_placeholder(shape),
+            None => linear,
+        })
+    }
+
+    fn embedding<B: Kernels<Device = D>>(&self, path: &str) -> Result<Embedding<B>, E> {
+        let name = format!("{path}.weight");
+        let embedding = Embedding::new(self.weight(&name)?);
+        Ok(match self.shape_elsewhere(&name) {
+            Some(shape) => embedding.into_placeholder(shape),
+            None => embedding,
+        })
+    }
+
+    /// Returns the shape of a matrix if another rank holds it.
+    fn shape_elsewhere(&self, name: &str) -> Option<[usize; 2]> {
+        if self.held.holds(self.config, name) {
+            return None;
+        }
+        self.shapes.get(name)?.as_slice().try_into().ok()
     }
 
     fn weight<B: Kernels<Device = D>>(&self, name: &str) -> Result<Weight<B>, E> {

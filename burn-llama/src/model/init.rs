@@ -1,6 +1,6 @@
 //! Models with random weights.
 
-use super::{Llama, build};
+use super::{HeldSegments, Llama, build};
 use crate::{LlamaConfig, kernel::Kernels};
 use burn::tensor::TensorData;
 use burn_peft::random;
@@ -23,7 +23,7 @@ impl LlamaConfig {
             };
             Ok::<_, Infallible>(build::LoadedTensor::Floats(TensorData::new(values, shape)))
         };
-        let Ok(model) = build::build(self, &values, device);
+        let Ok(model) = build::build(self, &HeldSegments::all(), &values, device);
         model
     }
 }

@@ -51,17 +51,23 @@ impl<B: Kernels> Linears<B> for Llama<B> {
     }
 
     fn resize_token_embeddings(&mut self, rows: usize) {
-        let resize = |weight: &mut Weight<B>, path: &str| {
+        let resize = |weight: &mut Weight<B>, path: &str, elsewhere: bool| {
             let trained = matches!(weight, Weight::Dense(param) if param.is_require_grad());
-            let values = resize_rows(weight.val().detach(), rows);
+            let values = weight.val().detach();
+            let values = if elsewhere { values.slice(s![0..1, 0..1]) } else { resize_rows(values, rows) };
             *weight = Weight::Dense(Param::initialized(
                 param::id(&format!("{path}.weight")),
                 values.detach().set_require_grad(trained),
             ));
         };
-        resize(&mut self.model.embed_tokens.weight, EMBEDDING);
+        let table = &mut self.model.embed_tokens;
+        let elsewhere = table.is_elsewhere();
+        resize(&mut table.weight, EMBEDDING, elsewhere);
+        table.resize_elsewhere(rows);
         if let Some(head) = &mut self.lm_head {
-            resize(&mut head.weight, "lm_head");
+            let elsewhere = head.is_elsewhere();
+            resize(&mut head.weight, "lm_head", elsewhere);
+            head.resize_elsewhere(rows);
         }
         self.config.vocab_size = rows;
         self.config.raw_fields.insert("vocab_size".to_owned(), rows.into());
@@ -82,9 +88,20 @@ impl<B: Kernels> Linears<B> for Llama<B> {
     fn untie(&mut self) {
         if self.lm_head.is_none() {
             let weight = self.model.embed_tokens.weight.with_path("lm_head.weight");
-            self.lm_head = Some(Linear::from_weight("lm_head", weight, None));
+            let (head, shape) = (Linear::from_weight("lm_head", weight, None), self.model.embed_tokens.shape());
             self.config.untie();
+            // The first and the last stage held the table; each keeps one of the two.
+            let place = |path: &str| self.held.holds(&self.config, path);
+            self.lm_head = Some(if place("lm_head") { head } else { head.into_placeholder(shape) });
+            if !place(EMBEDDING) {
+                let table = self.model.embed_tokens.clone();
+                self.model.embed_tokens = table.into_placeholder(shape);
+            }
         }
+    }
+
+    fn shape_elsewhere(&self, path: &str) -> Option<Vec<usize>> {
+        self.shape_of_placeholder(path)
     }
 
     fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>)) {

@@ -3,6 +3,7 @@
 mod block;
 pub(crate) mod build;
 mod finite;
+mod held;
 mod init;
 mod linears;
 mod loss;
@@ -12,6 +13,7 @@ mod virtual_tokens;
 
 pub use block::{Attention, Layer, Mlp};
 pub(crate) use block::{BlockOutputs, LayerCache};
+pub use held::HeldSegments;
 pub use norm::RmsNorm;
 pub(crate) use row_adapters::RowAdapters;
 
@@ -52,6 +54,8 @@ pub struct Llama<B: Kernels> {
     pub(crate) config: LlamaConfig,
     #[module(skip)]
     pub(crate) matmul_precision: MatmulPrecision,
+    #[module(skip)]
+    pub(crate) held: HeldSegments,
 }
 
 impl<B: Kernels> Llama<B> {

@@ -138,8 +138,14 @@ impl<B: Kernels> Llama<B> {
     ///
     /// # Errors
     /// Returns an error if the configuration is impossible, asks for a text that is not given, or its method cannot
-    /// start from a text.
+    /// start from a text; also if a text is given and another rank holds a part of the model.
     pub fn new_prompt(&self, config: &PromptConfig, text: Option<&[u32]>, seed: u64) -> Result<Prompt<B>, Error> {
+        if text.is_some() {
+            self.check_holds_all("method.init_text")?;
+        }
+        if !self.held.contains(0) {
+            return Ok(Prompt::placeholder(config, self.config.base_shape(), &self.device())?);
+        }
         let prompt = Prompt::new(config, self.config.base_shape(), seed, &self.device())?;
         let vocabulary = self.config.vocab_size;
         let Some(tokens) = config.init_token_ids(text, vocabulary, seed)? else { return Ok(prompt) };

@@ -65,6 +65,8 @@ struct BaseParam {
     peft_key: String,
     shape: Vec<usize>,
     trained: bool,
+    /// True if another rank holds the parameter.
+    elsewhere: bool,
 }
 
 impl TrainableBase {
@@ -104,7 +106,10 @@ impl TrainableBase {
                     _ => ".base_layer",
                 };
                 let peft_key = format!("{}{module}{inner}.{name}", format::PREFIX);
-                base_params.insert(path.clone(), BaseParam { peft_key, shape, trained });
+                let whole = model.shape_elsewhere(&path);
+                let elsewhere = whole.is_some();
+                let param = BaseParam { peft_key, shape: whole.unwrap_or(shape), trained, elsewhere };
+                base_params.insert(path, param);
             }
         }
         let missing = config.modules_to_save.iter().flatten().find(|name| !saved.contains(*name));
@@ -159,10 +164,12 @@ struct LoadParams<'a> {
 
 impl<B: Backend> ParamMapper<B> for LoadParams<'_> {
     fn map<const D: usize>(&mut self, path: &str, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let Some(BaseParam { peft_key, trained: true, .. }) = self.base.base_params.get(path) else { return param };
+        let Some(BaseParam { peft_key, trained: true, elsewhere, .. }) = self.base.base_params.get(path) else {
+            return param;
+        };
         let (id, tensor, mapper) = param.consume();
         let (on, device) = (tensor.is_require_grad(), tensor.device());
-        let tensor = match self.tensors.get(peft_key) {
+        let tensor = match self.tensors.get(peft_key).filter(|_| !elsewhere) {
             Some(data) => Tensor::from_data(data.clone(), (&device, DType::F32)),
             None if tensor.dtype() == DType::F32 => tensor,
             None => tensor.detach().cast(DType::F32),

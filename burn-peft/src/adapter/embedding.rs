@@ -31,7 +31,7 @@ impl EmbeddingTarget {
                 None => Ok(None),
             };
         };
-        let (selection, shape) = (Selection::new(config)?, embedding.weight.shape());
+        let (selection, shape) = (Selection::new(config)?, embedding.shape());
         let lora = selection.selects_embedding(path);
         let head = model.tied().map(|[_, head]| head);
         let tokens = config.trainable_token_indices.as_ref().map(|indices| indices.of_embedding(path, head));
@@ -140,9 +140,9 @@ impl EmbeddingTarget {
     ) {
         let Some((path, embedding)) = model.embedding_mut() else { return };
         let mut adapter = EmbeddingAdapter::new(name, config);
-        adapter.lora = self.lora.then(|| EmbeddingLora::new(path, name, config, &embedding.weight, seed));
-        adapter.tokens = (!self.tokens.is_empty())
-            .then(|| TrainableTokens::from_weight(path, name, &self.tokens, &embedding.weight));
+        adapter.lora = self.lora.then(|| EmbeddingLora::new(path, name, config, embedding, seed));
+        adapter.tokens =
+            (!self.tokens.is_empty()).then(|| TrainableTokens::from_base(path, name, &self.tokens, embedding));
         embedding.adapters.push(adapter);
     }
 
@@ -156,9 +156,11 @@ impl EmbeddingTarget {
     ) {
         let Some((path, embedding)) = model.embedding_mut() else { return };
         let (mut adapter, device) = (EmbeddingAdapter::new(name, config), embedding.weight.device());
+        let elsewhere = embedding.is_elsewhere();
         let mut take = |key: String| {
             let data = tensors.remove(&key)?;
-            Some(Tensor::<B, 2>::from_data(data, (&device, DType::F32)))
+            let place = (&device, DType::F32);
+            Some(if elsewhere { Tensor::<B, 2>::zeros([1, 1], place) } else { Tensor::from_data(data, place) })
         };
         if let Some(pair) = take(lora_key(path, "A")).zip(take(lora_key(path, "B"))) {
             adapter.lora = Some(EmbeddingLora::from_tensors(path, name, config, pair.into()));
@@ -171,7 +173,7 @@ impl EmbeddingTarget {
 /// Sets the rows of `trainable_token_indices` of the named adapter to the mean of the rows of the embedding before the
 /// first of these tokens, from which new tokens start.
 pub fn init_tokens_by_mean<B: LinearKernels, M: Linears<B>>(model: &mut M, name: &str) {
-    let Some((_, embedding)) = model.embedding_mut() else { return };
+    let Some((_, embedding)) = model.embedding_mut().filter(|(_, embedding)| !embedding.is_elsewhere()) else { return };
     let weight = embedding.weight.val().detach().cast(DType::F32);
     let tokens = embedding.adapters.iter_mut().find(|adapter| adapter.name == name);
     if let Some(tokens) = tokens.and_then(|adapter| adapter.tokens.as_mut()) {

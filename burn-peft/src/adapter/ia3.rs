@@ -48,7 +48,12 @@ fn inject<B: LinearKernels, M: Linears<B>>(
     model.linears_mut(&mut |path, linear: &mut Linear<B>| {
         if let Some(layer) = selected.next_if(|layer| layer.path == path) {
             let device = linear.weight.device();
-            linear.ia3.push(Ia3::new(path, name, config, factors(path, layer.factors, &device)));
+            let shape = if linear.is_elsewhere() { None } else { Some(layer.factors) };
+            let values = match shape {
+                Some(shape) => factors(path, shape, &device),
+                None => Tensor::ones([1, 1], (&device, DType::F32)),
+            };
+            linear.ia3.push(Ia3::new(path, name, config, values));
         }
     });
 }

@@ -26,6 +26,12 @@ pub trait Linears<B: LinearKernels> {
     /// does: cuts off the last ones, or adds rows with the mean of the others. Does nothing by default.
     fn resize_token_embeddings(&mut self, _rows: usize) {}
 
+    /// Returns the whole shape of the base model's parameter at `path` if another rank holds it, and this model has a
+    /// placeholder of one element; `None` if this model holds it.
+    fn shape_elsewhere(&self, _path: &str) -> Option<Vec<usize>> {
+        None
+    }
+
     /// Returns the model's prompts; empty if it has none or does not support them.
     fn prompts(&self) -> &[Prompt<B>] {
         &[]

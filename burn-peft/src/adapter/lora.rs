@@ -120,7 +120,9 @@ pub fn load<B: LinearKernels, M: Linears<B> + Module<B>>(
     let base = TrainableBase::new(model, &config)?;
     let expected = expected_tensors(model, &config, &base, &tensors)?;
     format::check_tensors(directory, &expected, &tensors)?;
-    check_layers(model, |path, linear| if base.is_target(path) { linear.check_init(path, &config) } else { Ok(()) })?;
+    check_layers(model, |path, linear| {
+        if base.is_target(path) && !linear.is_elsewhere() { linear.check_init(path, &config) } else { Ok(()) }
+    })?;
     let mut result = Ok(());
     model.linears_mut(&mut |path, linear| {
         if base.is_target(path) && result.is_ok() {
@@ -181,6 +183,10 @@ fn load_layer<B: LinearKernels>(
     let mut take = |part: &str| tensors.remove(&format::tensor_key(path, part));
     let (Some(a), Some(b)) = (take("lora_A"), take("lora_B")) else { return Ok(()) };
     let device = linear.weight.device();
+    if linear.is_elsewhere() {
+        linear.adapters.push(Lora::placeholder(spec, &device));
+        return Ok(());
+    }
     let own = take("base_layer");
     let in_file = installed || own.is_some();
     if let Some(own) = own {

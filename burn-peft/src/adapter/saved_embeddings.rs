@@ -52,7 +52,7 @@ pub(super) fn prepare_modules_to_save<B: LinearKernels, M: Linears<B>>(
     tensors: &mut BTreeMap<String, TensorData>,
 ) -> Result<(), Error> {
     let selection = Selection::new(config)?;
-    let embedding = model.embedding().map(|(path, embedding)| (path.to_owned(), embedding.weight.shape()[0]));
+    let embedding = model.embedding().map(|(path, embedding)| (path.to_owned(), embedding.shape()[0]));
     let Some((embedding, rows)) = embedding else { return Ok(()) };
     for path in [embedding.as_str(), HEAD].into_iter().filter(|path| selection.in_modules_to_save(path)) {
         tensors.remove(&format!("{}{path}.original_module.weight", format::PREFIX));
@@ -75,7 +75,7 @@ impl SavedEmbeddings {
         directory: &Path,
         tensors: &mut BTreeMap<String, TensorData>,
     ) -> Result<Self, Error> {
-        let hidden = model.embedding().map(|(_, embedding)| embedding.weight.shape()[1]);
+        let hidden = model.embedding().map(|(_, embedding)| embedding.shape()[1]);
         let mut found = Vec::new();
         for path in paths(model, config)? {
             // A wrapped weight may stand in the file under two names.
@@ -126,7 +126,7 @@ impl SavedEmbeddings {
     /// model.
     pub(super) fn install<B: LinearKernels, M: Linears<B>>(self, model: &mut M) -> bool {
         let Some(rows) = self.embedding.iter().chain(&self.head).map(|data| data.shape[0]).next() else { return false };
-        let before = model.embedding().map(|(_, embedding)| embedding.weight.shape()[0]);
+        let before = model.embedding().map(|(_, embedding)| embedding.shape()[0]);
         let mut changed = before.is_some_and(|before| before != rows);
         if changed {
             model.resize_token_embeddings(rows);
@@ -137,12 +137,14 @@ impl SavedEmbeddings {
         }
         let embedding = if tied { self.embedding.or(self.head.clone()) } else { self.embedding };
         if let (Some(values), Some((path, embedding))) = (embedding, model.embedding_mut()) {
-            changed |= replace(&mut embedding.weight, path, values);
+            let elsewhere = embedding.is_elsewhere();
+            changed |= replace(&mut embedding.weight, path, (!elsewhere).then_some(values));
         }
         if let Some(values) = self.head {
             model.linears_mut(&mut |path, linear| {
                 if path == HEAD {
-                    changed |= replace(&mut linear.weight, path, values.clone());
+                    let own = (!linear.is_elsewhere()).then(|| values.clone());
+                    changed |= replace(&mut linear.weight, path, own);
                 }
             });
         }
@@ -150,8 +152,14 @@ impl SavedEmbeddings {
     }
 }
 
-/// Replaces the values of the weight of the module at `path`, also of a packed one; returns true if they differ.
-fn replace<B: LinearKernels>(weight: &mut Weight<B>, path: &str, values: TensorData) -> bool {
+/// Replaces the values of the weight of the module at `path`, also of a packed one; returns true if they differ. Without
+/// values another rank holds the weight; a packed placeholder is replaced by one of a float then.
+fn replace<B: LinearKernels>(weight: &mut Weight<B>, path: &str, values: Option<TensorData>) -> bool {
+    let values = match values {
+        Some(values) => values,
+        None if weight.is_packed() => TensorData::zeros::<f32, _>([1, 1]),
+        None => return false,
+    };
     let (device, dtype) = (weight.device(), if weight.is_packed() { DType::F32 } else { weight.val().dtype() });
     let new = Tensor::<B, 2>::from_data(values, (&device, dtype));
     if !weight.is_packed() && weight.val().into_data() == new.clone().into_data() {

@@ -30,6 +30,15 @@ enum Activation {
     Relu,
 }
 
+impl Activation {
+    fn of(method: &PromptMethod) -> Self {
+        match method {
+            PromptMethod::Prefix { .. } => Self::Tanh,
+            _ => Self::Relu,
+        }
+    }
+}
+
 impl<B: LinearKernels> PromptEncoder<B> {
     /// Creates an encoder with PEFT's initialization: a normal table, and layers uniform in `±1/√in`, as in PyTorch.
     pub(super) fn new(config: &PromptConfig, base: &BaseShape, seed: u64, device: &B::Device) -> Self {
@@ -55,11 +64,19 @@ impl<B: LinearKernels> PromptEncoder<B> {
             false => (0..n as u64).map(|i| random::normal(key("prompt.encoder.embedding"), i) as f32).collect(),
         };
         let embedding = tensor(table, [config.num_virtual_tokens, widths[0]]);
-        let activation = match config.method {
-            PromptMethod::Prefix { .. } => Activation::Tanh,
-            _ => Activation::Relu,
+        Self { embedding: embedding_param(embedding), layers, activation: Activation::of(&config.method) }
+    }
+
+    /// Creates an encoder of placeholders of one element, with the parameters of one of this configuration.
+    pub(super) fn placeholder(config: &PromptConfig, base: &BaseShape, device: &B::Device) -> Self {
+        let zero = || Tensor::<B, 2>::zeros([1, 1], (device, DType::F32));
+        let layer = |(index, pair): (usize, &[usize])| {
+            let bias = Tensor::zeros([1], (device, DType::F32));
+            let layer = Linear::new(&format!("prompt.encoder.layers.{index}"), zero(), Some(bias));
+            layer.into_placeholder([pair[1], pair[0]])
         };
-        Self { embedding: embedding_param(embedding), layers, activation }
+        let layers = config.widths(base).windows(2).enumerate().map(layer).collect();
+        Self { embedding: embedding_param(zero()), layers, activation: Activation::of(&config.method) }
     }
 
     /// Creates an encoder without an MLP: its table `[num_virtual_tokens, width]` holds the virtual tokens.

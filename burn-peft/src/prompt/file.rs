@@ -55,12 +55,16 @@ impl<B: LinearKernels> Prompt<B> {
     }
 
     /// Loads the embedding table and MLP of PEFT's encoder from a safetensors file with the keys of its `state_dict`:
-    /// `embedding.weight` and `transform.0.weight` … or `mlp_head.0.weight` … (PEFT itself saves only the output).
+    /// `embedding.weight` and `transform.0.weight` … or `mlp_head.0.weight` … (PEFT itself saves only the output). A rank
+    /// that does not hold the encoder keeps its placeholders.
     ///
     /// # Errors
     /// If a tensor is missing or has a different shape.
     pub fn read_encoder(&mut self, file: &Path) -> Result<(), Error> {
         let tensors = format::read_file(file)?;
+        if self.elsewhere {
+            return Ok(());
+        }
         let device = self.encoder.embedding.lazy_device();
         let name = if matches!(self.config.method, PromptMethod::Prefix { .. }) { "transform" } else { "mlp_head" };
         let encoder = &mut self.encoder;

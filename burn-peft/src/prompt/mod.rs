@@ -15,7 +15,7 @@ mod file;
 pub use config::{BaseShape, PromptConfig, PromptMethod, PromptTuningInit};
 pub use encoder::PromptEncoder;
 
-use crate::{Error, ForwardContext, random};
+use crate::{Error, ForwardContext, param, random};
 use burn::{
     module::Module,
     tensor::{DType, Tensor, TensorData, s},
@@ -33,6 +33,8 @@ pub struct Prompt<B: LinearKernels> {
     pub active: bool,
     config: PromptConfig,
     base: BaseShape,
+    /// True if another rank holds the encoder, and this prompt has placeholders.
+    elsewhere: bool,
 }
 
 /// The point of the model at which virtual tokens are inserted.
@@ -64,8 +66,25 @@ impl<B: LinearKernels> Prompt<B> {
         Ok(Self::from_encoder(PromptEncoder::new(config, &base, seed, device), config.clone(), base))
     }
 
+    /// Creates the prompt of a rank that does not hold its encoder: the parameters are placeholders of one element, and
+    /// the prompt cannot be encoded. Nothing is drawn.
+    ///
+    /// # Errors
+    /// If the configuration is invalid.
+    pub fn placeholder(config: &PromptConfig, base: BaseShape, device: &B::Device) -> Result<Self, Error> {
+        config.check()?;
+        let encoder = PromptEncoder::placeholder(config, &base, device);
+        Ok(Self { elsewhere: true, ..Self::from_encoder(encoder, config.clone(), base) })
+    }
+
+    /// Replaces the parameters by placeholders of one element: another rank holds them.
+    pub fn into_placeholder(mut self) -> Self {
+        self.encoder = param::map_params(self.encoder, &mut param::IntoPlaceholders);
+        Self { elsewhere: true, ..self }
+    }
+
     fn from_encoder(encoder: PromptEncoder<B>, config: PromptConfig, base: BaseShape) -> Self {
-        Self { encoder, name: "default".to_owned(), active: true, config, base }
+        Self { encoder, name: "default".to_owned(), active: true, config, base, elsewhere: false }
     }
 
     /// Renames the prompt; the name also distinguishes its parameter ids from those of other prompts of the model.

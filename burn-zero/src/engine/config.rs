@@ -2,6 +2,7 @@
 
 use super::{
     Engine, OptimizerStates, ShardingState,
+    parts::Division,
     stages::{PipelineAxis, PipelineConfig},
 };
 use crate::{
@@ -135,14 +136,24 @@ impl EngineConfig {
     /// an optimizer that cannot run on the host, [`Error::Pipeline`] for a pipeline that does not exist, [`Error::Io`] if
     /// a file of states or weights cannot be created or written, and a communication error if a rank is lost.
     pub fn init<B: AutodiffBackend, M: TrainSegments<B>>(self, model: M) -> Result<Engine<B, M>, Error> {
+        self.build(Segments::segments(&model), |division| ShardingState::new(model, division))
+    }
+
+    /// Creates the engine with the model of `segments` segments and the state that `divide` returns.
+    pub(super) fn build<B: AutodiffBackend, M: TrainSegments<B>, E: From<Error>>(
+        self,
+        segments: usize,
+        divide: impl FnOnce(Division<'_>) -> Result<(M, ShardingState<B>), E>,
+    ) -> Result<Engine<B, M>, E> {
         let Self { settings, communicator, pipeline, optimizer_tier, weights_tier, loss_scaler } = self;
         settings.check()?;
-        let segments = Segments::segments(&model);
         let pipeline = pipeline.unwrap_or_else(|| PipelineConfig::one_stage(segments));
         pipeline.check(segments, settings.sharding.stage)?;
         let (communicator, pipeline) = PipelineAxis::split(communicator, pipeline)?;
         let states = OptimizerStates::new(settings.optimizer, &optimizer_tier, &communicator)?;
-        let (model, sharded) = ShardingState::new(model, settings.sharding, &communicator, &pipeline, &weights_tier)?;
+        let (sharding, tier) = (settings.sharding, &weights_tier);
+        let division = Division { sharding, communicator: &communicator, pipeline: &pipeline, tier };
+        let (model, sharded) = divide(division)?;
         Ok(Engine { model, settings, communicator, pipeline, sharded, states, loss_scaler, steps: 0 })
     }
 }

@@ -6,6 +6,8 @@ use crate::{
         Checkpointing, DynTensor,
         tests::{TestBackend, Toy, ToyBatch, backward_lock, frozen, toy},
     },
+    sharding::Sharding,
+    stage::ZeroStage,
 };
 use burn::{
     module::{AutodiffModule, Module, ModuleVisitor, Param},
@@ -16,6 +18,7 @@ mod failures;
 mod optimizer_in_backward;
 mod optimizers;
 mod overlap;
+mod parts;
 mod world;
 
 /// The id, trainability and values of every parameter.

@@ -7,7 +7,7 @@ use crate::{
     host_or_device::DeviceHostBytes,
     offload::{MemoryTier, OffloadFile},
     segment::DynTensor,
-    sharding::{ParamShard, ShardLayout},
+    sharding::{ParamShard, RankInfo, ShardLayout},
 };
 use burn::{
     module::{Module, ParamId},
@@ -17,8 +17,8 @@ use std::{collections::HashMap, sync::Arc};
 
 /// This rank's shards of all weights.
 pub(crate) struct WeightShards<B: Backend> {
-    /// The shards, by bucket.
-    shards: HashMap<usize, BucketShard<B>>,
+    /// The shards of each bucket, by the bucket's first parameter.
+    shards: HashMap<ParamId, BucketShard<B>>,
     /// The file of the shards, if they are in a file.
     file: Option<OffloadFile>,
     tier: MemoryTier,
@@ -49,25 +49,37 @@ enum BucketShard<B: Backend> {
     },
 }
 
+/// Returns the id of the first parameter of a bucket.
+fn first_id(layout: &ShardLayout, index: usize) -> ParamId {
+    layout.parameters[layout.buckets[index].param_offsets[0].parameter].id
+}
+
 impl<B: Backend> WeightShards<B> {
-    /// Takes this rank's shards out of a model and leaves placeholders of one element.
+    /// Creates the shards of a model without parameters, to be kept in `tier`.
+    ///
+    /// # Errors
+    /// Returns [`Error::Io`] if the shards go to a file that cannot be created.
+    pub(crate) fn new(tier: &MemoryTier, rank: RankInfo) -> Result<Self, Error> {
+        let file = match tier {
+            MemoryTier::File(folder) => Some(OffloadFile::create(folder, rank.rank)?),
+            _ => None,
+        };
+        Ok(Self { shards: HashMap::new(), file, tier: tier.clone() })
+    }
+
+    /// Takes this rank's shards of the parameters in the layout out of a model and leaves placeholders of one element.
     ///
     /// # Errors
     /// Returns [`Error::Io`] if the shards go to a file that cannot be written.
-    pub(crate) fn shard<A: AutodiffBackend<InnerBackend = B>, M: Module<A>>(
+    pub(crate) fn add<A: AutodiffBackend<InnerBackend = B>, M: Module<A>>(
+        &mut self,
         model: M,
         layout: &ShardLayout,
         device: &B::Device,
-        tier: &MemoryTier,
-    ) -> Result<(M, Self), Error> {
+    ) -> Result<M, Error> {
         let mut take = TakeParams { layout, selects: |_| true, values: HashMap::new() };
         let model = model.map(&mut take);
         let mut values = take.values;
-        let file = match tier {
-            MemoryTier::File(folder) => Some(OffloadFile::create(folder, layout.shard_index)?),
-            _ => None,
-        };
-        let mut weights = Self { shards: HashMap::new(), file, tier: tier.clone() };
         for (index, bucket) in layout.buckets.iter().enumerate() {
             let own = layout.local_param_shards(bucket).into_iter();
             let shards = own.map(|shard| {
@@ -75,9 +87,9 @@ impl<B: Backend> WeightShards<B> {
                 let value = bucket::slice_shard(value, &shard, true, device);
                 (shard, value)
             });
-            weights.put(layout, index, shards.collect())?;
+            self.put(layout, index, shards.collect())?;
         }
-        Ok((model, weights))
+        Ok(model)
     }
 
     /// Returns the shards as a store for the update.
@@ -93,7 +105,7 @@ impl<B: Backend> WeightShards<B> {
             (_, None) => BucketShard::Host(Arc::new(bytes())),
             (_, Some(file)) => {
                 let bytes = bytes();
-                let start = match self.shards.get(&index) {
+                let start = match self.shards.get(&first_id(layout, index)) {
                     Some(&BucketShard::File { start, .. }) => start,
                     _ => file.allocate(bytes.len()),
                 };
@@ -101,13 +113,13 @@ impl<B: Backend> WeightShards<B> {
                 BucketShard::File { start, length: bytes.len() }
             }
         };
-        self.shards.insert(index, shard);
+        self.shards.insert(first_id(layout, index), shard);
         Ok(())
     }
 
     /// Returns this rank's shards of a bucket on the device, to be updated in place and [put](Self::put) back.
     fn take(&mut self, layout: &ShardLayout, index: usize, device: &B::Device) -> Result<ShardTensors<B>, Error> {
-        match self.shards.get_mut(&index) {
+        match self.shards.get_mut(&first_id(layout, index)) {
             Some(BucketShard::Device(shards)) => Ok(std::mem::take(shards)),
             _ => self.read(layout, index, device),
         }
@@ -121,7 +133,7 @@ impl<B: Backend> WeightShards<B> {
         device: &B::Device,
     ) -> Result<ShardTensors<B>, Error> {
         let bucket = &layout.buckets[index];
-        let bytes = match (&self.shards[&index], &self.file) {
+        let bytes = match (&self.shards[&first_id(layout, index)], &self.file) {
             (BucketShard::Device(shards), _) => return Ok(shards.clone()),
             (BucketShard::Host(bytes), _) => bytes.clone(),
             (BucketShard::File { start, length }, Some(file)) => Arc::new(file.reader(*start, *length)()?),
@@ -145,7 +157,7 @@ impl<B: Backend> WeightShards<B> {
     ) -> PendingGather<B> {
         let bucket = &layout.buckets[index];
         let (size, trace) = (bucket.dtype.size(), communicator.trace().clone());
-        match (&self.shards[&index], &self.file) {
+        match (&self.shards[&first_id(layout, index)], &self.file) {
             (BucketShard::Device(shards), _) => start_all_gather(layout, bucket, shards.clone(), communicator),
             (BucketShard::Host(bytes), _) => {
                 let bytes = bytes.clone();
@@ -176,8 +188,9 @@ impl<B: Backend> WeightShards<B> {
 
     /// Returns the bytes of the trainable or of the frozen buckets.
     pub(crate) fn bytes(&self, layout: &ShardLayout, trainable: bool) -> DeviceHostBytes {
-        let own = self.shards.iter().filter(|(index, _)| layout.buckets[**index].trainable == trainable);
-        let bytes = |(_, shard): (&usize, &BucketShard<B>)| match shard {
+        let buckets = (0..layout.buckets.len()).filter(|&index| layout.buckets[index].trainable == trainable);
+        let own = buckets.filter_map(|index| self.shards.get(&first_id(layout, index)));
+        let bytes = |shard: &BucketShard<B>| match shard {
             BucketShard::Device(shards) => {
                 DeviceHostBytes { device: shards.iter().map(|(_, value)| value.bytes()).sum(), host: 0 }
             }

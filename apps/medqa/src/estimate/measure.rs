@@ -5,14 +5,14 @@ use super::{EstimateArgs, MAX_ROW_TOKENS};
 use crate::{
     backend::{Device, with_backend},
     footprint::gib,
-    model, process,
+    process,
     recipe::{MethodKind, Recipe},
     train::{self, RunSizes, World, peak_rss_bytes, rss_anon_bytes},
 };
 use anyhow::Result;
 use burn::backend::Autodiff;
 use burn_llama::{Example, Llama, SequenceLayout, kernel::Kernels};
-use burn_peft::{DropoutKey, ForwardContext, param};
+use burn_peft::{DropoutKey, ForwardContext};
 use burn_zero::{Engine, comm::Communicator, estimate::MemoryEstimate};
 use serde_json::json;
 use std::{
@@ -142,12 +142,6 @@ fn run_two_steps<B: Kernels>(
     Ok(MeasuredSteps { counted_memory, peak_rss_anon: sampler.map_or(0, PeakMemorySampler::finish) })
 }
 
-/// Loads the model of the recipe and applies its method.
-fn load_model<B: Kernels>(recipe: &Recipe, device: &B::Device) -> Result<Llama<Autodiff<B>>> {
-    let loaded = model::load_recipe_base::<Autodiff<B>>(recipe, recipe.model.dtype.unwrap_or_default(), device)?;
-    Ok(train::apply_method(loaded.model, &loaded.tokenizer, recipe)?.0)
-}
-
 /// Runs two steps of the run that the arguments describe, and writes their trace to `path`.
 pub(super) fn trace_two_steps(args: &EstimateArgs, path: &Path) -> Result<()> {
     let (communicator, mpi_guard) = World::join()?.into_parts();
@@ -163,23 +157,33 @@ fn trace_on<B: Kernels>(
     communicator: Box<dyn Communicator>,
 ) -> Result<()> {
     let recipe = recipe_from_args(args)?;
-    let model = load_model::<B>(&recipe, device)?;
-    let rows = example_rows(args.tokens, model.config().vocab_size as u64);
-    let mut engine = train::engine_config(&recipe, communicator)?.init(model)?;
+    let (mut engine, rows) = load_engine::<B>(args, &recipe, device, communicator)?;
     run_two_steps(&mut engine, &rows, args)?;
     Ok(engine.write_trace(path)?)
 }
 
+/// Loads the model of the recipe, applies its method, and returns the engine with rows for it.
+fn load_engine<B: Kernels>(
+    args: &EstimateArgs,
+    recipe: &Recipe,
+    device: &B::Device,
+    communicator: Box<dyn Communicator>,
+) -> Result<(Engine<Autodiff<B>, Llama<Autodiff<B>>>, Vec<Example>)> {
+    let (loader, loaded) = train::ModelLoader::<B>::open(recipe, communicator.world_size(), device)?;
+    let model = train::apply_method(loaded.model, &loaded.tokenizer, recipe)?.model;
+    let rows = example_rows(args.tokens, model.config().vocab_size as u64);
+    let config = train::engine_config(recipe, communicator)?;
+    Ok((loader.engine(model, &loaded.tokenizer, config)?, rows))
+}
+
 fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
     let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
-    let model = load_model::<B>(&recipe, device)?;
+    let (mut engine, rows) = load_engine::<B>(args, &recipe, device, communicator)?;
     let sizes = RunSizes {
-        trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
+        trained: engine.trainable_parameters() as u64,
         tokens: args.tokens,
-        ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
+        ..RunSizes::lower_bound(engine.model().config(), &recipe, engine.world() as u64)
     };
-    let rows = example_rows(args.tokens, model.config().vocab_size as u64);
-    let mut engine = train::engine_config(&recipe, communicator)?.init(model)?;
     let MeasuredSteps { counted_memory, peak_rss_anon } = run_two_steps(&mut engine, &rows, args)?;
     let (peak, estimated) = (engine.peak_memory(), sizes.footprint(&recipe).peak_memory());
     let all = peak_rss_anon.saturating_sub(before);

@@ -5,15 +5,15 @@ use super::{
     interrupt::{INTERRUPTED_EXIT_CODE, InterruptGuard},
     learner,
     memory::{self, RunSizes},
+    model_loader::ModelLoader,
     options::TrainOptions,
     state,
     summary::Summary,
     trainer::{RunOutcome, Trainer},
     world::World,
 };
-use crate::{backend::with_backend, fetch, model, recipe::Recipe};
+use crate::{backend::with_backend, fetch, recipe::Recipe};
 use anyhow::Result;
-use burn::backend::Autodiff;
 use burn_llama::kernel::Kernels;
 use burn_zero::comm::Communicator;
 
@@ -54,13 +54,12 @@ fn run_on<B: Kernels>(
         &recipe,
         &options.device,
     )?;
-    let mut loaded = model::load_recipe_base::<Autodiff<B>>(&recipe, recipe.model.dtype.unwrap_or_default(), device)?;
+    let (loader, mut loaded) = ModelLoader::<B>::open(&recipe, communicator.world_size(), device)?;
     let checkpoint = if options.resume { state::checkpoints(&options.directory)?.pop() } else { None };
     if let Some(checkpoint) = checkpoint {
         let state = state::read_state(&checkpoint)?;
         loaded.tokenizer = inputs::with_time_of_run(loaded.tokenizer, state.inputs.as_ref())?;
     }
-    loaded.model = model::with_compute(loaded.model, recipe.model.compute)?;
-    let trainer = Trainer::<B>::new(recipe, options, loaded, communicator)?;
+    let trainer = Trainer::new(recipe, options, (loader, loaded), communicator)?;
     learner::run_in_burn_train(trainer, options.display, interrupt_guard.interrupter())
 }

@@ -1,8 +1,8 @@
 //! The verb `consolidate`: merges the shards of a checkpoint into one model or adapter.
 
 use super::{
+    method::{FittedModel, apply_method},
     run_output::RunOutput,
-    setup,
     state::{self, STATE_FILE},
 };
 use crate::{
@@ -65,7 +65,7 @@ fn find_checkpoint(folder: &Path) -> Result<(PathBuf, PathBuf)> {
 fn write<B: Kernels>(recipe: &Recipe, state: &Path, out: &Path, device: &B::Device) -> Result<()> {
     let dtype = recipe.model.dtype.unwrap_or_default();
     let loaded = model::load_recipe_base::<Autodiff<B>>(recipe, dtype, device)?;
-    let (model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, recipe)?;
+    let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, recipe)?;
     let model = burn_zero::restore_weights::<Autodiff<B>, _>(model, state)?;
     RunOutput::new(adapter, loaded.tokenizer).save(&model, out)
 }

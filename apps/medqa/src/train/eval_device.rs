@@ -1,6 +1,6 @@
 //! Validation on another device than the training device (`train.eval_device`), with any backend.
 
-use super::setup;
+use super::method::apply_method;
 use crate::{
     backend::with_backend,
     eval::{EvalBatching, TotalLoss, total_loss},
@@ -35,7 +35,7 @@ pub(super) fn open(recipe: &Recipe) -> Result<Option<Box<dyn Evaluator>>> {
 fn load<B: Kernels>(recipe: &Recipe, device: &B::Device) -> Result<Llama<B>> {
     let storage = if recipe.model.dtype == Some(WeightDtype::Nf4) { Storage::Nf4 } else { DType::F32.into() };
     let loaded = model::load_recipe_base::<B>(recipe, storage, device)?;
-    Ok(setup::apply_method(loaded.model, &loaded.tokenizer, recipe)?.0.unpacked())
+    Ok(apply_method(loaded.model, &loaded.tokenizer, recipe)?.model.unpacked())
 }
 
 /// The model on its device; `None` only during a call.

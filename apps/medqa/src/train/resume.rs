@@ -2,6 +2,7 @@
 
 use super::{
     inputs::{self, RunInputs},
+    model_loader::{LlamaEngine, ModelLoader},
     options::TrainOptions,
     setup,
     state::{self, STATE_FILE, TrainerState},
@@ -9,17 +10,16 @@ use super::{
 use crate::recipe::Recipe;
 use anyhow::{Context, Result, bail};
 use burn::backend::Autodiff;
-use burn_llama::{Llama, kernel::Kernels};
+use burn_llama::{Llama, Tokenizer, kernel::Kernels};
 use burn_peft::adapter::QuantizationResidual;
-use burn_zero::{Engine, EngineConfig};
+use burn_zero::EngineConfig;
 use std::path::Path;
 
-/// The engine of a run, which owns the model.
-pub(super) type LlamaEngine<B> = Engine<Autodiff<B>, Llama<Autodiff<B>>>;
-
 /// The recipe, the options and the inputs of a run that is about to start.
-pub(super) struct Start<'a> {
+pub(super) struct Start<'a, B: Kernels> {
     pub recipe: &'a Recipe,
+    pub loader: &'a ModelLoader<B>,
+    pub tokenizer: &'a Tokenizer,
     pub options: &'a TrainOptions,
     /// The inputs of the run, as they are now.
     pub inputs: RunInputs,
@@ -50,32 +50,28 @@ impl<B: Kernels> Started<B> {
     }
 }
 
-impl Start<'_> {
+impl<B: Kernels> Start<'_, B> {
     /// Creates the engine for the model, and brings it to the newest checkpoint in the run directory. Without one,
     /// initializes the adapters by LoftQ, if the recipe asks for it.
     ///
     /// # Errors
     /// If the checkpoint cannot be read, is of a run with other rows, or the ranks have different rows.
-    pub(super) fn engine<B: Kernels>(self, model: Llama<Autodiff<B>>, config: EngineConfig) -> Result<Started<B>> {
+    pub(super) fn engine(self, model: Llama<Autodiff<B>>, config: EngineConfig) -> Result<Started<B>> {
         let started = self.first_step_or_checkpoint(model, config)?;
         started.check_same_on_all_ranks()?;
         Ok(started)
     }
 
-    fn first_step_or_checkpoint<B: Kernels>(
-        self,
-        mut model: Llama<Autodiff<B>>,
-        config: EngineConfig,
-    ) -> Result<Started<B>> {
+    fn first_step_or_checkpoint(self, mut model: Llama<Autodiff<B>>, config: EngineConfig) -> Result<Started<B>> {
         let Some(checkpoint) = state::checkpoints(&self.options.directory)?.pop() else {
             let loftq = setup::init_loftq(&mut model, self.recipe)?;
-            let engine = config.init(model)?;
+            let engine = self.loader.engine(model, self.tokenizer, config)?;
             report_loftq(loftq.filter(|_| engine.rank() == 0));
             let state = TrainerState { inputs: Some(self.inputs), ..TrainerState::default() };
             return Ok(Started { engine, state, note: None });
         };
         let (state, note) = self.compare(&checkpoint)?;
-        let mut engine = config.init(model)?;
+        let mut engine = self.loader.engine(model, self.tokenizer, config)?;
         engine.restore(&checkpoint.join(STATE_FILE)).with_context(|| state::advice(&checkpoint))?;
         if engine.rank() == 0 {
             eprintln!("resuming after step {} ({})", state.step, checkpoint.display());

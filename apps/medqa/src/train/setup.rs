@@ -1,16 +1,14 @@
 //! Builds the parts of a run from a recipe.
 
-use super::freeze::freeze;
 use crate::{
     data::{EncodedRows, encode_rows, read_rows},
-    fetch, identify,
-    method_adapter::{self, AttachedAdapter},
+    fetch, identify, method_adapter,
     model::LoadedModel,
-    recipe::{self, ComputeDtype, DataConfig, MethodKind, Recipe},
+    recipe::{self, ComputeDtype, DataConfig, Recipe},
     schema::Schema,
 };
-use anyhow::{Context, Result, bail};
-use burn_llama::{Example, Llama, Tokenizer, kernel::Kernels};
+use anyhow::{Context, Result};
+use burn_llama::{Example, Llama, kernel::Kernels};
 use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights};
 use burn_zero::{
     EngineConfig, MemoryTier, OffloadDevice, Sharding,
@@ -19,58 +17,6 @@ use burn_zero::{
     optimizer::{AdamW, NamedLrScale, Optimizer, ParamGroups},
 };
 use std::path::Path;
-
-/// Applies the fine-tuning method to the model and freezes the rest. There is no adapter if only the model's own
-/// weights are trained.
-pub(crate) fn apply_method<B: Kernels>(
-    mut model: Llama<B>,
-    tokenizer: &Tokenizer,
-    recipe: &Recipe,
-) -> Result<(Llama<B>, Option<AttachedAdapter>)> {
-    let choice = &recipe.method.common;
-    match choice.kind {
-        MethodKind::Full => return Ok((model, None)),
-        MethodKind::Freeze => return Ok((freeze(model, &choice.layers.clone().unwrap_or_default())?, None)),
-        _ => {}
-    }
-    let adapter = match choice.init.as_deref().map(Path::new).filter(|init| !init.is_file()) {
-        Some(directory) => {
-            let rows = model.config().vocab_size;
-            let adapter = method_adapter::load(&mut model, method_adapter::ADAPTER_NAME, directory)?;
-            if model.config().vocab_size != rows {
-                eprintln!(
-                    "warning: `method.init`: {}: the adapter brings an embedding with {} rows, the model has {rows}; the data \
-                     is encoded with the model's tokenizer",
-                    directory.display(),
-                    model.config().vocab_size
-                );
-            }
-            let fits = match &adapter {
-                AttachedAdapter::Lora(config, _) if config.use_dora => choice.kind == MethodKind::Dora,
-                AttachedAdapter::Lora(..) => matches!(choice.kind, MethodKind::Lora | MethodKind::QLora),
-                AttachedAdapter::Ia3 => choice.kind == MethodKind::Ia3,
-                AttachedAdapter::Prompt => choice.kind.is_prompt(),
-            };
-            if !fits {
-                bail!(
-                    "`method.init`: {}: expected an adapter of `method.kind`, found another kind",
-                    directory.display()
-                );
-            }
-            let known = tokenizer.vocab_size();
-            if let Some(last) = adapter.last_token().filter(|&last| last as usize >= known) {
-                bail!(
-                    "`method.init`: {}: the adapter has rows for tokens up to {last}, but the tokenizer has {known}: name \
-                     the tokens that were added for it, in their order, in `method.new_tokens`",
-                    directory.display()
-                );
-            }
-            adapter
-        }
-        None => method_adapter::attach(&mut model, tokenizer, recipe)?,
-    };
-    Ok((burn_peft::adapter::train_active(model)?, Some(adapter)))
-}
 
 /// Initializes new adapters by LoftQ, which needs the weights before quantization; these are read from the model's
 /// files, a few at a time. A resumed run has its adapters already.

@@ -73,10 +73,14 @@ pub(super) struct TimeTaken {
     pub stepping: f64,
 }
 
-/// Returns the checkpoints of a run directory, oldest first, and removes incomplete ones that a killed run left.
+/// Returns the checkpoints of a run directory, oldest first, and removes incomplete ones that a killed run left. A run
+/// that has no directory yet has none.
 pub(super) fn checkpoints(directory: &Path) -> Result<Vec<PathBuf>> {
     let context = || format!("{}: cannot be read", directory.display());
     let mut found = Vec::new();
+    if !directory.exists() {
+        return Ok(Vec::new());
+    }
     for entry in fs::read_dir(directory).with_context(context)? {
         let path = entry.with_context(context)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();

@@ -6,9 +6,11 @@ use super::{
     event::{Reporter, RunEnd, RunEvent, RunStart, TraceReport},
     inputs::RunInputs,
     memory::{self, RunSizes, peak_rss_bytes},
+    method::{FittedModel, apply_method},
+    model_loader::{LlamaEngine, ModelLoader},
     options::TrainOptions,
     record::{EvalRecord, LossScaling, MetricsRecord, NoteRecord, ProcessUsage, StepRecord, TokenCounts},
-    resume::{LlamaEngine, Start, Started},
+    resume::{Start, Started},
     run_log::{ResumePoint, RunLog},
     run_output::RunOutput,
     setup,
@@ -26,7 +28,7 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail};
 use burn::{backend::Autodiff, module::AutodiffModule, train::Interrupter};
 use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
-use burn_peft::{DropoutKey, ForwardContext, adapter, param};
+use burn_peft::{DropoutKey, ForwardContext, adapter};
 use burn_zero::{TrainStepOutput, comm::Communicator};
 use std::{
     fs,
@@ -100,27 +102,35 @@ impl<B: Kernels> Trainer<B> {
     pub(super) fn new(
         recipe: Recipe,
         options: &TrainOptions,
-        loaded: LoadedModel<Autodiff<B>>,
+        (loader, loaded): (ModelLoader<B>, LoadedModel<Autodiff<B>>),
         communicator: Box<dyn Communicator>,
     ) -> Result<Self> {
         let sources = setup::load_sources(&loaded, &recipe.data)?;
         let rows = setup::load_validation(&loaded, &recipe.data)?;
         let inputs = RunInputs::new(&loaded, &sources, &rows)?;
-        let (model, adapter) = setup::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
+        let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
         let validation = ValidationData { rows, evaluator: eval_device::open(&recipe)?, early_stopping: None };
         let data = TrainData::new(&recipe, sources, communicator.world_size())?;
+        let config = setup::engine_config(&recipe, communicator)?;
+        let (rows_per_step, total_steps) = (data.batch_sampler.rows_per_step(), data.batch_sampler.total_steps());
+        let start = Start {
+            recipe: &recipe,
+            loader: &loader,
+            tokenizer: &loaded.tokenizer,
+            options,
+            inputs,
+            rows_per_step,
+            total_steps,
+        };
+        let Started { engine, state, note } = start.engine(model, config)?;
         let sizes = RunSizes {
-            trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
+            trained: engine.trainable_parameters() as u64,
             tokens: data.batch_sampler.max_micro_batch_tokens() as u64,
-            ..RunSizes::lower_bound(model.config(), &recipe, communicator.world_size() as u64)
+            ..RunSizes::lower_bound(engine.model().config(), &recipe, engine.world() as u64)
         };
         memory::check(&sizes, &recipe, &options.device)?;
-        let config = setup::engine_config(&recipe, communicator)?;
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
-        let (rows_per_step, total_steps) = (data.batch_sampler.rows_per_step(), data.batch_sampler.total_steps());
-        let start = Start { recipe: &recipe, options, inputs, rows_per_step, total_steps };
-        let Started { engine, state, note } = start.engine(model, config)?;
         let run_log = if engine.rank() == 0 { Some(open_record(&recipe, options, &state)?) } else { None };
         let output = RunOutput::new(adapter, loaded.tokenizer);
         let progress = RunProgress { state, start: Instant::now(), seconds_to_first_step: None, note };
@@ -360,7 +370,7 @@ impl<B: Kernels> Trainer<B> {
             tokens,
             tokens_per_second: tokens as f64 / time.stepping,
             peak_rss_bytes: peak_rss_bytes(),
-            trainable_parameters: self.engine.with_full_params(param::count_trainable::<Autodiff<B>, _>)?,
+            trainable_parameters: self.engine.trainable_parameters(),
         };
         if self.engine.rank() == 0 {
             let text = serde_json::to_string_pretty(&summary)?;

@@ -1,0 +1,83 @@
+//! The model of a run, loaded whole or, if stage 3 shards it, part by part.
+
+use super::method::fit;
+use crate::{
+    model::{self, LoadedModel, RecipeBase},
+    recipe::Recipe,
+};
+use anyhow::Result;
+use burn::backend::Autodiff;
+use burn_llama::{HeldSegments, Llama, LlamaConfig, Tokenizer, kernel::Kernels};
+use burn_zero::{Engine, EngineConfig, ZeroStage};
+use std::ops::Range;
+
+/// The engine of a run, which owns the model.
+pub(super) type LlamaEngine<B> = Engine<Autodiff<B>, Llama<Autodiff<B>>>;
+
+/// Loads the model of a recipe with the method applied.
+pub(crate) struct ModelLoader<B: Kernels> {
+    recipe: Recipe,
+    base: RecipeBase,
+    device: B::Device,
+    /// The ranges of segments that are loaded one after the other; none if the model is loaded at once.
+    parts: Option<Vec<Range<usize>>>,
+}
+
+impl<B: Kernels> ModelLoader<B> {
+    /// Opens the model of a recipe that trains on `world` ranks. Also returns the tokenizer and the model without the
+    /// method: placeholders alone, if it is to be loaded part by part.
+    pub(crate) fn open(recipe: &Recipe, world: usize, device: &B::Device) -> Result<(Self, LoadedModel<Autodiff<B>>)> {
+        let (base, tokenizer) = RecipeBase::open(recipe)?;
+        let sharded = world > 1 && recipe.parallel.sharding.zero_stage == ZeroStage::Weights;
+        let parts = (sharded && starts_in_parts(recipe)).then(|| parts(base.config()));
+        let held = if parts.is_some() { HeldSegments::of([]) } else { HeldSegments::all() };
+        let loader = Self { recipe: recipe.clone(), base, device: device.clone(), parts };
+        let model = model::with_compute(loader.load(&held)?, recipe.model.compute)?;
+        Ok((loader, LoadedModel { model, tokenizer }))
+    }
+
+    fn load(&self, held: &HeldSegments) -> Result<Llama<Autodiff<B>>> {
+        self.base.load(held, self.recipe.model.dtype.unwrap_or_default(), &self.device)
+    }
+
+    /// Creates the engine for the model of [`ModelLoader::open`], to which the method has been applied. If the model is
+    /// loaded part by part, its weights are read now.
+    pub(crate) fn engine(
+        &self,
+        model: Llama<Autodiff<B>>,
+        tokenizer: &Tokenizer,
+        config: EngineConfig,
+    ) -> Result<LlamaEngine<B>> {
+        let Some(parts) = &self.parts else { return Ok(config.init(model)?) };
+        config.init_in_parts(model.assume_held(), parts, |range| {
+            let part = self.load(&HeldSegments::of([range]))?;
+            Ok::<_, anyhow::Error>(fit(part, tokenizer, &self.recipe)?.model)
+        })
+    }
+}
+
+/// Returns true if the start of a run reads one layer at a time, and not several or the whole adapter.
+fn starts_in_parts(recipe: &Recipe) -> bool {
+    let method = &recipe.method;
+    !method.lora.init_lora_weights.reads_base_weights() && method.virtual_tokens.init_text.is_none()
+}
+
+/// Returns consecutive ranges of segments, none of which holds more weights than the largest segment.
+fn parts(config: &LlamaConfig) -> Vec<Range<usize>> {
+    let counts = config.segment_parameters();
+    let most = counts.iter().max().copied().unwrap_or(0);
+    let (mut parts, mut held) = (Vec::<Range<usize>>::new(), 0);
+    for (segment, &count) in counts.iter().enumerate() {
+        match parts.last_mut().filter(|_| held + count <= most) {
+            Some(part) => {
+                part.end = segment + 1;
+                held += count;
+            }
+            None => {
+                parts.push(segment..segment + 1);
+                held = count;
+            }
+        }
+    }
+    parts
+}
