@@ -4,7 +4,8 @@ use crate::{
     args::parse_positive,
     fetch,
     footprint::{count_lora_params, gib, model_shape},
-    recipe::MethodKind,
+    recipe::{MethodKind, PipelineOptions},
+    train::{self, MeanRow},
 };
 use anyhow::Result;
 use burn_llama::LlamaConfig;
@@ -12,9 +13,10 @@ use burn_peft::{LoraConfig, TargetModules};
 use burn_zero::{
     OffloadDevice, ZeroStage,
     estimate::{
-        BaseModel, Cluster, CpuOffload, DeepSpeedEstimate, LlamaShape, MicroBatch, RunFootprint, StatePlacement,
-        TrainedWeights, TrainingPrecision, WeightStorage, zero2, zero3,
+        BaseModel, Cluster, CpuOffload, DeepSpeedEstimate, LlamaShape, MemoryEstimate, MicroBatch, RankStages,
+        RunFootprint, StatePlacement, TrainedWeights, TrainingPrecision, WeightStorage, zero2, zero3,
     },
+    pipeline::PipelineKind,
     segment::Checkpointing,
 };
 use clap::Args;
@@ -39,9 +41,8 @@ pub(crate) struct EstimateArgs {
     pub config: Option<PathBuf>,
     #[command(flatten)]
     pub method: MethodArgs,
-    /// Number of ranks that share the run
-    #[arg(long, default_value = "1", value_parser = parse_positive::<NonZeroU64>)]
-    pub world: NonZeroU64,
+    #[command(flatten)]
+    pub ranks: RankArgs,
     /// Tokens in a micro-batch, summed over its rows
     #[arg(long, default_value_t = 2048)]
     pub tokens: u64,
@@ -54,6 +55,66 @@ pub(crate) struct EstimateArgs {
     pub max_grad_norm: f64,
     #[command(flatten)]
     pub measure: MeasureArgs,
+}
+
+/// The ranks of the run.
+#[derive(Args)]
+pub(crate) struct RankArgs {
+    /// Number of ranks that share the run
+    #[arg(long, default_value = "1", value_parser = parse_positive::<NonZeroU64>)]
+    pub world: NonZeroU64,
+    /// Data-parallel ranks and pipeline ranks, as parallel.data and parallel.pipeline in a recipe: 2,4 is two pipelines
+    /// of four ranks. The table is that of the heaviest rank
+    #[arg(long, value_name = "D,P", conflicts_with = "world", value_parser = parse_mesh)]
+    pub mesh: Option<Mesh>,
+    /// Pipeline schedule, as parallel.schedule in a recipe
+    #[arg(long, default_value = "1F1B", requires = "mesh")]
+    pub schedule: PipelineKind,
+    /// Stages per rank, as parallel.chunks in a recipe
+    #[arg(long, requires = "mesh")]
+    pub chunks: Option<usize>,
+    /// Micro-batches per step, as train.gradient_accumulation in a recipe [default: twice the pipeline ranks]
+    #[arg(long, requires = "mesh")]
+    pub gradient_accumulation: Option<usize>,
+}
+
+/// The two numbers of `--mesh`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Mesh {
+    data: usize,
+    pipeline: usize,
+}
+
+fn parse_mesh(text: &str) -> Result<Mesh, String> {
+    let number = |text: &str| text.trim().parse().ok().filter(|&number: &usize| number > 0);
+    let parsed = text.split_once(',').and_then(|(data, pipeline)| number(data).zip(number(pipeline)));
+    let (data, pipeline) = parsed.ok_or("expected two positive integers, such as 2,4")?;
+    Ok(Mesh { data, pipeline })
+}
+
+impl RankArgs {
+    /// Returns the ranks of a run without a pipeline.
+    fn alone() -> Self {
+        let schedule = PipelineKind::OneFOneB;
+        Self { world: NonZeroU64::MIN, mesh: None, schedule, chunks: None, gradient_accumulation: None }
+    }
+
+    /// Returns the number of ranks, or of pipelines, that share the model states.
+    fn replicas(&self) -> u64 {
+        self.mesh.map_or(self.world.get(), |mesh| mesh.data as u64)
+    }
+
+    /// Returns the keys of a recipe for the pipeline.
+    fn pipeline_options(&self) -> PipelineOptions {
+        let Mesh { data, pipeline } = self.mesh.unwrap_or(Mesh { data: 1, pipeline: 1 });
+        let data = self.mesh.map(|_| data);
+        PipelineOptions { pipeline, data, schedule: self.schedule, chunks: self.chunks, ..PipelineOptions::default() }
+    }
+
+    /// Returns the number of micro-batches of a step.
+    fn micro_batches(&self) -> usize {
+        self.gradient_accumulation.unwrap_or_else(|| self.mesh.map_or(1, |mesh| 2 * mesh.pipeline))
+    }
 }
 
 /// The trained parameters.
@@ -109,19 +170,40 @@ pub(crate) fn estimate(args: &EstimateArgs) -> Result<()> {
         MethodKind::Full => all,
         _ => count_lora_params(&shape, &lora_config(&args.method))?,
     };
+    let ranks = match args.ranks.mesh {
+        Some(Mesh { data, pipeline }) => format!("{data} pipelines of {pipeline} ranks"),
+        None if args.ranks.world.get() == 1 => "1 rank".to_owned(),
+        None => format!("{} ranks", args.ranks.world),
+    };
     println!(
-        "{:.1} M parameters, {:.1} M trainable; {} rank{}, {} tokens per micro-batch; GiB per rank, device + host",
+        "{:.1} M parameters, {:.1} M trainable; {ranks}, {} tokens per micro-batch; GiB per rank, device + host",
         all as f64 / 1e6,
         trained as f64 / 1e6,
-        args.world,
-        if args.world.get() == 1 { "" } else { "s" },
         args.tokens
     );
-    EstimatedRun { args, shape, all, trained }.print_table();
-    if trained == all {
-        print_deepspeed_estimates(all, shape.vocabulary * shape.hidden, args.world.get());
+    let stages = pipeline_stages(args, &config)?;
+    EstimatedRun { args, shape, all, trained, stages }.print_table();
+    if trained == all && args.ranks.mesh.is_none() {
+        print_deepspeed_estimates(all, shape.vocabulary * shape.hidden, args.ranks.world.get());
     }
     Ok(())
+}
+
+/// Returns the stages of every rank of a pipeline and prints them; one rank with the whole model without `--mesh`.
+fn pipeline_stages(args: &EstimateArgs, config: &LlamaConfig) -> Result<Vec<RankStages>> {
+    if args.ranks.mesh.is_none() {
+        return Ok(vec![RankStages::whole(&model_shape(config))]);
+    }
+    let options = args.ranks.pipeline_options();
+    let row = args.tokens.min(MAX_ROW_TOKENS);
+    let segments = train::stage_segments(&options, config, MeanRow { tokens: row, targets: row })?;
+    let ranks = train::rank_stages(&options, &segments, args.ranks.micro_batches())?;
+    println!("\nrank  segments            live activations, kept for gradients of weights");
+    for (number, rank) in ranks.iter().enumerate() {
+        let segments = rank.segments.iter().map(|range| format!("{}-{}", range.start, range.end - 1));
+        println!("{number:<6}{:<20}{}, {}", segments.collect::<Vec<_>>().join(" "), rank.live, rank.kept);
+    }
+    Ok(ranks)
 }
 
 /// Runs two steps of LoRA or full fine-tuning of `model` on rows of meaningless tokens, and writes their trace to
@@ -135,7 +217,7 @@ pub(crate) fn trace_two_steps(model: &str, method: MethodKind, tokens: u64, path
         model: model.to_owned(),
         config: None,
         method: MethodArgs { method, r: 8, target_modules },
-        world: NonZeroU64::MIN,
+        ranks: RankArgs::alone(),
         tokens,
         recompute: false,
         max_grad_norm: 1.0,
@@ -152,6 +234,8 @@ struct EstimatedRun<'a> {
     all: u64,
     /// Trainable parameters.
     trained: u64,
+    /// The stages of every rank of a pipeline.
+    stages: Vec<RankStages>,
 }
 
 impl EstimatedRun<'_> {
@@ -160,13 +244,16 @@ impl EstimatedRun<'_> {
         println!("\n{:<10}{:<20}{:>24}{:>28}", "stage", "optimizer", "f32", "bf16, f32 master weights");
         for stage in [ZeroStage::Disabled, ZeroStage::OptimizerStates, ZeroStage::Gradients, ZeroStage::Weights] {
             for setting in OFFLOAD_SETTINGS {
-                if setting.weights != OffloadDevice::None && stage != ZeroStage::Weights {
+                let in_pipeline = stage == ZeroStage::Weights && self.stages.len() > 1;
+                if in_pipeline || setting.weights != OffloadDevice::None && stage != ZeroStage::Weights {
                     continue;
                 }
                 let place = setting.name;
                 let cell = |precision| {
-                    let memory = self.footprint(stage, setting, precision).peak_memory();
-                    format!("{:.2} + {:.2}", gib(memory.device()), gib(memory.host))
+                    let footprint = self.footprint(stage, setting, precision);
+                    let ranks = self.stages.iter().map(|stages| footprint.peak_memory_of_stages(stages));
+                    let heaviest = ranks.max_by_key(MemoryEstimate::total).unwrap_or_default();
+                    format!("{:.2} + {:.2}", gib(heaviest.device()), gib(heaviest.host))
                 };
                 let (single, mixed) = (cell(TrainingPrecision::F32), cell(TrainingPrecision::Mixed));
                 println!("{:<10}{place:<20}{single:>24}{mixed:>28}", u8::from(stage));
@@ -176,7 +263,7 @@ impl EstimatedRun<'_> {
 
     /// Returns the footprint of one rank.
     fn footprint(&self, stage: ZeroStage, setting: OffloadSetting, precision: TrainingPrecision) -> RunFootprint {
-        let Self { args, shape, all, trained } = *self;
+        let Self { args, shape, all, trained, .. } = *self;
         let storage = match precision {
             TrainingPrecision::F32 => WeightStorage::F32,
             TrainingPrecision::Mixed => WeightStorage::Half,
@@ -188,10 +275,10 @@ impl EstimatedRun<'_> {
             precision,
             placement: StatePlacement {
                 stage,
-                world_size: args.world.get(),
+                world_size: args.ranks.replicas(),
                 offload_optimizer: setting.optimizer,
                 offload_param: setting.weights,
-                optimizer_in_backward: args.max_grad_norm == 0.0,
+                optimizer_in_backward: args.max_grad_norm == 0.0 && self.stages.len() == 1,
             },
             bucket_size: 4 << 20,
             micro_batch: MicroBatch {

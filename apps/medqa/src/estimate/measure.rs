@@ -6,14 +6,18 @@ use crate::{
     backend::{Device, with_backend},
     footprint::gib,
     process,
-    recipe::{MethodKind, Recipe},
-    train::{self, RunSizes, World, peak_rss_bytes, rss_anon_bytes},
+    recipe::{MethodKind, PipelineOptions, Recipe},
+    train::{self, MeanRow, RankPipeline, RunSizes, World, peak_rss_bytes, rss_anon_bytes},
 };
 use anyhow::Result;
 use burn::backend::Autodiff;
 use burn_llama::{Example, Llama, SequenceLayout, kernel::Kernels};
 use burn_peft::{DropoutKey, ForwardContext};
-use burn_zero::{Engine, comm::Communicator, estimate::MemoryEstimate};
+use burn_zero::{
+    Engine,
+    comm::Communicator,
+    estimate::{MemoryEstimate, RankStages},
+};
 use serde_json::json;
 use std::{
     path::Path,
@@ -78,7 +82,12 @@ fn recipe_from_args(args: &EstimateArgs) -> Result<Recipe> {
         format!("parallel.zero_stage={}", args.measure.zero_stage),
         format!("parallel.offload_optimizer={}", args.measure.offload_optimizer),
         format!("train.max_grad_norm={}", args.max_grad_norm),
+        format!("train.gradient_accumulation={}", args.ranks.micro_batches()),
     ];
+    let PipelineOptions { pipeline, data, schedule, .. } = args.ranks.pipeline_options();
+    sets.extend([format!("parallel.pipeline={pipeline}"), format!("parallel.schedule={schedule}")]);
+    sets.extend(data.map(|data| format!("parallel.data={data}")));
+    sets.extend(args.ranks.chunks.map(|chunks| format!("parallel.chunks={chunks}")));
     if args.method.method != MethodKind::Full {
         let names = match args.method.target_modules.as_slice() {
             [one] => toml::Value::String(one.clone()),
@@ -113,7 +122,7 @@ struct MeasuredSteps {
     peak_rss_anon: u64,
 }
 
-/// Runs two steps on one micro-batch of `rows`, and measures the second.
+/// Runs two steps whose micro-batches all are `rows`, and measures the second.
 fn run_two_steps<B: Kernels>(
     engine: &mut Engine<Autodiff<B>, Llama<Autodiff<B>>>,
     rows: &[Example],
@@ -127,7 +136,9 @@ fn run_two_steps<B: Kernels>(
         process::trim_heap();
         sampler.replace(PeakMemorySampler::start()?).map(PeakMemorySampler::finish);
         let noise = DropoutKey { seed: 0, step, tokens: layout.dropout_tokens(0) };
-        let batch = [engine.model().batch(rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?];
+        let weight = 1.0 / (args.tokens as f32 * args.ranks.micro_batches() as f32);
+        let batch = engine.model().batch(rows, &layout, weight, ForwardContext::training(noise))?;
+        let batch = vec![batch; args.ranks.micro_batches()];
         // The step frees accumulated gradients, and the first step allocates the moments.
         if args.max_grad_norm == 0.0 {
             engine.train_step(&batch, 1e-5)?;
@@ -157,35 +168,47 @@ fn trace_on<B: Kernels>(
     communicator: Box<dyn Communicator>,
 ) -> Result<()> {
     let recipe = recipe_from_args(args)?;
-    let (mut engine, rows) = load_engine::<B>(args, &recipe, device, communicator)?;
+    let MeasuredRun { mut engine, rows, .. } = load_run::<B>(args, &recipe, device, communicator)?;
     run_two_steps(&mut engine, &rows, args)?;
     Ok(engine.write_trace(path)?)
 }
 
-/// Loads the model of the recipe, applies its method, and returns the engine with rows for it.
-fn load_engine<B: Kernels>(
+/// The run that is measured.
+struct MeasuredRun<B: Kernels> {
+    engine: Engine<Autodiff<B>, Llama<Autodiff<B>>>,
+    rows: Vec<Example>,
+    /// The stages of this rank; none without a pipeline.
+    stages: Option<RankStages>,
+}
+
+/// Loads the model of the recipe and applies its method.
+fn load_run<B: Kernels>(
     args: &EstimateArgs,
     recipe: &Recipe,
     device: &B::Device,
     communicator: Box<dyn Communicator>,
-) -> Result<(Engine<Autodiff<B>, Llama<Autodiff<B>>>, Vec<Example>)> {
+) -> Result<MeasuredRun<B>> {
     let (loader, loaded) = train::ModelLoader::<B>::open(recipe, communicator.world_size(), device)?;
     let model = train::apply_method(loaded.model, &loaded.tokenizer, recipe)?.model;
     let rows = example_rows(args.tokens, model.config().vocab_size as u64);
+    let pipeline = RankPipeline::new(recipe, model.config(), MeanRow::of(rows.iter()), communicator.as_ref())?;
     let config = train::engine_config(recipe, communicator)?;
-    Ok((loader.engine(model, &loaded.tokenizer, config)?, rows))
+    let engine = loader.engine(model, &loaded.tokenizer, config, pipeline.as_ref())?;
+    Ok(MeasuredRun { engine, rows, stages: pipeline.map(|pipeline| pipeline.stages) })
 }
 
 fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
     let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
-    let (mut engine, rows) = load_engine::<B>(args, &recipe, device, communicator)?;
+    let MeasuredRun { mut engine, rows, stages } = load_run::<B>(args, &recipe, device, communicator)?;
+    let trained = engine.sum_over_ranks(&[engine.trainable_parameters() as f64])?[0] / engine.replicas() as f64;
     let sizes = RunSizes {
-        trained: engine.trainable_parameters() as u64,
+        trained: trained as u64,
         tokens: args.tokens,
-        ..RunSizes::lower_bound(engine.model().config(), &recipe, engine.world() as u64)
+        stages,
+        ..RunSizes::lower_bound(engine.model().config(), &recipe, engine.replicas() as u64)
     };
     let MeasuredSteps { counted_memory, peak_rss_anon } = run_two_steps(&mut engine, &rows, args)?;
-    let (peak, estimated) = (engine.peak_memory(), sizes.footprint(&recipe).peak_memory());
+    let (peak, estimated) = (engine.peak_memory(), sizes.peak_memory(&recipe));
     let all = peak_rss_anon.saturating_sub(before);
     let states = counted_memory.total();
     let line = json!({

@@ -5,7 +5,7 @@ mod neutral;
 mod pubmedqa;
 mod qa_loss;
 
-pub(crate) use qa_loss::{EvalBatching, TotalLoss, total_loss};
+pub(crate) use qa_loss::{EvalBatching, TotalLoss, eval_batches, total_loss};
 
 use crate::{
     args::{DeviceArgs, ModelArgs, RowsArgs, WeightsArgs, parse_positive},

@@ -8,7 +8,7 @@ use crate::{
 };
 use anyhow::Result;
 use burn::tensor::ElementConversion;
-use burn_llama::{Example, Llama, SequenceLayout, kernel::Kernels};
+use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
 use burn_peft::ForwardContext;
 use serde_json::{Value, json};
 
@@ -35,21 +35,30 @@ impl TotalLoss {
     }
 }
 
+/// Builds the batches of an evaluation, in which every target token has the weight 1.
+pub(crate) fn eval_batches<B: Kernels>(
+    model: &Llama<B>,
+    examples: &[Example],
+    EvalBatching { batch_size, padding_free }: EvalBatching,
+) -> Result<Vec<Batch<B>>> {
+    let batch = |rows: &[Example]| {
+        let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
+        let layout = SequenceLayout::from_lengths(&lengths, padding_free);
+        Ok(model.batch(rows, &layout, 1.0, ForwardContext::default())?)
+    };
+    examples.chunks(batch_size.max(1)).map(batch).collect()
+}
+
 /// Computes the losses of all target tokens of `examples`.
 pub(crate) fn total_loss<B: Kernels>(
     model: &Llama<B>,
     examples: &[Example],
-    EvalBatching { batch_size, padding_free }: EvalBatching,
+    batching: EvalBatching,
 ) -> Result<TotalLoss> {
-    let mut total = TotalLoss { sum: 0.0, target_tokens: 0 };
-    for rows in examples.chunks(batch_size.max(1)) {
-        let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
-        let batch =
-            model.batch(rows, &SequenceLayout::from_lengths(&lengths, padding_free), 1.0, ForwardContext::default())?;
-        total.sum += model.batch_loss(&batch).sum().into_scalar().elem::<f64>();
-        total.target_tokens += rows.iter().map(Example::num_targets).sum::<usize>();
-    }
-    Ok(total)
+    let batches = eval_batches(model, examples, batching)?;
+    let loss = |batch: &Batch<B>| model.batch_loss(batch).sum().into_scalar().elem::<f64>();
+    let target_tokens = examples.iter().map(Example::num_targets).sum();
+    Ok(TotalLoss { sum: batches.iter().map(loss).sum(), target_tokens })
 }
 
 pub(super) fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {

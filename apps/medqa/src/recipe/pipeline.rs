@@ -2,7 +2,7 @@
 
 use std::str::FromStr;
 
-use burn_zero::pipeline::{PartitionMethod, PipelineKind};
+use burn_zero::pipeline::PipelineKind;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
 
 /// The pipeline of a run.
@@ -47,31 +47,20 @@ pub enum Partition {
     Time,
     /// The stages have equal numbers of segments.
     Uniform,
-    /// The largest number of trainable parameters of a stage is as small as possible.
-    Parameters,
     /// The stages have these numbers of segments.
     Explicit(Vec<usize>),
 }
 
 impl Partition {
-    const NAMES: [&str; 3] = ["time", "uniform", "parameters"];
-
-    /// Returns the method that splits a list of weights.
-    pub fn method(&self) -> PartitionMethod {
-        match self {
-            Self::Time | Self::Parameters => PartitionMethod::Parameters,
-            Self::Uniform => PartitionMethod::Uniform,
-            Self::Explicit(sizes) => PartitionMethod::Explicit(sizes.clone()),
-        }
-    }
+    const TIME: &str = "time";
+    const UNIFORM: &str = "uniform";
 }
 
 impl Serialize for Partition {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
-            Self::Time => serializer.serialize_str(Self::NAMES[0]),
-            Self::Uniform => serializer.serialize_str(Self::NAMES[1]),
-            Self::Parameters => serializer.serialize_str(Self::NAMES[2]),
+            Self::Time => serializer.serialize_str(Self::TIME),
+            Self::Uniform => serializer.serialize_str(Self::UNIFORM),
             Self::Explicit(sizes) => sizes.serialize(serializer),
         }
     }
@@ -82,9 +71,8 @@ impl<'de> Deserialize<'de> for Partition {
         let value = toml::Value::deserialize(deserializer)?;
         let found = match &value {
             toml::Value::String(name) => match name.as_str() {
-                "time" => return Ok(Self::Time),
-                "uniform" => return Ok(Self::Uniform),
-                "parameters" => return Ok(Self::Parameters),
+                Self::TIME => return Ok(Self::Time),
+                Self::UNIFORM => return Ok(Self::Uniform),
                 name => format!("{name:?}"),
             },
             toml::Value::Array(_) => match value.clone().try_into() {
@@ -93,8 +81,7 @@ impl<'de> Deserialize<'de> for Partition {
             },
             other => other.to_string(),
         };
-        let expected =
-            "expected \"time\", \"uniform\", \"parameters\" or a list with the number of segments of each stage";
+        let expected = "expected \"time\", \"uniform\" or a list with the number of segments of each stage";
         Err(D::Error::custom(format!("{expected}, found {found}")))
     }
 }

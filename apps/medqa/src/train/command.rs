@@ -7,6 +7,7 @@ use super::{
     memory::{self, RunSizes},
     model_loader::ModelLoader,
     options::TrainOptions,
+    pipeline::{self, MeanRow, RankPipeline},
     state,
     summary::Summary,
     trainer::{RunOutcome, Trainer},
@@ -49,11 +50,13 @@ fn run_on<B: Kernels>(
 ) -> Result<RunOutcome> {
     let interrupt_guard = InterruptGuard::install()?;
     let config = fetch::open_checkpoint(&recipe.model.path)?.config().clone();
-    memory::check(
-        &RunSizes::lower_bound(&config, &recipe, communicator.world_size() as u64),
-        &recipe,
-        &options.device,
-    )?;
+    let replicas = pipeline::replicas(&recipe.parallel.pipeline, communicator.world_size())?;
+    let pipeline = RankPipeline::new(&recipe, &config, MeanRow::TYPICAL, communicator.as_ref())?;
+    let sizes = RunSizes {
+        stages: pipeline.map(|pipeline| pipeline.stages),
+        ..RunSizes::lower_bound(&config, &recipe, replicas as u64)
+    };
+    memory::check(&sizes, &recipe, &options.device)?;
     let (loader, mut loaded) = ModelLoader::<B>::open(&recipe, communicator.world_size(), device)?;
     let checkpoint = if options.resume { state::checkpoints(&options.directory)?.pop() } else { None };
     if let Some(checkpoint) = checkpoint {

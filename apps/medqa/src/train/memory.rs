@@ -12,8 +12,8 @@ use burn_llama::LlamaConfig;
 use burn_zero::{
     OffloadDevice, ZeroStage,
     estimate::{
-        BaseModel, LlamaShape, MicroBatch, RunFootprint, StatePlacement, TrainedWeights, TrainingPrecision,
-        WeightStorage,
+        BaseModel, LlamaShape, MemoryEstimate, MicroBatch, RankStages, RunFootprint, StatePlacement, TrainedWeights,
+        TrainingPrecision, WeightStorage,
     },
     segment::Checkpointing,
 };
@@ -22,7 +22,7 @@ use std::fs;
 const GIB: f64 = (1u64 << 30) as f64;
 
 /// The sizes that the memory of a run depends on, besides its recipe.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct RunSizes {
     /// The dimensions of the model.
     pub shape: LlamaShape,
@@ -32,8 +32,10 @@ pub(crate) struct RunSizes {
     pub trained: u64,
     /// Tokens of the largest micro-batch.
     pub tokens: u64,
-    /// The number of ranks.
+    /// The number of ranks, or of pipelines.
     pub world: u64,
+    /// The stages of this rank; none if it runs the whole model.
+    pub stages: Option<RankStages>,
 }
 
 impl RunSizes {
@@ -43,7 +45,24 @@ impl RunSizes {
         let shape = footprint::model_shape(config);
         let parameters = shape.parameters(config.tie_word_embeddings);
         let trained = if recipe.method.common.kind == MethodKind::Full { parameters } else { 0 };
-        Self { shape, parameters, trained, tokens: 0, world }
+        Self { shape, parameters, trained, tokens: 0, world, stages: None }
+    }
+
+    /// Returns the memory of this rank at its peak in a run by a recipe.
+    pub(crate) fn peak_memory(&self, recipe: &Recipe) -> MemoryEstimate {
+        let footprint = self.footprint(recipe);
+        match &self.stages {
+            Some(stages) => footprint.peak_memory_of_stages(stages),
+            None => footprint.peak_memory(),
+        }
+    }
+
+    /// Returns the bytes that this rank needs on device and host.
+    fn peak_bytes(&self, recipe: &Recipe) -> u64 {
+        match self.stages {
+            Some(_) => self.peak_memory(recipe).total(),
+            None => self.footprint(recipe).peak_bytes(),
+        }
     }
 
     /// Returns the footprint of a run of these sizes by a recipe.
@@ -120,7 +139,7 @@ pub(super) fn check(sizes: &RunSizes, recipe: &Recipe, device: &Device) -> Resul
             None => return Ok(()),
         },
     };
-    let needed = sizes.footprint(recipe).peak_bytes();
+    let needed = sizes.peak_bytes(recipe);
     if needed <= available_bytes {
         return Ok(());
     }
@@ -151,7 +170,7 @@ struct Candidate {
 
 impl Candidate {
     fn total_bytes(&self) -> u64 {
-        self.sizes.footprint(&self.recipe).peak_bytes()
+        self.sizes.peak_bytes(&self.recipe)
     }
 }
 
@@ -163,7 +182,7 @@ struct Alternative {
 
 /// Returns changes to the recipe that need less memory, each alone and all together.
 fn alternatives(sizes: &RunSizes, recipe: &Recipe) -> Vec<Alternative> {
-    let before = Candidate { recipe: recipe.clone(), sizes: *sizes };
+    let before = Candidate { recipe: recipe.clone(), sizes: sizes.clone() };
     let (mut all, mut together) = (Vec::new(), before.clone());
     offer_changes(sizes, recipe, |name, change| {
         let mut alone = before.clone();
@@ -264,7 +283,7 @@ mod tests {
             head_dim: 64,
             vocabulary: 128_256,
         };
-        RunSizes { shape, parameters: shape.parameters(true), trained, tokens: 4096, world }
+        RunSizes { shape, parameters: shape.parameters(true), trained, tokens: 4096, world, stages: None }
     }
 
     fn refusal(load: &RunSizes, recipe: &Recipe) -> String {
@@ -280,7 +299,7 @@ mod tests {
         assert!(found.contains("parallel.offload_optimizer = \"nvme\""), "{found}");
         let none = refusal(&full, &recipe(&["method.kind=full", "train.memory_gib=1"]));
         assert!(none.contains("no setting is enough"), "{none}");
-        let ranks = RunSizes { world: 4, ..full };
+        let ranks = RunSizes { world: 4, ..full.clone() };
         let found = refusal(&ranks, &recipe(&["method.kind=full", "train.memory_gib=14"]));
         assert!(found.contains("parallel.zero_stage = 3"), "{found}");
         for sets in [&["method.kind=full", "train.memory_gib=0"][..], &["method.kind=full", "train.memory_gib=64"]] {

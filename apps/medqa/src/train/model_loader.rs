@@ -1,6 +1,6 @@
-//! The model of a run, loaded whole or, if stage 3 shards it, part by part.
+//! The model of a run: loaded whole, or the stages of this rank of a pipeline, or part by part if stage 3 shards it.
 
-use super::method::fit;
+use super::{RankPipeline, method::fit};
 use crate::{
     model::{self, LoadedModel, RecipeBase},
     recipe::Recipe,
@@ -19,19 +19,31 @@ pub(crate) struct ModelLoader<B: Kernels> {
     recipe: Recipe,
     base: RecipeBase,
     device: B::Device,
-    /// The ranges of segments that are loaded one after the other; none if the model is loaded at once.
-    parts: Option<Vec<Range<usize>>>,
+    loading: Loading,
+}
+
+/// When the weights of a model are read.
+enum Loading {
+    /// All of them when the model is opened.
+    AtOnce,
+    /// Those of this rank's stages when the engine is created.
+    Stages,
+    /// Those of one range of segments after the other when the engine is created.
+    InParts(Vec<Range<usize>>),
 }
 
 impl<B: Kernels> ModelLoader<B> {
     /// Opens the model of a recipe that trains on `world` ranks. Also returns the tokenizer and the model without the
-    /// method: placeholders alone, if it is to be loaded part by part.
+    /// method: placeholders alone, unless it is loaded at once.
     pub(crate) fn open(recipe: &Recipe, world: usize, device: &B::Device) -> Result<(Self, LoadedModel<Autodiff<B>>)> {
         let (base, tokenizer) = RecipeBase::open(recipe)?;
         let sharded = world > 1 && recipe.parallel.sharding.zero_stage == ZeroStage::Weights;
-        let parts = (sharded && starts_in_parts(recipe)).then(|| parts(base.config()));
-        let held = if parts.is_some() { HeldSegments::of([]) } else { HeldSegments::all() };
-        let loader = Self { recipe: recipe.clone(), base, device: device.clone(), parts };
+        let (loading, held) = match recipe.parallel.pipeline.pipeline {
+            1 if sharded && starts_in_parts(recipe) => (Loading::InParts(parts(base.config())), HeldSegments::of([])),
+            1 => (Loading::AtOnce, HeldSegments::all()),
+            _ => (Loading::Stages, HeldSegments::of([])),
+        };
+        let loader = Self { recipe: recipe.clone(), base, device: device.clone(), loading };
         let model = model::with_compute(loader.load(&held)?, recipe.model.compute)?;
         Ok((loader, LoadedModel { model, tokenizer }))
     }
@@ -40,19 +52,26 @@ impl<B: Kernels> ModelLoader<B> {
         self.base.load(held, self.recipe.model.dtype.unwrap_or_default(), &self.device)
     }
 
-    /// Creates the engine for the model of [`ModelLoader::open`], to which the method has been applied. If the model is
-    /// loaded part by part, its weights are read now.
+    /// Creates the engine for the model of [`ModelLoader::open`], to which the method has been applied. Weights that have
+    /// not been read are read now: those of this rank's stages, or of one part after the other.
     pub(crate) fn engine(
         &self,
         model: Llama<Autodiff<B>>,
         tokenizer: &Tokenizer,
         config: EngineConfig,
+        pipeline: Option<&RankPipeline>,
     ) -> Result<LlamaEngine<B>> {
-        let Some(parts) = &self.parts else { return Ok(config.init(model)?) };
-        config.init_in_parts(model.assume_held(), parts, |range| {
-            let part = self.load(&HeldSegments::of([range]))?;
-            Ok::<_, anyhow::Error>(fit(part, tokenizer, &self.recipe)?.model)
-        })
+        let fitted = |held: &HeldSegments| -> Result<_> {
+            let part = model::with_compute(self.load(held)?, self.recipe.model.compute)?;
+            Ok(fit(part, tokenizer, &self.recipe)?.model)
+        };
+        match (&self.loading, pipeline) {
+            (_, Some(pipeline)) => Ok(config.with_pipeline(pipeline.config.clone()).init(fitted(&pipeline.held())?)?),
+            (Loading::InParts(parts), None) => {
+                config.init_in_parts(model.assume_held(), parts, |range| fitted(&HeldSegments::of([range])))
+            }
+            (Loading::AtOnce | Loading::Stages, None) => Ok(config.init(model)?),
+        }
     }
 }
 

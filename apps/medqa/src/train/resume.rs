@@ -1,6 +1,7 @@
 //! The start of a run, at its first step or at the newest checkpoint.
 
 use super::{
+    RankPipeline,
     inputs::{self, RunInputs},
     model_loader::{LlamaEngine, ModelLoader},
     options::TrainOptions,
@@ -20,6 +21,7 @@ pub(super) struct Start<'a, B: Kernels> {
     pub recipe: &'a Recipe,
     pub loader: &'a ModelLoader<B>,
     pub tokenizer: &'a Tokenizer,
+    pub pipeline: Option<&'a RankPipeline>,
     pub options: &'a TrainOptions,
     /// The inputs of the run, as they are now.
     pub inputs: RunInputs,
@@ -65,13 +67,13 @@ impl<B: Kernels> Start<'_, B> {
     fn first_step_or_checkpoint(self, mut model: Llama<Autodiff<B>>, config: EngineConfig) -> Result<Started<B>> {
         let Some(checkpoint) = state::checkpoints(&self.options.directory)?.pop() else {
             let loftq = setup::init_loftq(&mut model, self.recipe)?;
-            let engine = self.loader.engine(model, self.tokenizer, config)?;
+            let engine = self.loader.engine(model, self.tokenizer, config, self.pipeline)?;
             report_loftq(loftq.filter(|_| engine.rank() == 0));
             let state = TrainerState { inputs: Some(self.inputs), ..TrainerState::default() };
             return Ok(Started { engine, state, note: None });
         };
         let (state, note) = self.compare(&checkpoint)?;
-        let mut engine = self.loader.engine(model, self.tokenizer, config)?;
+        let mut engine = self.loader.engine(model, self.tokenizer, config, self.pipeline)?;
         engine.restore(&checkpoint.join(STATE_FILE)).with_context(|| state::advice(&checkpoint))?;
         if engine.rank() == 0 {
             eprintln!("resuming after step {} ({})", state.step, checkpoint.display());

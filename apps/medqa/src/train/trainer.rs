@@ -9,6 +9,7 @@ use super::{
     method::{FittedModel, apply_method},
     model_loader::{LlamaEngine, ModelLoader},
     options::TrainOptions,
+    pipeline::{self, MeanRow, RankPipeline},
     record::{EvalRecord, LossScaling, MetricsRecord, NoteRecord, ProcessUsage, StepRecord, TokenCounts},
     resume::{Start, Started},
     run_log::{ResumePoint, RunLog},
@@ -19,14 +20,14 @@ use super::{
     summary::{RunTime, Summary},
 };
 use crate::{
-    eval::{EvalBatching, total_loss},
+    eval::{EvalBatching, TotalLoss, eval_batches},
     model::LoadedModel,
     process,
     recipe::{ComputeDtype, Recipe},
     write,
 };
 use anyhow::{Context, Result, anyhow, bail};
-use burn::{backend::Autodiff, module::AutodiffModule, train::Interrupter};
+use burn::{backend::Autodiff, train::Interrupter};
 use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
 use burn_peft::{DropoutKey, ForwardContext, adapter};
 use burn_zero::{TrainStepOutput, comm::Communicator};
@@ -110,23 +111,30 @@ impl<B: Kernels> Trainer<B> {
         let inputs = RunInputs::new(&loaded, &sources, &rows)?;
         let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
         let validation = ValidationData { rows, evaluator: eval_device::open(&recipe)?, early_stopping: None };
-        let data = TrainData::new(&recipe, sources, communicator.world_size())?;
+        let row = MeanRow::of(sources.iter().flatten());
+        let pipeline = RankPipeline::new(&recipe, model.config(), row, communicator.as_ref())?;
+        let replicas = pipeline::replicas(&recipe.parallel.pipeline, communicator.world_size())?;
+        let data = TrainData::new(&recipe, sources, replicas)?;
         let config = setup::engine_config(&recipe, communicator)?;
         let (rows_per_step, total_steps) = (data.batch_sampler.rows_per_step(), data.batch_sampler.total_steps());
         let start = Start {
             recipe: &recipe,
             loader: &loader,
             tokenizer: &loaded.tokenizer,
+            pipeline: pipeline.as_ref(),
             options,
             inputs,
             rows_per_step,
             total_steps,
         };
         let Started { engine, state, note } = start.engine(model, config)?;
+        // The ranks of a pipeline have different parameters.
+        let trained = engine.sum_over_ranks(&[engine.trainable_parameters() as f64])?[0] / engine.replicas() as f64;
         let sizes = RunSizes {
-            trained: engine.trainable_parameters() as u64,
+            trained: trained as u64,
             tokens: data.batch_sampler.max_micro_batch_tokens() as u64,
-            ..RunSizes::lower_bound(engine.model().config(), &recipe, engine.world() as u64)
+            stages: pipeline.map(|pipeline| pipeline.stages),
+            ..RunSizes::lower_bound(engine.model().config(), &recipe, engine.replicas() as u64)
         };
         memory::check(&sizes, &recipe, &options.device)?;
         let directory = options.directory.clone();
@@ -290,15 +298,21 @@ impl<B: Kernels> Trainer<B> {
         }
         let batch_size = self.recipe.train.steps.batch_size;
         let batching = EvalBatching { batch_size, padding_free: self.recipe.data.packing.is_padding_free() };
-        // Every rank takes whole batches, in turn.
-        let rows = self.validation.rows.chunks(batch_size).skip(self.engine.rank()).step_by(self.engine.world());
+        // Every replica takes whole batches, in turn.
+        let rows = self.validation.rows.chunks(batch_size).skip(self.engine.replica()).step_by(self.engine.replicas());
         let examples: Vec<Example> = rows.flatten().cloned().collect();
-        let evaluator = &mut self.validation.evaluator;
-        let own = self.engine.with_full_params(|model| match evaluator {
-            Some(there) => there.loss(eval_device::trainable_values::<Autodiff<B>, _>(model), &examples, batching),
-            None => total_loss(&model.valid(), &examples, batching),
-        })??;
-        let sums = self.engine.sum_over_ranks(&[own.sum, own.target_tokens as f64])?;
+        let own = match &mut self.validation.evaluator {
+            Some(there) => self.engine.with_full_params(|model| {
+                there.loss(eval_device::trainable_values::<Autodiff<B>, _>(model), &examples, batching)
+            })??,
+            None => {
+                let sum = self.engine.losses(&eval_batches(self.engine.model(), &examples, batching)?)?;
+                TotalLoss { sum, target_tokens: examples.iter().map(Example::num_targets).sum() }
+            }
+        };
+        // The ranks of a pipeline have the same rows.
+        let targets = if self.engine.rank() < self.engine.replicas() { own.target_tokens as f64 } else { 0.0 };
+        let sums = self.engine.sum_over_ranks(&[own.sum, targets])?;
         let (loss, elapsed_seconds) = (sums[0] / sums[1], self.progress.elapsed_seconds());
         if step == 0 {
             self.engine.with_full_params(|model| model.check_finite("validation loss", loss.is_finite()))??;

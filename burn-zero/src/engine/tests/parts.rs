@@ -62,7 +62,7 @@ struct Held {
 
 fn held(mut engine: ToyEngine) -> Held {
     let (layout, shards, memory) = (engine.sharded.layout.clone(), shards(&engine), engine.memory());
-    let loss = engine.train_step(&batch(0, engine.rank()), 1e-3).unwrap();
+    let loss = engine.train_step(&[batch(0, engine.rank())], 1e-3).unwrap().loss;
     Held { layout, shards, memory, loss, parameters: engine.with_full_params(values).unwrap() }
 }
 
