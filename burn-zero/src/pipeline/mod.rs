@@ -49,6 +49,7 @@ mod shape;
 mod simulate;
 #[cfg(test)]
 mod tests;
+mod trace_file;
 mod validate;
 
 pub use crate::error::PipelineError;
@@ -62,3 +63,4 @@ pub use partition::PartitionMethod;
 pub use program::Program;
 pub use schedule::PipelineSchedule;
 pub use shape::{PipelineShape, Placement};
+pub use trace_file::TraceFile;

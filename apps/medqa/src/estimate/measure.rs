@@ -1,7 +1,7 @@
 //! `estimate --measure`: runs two steps and prints the estimate beside the bytes counted in the second step and the
 //! measured memory of the process.
 
-use super::EstimateArgs;
+use super::{EstimateArgs, MAX_ROW_TOKENS};
 use crate::{
     backend::{Device, with_backend},
     footprint::gib,
@@ -25,8 +25,6 @@ use std::{
     time::Duration,
 };
 
-/// Tokens of the longest generated row.
-const MAX_ROW_TOKENS: u64 = 512;
 /// The interval between two samples of the memory.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(2);
 
@@ -144,10 +142,37 @@ fn run_two_steps<B: Kernels>(
     Ok(MeasuredSteps { counted_memory, peak_rss_anon: sampler.map_or(0, PeakMemorySampler::finish) })
 }
 
+/// Loads the model of the recipe and applies its method.
+fn load_model<B: Kernels>(recipe: &Recipe, device: &B::Device) -> Result<Llama<Autodiff<B>>> {
+    let loaded = model::load_recipe_base::<Autodiff<B>>(recipe, recipe.model.dtype.unwrap_or_default(), device)?;
+    Ok(train::apply_method(loaded.model, &loaded.tokenizer, recipe)?.0)
+}
+
+/// Runs two steps of the run that the arguments describe, and writes their trace to `path`.
+pub(super) fn trace_two_steps(args: &EstimateArgs, path: &Path) -> Result<()> {
+    let (communicator, mpi_guard) = World::join()?.into_parts();
+    with_backend!(Device::default(), |B, device| trace_on::<B>(args, path, device, communicator))?;
+    mpi_guard.finalize();
+    Ok(())
+}
+
+fn trace_on<B: Kernels>(
+    args: &EstimateArgs,
+    path: &Path,
+    device: &B::Device,
+    communicator: Box<dyn Communicator>,
+) -> Result<()> {
+    let recipe = recipe_from_args(args)?;
+    let model = load_model::<B>(&recipe, device)?;
+    let rows = example_rows(args.tokens, model.config().vocab_size as u64);
+    let mut engine = train::engine_config(&recipe, communicator)?.init(model)?;
+    run_two_steps(&mut engine, &rows, args)?;
+    Ok(engine.write_trace(path)?)
+}
+
 fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
     let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
-    let loaded = model::load_recipe_base::<Autodiff<B>>(&recipe, recipe.model.dtype.unwrap_or_default(), device)?;
-    let (model, _) = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
+    let model = load_model::<B>(&recipe, device)?;
     let sizes = RunSizes {
         trained: param::count_trainable::<Autodiff<B>, _>(&model) as u64,
         tokens: args.tokens,

@@ -142,6 +142,11 @@ fn orders_that_are_no_schedule_are_named() {
         "rank 0, position 1: expected Backward(chunk 0, micro-batch 0) of rank 1 before, \
          found Backward(chunk 0, micro-batch 0)"
     );
+}
+
+#[test]
+fn cells_that_are_no_pass_are_named() {
+    let refused = |text: &str| PipelineSchedule::from_csv(text).unwrap_err().to_string();
     for (text, expected) in [
         (
             "0F0,0X0",

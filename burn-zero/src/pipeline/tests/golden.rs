@@ -95,6 +95,53 @@ fn interleaving_one_chunk_is_1f1b() {
     }
 }
 
+/// Compares with PyTorch 2.9, whose orders `fixtures/schedules.py` prints, cell for cell. Idle cells are left out: theirs
+/// do not say when a pass runs.
+#[test]
+fn the_orders_of_zero_bubble_schedules_are_those_of_pytorch() {
+    for (kind, text) in [
+        (PipelineKind::ZBH1, include_str!("../../../fixtures/schedules/InterleavedZeroBubble-2-4.csv")),
+        (PipelineKind::ZBH1, include_str!("../../../fixtures/schedules/InterleavedZeroBubble-4-8.csv")),
+        (PipelineKind::ZBV, include_str!("../../../fixtures/schedules/ZBVZeroBubble-2-4.csv")),
+        (PipelineKind::ZBV, include_str!("../../../fixtures/schedules/ZBVZeroBubble-4-8.csv")),
+    ] {
+        let theirs = PipelineSchedule::from_csv(text).unwrap();
+        let ours = PipelineSchedule::new(kind, theirs.shape()).unwrap().to_csv();
+        let cells = |text: &str| -> Vec<Vec<String>> {
+            let row = |line: &str| line.split(',').filter(|cell| !cell.is_empty()).map(str::to_owned).collect();
+            text.lines().map(row).collect()
+        };
+        assert_eq!(cells(&ours), cells(text), "{kind}");
+    }
+}
+
+/// PyTorch's looped BFS descends in micro-batches and its DualPipeV joins passes in one cell: both are read and run.
+#[test]
+fn other_schedules_of_pytorch_are_read() {
+    for (text, passes) in [
+        (include_str!("../../../fixtures/schedules/LoopedBFS-2-4.csv"), 16),
+        (include_str!("../../../fixtures/schedules/LoopedBFS-4-8.csv"), 32),
+        (include_str!("../../../fixtures/schedules/DualPipeV-2-4.csv"), 19),
+        (include_str!("../../../fixtures/schedules/DualPipeV-4-8.csv"), 39),
+    ] {
+        let schedule = PipelineSchedule::from_csv(text).unwrap();
+        assert_eq!(order(&schedule, 0).len(), passes, "{text}");
+        let place = if text.contains("OVERLAP") { Placement::V } else { Placement::Loop };
+        assert_eq!(schedule.shape().placement(), place);
+        assert_eq!(PipelineSchedule::from_csv(&schedule.to_csv()).as_ref(), Ok(&schedule));
+        for transport in TRANSPORTS {
+            assert_eq!(schedule.program(transport).validate(transport), Ok(()), "{transport:?} {text}");
+        }
+    }
+    // A neighbour may run in one what this rank runs in two; each receives the gradients of its own pass.
+    let text = include_str!("../../../fixtures/schedules/DualPipeV-2-4.csv");
+    let program = PipelineSchedule::from_csv(text).unwrap().program(SendMode::Buffered);
+    let receives = |action| {
+        program.ranks.iter().flatten().any(|i| matches!(i, Instruction::Recv { action: a, .. } if *a == action))
+    };
+    assert!(receives(Action::backward_input(0, 2)) && receives(Action::backward(1, 1)));
+}
+
 /// Compares with PyTorch 2.9's `Interleaved1F1B` for 2 ranks with 2 stages each and 4 micro-batches: the orders are the
 /// same, only the idle slots are in other places.
 #[test]
