@@ -12,7 +12,7 @@ use burn_zero::{
     Engine, EngineConfig, PipelineConfig, Sharding, TrainStepOutput, ZeroStage,
     comm::threads,
     optimizer::AdamW,
-    pipeline::{PartitionMethod, PipelineKind},
+    pipeline::{PartitionMethod, PipelineKind, PipelineSchedule, PipelineShape, TraceFile},
     segment::{Checkpointing, Segments},
 };
 use laws::{floats, max_abs, max_diff, one_backward_at_a_time};
@@ -296,6 +296,48 @@ fn data_and_pipeline_are_one_process_in_every_zero_stage() {
             }
         }
     }
+}
+
+/// The trace has every pass in the order of the schedule. What a rank keeps for weight gradients that it has put off is
+/// counted; adapters put nothing off.
+#[test]
+fn passes_are_traced_and_deferred_products_are_counted() {
+    let _lock = one_backward_at_a_time();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace.json");
+    for (case, kind, chunks, defers) in [
+        (Case::Untied, PipelineKind::OneFOneB, 1, false),
+        (Case::Untied, PipelineKind::ZBH1, 1, true),
+        (Case::Untied, PipelineKind::ZBV, 2, true),
+        (Case::Lora, PipelineKind::ZBH1, 1, false),
+    ] {
+        let peaks = threads::run(2, |group| {
+            let config = config(Checkpointing::None).with_communicator(Box::new(group));
+            let mut engine = config.with_pipeline(pipeline(2, kind, chunks)).init(model(case)).unwrap();
+            let batches = micro_batches(engine.model(), 0..MICRO_BATCHES);
+            engine.train_step(&batches, 1e-2).unwrap();
+            engine.write_trace(&path).unwrap();
+            engine.peak_memory().deferred
+        });
+        assert!(peaks.iter().all(|&peak| (peak > 0) == defers), "{case:?}, {kind}: {peaks:?}");
+        let shape = PipelineShape::new(2, chunks, MICRO_BATCHES).unwrap().with_placement(kind.placement());
+        let schedule = PipelineSchedule::new(kind, shape).unwrap();
+        let trace = TraceFile::parse(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(trace.timeline(&schedule).unwrap().ranks.len(), 2, "{case:?}, {kind}");
+    }
+    // One rank runs W right after I, so it keeps the factors of one micro-batch and all layers: `x` and `dy` of seven
+    // projections. Those of the output projection and the MLP of the last layer have a row per target.
+    let mut engine = config(Checkpointing::None)
+        .with_pipeline(pipeline(1, PipelineKind::ZBH1, 1))
+        .init(model(Case::Untied))
+        .unwrap();
+    let batches = micro_batches(engine.model(), 0..MICRO_BATCHES);
+    engine.train_step(&batches, 1e-2).unwrap();
+    let elements = engine.peak_memory().deferred / 4;
+    let (rows, kv, mlp) = (tokens(MICRO_BATCHES - 1), 8, 24);
+    let layer = HIDDEN + HIDDEN + 2 * kv + 2 * HIDDEN + HIDDEN + 2 * mlp + mlp + HIDDEN;
+    let most = rows * LAYERS * layer;
+    assert!(elements <= most && elements >= rows * (LAYERS - 1) * layer, "{elements} of at most {most}");
 }
 
 #[test]

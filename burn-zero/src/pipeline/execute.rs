@@ -110,7 +110,7 @@ pub(crate) struct Executor<'a, B: AutodiffBackend, M: TrainSegments<B>> {
     stages: StageView<'a>,
     micro_batches: &'a [<M as Segments<B>>::Batch],
     mailbox: Mailbox<'a, B::InnerBackend>,
-    /// What forward passes have saved, by chunk and micro-batch.
+    /// The data that forward passes have saved, by chunk and micro-batch.
     saved: HashMap<(usize, usize), Saved<B>>,
     /// The gradients that have been put off, by chunk and micro-batch.
     pending: HashMap<(usize, usize), Vec<PendingGradient<B>>>,

@@ -281,7 +281,7 @@ impl<B: Kernels> Trainer<B> {
         let batch_size = self.recipe.train.steps.batch_size;
         let batching = EvalBatching { batch_size, padding_free: self.recipe.data.packing.is_padding_free() };
         // Every rank takes whole batches, in turn.
-        let rows = self.validation.rows.chunks(batch_size).skip(self.engine.rank()).step_by(self.engine.world());
+        let rows = self.validation.rows.chunks(batch_size).skip(self.engine.replica()).step_by(self.engine.replicas());
         let examples: Vec<Example> = rows.flatten().cloned().collect();
         let evaluator = &mut self.validation.evaluator;
         let own = self.engine.with_full_params(|model| match evaluator {
