@@ -131,7 +131,8 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     }
 
     /// Calls `f` with the model and all its weights, for example to evaluate or save it. In stage 3 the weights are
-    /// gathered for the call, and every rank must call this method; in the other stages nothing is copied.
+    /// gathered for the call, and every rank must call this method; in the other stages nothing is copied. In a pipeline
+    /// the parameters of other stages are placeholders of one element, so a forward pass fails; see [`Engine::losses`].
     ///
     /// # Errors
     /// Returns the same errors as [`Engine::forward_backward`].
@@ -140,7 +141,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     }
 
     /// Ends the training and returns the model with all its weights. In stage 3 the weights are gathered, and every
-    /// rank must call this method.
+    /// rank must call this method. In a pipeline the parameters of other stages are placeholders of one element.
     ///
     /// # Errors
     /// Returns the same errors as [`Engine::forward_backward`].

@@ -16,7 +16,8 @@ mod plan;
 mod weight_provider;
 
 pub(crate) use driver::{
-    AfterBackward, BackwardEnd, BackwardStart, Driver, PendingGradient, PostBackwardHook, Saved, SegmentPass,
+    AfterBackward, BackwardEnd, BackwardStart, Driver, ForwardEnd, PendingGradient, PostBackwardHook, Saved,
+    SegmentPass,
 };
 pub use dyn_tensor::DynTensor;
 pub(crate) use plan::BackwardPlan;

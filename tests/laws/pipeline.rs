@@ -12,7 +12,7 @@ use burn_zero::{
     Engine, EngineConfig, PipelineConfig, Sharding, TrainStepOutput, ZeroStage,
     comm::threads,
     optimizer::AdamW,
-    pipeline::{PartitionMethod, PipelineKind},
+    pipeline::{PartitionMethod, PipelineKind, PipelineSchedule, PipelineShape, TraceFile},
     segment::{Checkpointing, Segments},
 };
 use laws::{floats, max_abs, max_diff, one_backward_at_a_time};
@@ -210,7 +210,7 @@ fn a_pipeline_of_any_kind_is_one_process_bit_for_bit() {
         let one = one_process(case, Checkpointing::None);
         for (kind, chunks) in KINDS {
             for ranks in 1..=4 {
-                if kind == PipelineKind::Interleaved1F1B && MICRO_BATCHES % ranks != 0 {
+                if kind == PipelineKind::Interleaved1F1B && !MICRO_BATCHES.is_multiple_of(ranks) {
                     continue;
                 }
                 let checkpointing = if ranks == 2 { Checkpointing::Full } else { Checkpointing::None };
@@ -228,12 +228,14 @@ fn a_pipeline_of_any_kind_is_one_process_bit_for_bit() {
     }
 }
 
-/// Every hop sends the hidden states of every token forward, and their gradients back unless nothing before it learns;
+/// Every hop sends the hidden states of every token forward (those of the targets inside the last layer), and their gradients back unless nothing before it learns;
 /// with a prefix also keys and values of the later layers.
 #[test]
 fn messages_of_a_pipeline_are_those_of_the_formula() {
     let _lock = one_backward_at_a_time();
-    let hidden: u64 = (0..MICRO_BATCHES).map(|index| (HIDDEN * tokens(index)) as u64).sum();
+    let hidden = |rows: fn(usize) -> usize| (0..MICRO_BATCHES).map(|index| (HIDDEN * rows(index)) as u64).sum::<u64>();
+    // Behind the attention of the last layer only the tokens that predict a target go on.
+    let targets = |index| tokens(index) - 2 * (1 + index % 2);
     for case in CASES {
         let ranks = 4;
         let sent: Vec<u64> = threads::run(ranks, |group| {
@@ -252,7 +254,7 @@ fn messages_of_a_pipeline_are_those_of_the_formula() {
             Case::Prefix => (MICRO_BATCHES * VIRTUAL_TOKENS * 2 * 2 * 4 * (LAYERS - (boundary / 2).min(LAYERS))) as u64,
             _ => 0,
         };
-        let hop = |boundary: usize| hidden + prefix(boundary);
+        let hop = |boundary| if boundary < 2 * LAYERS { hidden(tokens) } else { hidden(targets) } + prefix(boundary);
         for (rank, sent) in sent.into_iter().enumerate() {
             let forward = if rank + 1 < ranks { hop(stages[rank].end) } else { 0 };
             let back = if rank > 0 && first < stages[rank].start { hop(stages[rank].start) } else { 0 };
@@ -294,6 +296,48 @@ fn data_and_pipeline_are_one_process_in_every_zero_stage() {
             }
         }
     }
+}
+
+/// The trace has every pass in the order of the schedule. What a rank keeps for weight gradients that it has put off is
+/// counted; adapters put nothing off.
+#[test]
+fn passes_are_traced_and_deferred_products_are_counted() {
+    let _lock = one_backward_at_a_time();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("trace.json");
+    for (case, kind, chunks, defers) in [
+        (Case::Untied, PipelineKind::OneFOneB, 1, false),
+        (Case::Untied, PipelineKind::ZBH1, 1, true),
+        (Case::Untied, PipelineKind::ZBV, 2, true),
+        (Case::Lora, PipelineKind::ZBH1, 1, false),
+    ] {
+        let peaks = threads::run(2, |group| {
+            let config = config(Checkpointing::None).with_communicator(Box::new(group));
+            let mut engine = config.with_pipeline(pipeline(2, kind, chunks)).init(model(case)).unwrap();
+            let batches = micro_batches(engine.model(), 0..MICRO_BATCHES);
+            engine.train_step(&batches, 1e-2).unwrap();
+            engine.write_trace(&path).unwrap();
+            engine.peak_memory().deferred
+        });
+        assert!(peaks.iter().all(|&peak| (peak > 0) == defers), "{case:?}, {kind}: {peaks:?}");
+        let shape = PipelineShape::new(2, chunks, MICRO_BATCHES).unwrap().with_placement(kind.placement());
+        let schedule = PipelineSchedule::new(kind, shape).unwrap();
+        let trace = TraceFile::parse(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert_eq!(trace.timeline(&schedule).unwrap().ranks.len(), 2, "{case:?}, {kind}");
+    }
+    // One rank runs W right after I, so it keeps the factors of one micro-batch and all layers: `x` and `dy` of seven
+    // projections. Those of the output projection and the MLP of the last layer have a row per target.
+    let mut engine = config(Checkpointing::None)
+        .with_pipeline(pipeline(1, PipelineKind::ZBH1, 1))
+        .init(model(Case::Untied))
+        .unwrap();
+    let batches = micro_batches(engine.model(), 0..MICRO_BATCHES);
+    engine.train_step(&batches, 1e-2).unwrap();
+    let elements = engine.peak_memory().deferred / 4;
+    let (rows, kv, mlp) = (tokens(MICRO_BATCHES - 1), 8, 24);
+    let layer = HIDDEN + HIDDEN + 2 * kv + 2 * HIDDEN + HIDDEN + 2 * mlp + mlp + HIDDEN;
+    let most = rows * LAYERS * layer;
+    assert!(elements <= most && elements >= rows * (LAYERS - 1) * layer, "{elements} of at most {most}");
 }
 
 #[test]

@@ -13,8 +13,8 @@ use crate::{
     Error,
     comm::{AsyncCommunicator, Trace},
     segment::{
-        AfterBackward, BackwardEnd, BackwardStart, Driver, DynTensor, Gradient, PendingGradient, PostBackwardHook,
-        Saved, SegmentPass, Segments, TrainSegments, WeightProvider,
+        AfterBackward, BackwardEnd, BackwardStart, Driver, DynTensor, ForwardEnd, Gradient, PendingGradient,
+        PostBackwardHook, Saved, SegmentPass, Segments, TrainSegments, WeightProvider,
     },
 };
 use burn::tensor::{
@@ -110,10 +110,10 @@ pub(crate) struct Executor<'a, B: AutodiffBackend, M: TrainSegments<B>> {
     stages: StageView<'a>,
     micro_batches: &'a [<M as Segments<B>>::Batch],
     mailbox: Mailbox<'a, B::InnerBackend>,
-    /// What forward passes have saved, by chunk and micro-batch.
-    saved: HashMap<(usize, usize), Saved<B>>,
-    /// The gradients that have been put off, by chunk and micro-batch.
-    pending: HashMap<(usize, usize), Vec<PendingGradient<B>>>,
+    /// The data that forward passes have saved, by forward pass.
+    saved: HashMap<Action, Saved<B>>,
+    /// The gradients that have been put off, by forward pass.
+    pending: HashMap<Action, Vec<PendingGradient<B>>>,
     pending_bytes: usize,
     executed: Executed<B::InnerBackend>,
 }
@@ -193,11 +193,11 @@ impl<'a, B: AutodiffBackend, M: TrainSegments<B>> Executor<'a, B, M> {
         let inputs = if self.stages.stage(action) == 0 { Vec::new() } else { self.mailbox.take(action)? };
         let inputs = inputs.into_iter().filter_map(|value| value.tensor).collect();
         let run = || self.driver.forward::<B, M, S>(source, &pass, inputs);
-        let (outputs, saved) = span(self.driver.trace, action, run)?;
+        let ForwardEnd { outputs, saved } = span(self.driver.trace, action, run)?;
         if forward_only {
             source.finish_pass(pass.id());
         } else {
-            self.saved.insert((action.chunk, action.micro_batch), saved);
+            self.saved.insert(action, saved);
         }
         if self.stages.is_last(action) {
             self.executed.losses.extend(outputs.into_iter().next());
@@ -215,7 +215,7 @@ impl<'a, B: AutodiffBackend, M: TrainSegments<B>> Executor<'a, B, M> {
         source: &mut S,
         hook: &mut PostBackwardHook<B, S>,
     ) -> Result<(), Error> {
-        let (pass, key) = (self.pass(action), (action.chunk, action.micro_batch));
+        let (pass, key) = (self.pass(action), Action::forward(action.chunk, action.micro_batch));
         let upstream = if self.stages.is_last(action) {
             None
         } else if self.travels(action, pass.segments.end) {
@@ -245,7 +245,7 @@ impl<'a, B: AutodiffBackend, M: TrainSegments<B>> Executor<'a, B, M> {
         hook: &mut PostBackwardHook<B, S>,
     ) -> Result<(), Error> {
         let Action { micro_batch, chunk, .. } = action;
-        let mut pending = self.pending.remove(&(chunk, micro_batch)).unwrap_or_default();
+        let mut pending = self.pending.remove(&Action::forward(chunk, micro_batch)).unwrap_or_default();
         self.pending_bytes -= pending.iter().map(|gradient| gradient.deferred.bytes).sum::<usize>();
         let segments = self.stages.segments(action).rev();
         let mut segments = segments.take_while(|&segment| segment >= self.driver.plan.first_trainable);

@@ -63,6 +63,13 @@ enum SavedForBackward<B: AutodiffBackend> {
     Inputs { inputs: Vec<DynTensor<B::InnerBackend>>, require_grad: bool },
 }
 
+/// The end of a forward pass.
+pub(crate) struct ForwardEnd<B: AutodiffBackend> {
+    /// The outputs of the last segment of the pass.
+    pub outputs: Vec<DynTensor<B::InnerBackend>>,
+    pub saved: Saved<B>,
+}
+
 /// The start of a backward pass.
 pub(crate) struct BackwardStart<B: AutodiffBackend> {
     pub saved: Saved<B>,
@@ -112,7 +119,7 @@ impl Driver<'_> {
         hook: &mut PostBackwardHook<B, S>,
     ) -> Result<DynTensor<B::InnerBackend>, Error> {
         let pass = SegmentPass { batch, micro_batch: 0, segments: 0..self.plan.segments };
-        let (mut outputs, saved) = self.forward::<B, M, S>(source, &pass, Vec::new())?;
+        let ForwardEnd { mut outputs, saved } = self.forward::<B, M, S>(source, &pass, Vec::new())?;
         self.backward::<B, M, S>(source, &pass, BackwardStart { saved, upstream: None, defer: false }, hook)?;
         Ok(outputs.remove(0))
     }
@@ -124,7 +131,7 @@ impl Driver<'_> {
         source: &mut S,
         pass: &SegmentPass<<M as Segments<B>>::Batch>,
         inputs: Vec<DynTensor<B::InnerBackend>>,
-    ) -> Result<(Vec<DynTensor<B::InnerBackend>>, Saved<B>), Error> {
+    ) -> Result<ForwardEnd<B>, Error> {
         let (BackwardPlan { segments, first_trainable, .. }, batch) = (self.plan, pass.batch);
         let (mut saved, mut values) = (vec![], inputs);
         let mut inner = None;
@@ -153,7 +160,7 @@ impl Driver<'_> {
             source.release_segment(Direction::Forward, segment);
         }
         assert!(!values.is_empty(), "the segments {:?} of {segments} return no tensor", pass.segments);
-        Ok((values, Saved(saved)))
+        Ok(ForwardEnd { outputs: values, saved: Saved(saved) })
     }
 
     /// Runs the backward pass of segments after their forward pass, and frees their graphs; returns the gradients of

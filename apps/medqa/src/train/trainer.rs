@@ -306,7 +306,13 @@ impl<B: Kernels> Trainer<B> {
                 there.loss(eval_device::trainable_values::<Autodiff<B>, _>(model), &examples, batching)
             })??,
             None => {
-                let sum = self.engine.losses(&eval_batches(self.engine.model(), &examples, batching)?)?;
+                let mut batches = eval_batches(self.engine.model(), &examples, batching)?;
+                // In stage 3 every rank takes part in gathering the weights, so all have as many batches.
+                let batches_per_replica = self.validation.rows.len().div_ceil(batch_size * self.engine.replicas());
+                if batches.len() < batches_per_replica {
+                    batches.push(self.idle_batch()?);
+                }
+                let sum = self.engine.losses(&batches)?;
                 TotalLoss { sum, target_tokens: examples.iter().map(Example::num_targets).sum() }
             }
         };
@@ -322,6 +328,13 @@ impl<B: Kernels> Trainer<B> {
         let observed = self.validation.early_stopping.as_mut().zip(record.valid_loss_after_training());
         let stop = observed.is_some_and(|(rule, loss)| rule.observe(loss));
         Ok(Some(Validation { loss, stop_early: self.any_rank(stop)? }))
+    }
+
+    /// Builds a batch of one validation row with weight 0, for a replica that has no rows left.
+    fn idle_batch(&self) -> Result<Batch<Autodiff<B>>> {
+        let row = &self.validation.rows[..1];
+        let layout = SequenceLayout::from_lengths(&[row[0].ids.len()], true);
+        Ok(self.engine.model().batch(row, &layout, 0.0, ForwardContext::default())?)
     }
 
     /// Writes the result into `directory`: `adapter/` or `model/`. Every rank calls this; rank 0 writes.
