@@ -30,11 +30,19 @@ impl AsyncCommunicator {
     /// # Panics
     /// If the system cannot start a thread.
     pub(crate) fn new(communicator: Box<dyn Communicator>) -> Self {
+        Self::with_trace(communicator, Trace::default())
+    }
+
+    /// Starts the thread, which records what it does in `trace`.
+    ///
+    /// # Panics
+    /// If the system cannot start a thread.
+    pub(crate) fn with_trace(communicator: Box<dyn Communicator>, trace: Trace) -> Self {
         let (rank, compute_lock) = (communicator.rank(), communicator.compute_lock());
         let global_ranks = (0..communicator.world_size()).map(|rank| communicator.global_rank(rank)).collect();
         let traffic = Arc::new(Mutex::new(communicator.traffic()));
         let name = format!("communication of rank {rank}");
-        let worker = Worker::new(name, communicator, compute_lock.clone(), Trace::default());
+        let worker = Worker::new(name, communicator, compute_lock.clone(), trace);
         Self { worker, rank, global_ranks, compute_lock, traffic }
     }
 
