@@ -163,6 +163,21 @@ pub enum ConfigError {
         /// The reason, and what to write instead.
         reason: &'static str,
     },
+    /// A mesh has another number of ranks than the run.
+    #[error(
+        "data {data} x pipeline {pipeline} x tensor {tensor} is not the {world} ranks of the run; start as many \
+         processes as their product, and give every axis at least 1"
+    )]
+    MeshShape {
+        /// The ranks along the data axis.
+        data: usize,
+        /// The ranks along the pipeline axis.
+        pipeline: usize,
+        /// The ranks along the tensor axis.
+        tensor: usize,
+        /// The ranks of the run.
+        world: usize,
+    },
     /// No batch size is given; the message is DeepSpeed's.
     #[error("Either train_batch_size or train_micro_batch_size_per_gpu needs to be provided")]
     MissingBatchSize,
