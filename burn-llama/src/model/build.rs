@@ -46,6 +46,18 @@ pub(crate) fn parameter_shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)
     all
 }
 
+impl LlamaConfig {
+    /// Returns the number of the base model's parameters that each segment uses.
+    pub fn segment_parameters(&self) -> Vec<usize> {
+        let mut counts = vec![0; self.num_segments()];
+        for (name, shape) in parameter_shapes(self) {
+            let elements = shape.iter().product::<usize>();
+            self.segments_of(&name).into_iter().for_each(|segment| counts[segment] += elements);
+        }
+        counts
+    }
+}
+
 /// The content of a tensor as read from a checkpoint.
 pub(crate) enum LoadedTensor {
     /// Float values.

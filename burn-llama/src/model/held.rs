@@ -1,6 +1,6 @@
 //! The segments of a model whose parameters a rank holds.
 
-use super::{Llama, build};
+use super::Llama;
 use crate::{Error, LlamaConfig, kernel::Kernels};
 use burn_peft::Prompt;
 use std::ops::Range;
@@ -48,16 +48,6 @@ impl LlamaConfig {
         2 * self.num_hidden_layers + 2
     }
 
-    /// Returns the number of the base model's parameters that each segment uses.
-    pub fn segment_parameters(&self) -> Vec<usize> {
-        let mut counts = vec![0; self.num_segments()];
-        for (name, shape) in build::parameter_shapes(self) {
-            let elements = shape.iter().product::<usize>();
-            self.segments_of(&name).into_iter().for_each(|segment| counts[segment] += elements);
-        }
-        counts
-    }
-
     /// Returns the segments that use the parameter at `path`, or the module at `path`, ascending. An embedding whose
     /// weight the output head shares is used by the first and the last one.
     pub fn segments_of(&self, path: &str) -> Vec<usize> {
@@ -83,14 +73,6 @@ impl<B: Kernels> Llama<B> {
     /// Returns the segments whose parameters the model holds.
     pub fn held_segments(&self) -> &HeldSegments {
         &self.held
-    }
-
-    /// Returns the shape of the parameter at `path` if another rank holds it.
-    pub(super) fn shape_of_placeholder(&self, path: &str) -> Option<Vec<usize>> {
-        if self.held.holds(&self.config, path) {
-            return None;
-        }
-        build::parameter_shapes(&self.config).into_iter().find(|(name, _)| name == path).map(|(_, shape)| shape)
     }
 
     /// Says that the model holds all parameters, or will when a rank gathers those that are placeholders.

@@ -1,6 +1,6 @@
 //! The linear layers of the model by path.
 
-use super::Llama;
+use super::{Llama, build::parameter_shapes};
 use crate::kernel::Kernels;
 use burn::{
     module::Param,
@@ -101,7 +101,10 @@ impl<B: Kernels> Linears<B> for Llama<B> {
     }
 
     fn shape_elsewhere(&self, path: &str) -> Option<Vec<usize>> {
-        self.shape_of_placeholder(path)
+        if self.held.holds(&self.config, path) {
+            return None;
+        }
+        parameter_shapes(&self.config).into_iter().find(|(name, _)| name == path).map(|(_, shape)| shape)
     }
 
     fn linears_mut(&mut self, visit: &mut dyn FnMut(&str, &mut Linear<B>)) {

@@ -235,7 +235,7 @@ fn a_stage_has_its_part_of_an_adapter_from_a_file() {
 
 #[test]
 fn a_start_that_needs_the_whole_model_is_refused_on_a_part() {
-    let mut part = load("gqa_llama3", &HeldSegments::of([0..3]));
+    let mut part = load("gqa_llama3", &HeldSegments::of(std::iter::once(0..3)));
     let loftq = lora(|config| config.init_lora_weights = InitLoraWeights::Loftq);
     let refused = methods().into_iter().chain([("loftq", loftq)]).filter(|(_, method)| !starts_on_a_part(method));
     let mut seen = 0;

@@ -15,7 +15,7 @@ pub(crate) struct FittedModel<B: Kernels> {
     pub model: Llama<B>,
     /// The adapter; none if only the model's own weights are trained.
     pub adapter: Option<AttachedAdapter>,
-    /// What the user should know about an adapter that the recipe starts from.
+    /// Warnings about an adapter that the recipe starts from.
     warnings: Vec<String>,
 }
 

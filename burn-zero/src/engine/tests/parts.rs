@@ -50,7 +50,7 @@ fn shards(engine: &ToyEngine) -> Vec<Vec<(ParamShard, Vec<f32>)>> {
     (0..layout.buckets.len()).map(|index| read(index).into_iter().map(values).collect()).collect()
 }
 
-/// What a rank holds after its engine was created, and after a step.
+/// The state of a rank after its engine was created, and its parameters after a step.
 #[derive(Debug, PartialEq)]
 struct Held {
     layout: ShardLayout,
