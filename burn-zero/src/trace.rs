@@ -163,7 +163,7 @@ impl Trace {
     pub(crate) fn events(&self, rank: usize) -> Vec<Value> {
         let lanes = [Lane::Compute, Lane::Communication, Lane::Optimizer];
         let mut threads: Vec<_> = lanes.map(|lane| lane.thread(TraceAxis::World)).to_vec();
-        threads.extend(self.spans().iter().map(|span| span.lane.thread(span.axis)));
+        threads.extend(self.spans().iter().map(|span| span.label.lane.thread(span.axis)));
         threads.sort_unstable();
         threads.dedup();
         let threads = threads.into_iter().map(|(tid, name)| {
