@@ -5,7 +5,8 @@
 //! compares the parameters with those of one process that takes all micro-batches, and the amount of data sent with the
 //! formulas of the paper. `ranks order` checks that exchanges match in the order of their start, in parts of 7 bytes.
 //!
-//! `ranks lose` makes rank 1 abort between two steps, `ranks hang` makes it stop responding. If TRACE names a folder,
+//! `ranks lose` makes rank 1 abort between two steps, `ranks hang` makes it stop responding. With `ranks chain` every
+//! rank waits for the one before; with `ranks answered` rank 1 no longer does when rank 2 gives up. If TRACE names a folder,
 //! each rank writes a timeline there.
 
 use burn::{
@@ -333,6 +334,30 @@ fn until_lost(group: ProcessGroup, kill: bool) -> Result<(), Error> {
     Ok(())
 }
 
+/// Lets every rank wait for the one before, the last one first, so that its deadline is the first to pass. With
+/// `answered`, rank 0 sends so late that the wait of rank 1 has been told, and rank 1 then falls silent.
+fn wait_in_a_chain(group: ProcessGroup, answered: bool) -> Result<(), Error> {
+    let deadline = Duration::from_secs(6);
+    let mut group = group.with_deadline(deadline);
+    group.barrier()?;
+    let rank = group.rank();
+    match rank {
+        0 => {
+            std::thread::sleep(deadline * 2 / 3);
+            if answered {
+                group.send(&[0f32], 1)?;
+            }
+        }
+        1 => {
+            std::thread::sleep(if answered { Duration::ZERO } else { deadline / 6 });
+            group.recv(&mut [0f32], 0)?;
+        }
+        _ => group.recv(&mut [0f32], rank - 1)?,
+    }
+    std::thread::sleep(deadline * 3);
+    Ok(())
+}
+
 fn main() -> Result<(), Error> {
     let command = std::env::args().nth(1);
     let in_parts = || mpi::Session::init_with_part_bytes(PART_BYTES);
@@ -342,6 +367,8 @@ fn main() -> Result<(), Error> {
         Some("order") => order(group),
         Some("lose") => until_lost(group, true),
         Some("hang") => until_lost(group, false),
+        Some("chain") => wait_in_a_chain(group, false),
+        Some("answered") => wait_in_a_chain(group, true),
         _ => collectives(&mut group).and_then(|()| stages(&mut group)),
     };
     match result {

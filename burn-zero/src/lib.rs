@@ -33,6 +33,7 @@
 //! | optimizer states on the host or in a file | [`EngineConfig::with_optimizer_states_in`] |
 //! | ZeRO stages 0 to 2 for a plain Burn loop | [`ShardedOptimizer`] |
 //! | ranks as threads, as processes under `mpirun` (feature `mpi`) | [`comm`] |
+//! | data × pipeline × tensor: which rank is where, a communicator per axis | [`MeshShape`], [`Mesh`] |
 //! | the settings of DeepSpeed and FSDP | [`ds_config`] |
 //! | memory estimates before anything is allocated | [`estimate`] |
 //! | pipeline schedules as values | [`pipeline`] |
@@ -59,6 +60,7 @@ pub mod estimate;
 mod gather;
 mod host_or_device;
 pub mod lr_schedule;
+mod mesh;
 mod norm;
 mod offload;
 pub mod optimizer;
@@ -74,6 +76,7 @@ mod worker;
 
 pub use engine::{Engine, EngineConfig, PipelineConfig, StepReport, TrainStepOutput, consolidate, restore_weights};
 pub use error::{CheckpointError, CommError, ConfigError, Error, NumericError};
+pub use mesh::{Mesh, MeshCoordinates, MeshShape, MeshTraffic};
 pub use offload::{MemoryTier, OffloadDevice};
 pub use reduce::PeakMemory;
 pub use sharded_optimizer::{ElementWise, ShardedOptimizer};

@@ -25,13 +25,26 @@ pub(crate) enum Lane {
 
 impl Lane {
     /// Returns the number and the name of the thread.
-    fn thread(self) -> (u8, &'static str) {
-        match self {
-            Self::Compute | Self::Wait => (0, "compute"),
-            Self::Communication | Self::Transfer => (1, "communication"),
-            Self::Optimizer => (2, "optimizer on the host"),
+    fn thread(self, axis: TraceAxis) -> (u8, &'static str) {
+        match (self, axis) {
+            (Self::Compute | Self::Wait, _) => (0, "compute"),
+            (Self::Optimizer, _) => (2, "optimizer on the host"),
+            (Self::Communication | Self::Transfer, TraceAxis::World) => (1, "communication"),
+            (Self::Communication | Self::Transfer, TraceAxis::Data) => (3, "communication of the data axis"),
+            (Self::Communication | Self::Transfer, TraceAxis::Pipeline) => (4, "communication of the pipeline axis"),
+            (Self::Communication | Self::Transfer, TraceAxis::Tensor) => (5, "communication of the tensor axis"),
         }
     }
+}
+
+/// The axis of the mesh whose communication thread records a span.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TraceAxis {
+    /// All ranks; also of a run without a mesh.
+    World,
+    Data,
+    Pipeline,
+    Tensor,
 }
 
 /// The kind of a span, without its time.
@@ -48,6 +61,7 @@ struct SpanLabel {
 #[derive(Debug, Clone, Copy)]
 struct TraceEvent {
     label: SpanLabel,
+    axis: TraceAxis,
     /// The start and the end in seconds since the start of the trace.
     begin: f64,
     end: f64,
@@ -59,17 +73,23 @@ pub struct Trace {
     start: Instant,
     /// The Unix time of the start in seconds, by which the timelines of several ranks are aligned.
     unix_start: f64,
+    axis: TraceAxis,
     spans: Arc<Mutex<Vec<TraceEvent>>>,
 }
 
 impl Default for Trace {
     fn default() -> Self {
         let unix_start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        Self { start: Instant::now(), unix_start, spans: Arc::default() }
+        Self { start: Instant::now(), unix_start, axis: TraceAxis::World, spans: Arc::default() }
     }
 }
 
 impl Trace {
+    /// Returns the same timeline for the communication thread of an axis.
+    pub(crate) fn on_axis(&self, axis: TraceAxis) -> Self {
+        Self { axis, ..self.clone() }
+    }
+
     /// Runs `work` and records when it ran.
     pub(crate) fn span<R>(&self, name: &'static str, lane: Lane, work: impl FnOnce() -> R) -> R {
         self.record(SpanLabel { name, number: None, chunk: None, lane }, work)
@@ -102,7 +122,8 @@ impl Trace {
         let begin = self.start.elapsed().as_secs_f64();
         let result = work();
         let end = self.start.elapsed().as_secs_f64();
-        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(TraceEvent { label, begin, end });
+        let event = TraceEvent { label, axis: self.axis, begin, end };
+        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(event);
         result
     }
 
@@ -140,17 +161,21 @@ impl Trace {
     /// Returns the events of the timeline in the format of `chrome://tracing` and Perfetto, in microseconds of Unix
     /// time; `rank` becomes the process number.
     pub(crate) fn events(&self, rank: usize) -> Vec<Value> {
-        let threads = [Lane::Compute, Lane::Communication, Lane::Optimizer].map(|lane| {
-            let (tid, name) = lane.thread();
+        let lanes = [Lane::Compute, Lane::Communication, Lane::Optimizer];
+        let mut threads: Vec<_> = lanes.map(|lane| lane.thread(TraceAxis::World)).to_vec();
+        threads.extend(self.spans().iter().map(|span| span.label.lane.thread(span.axis)));
+        threads.sort_unstable();
+        threads.dedup();
+        let threads = threads.into_iter().map(|(tid, name)| {
             json!({ "name": "thread_name", "ph": "M", "pid": rank, "tid": tid, "args": { "name": name } })
         });
         let process =
             json!({ "name": "process_name", "ph": "M", "pid": rank, "args": { "name": format!("rank {rank}") } });
-        let event = |TraceEvent { label: SpanLabel { name, number, chunk, lane }, begin, end }: TraceEvent| {
+        let event = |TraceEvent { label: SpanLabel { name, number, chunk, lane }, axis, begin, end }: TraceEvent| {
             let name = number.map_or(name.to_owned(), |number| format!("{name} {number}"));
             let (begin, long) = ((self.unix_start + begin) * 1e6, (end - begin) * 1e6);
             let mut event =
-                json!({ "name": name, "ph": "X", "pid": rank, "tid": lane.thread().0, "ts": begin, "dur": long });
+                json!({ "name": name, "ph": "X", "pid": rank, "tid": lane.thread(axis).0, "ts": begin, "dur": long });
             if let Some(chunk) = chunk {
                 event["args"] = json!({ "chunk": chunk });
             }
@@ -196,7 +221,7 @@ mod tests {
         let trace = Trace::default();
         assert_eq!(trace.overlap_fraction(), None);
         let label = |name, lane| SpanLabel { name, number: None, chunk: None, lane };
-        let span = |name, lane, begin, end| TraceEvent { label: label(name, lane), begin, end };
+        let span = |name, lane, begin, end| TraceEvent { label: label(name, lane), axis: TraceAxis::World, begin, end };
         trace.spans.lock().unwrap().extend([
             span("B", Lane::Compute, 0.0, 9.5),
             span("forward", Lane::Compute, 0.0, 3.0),

@@ -33,7 +33,7 @@ impl AsyncCommunicator {
         Self::with_trace(communicator, Trace::default())
     }
 
-    /// Starts the thread, which records its spans in the trace of another communicator of this rank.
+    /// Starts the thread, which records what it does in `trace`.
     ///
     /// # Panics
     /// If the system cannot start a thread.

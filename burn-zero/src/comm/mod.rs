@@ -26,7 +26,10 @@ pub mod threads;
 mod traffic;
 
 pub use crate::{compute_lock::ComputeLock, trace::Trace};
-pub(crate) use crate::{trace::Lane, worker::Pending};
+pub(crate) use crate::{
+    trace::{Lane, TraceAxis},
+    worker::Pending,
+};
 pub(crate) use async_communicator::AsyncCommunicator;
 pub use collective::Collectives;
 pub use element::Element;
