@@ -153,15 +153,16 @@ fn print_simulated(timeline: &Timeline, backward: f64) {
     println!("idle within      {} between the first and the last pass, by rank", idle.join(", "));
 }
 
+/// Prints the bubble, the time of a step, and the largest idle time between the first and the last pass of a rank.
 fn print_comparison(measured: &Timeline, simulated: &Timeline) {
     println!("\n                 measured    simulated with the mean times");
     let row = |name: &str, value: &dyn Fn(&Timeline) -> String| {
         println!("{name:<17}{:<12}{}", value(measured), value(simulated));
     };
     row("bubble", &|timeline| format!("{:.1} %", 100.0 * timeline.bubble_fraction()));
-    row("milliseconds", &|timeline| format!("{:.1}", 1e3 * timeline.makespan()));
+    row("time", &|timeline| format!("{:.1} ms", 1e3 * timeline.makespan()));
     let within = |timeline: &Timeline| 1e3 * timeline.idle_within().iter().copied().fold(0.0, f64::max);
-    row("idle within", &|timeline| format!("{:.1} ms at most", within(timeline)));
+    row("idle within", &|timeline| format!("{:.1} ms", within(timeline)));
 }
 
 fn print_activations(program: &Program) {
