@@ -2,7 +2,7 @@
 
 use crate::{
     ConfigError, Error,
-    comm::{AsyncCommunicator, Collectives, Communicator, Solo},
+    comm::{AsyncCommunicator, Collectives, Communicator, Solo, TraceAxis},
     gather::TakeParams,
     norm::ExactSum,
     pipeline::{PipelineError, PipelineKind, PipelineSchedule, PipelineShape, Placement, Program, SendMode, StageView},
@@ -97,7 +97,7 @@ impl PipelineAxis {
             _ => (world.split(rank / replicas, rank)?, world.split(rank % replicas, rank)?),
         };
         let data = AsyncCommunicator::new(data);
-        let communicator = AsyncCommunicator::with_trace(pipeline, data.trace().clone());
+        let communicator = AsyncCommunicator::with_trace(pipeline, data.trace().on_axis(TraceAxis::Pipeline));
         Ok((data, Self { communicator, config, program: None }))
     }
 
