@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut engine = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).init(model)?;
     for step in 1..=20 {
         let batch = engine.model().batch(&rows, &layout, weight, ForwardContext::default())?;
-        let loss = engine.train_step(&batch, 1e-3)?;
+        let loss = engine.train_step(&[batch], 1e-3)?.loss;
         println!("step {step}: loss {loss:.4}");
     }
     Ok(engine.into_model()?.save_adapter("default", Path::new(out))?)

@@ -32,7 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let mut losses = Vec::new();
         for _ in 0..=20 {
             let batch = engine.model().batch(&rows, &layout, weight, ForwardContext::default())?;
-            losses.push(engine.train_step(&batch, 5e-3)?);
+            losses.push(engine.train_step(&[batch], 5e-3)?.loss);
         }
         println!("from {start}: loss {:.4} at first, {:.4} after 20 steps", losses[0], losses[20]);
         engine.model().prompts.iter().try_for_each(|prompt| prompt.save(Path::new(out)))?;

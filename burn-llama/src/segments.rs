@@ -7,7 +7,8 @@ use burn::{
     module::{Module, ModuleVisitor},
     tensor::backend::{AutodiffBackend, Backend},
 };
-use burn_zero::segment::{DynTensor, Segments, TrainSegments};
+use burn_peft_kernels::{DeferredWeightGradient, defer_weight_gradients};
+use burn_zero::segment::{DeferredGradient, DynTensor, Segments, TrainSegments};
 
 impl<B: Kernels> Segments<B> for Llama<B> {
     type Batch = Batch<B>;
@@ -63,6 +64,16 @@ where
             targets: batch.targets.inner(),
             forward_context: batch.forward_context.clone(),
         }
+    }
+
+    fn defer_weight_gradients<R>(backward: impl FnOnce() -> R) -> (R, Vec<DeferredGradient<B::InnerBackend>>) {
+        let (result, products) = defer_weight_gradients::<B::InnerBackend, R>(backward);
+        let gradient = |product: DeferredWeightGradient<B::InnerBackend>| DeferredGradient {
+            id: product.id,
+            bytes: product.bytes,
+            compute: Box::new(|| DynTensor::from_primitive(product.compute())),
+        };
+        (result, products.into_iter().map(gradient).collect())
     }
 
     fn visit_segment<V: ModuleVisitor<B>>(&self, segment: usize, visitor: &mut V) {

@@ -11,7 +11,7 @@ use burn::{
         backend::{AutodiffBackend, Backend},
     },
 };
-use burn_peft_kernels::{LinearKernels, MatmulPrecision, PackedWeight, WeightMatrix, linear};
+use burn_peft_kernels::{LinearKernels, MatmulPrecision, PackedWeight, WeightMatrix, linear_param};
 
 /// A matrix `[out, in]`: a float parameter, or packed (quantized) rows. In both cases its path in the module tree is
 /// that of the field that holds it.
@@ -130,7 +130,7 @@ impl<B: LinearKernels> Weight<B> {
     /// If the inner dimensions differ.
     pub fn linear(&self, x: Tensor<B, 2>, compute: MatmulPrecision) -> Tensor<B, 2> {
         match self {
-            Self::Dense(weight) => linear(x, weight.val(), compute),
+            Self::Dense(weight) => linear_param(x, weight, compute),
             Self::Packed { rows, .. } => rows.linear(x, compute),
         }
     }

@@ -79,10 +79,10 @@ impl<B: AutodiffBackend> TrainSegments<B> for Stack<B> {
 fn measure(group: Box<dyn Communicator>, stage: ZeroStage, early: bool) -> Result<(MemoryEstimate, usize), Error> {
     let config = EngineConfig::new(AdamW::default()).with_checkpointing(Checkpointing::Full);
     let config = config.with_communicator(group).with_sharding(Sharding { stage, bucket_size: SIZE * SIZE });
-    let (mut engine, batch) = (config.init(stack())?, Tensor::ones([1, SIZE], &Default::default()));
-    engine.forward_backward_step(&batch, 1e-3)?;
+    let (mut engine, batch) = (config.init(stack())?, [Tensor::ones([1, SIZE], &Default::default())]);
+    engine.train_step(&batch, 1e-3)?;
     if early {
-        engine.forward_backward_step(&batch, 1e-3)?;
+        engine.train_step(&batch, 1e-3)?;
     } else {
         engine.forward_backward(&batch)?;
         // Wait for the buckets in flight.

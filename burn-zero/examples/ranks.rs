@@ -3,7 +3,7 @@
 //! Every rank trains on its micro-batches in every stage, with states and weights on the device, in host memory and in
 //! a file, with clipping and without (then the parameters are updated during the last backward pass of a step). It
 //! compares the parameters with those of one process that takes all micro-batches, and the amount of data sent with the
-//! formulas of the paper.
+//! formulas of the paper. `ranks order` checks that exchanges match in the order of their start, in parts of 7 bytes.
 //!
 //! `ranks lose` makes rank 1 abort between two steps, `ranks hang` makes it stop responding. If TRACE names a folder,
 //! each rank writes a timeline there.
@@ -18,7 +18,7 @@ use burn::{
 };
 use burn_zero::{
     Engine, EngineConfig, Error, MemoryTier, Sharding, ZeroStage,
-    comm::{Collectives, Communicator, ProcessGroup, mpi},
+    comm::{Collectives, Communicator, Message, Operation, ProcessGroup, mpi},
     optimizer::AdamW,
     segment::{Checkpointing, DynTensor, Segments, TrainSegments},
 };
@@ -167,16 +167,12 @@ fn train(
     in_backward: bool,
     world: usize,
 ) -> Result<(Vec<f32>, [u64; 2]), Error> {
-    let (last, others) = micros.split_last().expect("a step has a micro-batch");
     for step in 0..STEPS {
-        let rows = |micro| rows(step * world + micro);
-        for &micro in others {
-            engine.forward_backward(&rows(micro))?;
-        }
+        let micro_batches: Vec<_> = micros.iter().map(|micro| rows(step * world + micro)).collect();
         if in_backward {
-            engine.forward_backward_step(&rows(*last), 1e-3)?;
+            engine.train_step(&micro_batches, 1e-3)?;
         } else {
-            engine.forward_backward(&rows(*last))?;
+            engine.forward_backward(&micro_batches)?;
             engine.step(1e-3)?;
         }
     }
@@ -262,6 +258,62 @@ fn collectives(group: &mut ProcessGroup) -> Result<(), Error> {
     group.barrier()
 }
 
+/// The bytes of a part of a message with `ranks order`.
+const PART_BYTES: usize = 7;
+
+/// Checks that exchanges with one peer match in the order of their start, whole or in parts, however late they are
+/// waited for.
+fn order(mut group: ProcessGroup) -> Result<(), Error> {
+    let (rank, world) = (group.rank(), group.world_size());
+    let peers: Vec<usize> = (0..world).filter(|&peer| peer != rank).collect();
+    // From an empty message to one of five parts; the last part may be empty.
+    let content = |from: usize, number: usize| vec![(from * 31 + number) as u8; number % (4 * PART_BYTES + 1)];
+    for round in 0..20 {
+        let numbers = round * 50..(round + 1) * 50;
+        let mut receives = Vec::new();
+        for number in numbers.clone() {
+            receives.push((number, group.start(Operation::Send, Vec::new(), &peers)?));
+        }
+        let send = |number| peers.iter().map(|&to| Message { to, bytes: content(rank, number) }).collect();
+        let sends = numbers.map(|number| group.start(Operation::Send, send(number), &[]));
+        let sends = sends.collect::<Result<Vec<_>, _>>()?;
+        for (number, receive) in receives.into_iter().rev() {
+            let expected: Vec<_> = peers.iter().map(|&from| content(from, number)).collect();
+            assert_eq!(receive.wait()?, expected, "messages {number} to rank {rank}");
+        }
+        for send in sends {
+            send.wait()?;
+        }
+    }
+    late_wait(group)
+}
+
+/// Checks that the deadline of a receive counts from the wait: rank 1 sends only when the deadline has long passed since
+/// rank 0 has started to receive.
+fn late_wait(mut group: ProcessGroup) -> Result<(), Error> {
+    group.barrier()?;
+    let (rank, world) = (group.rank(), group.world_size());
+    if world == 1 || rank > 1 {
+        return Ok(());
+    }
+    let deadline = Duration::from_secs(2);
+    let mut group = group.with_deadline(deadline);
+    let other = 1 - rank;
+    let receive = group.start(Operation::Send, Vec::new(), &[other])?;
+    std::thread::sleep(2 * deadline);
+    let received = if rank == 0 {
+        assert!(!receive.is_done());
+        group.send(&[0f32], other)?;
+        receive.wait()?
+    } else {
+        let received = receive.wait()?;
+        group.send(&[0f32], other)?;
+        received
+    };
+    assert_eq!(received, [[0; 4]]);
+    Ok(())
+}
+
 /// Trains until a rank is lost.
 fn until_lost(group: ProcessGroup, kill: bool) -> Result<(), Error> {
     let rank = group.rank();
@@ -276,15 +328,18 @@ fn until_lost(group: ProcessGroup, kill: bool) -> Result<(), Error> {
             }
             std::thread::sleep(Duration::from_secs(25));
         }
-        engine.train_step(&rows(step), 1e-3)?;
+        engine.train_step(&[rows(step)], 1e-3)?;
     }
     Ok(())
 }
 
 fn main() -> Result<(), Error> {
-    let (session, mut group) = mpi::Session::init()?;
+    let command = std::env::args().nth(1);
+    let in_parts = || mpi::Session::init_with_part_bytes(PART_BYTES);
+    let (session, mut group) = if command.as_deref() == Some("order") { in_parts() } else { mpi::Session::init() }?;
     let rank = group.rank();
-    let result = match std::env::args().nth(1).as_deref() {
+    let result = match command.as_deref() {
+        Some("order") => order(group),
         Some("lose") => until_lost(group, true),
         Some("hang") => until_lost(group, false),
         _ => collectives(&mut group).and_then(|()| stages(&mut group)),

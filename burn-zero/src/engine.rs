@@ -9,7 +9,7 @@ use crate::{
     optimizer::{Optimizer, OptimizerState},
     precision::LossScaler,
     reduce::GradientReducer,
-    segment::TrainSegments,
+    segment::{Gradient, TrainSegments},
     sharding::{Parameter, ShardLayout},
 };
 use burn::{
@@ -23,12 +23,17 @@ mod config;
 mod forward_backward;
 mod memory;
 mod parts;
+mod stages;
 mod step;
+mod tied;
 mod update;
 
 pub use checkpoint::{consolidate, restore_weights};
 pub use config::EngineConfig;
 use config::EngineSettings;
+use stages::PipelineAxis;
+pub use stages::PipelineConfig;
+use tied::TiedParameter;
 
 /// The outcome of an optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,29 +46,34 @@ pub struct StepReport {
     pub skipped: bool,
 }
 
-/// The outcome of the last micro-batch of a step and of the step.
+/// The outcome of a step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TrainStepOutput {
-    /// The loss of the micro-batch on this rank, as [`Engine::forward_backward`] returns it.
+    /// The loss of the micro-batches on this rank, as [`Engine::forward_backward`] returns it.
     pub loss: f64,
     /// The report of the optimizer step.
     pub report: StepReport,
 }
 
 /// One rank that trains a model; [`EngineConfig::init`] creates it. [`Engine::train_step`] takes an optimizer step of
-/// one micro-batch. A step of several micro-batches is a call of [`Engine::forward_backward`] for each and then
-/// [`Engine::step`]; or call [`Engine::forward_backward_step`] for the last micro-batch, which needs less memory if
-/// gradients are not clipped.
+/// all its micro-batches.
 ///
-/// All ranks hold the same model and take the same number of micro-batches, each rank its own. [`Sharding`] says which
-/// share of the gradients, optimizer states and weights a rank holds; the results do not depend on it. With one
+/// All ranks create the same model and take the same number of micro-batches, each replica its own. [`Sharding`] says
+/// which share of the gradients, optimizer states and weights a rank holds; the results do not depend on it. With one
 /// micro-batch per rank and step (and with more, where gradients are sharded) the parameters are bit for bit those of a
 /// single rank that takes the micro-batches of all ranks in rank order.
+///
+/// In a pipeline ([`EngineConfig::with_pipeline`]) a rank keeps and updates the parameters that its stages use; the
+/// others are placeholders of one element. A parameter that several ranks use, such as an embedding that is also the
+/// head, is updated by the first of them. The ranks of one pipeline take the same micro-batches, and all gradients are
+/// bit for bit those of one process that accumulates them, but for such a parameter, whose uses are summed per step.
 pub struct Engine<B: AutodiffBackend, M> {
     /// The model; in stage 3 its float parameters are placeholders of one element.
     model: M,
     settings: EngineSettings,
+    /// The ranks that run the same stages, each with micro-batches of its own.
     communicator: AsyncCommunicator,
+    pipeline: PipelineAxis,
     sharded: ShardingState<B>,
     states: OptimizerStates<B>,
     loss_scaler: Option<LossScaler>,
@@ -77,6 +87,7 @@ struct ShardingState<B: AutodiffBackend> {
     reducer: GradientReducer<B::InnerBackend>,
     /// The weight shards of stage 3; none in the other stages.
     weights: Option<WeightShards<B::InnerBackend>>,
+    tied: Vec<TiedParameter>,
 }
 
 impl<B: AutodiffBackend> ShardingState<B> {
@@ -120,7 +131,8 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     }
 
     /// Calls `f` with the model and all its weights, for example to evaluate or save it. In stage 3 the weights are
-    /// gathered for the call, and every rank must call this method; in the other stages nothing is copied.
+    /// gathered for the call, and every rank must call this method; in the other stages nothing is copied. In a pipeline
+    /// the parameters of other stages are placeholders of one element, so a forward pass fails; see [`Engine::losses`].
     ///
     /// # Errors
     /// Returns the same errors as [`Engine::forward_backward`].
@@ -129,7 +141,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     }
 
     /// Ends the training and returns the model with all its weights. In stage 3 the weights are gathered, and every
-    /// rank must call this method.
+    /// rank must call this method. In a pipeline the parameters of other stages are placeholders of one element.
     ///
     /// # Errors
     /// Returns the same errors as [`Engine::forward_backward`].
@@ -145,6 +157,17 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         Ok(Some(self.model.clone().map(&mut PutParams { values })))
     }
 
+    /// Returns the gradients that this rank has accumulated since the last step and not yet reduced, in the order in
+    /// which the model runs. Of a parameter that several ranks of a pipeline use, it is this rank's part.
+    pub fn gradients(&self) -> Vec<Gradient<B::InnerBackend>> {
+        let ShardingState { layout, reducer, .. } = &self.sharded;
+        let own = layout.parameters.iter().enumerate().filter_map(|(index, parameter)| {
+            let value = reducer.unreduced().get(&index)?.clone();
+            Some(Gradient { path: parameter.path.clone(), id: parameter.id, value })
+        });
+        own.collect()
+    }
+
     /// Returns the factor by which the loss of the next micro-batch must be multiplied; 1 without a loss scaler.
     pub fn loss_scale(&self) -> f64 {
         self.loss_scaler.map_or(1.0, |scaler| scaler.scale())
@@ -155,13 +178,16 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// # Errors
     /// Returns the same errors as [`Engine::forward_backward`].
     pub fn sum_over_ranks(&self, numbers: &[f64]) -> Result<Vec<f64>, Error> {
-        let own: Vec<u8> = numbers.iter().flat_map(|number| number.to_le_bytes()).collect();
-        let all = self.communicator.submit("share", move |group| group.all_gather_object(&own)).wait()?;
-        let mut sums = vec![0.0; numbers.len()];
-        for bytes in all {
-            let numbers =
-                bytes.chunks_exact(8).map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]));
-            sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
+        let mut sums = numbers.to_vec();
+        for axis in [&self.communicator, &self.pipeline.communicator] {
+            let own: Vec<u8> = sums.iter().flat_map(|number| number.to_le_bytes()).collect();
+            let all = axis.submit("share", move |group| group.all_gather_object(&own)).wait()?;
+            sums.fill(0.0);
+            for bytes in all {
+                let numbers =
+                    bytes.chunks_exact(8).map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]));
+                sums.iter_mut().zip(numbers).for_each(|(sum, number)| *sum += number);
+            }
         }
         Ok(sums)
     }
@@ -171,12 +197,17 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// # Errors
     /// Returns the same errors as [`Engine::forward_backward`].
     pub fn barrier(&self) -> Result<(), Error> {
-        self.communicator.submit("barrier", |group| group.barrier()).wait()
+        // When a rank has passed the first barrier, all replicas of its stage have called this method; when it has passed
+        // the second, all stages have.
+        self.communicator.submit("barrier", |group| group.barrier()).wait()?;
+        self.pipeline.communicator.submit("barrier", |group| group.barrier()).wait()
     }
 
-    /// Returns the number of values in the model's trainable parameters, in any stage.
+    /// Returns the number of values in the trainable parameters, with any sharding; in a pipeline those that this rank's
+    /// stages update.
     pub fn trainable_parameters(&self) -> usize {
-        let trainable = self.sharded.layout.parameters.iter().filter(|parameter| parameter.trainable);
+        let own = |parameter: &&Parameter| parameter.trainable && parameter.chunk.is_some();
+        let trainable = self.sharded.layout.parameters.iter().filter(own);
         trainable.map(Parameter::elements).sum()
     }
 
@@ -187,17 +218,27 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
 
     /// Returns this process's rank.
     pub fn rank(&self) -> usize {
-        self.communicator.rank()
+        self.pipeline.rank() * self.replicas() + self.replica()
     }
 
     /// Returns the number of ranks that train together.
     pub fn world(&self) -> usize {
+        self.pipeline.communicator.world_size() * self.replicas()
+    }
+
+    /// Returns the number of this rank's replica of the model, which decides about its micro-batches.
+    pub fn replica(&self) -> usize {
+        self.communicator.rank()
+    }
+
+    /// Returns the number of replicas of the model, among which the data is divided.
+    pub fn replicas(&self) -> usize {
         self.communicator.world_size()
     }
 
     /// Returns how much this rank has sent.
     pub fn traffic(&self) -> Traffic {
-        self.communicator.traffic()
+        self.communicator.traffic() + self.pipeline.communicator.traffic()
     }
 
     /// Returns the timeline of this rank: when it computed, communicated and waited.
@@ -212,13 +253,17 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// Returns [`Error::Io`] if the file cannot be written, otherwise the same errors as
     /// [`Engine::forward_backward`].
     pub fn write_trace(&self, path: &Path) -> Result<(), Error> {
-        let own = serde_json::Value::from(self.trace().events(self.rank())).to_string();
-        let all = self.communicator.submit("share", move |group| group.all_gather_object(own.as_bytes())).wait()?;
+        let mut events = self.trace().events(self.rank());
+        for axis in [&self.communicator, &self.pipeline.communicator] {
+            let own = serde_json::Value::from(events).to_string();
+            let all = axis.submit("share", move |group| group.all_gather_object(own.as_bytes())).wait()?;
+            let lists = all.iter().filter_map(|own| serde_json::from_slice::<Vec<serde_json::Value>>(own).ok());
+            events = lists.flatten().collect();
+        }
         if self.rank() != 0 {
             return Ok(());
         }
-        let events = all.iter().filter_map(|own| serde_json::from_slice::<Vec<serde_json::Value>>(own).ok());
-        crate::trace::write_events(path, &events.flatten().collect::<Vec<_>>())
+        crate::trace::write_events(path, &events)
     }
 }
 

@@ -1,6 +1,8 @@
 //! The errors of the crate, divided by what a caller can do about them.
 
-use crate::pipeline::PipelineError;
+mod pipeline;
+
+pub use pipeline::PipelineError;
 use std::{path::PathBuf, time::Duration};
 
 /// An error in settings, files, collectives or the numbers of a training run.
@@ -78,6 +80,21 @@ pub enum CommError {
         operation: &'static str,
         /// The other rank, by its number in the whole world.
         rank: usize,
+    },
+    /// A rank has sent something else than this rank expects.
+    #[error(
+        "rank {to}: message from rank {from}: expected {expected}, found {found}; do all ranks run the same program \
+         with the same recipe?"
+    )]
+    UnexpectedMessage {
+        /// The rank that has sent the message, by its number in the whole world.
+        from: usize,
+        /// The rank that has received it, by its number in the whole world.
+        to: usize,
+        /// The content that this rank expects.
+        expected: String,
+        /// The content found.
+        found: String,
     },
     /// A collective was aborted because an earlier one failed.
     #[error("aborted, because an earlier collective failed")]

@@ -14,7 +14,7 @@
 use crate::{
     Error, bucket,
     comm::{AsyncCommunicator, Collectives, Pending},
-    segment::{Checkpointing, Direction, DynTensor, WeightProvider},
+    segment::{Checkpointing, Direction, Driver, DynTensor, PassId, WeightProvider},
     sharding::{Bucket, ParamShard, ShardLayout},
 };
 use burn::{
@@ -44,9 +44,9 @@ pub(crate) struct GatherStep {
 
 /// Returns the gather schedule of a micro-batch: a bucket is gathered before its first use in each direction and
 /// released after its last. A bucket used by a kept graph stays gathered from the forward pass to its last use in the
-/// backward pass.
-pub(crate) fn gather_schedule(layout: &ShardLayout, checkpointing: Checkpointing) -> Vec<GatherStep> {
-    let (segments, first) = (layout.num_segments, layout.first_trainable_segment());
+/// backward pass, which begins at the last segment and ends at segment `first`.
+pub(crate) fn gather_schedule(layout: &ShardLayout, first: usize, checkpointing: Checkpointing) -> Vec<GatherStep> {
+    let segments = layout.num_segments;
     let step = |direction| move |segment| GatherStep { direction, segment, gather: Vec::new(), release: Vec::new() };
     let forward = (0..segments).map(step(Direction::Forward));
     let mut all: Vec<GatherStep> = forward.chain((first..segments).rev().map(step(Direction::Backward))).collect();
@@ -149,6 +149,8 @@ pub(crate) struct GatheredModel<'a, B: AutodiffBackend, M> {
     model: Option<M>,
     weights: &'a mut WeightShards<B::InnerBackend>,
     context: ShardContext<'a, B::InnerBackend>,
+    driver: Driver<'a>,
+    /// The schedule of the micro-batch.
     schedule: Vec<GatherStep>,
     /// The schedule step that is running or comes next.
     next_step: usize,
@@ -166,14 +168,15 @@ impl<'a, B: AutodiffBackend, M: Module<B>> GatheredModel<'a, B, M> {
         model: M,
         weights: &'a mut WeightShards<B::InnerBackend>,
         context: ShardContext<'a, B::InnerBackend>,
-        checkpointing: Checkpointing,
+        driver: Driver<'a>,
         prefetch: usize,
     ) -> Self {
         Self {
             model: Some(model),
             weights,
             context,
-            schedule: gather_schedule(context.layout, checkpointing),
+            driver,
+            schedule: Vec::new(),
             next_step: 0,
             prefetch,
             in_flight: HashMap::new(),
@@ -206,7 +209,18 @@ fn bucket_bytes(bucket: &Bucket) -> usize {
 impl<B: AutodiffBackend, M: Module<B>> WeightProvider<M> for GatheredModel<'_, B, M> {
     const ALWAYS_RESIDENT: bool = false;
 
-    fn model(&self) -> &M {
+    fn start_pass(&mut self, _: PassId) {
+        // A weight gets a new leaf whenever it is gathered.
+        let Driver { plan, checkpointing, .. } = self.driver;
+        self.schedule = gather_schedule(self.context.layout, plan.first_trainable, checkpointing);
+        self.next_step = 0;
+    }
+
+    fn finish_pass(&mut self, _: PassId) {
+        assert_eq!(self.next_step, self.schedule.len(), "a micro-batch follows the whole gather schedule");
+    }
+
+    fn model(&self, _: PassId) -> &M {
         self.model.as_ref().expect("the model is absent only while a mapper transforms it")
     }
 

@@ -71,7 +71,7 @@ mod stage;
 mod trace;
 mod worker;
 
-pub use engine::{Engine, EngineConfig, StepReport, TrainStepOutput, consolidate, restore_weights};
+pub use engine::{Engine, EngineConfig, PipelineConfig, StepReport, TrainStepOutput, consolidate, restore_weights};
 pub use error::{CheckpointError, CommError, ConfigError, Error, NumericError};
 pub use offload::{MemoryTier, OffloadDevice};
 pub use reduce::PeakMemory;

@@ -14,8 +14,7 @@
 //! Gradients are copied to the host during the backward pass. Clipping by the global norm needs all gradients before
 //! the first update, and so does the guarantee that a step with non-finite gradients changes nothing: the updates then
 //! begin after the backward pass. Without either
-//! ([`Engine::forward_backward_step`](crate::Engine::forward_backward_step)) an update begins as soon as its gradients
-//! arrive:
+//! ([`Engine::train_step`](crate::Engine::train_step)) an update begins as soon as its gradients arrive:
 //!
 //! ```text
 //!  communication   ─ gradients of bucket 3 ─ … of 2 ──── … of 1 ──── … of 0 │

@@ -54,6 +54,8 @@ pub struct PeakMemory {
     pub buckets: usize,
     /// Gathered weights of stage 3.
     pub gathered: usize,
+    /// Activations and their gradients, kept for gradients of weights that a pipeline has put off.
+    pub deferred: usize,
 }
 
 /// A rank's gradients of a bucket, by parameter shard; none where the parameter has no gradient.
@@ -100,9 +102,14 @@ impl<B: Backend> GradientReducer<B> {
     }
 
     /// Returns the gradients that have not been reduced yet, by parameter index.
-    #[cfg(test)]
     pub(crate) fn unreduced(&self) -> &HashMap<usize, DynTensor<B>> {
         &self.unreduced
+    }
+
+    /// Takes the accumulated gradient of a parameter that another rank updates.
+    pub(crate) fn take_unreduced(&mut self, index: usize) -> Option<DynTensor<B>> {
+        self.has_gradient[index] = false;
+        self.unreduced.remove(&index)
     }
 
     /// Returns, for each parameter, whether this rank had a gradient.

@@ -64,6 +64,9 @@ pub(crate) struct Parameter {
     pub trainable: bool,
     /// The segments that use the parameter, ascending.
     pub segments: Vec<usize>,
+    /// The chunk of this rank that uses the parameter first; none if another rank of the pipeline does, which then
+    /// updates it.
+    pub chunk: Option<usize>,
 }
 
 impl Parameter {
@@ -127,14 +130,20 @@ pub(crate) struct ShardLayout {
 impl ShardLayout {
     /// Computes the layout of a model that has all its weights. In stage 3 all float parameters are sharded and no
     /// bucket mixes parameters that are used by different segments; in the other stages frozen parameters are not
-    /// sharded.
-    pub(crate) fn new<B: AutodiffBackend, M: TrainSegments<B>>(model: &M, sharding: Sharding, rank: RankInfo) -> Self {
+    /// sharded. `chunk_of` returns the chunk of this rank that runs a segment, or none.
+    pub(crate) fn new<B: AutodiffBackend, M: TrainSegments<B>>(
+        model: &M,
+        sharding: Sharding,
+        rank: RankInfo,
+        chunk_of: impl Fn(usize) -> Option<usize>,
+    ) -> Self {
         let mut visitor = ParameterVisitor::default();
         let segments = Segments::segments(model);
         for segment in 0..segments {
             visitor.segment = segment;
             model.visit_segment(segment, &mut visitor);
         }
+        visitor.parameters.iter_mut().for_each(|parameter| parameter.chunk = chunk_of(parameter.segments[0]));
         visitor.into_layout(sharding, rank, segments)
     }
 
@@ -210,9 +219,10 @@ impl ShardLayout {
         self.trainable_buckets().filter(move |(_, bucket)| bucket.segments[0] == segment).map(|(index, _)| index)
     }
 
-    /// Returns the first segment with a trainable parameter; the number of segments if there is none.
-    pub(crate) fn first_trainable_segment(&self) -> usize {
-        self.trainable_buckets().map(|(_, bucket)| bucket.segments[0]).min().unwrap_or(self.num_segments)
+    /// Returns true if this rank updates a parameter.
+    pub(crate) fn updates(&self, id: ParamId) -> bool {
+        let parameter = self.parameter_index.get(&id).map(|&index| &self.parameters[index]);
+        parameter.is_some_and(|parameter| parameter.trainable && parameter.chunk.is_some())
     }
 }
 
@@ -222,6 +232,8 @@ struct BucketKey<'a> {
     trainable: bool,
     has_master_weights: bool,
     dtype_size: usize,
+    /// The chunk, so that all gradients of a bucket are there after one backward pass of a micro-batch.
+    chunk: Option<usize>,
     /// The segments that use the parameters; empty unless weights are sharded.
     segments: &'a [usize],
 }
@@ -231,12 +243,16 @@ fn bucket_key(parameter: &Parameter, stage: ZeroStage) -> BucketKey<'_> {
         trainable: parameter.trainable,
         has_master_weights: parameter.dtype != DType::F32,
         dtype_size: parameter.dtype.size(),
+        chunk: parameter.chunk,
         segments: if stage == ZeroStage::Weights { &parameter.segments } else { &[] },
     }
 }
 
 fn build_buckets(parameters: &[Parameter], sharding: Sharding, world: usize) -> Vec<Bucket> {
-    let divided = |&i: &usize| parameters[i].trainable || sharding.stage == ZeroStage::Weights;
+    let divided = |&i: &usize| {
+        let shared = parameters[i].trainable || sharding.stage == ZeroStage::Weights;
+        shared && parameters[i].chunk.is_some()
+    };
     let mut order: Vec<usize> = (0..parameters.len()).filter(divided).collect();
     // Sort by bucket key, then in the order in which the model runs, then by path.
     order
@@ -321,6 +337,7 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for ParameterVisitor {
             dtype: value.dtype(),
             trainable: value.is_require_grad(),
             segments: vec![self.segment],
+            chunk: Some(0),
         });
     }
 }

@@ -11,7 +11,7 @@ use std::{
 /// The kind of work of a span; it determines the thread that the span is drawn on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Lane {
-    /// The compute thread: micro-batches, segments, steps.
+    /// The compute thread: passes of micro-batches, segments, steps.
     Compute,
     /// The compute thread, while it waits for another thread.
     Wait,
@@ -34,12 +34,20 @@ impl Lane {
     }
 }
 
+/// The kind of a span, without its time.
+#[derive(Debug, Clone, Copy)]
+struct SpanLabel {
+    name: &'static str,
+    /// The number of the segment, bucket or micro-batch.
+    number: Option<usize>,
+    /// The chunk of a pipeline's pass.
+    chunk: Option<usize>,
+    lane: Lane,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct TraceEvent {
-    name: &'static str,
-    /// The number of the segment or bucket.
-    number: Option<usize>,
-    lane: Lane,
+    label: SpanLabel,
     /// The start and the end in seconds since the start of the trace.
     begin: f64,
     end: f64,
@@ -64,7 +72,7 @@ impl Default for Trace {
 impl Trace {
     /// Runs `work` and records when it ran.
     pub(crate) fn span<R>(&self, name: &'static str, lane: Lane, work: impl FnOnce() -> R) -> R {
-        self.record(name, None, lane, work)
+        self.record(SpanLabel { name, number: None, chunk: None, lane }, work)
     }
 
     /// Like [`Trace::span`], for one of several spans of the same name: `number` is that of the segment or bucket.
@@ -75,14 +83,26 @@ impl Trace {
         lane: Lane,
         work: impl FnOnce() -> R,
     ) -> R {
-        self.record(name, Some(number), lane, work)
+        self.record(SpanLabel { name, number: Some(number), chunk: None, lane }, work)
     }
 
-    fn record<R>(&self, name: &'static str, number: Option<usize>, lane: Lane, work: impl FnOnce() -> R) -> R {
+    /// Like [`Trace::span`], for the pass `letter` of a micro-batch through a chunk of this rank.
+    pub(crate) fn pass_span<R>(
+        &self,
+        letter: &'static str,
+        micro_batch: usize,
+        chunk: usize,
+        work: impl FnOnce() -> R,
+    ) -> R {
+        let label = SpanLabel { name: letter, number: Some(micro_batch), chunk: Some(chunk), lane: Lane::Compute };
+        self.record(label, work)
+    }
+
+    fn record<R>(&self, label: SpanLabel, work: impl FnOnce() -> R) -> R {
         let begin = self.start.elapsed().as_secs_f64();
         let result = work();
         let end = self.start.elapsed().as_secs_f64();
-        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(TraceEvent { name, number, lane, begin, end });
+        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(TraceEvent { label, begin, end });
         result
     }
 
@@ -91,7 +111,7 @@ impl Trace {
     }
 
     /// Returns the fraction of the time in collectives that overlapped computation: the compute thread was in a
-    /// micro-batch or a step and did not wait. `None` if there were no collectives.
+    /// pass of a micro-batch or a step and did not wait. `None` if there were no collectives.
     pub fn overlap_fraction(&self) -> Option<f64> {
         self.overlap_fraction_in(Lane::Communication, "")
     }
@@ -101,7 +121,7 @@ impl Trace {
     pub(crate) fn overlap_fraction_in(&self, lane: Lane, name: &str) -> Option<f64> {
         let spans = self.spans();
         let of = |lane, name: &str| -> Vec<(f64, f64)> {
-            let own = spans.iter().filter(|span| span.lane == lane && span.name.starts_with(name));
+            let own = spans.iter().filter(|span| span.label.lane == lane && span.label.name.starts_with(name));
             own.map(|span| (span.begin, span.end)).collect()
         };
         let (all, busy, waits) =
@@ -126,10 +146,15 @@ impl Trace {
         });
         let process =
             json!({ "name": "process_name", "ph": "M", "pid": rank, "args": { "name": format!("rank {rank}") } });
-        let event = |span: TraceEvent| {
-            let name = span.number.map_or(span.name.to_owned(), |number| format!("{} {number}", span.name));
-            let (begin, long) = ((self.unix_start + span.begin) * 1e6, (span.end - span.begin) * 1e6);
-            json!({ "name": name, "ph": "X", "pid": rank, "tid": span.lane.thread().0, "ts": begin, "dur": long })
+        let event = |TraceEvent { label: SpanLabel { name, number, chunk, lane }, begin, end }: TraceEvent| {
+            let name = number.map_or(name.to_owned(), |number| format!("{name} {number}"));
+            let (begin, long) = ((self.unix_start + begin) * 1e6, (end - begin) * 1e6);
+            let mut event =
+                json!({ "name": name, "ph": "X", "pid": rank, "tid": lane.thread().0, "ts": begin, "dur": long });
+            if let Some(chunk) = chunk {
+                event["args"] = json!({ "chunk": chunk });
+            }
+            event
         };
         [process].into_iter().chain(threads).chain(self.spans().into_iter().map(event)).collect()
     }
@@ -170,9 +195,10 @@ mod tests {
     fn what_is_waited_for_is_not_hidden() {
         let trace = Trace::default();
         assert_eq!(trace.overlap_fraction(), None);
-        let span = |name, lane, begin, end| TraceEvent { name, number: None, lane, begin, end };
+        let label = |name, lane| SpanLabel { name, number: None, chunk: None, lane };
+        let span = |name, lane, begin, end| TraceEvent { label: label(name, lane), begin, end };
         trace.spans.lock().unwrap().extend([
-            span("micro-batch", Lane::Compute, 0.0, 9.5),
+            span("B", Lane::Compute, 0.0, 9.5),
             span("forward", Lane::Compute, 0.0, 3.0),
             span("all_gather", Lane::Communication, 1.0, 5.0),
             span("reduce_scatter", Lane::Communication, 6.0, 10.0),

@@ -9,7 +9,7 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
-        mpsc::{Receiver, RecvError, RecvTimeoutError, Sender, channel},
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
     },
     thread::JoinHandle,
     time::Duration,
@@ -43,27 +43,33 @@ impl<R> Pending<R> {
     /// # Errors
     /// The error of the job; [`CommError::Aborted`] if an earlier job failed.
     pub(crate) fn wait(self) -> Result<R, Error> {
-        let wait = || self.compute_lock.unlocked(|| receive_while_helping(&self.result));
+        let receive = |timeout| match timeout {
+            None => Some(self.result.recv().ok()),
+            Some(timeout) => match self.result.recv_timeout(timeout) {
+                Ok(result) => Some(Some(result)),
+                Err(RecvTimeoutError::Disconnected) => Some(None),
+                Err(RecvTimeoutError::Timeout) => None,
+            },
+        };
+        let wait = || self.compute_lock.unlocked(|| wait_while_helping(receive));
         self.trace.span("wait", Lane::Wait, wait).unwrap_or(Err(CommError::Aborted.into()))
     }
 }
 
-/// Receives a result. A thread of rayon's pool runs other jobs of the pool while it waits, because the awaited job may
+/// Waits for a result. `receive` waits for it for a given time, or without an end, and returns `None` if that time is
+/// over. A thread of rayon's pool runs other jobs of the pool in between, because the result may depend on jobs that
 /// need all threads of the pool.
-fn receive_while_helping<R>(result: &Receiver<R>) -> Result<R, RecvError> {
+pub(crate) fn wait_while_helping<R>(mut receive: impl FnMut(Option<Duration>) -> Option<R>) -> R {
     const POLL_INTERVAL: Duration = Duration::from_micros(50);
-    if rayon::current_thread_index().is_none() {
-        return result.recv();
-    }
-    let mut timeout = Duration::ZERO;
+    let in_pool = rayon::current_thread_index().is_some();
+    let mut timeout = in_pool.then_some(Duration::ZERO);
     loop {
-        match result.recv_timeout(timeout) {
-            Ok(result) => return Ok(result),
-            Err(RecvTimeoutError::Disconnected) => return Err(RecvError),
-            Err(RecvTimeoutError::Timeout) => {
-                let executed = rayon::yield_now() == Some(rayon::Yield::Executed);
-                timeout = if executed { Duration::ZERO } else { POLL_INTERVAL };
-            }
+        if let Some(result) = receive(timeout) {
+            return result;
+        }
+        if in_pool {
+            let executed = rayon::yield_now() == Some(rayon::Yield::Executed);
+            timeout = Some(if executed { Duration::ZERO } else { POLL_INTERVAL });
         }
     }
 }

@@ -64,9 +64,11 @@ fn linear(c: &mut Criterion) {
             c,
             &format!("linear {features} to {out}"),
             &mut [
-                ("fused", &mut || drop(black_box(Flex::linear_forward(x.clone(), w.clone(), MatmulPrecision::F32)))),
+                ("fused", &mut || {
+                    drop(black_box(Flex::linear_forward(x.clone(), w.clone(), None, MatmulPrecision::F32)))
+                }),
                 ("fused, bf16", &mut || {
-                    drop(black_box(Flex::linear_forward(x.clone(), half.clone(), MatmulPrecision::Bf16)));
+                    drop(black_box(Flex::linear_forward(x.clone(), half.clone(), None, MatmulPrecision::Bf16)));
                 }),
                 ("tensor operations", &mut || {
                     let turned = turned().into_primitive().tensor();

@@ -27,6 +27,10 @@ fn schedules_and_estimates_are_printed_before_anything_is_computed() {
         &["schedule", "--stages", "0", "--micro-batches", "8"][..],
         &["schedule", "--stages", "4", "--micro-batches", "8", "--kind", "zigzag"],
         &["schedule", "--stages", "4", "--micro-batches", "6", "--kind", "interleaved1f1b", "--chunks", "2"],
+        &["schedule", "--stages", "4", "--micro-batches", "6", "--kind", "zbv", "--chunks", "3"],
+        &["schedule", "--stages", "4", "--micro-batches", "6", "--backward-weight", "2.5"],
+        &["schedule", "--stages", "4", "--micro-batches", "6", "--backward", "-1"],
+        &["schedule", "--stages", "4", "--micro-batches", "6", "--tokens", "8"],
         &["estimate", "--config", "nowhere.json"],
         &["estimate", "--config", "model/config.json", "--measure"],
         &["estimate", "--config", "model/config.json", "--method", "ia3"],
@@ -34,6 +38,69 @@ fn schedules_and_estimates_are_printed_before_anything_is_computed() {
         let done = work.run(arguments);
         assert!(done.code == Some(2) && done.stderr.contains("error: "), "{arguments:?}: {done:?}");
     }
+}
+
+/// Returns a trace file of two stages that run ZB-H1 with three micro-batches, each pass `long` microseconds.
+fn trace(long: f64) -> Value {
+    let rows = [
+        [
+            ["F 0", "F 1", "I 0", "W 0", "F 2", "I 1", "W 1", "I 2", "W 2"],
+            ["0", "1", "3", "4", "5", "6", "7", "8", "9"],
+        ],
+        [
+            ["F 0", "I 0", "F 1", "I 1", "W 0", "F 2", "I 2", "W 1", "W 2"],
+            ["1", "2", "3", "4", "5", "6", "7", "8", "9"],
+        ],
+    ];
+    let span = |rank: usize, name: &str, slot: &str| {
+        let start = 1e15 + long * slot.parse::<f64>().unwrap();
+        json!({ "name": name, "ph": "X", "pid": rank, "tid": 0, "ts": start, "dur": long, "args": { "chunk": 0 } })
+    };
+    let row = |(rank, [names, slots]): (usize, [[&str; 9]; 2])| {
+        names.into_iter().zip(slots).map(|(name, slot)| span(rank, name, slot)).collect::<Vec<_>>()
+    };
+    json!({ "traceEvents": rows.into_iter().enumerate().flat_map(row).collect::<Vec<_>>() })
+}
+
+#[test]
+fn a_measured_schedule_is_shown_beside_the_simulated_one() {
+    let work = WorkDir::new();
+    work.write("trace.json", &trace(500.0).to_string());
+    let two = ["schedule", "--stages", "2", "--micro-batches", "3", "--trace", "trace.json"];
+    let done = work.succeed(&[&two[..], &["--kind", "ZB-H1", "--svg", "both.svg"]].concat());
+    // Each rank works for 9 of 10 slots of half a millisecond.
+    let bubble = done.stdout.lines().find(|line| line.starts_with("bubble ")).unwrap();
+    assert_eq!(bubble.split_whitespace().collect::<Vec<_>>(), ["bubble", "10.0", "%", "10.0", "%"], "{done:?}");
+    assert!(done.stdout.contains("live activations 2, 1 at") && done.stdout.contains("weights 2, 2 at"), "{done:?}");
+    let picture = work.text("both.svg");
+    assert!(picture.contains(">measured<") && picture.matches(">rank 1<").count() == 2, "{picture}");
+    let refused = |arguments: &[&str], expected: &str| {
+        let done = work.run(&[&two[..], arguments].concat());
+        assert!(done.code == Some(2) && done.stderr.contains(expected), "{arguments:?}: {done:?}");
+    };
+    refused(&["--kind", "1F1B"], "trace.json: `trace`: expected Backward(chunk 0, micro-batch 0) in the last step of");
+    refused(&["--kind", "ZB-H1", "--backward", "3"], "cannot be used with");
+    work.write("trace.json", "[]");
+    refused(&[], "trace.json: `trace`: expected JSON with spans in `traceEvents`");
+}
+
+#[test]
+fn a_measured_model_is_divided_into_stages() {
+    let work = WorkDir::new();
+    let measured = |stages| ["schedule", "--stages", stages, "--micro-batches", "4", "--measure", "model"];
+    let done = work.succeed(&[&measured("2")[..], &["--tokens", "64"]].concat());
+    let config: Value = serde_json::from_str(&work.text("model/config.json")).unwrap();
+    let segments = 2 * config["num_hidden_layers"].as_u64().unwrap() as usize + 2;
+    let lines = done.stdout.lines().skip_while(|line| !line.starts_with("segment "));
+    let rows: Vec<Vec<&str>> = lines.skip(1).take(segments).map(|line| line.split_whitespace().collect()).collect();
+    let column = |row: &Vec<&str>, from_end: usize| row[row.len() - from_end].parse::<f64>().unwrap();
+    assert_eq!((rows[0][0], rows[segments - 1][0]), ("embedding", "head"), "{done:?}");
+    assert!(rows.iter().all(|row| column(row, 2) >= 0.0) && rows.iter().any(|row| column(row, 2) > 0.0), "{done:?}");
+    let stages: Vec<f64> = rows.iter().map(|row| column(row, 1)).collect();
+    assert!(stages.is_sorted() && stages[0] == 0.0 && stages[segments - 1] == 1.0, "{done:?}");
+    let done = work.run(&measured("40"));
+    let expected = format!("`stages`: expected between 1 and {segments}, the number of segments, found 40");
+    assert!(done.code == Some(2) && done.stderr.contains(&expected), "{done:?}");
 }
 
 #[test]

@@ -151,10 +151,10 @@ impl Case {
                 vec![B::rope(input(0), table(cos), table(sin))]
             }
             Kernel::SwiGlu => vec![B::swiglu(input(0), input(1), place.compute)],
-            Kernel::Linear => vec![B::linear_forward(input(0), input(1), place.compute)],
+            Kernel::Linear => vec![B::linear_forward(input(0), input(1), None, place.compute)],
             Kernel::Joined { epsilon } => {
                 let n = B::rms_norm(input(0), input(1), *epsilon);
-                let [v, w] = [2, 3].map(|index| B::linear_forward(n.clone(), input(index), place.compute));
+                let [v, w] = [2, 3].map(|index| B::linear_forward(n.clone(), input(index), None, place.compute));
                 vec![B::add(B::add(v, input(0)), w)]
             }
             Kernel::Packed(rows) => {

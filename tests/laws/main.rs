@@ -9,6 +9,7 @@ mod hub;
 mod loftq;
 mod methods;
 mod packed;
+mod pipeline;
 mod pre_tokenizers;
 mod prompt;
 mod several;

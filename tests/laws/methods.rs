@@ -74,7 +74,7 @@ fn trained(model: Llama<Train>) -> Llama<Train> {
     for step in 0..3 {
         let context = ForwardContext::training(DropoutKey { seed: 1, step, tokens: layout.dropout_tokens(0) });
         let batch = engine.model().batch(&rows, &layout, 0.1, context).unwrap();
-        engine.train_step(&batch, 2e-2).unwrap();
+        engine.train_step(&[batch], 2e-2).unwrap();
     }
     engine.into_model().unwrap()
 }

@@ -148,7 +148,7 @@ fn trained(name: &str, base: &str, micro: usize, packed: bool) -> Vec<f32> {
             let tokens = layout.dropout_tokens((index * micro) as u64);
             let context = ForwardContext::training(DropoutKey { seed: 1, step, tokens });
             let batch = engine.model().batch(part, &layout, 1.0 / targets as f32, context).unwrap();
-            engine.forward_backward(&batch).unwrap();
+            engine.forward_backward(&[batch]).unwrap();
         }
         engine.step(1e-2).unwrap();
     }
@@ -198,7 +198,7 @@ fn only_the_prompt_learns() {
     let mut engine = EngineConfig::new(AdamW::default()).init(model).unwrap();
     for _ in 0..3 {
         let batch = engine.model().batch(&rows, &layout, 0.1, ForwardContext::default()).unwrap();
-        engine.forward_backward(&batch).unwrap();
+        engine.forward_backward(&[batch]).unwrap();
         engine.step(1e-2).unwrap();
     }
     let model = engine.into_model().unwrap();

@@ -124,7 +124,7 @@ fn trained(micro: usize, packed: bool, dtype: DType) -> Vec<f32> {
             let layout = layout(part, packed);
             let context = context(&layout, index * micro);
             let batch = engine.model().batch(part, &layout, 1.0 / targets as f32, context).unwrap();
-            engine.forward_backward(&batch).unwrap();
+            engine.forward_backward(&[batch]).unwrap();
         }
         engine.step(1e-2).unwrap();
     }
@@ -233,7 +233,7 @@ fn lora_plus_moves_b_ratio_times_as_fast() {
         let batch = model.batch(&rows, &layout(&rows, true), 0.1, ForwardContext::default()).unwrap();
         let config = EngineConfig::new(AdamW { weight_decay: 0.0, ..AdamW::default() }).with_param_groups(groups);
         let mut engine = config.init(model).unwrap();
-        engine.forward_backward(&batch).unwrap();
+        engine.forward_backward(&[batch]).unwrap();
         engine.step(1e-4).unwrap();
         let after = values(engine.model());
         [0, 1].map(|i| before[i].iter().zip(&after[i]).map(|(a, b)| (a - b).abs() as f64).sum::<f64>())

@@ -164,17 +164,11 @@ fn train<B: Kernels>(mut model: Llama<Autodiff<B>>, args: &BenchArgs) -> Result<
     let checkpointing = if recompute { Checkpointing::Full } else { Checkpointing::None };
     let weight = 1.0 / (batch_size * (args.length - 1)) as f32;
     let layout = SequenceLayout::from_lengths(&vec![args.length; batch_size], true);
-    let batch = model.batch(&rows, &layout, weight, ForwardContext::default())?;
+    let batch = [model.batch(&rows, &layout, weight, ForwardContext::default())?];
     let config = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).with_checkpointing(checkpointing);
     let mut engine = config.init(model)?;
-    let seconds = fastest(args.rounds.get(), || {
-        timed(|| {
-            B::with_spinning_pool(|| {
-                engine.forward_backward(&batch)?;
-                Ok(engine.step(1e-5)?)
-            })
-        })
-    })?;
+    let seconds =
+        fastest(args.rounds.get(), || timed(|| B::with_spinning_pool(|| Ok(engine.train_step(&batch, 1e-5)?))))?;
     let tokens = batch_size * args.length;
     Ok(json!({
         "method": method, "rows": batch_size, "tokens": tokens, "recompute": recompute,

@@ -18,9 +18,15 @@ use burn_zero::{
     segment::Checkpointing,
 };
 use clap::Args;
-use std::{num::NonZeroU64, path::PathBuf};
+use std::{
+    num::NonZeroU64,
+    path::{Path, PathBuf},
+};
 
 mod measure;
+
+/// Tokens of the longest row of a measured run.
+pub(crate) const MAX_ROW_TOKENS: u64 = 512;
 
 /// Arguments of `estimate`.
 #[derive(Args)]
@@ -79,7 +85,8 @@ pub(crate) struct MeasureArgs {
     pub offload_optimizer: String,
 }
 
-fn parse_method(name: &str) -> Result<MethodKind, String> {
+/// Parses the method of a run that is estimated or measured: `full` or `lora`.
+pub(crate) fn parse_method(name: &str) -> Result<MethodKind, String> {
     match name {
         "full" => Ok(MethodKind::Full),
         "lora" => Ok(MethodKind::Lora),
@@ -115,6 +122,26 @@ pub(crate) fn estimate(args: &EstimateArgs) -> Result<()> {
         print_deepspeed_estimates(all, shape.vocabulary * shape.hidden, args.world.get());
     }
     Ok(())
+}
+
+/// Runs two steps of LoRA or full fine-tuning of `model` on rows of meaningless tokens, and writes their trace to
+/// `path`.
+///
+/// # Errors
+/// If the model cannot be loaded or the trace cannot be written.
+pub(crate) fn trace_two_steps(model: &str, method: MethodKind, tokens: u64, path: &Path) -> Result<()> {
+    let target_modules = vec!["all-linear".to_owned()];
+    let args = EstimateArgs {
+        model: model.to_owned(),
+        config: None,
+        method: MethodArgs { method, r: 8, target_modules },
+        world: NonZeroU64::MIN,
+        tokens,
+        recompute: false,
+        max_grad_norm: 1.0,
+        measure: MeasureArgs { measure: true, zero_stage: 0, offload_optimizer: "none".to_owned() },
+    };
+    measure::trace_two_steps(&args, path)
 }
 
 /// The run whose memory is estimated.

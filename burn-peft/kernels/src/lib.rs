@@ -56,6 +56,9 @@ mod test_random;
 #[cfg(feature = "flex")]
 mod weight_rows;
 
-pub use linear_kernels::{LinearKernels, WeightMatrix, add, linear, matmul, take_accumulated_gradient};
+pub use linear_kernels::{
+    DeferredWeightGradient, LinearKernels, WeightMatrix, add, defer_weight_gradients, linear, linear_param, matmul,
+    take_accumulated_gradient,
+};
 pub use packed::{BlockType, Codec, PackedWeight};
 pub use precision::MatmulPrecision;

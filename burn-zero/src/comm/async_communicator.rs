@@ -12,14 +12,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) struct AsyncCommunicator {
     worker: Worker<Box<dyn Communicator>>,
     rank: usize,
-    world_size: usize,
+    /// The number of each rank in the whole world.
+    global_ranks: Vec<usize>,
     compute_lock: ComputeLock,
     traffic: Arc<Mutex<Traffic>>,
 }
 
 impl std::fmt::Debug for AsyncCommunicator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "communicator of rank {} of {}", self.rank, self.world_size)
+        write!(f, "communicator of rank {} of {}", self.rank, self.world_size())
     }
 }
 
@@ -29,11 +30,20 @@ impl AsyncCommunicator {
     /// # Panics
     /// If the system cannot start a thread.
     pub(crate) fn new(communicator: Box<dyn Communicator>) -> Self {
-        let (rank, world, compute_lock) = (communicator.rank(), communicator.world_size(), communicator.compute_lock());
+        Self::with_trace(communicator, Trace::default())
+    }
+
+    /// Starts the thread, which records its spans in the trace of another communicator of this rank.
+    ///
+    /// # Panics
+    /// If the system cannot start a thread.
+    pub(crate) fn with_trace(communicator: Box<dyn Communicator>, trace: Trace) -> Self {
+        let (rank, compute_lock) = (communicator.rank(), communicator.compute_lock());
+        let global_ranks = (0..communicator.world_size()).map(|rank| communicator.global_rank(rank)).collect();
         let traffic = Arc::new(Mutex::new(communicator.traffic()));
         let name = format!("communication of rank {rank}");
-        let worker = Worker::new(name, communicator, compute_lock.clone(), Trace::default());
-        Self { worker, rank, world_size: world, compute_lock, traffic }
+        let worker = Worker::new(name, communicator, compute_lock.clone(), trace);
+        Self { worker, rank, global_ranks, compute_lock, traffic }
     }
 
     /// Returns this rank's number.
@@ -43,7 +53,12 @@ impl AsyncCommunicator {
 
     /// Returns the number of ranks.
     pub(crate) fn world_size(&self) -> usize {
-        self.world_size
+        self.global_ranks.len()
+    }
+
+    /// Returns the number in the whole world of the rank that has number `rank` in the group.
+    pub(crate) fn global_rank(&self, rank: usize) -> usize {
+        self.global_ranks[rank]
     }
 
     /// Returns the lock that ranks of one process share, so that one of them computes at a time.
@@ -69,7 +84,7 @@ impl AsyncCommunicator {
     ) -> Pending<R> {
         let traffic = self.traffic.clone();
         // A single rank sends nothing: what remains of a collective is the transfer to the host and back.
-        let lane = if self.world_size > 1 { Lane::Communication } else { Lane::Transfer };
+        let lane = if self.world_size() > 1 { Lane::Communication } else { Lane::Transfer };
         self.worker.submit(name, lane, move |communicator| {
             let result = work(communicator.as_mut());
             *traffic.lock().unwrap_or_else(PoisonError::into_inner) = communicator.traffic();

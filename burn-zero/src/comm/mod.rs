@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  Collectives   all_reduce, reduce_scatter, all_gather, …    buffers before and after; traffic; sums
-//!  Communicator  exchange messages with peers, split          Solo, ProcessGroup
+//!  Communicator  start exchanges of messages, split            Solo, ProcessGroup
 //!  Transport     bytes from rank to rank, with a deadline     threads, MPI
 //! ```
 //!
@@ -10,10 +10,14 @@
 //! same traffic: shards go straight to the rank that owns them, which adds them up in f32 in rank order. The result
 //! depends neither on timing nor on the transport. The cost is that a rank has `world_size - 1` messages in flight,
 //! where a ring has one.
+//!
+//! An exchange is started and waited for in two steps, so that a receive can be open while other collectives run. No
+//! start blocks, and exchanges with one peer match in the order of their start.
 
 mod async_communicator;
 mod collective;
 mod element;
+mod exchange;
 #[cfg(feature = "mpi")]
 pub mod mpi;
 mod process_group;
@@ -26,6 +30,7 @@ pub(crate) use crate::{trace::Lane, worker::Pending};
 pub(crate) use async_communicator::AsyncCommunicator;
 pub use collective::Collectives;
 pub use element::Element;
+pub use exchange::Exchange;
 pub use process_group::ProcessGroup;
 pub use solo::Solo;
 pub use traffic::{CommVolume, Traffic};
@@ -45,6 +50,8 @@ pub enum Operation {
     Broadcast,
     /// One rank sends to another.
     Send,
+    /// One rank sends to another a message that describes itself.
+    SendObject,
     /// Every rank waits for all others.
     Barrier,
     /// Every rank gets a byte string from each rank: scalars, flags and other small control data.
@@ -62,6 +69,7 @@ impl Operation {
             Self::AllGather => "all_gather",
             Self::Broadcast => "broadcast",
             Self::Send => "send",
+            Self::SendObject => "send_object",
             Self::Barrier => "barrier",
             Self::AllGatherObject => "all_gather_object",
             Self::Split => "split",
@@ -87,18 +95,34 @@ pub trait Communicator: Send {
     /// Returns the number of ranks in the group.
     fn world_size(&self) -> usize;
 
+    /// Returns the number in the whole world of the rank that has number `rank` in the group, by which errors name it.
+    fn global_rank(&self, rank: usize) -> usize {
+        rank
+    }
+
+    /// Starts to send each message of `outgoing` to its rank and to receive one message from each rank of `incoming`.
+    /// It does not block. Several exchanges may be running at a time. Those with one peer match in the order of their
+    /// start, in whatever order they are waited for; those of [`Operation::SendObject`] have an order of their own, so
+    /// that a receive can be open while collectives run.
+    ///
+    /// # Errors
+    /// [`CommError::UnknownRank`](crate::CommError::UnknownRank) for a rank that does not exist. The other errors are
+    /// those of [`Exchange::wait`].
+    fn start(&mut self, operation: Operation, outgoing: Vec<Message>, incoming: &[usize]) -> Result<Exchange, Error>;
+
     /// Sends each message of `outgoing` to its rank and returns one message from each rank of `incoming`, in that
     /// order.
     ///
     /// # Errors
-    /// [`CommError::Lost`](crate::CommError::Lost) if a rank has ended or does not answer before the deadline,
-    /// [`CommError::CollectiveMismatch`](crate::CommError::CollectiveMismatch) if a rank is in another collective.
+    /// As [`Communicator::start`] and [`Exchange::wait`].
     fn exchange(
         &mut self,
         operation: Operation,
         outgoing: Vec<Message>,
         incoming: &[usize],
-    ) -> Result<Vec<Vec<u8>>, Error>;
+    ) -> Result<Vec<Vec<u8>>, Error> {
+        self.start(operation, outgoing, incoming)?.wait()
+    }
 
     /// Splits the group, as `MPI_Comm_split` does: returns the group of the ranks that passed the same `color`, ordered
     /// by `key`, then by rank.

@@ -1,13 +1,16 @@
 //! Ranks as processes that `mpirun` has started.
 //!
 //! One thread makes all MPI calls: it posts the exchanges that other threads request and polls until they are complete,
-//! since Open MPI makes progress only inside its calls. If a rank does not answer before the deadline, the ranks that
+//! since Open MPI makes progress only inside its calls. Any number of exchanges may be running. A receive first asks
+//! whether a message is there (`MPI_Improbe`), because its length is unknown; of the receives with one source and tag,
+//! only the oldest asks, so that none takes a part of the message of another. If a rank does not answer before the deadline, the ranks that
 //! wait for it get an error; if a rank is killed or ends without [`Session::finalize`], `mpirun` ends all other ranks
 //! and names it.
 
 use super::{
     ComputeLock, Message, ProcessGroup,
-    process_group::{LostPeer, Messages, Transport},
+    exchange::{LostPeer, Received, RunningExchange},
+    process_group::{Messages, Transport},
 };
 use crate::{CommError, Error};
 use ::mpi::{
@@ -17,18 +20,20 @@ use ::mpi::{
     topology::Communicator as _,
 };
 use std::{
+    collections::HashSet,
     mem::MaybeUninit,
     os::raw::{c_int, c_void},
     sync::{
-        Arc,
-        mpsc::{Receiver, Sender, TryRecvError, channel},
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
 };
 
-/// The largest part of a message in bytes, because MPI counts are 32-bit integers. A part that is shorter is the last.
-const MAX_PART_BYTES: usize = 1 << 30;
+/// The part size of [`Session::init`]: MPI counts are 32-bit integers.
+const PART_BYTES: usize = 1 << 30;
 /// The number of polls without progress after which the thread sleeps between polls.
 const IDLE_POLLS: u32 = 200;
 /// How long the thread sleeps between polls.
@@ -45,8 +50,13 @@ pub struct Session {
     thread: JoinHandle<()>,
 }
 
-/// The channel on which an exchange returns its messages.
-type ExchangeReply = Sender<Result<Vec<Vec<u8>>, LostPeer>>;
+/// The state of an exchange that its owner shares with the thread that makes all MPI calls.
+#[derive(Debug, Default)]
+struct ExchangeStatus {
+    /// The time since which the owner has been waiting.
+    waiting_since: OnceLock<Instant>,
+    done: AtomicBool,
+}
 
 /// A command to the thread that makes all MPI calls.
 enum MpiCommand {
@@ -59,15 +69,27 @@ struct ExchangeRequest {
     tag: u32,
     messages: Messages,
     deadline: Duration,
-    reply: ExchangeReply,
+    status: Arc<ExchangeStatus>,
+    reply: Sender<Received>,
 }
 
 impl Session {
-    /// Joins the job and returns the group of all its ranks. Can be called once per process.
+    /// Joins the job and returns the group of all its ranks. Can be called once per process. A message above 1 GiB is
+    /// sent in parts.
     ///
     /// # Errors
     /// [`CommError::MpiInit`] if MPI cannot be initialised, [`CommError::MpiThread`] if the thread cannot be started.
     pub fn init() -> Result<(Self, ProcessGroup), Error> {
+        Self::init_with_part_bytes(PART_BYTES)
+    }
+
+    /// Like [`Session::init`], with messages in parts of `part_bytes` bytes, at least 1 and at most 1 GiB; a part that
+    /// is shorter is the last. All ranks must pass the same value.
+    ///
+    /// # Errors
+    /// As [`Session::init`].
+    pub fn init_with_part_bytes(part_bytes: usize) -> Result<(Self, ProcessGroup), Error> {
+        let part_bytes = part_bytes.clamp(1, PART_BYTES);
         let (commands, command_receiver) = channel();
         let (group_sender, group_receiver) = channel();
         let transport = MpiTransport { commands: commands.clone() };
@@ -78,7 +100,7 @@ impl Session {
                 ProcessGroup::world_group(Arc::new(transport), world.rank() as usize, world.size() as usize)
             }));
             if let Some((universe, _)) = universe {
-                run_progress_loop(universe, &command_receiver);
+                run_progress_loop(universe, &command_receiver, part_bytes);
             }
         };
         let thread = std::thread::Builder::new().name("mpi".to_owned()).spawn(work);
@@ -99,12 +121,42 @@ struct MpiTransport {
     commands: Sender<MpiCommand>,
 }
 
+/// An exchange that the thread which makes all MPI calls runs.
+struct MpiExchange {
+    status: Arc<ExchangeStatus>,
+    result: Receiver<Received>,
+    /// The rank that is named if that thread has ended.
+    peer: usize,
+}
+
+impl RunningExchange for MpiExchange {
+    fn wait_timeout(&mut self, timeout: Option<Duration>) -> Option<Received> {
+        let _ = self.status.waiting_since.set(Instant::now());
+        let result = match timeout {
+            None => self.result.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(timeout) => self.result.recv_timeout(timeout),
+        };
+        match result {
+            Ok(received) => Some(received),
+            Err(RecvTimeoutError::Timeout) => None,
+            Err(RecvTimeoutError::Disconnected) => Some(Err(LostPeer { rank: self.peer, waited: None })),
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.status.done.load(Ordering::SeqCst)
+    }
+}
+
 impl Transport for MpiTransport {
-    fn exchange(&self, tag: u32, messages: Messages, deadline: Duration) -> Result<Vec<Vec<u8>>, LostPeer> {
+    fn start(&self, tag: u32, messages: Messages, deadline: Duration) -> Box<dyn RunningExchange> {
         let (reply, result) = channel();
-        let ended = LostPeer { rank: messages.incoming.first().copied().unwrap_or(0), waited: None };
-        let _ = self.commands.send(MpiCommand::Exchange(ExchangeRequest { tag, messages, deadline, reply }));
-        result.recv().unwrap_or(Err(ended))
+        let status = Arc::<ExchangeStatus>::default();
+        let peers = messages.incoming.iter().copied().chain(messages.outgoing.iter().map(|message| message.to));
+        let peer = peers.min().unwrap_or(0);
+        let request = ExchangeRequest { tag, messages, deadline, status: status.clone(), reply };
+        let _ = self.commands.send(MpiCommand::Exchange(request));
+        Box::new(MpiExchange { status, result, peer })
     }
 
     fn compute_lock(&self) -> ComputeLock {
@@ -112,29 +164,29 @@ impl Transport for MpiTransport {
     }
 }
 
-/// Runs exchanges until a command to finish arrives or all senders are dropped. MPI is finalised only if no exchange
-/// has failed, because `MPI_Finalize` waits for all ranks.
-fn run_progress_loop(universe: Universe, commands: &Receiver<MpiCommand>) {
-    let (mut pending, mut idle_polls, mut failed): (Vec<ActiveExchange>, u32, bool) = (Vec::new(), 0, false);
+/// Runs exchanges until a command to finish arrives or all senders are dropped. MPI is finalised only if all exchanges
+/// are complete, because `MPI_Finalize` waits for all ranks; otherwise the buffers of the others are leaked, because
+/// peers may still read them.
+fn run_progress_loop(universe: Universe, commands: &Receiver<MpiCommand>, part_bytes: usize) {
+    let (mut active, mut idle_polls): (Vec<ActiveExchange>, u32) = (Vec::new(), 0);
     loop {
-        let command = if pending.is_empty() {
+        let command = if active.is_empty() {
             commands.recv().map_err(|_| TryRecvError::Disconnected)
         } else {
             commands.try_recv()
         };
         match command {
             Ok(MpiCommand::Exchange(request)) => {
-                pending.push(ActiveExchange::post(request));
+                active.push(ActiveExchange::post(request, part_bytes));
                 idle_polls = 0;
             }
-            Ok(MpiCommand::Finalize) if !failed => return drop(universe),
-            Ok(MpiCommand::Finalize) | Err(TryRecvError::Disconnected) => return std::mem::forget(universe),
+            Ok(MpiCommand::Finalize) if active.is_empty() => return drop(universe),
+            Ok(MpiCommand::Finalize) | Err(TryRecvError::Disconnected) => return std::mem::forget((universe, active)),
             Err(TryRecvError::Empty) => {}
         }
-        let mut progress = false;
-        let polled = std::mem::take(&mut pending).into_iter();
-        pending = polled.filter_map(|exchange| exchange.poll(&mut progress, &mut failed)).collect();
-        idle_polls = if progress { 0 } else { idle_polls.saturating_add(1) };
+        let mut pass = PollPass { part_bytes, probed: HashSet::new(), progress: false };
+        active.retain_mut(|exchange| !exchange.poll(&mut pass));
+        idle_polls = if pass.progress { 0 } else { idle_polls.saturating_add(1) };
         if idle_polls > IDLE_POLLS {
             std::thread::sleep(POLL_PAUSE);
         } else if idle_polls > 0 {
@@ -143,14 +195,25 @@ fn run_progress_loop(universe: Universe, commands: &Receiver<MpiCommand>) {
     }
 }
 
-/// An exchange that is in progress.
+/// One pass over all exchanges, in the order of their start.
+struct PollPass {
+    part_bytes: usize,
+    /// The sources and tags that have an incomplete receive; later receives have to wait for it.
+    probed: HashSet<(usize, c_int)>,
+    progress: bool,
+}
+
+/// An exchange that is in progress. If it fails it stays in progress without an owner: MPI may still use its buffers,
+/// and a message that comes too late must not reach the next receive.
 struct ActiveExchange {
     tag: c_int,
     sends: Vec<ActiveSend>,
     receives: Vec<ActiveReceive>,
     start: Instant,
     deadline: Duration,
-    reply: ExchangeReply,
+    status: Arc<ExchangeStatus>,
+    /// The channel to the owner; none after a failure.
+    reply: Option<Sender<Received>>,
 }
 
 struct ActiveSend {
@@ -177,40 +240,55 @@ struct PartReceive {
 }
 
 impl ActiveExchange {
-    fn post(request: ExchangeRequest) -> Self {
-        let ExchangeRequest { tag, messages, deadline, reply } = request;
+    fn post(request: ExchangeRequest, part_bytes: usize) -> Self {
+        let ExchangeRequest { tag, messages, deadline, status, reply } = request;
         let tag = tag as c_int;
-        let sends = messages.outgoing.into_iter().map(|message| ActiveSend::post(message, tag)).collect();
+        let send = |message| ActiveSend::post(message, tag, part_bytes);
+        let sends = messages.outgoing.into_iter().map(send).collect();
         let receive = |from| ActiveReceive { from, buffer: Vec::new(), part: None, complete: false };
         let receives = messages.incoming.into_iter().map(receive).collect();
-        Self { tag, sends, receives, start: Instant::now(), deadline, reply }
+        Self { tag, sends, receives, start: Instant::now(), deadline, status, reply: Some(reply) }
     }
 
-    /// Makes as much progress as possible without blocking; returns `None` when the exchange is complete or has failed.
-    fn poll(mut self, progress: &mut bool, failed: &mut bool) -> Option<Self> {
+    /// Makes as much progress as possible without blocking; returns true when the exchange is complete.
+    fn poll(&mut self, pass: &mut PollPass) -> bool {
         // Every request is polled, whatever the state of the others.
         let mut incomplete = 0;
         for send in &mut self.sends {
-            incomplete += usize::from(!send.poll(progress));
+            incomplete += usize::from(!send.poll(&mut pass.progress));
         }
-        for receive in &mut self.receives {
-            incomplete += usize::from(!receive.poll(self.tag, progress));
+        for receive in self.receives.iter_mut().filter(|receive| !receive.complete) {
+            let key = (receive.from, self.tag);
+            if pass.probed.contains(&key) || !receive.poll(self.tag, pass) {
+                pass.probed.insert(key);
+                incomplete += 1;
+            }
         }
         if incomplete == 0 {
-            let _ = self.reply.send(Ok(self.receives.into_iter().map(|receive| receive.buffer).collect()));
-            return None;
+            let receives = self.receives.iter_mut();
+            let received = receives.map(|receive| std::mem::take(&mut receive.buffer)).collect();
+            self.finish(Ok(received));
+        } else if let Some(rank) = self.overdue() {
+            self.finish(Err(LostPeer { rank, waited: Some(self.deadline) }));
         }
-        if self.start.elapsed() < self.deadline {
-            return Some(self);
+        incomplete == 0
+    }
+
+    /// Returns the rank that has not sent or not received before the deadline.
+    fn overdue(&self) -> Option<usize> {
+        let is_over = |start: &Instant| start.elapsed() >= self.deadline;
+        let waited_too_long = self.status.waiting_since.get().is_some_and(is_over);
+        let receive = self.receives.iter().find(|receive| !receive.complete).filter(|_| waited_too_long);
+        let send = self.sends.iter().find(|send| !send.requests.is_empty()).filter(|_| is_over(&self.start));
+        receive.map(|receive| receive.from).or(send.map(|send| send.to))
+    }
+
+    fn finish(&mut self, received: Received) {
+        if let Some(reply) = self.reply.take() {
+            // The owner may have dropped the exchange.
+            let _ = reply.send(received);
+            self.status.done.store(true, Ordering::SeqCst);
         }
-        let source = self.receives.iter().find(|receive| !receive.complete).map(|receive| receive.from);
-        let destination = self.sends.iter().find(|send| !send.requests.is_empty()).map(|send| send.to);
-        let lost = LostPeer { rank: source.or(destination).unwrap_or(0), waited: Some(self.deadline) };
-        let _ = self.reply.send(Err(lost));
-        // The requests are still pending, so MPI may still use the buffers: they are leaked.
-        std::mem::forget((self.sends, self.receives));
-        *failed = true;
-        None
     }
 }
 
@@ -218,18 +296,18 @@ impl ActiveExchange {
 fn is_done(request: &mut ffi::MPI_Request) -> bool {
     let mut flag: c_int = 0;
     // SAFETY: the request comes from `MPI_Isend` or `MPI_Imrecv` and its owner drops it after the test that completes
-    // it; its buffer lives in the same struct, which is leaked if the request never completes.
+    // it; its buffer lives in the same struct, which is kept or leaked if the request never completes.
     unsafe { ffi::MPI_Test(request, &mut flag, ffi::RSMPI_STATUS_IGNORE) };
     flag != 0
 }
 
 impl ActiveSend {
-    fn post(message: Message, tag: c_int) -> Self {
+    fn post(message: Message, tag: c_int, part_bytes: usize) -> Self {
         let Message { to, bytes: buffer } = message;
         // If the length is a multiple of the part size, an empty last part follows: only a shorter part ends a message.
-        let parts = buffer.len() / MAX_PART_BYTES + 1;
+        let parts = buffer.len() / part_bytes + 1;
         let send = |part: usize| {
-            let bytes = &buffer[part * MAX_PART_BYTES..buffer.len().min((part + 1) * MAX_PART_BYTES)];
+            let bytes = &buffer[part * part_bytes..buffer.len().min((part + 1) * part_bytes)];
             let mut request = MaybeUninit::uninit();
             // SAFETY: the bytes lie in the heap allocation of `buffer`, which moves into the returned struct without
             // moving its allocation and is freed only when all requests are complete; `MPI_Isend` initialises `request`.
@@ -262,7 +340,7 @@ impl ActiveSend {
 }
 
 impl ActiveReceive {
-    fn poll(&mut self, tag: c_int, progress: &mut bool) -> bool {
+    fn poll(&mut self, tag: c_int, pass: &mut PollPass) -> bool {
         while !self.complete {
             match &mut self.part {
                 None => match self.receive_part(tag) {
@@ -273,11 +351,11 @@ impl ActiveReceive {
                     if !is_done(&mut part.request) {
                         return false;
                     }
-                    self.complete = part.length < MAX_PART_BYTES;
+                    self.complete = part.length < pass.part_bytes;
                     self.part = None;
                 }
             }
-            *progress = true;
+            pass.progress = true;
         }
         true
     }

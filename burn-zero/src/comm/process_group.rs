@@ -1,6 +1,9 @@
 //! A group of ranks that are connected by a transport.
 
-use super::{CommVolume, Communicator, ComputeLock, Message, Operation, Traffic, collective::peers};
+use super::{
+    CommVolume, Communicator, ComputeLock, Exchange, Message, Operation, Traffic, collective::peers,
+    exchange::RunningExchange,
+};
 use crate::{CommError, Error};
 use std::{
     sync::{
@@ -14,11 +17,15 @@ use std::{
 /// another. It is longer than any ordinary pause, such as another rank that reads data or writes a checkpoint.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(600);
 
+/// Every group has a tag for messages that describe themselves, so that receives of them can be open while collectives
+/// run, and a tag for everything else.
+const TAGS_PER_GROUP: u32 = 2;
+
 /// A transport of bytes between processes or threads. Ranks are numbered within the whole world.
 pub(super) trait Transport: Send + Sync {
-    /// Sends and receives messages at the same time. `tag` separates the groups; messages between two ranks with the
-    /// same tag arrive in the order in which they were sent.
-    fn exchange(&self, tag: u32, messages: Messages, deadline: Duration) -> Result<Vec<Vec<u8>>, LostPeer>;
+    /// Starts to send and receive messages. `tag` separates the groups; exchanges between two ranks with the same tag
+    /// match in the order of their start.
+    fn start(&self, tag: u32, messages: Messages, deadline: Duration) -> Box<dyn RunningExchange>;
 
     /// Returns the lock that ranks of one process share, so that one of them computes at a time.
     fn compute_lock(&self) -> ComputeLock;
@@ -31,19 +38,13 @@ pub(super) struct Messages {
     pub incoming: Vec<usize>,
 }
 
-/// A rank that did not answer, and how long the caller has waited for it; `None` if the rank is known to have ended.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct LostPeer {
-    pub rank: usize,
-    pub waited: Option<Duration>,
-}
-
 /// One rank's handle of a group of ranks.
 pub struct ProcessGroup {
     transport: Arc<dyn Transport>,
     /// The ranks of the group, by their numbers in the world.
     members: Vec<usize>,
     rank: usize,
+    /// The first of the group's [`TAGS_PER_GROUP`] tags.
     tag: u32,
     /// The first tag that no group of this process uses yet.
     next_tag: Arc<AtomicU32>,
@@ -61,7 +62,7 @@ impl ProcessGroup {
     /// Returns the group of all ranks of the world.
     pub(super) fn world_group(transport: Arc<dyn Transport>, rank: usize, world: usize) -> Self {
         let members = (0..world).collect();
-        let next_tag = Arc::new(AtomicU32::new(1));
+        let next_tag = Arc::new(AtomicU32::new(TAGS_PER_GROUP));
         Self { transport, members, rank, tag: 0, next_tag, deadline: DEFAULT_DEADLINE, traffic: Traffic::default() }
     }
 
@@ -69,10 +70,6 @@ impl ProcessGroup {
     pub fn with_deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
         self
-    }
-
-    fn lost_error(&self, operation: Operation, lost: LostPeer) -> CommError {
-        CommError::Lost { operation: operation.name(), rank: lost.rank, waited: lost.waited }
     }
 }
 
@@ -85,12 +82,11 @@ impl Communicator for ProcessGroup {
         self.members.len()
     }
 
-    fn exchange(
-        &mut self,
-        operation: Operation,
-        outgoing: Vec<Message>,
-        incoming: &[usize],
-    ) -> Result<Vec<Vec<u8>>, Error> {
+    fn global_rank(&self, rank: usize) -> usize {
+        self.members[rank]
+    }
+
+    fn start(&mut self, operation: Operation, outgoing: Vec<Message>, incoming: &[usize]) -> Result<Exchange, Error> {
         let global = |rank: usize| {
             let world = self.members.len();
             self.members.get(rank).copied().ok_or(CommError::UnknownRank { operation: operation.name(), rank, world })
@@ -102,16 +98,9 @@ impl Communicator for ProcessGroup {
         let outgoing = tagged.collect::<Result<_, Error>>()?;
         let incoming = incoming.iter().map(|&from| global(from)).collect::<Result<Vec<_>, _>>()?;
         let messages = Messages { outgoing, incoming: incoming.clone() };
-        let mut received = self
-            .transport
-            .exchange(self.tag, messages, self.deadline)
-            .map_err(|lost| self.lost_error(operation, lost))?;
-        for (message, &rank) in received.iter_mut().zip(&incoming) {
-            if message.pop() != Some(operation as u8) {
-                return Err(CommError::CollectiveMismatch { operation: operation.name(), rank }.into());
-            }
-        }
-        Ok(received)
+        let tag = self.tag + u32::from(operation == Operation::SendObject);
+        let running = self.transport.start(tag, messages, self.deadline);
+        Ok(Exchange::running(operation, running, incoming, self.compute_lock()))
     }
 
     fn split(&mut self, color: usize, key: usize) -> Result<Box<dyn Communicator>, Error> {
@@ -130,7 +119,7 @@ impl Communicator for ProcessGroup {
         let mut colors: Vec<u64> = objects.iter().map(|object| number(object, 0)).collect();
         colors.sort_unstable();
         colors.dedup();
-        self.next_tag.store(first_tag + colors.len() as u32, Ordering::SeqCst);
+        self.next_tag.store(first_tag + TAGS_PER_GROUP * colors.len() as u32, Ordering::SeqCst);
         let index = colors.iter().position(|&other| other == color as u64).unwrap_or(0);
         let with_color = objects.iter().enumerate().filter(|(_, object)| number(object, 0) == color as u64);
         let mut members: Vec<(u64, usize)> = with_color.map(|(rank, object)| (number(object, 1), rank)).collect();
@@ -140,7 +129,7 @@ impl Communicator for ProcessGroup {
             transport: self.transport.clone(),
             members: members.into_iter().map(|(_, rank)| self.members[rank]).collect(),
             rank,
-            tag: first_tag + index as u32,
+            tag: first_tag + TAGS_PER_GROUP * index as u32,
             next_tag: self.next_tag.clone(),
             deadline: self.deadline,
             traffic: Traffic::default(),

@@ -1,6 +1,6 @@
 //! A world of one rank.
 
-use super::{CommVolume, Communicator, Message, Operation, Traffic};
+use super::{CommVolume, Communicator, Exchange, Message, Operation, Traffic};
 use crate::{CommError, Error};
 
 /// The communicator of a world of one rank: every collective is the identity and nothing is sent.
@@ -16,16 +16,11 @@ impl Communicator for Solo {
         1
     }
 
-    fn exchange(
-        &mut self,
-        operation: Operation,
-        outgoing: Vec<Message>,
-        incoming: &[usize],
-    ) -> Result<Vec<Vec<u8>>, Error> {
+    fn start(&mut self, operation: Operation, outgoing: Vec<Message>, incoming: &[usize]) -> Result<Exchange, Error> {
         let peer = outgoing.first().map(|message| message.to).or(incoming.first().copied());
         match peer {
             Some(rank) => Err(CommError::UnknownRank { operation: operation.name(), rank, world: 1 }.into()),
-            None => Ok(Vec::new()),
+            None => Ok(Exchange::complete(operation, Vec::new())),
         }
     }
 

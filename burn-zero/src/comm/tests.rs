@@ -3,6 +3,8 @@ use crate::CommError;
 use half::{bf16, f16};
 use std::{fmt::Debug, time::Duration};
 
+mod exchange;
+
 const WORLDS: std::ops::RangeInclusive<usize> = 1..=4;
 
 /// Returns value `i` of rank `rank`; the magnitudes differ so much that an f32 sum depends on its order.

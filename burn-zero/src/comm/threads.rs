@@ -2,10 +2,11 @@
 
 use super::{
     ComputeLock, Message, ProcessGroup,
-    process_group::{LostPeer, Messages, Transport},
+    exchange::{LostPeer, Received, RunningExchange},
+    process_group::{Messages, Transport},
 };
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -49,10 +50,22 @@ struct ThreadWorld {
 
 #[derive(Default)]
 struct Mailboxes {
-    /// Messages that have not been received yet, oldest first.
-    messages: HashMap<MessageKey, VecDeque<Vec<u8>>>,
+    /// The messages by sender, receiver and tag.
+    queues: HashMap<MessageKey, MessageQueue>,
     /// Ranks that have ended.
     ended: Vec<usize>,
+}
+
+/// Messages with the same sender, receiver and tag, numbered in the order in which they are sent. Receives take numbers
+/// in the order of their start, so a receive gets the message that has its number.
+#[derive(Default)]
+struct MessageQueue {
+    /// The messages that have not been received yet, by number.
+    messages: HashMap<u64, Vec<u8>>,
+    /// The number of messages that have been sent.
+    sent: u64,
+    /// The number of receives that have been started.
+    receives: u64,
 }
 
 /// The sender, the receiver and the tag of a message.
@@ -73,39 +86,93 @@ impl ThreadWorld {
     fn lock(&self) -> MutexGuard<'_, Mailboxes> {
         self.mailboxes.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn receive(&self, key: MessageKey, start: Instant, deadline: Duration) -> Result<Vec<u8>, LostPeer> {
-        let mut state = self.lock();
-        loop {
-            if let Some(message) = state.messages.get_mut(&key).and_then(VecDeque::pop_front) {
-                return Ok(message);
+/// A receive that has been started: the message with this number.
+#[derive(Debug, Clone, Copy)]
+struct Ticket {
+    key: MessageKey,
+    number: u64,
+}
+
+/// The receives of one exchange; its messages have been sent.
+struct ThreadExchange {
+    world: Arc<ThreadWorld>,
+    tickets: Vec<Ticket>,
+    /// The messages of the first tickets.
+    received: Vec<Vec<u8>>,
+    deadline: Duration,
+    /// The time since which the exchange has been waited for.
+    waiting_since: Option<Instant>,
+}
+
+impl Mailboxes {
+    fn send(&mut self, key: MessageKey, message: Vec<u8>) {
+        let queue = self.queues.entry(key).or_default();
+        queue.messages.insert(queue.sent, message);
+        queue.sent += 1;
+    }
+
+    fn start_receive(&mut self, key: MessageKey) -> Ticket {
+        let queue = self.queues.entry(key).or_default();
+        queue.receives += 1;
+        Ticket { key, number: queue.receives - 1 }
+    }
+
+    fn take(&mut self, Ticket { key, number }: Ticket) -> Option<Vec<u8>> {
+        self.queues.get_mut(&key).and_then(|queue| queue.messages.remove(&number))
+    }
+
+    fn has_arrived(&self, Ticket { key, number }: Ticket) -> bool {
+        self.queues.get(&key).is_some_and(|queue| queue.messages.contains_key(&number))
+    }
+}
+
+impl RunningExchange for ThreadExchange {
+    fn wait_timeout(&mut self, timeout: Option<Duration>) -> Option<Received> {
+        let now = Instant::now();
+        let waiting_since = *self.waiting_since.get_or_insert(now);
+        let mut state = self.world.lock();
+        while let Some(&ticket) = self.tickets.get(self.received.len()) {
+            let rank = ticket.key.from;
+            if let Some(message) = state.take(ticket) {
+                self.received.push(message);
+                continue;
             }
-            if state.ended.contains(&key.from) {
-                return Err(LostPeer { rank: key.from, waited: None });
+            if state.ended.contains(&rank) {
+                return Some(Err(LostPeer { rank, waited: None }));
             }
-            let Some(left) = deadline.checked_sub(start.elapsed()) else {
-                return Err(LostPeer { rank: key.from, waited: Some(deadline) });
+            let Some(until_deadline) = self.deadline.checked_sub(waiting_since.elapsed()) else {
+                return Some(Err(LostPeer { rank, waited: Some(self.deadline) }));
             };
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            let pause = match timeout {
+                Some(timeout) => until_deadline.min(timeout.checked_sub(now.elapsed())?),
+                None => until_deadline,
+            };
+            state = self.world.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
         }
+        Some(Ok(std::mem::take(&mut self.received)))
+    }
+
+    fn is_done(&self) -> bool {
+        let state = self.world.lock();
+        let missing = self.tickets[self.received.len()..].iter().find(|&&ticket| !state.has_arrived(ticket));
+        missing.is_none_or(|ticket| state.ended.contains(&ticket.key.from))
     }
 }
 
 impl Transport for ThreadTransport {
-    fn exchange(&self, tag: u32, messages: Messages, deadline: Duration) -> Result<Vec<Vec<u8>>, LostPeer> {
+    fn start(&self, tag: u32, messages: Messages, deadline: Duration) -> Box<dyn RunningExchange> {
         let mut state = self.world.lock();
         for Message { to, bytes } in messages.outgoing {
-            let key = MessageKey { from: self.rank, to, tag };
-            state.messages.entry(key).or_default().push_back(bytes);
+            state.send(MessageKey { from: self.rank, to, tag }, bytes);
         }
+        let receive = |from| state.start_receive(MessageKey { from, to: self.rank, tag });
+        let tickets = messages.incoming.into_iter().map(receive).collect();
         drop(state);
         self.world.changed.notify_all();
-        let start = Instant::now();
-        let receive = |&from: &usize| {
-            let key = MessageKey { from, to: self.rank, tag };
-            self.world.receive(key, start, deadline)
-        };
-        self.world.compute_lock.unlocked(|| messages.incoming.iter().map(receive).collect())
+        let (world, received) = (self.world.clone(), Vec::new());
+        Box::new(ThreadExchange { world, tickets, received, deadline, waiting_since: None })
     }
 
     fn compute_lock(&self) -> ComputeLock {

@@ -19,10 +19,32 @@ pub struct Traffic {
     pub reduced: CommVolume,
     /// The volume of `all_gather` and `broadcast`.
     pub gathered: CommVolume,
-    /// The volume of `send`.
+    /// The volume of `send` and of the values in messages that describe themselves.
     pub sent: CommVolume,
-    /// The volume of control data: `all_gather_object`, `barrier` and `split`.
+    /// The volume of control data: `all_gather_object`, `barrier`, `split` and the headers of messages that describe
+    /// themselves.
     pub control: CommVolume,
+}
+
+impl std::ops::Add for CommVolume {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { elements: self.elements + other.elements, bytes: self.bytes + other.bytes }
+    }
+}
+
+impl std::ops::Add for Traffic {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            reduced: self.reduced + other.reduced,
+            gathered: self.gathered + other.gathered,
+            sent: self.sent + other.sent,
+            control: self.control + other.control,
+        }
+    }
 }
 
 impl Traffic {
@@ -32,7 +54,9 @@ impl Traffic {
             Operation::AllReduce | Operation::ReduceScatter => &mut self.reduced,
             Operation::AllGather | Operation::Broadcast => &mut self.gathered,
             Operation::Send => &mut self.sent,
-            Operation::Barrier | Operation::AllGatherObject | Operation::Split => &mut self.control,
+            Operation::SendObject | Operation::Barrier | Operation::AllGatherObject | Operation::Split => {
+                &mut self.control
+            }
         };
         kind.elements += sent.elements;
         kind.bytes += sent.bytes;

@@ -57,7 +57,9 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     ///
     /// # Errors
     /// Returns [`Error::Io`] if the file cannot be written; a partly written file is left for the caller to remove.
+    /// Returns [`ConfigError::InvalidValue`](crate::ConfigError::InvalidValue) in a pipeline.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
+        self.pipeline.check_checkpoints()?;
         let layout = &self.sharded.layout;
         if layout.num_shards == 1 && self.rank() != 0 {
             return Ok(());
@@ -151,8 +153,10 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// Returns [`Error::Io`] if a file cannot be read, and [`CheckpointError::Mismatch`] if the files are not a
     /// complete checkpoint of this very model (a trainable parameter is missing or has another shape, or the checkpoint
     /// contains a tensor that is not trainable here); the engine is unchanged then. Returns [`Error::Io`] also if
-    /// states or weights cannot be written to their files.
+    /// states or weights cannot be written to their files, and
+    /// [`ConfigError::InvalidValue`](crate::ConfigError::InvalidValue) in a pipeline.
     pub fn restore(&mut self, path: &Path) -> Result<(), Error> {
+        self.pipeline.check_checkpoints()?;
         let maps = MappedFiles::open(path)?;
         let mut saved = CheckpointReader::open(path, &maps)?;
         let mut restored =
@@ -162,7 +166,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         }
         saved.check_all_read()?;
         let RestoredState { values, weight_shards, master, states } = restored;
-        let ShardingState { layout, device, weights, reducer } = &mut self.sharded;
+        let ShardingState { layout, device, weights, reducer, .. } = &mut self.sharded;
         self.states.replace(states, device)?;
         self.states.master_weights = master;
         *reducer = GradientReducer::new(layout);
@@ -271,7 +275,7 @@ impl<B: AutodiffBackend> OptimizerStates<B> {
 pub fn restore_weights<B: AutodiffBackend, M: TrainSegments<B>>(model: M, path: &Path) -> Result<M, Error> {
     let maps = MappedFiles::open(path)?;
     let mut saved = CheckpointReader::open(path, &maps)?;
-    let layout = ShardLayout::new::<B, M>(&model, Sharding::default(), RankInfo { rank: 0, world: 1 });
+    let layout = ShardLayout::new::<B, M>(&model, Sharding::default(), RankInfo { rank: 0, world: 1 }, |_| Some(0));
     let (device, mut values) = (device_of::<B, M>(&model), HashMap::new());
     for index in layout.trainable_buckets().flat_map(|(_, bucket)| bucket.parameters()) {
         let parameter = &layout.parameters[index];

@@ -1,13 +1,16 @@
 //! The configuration of an engine.
 
-use super::{Engine, OptimizerStates, ShardingState};
+use super::{
+    Engine, OptimizerStates, ShardingState,
+    stages::{Axes, PipelineAxis, PipelineConfig},
+};
 use crate::{
     ConfigError, Error,
-    comm::{AsyncCommunicator, Communicator, Solo},
+    comm::{Communicator, Solo},
     offload::MemoryTier,
     optimizer::{Optimizer, ParamGroups},
     precision::LossScaler,
-    segment::{Checkpointing, TrainSegments},
+    segment::{Checkpointing, Segments, TrainSegments},
     sharding::Sharding,
 };
 use burn::tensor::backend::AutodiffBackend;
@@ -25,6 +28,7 @@ use burn::tensor::backend::AutodiffBackend;
 pub struct EngineConfig {
     settings: EngineSettings,
     communicator: Box<dyn Communicator>,
+    pipeline: Option<PipelineConfig>,
     optimizer_tier: MemoryTier,
     weights_tier: MemoryTier,
     loss_scaler: Option<LossScaler>,
@@ -55,6 +59,7 @@ impl EngineConfig {
                 overlap: true,
             },
             communicator: Box::new(Solo),
+            pipeline: None,
             optimizer_tier: MemoryTier::Device,
             weights_tier: MemoryTier::Device,
             loss_scaler: None,
@@ -76,6 +81,12 @@ impl EngineConfig {
     /// Makes the engine one rank of a world.
     pub fn with_communicator(self, communicator: Box<dyn Communicator>) -> Self {
         Self { communicator, ..self }
+    }
+
+    /// Divides the model into the stages of a pipeline; the ranks of the world must be a multiple of those of a
+    /// pipeline. In a pipeline ZeRO divides among the replicas of a stage.
+    pub fn with_pipeline(self, pipeline: PipelineConfig) -> Self {
+        Self { pipeline: Some(pipeline), ..self }
     }
 
     /// Sets what is sharded among the ranks, and the bucket size.
@@ -121,23 +132,28 @@ impl EngineConfig {
     ///
     /// # Errors
     /// Returns [`ConfigError::InvalidValue`] for settings that cannot work and for optimizer states off the device of
-    /// an optimizer that cannot run on the host, [`Error::Io`] if a file of states or weights cannot be created or
-    /// written.
+    /// an optimizer that cannot run on the host, [`Error::Pipeline`] for a pipeline that does not exist, [`Error::Io`] if
+    /// a file of states or weights cannot be created or written, and a communication error if a rank is lost.
     pub fn init<B: AutodiffBackend, M: TrainSegments<B>>(self, model: M) -> Result<Engine<B, M>, Error> {
-        self.build(|sharding, communicator, tier| ShardingState::new(model, sharding, communicator, tier))
+        let segments = Segments::segments(&model);
+        self.build(segments, |sharding, axes, tier| ShardingState::new(model, sharding, axes, tier))
     }
 
-    /// Creates the engine with the model and the sharding that `shard` returns.
+    /// Creates the engine with the model and the sharding that `shard` returns, for a model of so many segments.
     pub(super) fn build<B: AutodiffBackend, M: TrainSegments<B>, E: From<Error>>(
         self,
-        shard: impl FnOnce(Sharding, &AsyncCommunicator, &MemoryTier) -> Result<(M, ShardingState<B>), E>,
+        segments: usize,
+        shard: impl FnOnce(Sharding, Axes<'_>, &MemoryTier) -> Result<(M, ShardingState<B>), E>,
     ) -> Result<Engine<B, M>, E> {
-        let Self { settings, communicator, optimizer_tier, weights_tier, loss_scaler } = self;
+        let Self { settings, communicator, pipeline, optimizer_tier, weights_tier, loss_scaler } = self;
         settings.check()?;
-        let communicator = AsyncCommunicator::new(communicator);
+        let pipeline = pipeline.unwrap_or_else(|| PipelineConfig::one_stage(segments));
+        pipeline.check(segments, settings.sharding.stage)?;
+        let (communicator, pipeline) = PipelineAxis::split(communicator, pipeline)?;
         let states = OptimizerStates::new(settings.optimizer, &optimizer_tier, &communicator)?;
-        let (model, sharded) = shard(settings.sharding, &communicator, &weights_tier)?;
-        Ok(Engine { model, settings, communicator, sharded, states, loss_scaler, steps: 0 })
+        let axes = Axes { data: &communicator, pipeline: &pipeline };
+        let (model, sharded) = shard(settings.sharding, axes, &weights_tier)?;
+        Ok(Engine { model, settings, communicator, pipeline, sharded, states, loss_scaler, steps: 0 })
     }
 }
 

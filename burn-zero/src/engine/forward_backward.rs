@@ -1,6 +1,6 @@
-//! The forward and backward pass of a micro-batch, and the two uses of its gradients: they are accumulated for a later
-//! optimizer step, or, with the last micro-batch of a step, the parameters are updated during the backward pass
-//! (optimizer in backward).
+//! The forward and backward passes of a step's micro-batches, and the two uses of their gradients: they are accumulated
+//! for a later optimizer step, or, with the last micro-batch of a step, the parameters are updated during the backward
+//! pass (optimizer in backward).
 //!
 //! ```text
 //!  compute                  ─ backward 3 ──┬─ backward 2 ──┬─ backward 1 ──┬─ backward 0 ──┬─ …
@@ -13,7 +13,8 @@
 //! point on every rank, so that all ranks submit the same collectives in the same order.
 
 use super::{
-    Engine, ShardingState, TrainStepOutput,
+    Engine, EngineSettings, ShardingState, TrainStepOutput,
+    stages::PipelineAxis,
     step::{add_gradient_squares, reduce_gradient_stats, retain_present},
     update::UpdatePipeline,
 };
@@ -23,187 +24,223 @@ use crate::{
     gather::{GatheredModel, ReplicatedModel, ShardContext, WeightShards, WeightStore},
     norm::ExactSum,
     optimizer::Hyperparameters,
+    pipeline::{Executed, Executor, Instruction, Program},
     reduce::GradientReducer,
-    segment::{self, Checkpointing, DynTensor, Gradient, Segments, TrainSegments},
+    segment::{AfterBackward, BackwardPlan, Driver, DynTensor, Gradient, Segments, TrainSegments, WeightProvider},
     stage::ZeroStage,
 };
 use burn::tensor::backend::{AutodiffBackend, Backend};
 use std::collections::VecDeque;
 
 impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
-    /// Takes an optimizer step of one micro-batch; returns the sum of this rank's loss before the step. It is
-    /// [`Engine::forward_backward_step`] for callers that do not need the report.
+    /// Takes an optimizer step of all its micro-batches; returns the loss and the report of the step. It is
+    /// [`Engine::forward_backward`] followed by [`Engine::step`], and the parameters are bit for bit those of the two.
     ///
-    /// # Errors
-    /// Returns the errors of [`Engine::forward_backward_step`].
-    pub fn train_step(&mut self, batch: &<M as Segments<B>>::Batch, learning_rate: f64) -> Result<f64, Error> {
-        self.forward_backward_step(batch, learning_rate).map(|output| output.loss)
-    }
-
-    /// Runs the forward and backward pass of one micro-batch and accumulates its gradients; returns the sum of this
-    /// rank's loss.
-    ///
-    /// The loss weights in `batch` must already be divided by the number of target tokens of the whole step, over all
-    /// ranks and micro-batches. The sum of the gradients is then the gradient of the step, whatever the sizes of the
-    /// micro-batches. Gradients are accumulated in f32.
-    ///
-    /// # Errors
-    /// Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error if a rank is lost; the
-    /// gradients are incomplete then.
-    pub fn forward_backward(&mut self, batch: &<M as Segments<B>>::Batch) -> Result<f64, Error> {
-        let Self { model, settings, communicator, sharded, states, .. } = self;
-        let ShardingState { layout, device, reducer, weights } = sharded;
-        let context = ShardContext { layout, communicator, device };
-        // With one rank a reduction is the identity, so it can wait until the step, unless it moves gradients off the
-        // device.
-        let gradients_sharded = settings.sharding.stage >= ZeroStage::Gradients;
-        let reduce_in_backward = if communicator.world_size() > 1 { gradients_sharded } else { states.host.is_some() };
-        let pass = ForwardBackward {
-            context,
-            weights: weights.as_mut(),
-            checkpointing: settings.checkpointing,
-            prefetch: usize::from(settings.overlap),
-        };
-        let mut sink = GradientAccumulation { reducer, context, reduce_in_backward, overlap: settings.overlap };
-        let (loss, gathered) = pass.run(model, batch, &mut sink)?;
-        reducer.peak.gathered = reducer.peak.gathered.max(gathered);
-        Ok(self.unscaled_loss(loss))
-    }
-
-    /// Runs the last micro-batch of a step and the optimizer step; returns the loss and the report of the step. The
-    /// parameters are bit for bit those of [`Engine::forward_backward`] followed by [`Engine::step`].
-    ///
-    /// Without clipping and without a loss scaler the first update does not have to wait for all gradients. A bucket is
-    /// then updated as soon as the backward pass has left the first segment that uses it, and its gradients are freed.
-    /// So the gradients of the whole model never exist at once, provided that this is the only micro-batch of the step
-    /// or that gradients are sharded. If the optimizer states are off the device, updates overlap with the backward
-    /// pass, as in ZeRO-Offload (arXiv:2101.06840). That holds for every stage, world size and optimizer. With clipping
-    /// or a loss scaler this method makes the two calls.
+    /// Without clipping, without a loss scaler and without a pipeline, the first update does not have to wait for all
+    /// gradients. A bucket is then updated as soon as the backward pass of the last micro-batch has left the first
+    /// segment that uses it, and its gradients are freed. So the gradients of the whole model never exist at once,
+    /// provided that the step has one micro-batch or that gradients are sharded. If the optimizer states are off the
+    /// device, updates overlap with the backward pass, as in ZeRO-Offload (arXiv:2101.06840). That holds for every
+    /// stage, world size and optimizer.
     ///
     /// # Errors
     /// Returns the errors of the two methods. One case differs: where updates have already begun,
     /// [`NumericError::NotFinite`] comes after the fact. Model and moments then hold values that are not finite, and
     /// training can only continue from a checkpoint.
-    pub fn forward_backward_step(
+    pub fn train_step(
         &mut self,
-        batch: &<M as Segments<B>>::Batch,
+        micro_batches: &[<M as Segments<B>>::Batch],
         learning_rate: f64,
     ) -> Result<TrainStepOutput, Error> {
-        if self.settings.max_grad_norm.is_some() || self.loss_scaler.is_some() {
-            let loss = self.forward_backward(batch)?;
+        if self.settings.max_grad_norm.is_some() || self.loss_scaler.is_some() || !self.pipeline.is_one_stage() {
+            let loss = self.forward_backward(micro_batches)?;
             return Ok(TrainStepOutput { loss, report: self.step(learning_rate)? });
         }
         let mut reducer = self.sharded.take_gradients();
-        let result = self.optimizer_in_backward(batch, &mut reducer, learning_rate);
+        let result = self.optimizer_in_backward(micro_batches, &mut reducer, learning_rate);
         self.sharded.reducer.peak = reducer.peak;
         result
     }
 
+    /// Runs the forward and backward passes of micro-batches and accumulates their gradients; returns the sum of this
+    /// rank's losses, which is 0 on a rank without the last stage of the pipeline.
+    ///
+    /// The loss weights in the batches must already be divided by the number of target tokens of the whole step, over
+    /// all ranks and micro-batches. The sum of the gradients is then the gradient of the step, whatever the sizes of the
+    /// micro-batches. Gradients are accumulated in f32. In a pipeline all micro-batches of a step belong into one call,
+    /// because the pipeline is empty before and after it, and every rank of the pipeline passes the same micro-batches.
+    ///
+    /// # Errors
+    /// Returns [`CommError::Lost`](crate::CommError::Lost) or another communication error if a rank is lost; the
+    /// gradients are incomplete then. Returns [`Error::Pipeline`] if the schedule does not exist for this number of
+    /// micro-batches.
+    pub fn forward_backward(&mut self, micro_batches: &[<M as Segments<B>>::Batch]) -> Result<f64, Error> {
+        let program = self.pipeline.program(micro_batches.len())?;
+        let plan = BackwardPlan::new::<B, M>(&self.model);
+        let Self { model, settings, communicator, pipeline, sharded, states, .. } = self;
+        let ShardingState { layout, device, reducer, weights, .. } = sharded;
+        let context = ShardContext { layout, communicator, device };
+        let reduce_in_backward = reduces_in_backward(settings.sharding.stage, communicator, states.host.is_some());
+        let passes = Passes { context, weights: weights.as_mut(), pipeline, plan: &plan, settings };
+        let mut sink = GradientAccumulation { reducer, context, reduce_in_backward, overlap: settings.overlap };
+        let (executed, gathered) = passes.run(model, &program, micro_batches, &mut sink)?;
+        reducer.peak.gathered = reducer.peak.gathered.max(gathered);
+        reducer.peak.deferred = reducer.peak.deferred.max(executed.deferred_bytes);
+        Ok(self.unscaled_loss(executed))
+    }
+
+    /// Computes the losses of micro-batches without gradients; returns their sum on this rank, which is 0 on a rank
+    /// without the last stage of the pipeline.
+    ///
+    /// # Errors
+    /// Returns the errors of [`Engine::forward_backward`].
+    pub fn losses(&mut self, micro_batches: &[<M as Segments<B>>::Batch]) -> Result<f64, Error> {
+        let program = self.pipeline.forward_program(micro_batches.len())?;
+        let plan = BackwardPlan::forward_only(Segments::segments(&self.model));
+        let Self { model, settings, communicator, pipeline, sharded, .. } = self;
+        let ShardingState { layout, device, weights, .. } = sharded;
+        let context = ShardContext { layout, communicator, device };
+        let passes = Passes { context, weights: weights.as_mut(), pipeline, plan: &plan, settings };
+        let (executed, _) = passes.run(model, &program, micro_batches, &mut NoGradients)?;
+        Ok(self.unscaled_loss(executed))
+    }
+
     fn optimizer_in_backward(
         &mut self,
-        batch: &<M as Segments<B>>::Batch,
+        micro_batches: &[<M as Segments<B>>::Batch],
         reducer: &mut GradientReducer<B::InnerBackend>,
         learning_rate: f64,
     ) -> Result<TrainStepOutput, Error> {
-        let Self { model, settings, communicator, sharded, states, .. } = self;
+        let program = self.pipeline.program(micro_batches.len())?;
+        let plan = BackwardPlan::new::<B, M>(&self.model);
+        let Self { model, settings, communicator, pipeline, sharded, states, .. } = self;
         let ShardingState { layout, device, weights, .. } = sharded;
         let context = ShardContext { layout, communicator, device };
-        let pass = ForwardBackward {
-            context,
-            weights: weights.as_mut(),
-            checkpointing: settings.checkpointing,
-            prefetch: usize::from(settings.overlap),
-        };
-        let needs_transfer = communicator.world_size() > 1 || states.host.is_some();
+        let passes = Passes { context, weights: weights.as_mut(), pipeline, plan: &plan, settings };
+        let offloaded = states.host.is_some();
+        let reduce_in_backward = reduces_in_backward(settings.sharding.stage, communicator, offloaded);
+        let accumulation = GradientAccumulation { reducer, context, reduce_in_backward, overlap: settings.overlap };
         let weight_decay = settings.optimizer.weight_decay();
         let hyperparameters = Hyperparameters { lr: learning_rate, weight_decay, grad_scale: 1.0 };
-        let updates = UpdatePipeline::new(settings, states, context, hyperparameters);
-        let (ready, squared_norm) = (VecDeque::new(), ExactSum::default());
-        let mut sink = OptimizerInBackward { reducer, updates, needs_transfer, ready, squared_norm };
-        let (loss, gathered) = pass.run(model, batch, &mut sink)?;
+        let mut sink = OptimizerInBackward {
+            accumulation,
+            last_micro_batch: micro_batches.len() - 1,
+            updates: UpdatePipeline::new(settings, states, context, hyperparameters),
+            needs_transfer: communicator.world_size() > 1 || offloaded,
+            ready: VecDeque::new(),
+            squared_norm: ExactSum::default(),
+        };
+        let (executed, gathered) = passes.run(model, &program, micro_batches, &mut sink)?;
         let squared_norm = sink.squared_norm;
         reducer.peak.gathered = reducer.peak.gathered.max(gathered);
-        let norm = reduce_gradient_stats(context, &squared_norm, &[])?.norm;
+        let norm = reduce_gradient_stats(context, &self.pipeline, &squared_norm, &[])?.norm;
         let report = self.finish_step(norm, false)?;
         if !norm.is_finite() {
             return Err(NumericError::NotFinite { step: self.steps - 1, norm }.into());
         }
-        Ok(TrainStepOutput { loss: self.unscaled_loss(loss), report })
+        Ok(TrainStepOutput { loss: self.unscaled_loss(executed), report })
     }
 
-    /// Returns the sum of a loss, with the loss scale divided out.
-    fn unscaled_loss(&self, loss: DynTensor<B::InnerBackend>) -> f64 {
-        let sum: f64 = loss.flatten().into_data().iter::<f64>().sum();
-        sum / self.loss_scale()
+    /// Returns the sum of the losses, with the loss scale divided out.
+    fn unscaled_loss(&self, executed: Executed<B::InnerBackend>) -> f64 {
+        let sum = |loss: DynTensor<B::InnerBackend>| loss.flatten().into_data().iter::<f64>().sum::<f64>();
+        executed.losses.into_iter().map(|loss| sum(loss) / self.loss_scale()).sum()
     }
 }
 
-/// Receives the gradients of a micro-batch, segment by segment.
+/// Returns true if buckets are reduced during every backward pass. With one rank a reduction is the identity, so it can
+/// wait until the step, unless it moves gradients off the device.
+fn reduces_in_backward(stage: ZeroStage, communicator: &AsyncCommunicator, offloaded: bool) -> bool {
+    if communicator.world_size() > 1 { stage >= ZeroStage::Gradients } else { offloaded }
+}
+
+/// Receives the gradients of micro-batches, segment by segment.
 trait GradientSink<B: Backend> {
     /// Takes the gradients of a segment after its backward pass.
     fn post_backward(
         &mut self,
         store: &mut dyn WeightStore<B>,
-        segment: usize,
+        after: AfterBackward,
         found: Vec<Gradient<B>>,
     ) -> Result<(), Error>;
 
-    /// Called once when the backward pass has ended.
+    /// Called once when all backward passes have ended.
     fn finish(&mut self, store: &mut dyn WeightStore<B>) -> Result<(), Error>;
 }
 
-/// The forward and backward pass of one micro-batch.
-struct ForwardBackward<'a, B: AutodiffBackend> {
+/// The sink of forward passes alone.
+struct NoGradients;
+
+impl<B: Backend> GradientSink<B> for NoGradients {
+    fn post_backward(
+        &mut self,
+        _: &mut dyn WeightStore<B>,
+        _: AfterBackward,
+        _: Vec<Gradient<B>>,
+    ) -> Result<(), Error> {
+        Ok(())
+    }
+
+    fn finish(&mut self, _: &mut dyn WeightStore<B>) -> Result<(), Error> {
+        Ok(())
+    }
+}
+
+/// The passes of a step's micro-batches on this rank.
+struct Passes<'a, B: AutodiffBackend> {
     context: ShardContext<'a, B::InnerBackend>,
     /// The weight shards of stage 3; none if all weights are in the model.
     weights: Option<&'a mut WeightShards<B::InnerBackend>>,
-    checkpointing: Checkpointing,
-    /// The number of segments for which weights are prefetched.
-    prefetch: usize,
+    pipeline: &'a PipelineAxis,
+    plan: &'a BackwardPlan,
+    settings: &'a EngineSettings,
 }
 
-impl<B: AutodiffBackend> ForwardBackward<'_, B> {
-    /// Returns the loss and the largest number of bytes of gathered weights.
+impl<B: AutodiffBackend> Passes<'_, B> {
+    /// Returns the losses and the largest number of bytes of gathered weights.
     fn run<M: TrainSegments<B>>(
         self,
         model: &mut M,
-        batch: &<M as Segments<B>>::Batch,
+        program: &Program,
+        micro_batches: &[<M as Segments<B>>::Batch],
         sink: &mut dyn GradientSink<B::InnerBackend>,
-    ) -> Result<(DynTensor<B::InnerBackend>, usize), Error> {
-        let Self { context, weights, checkpointing, prefetch } = self;
+    ) -> Result<(Executed<B::InnerBackend>, usize), Error> {
+        let Self { context, weights, pipeline, plan, settings } = self;
+        let driver = Driver { plan, checkpointing: settings.checkpointing, trace: context.communicator.trace() };
+        let stages = pipeline.stage_view(program);
+        let executor = Executor::new(driver, stages, micro_batches, &pipeline.communicator, context.device);
+        let instructions = &program.ranks[stages.rank];
         match weights {
             None => {
                 let mut replicated = ReplicatedModel::take_from(model, context);
-                let loss = run_segments(&mut replicated, batch, checkpointing, context.communicator, sink);
-                Ok((replicated.put_back(model, loss)?, 0))
+                let executed = execute(executor, instructions, &mut replicated, sink);
+                Ok((replicated.put_back(model, executed)?, 0))
             }
             Some(weights) => {
-                let mut gathered = GatheredModel::new(model.clone(), weights, context, checkpointing, prefetch);
-                let loss = run_segments(&mut gathered, batch, checkpointing, context.communicator, sink)?;
-                Ok((loss, gathered.peak_bytes))
+                let prefetch = usize::from(settings.overlap);
+                let mut gathered = GatheredModel::new(model.clone(), weights, context, driver, prefetch);
+                let executed = execute(executor, instructions, &mut gathered, sink)?;
+                Ok((executed, gathered.peak_bytes))
             }
         }
     }
 }
 
-fn run_segments<B, M, S>(
+fn execute<B, M, S>(
+    executor: Executor<'_, B, M>,
+    instructions: &[Instruction],
     source: &mut S,
-    batch: &<M as Segments<B>>::Batch,
-    checkpointing: Checkpointing,
-    communicator: &AsyncCommunicator,
     sink: &mut dyn GradientSink<B::InnerBackend>,
-) -> Result<DynTensor<B::InnerBackend>, Error>
+) -> Result<Executed<B::InnerBackend>, Error>
 where
     B: AutodiffBackend,
     M: TrainSegments<B>,
-    S: segment::WeightProvider<M> + WeightStore<B::InnerBackend>,
+    S: WeightProvider<M> + WeightStore<B::InnerBackend>,
 {
-    let trace = communicator.trace();
-    let mut hook = |source: &mut S, segment, found| sink.post_backward(source, segment, found);
-    let drive = || segment::forward_backward_with::<B, M, S>(source, batch, checkpointing, trace, &mut hook);
-    let loss = trace.span("micro-batch", Lane::Compute, drive)?;
+    let mut hook = |source: &mut S, after, found| sink.post_backward(source, after, found);
+    let executed = executor.run(instructions, source, &mut hook)?;
     sink.finish(source)?;
-    Ok(loss)
+    Ok(executed)
 }
 
 /// Accumulates gradients for a later optimizer step.
@@ -219,13 +256,13 @@ impl<B: Backend> GradientSink<B> for GradientAccumulation<'_, B> {
     fn post_backward(
         &mut self,
         _: &mut dyn WeightStore<B>,
-        segment: usize,
+        after: AfterBackward,
         found: Vec<Gradient<B>>,
     ) -> Result<(), Error> {
         let ShardContext { layout, communicator, .. } = self.context;
         self.reducer.accumulate(layout, found);
-        if self.reduce_in_backward {
-            self.reducer.reduce_ready_after(layout, segment, communicator)?;
+        if self.reduce_in_backward && after.complete {
+            self.reducer.reduce_ready_after(layout, after.segment, communicator)?;
             if !self.overlap {
                 self.reducer.wait_all(layout)?;
             }
@@ -238,9 +275,10 @@ impl<B: Backend> GradientSink<B> for GradientAccumulation<'_, B> {
     }
 }
 
-/// Updates parameters during the backward pass (optimizer in backward).
+/// Updates parameters during the backward pass of the last micro-batch (optimizer in backward).
 struct OptimizerInBackward<'a, B: AutodiffBackend> {
-    reducer: &'a mut GradientReducer<B::InnerBackend>,
+    accumulation: GradientAccumulation<'a, B::InnerBackend>,
+    last_micro_batch: usize,
     updates: UpdatePipeline<'a, B>,
     /// True if gradients are sent to other ranks or to the host.
     needs_transfer: bool,
@@ -255,10 +293,11 @@ impl<B: AutodiffBackend> OptimizerInBackward<'_, B> {
     fn mark_ready(&mut self, index: usize) -> Result<(), Error> {
         let ShardContext { layout, communicator, .. } = self.updates.context;
         if self.needs_transfer {
-            self.reducer.reduce(layout, index, communicator)?;
+            self.accumulation.reducer.reduce(layout, index, communicator)?;
         }
         let parameters = layout.buckets[index].parameters();
-        let flags: Vec<u8> = parameters.map(|index| u8::from(self.reducer.has_gradient()[index])).collect();
+        let flags: Vec<u8> =
+            parameters.map(|index| u8::from(self.accumulation.reducer.has_gradient()[index])).collect();
         self.ready.push_back((index, communicator.submit("share", move |group| group.all_gather_object(&flags))));
         Ok(())
     }
@@ -269,13 +308,13 @@ impl<B: AutodiffBackend> OptimizerInBackward<'_, B> {
         while self.ready.len() > max_waiting {
             let Some((index, flags)) = self.ready.pop_front() else { return Ok(()) };
             let gradient_device = self.updates.states.host.is_none().then_some(device);
-            let gradients = self.reducer.take_bucket(layout, index, gradient_device)?;
+            let gradients = self.accumulation.reducer.take_bucket(layout, index, gradient_device)?;
             add_gradient_squares(&mut self.squared_norm, &gradients, device);
             let flags = flags.wait()?;
             let slot = |parameter| layout.buckets[index].parameters().position(|other| other == parameter);
             let present = |parameter| slot(parameter).is_some_and(|slot| flags.iter().any(|flags| flags[slot] != 0));
             self.updates.update_bucket(store, index, retain_present(gradients, present))?;
-            self.reducer.updating_bytes = self.updates.gradient_bytes();
+            self.accumulation.reducer.updating_bytes = self.updates.gradient_bytes();
         }
         Ok(())
     }
@@ -285,13 +324,16 @@ impl<B: AutodiffBackend> GradientSink<B::InnerBackend> for OptimizerInBackward<'
     fn post_backward(
         &mut self,
         store: &mut dyn WeightStore<B::InnerBackend>,
-        segment: usize,
+        after: AfterBackward,
         found: Vec<Gradient<B::InnerBackend>>,
     ) -> Result<(), Error> {
+        if after.micro_batch != self.last_micro_batch {
+            return self.accumulation.post_backward(store, after, found);
+        }
         let layout = self.updates.context.layout;
-        self.reducer.accumulate(layout, found);
+        self.accumulation.reducer.accumulate(layout, found);
         let max_waiting = usize::from(self.needs_transfer && self.updates.settings.overlap);
-        for index in layout.buckets_ready_after(segment) {
+        for index in layout.buckets_ready_after(after.segment) {
             self.mark_ready(index)?;
             self.update_ready(store, max_waiting)?;
         }

@@ -1,11 +1,11 @@
 //! Engines for models that are loaded part by part, so that no rank ever holds all weights (stage 3).
 
-use super::{Engine, EngineConfig, ShardingState};
+use super::{Engine, EngineConfig, ShardingState, stages::Axes};
 use crate::{
     ConfigError, Error,
-    comm::AsyncCommunicator,
     gather::WeightShards,
     offload::MemoryTier,
+    reduce::GradientReducer,
     segment::{Segments, TrainSegments},
     sharding::{RankInfo, ShardLayout, Sharding, device_of},
     stage::ZeroStage,
@@ -35,9 +35,10 @@ impl EngineConfig {
         parts: &[Range<usize>],
         load: impl FnMut(Range<usize>) -> Result<M, E>,
     ) -> Result<Engine<B, M>, E> {
-        check_parts(parts, Segments::segments(&skeleton))?;
-        self.build(|sharding, communicator, tier| {
-            let rank = RankInfo::from(communicator);
+        let segments = Segments::segments(&skeleton);
+        check_parts(parts, segments)?;
+        self.build(segments, |sharding, axes, tier| {
+            let rank = RankInfo::from(axes.data);
             ShardingState::in_parts(PartwiseModel { skeleton, parts, load, sharding, rank }, tier)
         })
     }
@@ -72,7 +73,7 @@ impl<B: AutodiffBackend> ShardingState<B> {
             let error = ConfigError::invalid_value("zero_stage", "3 for a model that is loaded in parts", found);
             return Err(Error::from(error).into());
         }
-        let mut whole = ShardLayout::new::<B, M>(&skeleton, sharding, rank);
+        let mut whole = ShardLayout::new::<B, M>(&skeleton, sharding, rank, |_| Some(0));
         let device = device_of::<B, M>(&skeleton);
         let mut weights = WeightShards::new(tier, rank)?;
         let mut integers = IntegerParameters::<B> { values: HashMap::new() };
@@ -83,37 +84,29 @@ impl<B: AutodiffBackend> ShardingState<B> {
             drop(weights.add(part, &layout, &device)?);
         }
         let layout = ShardLayout::from_parameters(whole.parameters, sharding, rank, whole.num_segments);
-        Ok((skeleton.map(&mut integers), Self::with_weights(layout, device, Some(weights))))
+        let (reducer, tied) = (GradientReducer::new(&layout), Vec::new());
+        Ok((skeleton.map(&mut integers), Self { layout, device, reducer, weights: Some(weights), tied }))
     }
 
-    /// Returns the state of a model with this layout at the start of a step.
-    pub(super) fn with_weights(
-        layout: ShardLayout,
-        device: burn::tensor::Device<B::InnerBackend>,
-        weights: Option<WeightShards<B::InnerBackend>>,
-    ) -> Self {
-        let reducer = crate::reduce::GradientReducer::new(&layout);
-        Self { layout, device, reducer, weights }
-    }
-}
-
-impl<B: AutodiffBackend> ShardingState<B> {
-    /// Shards a model; in stage 3 this rank's weight shards are taken out of it and kept in `tier`.
+    /// Shards a model: the parameters of other stages are dropped, and in stage 3 this rank's weight shards are taken out
+    /// of it and kept in `tier`.
     pub(super) fn new<M: TrainSegments<B>>(
         model: M,
         sharding: Sharding,
-        communicator: &AsyncCommunicator,
+        axes: Axes<'_>,
         tier: &MemoryTier,
     ) -> Result<(M, Self), Error> {
-        let rank = RankInfo::from(communicator);
-        let layout = ShardLayout::new::<B, M>(&model, sharding, rank);
+        let (rank, pipeline) = (RankInfo::from(axes.data), axes.pipeline);
+        let layout = ShardLayout::new::<B, M>(&model, sharding, rank, |segment| pipeline.own_chunk(segment));
         let device = device_of::<B, M>(&model);
+        let (model, tied) = (pipeline.keep_own(model, &layout), pipeline.tied_parameters(&layout));
+        let reducer = GradientReducer::new(&layout);
         if sharding.stage != ZeroStage::Weights {
-            return Ok((model, Self::with_weights(layout, device, None)));
+            return Ok((model, Self { layout, device, reducer, weights: None, tied }));
         }
         let mut weights = WeightShards::new(tier, rank)?;
         let placeholders = weights.add(model, &layout, &device)?;
-        Ok((placeholders, Self::with_weights(layout, device, Some(weights))))
+        Ok((placeholders, Self { layout, device, reducer, weights: Some(weights), tied }))
     }
 }
 

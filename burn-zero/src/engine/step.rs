@@ -1,6 +1,6 @@
 //! The optimizer step that runs once all gradients have been accumulated.
 
-use super::{Engine, ShardingState, StepReport, update::UpdatePipeline};
+use super::{Engine, ShardingState, StepReport, stages::PipelineAxis, update::UpdatePipeline};
 use crate::{
     Error, NumericError,
     comm::{Collectives, Lane},
@@ -37,13 +37,20 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// if a rank is lost; the model is incomplete then.
     pub fn step(&mut self, learning_rate: f64) -> Result<StepReport, Error> {
         let trace = self.communicator.trace().clone();
-        trace.span("step", Lane::Compute, || self.step_after_backward(learning_rate))
+        trace.span("step", Lane::Compute, || {
+            self.reduce_tied_gradients()?;
+            let report = self.step_after_backward(learning_rate)?;
+            if !report.skipped {
+                self.send_tied_weights()?;
+            }
+            Ok(report)
+        })
     }
 
     fn step_after_backward(&mut self, learning_rate: f64) -> Result<StepReport, Error> {
         let reducer = self.sharded.take_gradients();
         let has_gradient = reducer.has_gradient().to_vec();
-        let Self { model, settings, communicator, sharded, states, loss_scaler, steps } = self;
+        let Self { model, settings, communicator, pipeline, sharded, states, loss_scaler, steps, .. } = self;
         let ShardingState { layout, device, weights, .. } = sharded;
         let context = ShardContext { layout, communicator, device };
         // If the optimizer states are on the host, the gradients stay there.
@@ -51,7 +58,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         let reduced = reducer.finish(context.layout, settings.sharding.stage, communicator, gradient_device)?;
         let mut sum = ExactSum::default();
         reduced.values().for_each(|gradients| add_gradient_squares(&mut sum, gradients, context.device));
-        let GradientStats { norm, has_gradient } = reduce_gradient_stats(context, &sum, &has_gradient)?;
+        let GradientStats { norm, has_gradient } = reduce_gradient_stats(context, pipeline, &sum, &has_gradient)?;
         let scale = loss_scaler.map_or(1.0, |scaler| scaler.scale());
         let (norm, unscale) = (norm / scale, 1.0 / scale);
         let finite = norm.is_finite();
@@ -86,10 +93,12 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     }
 }
 
-/// Computes the global norm over all shards from this rank's sum of squares, and which parameters had a gradient on any
-/// rank. If optimizer states are not sharded, all ranks hold the same sum and only that of rank 0 counts.
+/// Computes the global norm over all shards and stages from this rank's sum of squares, and which parameters of this
+/// stage had a gradient on any rank. If optimizer states are not sharded, all ranks of a stage hold the same sum and only
+/// that of the first counts.
 pub(super) fn reduce_gradient_stats<B: Backend>(
     context: ShardContext<'_, B>,
+    pipeline: &PipelineAxis,
     sum: &ExactSum,
     has_gradient: &[bool],
 ) -> Result<GradientStats, Error> {
@@ -104,7 +113,7 @@ pub(super) fn reduce_gradient_stats<B: Backend>(
         }
         any.iter_mut().zip(flags).for_each(|(any, &flag)| *any |= flag != 0);
     }
-    Ok(GradientStats { norm: total.value().sqrt(), has_gradient: any })
+    Ok(GradientStats { norm: pipeline.merge(&total)?.value().sqrt(), has_gradient: any })
 }
 
 /// Adds the squares of a bucket's gradients to `sum`.

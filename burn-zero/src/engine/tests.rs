@@ -59,9 +59,11 @@ fn gradients(engine: &ToyEngine) -> Vec<f64> {
 fn unequal_micro_batches_add_up_to_one_batch() {
     let _alone = backward_lock();
     let (mut parts, mut whole) = (engine(toy(), None), engine(toy(), None));
-    let loss =
-        [(0, 5), (5, 20)].map(|(a, b)| parts.forward_backward(&ToyBatch::new(a, b, 13.0)).unwrap()).iter().sum::<f64>();
-    let expected = whole.forward_backward(&ToyBatch::new(0, 20, 13.0)).unwrap();
+    let batches = [(0, 5), (5, 20)].map(|(a, b)| ToyBatch::new(a, b, 13.0));
+    let whole_batch = [ToyBatch::new(0, 20, 13.0)];
+    let loss = parts.forward_backward(&batches).unwrap();
+    let expected = whole.forward_backward(&whole_batch).unwrap();
+    assert_eq!((parts.losses(&batches).unwrap(), whole.losses(&whole_batch).unwrap()), (loss, expected));
     assert!((loss - expected).abs() < 1e-6 * expected, "{loss} against {expected}");
     let (parts, whole) = (gradients(&parts), gradients(&whole));
     let largest = whole.iter().fold(0f64, |a, b| a.max(b.abs()));
@@ -74,7 +76,7 @@ fn unequal_micro_batches_add_up_to_one_batch() {
 #[test]
 fn gradients_are_clipped_by_their_global_norm() {
     let _alone = backward_lock();
-    let (batch, start) = (ToyBatch::new(0, 20, 1.0), toy());
+    let (batch, start) = ([ToyBatch::new(0, 20, 1.0)], toy());
     let mut reference = engine(start.clone(), None);
     reference.forward_backward(&batch).unwrap();
     let norm = gradients(&reference).iter().map(|g| g * g).sum::<f64>().sqrt();
@@ -99,12 +101,12 @@ fn gradients_are_clipped_by_their_global_norm() {
 #[test]
 fn a_step_changes_what_is_trainable_and_nothing_else() {
     let _alone = backward_lock();
-    let batch = ToyBatch::new(0, 20, 13.0);
+    let batch = [ToyBatch::new(0, 20, 13.0)];
     let mut engine = engine(frozen(&["embed", "up_bias"]), Some(1.0));
     let before = parameter_snapshot(engine.model());
     let mut losses = vec![];
     for _ in 0..3 {
-        losses.push(engine.train_step(&batch, 1e-2).unwrap());
+        losses.push(engine.train_step(&batch, 1e-2).unwrap().loss);
     }
     assert!(losses[2] < losses[1] && losses[1] < losses[0], "{losses:?}");
     assert_eq!((engine.steps(), engine.states.device.len(), engine.world()), (3, 3, 1));
@@ -122,7 +124,7 @@ fn vectors_do_not_decay() {
     let config = EngineConfig::new(AdamW { weight_decay: 0.2, ..AdamW::default() });
     let (up, bias) = (model.up.val().into_data(), model.up_bias.val().into_data());
     let mut engine = config.init(model).unwrap();
-    engine.forward_backward(&ToyBatch::new(0, 1, 1.0)).unwrap();
+    engine.forward_backward(&[ToyBatch::new(0, 1, 1.0)]).unwrap();
     assert_eq!(engine.step(lr).unwrap().grad_norm, 0.0);
     let model = engine.into_model().unwrap();
     assert_eq!(model.up_bias.val().into_data(), bias);
@@ -136,12 +138,12 @@ fn a_gradient_that_is_not_finite_leaves_everything_as_it_was() {
     let _alone = backward_lock();
     let mut engine = engine(toy(), Some(1.0));
     let before = parameter_snapshot(engine.model());
-    engine.forward_backward(&ToyBatch::new(0, 20, 0.0)).unwrap();
+    engine.forward_backward(&[ToyBatch::new(0, 20, 0.0)]).unwrap();
     let error = engine.step(1e-3).unwrap_err();
     assert!(matches!(error, Error::Numeric(crate::NumericError::NotFinite { step: 0, .. })), "{error}");
     assert_eq!(parameter_snapshot(engine.model()), before);
     assert_eq!((engine.steps(), engine.states.device.len(), gradients(&engine).len()), (0, 0, 0));
-    engine.forward_backward(&ToyBatch::new(0, 20, 13.0)).unwrap();
+    engine.forward_backward(&[ToyBatch::new(0, 20, 13.0)]).unwrap();
     assert!(engine.step(1e-3).is_ok());
     assert!(engine.model().valid().embed.val().into_data().iter::<f64>().all(f64::is_finite));
 }

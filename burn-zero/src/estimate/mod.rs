@@ -1,7 +1,8 @@
 //! Estimates of the memory that a run needs, from parameter counts and settings alone.
 //!
 //! [`model_states`] estimates weights, gradients and optimizer states on one rank, [`LlamaShape::activations`] what the
-//! layers of a LLaMA save for the backward pass, and [`RunFootprint::peak_memory`] both together. [`zero2`] and
+//! layers of a LLaMA save for the backward pass, and [`RunFootprint::peak_memory`] both together.
+//! [`LlamaShape::segment_flops`] counts the operations by which a pipeline divides the layers. [`zero2`] and
 //! [`zero3`] are DeepSpeed's own estimates, which leave out activations.
 //!
 //! ```
@@ -18,6 +19,7 @@
 
 mod activations;
 mod deepspeed;
+mod flops;
 mod footprint;
 mod states;
 

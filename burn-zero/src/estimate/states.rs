@@ -56,8 +56,7 @@ pub struct StatePlacement {
     /// The place of the weight shards, stage 3 only; off the device, they are on it only while their segment runs.
     pub offload_param: OffloadDevice,
     /// True if the optimizer updates weights during the backward pass, so that only one bucket of gradients exists at a
-    /// time: [`Engine::forward_backward_step`](crate::Engine::forward_backward_step) with one micro-batch per step and
-    /// without clipping.
+    /// time: [`Engine::train_step`](crate::Engine::train_step) with one micro-batch per step and without clipping.
     pub optimizer_in_backward: bool,
 }
 

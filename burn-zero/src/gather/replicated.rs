@@ -3,7 +3,7 @@
 use super::{PendingGather, PutParams, ShardContext, ShardTensors, TakeParams, WeightStore, start_all_gather};
 use crate::{
     Error, bucket,
-    segment::{Direction, DynTensor, WeightProvider, detach_parameters},
+    segment::{Direction, DynTensor, PassId, WeightProvider, detach_parameters},
 };
 use burn::{
     module::{Module, ParamId},
@@ -16,9 +16,14 @@ const MAX_IN_FLIGHT: usize = 2;
 
 /// A model that has all its weights. During an update this rank's shards of a bucket are taken out of it; the updated
 /// weights of all ranks are collected and put back at the end.
+///
+/// Each pass of a micro-batch that has not finished has a model of its own, which shares the weights and not the
+/// leaves. If there is one such pass at most, there is one model, so that its weights have no other owner.
 pub(crate) struct ReplicatedModel<'a, B: AutodiffBackend, M> {
-    /// The model; none only while a mapper transforms it.
-    model: Option<M>,
+    /// The models of the passes that have not finished.
+    passes: HashMap<PassId, M>,
+    /// The model if there is no such pass.
+    idle: Option<M>,
     context: ShardContext<'a, B::InnerBackend>,
     /// Updated buckets in flight, oldest first.
     in_flight: VecDeque<(usize, PendingGather<B::InnerBackend>)>,
@@ -30,11 +35,27 @@ impl<'a, B: AutodiffBackend, M: Module<B>> ReplicatedModel<'a, B, M> {
     /// Takes the trainable weights out of a model and leaves placeholders of one element, so that the weights have no
     /// other owner.
     pub(crate) fn take_from(model: &mut M, context: ShardContext<'a, B::InnerBackend>) -> Self {
-        let full = detach_parameters(model.clone());
-        let layout = context.layout;
-        let selects = |id: ParamId| layout.parameters[layout.parameter_index[&id]].trainable;
+        let (full, layout) = (model.clone(), context.layout);
+        let selects = |id| layout.updates(id);
         *model = model.clone().map(&mut TakeParams { layout, selects, values: HashMap::new() });
-        Self { model: Some(full), context, in_flight: VecDeque::new(), updated: HashMap::new() }
+        let (passes, updated) = (HashMap::new(), HashMap::new());
+        Self { passes, idle: Some(full), context, in_flight: VecDeque::new(), updated }
+    }
+
+    /// Takes the model, or that of one of the passes.
+    fn take_model(&mut self) -> Option<M> {
+        let pass = self.passes.keys().next().copied();
+        self.idle.take().or_else(|| self.passes.remove(&pass?))
+    }
+
+    /// Replaces the only model by what `change` returns.
+    fn map_only(&mut self, change: impl FnOnce(M) -> M) {
+        assert!(self.passes.len() <= 1, "weights change while no more than one micro-batch uses them");
+        if let Some((&pass, _)) = self.passes.iter().next() {
+            self.passes = self.passes.remove(&pass).map(|model| (pass, change(model))).into_iter().collect();
+        } else {
+            self.idle = self.idle.take().map(change);
+        }
     }
 
     /// Waits until at most `max_in_flight` buckets are in flight.
@@ -52,7 +73,7 @@ impl<'a, B: AutodiffBackend, M: Module<B>> ReplicatedModel<'a, B, M> {
     pub(crate) fn put_back<R>(mut self, model: &mut M, done: Result<R, Error>) -> Result<R, Error> {
         let done = done.and_then(|done| self.drain(0).map(|()| done));
         let values = std::mem::take(&mut self.updated);
-        if let Some(full) = self.model {
+        if let Some(full) = self.take_model() {
             *model = if values.is_empty() { full } else { full.map(&mut PutParams { values }) };
         }
         done
@@ -62,8 +83,20 @@ impl<'a, B: AutodiffBackend, M: Module<B>> ReplicatedModel<'a, B, M> {
 impl<B: AutodiffBackend, M: Module<B>> WeightProvider<M> for ReplicatedModel<'_, B, M> {
     const ALWAYS_RESIDENT: bool = true;
 
-    fn model(&self) -> &M {
-        self.model.as_ref().expect("the model is absent only while a mapper transforms it")
+    fn start_pass(&mut self, pass: PassId) {
+        let model = self.idle.take().or_else(|| self.passes.values().next().cloned());
+        self.passes.extend(model.map(|model| (pass, detach_parameters(model))));
+    }
+
+    fn finish_pass(&mut self, pass: PassId) {
+        let model = self.passes.remove(&pass);
+        if self.passes.is_empty() {
+            self.idle = model;
+        }
+    }
+
+    fn model(&self, pass: PassId) -> &M {
+        &self.passes[&pass]
     }
 
     fn fetch_segment(&mut self, _: Direction, _: usize) -> Result<(), Error> {
@@ -79,7 +112,7 @@ impl<B: AutodiffBackend, M: Module<B>> WeightStore<B::InnerBackend> for Replicat
         let bucket = &layout.buckets[index];
         let selects = |id| bucket.parameters().any(|index| layout.parameters[index].id == id);
         let mut take = TakeParams { layout, selects, values: HashMap::new() };
-        self.model = self.model.take().map(|model| model.map(&mut take));
+        self.map_only(|model| model.map(&mut take));
         let mut values = take.values;
         let shards = layout.local_param_shards(bucket).into_iter().map(|shard| {
             let value = values.remove(&shard.parameter).expect("the model has every parameter of the layout");

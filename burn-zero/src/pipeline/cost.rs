@@ -14,13 +14,22 @@ pub enum SendMode {
     Buffered,
 }
 
+/// The times of the passes of one micro-batch through one stage.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct StageTimes {
+    /// The time of the forward pass.
+    pub forward: f64,
+    /// The time of the backward pass up to the gradient of the input.
+    pub backward_input: f64,
+    /// The time of the gradients of the weights. A full backward pass takes `backward_input + backward_weight`.
+    pub backward_weight: f64,
+}
+
 /// The times of a program's passes and messages, all in the same unit.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Costs {
-    /// The time of the forward pass of one micro-batch, per stage (not per rank).
-    pub forward: Vec<f64>,
-    /// The time of the backward pass of one micro-batch, per stage (not per rank).
-    pub backward: Vec<f64>,
+    /// The times of each stage (not of each rank).
+    pub stages: Vec<StageTimes>,
     /// The time of one message.
     pub message: f64,
     /// The send mode, which decides which ranks wait for a message.
@@ -29,17 +38,18 @@ pub struct Costs {
 
 impl Costs {
     /// Returns costs with equal times for all stages and with blocking messages that take no time.
-    pub fn uniform(shape: PipelineShape, forward: f64, backward: f64) -> Self {
-        let stages = shape.stages();
-        let (forward, backward) = (vec![forward; stages], vec![backward; stages]);
-        Self { forward, backward, message: 0.0, send_mode: SendMode::Blocking }
+    pub fn uniform(shape: PipelineShape, times: StageTimes) -> Self {
+        Self { stages: vec![times; shape.stages()], message: 0.0, send_mode: SendMode::Blocking }
     }
 
     /// Returns the time of one pass through `stage`.
     pub(super) fn time(&self, computation: ComputationType, stage: usize) -> f64 {
+        let StageTimes { forward, backward_input, backward_weight } = self.stages[stage];
         match computation {
-            ComputationType::Forward => self.forward[stage],
-            ComputationType::Backward => self.backward[stage],
+            ComputationType::Forward => forward,
+            ComputationType::Backward => backward_input + backward_weight,
+            ComputationType::BackwardInput => backward_input,
+            ComputationType::BackwardWeight => backward_weight,
         }
     }
 }
@@ -72,5 +82,16 @@ impl Timeline {
     pub fn bubble_fraction(&self) -> f64 {
         let busy: f64 = self.ranks.iter().flatten().map(|span| span.end - span.start).sum();
         1.0 - busy / (self.makespan() * self.ranks.len() as f64)
+    }
+
+    /// Returns the time that each rank is idle between the start of its own first pass and the end of its own last. The
+    /// papers on zero-bubble schedules mean this time; [`Timeline::bubble_fraction`] also counts the time before and
+    /// after, which a rank loses too if the step ends with a sum over all ranks.
+    pub fn idle_within(&self) -> Vec<f64> {
+        let idle = |rank: &Vec<TimedAction>| {
+            let busy: f64 = rank.iter().map(|span| span.end - span.start).sum();
+            rank.first().zip(rank.last()).map_or(0.0, |(first, last)| last.end - first.start - busy)
+        };
+        self.ranks.iter().map(idle).collect()
     }
 }

@@ -1,16 +1,16 @@
 //! The CSV format of schedules that `torch.distributed.pipelining` reads and writes and torchtitan takes as
-//! `pipeline_parallel_schedule_csv`: a row per rank, a column per slot, cells `{stage}F{micro-batch}` and
-//! `{stage}B{micro-batch}` (the stage index counts over all ranks), empty cells for idle slots.
+//! `pipeline_parallel_schedule_csv`: a row per rank, a column per slot, cells `{stage}F{micro-batch}` and likewise with
+//! `B`, `I` and `W` (the stage index counts over all ranks), empty cells for idle slots.
 
-use super::{Action, ComputationType, PipelineError, PipelineSchedule, PipelineShape};
+use super::{Action, ComputationType, PipelineError, PipelineSchedule, PipelineShape, Placement};
 
 impl PipelineSchedule {
     /// Returns the schedule as CSV; all rows have the same number of cells.
     pub fn to_csv(&self) -> String {
         let cell = |rank: usize, action: &Option<Action>| {
             action.map_or(String::new(), |action| {
-                let computation = if action.computation == ComputationType::Forward { 'F' } else { 'B' };
-                format!("{}{computation}{}", self.shape().stage_index(rank, action.chunk), action.micro_batch)
+                let stage = self.shape().stage_index(rank, action.chunk);
+                format!("{stage}{}{}", action.computation.letter(), action.micro_batch)
             })
         };
         let row = |(rank, row): (usize, &Vec<_>)| {
@@ -20,51 +20,90 @@ impl PipelineSchedule {
     }
 
     /// Parses a schedule. The shape follows from the cells. Rows may have different lengths and may leave out idle
-    /// slots; then every action runs as early as the order of its row allows.
+    /// slots; then every action runs as early as the order of its row allows. A cell of two overlapping passes, as in
+    /// torch's DualPipeV, is read as two cells.
     ///
     /// # Errors
-    /// If a cell is not the action of a full forward or backward pass or names a stage of another rank, or if an action
-    /// is missing, appears twice or is part of a cycle of dependencies.
+    /// If a cell is not a pass, names a stage of another rank, or if an action is missing, appears twice or is part of a
+    /// cycle of dependencies.
     pub fn from_csv(text: &str) -> Result<Self, PipelineError> {
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        let mut cells = Vec::new();
+        let mut rows = Vec::new();
         for (rank, line) in lines.iter().enumerate() {
-            let row = line.split(',').enumerate().map(|(slot, cell)| parse(cell.trim(), rank, slot, lines.len()));
-            cells.push(row.collect::<Result<Vec<_>, _>>()?);
+            let cells = line.split(',').enumerate().map(|(slot, text)| parse_cell(text.trim(), rank, slot));
+            rows.push(cells.collect::<Result<Vec<_>, _>>()?.concat());
         }
-        let most = |size: fn(Action) -> usize| {
-            cells.iter().flatten().flatten().map(|&action| size(action).saturating_add(1)).max().unwrap_or(0)
+        let passes =
+            || rows.iter().enumerate().flat_map(|(rank, row)| row.iter().flatten().map(move |pass| (rank, pass)));
+        let most = |size: fn(&StagePass) -> usize| passes().map(|(_, pass)| size(pass).saturating_add(1)).max();
+        let stages = most(|pass| pass.stage).unwrap_or(0);
+        let micro_batches = most(|pass| pass.micro_batch).unwrap_or(0);
+        let shape = PipelineShape::new(lines.len(), stages.div_ceil(lines.len().max(1)), micro_batches)?;
+        let foreign = |shape: PipelineShape| passes().find(|(rank, pass)| shape.stage_rank(pass.stage) != *rank);
+        let in_v = shape.with_placement(Placement::V);
+        let shape = match (foreign(shape), foreign(in_v)) {
+            (None, _) => shape,
+            (_, None) => in_v,
+            (Some((rank, pass)), _) => return Err(pass.foreign_error(rank, shape)),
         };
-        let shape = PipelineShape::new(lines.len(), most(|action| action.chunk), most(|action| action.micro_batch))?;
-        Self::from_rows(shape, cells)
+        let action = |pass: &StagePass| Action {
+            computation: pass.computation,
+            chunk: shape.stage_chunk(pass.stage),
+            micro_batch: pass.micro_batch,
+        };
+        let row = |row: &Vec<Option<StagePass>>| row.iter().map(|cell| cell.as_ref().map(action)).collect();
+        Self::from_rows(shape, rows.iter().map(row).collect())
     }
 }
 
-fn parse(cell: &str, rank: usize, slot: usize, ranks: usize) -> Result<Option<Action>, PipelineError> {
-    let wrong = |expected: String| {
-        Err(PipelineError::Csv { line: rank + 1, column: slot + 1, expected, found: cell.to_owned() })
-    };
-    if cell.is_empty() {
-        return Ok(None);
-    }
-    let action = || {
-        let (split, letter) = cell.char_indices().find(|(_, letter)| !letter.is_ascii_digit())?;
-        let computation = match letter {
-            'F' => ComputationType::Forward,
-            'B' => ComputationType::Backward,
-            _ => return None,
-        };
-        let micro_batch = &cell[split + 1..];
+/// A pass of a cell.
+#[derive(Debug, Clone, Copy)]
+struct StagePass {
+    stage: usize,
+    computation: ComputationType,
+    micro_batch: usize,
+    /// The position of the cell in its row.
+    slot: usize,
+}
+
+impl StagePass {
+    fn parse(text: &str, slot: usize) -> Option<Self> {
+        let (split, letter) = text.char_indices().find(|(_, letter)| !letter.is_ascii_digit())?;
+        let computation = ComputationType::from_letter(letter)?;
+        let micro_batch = &text[split + 1..];
         let digits = !micro_batch.is_empty() && micro_batch.bytes().all(|byte| byte.is_ascii_digit());
-        digits.then_some((computation, cell[..split].parse::<usize>().ok()?, micro_batch.parse().ok()?))
-    };
-    match action() {
-        None => wrong("an action such as `0F3` or `0B3`, full passes only".to_owned()),
-        Some((_, stage, _)) if stage % ranks != rank => {
-            wrong(format!("a stage of rank {rank} ({rank}, {}, {} …)", rank + ranks, rank + 2 * ranks))
-        }
-        Some((pass, stage, micro_batch)) => Ok(Some(Action { computation: pass, chunk: stage / ranks, micro_batch })),
+        let stage = text[..split].parse().ok()?;
+        digits.then_some(Self { stage, computation, micro_batch: micro_batch.parse().ok()?, slot })
     }
+
+    /// Returns the error for a pass through a stage that `rank` holds in neither placement.
+    fn foreign_error(self, rank: usize, shape: PipelineShape) -> PipelineError {
+        let ranks = shape.ranks();
+        let expected = format!(
+            "a stage of rank {rank} ({rank}, {}, {} …; in a V {rank}, {}, {} …)",
+            rank + ranks,
+            rank + 2 * ranks,
+            2 * ranks - 1 - rank,
+            rank + 2 * ranks
+        );
+        let found = format!("{}{}{}", self.stage, self.computation.letter(), self.micro_batch);
+        PipelineError::Csv { line: rank + 1, column: self.slot + 1, expected, found }
+    }
+}
+
+/// Parses a cell: an idle slot, one pass, or two passes as in `(2F1;1B0)OVERLAP_F_B`.
+fn parse_cell(text: &str, rank: usize, slot: usize) -> Result<Vec<Option<StagePass>>, PipelineError> {
+    if text.is_empty() {
+        return Ok(vec![None]);
+    }
+    let overlapping = text.strip_prefix('(').and_then(|rest| rest.strip_suffix(")OVERLAP_F_B"));
+    let passes: Option<Vec<_>> = match overlapping.and_then(|pair| pair.split_once(';')) {
+        Some((first, second)) => [first, second].map(|pass| StagePass::parse(pass.trim(), slot)).into_iter().collect(),
+        None => StagePass::parse(text, slot).map(|pass| vec![pass]),
+    };
+    let expected = "a pass such as `0F3`, `0B3`, `0I3` or `0W3`, or two as in `(2F1;1B0)OVERLAP_F_B`".to_owned();
+    let wrong = PipelineError::Csv { line: rank + 1, column: slot + 1, expected, found: text.to_owned() };
+    passes.map(|passes| passes.into_iter().map(Some).collect()).ok_or(wrong)
 }
 
 #[cfg(test)]
@@ -81,9 +120,14 @@ mod tests {
             (PipelineKind::OneFOneB, 8, 1, 16),
             (PipelineKind::Interleaved1F1B, 1, 4, 3),
             (PipelineKind::Interleaved1F1B, 4, 3, 8),
+            (PipelineKind::LoopedBFS, 3, 2, 4),
+            (PipelineKind::ZBH1, 4, 1, 8),
+            (PipelineKind::ZBV, 1, 2, 3),
+            (PipelineKind::ZBV, 2, 2, 1),
+            (PipelineKind::ZBV, 4, 2, 8),
         ] {
-            let schedule =
-                PipelineSchedule::new(kind, PipelineShape::new(ranks, chunks, micro_batches).unwrap()).unwrap();
+            let shape = PipelineShape::new(ranks, chunks, micro_batches).unwrap().with_placement(kind.placement());
+            let schedule = PipelineSchedule::new(kind, shape).unwrap();
             assert_eq!(PipelineSchedule::from_csv(&schedule.to_csv()), Ok(schedule.clone()), "{kind:?}");
             assert_eq!(PipelineSchedule::from_csv(&schedule.to_csv().replace('\n', "\r\n")), Ok(schedule), "{kind:?}");
         }

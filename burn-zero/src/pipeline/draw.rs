@@ -1,4 +1,5 @@
-//! Drawings of schedules and timelines as SVG: a row per rank, a box per pass with the number of its micro-batch.
+//! Drawings of schedules and timelines as SVG: a row per rank, a box per pass with the number of its micro-batch, and a
+//! grey box where the rank is idle.
 
 use super::{Action, ComputationType, PipelineSchedule, TimedAction, Timeline};
 
@@ -10,6 +11,12 @@ const MARGIN: f64 = 56.0;
 const BASELINE: f64 = 17.0;
 /// The width of the shortest pass, in pixels: enough for a micro-batch number of three digits.
 const MIN_WIDTH: f64 = 24.0;
+/// The width of the longest drawing, in pixels. Passes are narrower where more would be needed.
+const MAX_WIDTH: f64 = 30_000.0;
+/// The width of a box that has room for a number, in pixels.
+const NUMBER_WIDTH: f64 = 10.0;
+/// The colour of idle time.
+const IDLE: &str = "#e4e4e4";
 
 impl PipelineSchedule {
     /// Returns the schedule as SVG; all slots have the same width.
@@ -18,50 +25,87 @@ impl PipelineSchedule {
             let actions = row.iter().enumerate().filter_map(|(slot, &action)| Some((slot as f64, action?)));
             actions.map(|(start, action)| TimedAction { action, start, end: start + 1.0 }).collect()
         };
-        svg(&self.rows().iter().map(spans).collect::<Vec<_>>())
+        Timeline { ranks: self.rows().iter().map(spans).collect() }.to_svg()
     }
 }
 
 impl Timeline {
     /// Returns the timeline as SVG; the width of a pass is proportional to its time.
     pub fn to_svg(&self) -> String {
-        svg(&self.ranks)
+        svg(&[(None, self)])
+    }
+
+    /// Returns the timeline and below it `other`, each under its title, on one scale of time. Titles are plain text.
+    pub fn to_svg_above(&self, title: &str, other: (&str, &Self)) -> String {
+        svg(&[(Some(title), self), (Some(other.0), other.1)])
     }
 }
 
-fn svg(ranks: &[Vec<TimedAction>]) -> String {
-    let spans = || ranks.iter().flatten();
+fn svg(timelines: &[(Option<&str>, &Timeline)]) -> String {
+    let spans = || timelines.iter().flat_map(|(_, timeline)| timeline.ranks.iter().flatten());
     let shortest = spans().map(|span| span.end - span.start).filter(|&time| time > 0.0).fold(f64::INFINITY, f64::min);
-    let scale = if shortest.is_finite() { MIN_WIDTH / shortest } else { MIN_WIDTH };
-    let width = MARGIN + spans().map(|span| span.end * scale).fold(0.0, f64::max) + 1.0;
-    let height = ROW_HEIGHT * ranks.len() as f64 + 1.0;
-    let mut picture = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width:.0}\" height=\"{height:.0}\" \
-         font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"{width:.0}\" height=\"{height:.0}\" fill=\"white\"/>\n"
-    );
-    for (rank, row) in ranks.iter().enumerate() {
-        let top = ROW_HEIGHT * rank as f64 + 1.0;
-        picture += &format!("<text x=\"8\" y=\"{}\">rank {rank}</text>\n", top + BASELINE);
-        picture.extend(row.iter().map(|span| action_box(span, scale, top)));
+    let longest = timelines.iter().map(|(_, timeline)| timeline.makespan()).fold(0.0, f64::max);
+    let scale = if shortest.is_finite() { (MIN_WIDTH / shortest).min(MAX_WIDTH / longest) } else { MIN_WIDTH };
+    let mut rows = String::new();
+    let mut top = 1.0;
+    for (title, timeline) in timelines {
+        if let Some(title) = title {
+            rows += &text(8.0, top + BASELINE, title);
+            top += ROW_HEIGHT;
+        }
+        for (rank, row) in timeline.ranks.iter().enumerate() {
+            rows += &text(8.0, top + BASELINE, &format!("rank {rank}"));
+            rows.extend(idle_spans(row, timeline.makespan()).map(|[from, to]| rectangle([from, to], scale, top, IDLE)));
+            rows.extend(row.iter().map(|span| action_box(span, scale, top)));
+            top += ROW_HEIGHT;
+        }
     }
-    picture + "</svg>\n"
-}
-
-/// Returns the box of an action with the number of its micro-batch.
-fn action_box(span: &TimedAction, scale: f64, top: f64) -> String {
-    let (left, wide, high) = (MARGIN + span.start * scale, (span.end - span.start) * scale, ROW_HEIGHT - 2.0);
-    let (centre, base, fill, number) =
-        (left + wide / 2.0, top + BASELINE, colour(span.action), span.action.micro_batch);
+    let width = MARGIN + longest * scale + 1.0;
     format!(
-        "<rect x=\"{left:.1}\" y=\"{top}\" width=\"{wide:.1}\" height=\"{high}\" fill=\"{fill}\" stroke=\"white\"/>\n\
-         <text x=\"{centre:.1}\" y=\"{base}\" text-anchor=\"middle\">{number}</text>\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width:.0}\" height=\"{top:.0}\" \
+         font-family=\"sans-serif\" font-size=\"12\">\n<rect width=\"{width:.0}\" height=\"{top:.0}\" fill=\"white\"/>\n\
+         {rows}</svg>\n"
     )
 }
 
-/// Returns blue for forward and green for backward passes, paler for every further chunk. The colour is hexadecimal
-/// because not every viewer supports `hsl()`.
+/// Returns the start and the end of every time up to `makespan` in which a rank runs no pass.
+fn idle_spans(row: &[TimedAction], makespan: f64) -> impl Iterator<Item = [f64; 2]> {
+    let starts = std::iter::once(0.0).chain(row.iter().map(|span| span.end));
+    let ends = row.iter().map(|span| span.start).chain([makespan]);
+    starts.zip(ends).filter(|(start, end)| start < end).map(|(start, end)| [start, end])
+}
+
+/// Returns the box of an action with the number of its micro-batch, if there is room for it.
+fn action_box(span: &TimedAction, scale: f64, top: f64) -> String {
+    let own = rectangle([span.start, span.end], scale, top, &colour(span.action));
+    if (span.end - span.start) * scale < NUMBER_WIDTH {
+        return own;
+    }
+    let centre = MARGIN + (span.start + span.end) / 2.0 * scale;
+    let (base, number) = (top + BASELINE, span.action.micro_batch);
+    own + &format!("<text x=\"{centre:.1}\" y=\"{base}\" text-anchor=\"middle\">{number}</text>\n")
+}
+
+fn rectangle([start, end]: [f64; 2], scale: f64, top: f64, fill: &str) -> String {
+    let (left, width, height) = (MARGIN + start * scale, (end - start) * scale, ROW_HEIGHT - 2.0);
+    format!(
+        "<rect x=\"{left:.1}\" y=\"{top}\" width=\"{width:.1}\" height=\"{height}\" fill=\"{fill}\" stroke=\"white\"/>\n"
+    )
+}
+
+fn text(left: f64, base: f64, content: &str) -> String {
+    format!("<text x=\"{left}\" y=\"{base}\">{content}</text>\n")
+}
+
+/// Returns blue for forward and green for backward passes, teal and amber for their input and weight halves, paler for
+/// every further chunk. The colour is hexadecimal because not every viewer supports `hsl()`.
 fn colour(action: Action) -> String {
-    let full = if action.computation == ComputationType::Forward { [96, 150, 222] } else { [104, 186, 116] };
+    let full = match action.computation {
+        ComputationType::Forward => [96, 150, 222],
+        ComputationType::Backward => [104, 186, 116],
+        ComputationType::BackwardInput => [64, 176, 176],
+        ComputationType::BackwardWeight => [226, 170, 70],
+    };
     let white = (action.chunk * 64).min(192);
     let [red, green, blue] = full.map(|part: usize| part + (255 - part) * white / 256);
     format!("#{red:02x}{green:02x}{blue:02x}")
@@ -69,16 +113,26 @@ fn colour(action: Action) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::pipeline::{Costs, PipelineKind, PipelineSchedule, PipelineShape, SendMode};
+    use super::IDLE;
+    use crate::pipeline::{
+        Costs, PipelineKind, PipelineSchedule, PipelineShape, Placement, SendMode, StageTimes, Timeline,
+    };
+
+    fn drawn(kind: PipelineKind, shape: PipelineShape) -> (PipelineSchedule, Timeline) {
+        let schedule = PipelineSchedule::new(kind, shape).unwrap();
+        let times = StageTimes { forward: 1.0, backward_input: 1.0, backward_weight: 1.0 };
+        let costs = Costs { send_mode: SendMode::Buffered, ..Costs::uniform(shape, times) };
+        let timeline = schedule.program(SendMode::Buffered).simulate(&costs).unwrap();
+        (schedule, timeline)
+    }
 
     #[test]
     fn every_pass_is_a_box_with_its_micro_batch() {
-        let layout = PipelineShape::new(2, 2, 4).unwrap();
-        let schedule = PipelineSchedule::new(PipelineKind::Interleaved1F1B, layout).unwrap();
-        let timeline = schedule.program(SendMode::Blocking).simulate(&Costs::uniform(layout, 1.0, 2.0)).unwrap();
+        let (schedule, timeline) = drawn(PipelineKind::Interleaved1F1B, PipelineShape::new(2, 2, 4).unwrap());
         for picture in [schedule.to_svg(), timeline.to_svg()] {
             assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"));
-            assert_eq!(picture.matches("<rect x=").count(), 2 * 2 * 2 * 4);
+            let idle = picture.matches(IDLE).count();
+            assert_eq!(picture.matches("<rect x=").count() - idle, 2 * 2 * 2 * 4);
             for micro_batch in 0..4 {
                 assert_eq!(picture.matches(&format!(">{micro_batch}</text>")).count(), 2 * 2 * 2);
             }
@@ -88,7 +142,28 @@ mod tests {
             assert!(picture.contains(">rank 1</text>"));
         }
         // A backward pass takes twice as long, so it is twice as wide.
-        assert_eq!(timeline.to_svg().matches("width=\"48.0\"").count(), 16);
-        assert_eq!(timeline.to_svg().matches("width=\"24.0\"").count(), 16);
+        let boxes = |width| timeline.to_svg().lines().filter(|l| l.contains(width) && !l.contains(IDLE)).count();
+        assert_eq!((boxes("width=\"48.0\""), boxes("width=\"24.0\"")), (16, 16));
+    }
+
+    /// The areas of passes and idle time fill every row up to the makespan.
+    #[test]
+    fn idle_time_and_both_halves_of_a_backward_pass_are_visible() {
+        let shape = PipelineShape::new(3, 2, 6).unwrap().with_placement(Placement::V);
+        let (_, timeline) = drawn(PipelineKind::ZBV, shape);
+        let picture = timeline.to_svg();
+        let width =
+            |line: &str| line.split("width=\"").nth(1).and_then(|rest| rest.split('"').next()?.parse::<f64>().ok());
+        let sum = |idle| {
+            let boxes = picture.lines().filter(|line| line.starts_with("<rect x=") && line.contains(IDLE) == idle);
+            boxes.filter_map(width).sum::<f64>() / 24.0
+        };
+        assert_eq!((sum(false), sum(true)), (3.0 * 36.0, 3.0 * timeline.makespan() - 3.0 * 36.0));
+        for fill in ["#40b0b0", "#e2aa46"] {
+            assert_eq!(picture.matches(fill).count(), 3 * 6, "{fill}");
+        }
+        let both = timeline.to_svg_above("measured", ("simulated", &timeline));
+        assert_eq!(both.matches("<rect x=").count(), 2 * picture.matches("<rect x=").count());
+        assert!(both.find(">measured<").unwrap() < both.find(">simulated<").unwrap());
     }
 }

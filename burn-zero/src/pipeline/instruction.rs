@@ -9,6 +9,31 @@ pub enum ComputationType {
     Forward,
     /// The full backward pass (torch: `B`): takes the gradient of the output, returns the gradient of the input.
     Backward,
+    /// The first half of a backward pass (torch: `I`): takes the gradient of the output, returns the gradient of the
+    /// input, and puts off the gradients of the weights.
+    BackwardInput,
+    /// The second half of a backward pass (torch: `W`): computes the gradients of the weights that `BackwardInput` has
+    /// put off. It exchanges nothing with other stages.
+    BackwardWeight,
+}
+
+impl ComputationType {
+    /// Returns torch's letter, by which schedules in CSV and traces name the pass.
+    pub fn letter(self) -> char {
+        match self {
+            Self::Forward => 'F',
+            Self::Backward => 'B',
+            Self::BackwardInput => 'I',
+            Self::BackwardWeight => 'W',
+        }
+    }
+
+    /// Returns the computation with torch's `letter`.
+    pub(super) fn from_letter(letter: char) -> Option<Self> {
+        [Self::Forward, Self::Backward, Self::BackwardInput, Self::BackwardWeight]
+            .into_iter()
+            .find(|computation| computation.letter() == letter)
+    }
 }
 
 /// One pass of one micro-batch through one of the chunks of a rank.
@@ -32,6 +57,35 @@ impl Action {
     pub fn backward(chunk: usize, micro_batch: usize) -> Self {
         Self { computation: ComputationType::Backward, chunk, micro_batch }
     }
+
+    /// Returns the input half of the backward pass of `micro_batch` through `chunk`.
+    pub fn backward_input(chunk: usize, micro_batch: usize) -> Self {
+        Self { computation: ComputationType::BackwardInput, chunk, micro_batch }
+    }
+
+    /// Returns the weight half of the backward pass of `micro_batch` through `chunk`.
+    pub fn backward_weight(chunk: usize, micro_batch: usize) -> Self {
+        Self { computation: ComputationType::BackwardWeight, chunk, micro_batch }
+    }
+
+    /// Returns the action of the same rank that must come before this one.
+    pub(super) fn prerequisite(self) -> Option<Self> {
+        let computation = match self.computation {
+            ComputationType::Forward => return None,
+            ComputationType::Backward | ComputationType::BackwardInput => ComputationType::Forward,
+            ComputationType::BackwardWeight => ComputationType::BackwardInput,
+        };
+        Some(Self { computation, ..self })
+    }
+
+    /// Returns the action with `BackwardInput` as `Backward`. Both exchange the same gradients, so one stage may run a
+    /// backward pass in one and its neighbour in two.
+    pub(super) fn message_key(self) -> Self {
+        match self.computation {
+            ComputationType::BackwardInput => Self { computation: ComputationType::Backward, ..self },
+            _ => self,
+        }
+    }
 }
 
 /// An action with the rank that runs it.
@@ -43,10 +97,17 @@ pub(super) struct RankAction {
     pub(super) action: Action,
 }
 
+impl RankAction {
+    /// Returns the pair with [`Action::message_key`].
+    pub(super) fn message_key(self) -> Self {
+        Self { action: self.action.message_key(), ..self }
+    }
+}
+
 /// One instruction of a rank. DeepSpeed (`runtime/pipe/schedule.py`) has one class per computation, where this type has
 /// a field:
 ///
-/// | here | `ComputationType::Forward` | `ComputationType::Backward` |
+/// | here | `ComputationType::Forward` | `ComputationType::Backward`, `BackwardInput` |
 /// |---|---|---|
 /// | `Compute` | ForwardPass | BackwardPass |
 /// | `Send` | SendActivation | SendGrad |
@@ -62,14 +123,14 @@ pub enum Instruction {
     Send {
         /// The action of this rank whose output is sent.
         action: Action,
-        /// The rank of the next stage (forward) or the previous stage (backward).
+        /// The rank of the next stage (activations) or the previous stage (gradients).
         to: usize,
     },
     /// Receives the input of `action`, activations or gradients, from rank `from`.
     Recv {
         /// The action of this rank whose input is received.
         action: Action,
-        /// The rank of the previous stage (forward) or the next stage (backward).
+        /// The rank of the previous stage (activations) or the next stage (gradients).
         from: usize,
     },
     /// Sums the gradients of tied parameters, such as an embedding that is also the head. Before: each rank with a copy

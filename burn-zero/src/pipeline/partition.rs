@@ -14,15 +14,20 @@ pub enum PartitionMethod {
     /// trainable parameters). Of the partitions with this maximum it is the most even one, with the smallest sum of
     /// squared weights.
     Parameters,
+    /// The lightest possible heaviest stage, as with `Parameters`, where these are the weights of the segments: their
+    /// times in nanoseconds ([`super::TraceFile::segment_times`]) or their operations
+    /// ([`crate::estimate::LlamaShape::segment_flops`]).
+    Weighted(Vec<u64>),
     /// An explicit number of segments for each stage.
     Explicit(Vec<usize>),
 }
 
 impl PartitionMethod {
-    /// Returns the segments of each of `stages` stages; `weights[i]` is the weight of segment `i`.
+    /// Returns the segments of each of `stages` stages; `weights[i]` is the weight of segment `i` for `Parameters`.
     ///
     /// # Errors
-    /// If there are fewer segments than stages, or an explicit list does not add up to all segments.
+    /// If there are fewer segments than stages, `Weighted` has not one weight per segment, or an explicit list does not
+    /// add up to all segments.
     pub fn split(&self, weights: &[u64], stages: usize) -> Result<Vec<Range<usize>>, PipelineError> {
         let segments = weights.len();
         if stages == 0 || stages > segments {
@@ -32,6 +37,11 @@ impl PartitionMethod {
         Ok(sizes_to_ranges(match self {
             Self::Uniform => (0..stages).map(|s| segments / stages + usize::from(s < segments % stages)).collect(),
             Self::Parameters => partition_balanced(weights, stages),
+            Self::Weighted(own) if own.len() != segments => {
+                let (expected, found) = (format!("{segments} weights, one per segment"), own.len().to_string());
+                return Err(PipelineError::Setting { field: "partition", expected, found });
+            }
+            Self::Weighted(own) => partition_balanced(own, stages),
             Self::Explicit(sizes) => {
                 if sizes.len() != stages || sizes.contains(&0) || sizes.iter().sum::<usize>() != segments {
                     let expected = format!("{stages} numbers above 0 with the sum {segments}");
@@ -60,7 +70,7 @@ fn partition_balanced(weights: &[u64], parts: usize) -> Vec<usize> {
     // A part above the limit costs more than all other parts together can.
     let total: u128 = weights.iter().map(|&weight| u128::from(weight)).sum();
     optimal_sizes(weights, parts, |sum, rest| {
-        rest.saturating_add(if sum > limit { total * total + 1 } else { sum * sum })
+        rest.saturating_add(if sum > limit { total.saturating_mul(total).saturating_add(1) } else { sum * sum })
     })
 }
 
@@ -157,6 +167,8 @@ mod tests {
                     assert_eq!(parts.iter().cloned().flatten().collect::<Vec<_>>(), (0..n).collect::<Vec<_>>());
                 }
                 let parts = PartitionMethod::Parameters.split(&weights, stages).unwrap();
+                let weighted = PartitionMethod::Weighted(weights.clone()).split(&vec![1; n], stages);
+                assert_eq!(weighted.as_ref(), Ok(&parts), "{weights:?} in {stages}");
                 let best = all(n, stages).map(|parts| score(&weights, &parts)).min().unwrap();
                 assert_eq!(score(&weights, &parts), best, "{weights:?} in {stages}: {parts:?}");
             }
@@ -169,6 +181,9 @@ mod tests {
         let stages = "`stages`: expected between 1 and 3, the number of segments, found";
         assert_eq!(message(PartitionMethod::Parameters, 4), format!("{stages} 4"));
         assert_eq!(message(PartitionMethod::Uniform, 0), format!("{stages} 0"));
+        assert_eq!(message(PartitionMethod::Weighted(vec![5; 3]), 7), format!("{stages} 7"));
+        let weights = "`partition`: expected 3 weights, one per segment, found 2";
+        assert_eq!(message(PartitionMethod::Weighted(vec![5; 2]), 2), weights);
         for sizes in [vec![1, 1], vec![1, 0, 2], vec![1, 1, 2], vec![3]] {
             let found = format!("{sizes:?}");
             let text = message(PartitionMethod::Explicit(sizes), 3);

@@ -1,7 +1,7 @@
 //! A schedule with its messages, as a list of instructions per rank.
 
-use super::{Action, ComputationType, Instruction, PipelineSchedule, PipelineShape, RankAction, SendMode};
-use std::cmp::Reverse;
+use super::{Action, ComputationType, Instruction, PipelineSchedule, PipelineShape, Placement, RankAction, SendMode};
+use std::{cmp::Reverse, collections::HashSet};
 
 /// The instructions of every rank for one batch. The lists can be arbitrary; [`Program::validate`] checks that they
 /// work.
@@ -23,6 +23,7 @@ impl PipelineSchedule {
     pub fn program(&self, send_mode: SendMode) -> Program {
         let shape = self.shape();
         let mut ranks = vec![Vec::new(); shape.ranks()];
+        let halved = self.halved_passes();
         for slot in 0..self.rows()[0].len() {
             let actions = (0..shape.ranks()).filter_map(|rank| Some((rank, self.rows()[rank][slot]?)));
             let mut messages = Vec::new();
@@ -33,7 +34,11 @@ impl PipelineSchedule {
             messages.sort_by_key(|message| message.key);
             for StageMessage { output, input, from, to, .. } in messages {
                 ranks[from].push(Instruction::Send { action: output, to });
-                ranks[to].push(Instruction::Recv { action: input, from });
+                let half = Action { computation: ComputationType::BackwardInput, ..input };
+                let is_half = input.computation == ComputationType::Backward
+                    && halved.contains(&RankAction { rank: to, action: half });
+                let action = if is_half { half } else { input };
+                ranks[to].push(Instruction::Recv { action, from });
             }
         }
         if send_mode == SendMode::Buffered {
@@ -42,27 +47,50 @@ impl PipelineSchedule {
         ranks.iter_mut().for_each(|list| list.extend(Instruction::CLOSING));
         Program { shape, ranks }
     }
+
+    /// Returns the input halves of the backward passes that run in two.
+    fn halved_passes(&self) -> HashSet<RankAction> {
+        let half = |action: &Action| action.computation == ComputationType::BackwardInput;
+        let of_rank = |(rank, row): (usize, &Vec<Option<Action>>)| {
+            row.iter().flatten().copied().filter(half).map(|action| RankAction { rank, action }).collect::<Vec<_>>()
+        };
+        self.rows().iter().enumerate().flat_map(of_rank).collect()
+    }
 }
 
 impl Program {
     /// Returns the largest number of live activations of each rank, counted in chunks of one micro-batch. Activations
-    /// live from the forward pass to the end of its backward pass.
+    /// live from the forward pass to the end of the backward pass, or of its input half.
     pub fn peak_live_activations(&self) -> Vec<usize> {
-        self.ranks.iter().map(|list| live_activations(list).max().unwrap_or(0)).collect()
+        self.peaks(&[ComputationType::Backward, ComputationType::BackwardInput])
     }
-}
 
-/// Returns the number of live activations during each pass of a list.
-fn live_activations(list: &[Instruction]) -> impl Iterator<Item = usize> {
-    let passes = list.iter().filter_map(|instruction| match instruction {
-        Instruction::Compute(action) => Some(action.computation),
-        _ => None,
-    });
-    passes.scan(0, |live: &mut usize, pass| {
-        let during = if pass == ComputationType::Forward { *live + 1 } else { *live };
-        *live = if pass == ComputationType::Forward { during } else { during.saturating_sub(1) };
-        Some(during)
-    })
+    /// Returns the largest number of chunks of one micro-batch of which each rank keeps what the gradients of the
+    /// weights need: from the forward pass to the end of the backward pass, or of its weight half. What is kept after
+    /// `BackwardInput` are the inputs of the layers whose weight gradients it puts off, and the gradients of their
+    /// outputs.
+    pub fn peak_kept_activations(&self) -> Vec<usize> {
+        self.peaks(&[ComputationType::Backward, ComputationType::BackwardWeight])
+    }
+
+    /// Returns, for each rank, the largest number of forward passes that are not yet followed by a pass of `ends`.
+    fn peaks(&self, ends: &[ComputationType]) -> Vec<usize> {
+        let peak = |list: &Vec<Instruction>| {
+            let (mut open, mut peak) = (0_usize, 0);
+            for instruction in list {
+                match instruction {
+                    Instruction::Compute(Action { computation: ComputationType::Forward, .. }) => open += 1,
+                    Instruction::Compute(Action { computation, .. }) if ends.contains(computation) => {
+                        open = open.saturating_sub(1);
+                    }
+                    _ => {}
+                }
+                peak = peak.max(open);
+            }
+            peak
+        };
+        self.ranks.iter().map(peak).collect()
+    }
 }
 
 struct StageMessage {
@@ -76,9 +104,15 @@ struct StageMessage {
 
 fn stage_message(shape: PipelineShape, from: usize, output: Action) -> Option<StageMessage> {
     let RankAction { rank: to, action: input } = shape.consumer(from, output).filter(|to| to.rank != from)?;
-    // The number of a link is that of its rank with the lower stage.
-    let link = if output.computation == ComputationType::Forward { from } else { to };
-    Some(StageMessage { key: (link % 2, link, Reverse(output.computation)), output, input, from, to })
+    // The number of a link is that of its rank with the lower stage; in a V two stages share the link.
+    let link = match (shape.placement(), output.computation) {
+        (Placement::V, _) => from.min(to),
+        (Placement::Loop, ComputationType::Forward) => from,
+        (Placement::Loop, _) => to,
+    };
+    // `input` has the computation of `output`; the caller knows whether the receiver runs the pass in two.
+    let input = input.message_key();
+    Some(StageMessage { key: (link % 2, link, Reverse(input.computation)), output, input, from, to })
 }
 
 /// Moves every receive as late as possible; messages from one rank are still received in the order in which they were

@@ -1,7 +1,7 @@
 //! A pipeline schedule: the action of every rank in every slot.
 
-use super::kind::{gpipe_slot, interleaved_order, one_f_one_b_slot};
-use super::{Action, ComputationType, PipelineError, PipelineKind, PipelineShape, RankAction};
+use super::order::{breadth_first_order, interleaved_order, one_f_one_b_slot, zb_h1_order, zbv_order};
+use super::{Action, PipelineError, PipelineKind, PipelineShape, RankAction};
 use std::collections::HashSet;
 
 /// A pipeline schedule: the action of each rank in each slot, where all slots have equal length. It is complete and
@@ -20,13 +20,14 @@ impl PipelineSchedule {
     /// If `kind` does not exist for this shape, see [`PipelineKind::check`].
     pub fn new(kind: PipelineKind, shape: PipelineShape) -> Result<Self, PipelineError> {
         kind.check(shape)?;
-        match kind {
-            PipelineKind::GPipe => Ok(Self::from_slots(shape, gpipe_slot)),
-            PipelineKind::OneFOneB => Ok(Self::from_slots(shape, one_f_one_b_slot)),
-            PipelineKind::Interleaved1F1B => {
-                Self::from_orders(shape, (0..shape.ranks()).map(|rank| interleaved_order(shape, rank)).collect())
-            }
-        }
+        let order: fn(PipelineShape, usize) -> Vec<Action> = match kind {
+            PipelineKind::OneFOneB => return Ok(Self::from_slots(shape, one_f_one_b_slot)),
+            PipelineKind::GPipe | PipelineKind::LoopedBFS => |shape, _| breadth_first_order(shape),
+            PipelineKind::Interleaved1F1B => interleaved_order,
+            PipelineKind::ZBH1 => zb_h1_order,
+            PipelineKind::ZBV => zbv_order,
+        };
+        Self::from_orders(shape, (0..shape.ranks()).map(|rank| order(shape, rank)).collect())
     }
 
     /// Creates a schedule from rows of actions and idle slots (`None`), one row per rank. The rows are kept as they are
@@ -69,7 +70,7 @@ impl PipelineSchedule {
             for (rank, action) in slot.into_iter().enumerate() {
                 schedule.rows[rank].push(action);
                 next[rank] += usize::from(action.is_some());
-                done.extend(action.map(|action| RankAction { rank, action }));
+                done.extend(action.map(|action| RankAction { rank, action }.message_key()));
             }
         }
         Ok(schedule)
@@ -87,10 +88,10 @@ impl PipelineSchedule {
 
     /// Puts every action into the slot that `slot` returns. Rank 0 must end last: it has the last backward pass.
     fn from_slots(shape: PipelineShape, slot: impl Fn(PipelineShape, usize, Action) -> usize) -> Self {
-        let slots = shape.actions().map(|action| slot(shape, 0, action)).max().map_or(0, |last| last + 1);
+        let slots = shape.actions([]).map(|action| slot(shape, 0, action)).max().map_or(0, |last| last + 1);
         let mut rows = vec![vec![None; slots]; shape.ranks()];
         for (rank, row) in rows.iter_mut().enumerate() {
-            for action in shape.actions() {
+            for action in shape.actions([]) {
                 row[slot(shape, rank, action)] = Some(action);
             }
         }
@@ -103,19 +104,18 @@ impl PipelineSchedule {
             let action = |rank: usize| Some(RankAction { rank, action: self.rows[rank][slot]? });
             let actions: Vec<_> = (0..self.rows.len()).filter_map(action).collect();
             let timed = actions.iter().all(|&action| missing_input(self.shape, action, &done).is_none());
-            done.extend(actions);
+            done.extend(actions.into_iter().map(RankAction::message_key));
             timed
         })
     }
 }
 
-/// Returns a dependency of an action that is not in `done`: the action that produces its input, or the forward pass of
-/// a backward pass.
+/// Returns a dependency of an action whose [`RankAction::message_key`] is not in `done`: the action that produces its
+/// input, or the action of its own rank that must come before it.
 fn missing_input(shape: PipelineShape, of: RankAction, done: &HashSet<RankAction>) -> Option<RankAction> {
     let RankAction { rank, action } = of;
-    let own = (action.computation == ComputationType::Backward)
-        .then_some(RankAction { rank, action: Action { computation: ComputationType::Forward, ..action } });
-    own.into_iter().chain(shape.producer(rank, action)).find(|input| !done.contains(input))
+    let own = action.prerequisite().map(|action| RankAction { rank, action });
+    own.into_iter().chain(shape.producer(rank, action)).find(|input| !done.contains(&input.message_key()))
 }
 
 fn check_complete(shape: PipelineShape, rank: usize, order: &[Action]) -> Result<(), PipelineError> {
@@ -131,8 +131,12 @@ fn check_complete(shape: PipelineShape, rank: usize, order: &[Action]) -> Result
         if !seen.insert(action) {
             return wrong(position, "each action once".to_owned(), format!("{action} again"));
         }
+        let whole_or_half = [Action::backward, Action::backward_input].map(|of| of(action.chunk, action.micro_batch));
+        if whole_or_half.iter().all(|backward| seen.contains(backward)) {
+            return wrong(position, "a backward pass in one or in two halves".to_owned(), format!("{action} too"));
+        }
     }
-    match shape.actions().find(|action| !seen.contains(action)) {
+    match shape.actions(order.iter().copied()).find(|action| !seen.contains(action)) {
         Some(action) => wrong(order.len(), action.to_string(), "the end of the list".to_owned()),
         None => Ok(()),
     }

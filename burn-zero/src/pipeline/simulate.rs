@@ -14,11 +14,9 @@ impl Program {
     /// If an action names a chunk that the shape does not have; [`Program::validate`] returns an error for it.
     pub fn simulate(&self, costs: &Costs) -> Result<Timeline, PipelineError> {
         let stages = self.shape.stages();
-        for (field, times) in [("forward", &costs.forward), ("backward", &costs.backward)] {
-            if times.len() != stages {
-                let (expected, found) = (format!("{stages} times, one per stage"), times.len().to_string());
-                return Err(PipelineError::Setting { field, expected, found });
-            }
+        if costs.stages.len() != stages {
+            let (expected, found) = (format!("{stages} times, one per stage"), costs.stages.len().to_string());
+            return Err(PipelineError::Setting { field: "stages", expected, found });
         }
         let ranks = self.ranks.len();
         let timeline = Timeline { ranks: vec![Vec::new(); ranks] };
@@ -47,7 +45,7 @@ struct Simulator<'a> {
     /// The position of the next instruction of each rank.
     positions: Vec<usize>,
     clocks: Vec<f64>,
-    /// The arrival times of buffered messages, by the action that they are for.
+    /// The arrival times of buffered messages, by the [`RankAction::message_key`] that they are for.
     in_flight: HashMap<RankAction, f64>,
     timeline: Timeline,
 }
@@ -85,16 +83,17 @@ impl Simulator<'_> {
     fn try_send(&mut self, rank: usize, action: Action, to: usize) -> bool {
         let Some(RankAction { action: input, .. }) = self.program.shape.consumer(rank, action) else { return false };
         if self.costs.send_mode == SendMode::Buffered {
-            self.in_flight.insert(RankAction { rank: to, action: input }, self.clocks[rank] + self.costs.message);
+            let message = RankAction { rank: to, action: input }.message_key();
+            self.in_flight.insert(message, self.clocks[rank] + self.costs.message);
             return self.advance(rank, 1, self.clocks[rank]);
         }
-        self.next_instruction(to, 0) == Some(Instruction::Recv { action: input, from: rank })
-            && self.synchronize(rank, to, 1)
+        let receives = |next: Instruction| matches!(next, Instruction::Recv { action, from } if from == rank && action.message_key() == input.message_key());
+        self.next_instruction(to, 0).is_some_and(receives) && self.synchronize(rank, to, 1)
     }
 
     /// Runs a buffered receive. A receive in the other send modes is run by its send.
     fn try_receive(&mut self, rank: usize, action: Action) -> bool {
-        match self.in_flight.remove(&RankAction { rank, action }) {
+        match self.in_flight.remove(&RankAction { rank, action }.message_key()) {
             Some(arrival) => self.advance(rank, 1, self.clocks[rank].max(arrival)),
             None => false,
         }
@@ -104,9 +103,11 @@ impl Simulator<'_> {
         self.costs.send_mode == SendMode::SendRecv
             && self.send_recv_pair(rank, peer).zip(self.send_recv_pair(peer, rank)).is_some_and(
                 |((sent, received), (back, input))| {
-                    let shape = self.program.shape;
-                    shape.consumer(rank, sent) == Some(RankAction { rank: peer, action: input })
-                        && shape.consumer(peer, back) == Some(RankAction { rank, action: received })
+                    let meets = |from, sent, rank, action| {
+                        let consumer = self.program.shape.consumer(from, sent).map(RankAction::message_key);
+                        consumer == Some(RankAction { rank, action }.message_key())
+                    };
+                    meets(rank, sent, peer, input) && meets(peer, back, rank, received)
                 },
             )
             && self.synchronize(rank, peer, 2)

@@ -1,6 +1,6 @@
 //! Validation of a program: it runs every action once, in an order that respects all dependencies, without deadlock.
 
-use super::{Action, ComputationType, Costs, Instruction, PipelineError, PipelineShape, Program, RankAction, SendMode};
+use super::{Action, Costs, Instruction, PipelineError, PipelineShape, Program, RankAction, SendMode, StageTimes};
 use std::collections::HashSet;
 use std::mem::discriminant;
 
@@ -24,7 +24,8 @@ impl Program {
                 self.check_messages(from, to)?;
             }
         }
-        self.simulate(&Costs { send_mode, ..Costs::uniform(self.shape, 1.0, 1.0) }).map(drop)
+        let times = StageTimes { forward: 1.0, backward_input: 1.0, backward_weight: 1.0 };
+        self.simulate(&Costs { send_mode, ..Costs::uniform(self.shape, times) }).map(drop)
     }
 
     fn check_messages(&self, from: usize, to: usize) -> Result<(), PipelineError> {
@@ -37,7 +38,7 @@ impl Program {
             _ => None,
         });
         for (RankAction { action, .. }, (position, found)) in sent.zip(received) {
-            if action != found {
+            if action.message_key() != found.message_key() {
                 let (expected, found) = (Instruction::Recv { action, from }, Instruction::Recv { action: found, from });
                 return Err(order_error(to, position, expected, found));
             }
@@ -51,10 +52,14 @@ fn order_error(rank: usize, position: usize, expected: impl ToString, found: imp
 }
 
 fn check_list(shape: PipelineShape, rank: usize, list: &[Instruction]) -> Result<(), PipelineError> {
-    let required: Vec<_> = shape.actions().flat_map(|action| with_messages(shape, rank, action)).collect();
-    let mut seen = HashSet::new();
+    let computed = list.iter().filter_map(|instruction| match instruction {
+        Instruction::Compute(action) => Some(*action),
+        _ => None,
+    });
+    let required: Vec<_> = shape.actions(computed).flat_map(|action| with_messages(shape, rank, action)).collect();
+    let (known, mut seen) = (required.iter().copied().collect::<HashSet<_>>(), HashSet::new());
     for (position, &found) in list.iter().enumerate() {
-        if found.action().is_some() && !required.contains(&found) {
+        if found.action().is_some() && !known.contains(&found) {
             let alike =
                 |other: &&Instruction| other.action() == found.action() && discriminant(*other) == discriminant(&found);
             let expected = required.iter().find(alike).map(ToString::to_string);
@@ -101,9 +106,7 @@ fn prerequisites(
                 from if from == rank => Instruction::Compute(source.action),
                 from => Instruction::Recv { action, from },
             });
-            let forward = (action.computation == ComputationType::Backward)
-                .then_some(Instruction::Compute(Action { computation: ComputationType::Forward, ..action }));
-            input.into_iter().chain(forward).collect()
+            input.into_iter().chain(action.prerequisite().map(Instruction::Compute)).collect()
         }
         Instruction::Send { action, .. } => vec![Instruction::Compute(action)],
         Instruction::Recv { .. } => Vec::new(),

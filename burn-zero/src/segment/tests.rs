@@ -1,8 +1,8 @@
 use super::*;
 use burn::{
     backend::{Autodiff, Flex},
-    module::ModuleMapper,
-    tensor::{Distribution, Int, activation::log_softmax},
+    module::{ModuleMapper, Param},
+    tensor::{DType, Distribution, Int, Tensor, activation::log_softmax},
 };
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -38,7 +38,7 @@ pub(crate) struct ToyBatch<B: Backend> {
     weights: Tensor<B, 1>,
 }
 
-impl<B: Backend> ToyBatch<B> {
+impl ToyBatch<TestBackend> {
     /// Creates a batch from tokens `from..to` of a fixed stream; every third token has weight 0, the others have `1 /
     /// total`.
     pub(crate) fn new(from: i32, to: i32, total: f32) -> Self {

@@ -15,13 +15,30 @@ pub(crate) enum Direction {
     Backward,
 }
 
+/// A micro-batch in a stage, from the start of its forward pass to the end of its backward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct PassId {
+    /// The first segment of the stage.
+    pub first_segment: usize,
+    /// The index of the micro-batch in the step.
+    pub micro_batch: usize,
+}
+
 /// Provides a model whose weights are present at least while their segment runs.
 pub(crate) trait WeightProvider<M> {
     /// True if the weights of all segments are always present.
     const ALWAYS_RESIDENT: bool;
 
-    /// Returns the model, with the weights of the segments that have been fetched and not released.
-    fn model(&self) -> &M;
+    /// Gives the weights new autodiff leaves for a micro-batch that starts its forward pass; passes that have not finished keep
+    /// theirs.
+    fn start_pass(&mut self, pass: PassId);
+
+    /// Drops the leaves of a micro-batch after its backward pass.
+    fn finish_pass(&mut self, pass: PassId);
+
+    /// Returns the model with the leaves of a micro-batch that has started, and with the weights of the segments that
+    /// have been fetched and not released.
+    fn model(&self, pass: PassId) -> &M;
 
     /// Fetches the weights of a segment. Weights of a kept graph stay until the backward pass has left them.
     fn fetch_segment(&mut self, direction: Direction, segment: usize) -> Result<(), Error>;
@@ -30,7 +47,7 @@ pub(crate) trait WeightProvider<M> {
     fn release_segment(&mut self, direction: Direction, segment: usize);
 }
 
-/// A model that always has all its weights.
+/// A model that always has all its weights, for one pass.
 pub(crate) struct ResidentModel<M>(M);
 
 impl<M> ResidentModel<M> {
@@ -46,7 +63,11 @@ impl<M> ResidentModel<M> {
 impl<M> WeightProvider<M> for ResidentModel<M> {
     const ALWAYS_RESIDENT: bool = true;
 
-    fn model(&self) -> &M {
+    fn start_pass(&mut self, _: PassId) {}
+
+    fn finish_pass(&mut self, _: PassId) {}
+
+    fn model(&self, _: PassId) -> &M {
         &self.0
     }
 

@@ -2,7 +2,7 @@ use super::*;
 
 fn parameter(number: u64, elements: usize, trainable: bool, segments: &[usize]) -> Parameter {
     let (id, path, dims) = (ParamId::from(number), format!("p{number}"), vec![elements]);
-    Parameter { id, path, dims, dtype: DType::F32, trainable, segments: segments.to_vec() }
+    Parameter { id, path, dims, dtype: DType::F32, trainable, segments: segments.to_vec(), chunk: Some(0) }
 }
 
 /// Returns parameters of unequal sizes, tiny and large, some tied and some frozen.

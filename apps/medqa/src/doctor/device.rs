@@ -88,7 +88,7 @@ fn train_adapter<B: Kernels>(model: &str, device: &B::Device, ids: &[u32], direc
     let mut engine = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).init(model)?;
     let mut losses = Vec::new();
     for _ in 0..STEPS {
-        losses.push(engine.train_step(&batch, 2e-3)?);
+        losses.push(engine.train_step(std::slice::from_ref(&batch), 2e-3)?.loss);
     }
     let model = engine.into_model()?;
     losses.push(model.batch_loss(&batch).sum().into_data().iter::<f64>().sum());

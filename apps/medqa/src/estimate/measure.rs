@@ -1,7 +1,7 @@
 //! `estimate --measure`: runs two steps and prints the estimate beside the bytes counted in the second step and the
 //! measured memory of the process.
 
-use super::EstimateArgs;
+use super::{EstimateArgs, MAX_ROW_TOKENS};
 use crate::{
     backend::{Device, with_backend},
     footprint::gib,
@@ -25,8 +25,6 @@ use std::{
     time::Duration,
 };
 
-/// Tokens of the longest generated row.
-const MAX_ROW_TOKENS: u64 = 512;
 /// The interval between two samples of the memory.
 const SAMPLE_INTERVAL: Duration = Duration::from_millis(2);
 
@@ -129,10 +127,10 @@ fn run_two_steps<B: Kernels>(
         process::trim_heap();
         sampler.replace(PeakMemorySampler::start()?).map(PeakMemorySampler::finish);
         let noise = DropoutKey { seed: 0, step, tokens: layout.dropout_tokens(0) };
-        let batch = engine.model().batch(rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?;
+        let batch = [engine.model().batch(rows, &layout, 1.0 / args.tokens as f32, ForwardContext::training(noise))?];
         // The step frees accumulated gradients, and the first step allocates the moments.
         if args.max_grad_norm == 0.0 {
-            engine.forward_backward_step(&batch, 1e-5)?;
+            engine.train_step(&batch, 1e-5)?;
             counted_memory = engine.memory();
         } else {
             engine.forward_backward(&batch)?;
@@ -144,13 +142,42 @@ fn run_two_steps<B: Kernels>(
     Ok(MeasuredSteps { counted_memory, peak_rss_anon: sampler.map_or(0, PeakMemorySampler::finish) })
 }
 
+/// Creates the engine of the recipe, which owns the model.
+fn engine<B: Kernels>(
+    recipe: &Recipe,
+    device: &B::Device,
+    communicator: Box<dyn Communicator>,
+) -> Result<Engine<Autodiff<B>, Llama<Autodiff<B>>>> {
+    let (loader, loaded) = train::ModelLoader::<B>::open(recipe, communicator.world_size(), device)?;
+    let model = train::apply_method(loaded.model, &loaded.tokenizer, recipe)?.model;
+    loader.engine(model, &loaded.tokenizer, train::engine_config(recipe, communicator)?)
+}
+
+/// Runs two steps of the run that the arguments describe, and writes their trace to `path`.
+pub(super) fn trace_two_steps(args: &EstimateArgs, path: &Path) -> Result<()> {
+    let (communicator, mpi_guard) = World::join()?.into_parts();
+    with_backend!(Device::default(), |B, device| trace_on::<B>(args, path, device, communicator))?;
+    mpi_guard.finalize();
+    Ok(())
+}
+
+fn trace_on<B: Kernels>(
+    args: &EstimateArgs,
+    path: &Path,
+    device: &B::Device,
+    communicator: Box<dyn Communicator>,
+) -> Result<()> {
+    let recipe = recipe_from_args(args)?;
+    let mut engine = engine::<B>(&recipe, device, communicator)?;
+    let rows = example_rows(args.tokens, engine.model().config().vocab_size as u64);
+    run_two_steps(&mut engine, &rows, args)?;
+    Ok(engine.write_trace(path)?)
+}
+
 fn measure_on<B: Kernels>(args: &EstimateArgs, device: &B::Device, communicator: Box<dyn Communicator>) -> Result<()> {
     let (recipe, before) = (recipe_from_args(args)?, rss_anon_bytes());
-    let (loader, loaded) = train::ModelLoader::<B>::open(&recipe, communicator.world_size(), device)?;
-    let model = train::apply_method(loaded.model, &loaded.tokenizer, &recipe)?.model;
-    let rows = example_rows(args.tokens, model.config().vocab_size as u64);
-    let mut engine = loader.engine(model, &loaded.tokenizer, train::engine_config(&recipe, communicator)?)?;
-    drop(loader);
+    let mut engine = engine::<B>(&recipe, device, communicator)?;
+    let rows = example_rows(args.tokens, engine.model().config().vocab_size as u64);
     let sizes = RunSizes {
         trained: engine.trainable_parameters() as u64,
         tokens: args.tokens,

@@ -212,7 +212,7 @@ impl<B: Kernels> Trainer<B> {
         let (begin, steps) = (Instant::now(), self.data.batch_sampler.total_steps());
         let rows = self.data.step(step);
         let (tokens, target_tokens, epoch) = (rows.tokens, rows.target_tokens, rows.batch.epoch);
-        let micro_batches = rows.batch.micro_batches_of_rank(self.engine.rank(), self.engine.world());
+        let micro_batches = rows.batch.micro_batches_of_rank(self.engine.replica(), self.engine.replicas());
         let learning_rate = setup::learning_rate(&self.recipe, step - self.progress.state.skipped, steps)?;
         let loss_scale = self.engine.loss_scale();
         let stepped = B::with_spinning_pool(|| self.run_micro_batches(&rows, micro_batches, learning_rate));
@@ -260,17 +260,10 @@ impl<B: Kernels> Trainer<B> {
         micro_batches: impl Iterator<Item = Range<usize>>,
         learning_rate: f64,
     ) -> Result<TrainStepOutput> {
-        let (mut loss, mut own) = (0.0, micro_batches.peekable());
-        while let Some(micro) = own.next() {
-            let batch = self.micro_batch(rows, micro)?;
-            if own.peek().is_none() {
-                let output = self.engine.forward_backward_step(&batch, learning_rate)?;
-                let loss = self.engine.sum_over_ranks(&[loss + output.loss])?[0];
-                return Ok(TrainStepOutput { loss, ..output });
-            }
-            loss += self.engine.forward_backward(&batch)?;
-        }
-        bail!("step {} has no micro-batch", rows.step)
+        let micro_batches = micro_batches.map(|micro| self.micro_batch(rows, micro)).collect::<Result<Vec<_>>>()?;
+        let output = self.engine.train_step(&micro_batches, learning_rate)?;
+        let loss = self.engine.sum_over_ranks(&[output.loss])?[0];
+        Ok(TrainStepOutput { loss, ..output })
     }
 
     /// Builds the micro-batch of the rows in the range `micro`.
@@ -298,7 +291,7 @@ impl<B: Kernels> Trainer<B> {
         let batch_size = self.recipe.train.steps.batch_size;
         let batching = EvalBatching { batch_size, padding_free: self.recipe.data.packing.is_padding_free() };
         // Every rank takes whole batches, in turn.
-        let rows = self.validation.rows.chunks(batch_size).skip(self.engine.rank()).step_by(self.engine.world());
+        let rows = self.validation.rows.chunks(batch_size).skip(self.engine.replica()).step_by(self.engine.replicas());
         let examples: Vec<Example> = rows.flatten().cloned().collect();
         let evaluator = &mut self.validation.evaluator;
         let own = self.engine.with_full_params(|model| match evaluator {

@@ -13,6 +13,7 @@ use crate::{
 };
 use burn::{
     backend::Flex,
+    module::ParamId,
     tensor::{DType, FloatDType, Shape, TensorData, TensorMetadata, ops::FloatTensorOps},
 };
 use burn_flex::FlexTensor;
@@ -20,7 +21,7 @@ use rayon::prelude::*;
 use spinning_pool::with_spinning_pool;
 
 impl LinearKernels for Flex {
-    fn linear_forward(x: FlexTensor, weight: FlexTensor, precision: MatmulPrecision) -> FlexTensor {
+    fn linear_forward(x: FlexTensor, weight: FlexTensor, _: Option<ParamId>, precision: MatmulPrecision) -> FlexTensor {
         match x.dtype() {
             DType::F64 => portable::forward::<Self>(x, weight, precision),
             _ => in_f32(x, |x| linear::forward(x, &WeightRows::from_floats(weight), precision)),

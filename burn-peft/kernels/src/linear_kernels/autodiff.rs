@@ -1,6 +1,6 @@
 //! The backward pass of a linear layer.
 
-use super::LinearKernels;
+use super::{LinearKernels, deferred::WeightGradient};
 use crate::{MatmulPrecision, PackedWeight};
 use burn::{
     backend::autodiff::{
@@ -9,6 +9,7 @@ use burn::{
         grads::Gradients,
         ops::{Backward, Ops, OpsKind},
     },
+    module::ParamId,
     tensor::{
         TensorMetadata,
         backend::{AutodiffBackend, Backend},
@@ -45,6 +46,7 @@ struct LinearState<X> {
     x: SavedActivation<X>,
     /// The weight, if `x` needs a gradient.
     weight: Option<X>,
+    weight_id: Option<ParamId>,
     precision: MatmulPrecision,
 }
 
@@ -58,18 +60,19 @@ impl<B: LinearKernels> Backward<B, 2> for LinearBackward {
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         let [x_node, weight_node] = ops.parents;
-        let LinearState { x, weight, precision } = ops.state;
+        let LinearState { x, weight, weight_id, precision } = ops.state;
         if let (Some(node), Some(weight)) = (x_node, weight) {
             let accumulate_into = take_accumulated_gradient::<B>(grads, &dy, |place| place.node = node.clone());
             grads.register::<B>(node.id, B::linear_backward_input(dy.clone(), weight, accumulate_into, precision));
         }
-        let x = match x {
-            SavedActivation::NotNeeded => None,
-            SavedActivation::Saved(x) => Some(x),
-            SavedActivation::Checkpointed(id) => Some(checkpointer.retrieve_node_output(id)),
+        let (x, x_node) = match x {
+            SavedActivation::NotNeeded => return,
+            SavedActivation::Saved(x) => (x, None),
+            SavedActivation::Checkpointed(id) => (checkpointer.retrieve_node_output(id), Some(id)),
         };
-        if let (Some(node), Some(x)) = (weight_node, x) {
-            grads.register::<B>(node.id, B::linear_backward_weight(x, dy, precision));
+        if let Some(node) = weight_node {
+            let gradient = WeightGradient::<B> { x, x_node, dy, precision }.compute_or_defer(weight_id);
+            gradient.into_iter().for_each(|gradient| grads.register::<B>(node.id, gradient));
         }
     }
 }
@@ -118,6 +121,7 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
     fn linear_forward(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        weight_id: Option<ParamId>,
         precision: MatmulPrecision,
     ) -> FloatTensor<Self> {
         let (x_tracked, weight_tracked) = (x.is_tracked(), weight.is_tracked());
@@ -135,10 +139,12 @@ impl<B: LinearKernels, C: CheckpointStrategy> LinearKernels for Autodiff<B, C> {
                     (true, true) => SavedActivation::Checkpointed(prep.checkpoint(&x)),
                 };
                 let saved_weight = x_tracked.then(|| weight.primitive.clone());
-                let state = LinearState { x: saved_x, weight: saved_weight, precision };
-                prep.finish(state, B::linear_forward(x.primitive, weight.primitive, precision))
+                let state = LinearState { x: saved_x, weight: saved_weight, weight_id, precision };
+                prep.finish(state, B::linear_forward(x.primitive, weight.primitive, weight_id, precision))
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::linear_forward(x.primitive, weight.primitive, precision)),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::linear_forward(x.primitive, weight.primitive, weight_id, precision))
+            }
         }
     }
 

@@ -7,26 +7,31 @@
 
 mod autodiff;
 mod backends;
+mod deferred;
 pub(crate) mod portable;
 pub(crate) mod portable_packed;
 mod weight_matrix;
 
 pub use autodiff::take_accumulated_gradient;
+pub use deferred::{DeferredWeightGradient, defer_weight_gradients};
 pub use portable::matmul;
 pub use weight_matrix::WeightMatrix;
 
 use crate::{MatmulPrecision, PackedWeight};
-use burn::tensor::{
-    DType, FloatDType, Slice, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor,
+use burn::{
+    module::{Param, ParamId},
+    tensor::{DType, FloatDType, Slice, Tensor, TensorMetadata, TensorPrimitive, backend::Backend, ops::FloatTensor},
 };
 
 /// Matrix products with a weight `[out, in]` that may be stored in another type than the activations.
 pub trait LinearKernels: Backend {
     /// Returns `y = x·Wᵀ`: `x [tokens, in]`, `weight [out, in]` in f32, f16 or bf16; `y [tokens, out]` in the type of
-    /// `x`.
+    /// `x`. If the weight is a parameter, `_weight_id` is its id, by which
+    /// [`defer_weight_gradients`] can put off its gradient.
     fn linear_forward(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
+        _weight_id: Option<ParamId>,
         precision: MatmulPrecision,
     ) -> FloatTensor<Self> {
         portable::forward::<Self>(x, weight, precision)
@@ -111,10 +116,30 @@ pub(crate) fn float_dtype(dtype: DType) -> FloatDType {
 /// # Panics
 /// If the inner dimensions differ.
 pub fn linear<B: LinearKernels>(x: Tensor<B, 2>, weight: Tensor<B, 2>, precision: MatmulPrecision) -> Tensor<B, 2> {
+    multiply(x, weight, None, precision)
+}
+
+/// Computes [`linear`] with a parameter, whose gradient [`defer_weight_gradients`] can put off.
+///
+/// # Panics
+/// If the inner dimensions differ.
+pub fn linear_param<B: LinearKernels>(
+    x: Tensor<B, 2>,
+    weight: &Param<Tensor<B, 2>>,
+    precision: MatmulPrecision,
+) -> Tensor<B, 2> {
+    multiply(x, weight.val(), Some(weight.id), precision)
+}
+
+fn multiply<B: LinearKernels>(
+    x: Tensor<B, 2>,
+    weight: Tensor<B, 2>,
+    weight_id: Option<ParamId>,
+    precision: MatmulPrecision,
+) -> Tensor<B, 2> {
     let ([_, features], [out, inner]) = (x.dims(), weight.dims());
     assert_eq!(features, inner, "activations have {features} features, the weight [{out}, {inner}] takes {inner}");
-    let y = B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor(), precision);
-    tensor(y)
+    tensor(B::linear_forward(x.into_primitive().tensor(), weight.into_primitive().tensor(), weight_id, precision))
 }
 
 /// Calls [`LinearKernels::add`] on tensors: `x + y`.

@@ -30,7 +30,7 @@ fn a_lost_rank_ends_the_step_of_the_others() {
             if engine.rank() == 2 {
                 return None;
             }
-            let lost = engine.forward_backward(&batch(0, 0)).and_then(|_| engine.step(1e-3));
+            let lost = engine.forward_backward(&[batch(0, 0)]).and_then(|_| engine.step(1e-3));
             Some(lost.unwrap_err().to_string())
         });
         assert!(errors.iter().flatten().any(|error| error.contains("rank 2 has ended")), "{stage:?}: {errors:?}");
@@ -47,7 +47,7 @@ fn a_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_all() {
             let mut engine = config.init(CASES[0].model()).unwrap();
             let before = engine.with_full_params(values).unwrap();
             let total = if engine.rank() == 1 { 0.0 } else { 20.0 };
-            engine.forward_backward(&ToyBatch::new(0, 9, total)).unwrap();
+            engine.forward_backward(&[ToyBatch::new(0, 9, total)]).unwrap();
             let error = engine.step(1e-3).unwrap_err();
             assert!(matches!(error, Error::Numeric(crate::NumericError::NotFinite { step: 0, .. })), "{error}");
             engine.with_full_params(values).unwrap() == before

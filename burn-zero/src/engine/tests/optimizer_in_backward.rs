@@ -75,7 +75,7 @@ fn early_updates_are_in_place() {
                 let case = Case { tied, checkpointing, ..LARGE.with_optimizer_in_backward() };
                 let mut engine = two_steps(case, case.config().with_optimizer_states_in(tier.clone()));
                 let before = buffers(engine.model());
-                engine.forward_backward_step(&batch(2, 0), 1e-3).unwrap();
+                engine.train_step(&[batch(2, 0)], 1e-3).unwrap();
                 assert_eq!(buffers(engine.model()), before, "{tied}, {checkpointing:?}, {tier:?}");
             }
         }
@@ -101,7 +101,7 @@ fn early_updates_lie_inside_the_backward_pass() {
             let events = events(case);
             let (updates, turns) = (spans(&events, "update"), spans(&events, "backward 0"));
             assert_eq!((updates.len(), turns.len()), (12, 2), "{tier:?}: a bucket for each parameter, twice");
-            let passes = spans(&events, "micro-batch").into_iter().zip(turns);
+            let passes = spans(&events, "B 0").into_iter().zip(turns);
             let inside = |[pass, _]: [f64; 2], [turn, _]: [f64; 2]| {
                 updates.iter().filter(|[begin, long]| pass < *begin && begin + long <= turn).count()
             };
@@ -122,7 +122,7 @@ fn an_early_update_with_what_is_not_finite_is_an_error_after_the_fact() {
             let config = case.config().with_communicator(Box::new(group)).with_sharding(sharding);
             let mut engine = config.init(case.model()).unwrap();
             let total = if engine.rank() == 1 { 0.0 } else { 20.0 };
-            let error = engine.forward_backward_step(&ToyBatch::new(0, 9, total), 1e-3).unwrap_err();
+            let error = engine.train_step(&[ToyBatch::new(0, 9, total)], 1e-3).unwrap_err();
             let updated = engine.with_full_params(values).unwrap();
             (
                 matches!(error, Error::Numeric(crate::NumericError::NotFinite { step: 0, .. })),
@@ -189,9 +189,9 @@ fn who_has_a_gradient_is_agreed_upon_early_too() {
                 for step in 0..3 {
                     let used = uses[rank] && step != 1;
                     if early {
-                        engine.forward_backward_step(&used, 0.1).unwrap();
+                        engine.train_step(&[used], 0.1).unwrap();
                     } else {
-                        engine.forward_backward(&used).unwrap();
+                        engine.forward_backward(&[used]).unwrap();
                         engine.step(0.1).unwrap();
                     }
                 }

@@ -99,7 +99,7 @@ fn every_optimizer_resumes_bit_for_bit_also_elsewhere() {
             });
             let (_, mut unbroken) = run(CASE, config(optimizer).with_optimizer_states_in(tier.clone()), 2);
             for micro in 0..3 {
-                unbroken.forward_backward(&batch(77, micro)).unwrap();
+                unbroken.forward_backward(&[batch(77, micro)]).unwrap();
             }
             unbroken.step(1e-3).unwrap();
             for found in threads::run(3, |group| {
@@ -109,7 +109,7 @@ fn every_optimizer_resumes_bit_for_bit_also_elsewhere() {
                 let mut engine = config.init(CASE.model()).unwrap();
                 engine.restore(&path).unwrap();
                 let rank = engine.rank();
-                engine.forward_backward(&batch(77, rank)).unwrap();
+                engine.forward_backward(&[batch(77, rank)]).unwrap();
                 engine.step(1e-3).unwrap();
                 engine.with_full_params(values).unwrap()
             }) {
@@ -206,7 +206,7 @@ fn an_overflow_on_one_rank_skips_the_step_on_all_and_halves_the_scale() {
             let rank = engine.rank();
             let total = if rank == 1 { 0.0 } else { 20.0 };
             let before = engine.with_full_params(values).unwrap();
-            engine.forward_backward(&ToyBatch::new(0, 9, total)).unwrap();
+            engine.forward_backward(&[ToyBatch::new(0, 9, total)]).unwrap();
             let skipped = engine.step(1e-3).unwrap().skipped;
             let after = engine.with_full_params(values).unwrap();
             let scale = engine.loss_scale();
@@ -215,7 +215,7 @@ fn an_overflow_on_one_rank_skips_the_step_on_all_and_halves_the_scale() {
             for step in 0..10 {
                 let from = (step * 40 + rank * 7) as i32;
                 let scaled = ToyBatch::new(from, from + 5 + rank as i32, 20.0 / engine.loss_scale() as f32);
-                losses += engine.forward_backward(&scaled).unwrap();
+                losses += engine.forward_backward(&[scaled]).unwrap();
                 assert!(!engine.step(1e-3).unwrap().skipped);
             }
             assert!(losses > 0.0);

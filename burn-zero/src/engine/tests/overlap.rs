@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     MemoryTier,
-    comm::{CommVolume, Communicator, Lane, Message, Operation, Solo, Traffic, threads},
+    comm::{CommVolume, Communicator, Exchange, Lane, Message, Operation, Solo, Traffic, threads},
 };
 use std::time::Duration;
 
@@ -108,7 +108,7 @@ fn timeline(sharding: Sharding, states: &MemoryTier, overlap: bool) -> Vec<crate
         let mut engine = config.init(LARGE.model()).unwrap();
         let rank = engine.rank();
         for step in 0..2 {
-            engine.forward_backward(&batch(step, rank)).unwrap();
+            engine.forward_backward(&[batch(step, rank)]).unwrap();
             engine.step(1e-3).unwrap();
         }
         engine.trace().clone()
@@ -151,16 +151,11 @@ impl Communicator for SlowTransfer {
         self.0.world_size()
     }
 
-    fn exchange(
-        &mut self,
-        operation: Operation,
-        outgoing: Vec<Message>,
-        incoming: &[usize],
-    ) -> Result<Vec<Vec<u8>>, Error> {
+    fn start(&mut self, operation: Operation, outgoing: Vec<Message>, incoming: &[usize]) -> Result<Exchange, Error> {
         if operation == Operation::ReduceScatter {
             std::thread::sleep(Duration::from_millis(20));
         }
-        self.0.exchange(operation, outgoing, incoming)
+        self.0.start(operation, outgoing, incoming)
     }
 
     fn split(&mut self, color: usize, key: usize) -> Result<Box<dyn Communicator>, Error> {
@@ -187,7 +182,7 @@ fn offload_overlaps_the_backward_pass() {
     let config = config.with_communicator(Box::new(SlowTransfer(Solo))).with_optimizer_states_in(MemoryTier::Host);
     let mut engine = config.init(case.model()).unwrap();
     let mut step = |number| {
-        engine.forward_backward(&batch(number, 0)).unwrap();
+        engine.forward_backward(&[batch(number, 0)]).unwrap();
         engine.step(1e-3).unwrap();
         let share = |lane, within| engine.trace().overlap_fraction_in(lane, within).expect("both happen");
         [share(Lane::Transfer, "backward"), share(Lane::Optimizer, "step")].map(|share| share > 0.0)
@@ -232,7 +227,7 @@ fn masters_are_where_the_states_are() {
         let config = EngineConfig::new(AdamW::default()).with_max_grad_norm(1.0).with_optimizer_states_in(tier);
         let mut engine = config.init(super::optimizers::toy_with_bf16_matrix()).unwrap();
         for step in 0..3 {
-            engine.train_step(&batch(step, 0), 1e-3).unwrap();
+            engine.train_step(&[batch(step, 0)], 1e-3).unwrap();
         }
         engine.save(&path).unwrap();
         (engine.memory(), std::fs::read(&path).unwrap())

@@ -4,7 +4,10 @@ use super::*;
 use crate::{
     comm::threads,
     gather::gather_schedule,
-    segment::tests::{freeze, toy_of},
+    segment::{
+        BackwardPlan,
+        tests::{freeze, toy_of},
+    },
 };
 
 pub(super) const STAGES: [ZeroStage; 4] =
@@ -124,15 +127,11 @@ pub(super) fn take_step(
     learning_rate: f64,
     optimizer_in_backward: bool,
 ) -> TrainStepOutput {
-    let (last, others) = batches.split_last().unwrap();
-    let loss: f64 = others.iter().map(|batch| engine.forward_backward(batch).unwrap()).sum();
-    let output = if optimizer_in_backward {
-        engine.forward_backward_step(last, learning_rate).unwrap()
-    } else {
-        let loss = engine.forward_backward(last).unwrap();
-        TrainStepOutput { loss, report: engine.step(learning_rate).unwrap() }
-    };
-    TrainStepOutput { loss: loss + output.loss, ..output }
+    if optimizer_in_backward {
+        return engine.train_step(batches, learning_rate).unwrap();
+    }
+    let loss = engine.forward_backward(batches).unwrap();
+    TrainStepOutput { loss, report: engine.step(learning_rate).unwrap() }
 }
 
 /// Runs [`STEPS`] steps of `micros` micro-batches each on this rank.
@@ -231,10 +230,14 @@ fn several_micro_batches_per_rank_are_one_process_too() {
 fn padded(engine: &ToyEngine) -> (u64, u64) {
     let layout = &engine.sharded.layout;
     let trained: usize = layout.trainable_buckets().map(|(_, bucket)| bucket.length).sum();
-    let gathered = gather_schedule(layout, engine.settings.checkpointing)
-        .iter()
-        .flat_map(|step| step.gather.clone())
-        .collect::<Vec<_>>();
+    let gathered = gather_schedule(
+        layout,
+        BackwardPlan::new::<TestBackend, _>(engine.model()).first_trainable,
+        engine.settings.checkpointing,
+    )
+    .iter()
+    .flat_map(|step| step.gather.clone())
+    .collect::<Vec<_>>();
     (trained as u64, gathered.iter().map(|&index| layout.buckets[index].length as u64).sum())
 }
 
@@ -280,7 +283,7 @@ fn memory_is_divided_as_the_paper_says() {
     for world in [1, 2, 4] {
         for stage in STAGES {
             let counted = in_world(case, stage, world, 1, |_, mut engine| {
-                engine.forward_backward(&batch(0, 0)).unwrap();
+                engine.forward_backward(&[batch(0, 0)]).unwrap();
                 engine.barrier().unwrap();
                 let sharded = &mut engine.sharded;
                 // Wait for the buckets in flight.
@@ -347,14 +350,14 @@ fn a_state_goes_on_in_another_world_and_stage() {
                 assert_eq!(engine.steps(), STEPS);
                 let first = engine.with_full_params(values).unwrap();
                 let rank = engine.rank();
-                engine.forward_backward(&batch(99, rank)).unwrap();
+                engine.forward_backward(&[batch(99, rank)]).unwrap();
                 engine.step(1e-3).unwrap();
                 (first, engine.with_full_params(values).unwrap())
             });
             let mut one = case.engine();
             one.restore(&reference).unwrap();
             for rank in 0..to.1 {
-                one.forward_backward(&batch(99, rank)).unwrap();
+                one.forward_backward(&[batch(99, rank)]).unwrap();
             }
             one.step(1e-3).unwrap();
             for (first, then) in restored {

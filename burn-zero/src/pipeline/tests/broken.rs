@@ -142,14 +142,47 @@ fn orders_that_are_no_schedule_are_named() {
         "rank 0, position 1: expected Backward(chunk 0, micro-batch 0) of rank 1 before, \
          found Backward(chunk 0, micro-batch 0)"
     );
+}
+
+#[test]
+fn cells_that_are_no_pass_are_named() {
+    let refused = |text: &str| PipelineSchedule::from_csv(text).unwrap_err().to_string();
     for (text, expected) in [
-        ("0F0,0X0", "CSV line 1, column 2: expected an action such as `0F3` or `0B3`, full passes only, found `0X0`"),
-        ("0F0\n0F0", "CSV line 2, column 1: expected a stage of rank 1 (1, 3, 5 …), found `0F0`"),
+        (
+            "0F0,0X0",
+            "CSV line 1, column 2: expected a pass such as `0F3`, `0B3`, `0I3` or `0W3`, or two as in \
+             `(2F1;1B0)OVERLAP_F_B`, found `0X0`",
+        ),
+        ("0F0\n0F0", "CSV line 2, column 1: expected a stage of rank 1 (1, 3, 5 …; in a V 1, 2, 5 …), found `0F0`"),
+        (
+            "0F0,0B0,0W0,0I0",
+            "rank 0, position 3: expected a backward pass in one or in two halves, found BackwardInput(chunk 0, \
+             micro-batch 0) too",
+        ),
+        (
+            "0F0,0W0,0I0",
+            "rank 0, position 1: expected BackwardInput(chunk 0, micro-batch 0) of rank 0 before, \
+             found BackwardWeight(chunk 0, micro-batch 0)",
+        ),
+        ("0F0,0I0", "rank 0, position 2: expected BackwardWeight(chunk 0, micro-batch 0), found the end of the list"),
         ("", "`ranks`: expected at least 1, found 0"),
     ] {
         assert_eq!(refused(text), expected);
     }
-    for cell in ["0I0", "F0", "0F", "0F+1", "0F0x", "0SEND_F0", "-1F0", "0f0", "0F0 0B0", "０F0"] {
-        assert!(refused(cell).contains("line 1, column 1: expected an action"), "{cell}");
+    for cell in [
+        "0UNSHARD",
+        "(0F0;0B0)",
+        "(0F0)OVERLAP_F_B",
+        "F0",
+        "0F",
+        "0F+1",
+        "0F0x",
+        "0SEND_F0",
+        "-1F0",
+        "0f0",
+        "0F0 0B0",
+        "０F0",
+    ] {
+        assert!(refused(cell).contains("line 1, column 1: expected a pass"), "{cell}");
     }
 }

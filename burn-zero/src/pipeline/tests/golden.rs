@@ -6,8 +6,7 @@ use super::*;
 fn row(schedule: &PipelineSchedule, rank: usize) -> String {
     let cell = |action: &Option<Action>| match action {
         None => ".".to_owned(),
-        Some(Action { computation: ComputationType::Forward, micro_batch, .. }) => format!("F{micro_batch}"),
-        Some(Action { micro_batch, .. }) => format!("B{micro_batch}"),
+        Some(action) => format!("{}{}", action.computation.letter(), action.micro_batch),
     };
     schedule.rows()[rank].iter().map(cell).collect::<Vec<_>>().join(" ")
 }
@@ -16,9 +15,7 @@ fn row(schedule: &PipelineSchedule, rank: usize) -> String {
 #[test]
 fn the_goldens_of_deepspeed_hold() {
     let rows = |ranks, micro_batches| {
-        let schedule =
-            PipelineSchedule::new(PipelineKind::OneFOneB, PipelineShape::new(ranks, 1, micro_batches).unwrap())
-                .unwrap();
+        let schedule = schedule(PipelineKind::OneFOneB, ranks, 1, micro_batches);
         (0..ranks).map(|rank| row(&schedule, rank)).collect::<Vec<_>>()
     };
     assert_eq!(rows(2, 4), ["F0 . F1 B0 F2 B1 F3 B2 . B3", ". F0 B0 F1 B1 F2 B2 F3 B3 ."]);
@@ -90,13 +87,59 @@ fn instructions_are_those_of_deepspeed() {
 #[test]
 fn interleaving_one_chunk_is_1f1b() {
     for (ranks, micro_batches) in [(1, 3), (2, 4), (4, 8), (8, 16)] {
-        let layout = PipelineShape::new(ranks, 1, micro_batches).unwrap();
-        let order = |kind| {
-            let schedule = PipelineSchedule::new(kind, layout).unwrap();
-            schedule.rows().iter().map(|row| row.iter().flatten().copied().collect()).collect::<Vec<Vec<_>>>()
-        };
-        assert_eq!(order(PipelineKind::Interleaved1F1B), order(PipelineKind::OneFOneB));
+        let [one, interleaved] =
+            [PipelineKind::OneFOneB, PipelineKind::Interleaved1F1B].map(|kind| schedule(kind, ranks, 1, micro_batches));
+        for rank in 0..ranks {
+            assert_eq!(order(&interleaved, rank), order(&one, rank));
+        }
     }
+}
+
+/// Compares with PyTorch 2.9, whose orders `fixtures/schedules.py` prints, cell for cell. Idle cells are left out: theirs
+/// do not say when a pass runs.
+#[test]
+fn the_orders_of_zero_bubble_schedules_are_those_of_pytorch() {
+    for (kind, text) in [
+        (PipelineKind::ZBH1, include_str!("../../../fixtures/schedules/InterleavedZeroBubble-2-4.csv")),
+        (PipelineKind::ZBH1, include_str!("../../../fixtures/schedules/InterleavedZeroBubble-4-8.csv")),
+        (PipelineKind::ZBV, include_str!("../../../fixtures/schedules/ZBVZeroBubble-2-4.csv")),
+        (PipelineKind::ZBV, include_str!("../../../fixtures/schedules/ZBVZeroBubble-4-8.csv")),
+    ] {
+        let theirs = PipelineSchedule::from_csv(text).unwrap();
+        let ours = PipelineSchedule::new(kind, theirs.shape()).unwrap().to_csv();
+        let cells = |text: &str| -> Vec<Vec<String>> {
+            let row = |line: &str| line.split(',').filter(|cell| !cell.is_empty()).map(str::to_owned).collect();
+            text.lines().map(row).collect()
+        };
+        assert_eq!(cells(&ours), cells(text), "{kind}");
+    }
+}
+
+/// PyTorch's looped BFS descends in micro-batches and its DualPipeV joins passes in one cell: both are read and run.
+#[test]
+fn other_schedules_of_pytorch_are_read() {
+    for (text, passes) in [
+        (include_str!("../../../fixtures/schedules/LoopedBFS-2-4.csv"), 16),
+        (include_str!("../../../fixtures/schedules/LoopedBFS-4-8.csv"), 32),
+        (include_str!("../../../fixtures/schedules/DualPipeV-2-4.csv"), 19),
+        (include_str!("../../../fixtures/schedules/DualPipeV-4-8.csv"), 39),
+    ] {
+        let schedule = PipelineSchedule::from_csv(text).unwrap();
+        assert_eq!(order(&schedule, 0).len(), passes, "{text}");
+        let place = if text.contains("OVERLAP") { Placement::V } else { Placement::Loop };
+        assert_eq!(schedule.shape().placement(), place);
+        assert_eq!(PipelineSchedule::from_csv(&schedule.to_csv()).as_ref(), Ok(&schedule));
+        for transport in TRANSPORTS {
+            assert_eq!(schedule.program(transport).validate(transport), Ok(()), "{transport:?} {text}");
+        }
+    }
+    // A neighbour may run in one what this rank runs in two; each receives the gradients of its own pass.
+    let text = include_str!("../../../fixtures/schedules/DualPipeV-2-4.csv");
+    let program = PipelineSchedule::from_csv(text).unwrap().program(SendMode::Buffered);
+    let receives = |action| {
+        program.ranks.iter().flatten().any(|i| matches!(i, Instruction::Recv { action: a, .. } if *a == action))
+    };
+    assert!(receives(Action::backward_input(0, 2)) && receives(Action::backward(1, 1)));
 }
 
 /// Compares with PyTorch 2.9's `Interleaved1F1B` for 2 ranks with 2 stages each and 4 micro-batches: the orders are the
@@ -107,8 +150,6 @@ fn the_interleaved_order_is_that_of_pytorch() {
                 ,1F0,1F1,,3F0,3B0,3F1,3B1,1F2,1B0,1F3,1B1,3F2,3B2,3F3,3B3,,1B2,,1B3\n";
     let theirs = PipelineSchedule::from_csv(text).unwrap();
     let ours = PipelineSchedule::new(PipelineKind::Interleaved1F1B, theirs.shape()).unwrap();
-    let order =
-        |schedule: &PipelineSchedule, rank: usize| schedule.rows()[rank].iter().flatten().copied().collect::<Vec<_>>();
     for rank in 0..2 {
         assert_eq!(order(&theirs, rank), order(&ours, rank));
     }

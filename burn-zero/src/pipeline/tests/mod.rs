@@ -1,51 +1,111 @@
 //! Properties of schedules, checked for all small pipelines.
 
 mod broken;
+mod formulas;
 mod golden;
 
 use super::*;
 
 const TRANSPORTS: [SendMode; 3] = [SendMode::Blocking, SendMode::SendRecv, SendMode::Buffered];
+const KINDS: [PipelineKind; 6] = [
+    PipelineKind::GPipe,
+    PipelineKind::OneFOneB,
+    PipelineKind::Interleaved1F1B,
+    PipelineKind::LoopedBFS,
+    PipelineKind::ZBH1,
+    PipelineKind::ZBV,
+];
 
-fn layouts() -> impl Iterator<Item = (PipelineKind, PipelineShape)> {
-    let sizes = (1..=8).flat_map(|ranks| (1..=16).map(move |micro_batches| (ranks, micro_batches)));
+fn shape(kind: PipelineKind, ranks: usize, chunks: usize, micro_batches: usize) -> PipelineShape {
+    PipelineShape::new(ranks, chunks, micro_batches).unwrap().with_placement(kind.placement())
+}
+
+fn shapes() -> impl Iterator<Item = (PipelineKind, PipelineShape)> {
+    let sizes = (1..=8).flat_map(|ranks| (1..=32).map(move |micro_batches| (ranks, micro_batches)));
     sizes.flat_map(|(ranks, micro_batches)| {
-        let layout = move |chunks| PipelineShape::new(ranks, chunks, micro_batches).unwrap();
-        let interleaved = (1..=4).map(move |chunks| (PipelineKind::Interleaved1F1B, layout(chunks)));
-        [(PipelineKind::GPipe, layout(1)), (PipelineKind::OneFOneB, layout(1))].into_iter().chain(interleaved)
+        let of = move |kind| (1..=4).map(move |chunks| (kind, shape(kind, ranks, chunks, micro_batches)));
+        KINDS.into_iter().flat_map(of)
     })
 }
 
 fn schedules() -> impl Iterator<Item = (PipelineKind, PipelineSchedule)> {
-    layouts().filter_map(|(kind, layout)| Some((kind, PipelineSchedule::new(kind, layout).ok()?)))
+    shapes().filter_map(|(kind, shape)| Some((kind, PipelineSchedule::new(kind, shape).ok()?)))
+}
+
+fn schedule(kind: PipelineKind, ranks: usize, chunks: usize, micro_batches: usize) -> PipelineSchedule {
+    PipelineSchedule::new(kind, shape(kind, ranks, chunks, micro_batches)).unwrap()
 }
 
 fn program(kind: PipelineKind, ranks: usize, chunks: usize, micro_batches: usize) -> Program {
-    PipelineSchedule::new(kind, PipelineShape::new(ranks, chunks, micro_batches).unwrap())
-        .unwrap()
-        .program(SendMode::Blocking)
+    schedule(kind, ranks, chunks, micro_batches).program(SendMode::Blocking)
+}
+
+/// Returns the order of a rank's actions, without idle slots.
+fn order(schedule: &PipelineSchedule, rank: usize) -> Vec<Action> {
+    schedule.rows()[rank].iter().flatten().copied().collect()
+}
+
+fn times(forward: u8, backward_input: u8, backward_weight: u8) -> StageTimes {
+    let [forward, backward_input, backward_weight] = [forward, backward_input, backward_weight].map(f64::from);
+    StageTimes { forward, backward_input, backward_weight }
 }
 
 #[test]
-fn a_schedule_exists_for_every_layout_but_uneven_interleaving() {
-    for (kind, layout) in layouts() {
-        let uneven = kind == PipelineKind::Interleaved1F1B && layout.micro_batches() % layout.ranks() != 0;
-        assert_eq!(PipelineSchedule::new(kind, layout).is_err(), uneven, "{kind:?} {layout:?}");
+fn a_schedule_exists_where_its_table_says() {
+    for (kind, shape) in shapes() {
+        let exists = match kind {
+            PipelineKind::GPipe | PipelineKind::OneFOneB | PipelineKind::ZBH1 => shape.chunks() == 1,
+            PipelineKind::ZBV => shape.chunks() == 2,
+            PipelineKind::LoopedBFS => true,
+            PipelineKind::Interleaved1F1B => shape.micro_batches() % shape.ranks() == 0,
+        };
+        assert_eq!(PipelineSchedule::new(kind, shape).is_ok(), exists, "{kind} {shape:?}");
     }
-    let refused = |kind, ranks, chunks, m| {
-        PipelineSchedule::new(kind, PipelineShape::new(ranks, chunks, m).unwrap()).unwrap_err().to_string()
-    };
+    let refused =
+        |kind, shape: Result<PipelineShape, _>| PipelineSchedule::new(kind, shape.unwrap()).unwrap_err().to_string();
     assert_eq!(
-        refused(PipelineKind::Interleaved1F1B, 4, 2, 6),
-        "`micro_batches`: expected a multiple of the 4 ranks, found 6"
+        refused(PipelineKind::Interleaved1F1B, PipelineShape::new(4, 2, 6)),
+        "`micro_batches`: expected a multiple of the 4 ranks for Interleaved1F1B, found 6"
     );
     assert_eq!(
-        refused(PipelineKind::OneFOneB, 4, 2, 8),
-        "`chunks`: expected 1 for OneFOneB (Interleaved1F1B takes more), found 2"
+        refused(PipelineKind::OneFOneB, PipelineShape::new(4, 2, 8)),
+        "`chunks`: expected 1 for 1F1B (Interleaved1F1B and LoopedBFS take more), found 2"
+    );
+    assert_eq!(
+        refused(PipelineKind::ZBV, PipelineShape::new(4, 1, 8)),
+        "`chunks`: expected 2 for ZBVZeroBubble, found 1"
+    );
+    assert_eq!(
+        refused(PipelineKind::ZBV, PipelineShape::new(4, 2, 8)),
+        "`placement`: expected V for ZBVZeroBubble, found Loop"
     );
     assert_eq!(PipelineShape::new(4, 1, 0).unwrap_err().to_string(), "`micro_batches`: expected at least 1, found 0");
+}
+
+#[test]
+fn names_are_those_of_pytorch_and_of_the_papers() {
+    for kind in KINDS {
+        assert_eq!(kind.to_string().to_lowercase().parse(), Ok(kind));
+    }
     assert_eq!("1F1B".parse(), Ok(PipelineKind::OneFOneB));
-    assert!("ZBVZeroBubble".parse::<PipelineKind>().unwrap_err().to_string().contains("Interleaved1F1B, found ZBV"));
+    assert_eq!("InterleavedZeroBubble".parse::<PipelineKind>(), "ZB-H1".parse());
+    assert_eq!("ZBVZeroBubble".parse::<PipelineKind>(), "ZBV".parse());
+    assert_eq!(
+        "DualPipeV".parse::<PipelineKind>().unwrap_err().to_string(),
+        "`pipeline_parallel_schedule`: expected one of GPipe, 1F1B, Interleaved1F1B, LoopedBFS, InterleavedZeroBubble, \
+         ZBVZeroBubble, ZB-H1, ZBV, found DualPipeV"
+    );
+}
+
+#[test]
+fn every_stage_is_on_one_rank() {
+    let v = PipelineShape::new(4, 2, 1).unwrap().with_placement(Placement::V);
+    assert_eq!((0..8).map(|stage| v.stage_rank(stage)).collect::<Vec<_>>(), [0, 1, 2, 3, 3, 2, 1, 0]);
+    for (_, shape) in shapes().filter(|(_, shape)| shape.micro_batches() == 1) {
+        for stage in 0..shape.stages() {
+            assert_eq!(shape.stage_index(shape.stage_rank(stage), shape.stage_chunk(stage)), stage, "{shape:?}");
+        }
+    }
 }
 
 #[test]
@@ -53,7 +113,7 @@ fn every_schedule_is_valid_even_if_every_message_blocks() {
     for (kind, schedule) in schedules() {
         for transport in TRANSPORTS {
             let result = schedule.program(transport).validate(transport);
-            assert_eq!(result, Ok(()), "{kind:?} {:?} {transport:?}", schedule.shape());
+            assert_eq!(result, Ok(()), "{kind} {:?} {transport:?}", schedule.shape());
         }
         // The program for the strictest send mode works in every send mode.
         assert_eq!(schedule.program(SendMode::Blocking).validate(SendMode::Buffered), Ok(()));
@@ -61,66 +121,20 @@ fn every_schedule_is_valid_even_if_every_message_blocks() {
 }
 
 #[test]
-fn the_live_activations_are_those_of_the_formulas() {
+fn backward_passes_of_a_chunk_have_ascending_micro_batches() {
     for (kind, schedule) in schedules() {
-        let layout = schedule.shape();
-        let formula = |rank: usize| {
-            let (behind, chunks) = (layout.ranks() - 1 - rank, layout.chunks());
-            let live = match (kind, chunks) {
-                (PipelineKind::GPipe, _) => usize::MAX,
-                (PipelineKind::Interleaved1F1B, 2..) => 2 * behind + (chunks - 1) * layout.ranks() + 1,
-                _ => behind + 1,
-            };
-            live.min(chunks * layout.micro_batches())
-        };
-        let expected: Vec<_> = (0..layout.ranks()).map(formula).collect();
-        for program in TRANSPORTS.map(|transport| schedule.program(transport)) {
-            assert_eq!(program.peak_live_activations(), expected, "{kind:?} {layout:?}");
-        }
-    }
-}
-
-#[test]
-fn the_bubble_is_that_of_the_formula() {
-    for (kind, schedule) in schedules() {
-        let layout = schedule.shape();
-        let idle = schedule.rows().iter().flatten().filter(|action| action.is_none()).count();
-        assert_eq!(idle, 2 * (layout.ranks() - 1) * layout.ranks(), "{kind:?} {layout:?}");
-        for (transport, backward) in TRANSPORTS.into_iter().flat_map(|t| [(t, 1.0), (t, 2.0)]) {
-            let costs = Costs { send_mode: transport, ..Costs::uniform(layout, 1.0, backward) };
-            let timeline = schedule.program(transport).simulate(&costs).unwrap();
-            let ideal = (1.0 + backward) * (layout.chunks() * layout.micro_batches() + layout.ranks() - 1) as f64;
-            let found = timeline.makespan() / ideal;
-            if kind == PipelineKind::Interleaved1F1B && transport != SendMode::Buffered && backward != 1.0 {
-                // Ranks that synchronized after every slot would take 4/3 of the ideal time.
-                assert!((1.0..4.0 / 3.0).contains(&found), "{layout:?} {transport:?}: {found} of the ideal time");
-            } else {
-                assert!((found - 1.0).abs() < 1e-12, "{kind:?} {layout:?} {costs:?}: {found} of the ideal time");
-                assert!((timeline.bubble_fraction() - layout.bubble_fraction()).abs() < 1e-12);
+        for rank in 0..schedule.shape().ranks() {
+            let mut next = vec![[0; 2]; schedule.shape().chunks()];
+            for action in order(&schedule, rank) {
+                let half = match action.computation {
+                    ComputationType::Forward => continue,
+                    ComputationType::Backward | ComputationType::BackwardInput => 0,
+                    ComputationType::BackwardWeight => 1,
+                };
+                let next = &mut next[action.chunk][half];
+                assert_eq!(action.micro_batch, *next, "{kind} {:?}: {action}", schedule.shape());
+                *next += 1;
             }
         }
     }
-}
-
-/// Checks values of `(ranks - 1) / (micro_batches + ranks - 1)` and an uneven pipeline that were computed by hand: the
-/// second stage takes three times as long as the first, which waits for it.
-#[test]
-fn costs_computed_by_hand_hold() {
-    for (ranks, micro_batches, expected) in [(2, 4, 0.2), (4, 4, 0.428571), (4, 8, 0.272727), (8, 32, 0.179487)] {
-        let program = program(PipelineKind::OneFOneB, ranks, 1, micro_batches);
-        let found = program.simulate(&Costs::uniform(program.shape, 0.5, 0.5)).unwrap().bubble_fraction();
-        assert!((found - expected).abs() < 1e-6, "{ranks} ranks, {micro_batches} micro-batches: {found}");
-    }
-    let program = program(PipelineKind::GPipe, 2, 1, 2);
-    let (forward, backward) = (vec![1.0, 3.0], vec![1.0, 3.0]);
-    for (transport, expected) in [(SendMode::Blocking, 18.0), (SendMode::Buffered, 16.0)] {
-        let costs = Costs { forward: forward.clone(), backward: backward.clone(), message: 1.0, send_mode: transport };
-        // End times with blocking sends: 0F0 1, message 2, 1F0 5 while the output of 0F1 waits, message 6, 1F1 9, 1B0
-        // 12, message 13, 1B1 16, message 17, 0B1 18. With buffered sends only the first message delays rank 1: 2 + 4 ·
-        // 3 = 14, message 15, 0B1 16.
-        assert_eq!(program.simulate(&costs).unwrap().makespan(), expected, "{transport:?}");
-    }
-    let costs = Costs { forward: vec![1.0], ..Costs::uniform(program.shape, 1.0, 1.0) };
-    let message = program.simulate(&costs).unwrap_err().to_string();
-    assert_eq!(message, "`forward`: expected 2 times, one per stage, found 1");
 }

@@ -1,6 +1,6 @@
-//! The errors of schedules, partitions and their settings.
+//! The error of schedules, partitions and their settings.
 
-/// An error of this module. Ranks and positions are counted from 0, lines and columns of a CSV file from 1, as editors
+/// An error in a pipeline schedule or a partition. Ranks and positions are counted from 0, lines and columns of a CSV file from 1, as editors
 /// do.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
