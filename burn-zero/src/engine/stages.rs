@@ -113,14 +113,6 @@ impl PipelineAxis {
         self.communicator.rank()
     }
 
-    /// Returns an error in a pipeline, whose checkpoints would lack the parameters of other stages.
-    pub(super) fn check_checkpoints(&self) -> Result<(), Error> {
-        match self.config.ranks {
-            1 => Ok(()),
-            ranks => Err(ConfigError::invalid_value("pipeline", "1 rank for checkpoints", ranks.to_string()).into()),
-        }
-    }
-
     /// Returns true if this rank runs all segments as one stage.
     pub(super) fn is_one_stage(&self) -> bool {
         self.config.segments.len() == 1
