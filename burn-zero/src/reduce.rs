@@ -100,7 +100,6 @@ impl<B: Backend> GradientReducer<B> {
     }
 
     /// Returns the gradients that have not been reduced yet, by parameter index.
-    #[cfg(test)]
     pub(crate) fn unreduced(&self) -> &HashMap<usize, DynTensor<B>> {
         &self.unreduced
     }
