@@ -19,6 +19,7 @@ use burn::{
 };
 use std::{collections::HashMap, path::Path};
 
+mod access;
 mod checkpoint;
 mod config;
 mod forward_backward;
