@@ -77,7 +77,7 @@ fn train_step(engine: &mut TrainEngine, allocator: &mut RankAllocator<Train>, st
     let layout = SequenceLayout::from_lengths(&lengths, false);
     let targets: usize = rows.iter().map(Example::num_targets).sum();
     let batch = engine.model().batch(rows, &layout, 1.0 / targets as f32, ForwardContext::default()).unwrap();
-    let loss = engine.forward_backward(&batch).unwrap();
+    let loss = engine.forward_backward(std::slice::from_ref(&batch)).unwrap();
     let orthogonality = allocator.orthogonality(engine.model());
     for (id, value) in orthogonality.gradients {
         engine.accumulate_gradient(id, DynTensor::new(value));
