@@ -1,6 +1,8 @@
 //! A pipeline trains what one process trains: losses and gradients are equal bit for bit, and the messages are those of
 //! the formula.
 
+mod torch;
+
 use burn::{
     backend::{Autodiff, Flex},
     module::{Module, ModuleVisitor, Param, ParamId},
