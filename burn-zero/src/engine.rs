@@ -203,9 +203,11 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         self.pipeline.communicator.submit("barrier", |group| group.barrier()).wait()
     }
 
-    /// Returns the number of values in the model's trainable parameters, in any stage.
+    /// Returns the number of values in the trainable parameters, with any sharding; in a pipeline those that this rank's
+    /// stages update.
     pub fn trainable_parameters(&self) -> usize {
-        let trainable = self.sharded.layout.parameters.iter().filter(|parameter| parameter.trainable);
+        let own = |parameter: &&Parameter| parameter.trainable && parameter.chunk.is_some();
+        let trainable = self.sharded.layout.parameters.iter().filter(own);
         trainable.map(Parameter::elements).sum()
     }
 

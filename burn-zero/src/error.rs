@@ -60,8 +60,11 @@ pub enum CommError {
     },
     /// A rank has ended or does not answer.
     #[error(
-        "{operation}: rank {rank} {}; look at its output for the cause, then start again from the last checkpoint",
-        waited.map_or("has ended".to_owned(), |time| format!("has not answered for {} s", time.as_secs_f64()))
+        "{operation}: rank {rank}{} {}; look at the output of rank {} for the cause, then start again from the last \
+         checkpoint",
+        describe_waits(waits_for),
+        waited.map_or("has ended".to_owned(), |time| format!("has not answered for {} s", time.as_secs_f64())),
+        waits_for.last().unwrap_or(rank)
     )]
     Lost {
         /// The name of the collective.
@@ -70,6 +73,9 @@ pub enum CommError {
         rank: usize,
         /// How long this rank has waited for it; `None` if it is known to have ended.
         waited: Option<Duration>,
+        /// The rank that the lost rank waits for itself, the one that this one waits for, and so on. A rank counts as
+        /// waiting if half of its deadline has passed.
+        waits_for: Vec<usize>,
     },
     /// Two ranks call different collectives.
     #[error(
@@ -111,6 +117,12 @@ pub enum CommError {
         /// The error of the operating system.
         source: std::io::Error,
     },
+}
+
+/// Returns the relative clauses about the ranks that a lost rank waits for.
+fn describe_waits(waits_for: &[usize]) -> String {
+    let clauses: String = waits_for.iter().map(|rank| format!(", which waits for rank {rank}")).collect();
+    if clauses.is_empty() { clauses } else { clauses + "," }
 }
 
 /// An error in a setting or a configuration file.

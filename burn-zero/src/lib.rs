@@ -37,6 +37,7 @@
 //! | the settings of DeepSpeed and FSDP | [`ds_config`] |
 //! | memory estimates before anything is allocated | [`estimate`] |
 //! | pipeline schedules as values | [`pipeline`] |
+//! | training in a pipeline, beside ZeRO stages 0 to 2 | [`EngineConfig::with_pipeline`] |
 //!
 //! ```
 //! use burn_zero::lr_schedule::{LrKind, LrSchedule};

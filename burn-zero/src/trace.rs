@@ -37,6 +37,16 @@ impl Lane {
     }
 }
 
+/// The axis of the mesh whose communication thread records a span.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum TraceAxis {
+    /// All ranks; also of a run without a mesh.
+    World,
+    Data,
+    Pipeline,
+    Tensor,
+}
+
 /// The kind of a span, without its time.
 #[derive(Debug, Clone, Copy)]
 struct SpanLabel {
@@ -46,16 +56,6 @@ struct SpanLabel {
     /// The chunk of a pipeline's pass.
     chunk: Option<usize>,
     lane: Lane,
-}
-
-/// The axis of the mesh whose communication thread records a span.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum TraceAxis {
-    /// All ranks; also of a run without a mesh.
-    World,
-    Data,
-    Pipeline,
-    Tensor,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -122,8 +122,8 @@ impl Trace {
         let begin = self.start.elapsed().as_secs_f64();
         let result = work();
         let end = self.start.elapsed().as_secs_f64();
-        let axis = self.axis;
-        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(TraceEvent { label, axis, begin, end });
+        let event = TraceEvent { label, axis: self.axis, begin, end };
+        self.spans.lock().unwrap_or_else(PoisonError::into_inner).push(event);
         result
     }
 

@@ -9,7 +9,7 @@ use burn::{
 use burn_llama::{Batch, Example, Llama, LlamaConfig, SequenceLayout};
 use burn_peft::{DropoutKey, ForwardContext, LoraConfig, PromptConfig, TargetModules, adapter, param};
 use burn_zero::{
-    Engine, EngineConfig, PipelineConfig, Sharding, TrainStepOutput, ZeroStage,
+    Engine, EngineConfig, MemoryTier, PipelineConfig, Sharding, TrainStepOutput, ZeroStage,
     comm::threads,
     optimizer::AdamW,
     pipeline::{PartitionMethod, PipelineKind, PipelineSchedule, PipelineShape, TraceFile},
@@ -275,7 +275,10 @@ fn data_and_pipeline_are_one_process_in_every_zero_stage() {
                     let model = model(case);
                     let config = config(Checkpointing::None).with_communicator(Box::new(group));
                     let sharding = Sharding { stage, bucket_size: 600 };
-                    let config = config.with_sharding(sharding).with_pipeline(pipeline(2, kind, chunks));
+                    // Half of the kinds keep their optimizer states in host memory.
+                    let tier = if chunks == 1 { MemoryTier::Host } else { MemoryTier::Device };
+                    let config = config.with_sharding(sharding).with_optimizer_states_in(tier);
+                    let config = config.with_pipeline(pipeline(2, kind, chunks));
                     let mut engine = config.init(model).unwrap();
                     let own = (0..MICRO_BATCHES / 2).map(|index| 2 * index + engine.replica());
                     let batches = micro_batches(engine.model(), own);

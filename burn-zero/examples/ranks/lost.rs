@@ -7,7 +7,7 @@ use crate::{
 use burn::tensor::backend::Backend;
 use burn_zero::{
     Error, Sharding, ZeroStage,
-    comm::{Communicator, ProcessGroup},
+    comm::{Collectives, Communicator, ProcessGroup},
     pipeline::PipelineKind,
 };
 use std::{cell::Cell, time::Duration};
@@ -70,5 +70,29 @@ pub(crate) fn train(group: ProcessGroup, how: &str, part: &str) -> Result<(), Er
         }
         engine.step(1e-3)?;
     }
+    Ok(())
+}
+
+/// Lets every rank wait for the one before, the last one first, so that its deadline is the first to pass. With
+/// `answered`, rank 0 sends so late that the wait of rank 1 has been told, and rank 1 then falls silent.
+pub(crate) fn wait_in_a_chain(group: ProcessGroup, answered: bool) -> Result<(), Error> {
+    let deadline = Duration::from_secs(6);
+    let mut group = group.with_deadline(deadline);
+    group.barrier()?;
+    let rank = group.rank();
+    match rank {
+        0 => {
+            std::thread::sleep(deadline * 2 / 3);
+            if answered {
+                group.send(&[0f32], 1)?;
+            }
+        }
+        1 => {
+            std::thread::sleep(if answered { Duration::ZERO } else { deadline / 6 });
+            group.recv(&mut [0f32], 0)?;
+        }
+        _ => group.recv(&mut [0f32], rank - 1)?,
+    }
+    std::thread::sleep(deadline * 3);
     Ok(())
 }

@@ -9,7 +9,8 @@
 //! process.
 //!
 //! `ranks lose` makes the middle rank abort between two steps, `ranks hang` makes it stop responding; with `forward`,
-//! `backward` or `sums` it does so in that part of a step of a pipeline. If TRACE names a folder, each rank writes a timeline there.
+//! `backward` or `sums` it does so in that part of a step of a pipeline. With `ranks chain` every
+//! rank waits for the one before; with `ranks answered` rank 1 no longer does when rank 2 gives up. If TRACE names a folder, each rank writes a timeline there.
 
 use burn_zero::{
     Engine, EngineConfig, Error, MemoryTier, Sharding, ZeroStage,
@@ -203,6 +204,8 @@ fn main() -> Result<(), Error> {
     let rank = group.rank();
     let result = match command {
         Some("order") => order(group),
+        Some("chain") => lost::wait_in_a_chain(group, false),
+        Some("answered") => lost::wait_in_a_chain(group, true),
         Some("pipeline") => pipeline::laws(&mut group),
         Some(how @ ("lose" | "hang")) => lost::train(group, how, arguments.get(1).map_or("", String::as_str)),
         _ => collectives(&mut group).and_then(|()| stages(&mut group)),

@@ -30,10 +30,25 @@ pub(super) trait RunningExchange: Send {
 }
 
 /// A rank that did not answer, and how long the caller has waited for it; `None` if the rank is known to have ended.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct LostPeer {
     pub rank: usize,
     pub waited: Option<Duration>,
+    /// The rank that it waits for itself, the one that this one waits for, and so on, as far as is known.
+    pub waits_for: Vec<usize>,
+}
+
+/// Returns the rank that `rank` waits for, the one that this one waits for, and so on, until one waits for nobody or for
+/// one that is listed. `awaited` returns the rank that a rank waits for.
+pub(super) fn wait_chain(rank: usize, awaited: impl Fn(usize) -> Option<usize>) -> Vec<usize> {
+    let mut chain = Vec::new();
+    while let Some(next) = awaited(chain.last().copied().unwrap_or(rank)) {
+        if next == rank || chain.contains(&next) {
+            break;
+        }
+        chain.push(next);
+    }
+    chain
 }
 
 impl std::fmt::Debug for Exchange {
@@ -81,7 +96,8 @@ impl Exchange {
         };
         let operation = self.operation.name();
         let received = compute_lock.unlocked(|| wait_while_helping(|timeout| exchange.wait_timeout(timeout)));
-        let mut received = received.map_err(|LostPeer { rank, waited }| CommError::Lost { operation, rank, waited })?;
+        let lost = |LostPeer { rank, waited, waits_for }| CommError::Lost { operation, rank, waited, waits_for };
+        let mut received = received.map_err(lost)?;
         for (message, &rank) in received.iter_mut().zip(&incoming) {
             if message.pop() != Some(self.operation as u8) {
                 return Err(CommError::CollectiveMismatch { operation, rank }.into());

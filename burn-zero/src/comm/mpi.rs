@@ -3,12 +3,12 @@
 //! One thread makes all MPI calls: it posts the exchanges that other threads request and polls until they are complete,
 //! since Open MPI makes progress only inside its calls. Any number of exchanges may be running. A receive first asks
 //! whether a message is there (`MPI_Improbe`), because its length is unknown; of the receives with one source and tag,
-//! only the oldest asks, so that none takes a part of the message of another. If a rank does not answer before the deadline, the ranks that
-//! wait for it get an error; if a rank is killed or ends without [`Session::finalize`], `mpirun` ends all other ranks
-//! and names it.
+//! only the oldest asks, so that none takes a part of the message of another. If a rank does not answer before the
+//! deadline, the ranks that wait for it get an error, which says whom that rank waits for itself; if a rank is killed or
+//! ends without [`Session::finalize`], `mpirun` ends all other ranks and names it.
 
 use super::{
-    ComputeLock, Message, ProcessGroup,
+    ComputeLock, ProcessGroup,
     exchange::{LostPeer, Received, RunningExchange},
     process_group::{Messages, Transport},
 };
@@ -16,13 +16,11 @@ use crate::{CommError, Error};
 use ::mpi::{
     Threading,
     environment::{Universe, initialize_with_threading},
-    ffi,
     topology::Communicator as _,
 };
 use std::{
     collections::HashSet,
-    mem::MaybeUninit,
-    os::raw::{c_int, c_void},
+    os::raw::c_int,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
@@ -31,6 +29,12 @@ use std::{
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+
+mod request;
+mod wait_notices;
+
+use request::{ActiveReceive, ActiveSend};
+use wait_notices::WaitNotices;
 
 /// The part size of [`Session::init`]: MPI counts are 32-bit integers.
 const PART_BYTES: usize = 1 << 30;
@@ -139,7 +143,9 @@ impl RunningExchange for MpiExchange {
         match result {
             Ok(received) => Some(received),
             Err(RecvTimeoutError::Timeout) => None,
-            Err(RecvTimeoutError::Disconnected) => Some(Err(LostPeer { rank: self.peer, waited: None })),
+            Err(RecvTimeoutError::Disconnected) => {
+                Some(Err(LostPeer { rank: self.peer, waited: None, waits_for: Vec::new() }))
+            }
         }
     }
 
@@ -169,6 +175,8 @@ impl Transport for MpiTransport {
 /// peers may still read them.
 fn run_progress_loop(universe: Universe, commands: &Receiver<MpiCommand>, part_bytes: usize) {
     let (mut active, mut idle_polls): (Vec<ActiveExchange>, u32) = (Vec::new(), 0);
+    let world = universe.world();
+    let mut notices = WaitNotices::new(world.rank() as usize, world.size() as usize, part_bytes);
     loop {
         let command = if active.is_empty() {
             commands.recv().map_err(|_| TryRecvError::Disconnected)
@@ -180,13 +188,26 @@ fn run_progress_loop(universe: Universe, commands: &Receiver<MpiCommand>, part_b
                 active.push(ActiveExchange::post(request, part_bytes));
                 idle_polls = 0;
             }
-            Ok(MpiCommand::Finalize) if active.is_empty() => return drop(universe),
-            Ok(MpiCommand::Finalize) | Err(TryRecvError::Disconnected) => return std::mem::forget((universe, active)),
+            Ok(MpiCommand::Finalize) if active.is_empty() => {
+                notices.receive();
+                std::mem::forget(notices);
+                return drop(universe);
+            }
+            Ok(MpiCommand::Finalize) | Err(TryRecvError::Disconnected) => {
+                return std::mem::forget((universe, active, notices));
+            }
             Err(TryRecvError::Empty) => {}
         }
-        let mut pass = PollPass { part_bytes, probed: HashSet::new(), progress: false };
+        let mut pass = PollPass { part_bytes, notices: &notices, probed: HashSet::new(), progress: false };
         active.retain_mut(|exchange| !exchange.poll(&mut pass));
-        idle_polls = if pass.progress { 0 } else { idle_polls.saturating_add(1) };
+        let progress = pass.progress;
+        // After the pass, so that the last exchange takes its notice back before the thread blocks.
+        let awaited = active.iter().find_map(|exchange| exchange.awaited_for(exchange.deadline / 2));
+        notices.announce(awaited);
+        if awaited.is_some() {
+            notices.receive();
+        }
+        idle_polls = if progress { 0 } else { idle_polls.saturating_add(1) };
         if idle_polls > IDLE_POLLS {
             std::thread::sleep(POLL_PAUSE);
         } else if idle_polls > 0 {
@@ -196,8 +217,9 @@ fn run_progress_loop(universe: Universe, commands: &Receiver<MpiCommand>, part_b
 }
 
 /// One pass over all exchanges, in the order of their start.
-struct PollPass {
+struct PollPass<'a> {
     part_bytes: usize,
+    notices: &'a WaitNotices,
     /// The sources and tags that have an incomplete receive; later receives have to wait for it.
     probed: HashSet<(usize, c_int)>,
     progress: bool,
@@ -216,42 +238,19 @@ struct ActiveExchange {
     reply: Option<Sender<Received>>,
 }
 
-struct ActiveSend {
-    to: usize,
-    requests: Vec<ffi::MPI_Request>,
-    /// The send buffer, which MPI reads until the requests are complete.
-    buffer: Vec<u8>,
-}
-
-struct ActiveReceive {
-    from: usize,
-    /// The receive buffer, with the parts that have arrived.
-    buffer: Vec<u8>,
-    /// The part that MPI is writing at the end of `buffer`.
-    part: Option<PartReceive>,
-    complete: bool,
-}
-
-/// The receive request of a part of a message.
-struct PartReceive {
-    request: ffi::MPI_Request,
-    /// The length of the part in bytes.
-    length: usize,
-}
-
 impl ActiveExchange {
     fn post(request: ExchangeRequest, part_bytes: usize) -> Self {
         let ExchangeRequest { tag, messages, deadline, status, reply } = request;
-        let tag = tag as c_int;
+        // Tag 0 is that of notices.
+        let tag = tag as c_int + 1;
         let send = |message| ActiveSend::post(message, tag, part_bytes);
         let sends = messages.outgoing.into_iter().map(send).collect();
-        let receive = |from| ActiveReceive { from, buffer: Vec::new(), part: None, complete: false };
-        let receives = messages.incoming.into_iter().map(receive).collect();
+        let receives = messages.incoming.into_iter().map(ActiveReceive::new).collect();
         Self { tag, sends, receives, start: Instant::now(), deadline, status, reply: Some(reply) }
     }
 
     /// Makes as much progress as possible without blocking; returns true when the exchange is complete.
-    fn poll(&mut self, pass: &mut PollPass) -> bool {
+    fn poll(&mut self, pass: &mut PollPass<'_>) -> bool {
         // Every request is polled, whatever the state of the others.
         let mut incomplete = 0;
         for send in &mut self.sends {
@@ -259,7 +258,7 @@ impl ActiveExchange {
         }
         for receive in self.receives.iter_mut().filter(|receive| !receive.complete) {
             let key = (receive.from, self.tag);
-            if pass.probed.contains(&key) || !receive.poll(self.tag, pass) {
+            if pass.probed.contains(&key) || !receive.poll(self.tag, pass.part_bytes, &mut pass.progress) {
                 pass.probed.insert(key);
                 incomplete += 1;
             }
@@ -268,15 +267,15 @@ impl ActiveExchange {
             let receives = self.receives.iter_mut();
             let received = receives.map(|receive| std::mem::take(&mut receive.buffer)).collect();
             self.finish(Ok(received));
-        } else if let Some(rank) = self.overdue() {
-            self.finish(Err(LostPeer { rank, waited: Some(self.deadline) }));
+        } else if let Some(rank) = self.awaited_for(self.deadline) {
+            self.finish(Err(LostPeer { rank, waited: Some(self.deadline), waits_for: pass.notices.chain(rank) }));
         }
         incomplete == 0
     }
 
-    /// Returns the rank that has not sent or not received before the deadline.
-    fn overdue(&self) -> Option<usize> {
-        let is_over = |start: &Instant| start.elapsed() >= self.deadline;
+    /// Returns the rank that has not sent or not received for at least `time`.
+    fn awaited_for(&self, time: Duration) -> Option<usize> {
+        let is_over = |start: &Instant| start.elapsed() >= time;
         let waited_too_long = self.status.waiting_since.get().is_some_and(is_over);
         let receive = self.receives.iter().find(|receive| !receive.complete).filter(|_| waited_too_long);
         let send = self.sends.iter().find(|send| !send.requests.is_empty()).filter(|_| is_over(&self.start));
@@ -288,98 +287,6 @@ impl ActiveExchange {
             // The owner may have dropped the exchange.
             let _ = reply.send(received);
             self.status.done.store(true, Ordering::SeqCst);
-        }
-    }
-}
-
-/// Returns true if the request is complete.
-fn is_done(request: &mut ffi::MPI_Request) -> bool {
-    let mut flag: c_int = 0;
-    // SAFETY: the request comes from `MPI_Isend` or `MPI_Imrecv` and its owner drops it after the test that completes
-    // it; its buffer lives in the same struct, which is kept or leaked if the request never completes.
-    unsafe { ffi::MPI_Test(request, &mut flag, ffi::RSMPI_STATUS_IGNORE) };
-    flag != 0
-}
-
-impl ActiveSend {
-    fn post(message: Message, tag: c_int, part_bytes: usize) -> Self {
-        let Message { to, bytes: buffer } = message;
-        // If the length is a multiple of the part size, an empty last part follows: only a shorter part ends a message.
-        let parts = buffer.len() / part_bytes + 1;
-        let send = |part: usize| {
-            let bytes = &buffer[part * part_bytes..buffer.len().min((part + 1) * part_bytes)];
-            let mut request = MaybeUninit::uninit();
-            // SAFETY: the bytes lie in the heap allocation of `buffer`, which moves into the returned struct without
-            // moving its allocation and is freed only when all requests are complete; `MPI_Isend` initialises `request`.
-            unsafe {
-                ffi::MPI_Isend(
-                    bytes.as_ptr().cast::<c_void>(),
-                    bytes.len() as c_int,
-                    ffi::RSMPI_UINT8_T,
-                    to as c_int,
-                    tag,
-                    ffi::RSMPI_COMM_WORLD,
-                    request.as_mut_ptr(),
-                );
-                request.assume_init()
-            }
-        };
-        let requests = (0..parts).map(send).collect();
-        Self { to, requests, buffer }
-    }
-
-    fn poll(&mut self, progress: &mut bool) -> bool {
-        let before = self.requests.len();
-        self.requests.retain_mut(|request| !is_done(request));
-        *progress |= self.requests.len() < before;
-        if self.requests.is_empty() {
-            self.buffer = Vec::new();
-        }
-        self.requests.is_empty()
-    }
-}
-
-impl ActiveReceive {
-    fn poll(&mut self, tag: c_int, pass: &mut PollPass) -> bool {
-        while !self.complete {
-            match &mut self.part {
-                None => match self.receive_part(tag) {
-                    Some(part) => self.part = Some(part),
-                    None => return false,
-                },
-                Some(part) => {
-                    if !is_done(&mut part.request) {
-                        return false;
-                    }
-                    self.complete = part.length < pass.part_bytes;
-                    self.part = None;
-                }
-            }
-            pass.progress = true;
-        }
-        true
-    }
-
-    /// Starts to receive the next part if MPI has matched one.
-    fn receive_part(&mut self, tag: c_int) -> Option<PartReceive> {
-        let (mut flag, mut count): (c_int, c_int) = (0, 0);
-        let (mut message, mut status, mut request) =
-            (MaybeUninit::uninit(), MaybeUninit::uninit(), MaybeUninit::uninit());
-        // SAFETY: `MPI_Improbe` initialises `message` and `status` if it sets the flag. The part is received behind the
-        // bytes that are there, into `count` bytes that were just allocated; `self.buffer` is not touched until the
-        // request is complete.
-        unsafe {
-            let (from, world) = (self.from as c_int, ffi::RSMPI_COMM_WORLD);
-            ffi::MPI_Improbe(from, tag, world, &mut flag, message.as_mut_ptr(), status.as_mut_ptr());
-            if flag == 0 {
-                return None;
-            }
-            ffi::MPI_Get_count(status.as_ptr(), ffi::RSMPI_UINT8_T, &mut count);
-            let start = self.buffer.len();
-            self.buffer.resize(start + count as usize, 0);
-            let address = self.buffer[start..].as_mut_ptr().cast::<c_void>();
-            ffi::MPI_Imrecv(address, count, ffi::RSMPI_UINT8_T, message.as_mut_ptr(), request.as_mut_ptr());
-            Some(PartReceive { request: request.assume_init(), length: count as usize })
         }
     }
 }

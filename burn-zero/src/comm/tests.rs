@@ -177,7 +177,7 @@ fn a_rank_that_ends_is_an_error_that_names_it() {
                 assert!(
                     matches!(
                         error,
-                        Error::Communication(CommError::Lost { operation: "all_reduce", rank: 1, waited: None })
+                        Error::Communication(CommError::Lost { operation: "all_reduce", rank: 1, waited: None, .. })
                     ),
                     "{error}"
                 )
@@ -199,7 +199,7 @@ fn a_silent_rank_is_an_error_after_the_deadline() {
     });
     let error = results.into_iter().next().unwrap().unwrap_err();
     assert!(
-        matches!(error, Error::Communication(CommError::Lost { operation: "barrier", rank: 1, waited: Some(_) })),
+        matches!(error, Error::Communication(CommError::Lost { operation: "barrier", rank: 1, waited: Some(_), .. })),
         "{error}"
     );
     assert!(error.to_string().contains("rank 1 has not answered for 0.2 s"), "{error}");

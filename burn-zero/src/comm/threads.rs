@@ -2,7 +2,7 @@
 
 use super::{
     ComputeLock, Message, ProcessGroup,
-    exchange::{LostPeer, Received, RunningExchange},
+    exchange::{LostPeer, Received, RunningExchange, wait_chain},
     process_group::{Messages, Transport},
 };
 use std::{
@@ -54,6 +54,8 @@ struct Mailboxes {
     queues: HashMap<MessageKey, MessageQueue>,
     /// Ranks that have ended.
     ended: Vec<usize>,
+    /// The receives that are waited for, also in vain, and since when.
+    waits: HashMap<MessageKey, Instant>,
 }
 
 /// Messages with the same sender, receiver and tag, numbered in the order in which they are sent. Receives take numbers
@@ -123,6 +125,12 @@ impl Mailboxes {
         self.queues.get_mut(&key).and_then(|queue| queue.messages.remove(&number))
     }
 
+    /// Returns the rank that `rank` has been waiting for the longest, if that is at least `time`.
+    fn awaited_for(&self, rank: usize, time: Duration) -> Option<usize> {
+        let waits = self.waits.iter().filter(|(key, since)| key.to == rank && since.elapsed() >= time);
+        waits.min_by_key(|&(_, since)| since).map(|(key, _)| key.from)
+    }
+
     fn has_arrived(&self, Ticket { key, number }: Ticket) -> bool {
         self.queues.get(&key).is_some_and(|queue| queue.messages.contains_key(&number))
     }
@@ -132,24 +140,28 @@ impl RunningExchange for ThreadExchange {
     fn wait_timeout(&mut self, timeout: Option<Duration>) -> Option<Received> {
         let now = Instant::now();
         let waiting_since = *self.waiting_since.get_or_insert(now);
-        let mut state = self.world.lock();
+        let world = self.world.clone();
+        let mut state = world.lock();
         while let Some(&ticket) = self.tickets.get(self.received.len()) {
             let rank = ticket.key.from;
             if let Some(message) = state.take(ticket) {
+                state.waits.remove(&ticket.key);
                 self.received.push(message);
                 continue;
             }
             if state.ended.contains(&rank) {
-                return Some(Err(LostPeer { rank, waited: None }));
+                return Some(Err(LostPeer { rank, waited: None, waits_for: Vec::new() }));
             }
             let Some(until_deadline) = self.deadline.checked_sub(waiting_since.elapsed()) else {
-                return Some(Err(LostPeer { rank, waited: Some(self.deadline) }));
+                let waits_for = wait_chain(rank, |rank| state.awaited_for(rank, self.deadline / 2));
+                return Some(Err(LostPeer { rank, waited: Some(self.deadline), waits_for }));
             };
+            state.waits.insert(ticket.key, waiting_since);
             let pause = match timeout {
                 Some(timeout) => until_deadline.min(timeout.checked_sub(now.elapsed())?),
                 None => until_deadline,
             };
-            state = self.world.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
+            state = world.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
         }
         Some(Ok(std::mem::take(&mut self.received)))
     }

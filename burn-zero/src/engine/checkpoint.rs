@@ -13,26 +13,27 @@ use crate::{
     sharding::{ALIGN, Bucket, ParamShard, Parameter, RankInfo, ShardLayout, Sharding, device_of},
 };
 use burn::{
-    module::{ModuleVisitor, Param, ParamId},
+    module::ParamId,
     tensor::{
         DType, Tensor,
         backend::{AutodiffBackend, Backend},
     },
 };
-use safetensors::{Dtype, View};
 use serde_json::json;
 use std::{
-    borrow::Cow,
     collections::HashMap,
     fs::File,
     ops::Range,
     path::{Path, PathBuf},
 };
 
+mod place;
 mod reader;
+mod tensors;
 
 pub use reader::consolidate;
 use reader::{CheckpointReader, MappedFiles};
+use tensors::{CheckpointTensor, CheckpointTensors, TensorSource, TrainableValues, le_bytes};
 
 /// Returns the file of one shard of a sharded checkpoint: `training.safetensors` becomes `training.1-of-4.safetensors`.
 fn shard_path(path: &Path, part: usize, parts: usize) -> PathBuf {
@@ -51,26 +52,26 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// `<path>.exp_avg_sq` (f32) and `<path>.step` (i64). Tensors leave the device one at a time. Gradients that were
     /// accumulated since the last step are not saved.
     ///
-    /// Every rank calls this with the same path. If optimizer states are sharded, each rank writes its shards,
-    /// flattened, into a file of its own next to the path (`training.1-of-4.safetensors`), with the position of each
-    /// shard in the metadata; otherwise rank 0 writes everything.
+    /// Every rank calls this with the same path. If optimizer states are sharded, or in a pipeline, each rank writes what
+    /// it updates into a file of its own next to the path (`training.1-of-4.safetensors`), shards flattened, with the
+    /// place of each tensor in the metadata; otherwise rank 0 writes everything. Of several ranks that hold the same, the
+    /// first writes it.
     ///
     /// # Errors
     /// Returns [`Error::Io`] if the file cannot be written; a partly written file is left for the caller to remove.
-    /// Returns [`ConfigError::InvalidValue`](crate::ConfigError::InvalidValue) in a pipeline.
     pub fn save(&self, path: &Path) -> Result<(), Error> {
-        self.pipeline.check_checkpoints()?;
-        let layout = &self.sharded.layout;
-        if layout.num_shards == 1 && self.rank() != 0 {
+        let (layout, stages) = (&self.sharded.layout, self.pipeline.communicator.world_size());
+        if layout.num_shards == 1 && self.replica() != 0 {
             return Ok(());
         }
+        let (part, parts) = (self.pipeline.rank() * layout.num_shards + layout.shard_index, stages * layout.num_shards);
         let states = self.states.host.as_ref().map(HostOptimizer::lock_states);
-        let CheckpointTensors { tensors, positions, .. } = self.local_tensors(states.as_deref())?;
+        let CheckpointTensors { tensors, places, .. } = self.local_tensors(states.as_deref())?;
         let mut metadata = metadata(self.steps, self.loss_scaler);
-        if layout.num_shards > 1 {
-            metadata.insert("places".to_owned(), serde_json::Value::from(positions).to_string());
+        if parts > 1 {
+            metadata.insert("places".to_owned(), serde_json::Value::from(places).to_string());
         }
-        let path = shard_path(path, layout.shard_index, layout.num_shards);
+        let path = shard_path(path, part, parts);
         let wrong = |source| Error::Io { path: path.clone(), source };
         safetensors::serialize_to_file(tensors, Some(metadata), &path)
             .map_err(|source| CheckpointError::Safetensors { path: path.clone(), source })?;
@@ -86,8 +87,8 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         let ShardingState { layout, device, weights, .. } = &self.sharded;
         let mut resident = TrainableValues::<B::InnerBackend> { values: HashMap::new() };
         self.model.visit(&mut resident);
-        let (tensors, positions) = (Vec::new(), serde_json::Map::new());
-        let mut found = CheckpointTensors { tensors, positions, num_shards: layout.num_shards };
+        let (tensors, places) = (Vec::new(), serde_json::Map::new());
+        let mut found = CheckpointTensors { tensors, places, num_shards: layout.num_shards };
         for (index, bucket) in layout.trainable_buckets() {
             let shards = match weights {
                 Some(weights) => weights.read(layout, index, device)?,
@@ -146,17 +147,15 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         }
     }
 
-    /// Loads a checkpoint into the model and this engine; the checkpoint may come from a world of another size or from
-    /// another stage. Accumulated gradients are dropped.
+    /// Loads a checkpoint into the model and this engine; the checkpoint may come from a world of another size, with
+    /// another stage or another pipeline. Accumulated gradients are dropped.
     ///
     /// # Errors
     /// Returns [`Error::Io`] if a file cannot be read, and [`CheckpointError::Mismatch`] if the files are not a
     /// complete checkpoint of this very model (a trainable parameter is missing or has another shape, or the checkpoint
     /// contains a tensor that is not trainable here); the engine is unchanged then. Returns [`Error::Io`] also if
-    /// states or weights cannot be written to their files, and
-    /// [`ConfigError::InvalidValue`](crate::ConfigError::InvalidValue) in a pipeline.
+    /// states or weights cannot be written to their files.
     pub fn restore(&mut self, path: &Path) -> Result<(), Error> {
-        self.pipeline.check_checkpoints()?;
         let maps = MappedFiles::open(path)?;
         let mut saved = CheckpointReader::open(path, &maps)?;
         let mut restored =
@@ -164,6 +163,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         for (index, bucket) in self.sharded.layout.trainable_buckets() {
             self.read_bucket(&mut saved, index, bucket, &mut restored)?;
         }
+        self.read_other_stages(&mut saved, &mut restored)?;
         saved.check_all_read()?;
         let RestoredState { values, weight_shards, master, states } = restored;
         let ShardingState { layout, device, weights, reducer, .. } = &mut self.sharded;
@@ -218,6 +218,25 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
             }
         }
         restored.weight_shards.push((index, weight_shards));
+        Ok(())
+    }
+
+    /// Reads the parameters that this rank uses and another rank of the pipeline updates, and leaves out those that it
+    /// does not use.
+    fn read_other_stages(
+        &self,
+        saved: &mut CheckpointReader,
+        restored: &mut RestoredState<B::InnerBackend>,
+    ) -> Result<(), Error> {
+        let ShardingState { layout, device, .. } = &self.sharded;
+        let others = layout.parameters.iter().filter(|parameter| parameter.trainable && parameter.chunk.is_none());
+        for parameter in others {
+            if parameter.segments.iter().any(|&segment| self.pipeline.own_chunk(segment).is_some()) {
+                let value: DynTensor<B::InnerBackend> = saved.read_parameter(parameter, device)?;
+                restored.values.insert(parameter.id, value.into_dtype(parameter.dtype));
+            }
+            saved.skip(&parameter.path);
+        }
         Ok(())
     }
 
@@ -308,89 +327,4 @@ struct SavedOptimizerState {
     slots: Vec<Vec<f32>>,
     /// The block scales of 8-bit moments.
     scales: Option<[Vec<f32>; 2]>,
-}
-
-/// The tensors of one file of a checkpoint.
-struct CheckpointTensors<'a, B: Backend> {
-    /// The tensors, by name.
-    tensors: Vec<(String, CheckpointTensor<'a, B>)>,
-    /// The [`reader::ShardPosition`] of each float tensor, as `[offset, dims]`.
-    positions: serde_json::Map<String, serde_json::Value>,
-    num_shards: usize,
-}
-
-impl<'a, B: Backend> CheckpointTensors<'a, B> {
-    /// Adds the values `range` of a float tensor whose full shape is `dims`.
-    fn add(&mut self, name: String, range: &Range<usize>, dims: Vec<usize>, source: TensorSource<'a, B>) {
-        self.positions.insert(name.clone(), json!([range.start, dims]));
-        let shape = if self.num_shards == 1 { dims } else { vec![range.len()] };
-        self.tensors.push((name, CheckpointTensor::Floats(shape, source)));
-    }
-}
-
-/// A tensor of a checkpoint that is fetched from device, host or file when it is written.
-enum CheckpointTensor<'a, B: Backend> {
-    Floats(Vec<usize>, TensorSource<'a, B>),
-    Step([u8; 8]),
-}
-
-enum TensorSource<'a, B: Backend> {
-    Device(Tensor<B, 1>),
-    Host(&'a [f32]),
-    /// One of the two moments of a shard in host memory or in the offload file.
-    Offload(&'a OffloadedStates, ParamId, usize),
-}
-
-impl<B: Backend> View for CheckpointTensor<'_, B> {
-    fn dtype(&self) -> Dtype {
-        match self {
-            Self::Floats(..) => Dtype::F32,
-            Self::Step(_) => Dtype::I64,
-        }
-    }
-
-    fn shape(&self) -> &[usize] {
-        match self {
-            Self::Floats(shape, _) => shape,
-            Self::Step(_) => &[],
-        }
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        match self {
-            Self::Floats(_, TensorSource::Device(values)) => {
-                Cow::Owned(values.clone().into_data().convert_dtype(DType::F32).as_bytes().to_vec())
-            }
-            Self::Floats(_, TensorSource::Host(values)) => Cow::Owned(le_bytes(values)),
-            Self::Floats(_, TensorSource::Offload(offloaded, id, slot)) => {
-                Cow::Owned(le_bytes(&offloaded.moment(*id, *slot)))
-            }
-            Self::Step(bytes) => Cow::Borrowed(bytes),
-        }
-    }
-
-    fn data_len(&self) -> usize {
-        match self {
-            Self::Floats(shape, _) => shape.iter().product::<usize>() * 4,
-            Self::Step(bytes) => bytes.len(),
-        }
-    }
-}
-
-/// Returns the little-endian bytes of values.
-fn le_bytes(values: &[f32]) -> Vec<u8> {
-    values.iter().flat_map(|value| value.to_le_bytes()).collect()
-}
-
-/// Collects the values of trainable parameters.
-struct TrainableValues<B: Backend> {
-    values: HashMap<ParamId, DynTensor<B>>,
-}
-
-impl<B: AutodiffBackend> ModuleVisitor<B> for TrainableValues<B::InnerBackend> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        if param.is_require_grad() {
-            self.values.insert(param.id, DynTensor::new(param.val().inner()));
-        }
-    }
 }

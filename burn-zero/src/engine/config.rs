@@ -2,8 +2,7 @@
 
 use super::{
     Engine, OptimizerStates, ShardingState,
-    parts::Division,
-    stages::{PipelineAxis, PipelineConfig},
+    stages::{Axes, PipelineAxis, PipelineConfig},
 };
 use crate::{
     ConfigError, Error,
@@ -136,14 +135,15 @@ impl EngineConfig {
     /// an optimizer that cannot run on the host, [`Error::Pipeline`] for a pipeline that does not exist, [`Error::Io`] if
     /// a file of states or weights cannot be created or written, and a communication error if a rank is lost.
     pub fn init<B: AutodiffBackend, M: TrainSegments<B>>(self, model: M) -> Result<Engine<B, M>, Error> {
-        self.build(Segments::segments(&model), |division| ShardingState::new(model, division))
+        let segments = Segments::segments(&model);
+        self.build(segments, |sharding, axes, tier| ShardingState::new(model, sharding, axes, tier))
     }
 
-    /// Creates the engine with the model of `segments` segments and the state that `divide` returns.
+    /// Creates the engine with the model and the sharding that `shard` returns, for a model of so many segments.
     pub(super) fn build<B: AutodiffBackend, M: TrainSegments<B>, E: From<Error>>(
         self,
         segments: usize,
-        divide: impl FnOnce(Division<'_>) -> Result<(M, ShardingState<B>), E>,
+        shard: impl FnOnce(Sharding, Axes<'_>, &MemoryTier) -> Result<(M, ShardingState<B>), E>,
     ) -> Result<Engine<B, M>, E> {
         let Self { settings, communicator, pipeline, optimizer_tier, weights_tier, loss_scaler } = self;
         settings.check()?;
@@ -151,9 +151,8 @@ impl EngineConfig {
         pipeline.check(segments, settings.sharding.stage)?;
         let (communicator, pipeline) = PipelineAxis::split(communicator, pipeline)?;
         let states = OptimizerStates::new(settings.optimizer, &optimizer_tier, &communicator)?;
-        let (sharding, tier) = (settings.sharding, &weights_tier);
-        let division = Division { sharding, communicator: &communicator, pipeline: &pipeline, tier };
-        let (model, sharded) = divide(division)?;
+        let axes = Axes { data: &communicator, pipeline: &pipeline };
+        let (model, sharded) = shard(settings.sharding, axes, &weights_tier)?;
         Ok(Engine { model, settings, communicator, pipeline, sharded, states, loss_scaler, steps: 0 })
     }
 }

@@ -1,9 +1,8 @@
 //! Engines for models that are loaded part by part, so that no rank ever holds all weights (stage 3).
 
-use super::{Engine, EngineConfig, ShardingState, stages::PipelineAxis};
+use super::{Engine, EngineConfig, ShardingState, stages::Axes};
 use crate::{
     ConfigError, Error,
-    comm::AsyncCommunicator,
     gather::WeightShards,
     offload::MemoryTier,
     reduce::GradientReducer,
@@ -13,7 +12,7 @@ use crate::{
 };
 use burn::{
     module::{ModuleMapper, ModuleVisitor, Param, ParamId},
-    tensor::{Device, Int, Tensor, backend::AutodiffBackend},
+    tensor::{Int, Tensor, backend::AutodiffBackend},
 };
 use std::{collections::HashMap, ops::Range};
 
@@ -36,9 +35,11 @@ impl EngineConfig {
         parts: &[Range<usize>],
         load: impl FnMut(Range<usize>) -> Result<M, E>,
     ) -> Result<Engine<B, M>, E> {
-        check_parts(parts, Segments::segments(&skeleton))?;
-        self.build(Segments::segments(&skeleton), |division| {
-            ShardingState::in_parts(PartwiseModel { skeleton, parts, load }, division)
+        let segments = Segments::segments(&skeleton);
+        check_parts(parts, segments)?;
+        self.build(segments, |sharding, axes, tier| {
+            let rank = RankInfo::from(axes.data);
+            ShardingState::in_parts(PartwiseModel { skeleton, parts, load, sharding, rank }, tier)
         })
     }
 }
@@ -52,54 +53,27 @@ fn check_parts(parts: &[Range<usize>], segments: usize) -> Result<(), Error> {
     Err(ConfigError::invalid_value("parts", expected, format!("{parts:?}")).into())
 }
 
-/// The rules and the ranks by which the parameters of a model are divided.
-#[derive(Clone, Copy)]
-pub(super) struct Division<'a> {
-    pub sharding: Sharding,
-    /// The ranks that run the same stages.
-    pub communicator: &'a AsyncCommunicator,
-    pub pipeline: &'a PipelineAxis,
-    /// The place of the weight shards of stage 3.
-    pub tier: &'a MemoryTier,
-}
-
-/// A model that is loaded part by part.
+/// A model that is loaded part by part, and the place of the rank that shards it.
 struct PartwiseModel<'a, M, F> {
     skeleton: M,
     parts: &'a [Range<usize>],
     load: F,
+    sharding: Sharding,
+    rank: RankInfo,
 }
 
 impl<B: AutodiffBackend> ShardingState<B> {
-    /// Shards a model: the parameters of other stages are dropped, and in stage 3 this rank's weight shards are taken out
-    /// of it.
-    pub(super) fn new<M: TrainSegments<B>>(model: M, division: Division<'_>) -> Result<(M, Self), Error> {
-        let Division { sharding, communicator, pipeline, tier } = division;
-        let rank = RankInfo::from(communicator);
-        let layout = ShardLayout::new::<B, M>(&model, sharding, rank, |segment| pipeline.own_chunk(segment));
-        let device = device_of::<B, M>(&model);
-        let model = pipeline.keep_own(model, &layout);
-        if sharding.stage != ZeroStage::Weights {
-            return Ok((model, Self::with_weights(layout, device, pipeline, None)));
-        }
-        let mut weights = WeightShards::new(tier, rank)?;
-        let placeholders = weights.add(model, &layout, &device)?;
-        Ok((placeholders, Self::with_weights(layout, device, pipeline, Some(weights))))
-    }
-
     fn in_parts<M: TrainSegments<B>, E: From<Error>>(
         model: PartwiseModel<'_, M, impl FnMut(Range<usize>) -> Result<M, E>>,
-        division: Division<'_>,
+        tier: &MemoryTier,
     ) -> Result<(M, Self), E> {
-        let PartwiseModel { skeleton, parts, mut load } = model;
-        let Division { sharding, communicator, pipeline, tier } = division;
-        let rank = RankInfo::from(communicator);
+        let PartwiseModel { skeleton, parts, mut load, sharding, rank } = model;
         if sharding.stage != ZeroStage::Weights {
             let found = u8::from(sharding.stage).to_string();
             let error = ConfigError::invalid_value("zero_stage", "3 for a model that is loaded in parts", found);
             return Err(Error::from(error).into());
         }
-        let mut whole = ShardLayout::new::<B, M>(&skeleton, sharding, rank, |segment| pipeline.own_chunk(segment));
+        let mut whole = ShardLayout::new::<B, M>(&skeleton, sharding, rank, |_| Some(0));
         let device = device_of::<B, M>(&skeleton);
         let mut weights = WeightShards::new(tier, rank)?;
         let mut integers = IntegerParameters::<B> { values: HashMap::new() };
@@ -110,18 +84,29 @@ impl<B: AutodiffBackend> ShardingState<B> {
             drop(weights.add(part, &layout, &device)?);
         }
         let layout = ShardLayout::from_parameters(whole.parameters, sharding, rank, whole.num_segments);
-        Ok((skeleton.map(&mut integers), Self::with_weights(layout, device, pipeline, Some(weights))))
+        let (reducer, tied) = (GradientReducer::new(&layout), Vec::new());
+        Ok((skeleton.map(&mut integers), Self { layout, device, reducer, weights: Some(weights), tied }))
     }
 
-    /// Returns the state of a model with this layout at the start of a step.
-    fn with_weights(
-        layout: ShardLayout,
-        device: Device<B::InnerBackend>,
-        pipeline: &PipelineAxis,
-        weights: Option<WeightShards<B::InnerBackend>>,
-    ) -> Self {
-        let (reducer, tied) = (GradientReducer::new(&layout), pipeline.tied_parameters(&layout));
-        Self { layout, device, reducer, weights, tied }
+    /// Shards a model: the parameters of other stages are dropped, and in stage 3 this rank's weight shards are taken out
+    /// of it and kept in `tier`.
+    pub(super) fn new<M: TrainSegments<B>>(
+        model: M,
+        sharding: Sharding,
+        axes: Axes<'_>,
+        tier: &MemoryTier,
+    ) -> Result<(M, Self), Error> {
+        let (rank, pipeline) = (RankInfo::from(axes.data), axes.pipeline);
+        let layout = ShardLayout::new::<B, M>(&model, sharding, rank, |segment| pipeline.own_chunk(segment));
+        let device = device_of::<B, M>(&model);
+        let (model, tied) = (pipeline.keep_own(model, &layout), pipeline.tied_parameters(&layout));
+        let reducer = GradientReducer::new(&layout);
+        if sharding.stage != ZeroStage::Weights {
+            return Ok((model, Self { layout, device, reducer, weights: None, tied }));
+        }
+        let mut weights = WeightShards::new(tier, rank)?;
+        let placeholders = weights.add(model, &layout, &device)?;
+        Ok((placeholders, Self { layout, device, reducer, weights: Some(weights), tied }))
     }
 }
 

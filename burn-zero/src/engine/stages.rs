@@ -2,7 +2,7 @@
 
 use crate::{
     ConfigError, Error,
-    comm::{AsyncCommunicator, Collectives, Communicator, Solo},
+    comm::{AsyncCommunicator, Collectives, Communicator, Solo, TraceAxis},
     gather::TakeParams,
     norm::ExactSum,
     pipeline::{PipelineError, PipelineKind, PipelineSchedule, PipelineShape, Placement, Program, SendMode, StageView},
@@ -80,6 +80,13 @@ pub(super) struct PipelineAxis {
     program: Option<Arc<Program>>,
 }
 
+/// The two communicators of a rank: that of the replicas of its stages, and that of its pipeline.
+#[derive(Clone, Copy)]
+pub(super) struct Axes<'a> {
+    pub data: &'a AsyncCommunicator,
+    pub pipeline: &'a PipelineAxis,
+}
+
 impl PipelineAxis {
     /// Splits the world into the group of the ranks that run the same stages, and the pipeline.
     pub(super) fn split(
@@ -97,21 +104,13 @@ impl PipelineAxis {
             _ => (world.split(rank / replicas, rank)?, world.split(rank % replicas, rank)?),
         };
         let data = AsyncCommunicator::new(data);
-        let communicator = AsyncCommunicator::with_trace(pipeline, data.trace().clone());
+        let communicator = AsyncCommunicator::with_trace(pipeline, data.trace().on_axis(TraceAxis::Pipeline));
         Ok((data, Self { communicator, config, program: None }))
     }
 
     /// Returns this rank's place.
     pub(super) fn rank(&self) -> usize {
         self.communicator.rank()
-    }
-
-    /// Returns an error in a pipeline, whose checkpoints would lack the parameters of other stages.
-    pub(super) fn check_checkpoints(&self) -> Result<(), Error> {
-        match self.config.ranks {
-            1 => Ok(()),
-            ranks => Err(ConfigError::invalid_value("pipeline", "1 rank for checkpoints", ranks.to_string()).into()),
-        }
     }
 
     /// Returns true if this rank runs all segments as one stage.

@@ -14,6 +14,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
+mod checkpoints;
 mod failures;
 mod optimizer_in_backward;
 mod optimizers;

@@ -1,4 +1,4 @@
-//! The places of ranks, and meshes between threads; `examples/ranks.rs` has the mesh between processes.
+//! The places of ranks, and meshes between threads.
 
 use super::*;
 use crate::comm::{Collectives, CommVolume, Pending, threads};

@@ -2,7 +2,7 @@
 //! processes.
 
 use super::*;
-use crate::Error;
+use crate::{Error, comm::exchange::wait_chain};
 use std::time::Instant;
 
 fn message(to: usize, byte: u8) -> Vec<Message> {
@@ -57,7 +57,10 @@ fn a_receive_that_nobody_waits_for_has_no_deadline() {
             let error = late.wait().unwrap_err();
             assert!(start.elapsed() >= deadline, "{:?}", start.elapsed());
             assert!(
-                matches!(error, Error::Communication(CommError::Lost { operation: "send", rank: 1, waited: Some(_) })),
+                matches!(
+                    error,
+                    Error::Communication(CommError::Lost { operation: "send", rank: 1, waited: Some(_), .. })
+                ),
                 "{error}"
             );
         } else {
@@ -82,6 +85,72 @@ fn an_exchange_with_a_rank_that_has_ended_is_done() {
         assert!(matches!(error, Error::Communication(CommError::Lost { rank: 1, waited: None, .. })), "{error}");
         assert_eq!(first.wait().unwrap(), [vec![5; 5]]);
     });
+}
+
+/// Waits for a message of the rank before, from the last rank on, and returns the errors. With `answered`, rank 1 gets a
+/// late message from rank 0 and then waits for nobody.
+fn wait_in_a_chain(deadline: Duration, answered: bool) -> Vec<Option<String>> {
+    threads::run(4, |group| {
+        let mut group = group.with_deadline(deadline);
+        let lock = group.compute_lock();
+        let pause = |time: Duration| lock.unlocked(|| std::thread::sleep(time));
+        let receive = |group: &mut dyn Communicator, from| group.exchange(Operation::Send, vec![], &[from]).err();
+        let error = match group.rank() {
+            0 => {
+                pause(deadline * 2 / 3);
+                if answered {
+                    group.exchange(Operation::Send, message(1, 1), &[]).unwrap();
+                }
+                None
+            }
+            1 if answered => receive(&mut group, 0),
+            // The last rank waits first, so that its deadline is the first to pass.
+            1 => {
+                pause(deadline / 6);
+                receive(&mut group, 0)
+            }
+            2 => {
+                pause(deadline / 12);
+                receive(&mut group, 1)
+            }
+            _ => receive(&mut group, 2),
+        };
+        // A rank that has ended would be an error of its own.
+        pause(deadline);
+        error.map(|error| error.to_string())
+    })
+}
+
+#[test]
+fn a_rank_that_waits_for_a_lost_one_says_so() {
+    let deadline = Duration::from_millis(1800);
+    let errors = wait_in_a_chain(deadline, false);
+    for (error, found) in errors.iter().zip([
+        None,
+        Some("send: rank 0 has not answered for 1.8 s; look at the output of rank 0 for the cause"),
+        Some("send: rank 1, which waits for rank 0, has not answered for 1.8 s; look at the output of rank 0"),
+        Some(
+            "send: rank 2, which waits for rank 1, which waits for rank 0, has not answered for 1.8 s; look at the \
+             output of rank 0",
+        ),
+    ]) {
+        let starts = |error: &String| error.starts_with(found.unwrap_or("nothing"));
+        assert!(error.as_ref().map_or(found.is_none(), starts), "{error:?} is not {found:?}");
+    }
+    let errors = wait_in_a_chain(deadline, true);
+    assert_eq!((&errors[0], &errors[1]), (&None, &None));
+    let error = errors[2].as_ref().unwrap();
+    assert!(error.starts_with("send: rank 1 has not answered for 1.8 s; look at the output of rank 1"), "{error}");
+}
+
+#[test]
+fn a_chain_of_waits_ends() {
+    let chain = |waits: &[Option<usize>], rank| wait_chain(rank, |rank| waits[rank]);
+    assert_eq!(chain(&[Some(1), Some(2), None], 0), [1, 2]);
+    assert_eq!(chain(&[Some(1), Some(2), None], 2), [0; 0]);
+    assert_eq!(chain(&[Some(1), Some(0)], 0), [1]);
+    assert_eq!(chain(&[Some(1), Some(2), Some(1)], 0), [1, 2]);
+    assert_eq!(chain(&[Some(0)], 0), [0; 0]);
 }
 
 /// A thread of a pool that waits for a message runs the jobs of the pool, on which the message may depend.

@@ -1,12 +1,16 @@
 //! Reads a checkpoint from one file or from the files of its shards.
 
-use super::{le_bytes, metadata, shard_path};
+use super::{
+    le_bytes, metadata,
+    place::{Place, Run},
+    shard_path,
+};
 use crate::{CheckpointError, Error, bucket, precision::LossScaler, segment::DynTensor, sharding::Parameter};
 use burn::tensor::backend::Backend;
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use serde::Deserialize;
+use safetensors::{Dtype, SafeTensors, View, tensor::TensorView};
 use std::{
+    borrow::Cow,
     collections::{BTreeSet, HashMap},
     fs::File,
     ops::Range,
@@ -61,18 +65,9 @@ fn shard_paths(path: &Path) -> Result<Vec<PathBuf>, Error> {
     Ok((0..count).map(|part| shard_path(path, part, count)).collect())
 }
 
-/// The position of a saved tensor in the full tensor; serialized as `[offset, dims]`.
-#[derive(Debug, Clone, Deserialize)]
-pub(super) struct ShardPosition {
-    /// The offset of the first value.
-    offset: usize,
-    /// The shape of the full tensor.
-    dims: Vec<usize>,
-}
-
 /// A saved tensor, or a shard of one.
 struct SavedShard<'a> {
-    position: ShardPosition,
+    place: Place,
     view: TensorView<'a>,
 }
 
@@ -111,17 +106,21 @@ impl<'a> CheckpointReader<'a> {
                 let scaler = serde_json::from_str(text);
                 saved.scaler = Some(scaler.map_err(|e| state("loss_scaler", "a loss scaler", e.to_string()))?);
             }
-            let positions: HashMap<String, ShardPosition> = match metadata.get("places") {
+            let places: HashMap<String, Place> = match metadata.get("places") {
                 Some(text) => {
-                    serde_json::from_str(text).map_err(|e| state("places", "shard positions", e.to_string()))?
+                    serde_json::from_str(text).map_err(|e| state("places", "places of tensors", e.to_string()))?
                 }
                 None => HashMap::new(),
             };
             for (name, view) in tensors.tensors() {
-                let all = || ShardPosition { offset: 0, dims: view.shape().to_vec() };
-                let position = positions.get(&name).cloned().unwrap_or_else(all);
+                let place = places.get(&name).cloned().unwrap_or_else(|| Place::of_whole(view.shape().to_vec()));
+                let values = view.shape().iter().product();
+                if !place.fits(values) {
+                    let expected = format!("a place for {values} values");
+                    return Err(state(&name, &expected, format!("{place:?}")).into());
+                }
                 saved.unread.insert(name.clone());
-                saved.shards.entry(name).or_default().push(SavedShard { position, view });
+                saved.shards.entry(name).or_default().push(SavedShard { place, view });
             }
         }
         Ok(saved)
@@ -138,28 +137,42 @@ impl<'a> CheckpointReader<'a> {
 
     /// Reads `range` of the flattened tensor `key`, whose full shape must be `dims`.
     pub(super) fn read_values(&mut self, key: &str, dims: &[usize], range: Range<usize>) -> Result<Vec<f32>, Error> {
+        let values = self.values(key, dims, range)?;
+        self.unread.remove(key);
+        Ok(values)
+    }
+
+    fn values(&self, key: &str, dims: &[usize], range: Range<usize>) -> Result<Vec<f32>, Error> {
         let expected = format!("f32 {dims:?}");
         let Some(shards) = self.shards.get(key) else {
             return Err(self.wrong(key, expected, "no such tensor".to_owned()).into());
         };
         let (mut values, mut found) = (vec![0.0; range.len()], 0);
-        for SavedShard { position: ShardPosition { offset, dims: full }, view } in shards {
-            if view.dtype() != Dtype::F32 || full != dims {
-                return Err(self.wrong(key, expected, format!("{:?} {full:?}", view.dtype())).into());
+        for SavedShard { place, view } in shards {
+            if view.dtype() != Dtype::F32 || place.whole != dims {
+                return Err(self.wrong(key, expected, format!("{:?} {:?}", view.dtype(), place.whole)).into());
             }
-            let (from, to) = (range.start.max(*offset), range.end.min(offset + view.data().len() / 4));
-            if from < to {
-                let bytes = &view.data()[(from - offset) * 4..(to - offset) * 4];
-                let read = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-                values[from - range.start..to - range.start].iter_mut().zip(read).for_each(|(to, from)| *to = from);
-                found += to - from;
+            for Run { whole, piece } in place.runs(view.data().len() / 4) {
+                let (from, to) = (range.start.max(whole.start), range.end.min(whole.end));
+                if from < to {
+                    let first = piece + from - whole.start;
+                    let bytes = &view.data()[first * 4..(first + to - from) * 4];
+                    let read = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                    values[from - range.start..to - range.start].iter_mut().zip(read).for_each(|(to, from)| *to = from);
+                    found += to - from;
+                }
             }
         }
         if found != range.len() {
             return Err(self.wrong(key, expected, format!("{found} of {} values", range.len())).into());
         }
-        self.unread.remove(key);
         Ok(values)
+    }
+
+    /// Leaves out a parameter and its optimizer state, which another rank reads.
+    pub(super) fn skip(&mut self, path: &str) {
+        let state = format!("{path}.");
+        self.unread.retain(|name| name != path && !name.starts_with(&state));
     }
 
     /// Reads a full parameter, in f32.
@@ -193,37 +206,58 @@ impl<'a> CheckpointReader<'a> {
     }
 }
 
-/// Merges the files of a sharded checkpoint into one file, the same as a world of one rank would have saved.
+/// Merges the files of a sharded checkpoint into one file, the same as a world of one rank would have saved. One tensor at
+/// a time is in memory.
 ///
 /// # Errors
 /// Returns [`Error::Io`] for a file that cannot be read or written, [`CheckpointError::Mismatch`] if the shards are
 /// incomplete.
 pub fn consolidate(path: &Path) -> Result<(), Error> {
     let maps = MappedFiles::open(path)?;
-    let mut saved = CheckpointReader::open(path, &maps)?;
+    let saved = CheckpointReader::open(path, &maps)?;
     let mut merged = Vec::new();
-    for name in saved.unread.clone() {
-        let SavedShard { position, view } = &saved.shards[&name][0];
-        let (dtype, dims) = (view.dtype(), position.dims.clone());
-        let bytes = match dtype {
-            Dtype::F32 => le_bytes(&saved.read_values(&name, &dims, 0..dims.iter().product())?),
-            _ => view.data().to_vec(),
-        };
-        merged.push(MergedTensor { name, dtype, dims, bytes });
+    for name in &saved.unread {
+        let SavedShard { place, view } = &saved.shards[name][0];
+        // An incomplete tensor is found before anything is written.
+        if view.dtype() == Dtype::F32 {
+            saved.values(name, &place.whole, 0..place.whole.iter().product())?;
+        }
+        merged.push((name, MergedTensor { saved: &saved, name, dims: &place.whole, view }));
     }
-    let views = merged.iter().map(|MergedTensor { name, dtype, dims, bytes }| {
-        let view = TensorView::new(*dtype, dims.clone(), bytes);
-        view.map(|view| (name.as_str(), view))
-    });
     let wrong = |source| CheckpointError::Safetensors { path: path.to_owned(), source };
-    let views = views.collect::<Result<Vec<_>, _>>().map_err(wrong)?;
-    Ok(safetensors::serialize_to_file(views, Some(metadata(saved.steps, saved.scaler)), path).map_err(wrong)?)
+    Ok(safetensors::serialize_to_file(merged, Some(metadata(saved.steps, saved.scaler)), path).map_err(wrong)?)
 }
 
-/// A tensor merged from the shards of all ranks.
-struct MergedTensor {
-    name: String,
-    dtype: Dtype,
-    dims: Vec<usize>,
-    bytes: Vec<u8>,
+/// A tensor that is merged from the shards of all ranks when it is written.
+struct MergedTensor<'a> {
+    saved: &'a CheckpointReader<'a>,
+    name: &'a str,
+    dims: &'a [usize],
+    view: &'a TensorView<'a>,
+}
+
+impl View for MergedTensor<'_> {
+    fn dtype(&self) -> Dtype {
+        self.view.dtype()
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.dims
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        if self.view.dtype() != Dtype::F32 {
+            return Cow::Borrowed(self.view.data());
+        }
+        // The tensor was read once before, so it is complete.
+        let values = self.saved.values(self.name, self.dims, 0..self.dims.iter().product());
+        Cow::Owned(le_bytes(&values.unwrap_or_default()))
+    }
+
+    fn data_len(&self) -> usize {
+        match self.view.dtype() {
+            Dtype::F32 => self.dims.iter().product::<usize>() * 4,
+            _ => self.view.data().len(),
+        }
+    }
 }

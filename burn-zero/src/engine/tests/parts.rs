@@ -56,14 +56,14 @@ struct Held {
     layout: ShardLayout,
     shards: Vec<Vec<(ParamShard, Vec<f32>)>>,
     memory: MemoryEstimate,
-    loss: f64,
+    output: TrainStepOutput,
     parameters: Vec<Vec<f32>>,
 }
 
 fn held(mut engine: ToyEngine) -> Held {
     let (layout, shards, memory) = (engine.sharded.layout.clone(), shards(&engine), engine.memory());
-    let loss = engine.train_step(&[batch(0, engine.rank())], 1e-3).unwrap().loss;
-    Held { layout, shards, memory, loss, parameters: engine.with_full_params(values).unwrap() }
+    let output = engine.train_step(&[batch(0, engine.rank())], 1e-3).unwrap();
+    Held { layout, shards, memory, output, parameters: engine.with_full_params(values).unwrap() }
 }
 
 fn check(case: Case, world: usize, tier: &MemoryTier, parts: &[Range<usize>]) {

@@ -226,6 +226,24 @@ fn several_micro_batches_per_rank_are_one_process_too() {
     }
 }
 
+#[test]
+fn losses_without_gradients_are_those_of_training_in_every_stage() {
+    let _alone = backward_lock();
+    for case in CASES {
+        for stage in STAGES {
+            for (forward, trained, gathered) in in_world(case, stage, 2, 1, |_, mut engine| {
+                let batches = [batch(50, engine.rank()), batch(51, engine.rank())];
+                let forward = engine.losses(&batches).unwrap();
+                (forward, engine.forward_backward(&batches).unwrap(), engine.memory().parameters)
+            }) {
+                assert_eq!(forward, trained, "{stage:?}, {case:?}");
+                // In stage 3 the weights are released again.
+                assert!(stage != ZeroStage::Weights || gathered < 4 * 41 * 24, "{case:?}: {gathered}");
+            }
+        }
+    }
+}
+
 /// Returns the padded sizes of the buckets that are reduced, and of all buckets that are gathered.
 fn padded(engine: &ToyEngine) -> (u64, u64) {
     let layout = &engine.sharded.layout;
