@@ -1,9 +1,11 @@
 //! LoRA's configuration, with PEFT's field names and defaults.
 
+mod adalora;
 mod json;
 mod selection;
 mod tokens;
 
+pub use adalora::AdaLoraConfig;
 pub(crate) use selection::Selection;
 pub use tokens::TokenIndices;
 
@@ -52,6 +54,9 @@ pub struct LoraConfig {
     /// writes them after the vocabulary has grown. Not a field of the file.
     #[serde(skip)]
     pub save_embedding_layers: bool,
+    /// The schedule of ranks of AdaLoRA, whose initial rank is `r`; `None` for LoRA. A loaded adapter is plain LoRA.
+    #[serde(skip)]
+    pub adalora: Option<AdaLoraConfig>,
     /// The name or path of the base model, for information only.
     pub base_model_name_or_path: Option<String>,
 }
@@ -191,6 +196,7 @@ impl Default for LoraConfig {
             trainable_token_indices: None,
             ensure_weight_tying: false,
             save_embedding_layers: false,
+            adalora: None,
             base_model_name_or_path: None,
         }
     }
@@ -214,6 +220,10 @@ impl LoraConfig {
     }
 
     fn scale(&self, r: usize, alpha: f64) -> f64 {
+        if self.adalora.is_some() {
+            // As in PEFT, whatever ranks are left.
+            return if alpha > 0.0 { alpha } else { r as f64 } / (r as f64 + 1e-5);
+        }
         alpha / if self.use_rslora { (r as f64).sqrt() } else { r as f64 }
     }
 
@@ -234,7 +244,10 @@ impl LoraConfig {
         self.check()?;
         let selection = Selection::new(self)?;
         let count = |(path, [out, features]): (&str, [usize; 2])| {
-            self.rank_at(path) * (out + features) + if self.use_dora { out } else { 0 }
+            let r = self.rank_at(path);
+            let (magnitude, factors) =
+                (if self.use_dora { out } else { 0 }, if self.adalora.is_some() { r } else { 0 });
+            r * (out + features) + magnitude + factors
         };
         Ok(layers.into_iter().filter(|(path, _)| selection.selects(path)).map(count).sum())
     }
@@ -242,7 +255,11 @@ impl LoraConfig {
     /// Returns true if the adapter is plain LoRA: one rank and one scaling of `B·A` on an unchanged base model.
     pub fn is_plain(&self) -> bool {
         let patterns = self.rank_pattern.is_empty() && self.alpha_pattern.is_empty();
-        patterns && !self.use_dora && !self.changes_base() && self.trainable_token_indices.is_none()
+        patterns
+            && !self.use_dora
+            && self.adalora.is_none()
+            && !self.changes_base()
+            && self.trainable_token_indices.is_none()
     }
 
     /// Returns true if the adapter also changes the base model: by its initialization, `bias`, `modules_to_save`, or an
@@ -266,6 +283,7 @@ impl LoraConfig {
         }
         self.check_patterns()?;
         self.check_layers()?;
+        self.check_adalora()?;
         if let Some(exclude) = &self.exclude_modules {
             exclude.matcher()?;
         }

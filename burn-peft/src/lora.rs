@@ -1,10 +1,12 @@
 //! Low-rank adaptation (LoRA: Hu et al., 2021, arXiv:2106.09685), computed on the activations.
 
+mod adalora;
 mod dora;
 mod init;
 mod linalg;
 mod svd;
 
+pub use adalora::AdaLora;
 pub use dora::Dora;
 pub(crate) use dora::weight_norm;
 use init::olora_init;
@@ -28,6 +30,8 @@ pub struct Lora<B: LinearKernels> {
     pub lora_b: Param<Tensor<B, 2>>,
     /// DoRA's magnitude, if the adapter uses DoRA.
     pub dora: Option<Dora<B>>,
+    /// AdaLoRA's factors of the ranks, if the adapter is trained with AdaLoRA.
+    pub adalora: Option<AdaLora<B>>,
     /// The adapter's name, `default` in PEFT's files.
     pub name: String,
     /// The configuration that the adapter was attached, loaded or combined with.
@@ -71,7 +75,11 @@ impl<B: LinearKernels> Lora<B> {
     /// depend on the weight.
     pub(crate) fn new(spec: LoraSpec<'_>, shape: [usize; 2], seed: u64, device: &B::Device) -> Self {
         let r = spec.rank();
-        let [a, b] = init::initial_values(&spec.config.init_lora_weights, shape, r, spec.random_key(seed));
+        let key = spec.random_key(seed);
+        let [a, b] = match spec.config.adalora {
+            Some(_) => init::adalora_values(shape, r, key),
+            None => init::initial_values(&spec.config.init_lora_weights, shape, r, key),
+        };
         let tensor = |values: Vec<f32>, shape: [usize; 2]| {
             Tensor::<B, 2>::from_data(TensorData::new(values, shape), (device, DType::F32))
         };
@@ -81,6 +89,7 @@ impl<B: LinearKernels> Lora<B> {
     /// Creates an adapter with the given `A [r, in]` and `B [out, r]`.
     pub(crate) fn from_tensors(spec: LoraSpec<'_>, a: Tensor<B, 2>, b: Tensor<B, 2>) -> Self {
         let LoraSpec { path, name, config } = spec;
+        let (r, device) = (a.dims()[0], a.device());
         let leaf = |part: &str, tensor: Tensor<B, 2>| {
             Param::initialized(param::id(&format!("{path}.{part}.{name}.weight")), tensor.require_grad())
         };
@@ -88,6 +97,7 @@ impl<B: LinearKernels> Lora<B> {
             lora_a: leaf("lora_A", a),
             lora_b: leaf("lora_B", b),
             dora: None,
+            adalora: config.adalora.as_ref().map(|_| AdaLora::new(path, name, r, &device)),
             name: name.to_owned(),
             config: Arc::new(config.clone()),
             scaling: config.scaling_at(path),
@@ -133,7 +143,7 @@ impl<B: LinearKernels> Lora<B> {
     pub fn forward(&self, x: Tensor<B, 2>, context: &ForwardContext) -> Tensor<B, 2> {
         let dtype = x.dtype();
         let x = self.apply_dropout(x.cast(DType::F32), context);
-        let low = linear(x, self.lora_a.val(), MatmulPrecision::F32) * self.scaling;
+        let low = linear(x, self.down_weight(), MatmulPrecision::F32) * self.scaling;
         linear(low, self.lora_b.val(), MatmulPrecision::F32).cast(dtype)
     }
 
@@ -170,9 +180,17 @@ impl<B: LinearKernels> Lora<B> {
         x * Tensor::from_data(mask, (&device, DType::F32))
     }
 
+    /// Returns the matrix that is applied first, `[r, in]`: `A`, with AdaLoRA `diag(E)·A`.
+    pub fn down_weight(&self) -> Tensor<B, 2> {
+        match &self.adalora {
+            Some(adalora) => self.lora_a.val() * adalora.lora_e.val(),
+            None => self.lora_a.val(),
+        }
+    }
+
     /// Computes `s·B·A [out, in]` in f32, which merging adds to the weight.
     pub fn delta_weight(&self) -> Tensor<B, 2> {
-        self.lora_b.val().matmul(self.lora_a.val()) * self.scaling
+        self.lora_b.val().matmul(self.down_weight()) * self.scaling
     }
 
     /// Merges the adapter into a `weight` `[out, in]` in f32, or unmerges it from the weight, and returns the result.

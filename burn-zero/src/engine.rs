@@ -5,6 +5,7 @@ use crate::{
     comm::{AsyncCommunicator, Collectives, Trace, Traffic},
     gather::{PutParams, ShardContext, WeightShards},
     host_or_device::HostOrDevice,
+    mesh::MeshTraffic,
     offload::{HostOptimizer, MemoryTier, OffloadedStates},
     optimizer::{Optimizer, OptimizerState},
     precision::LossScaler,
@@ -18,6 +19,7 @@ use burn::{
 };
 use std::{collections::HashMap, path::Path};
 
+mod access;
 mod checkpoint;
 mod config;
 mod forward_backward;
@@ -239,6 +241,11 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// Returns how much this rank has sent.
     pub fn traffic(&self) -> Traffic {
         self.communicator.traffic() + self.pipeline.communicator.traffic()
+    }
+
+    /// Returns how much this rank has sent along each axis of the mesh.
+    pub fn traffic_by_axis(&self) -> MeshTraffic {
+        MeshTraffic { data: self.communicator.traffic(), pipeline: self.pipeline.communicator.traffic() }
     }
 
     /// Returns the timeline of this rank: when it computed, communicated and waited.

@@ -76,7 +76,7 @@ mod worker;
 
 pub use engine::{Engine, EngineConfig, PipelineConfig, StepReport, TrainStepOutput, consolidate, restore_weights};
 pub use error::{CheckpointError, CommError, ConfigError, Error, NumericError};
-pub use mesh::{Mesh, MeshCoordinates, MeshShape, MeshTraffic};
+pub use mesh::MeshTraffic;
 pub use offload::{MemoryTier, OffloadDevice};
 pub use reduce::PeakMemory;
 pub use sharded_optimizer::{ElementWise, ShardedOptimizer};

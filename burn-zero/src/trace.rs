@@ -29,10 +29,8 @@ impl Lane {
         match (self, axis) {
             (Self::Compute | Self::Wait, _) => (0, "compute"),
             (Self::Optimizer, _) => (2, "optimizer on the host"),
-            (Self::Communication | Self::Transfer, TraceAxis::World) => (1, "communication"),
-            (Self::Communication | Self::Transfer, TraceAxis::Data) => (3, "communication of the data axis"),
-            (Self::Communication | Self::Transfer, TraceAxis::Pipeline) => (4, "communication of the pipeline axis"),
-            (Self::Communication | Self::Transfer, TraceAxis::Tensor) => (5, "communication of the tensor axis"),
+            (Self::Communication | Self::Transfer, TraceAxis::Data) => (1, "communication"),
+            (Self::Communication | Self::Transfer, TraceAxis::Pipeline) => (3, "communication of the pipeline axis"),
         }
     }
 }
@@ -40,11 +38,10 @@ impl Lane {
 /// The axis of the mesh whose communication thread records a span.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TraceAxis {
-    /// All ranks; also of a run without a mesh.
-    World,
+    /// The ranks that hold the same part of the model.
     Data,
+    /// The ranks of a pipeline.
     Pipeline,
-    Tensor,
 }
 
 /// The kind of a span, without its time.
@@ -80,7 +77,7 @@ pub struct Trace {
 impl Default for Trace {
     fn default() -> Self {
         let unix_start = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
-        Self { start: Instant::now(), unix_start, axis: TraceAxis::World, spans: Arc::default() }
+        Self { start: Instant::now(), unix_start, axis: TraceAxis::Data, spans: Arc::default() }
     }
 }
 
@@ -162,7 +159,7 @@ impl Trace {
     /// time; `rank` becomes the process number.
     pub(crate) fn events(&self, rank: usize) -> Vec<Value> {
         let lanes = [Lane::Compute, Lane::Communication, Lane::Optimizer];
-        let mut threads: Vec<_> = lanes.map(|lane| lane.thread(TraceAxis::World)).to_vec();
+        let mut threads: Vec<_> = lanes.map(|lane| lane.thread(TraceAxis::Data)).to_vec();
         threads.extend(self.spans().iter().map(|span| span.label.lane.thread(span.axis)));
         threads.sort_unstable();
         threads.dedup();
@@ -221,7 +218,7 @@ mod tests {
         let trace = Trace::default();
         assert_eq!(trace.overlap_fraction(), None);
         let label = |name, lane| SpanLabel { name, number: None, chunk: None, lane };
-        let span = |name, lane, begin, end| TraceEvent { label: label(name, lane), axis: TraceAxis::World, begin, end };
+        let span = |name, lane, begin, end| TraceEvent { label: label(name, lane), axis: TraceAxis::Data, begin, end };
         trace.spans.lock().unwrap().extend([
             span("B", Lane::Compute, 0.0, 9.5),
             span("forward", Lane::Compute, 0.0, 3.0),

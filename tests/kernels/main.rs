@@ -10,6 +10,7 @@
 mod blocks;
 mod cases;
 mod host;
+mod sequences;
 
 use burn::{
     backend::{Autodiff, Flex},

@@ -161,6 +161,7 @@ pub(crate) fn lora_config(recipe: &Recipe) -> LoraConfig {
         trainable_token_indices: None,
         ensure_weight_tying: false,
         save_embedding_layers: false,
+        adalora: None,
         base_model_name_or_path: Some(recipe.model.path.clone()),
     }
 }

@@ -15,6 +15,8 @@ static STARTED_AT: OnceLock<Instant> = OnceLock::new();
 /// The allocator is configured with glibc only; elsewhere its defaults apply.
 pub fn init() {
     STARTED_AT.get_or_init(Instant::now);
+    #[cfg(all(target_os = "linux", any(feature = "vulkan", feature = "wgpu")))]
+    set_runtime_dir();
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     reexec_with_huge_pages();
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
@@ -22,6 +24,17 @@ pub fn init() {
         // SAFETY: `mallopt` takes two integers and no pointer, and no other thread runs yet that could allocate
         // meanwhile; a refused parameter changes nothing.
         unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
+/// Sets XDG_RUNTIME_DIR to the folder of temporary files where it is unset, as in containers. Mesa looks for a Wayland
+/// display there when it lists the Vulkan devices, and libwayland prints an error for each if the variable is missing.
+#[cfg(all(target_os = "linux", any(feature = "vulkan", feature = "wgpu")))]
+fn set_runtime_dir() {
+    const RUNTIME_DIR: &str = "XDG_RUNTIME_DIR";
+    if std::env::var_os(RUNTIME_DIR).is_none() {
+        // SAFETY: no other thread runs yet that could read the environment meanwhile.
+        unsafe { std::env::set_var(RUNTIME_DIR, std::env::temp_dir()) };
     }
 }
 

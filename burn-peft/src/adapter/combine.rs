@@ -154,7 +154,7 @@ pub fn combine<B: LinearKernels, M: Linears<B>>(
         let part = |part: &Weighted<&str>| {
             let lora = linear.adapter(part.adapter)?;
             dropout = dropout.or(Some(lora.config.lora_dropout));
-            let (a, b) = (lora.lora_a.val().detach(), lora.lora_b.val().detach());
+            let (a, b) = (lora.down_weight().detach(), lora.lora_b.val().detach());
             Some(WeightedLora { a, b, weight: part.weight * lora.scaling })
         };
         let parts: Vec<_> = adapters.iter().filter_map(part).collect();

@@ -39,9 +39,12 @@ pub fn hotswap<B: LinearKernels, M: Linears<B>>(
              embedding",
         ));
     }
-    check_layers(model, |_, linear| match linear.adapter(name).is_some_and(|adapter| adapter.merged) {
-        true => Err(Error::adapter(name, MERGED)),
-        false => Ok(()),
+    check_layers(model, |_, linear| match linear.adapter(name) {
+        Some(adapter) if adapter.merged => Err(Error::adapter(name, MERGED)),
+        Some(adapter) if adapter.adalora.is_some() => {
+            Err(Error::adapter(name, "is trained with AdaLoRA and cannot be swapped"))
+        }
+        _ => Ok(()),
     })?;
     let expected = expected_tensors(model, name);
     format::check_tensors(directory, &expected, &tensors).map_err(|error| match error {

@@ -12,14 +12,15 @@ use crate::{
     Error, Linear, Loaded, Lora, LoraConfig, TargetModules,
     config::InitLoraWeights,
     format::{self, AdapterFiles},
-    lora::{Dora, LoraSpec},
+    lora::{AdaLora, Dora, LoraSpec},
     param::last_segment,
 };
 use burn::{
-    module::Module,
+    module::{Module, Param},
     tensor::{DType, Tensor, TensorData},
 };
 use burn_peft_kernels::LinearKernels;
+use serde_json::{Map, json};
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
@@ -47,6 +48,9 @@ pub fn attach<B: LinearKernels, M: Linears<B> + Module<B>>(
     check_new_adapter(model, name, config.changes_base())?;
     base::untie(model, config)?;
     let (base, embedding) = (TrainableBase::new(model, config)?, EmbeddingTarget::new(model, config)?);
+    if embedding.is_some() && config.adalora.is_some() {
+        return Err(Error::config("`target_modules`: expected linear layers only with AdaLoRA, found the embedding"));
+    }
     check_layers(model, |path, linear| if base.is_target(path) { linear.check_init(path, config) } else { Ok(()) })?;
     embedding.as_ref().map_or(Ok(()), EmbeddingTarget::check_tokens)?;
     let mut result = Ok(());
@@ -213,10 +217,19 @@ pub(super) fn collect_state_dict<B: LinearKernels, M: Linears<B> + Module<B>>(
     name: &str,
 ) -> Result<AdapterFiles, Error> {
     let (mut tensors, mut targets, mut config) = (BTreeMap::new(), BTreeSet::new(), None);
+    let mut kept = Map::new();
     model.linears(&mut |path, linear| {
         if let Some(adapter) = linear.adapter(name) {
-            tensors.insert(format::tensor_key(path, "lora_A"), adapter.lora_a.val().into_data());
-            tensors.insert(format::tensor_key(path, "lora_B"), adapter.lora_b.val().into_data());
+            let [a, b] = [&adapter.lora_a, &adapter.lora_b].map(Param::val);
+            match &adapter.adalora {
+                Some(adalora) => {
+                    kept.extend(adalora.kept.iter().map(|kept| (format!("{path}.lora_E"), json!(kept))));
+                    tensors.extend(adalora_tensors(adalora, [a, b], path));
+                }
+                None => tensors.extend(
+                    [("lora_A", a), ("lora_B", b)].map(|(part, x)| (format::tensor_key(path, part), x.into_data())),
+                ),
+            }
             if let Some(dora) = &adapter.dora {
                 tensors.insert(format::tensor_key(path, "lora_magnitude_vector"), dora.magnitude.val().into_data());
             }
@@ -229,9 +242,34 @@ pub(super) fn collect_state_dict<B: LinearKernels, M: Linears<B> + Module<B>>(
         return Err(Error::adapter(name, "is no LoRA adapter of the model"));
     };
     tensors.extend(TrainableBase::new(model, &config)?.state_dict(model));
+    config.rank_pattern.extend(kept);
     // Like PEFT, write a wildcard as the list of module names that it matched.
     if matches!(&config.target_modules, TargetModules::Pattern(p) if p == "all-linear") {
         config.target_modules = TargetModules::Suffixes(targets.into_iter().collect());
     }
     Ok(AdapterFiles { config, tensors, unknown_fields: Vec::new() })
+}
+
+/// Returns PEFT's tensors of a layer's AdaLoRA adapter, of the ranks that are kept, from `A [r, in]` and `B [out, r]`.
+fn adalora_tensors<B: LinearKernels>(
+    adalora: &AdaLora<B>,
+    [a, b]: [Tensor<B, 2>; 2],
+    path: &str,
+) -> impl Iterator<Item = (String, TensorData)> {
+    let ranks = (0..a.dims()[0]).filter(|&rank| adalora.kept.as_ref().is_none_or(|kept| kept[rank]));
+    let ranks: Vec<usize> = ranks.collect();
+    let rows = |x: Tensor<B, 2>| {
+        let [_, width] = x.dims();
+        let all: Vec<f32> = x.into_data().iter().collect();
+        let rows: Vec<f32> = ranks.iter().flat_map(|rank| all[rank * width..(rank + 1) * width].to_vec()).collect();
+        TensorData::new(rows, [ranks.len(), width])
+    };
+    let columns = {
+        let [out, width] = b.dims();
+        let all: Vec<f32> = b.into_data().iter().collect();
+        let columns: Vec<f32> = all.chunks(width).flat_map(|row| ranks.iter().map(|&rank| row[rank])).collect();
+        TensorData::new(columns, [out, ranks.len()])
+    };
+    let tensors = [("lora_A", rows(a)), ("lora_E", rows(adalora.lora_e.val())), ("lora_B", columns)];
+    tensors.map(|(part, values)| (format!("{}{path}.{part}", format::PREFIX), values)).into_iter()
 }

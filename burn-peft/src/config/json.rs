@@ -99,6 +99,17 @@ impl LoraConfig {
                 all.extend(fields);
             }
         }
+        if let Some(adalora) = &self.adalora {
+            all["peft_type"] = "ADALORA".into();
+            // PEFT ignores `r` and warns of other values than its default.
+            (all["init_r"], all["r"]) = (self.r.into(), 8.into());
+            if self.rank_pattern.is_empty() {
+                all["rank_pattern"] = Value::Null;
+            }
+            if let (Value::Object(all), Value::Object(fields)) = (&mut all, json!(adalora)) {
+                all.extend(fields);
+            }
+        }
         // Keys inside the patterns are not sorted: their order matters.
         if let Value::Object(all) = &mut all {
             all.sort_keys();

@@ -17,6 +17,12 @@ pub(super) fn initial_values(init: &InitLoraWeights, [out, features]: [usize; 2]
     }
 }
 
+/// Returns AdaLoRA's initial `A [r, in]` and `B [out, r]`: normal with standard deviation 0.02. The factors between them
+/// start at zero.
+pub(super) fn adalora_values([out, features]: [usize; 2], r: usize, key: u64) -> [Vec<f32>; 2] {
+    [normal(key, r * features, 0.02), normal(random::key(&[key, 1]), out * r, 0.02)]
+}
+
 /// Draws `n` uniform numbers in `±1/√features`: Kaiming initialization with `a = √5`.
 fn kaiming_uniform(key: u64, n: usize, features: usize) -> Vec<f32> {
     random::uniform_values(key, n, 1.0 / (features as f64).sqrt())

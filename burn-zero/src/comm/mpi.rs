@@ -189,8 +189,7 @@ fn run_progress_loop(universe: Universe, commands: &Receiver<MpiCommand>, part_b
                 idle_polls = 0;
             }
             Ok(MpiCommand::Finalize) if active.is_empty() => {
-                notices.receive();
-                std::mem::forget(notices);
+                notices.leave();
                 return drop(universe);
             }
             Ok(MpiCommand::Finalize) | Err(TryRecvError::Disconnected) => {
@@ -202,17 +201,17 @@ fn run_progress_loop(universe: Universe, commands: &Receiver<MpiCommand>, part_b
         active.retain_mut(|exchange| !exchange.poll(&mut pass));
         let progress = pass.progress;
         // After the pass, so that the last exchange takes its notice back before the thread blocks.
-        let awaited = active.iter().find_map(|exchange| exchange.awaited_for(exchange.deadline / 2));
-        notices.announce(awaited);
-        if awaited.is_some() {
-            notices.receive();
-        }
+        notices.update(active.iter().find_map(|exchange| exchange.awaited_for(exchange.deadline / 2)));
         idle_polls = if progress { 0 } else { idle_polls.saturating_add(1) };
-        if idle_polls > IDLE_POLLS {
-            std::thread::sleep(POLL_PAUSE);
-        } else if idle_polls > 0 {
-            std::thread::yield_now();
-        }
+        pause(idle_polls);
+    }
+}
+
+fn pause(idle_polls: u32) {
+    if idle_polls > IDLE_POLLS {
+        std::thread::sleep(POLL_PAUSE);
+    } else if idle_polls > 0 {
+        std::thread::yield_now();
     }
 }
 

@@ -2,8 +2,9 @@
 
 use crate::{
     ConfigError, Error,
-    comm::{AsyncCommunicator, Collectives, Communicator, Solo, TraceAxis},
+    comm::{AsyncCommunicator, Collectives, Communicator},
     gather::TakeParams,
+    mesh::{Mesh, MeshShape},
     norm::ExactSum,
     pipeline::{PipelineError, PipelineKind, PipelineSchedule, PipelineShape, Placement, Program, SendMode, StageView},
     sharding::ShardLayout,
@@ -90,21 +91,16 @@ pub(super) struct Axes<'a> {
 impl PipelineAxis {
     /// Splits the world into the group of the ranks that run the same stages, and the pipeline.
     pub(super) fn split(
-        mut world: Box<dyn Communicator>,
+        world: Box<dyn Communicator>,
         config: PipelineConfig,
     ) -> Result<(AsyncCommunicator, Self), Error> {
-        let (rank, ranks) = (world.rank(), world.world_size());
+        let ranks = world.world_size();
         if !ranks.is_multiple_of(config.ranks) {
             let expected = format!("a divisor of the {ranks} ranks that train together");
             return Err(ConfigError::invalid_value("pipeline", expected, config.ranks.to_string()).into());
         }
-        let replicas = ranks / config.ranks;
-        let (data, pipeline): (_, Box<dyn Communicator>) = match config.ranks {
-            1 => (world, Box::new(Solo)),
-            _ => (world.split(rank / replicas, rank)?, world.split(rank % replicas, rank)?),
-        };
-        let data = AsyncCommunicator::new(data);
-        let communicator = AsyncCommunicator::with_trace(pipeline, data.trace().on_axis(TraceAxis::Pipeline));
+        let shape = MeshShape { data: ranks / config.ranks, pipeline: config.ranks, tensor: 1 };
+        let Mesh { data, pipeline: communicator } = Mesh::new(world, shape)?;
         Ok((data, Self { communicator, config, program: None }))
     }
 

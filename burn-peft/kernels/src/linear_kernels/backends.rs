@@ -15,6 +15,3 @@ where
     BT: burn_cubecl::element::BoolElement,
 {
 }
-
-#[cfg(any(feature = "cuda", feature = "vulkan", feature = "wgpu"))]
-impl<B: burn_fusion::FusionBackend> LinearKernels for burn_fusion::Fusion<B> {}

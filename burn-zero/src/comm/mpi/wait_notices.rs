@@ -30,8 +30,23 @@ impl WaitNotices {
         Self { rank, part_bytes, announced: None, sends: Vec::new(), receives, waits: HashMap::new() }
     }
 
+    /// Exchanges notices: `awaited` is the rank that this rank has been waiting for.
+    pub(super) fn update(&mut self, awaited: Option<usize>) {
+        self.announce(awaited);
+        if awaited.is_some() {
+            self.receive();
+        }
+    }
+
+    /// Receives the last notices, before MPI is finalised.
+    pub(super) fn leave(mut self) {
+        self.receive();
+        // MPI may still read the notices of this rank.
+        std::mem::forget(self);
+    }
+
     /// Tells all other ranks whom this rank waits for, if they have not been told.
-    pub(super) fn announce(&mut self, awaited: Option<usize>) {
+    fn announce(&mut self, awaited: Option<usize>) {
         self.sends.retain_mut(|send| !send.poll(&mut false));
         if self.announced == awaited {
             return;
@@ -45,7 +60,7 @@ impl WaitNotices {
     }
 
     /// Receives the notices that have arrived.
-    pub(super) fn receive(&mut self) {
+    fn receive(&mut self) {
         for receive in &mut self.receives {
             while receive.poll(NOTICE_TAG, self.part_bytes, &mut false) {
                 let from = receive.from;

@@ -46,7 +46,7 @@ impl Projection {
                 return None;
             }
             let rows = |values| WeightRows::new(WeightMatrix::Dense(primitive::<Flex, 2>(values)));
-            let [a, b] = [&adapter.lora_a, &adapter.lora_b].map(|values| rows(values.val()));
+            let [a, b] = [adapter.down_weight(), adapter.lora_b.val()].map(rows);
             adapters.push(LoraWeights { a, b, scaling: adapter.scaling as f32 });
         }
         let bias = linear.bias.as_ref().map(|bias| to_f32(&contiguous(primitive(bias.val()))).into_owned());
