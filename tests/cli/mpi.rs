@@ -13,6 +13,8 @@ use std::{
     time::Duration,
 };
 
+mod pipeline;
+
 /// Returns the command that starts the binary as `ranks` processes; the machine may have fewer cores, and the user may
 /// be root.
 fn command(work: &WorkDir, ranks: usize, arguments: &[&str]) -> Command {

@@ -121,6 +121,8 @@ impl RunFootprint {
         if self.trained_weights == TrainedWeights::All && rank.holds(0) {
             memory.activations = self.peak_transient_bytes(memory.activations);
         }
+        // Activations have been freed when a step ends.
+        memory.activations = memory.activations.max(self.tied_message_bytes(rank));
         memory
     }
 

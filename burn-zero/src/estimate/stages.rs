@@ -94,6 +94,20 @@ impl RunFootprint {
         }
     }
 
+    /// Returns the bytes of the messages at the end of a step by which the ranks of a trained table that is embedding and
+    /// head share its gradients and values. The first of them holds a message and the gradient read from it, the last
+    /// one a message.
+    pub(super) fn tied_message_bytes(&self, rank: &RankStages) -> u64 {
+        let BaseModel { shape, weights, .. } = self.base;
+        let tied = self.trained_weights == TrainedWeights::All && weights == shape.parameters(true);
+        let tables = match (rank.holds(0), rank.holds(shape.segments() - 1)) {
+            (true, false) if tied => 2,
+            (false, true) if tied => 1,
+            _ => 0,
+        };
+        4 * tables * shape.vocabulary * shape.hidden
+    }
+
     /// Returns the bytes of the inputs and output gradients of the projections whose weight gradients are put off, at
     /// the peak.
     pub(super) fn deferred_bytes(&self, rank: &RankStages) -> u64 {
@@ -158,8 +172,23 @@ mod tests {
             assert_eq!(sum, [run.base.weights + table, run.trained, copied]);
         }
         // In a V the first rank has both ends.
-        let ends = &ranks(PipelineKind::ZBV, 2, 4, &[0..3, 3..5, 5..7, 7..10])[0];
-        assert_eq!(run(TrainedWeights::All, true).stage_weights(ends).copied, 0);
+        let (full, ends) =
+            (run(TrainedWeights::All, true), &ranks(PipelineKind::ZBV, 2, 4, &[0..3, 3..5, 5..7, 7..10])[0]);
+        assert_eq!((full.stage_weights(ends).copied, full.tied_message_bytes(ends)), (0, 0));
+    }
+
+    #[test]
+    fn a_trained_table_of_two_ranks_is_sent_whole() {
+        let parts = ranks(PipelineKind::OneFOneB, 3, 4, &[0..3, 3..6, 6..10]);
+        let messages =
+            |trained, tied| parts.iter().map(|rank| run(trained, tied).tied_message_bytes(rank)).collect::<Vec<_>>();
+        let table = 4 * 512 * 64;
+        assert_eq!(messages(TrainedWeights::All, true), [2 * table, 0, table]);
+        assert_eq!(messages(TrainedWeights::All, false), [0; 3]);
+        assert_eq!(messages(TrainedWeights::Adapters, true), [0; 3]);
+        // At the end of a step the activations have been freed.
+        let peak = run(TrainedWeights::All, true).peak_memory_of_stages(&parts[0]);
+        assert_eq!(peak.activations, 2 * table);
     }
 
     #[test]

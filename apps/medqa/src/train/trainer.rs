@@ -128,10 +128,8 @@ impl<B: Kernels> Trainer<B> {
             total_steps,
         };
         let Started { engine, state, note } = start.engine(model, config)?;
-        // The ranks of a pipeline have different parameters.
-        let trained = engine.sum_over_ranks(&[engine.trainable_parameters() as f64])?[0] / engine.replicas() as f64;
         let sizes = RunSizes {
-            trained: trained as u64,
+            trained: trainable_parameters(&engine)? as u64,
             tokens: data.batch_sampler.max_micro_batch_tokens() as u64,
             stages: pipeline.map(|pipeline| pipeline.stages),
             ..RunSizes::lower_bound(engine.model().config(), &recipe, engine.replicas() as u64)
@@ -397,7 +395,7 @@ impl<B: Kernels> Trainer<B> {
             tokens,
             tokens_per_second: tokens as f64 / time.stepping,
             peak_rss_bytes: peak_rss_bytes(),
-            trainable_parameters: self.engine.trainable_parameters(),
+            trainable_parameters: trainable_parameters(&self.engine)?,
         };
         if self.engine.rank() == 0 {
             let text = serde_json::to_string_pretty(&summary)?;
@@ -413,6 +411,12 @@ impl<B: Kernels> Trainer<B> {
         let Some(overlap_fraction) = self.engine.trace().overlap_fraction() else { return Ok(()) };
         self.report(&RunEvent::TraceWritten(TraceReport { path: &path, overlap_fraction }), display)
     }
+}
+
+/// Returns the number of trained values of the whole model, of which the ranks of a pipeline have different ones.
+fn trainable_parameters<B: Kernels>(engine: &LlamaEngine<B>) -> Result<usize> {
+    let sum = engine.sum_over_ranks(&[engine.trainable_parameters() as f64])?[0];
+    Ok((sum / engine.replicas() as f64) as usize)
 }
 
 /// Opens the record of a run: its recipe, its inputs and its log. The summary of a finished run that goes on is removed.

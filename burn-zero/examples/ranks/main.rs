@@ -5,155 +5,28 @@
 //! compares the parameters with those of one process that takes all micro-batches, and the amount of data sent with the
 //! formulas of the paper. `ranks order` checks that exchanges match in the order of their start, in parts of 7 bytes.
 //!
-//! `ranks lose` makes rank 1 abort between two steps, `ranks hang` makes it stop responding. With `ranks chain` every
-//! rank waits for the one before; with `ranks answered` rank 1 no longer does when rank 2 gives up. If TRACE names a folder,
-//! each rank writes a timeline there.
+//! `ranks pipeline` compares pipelines of every schedule, and two of them side by side in ZeRO stages 0 to 2, with one
+//! process.
+//!
+//! `ranks lose` makes the middle rank abort between two steps, `ranks hang` makes it stop responding; with `forward`,
+//! `backward` or `sums` it does so in that part of a step of a pipeline. With `ranks chain` every
+//! rank waits for the one before; with `ranks answered` rank 1 no longer does when rank 2 gives up. If TRACE names a folder, each rank writes a timeline there.
 
-use burn::{
-    backend::{Autodiff, Flex},
-    module::{Module, ModuleVisitor, Param},
-    tensor::{
-        Tensor,
-        backend::{AutodiffBackend, Backend},
-    },
-};
 use burn_zero::{
     Engine, EngineConfig, Error, MemoryTier, Sharding, ZeroStage,
     comm::{Collectives, Communicator, Message, Operation, ProcessGroup, mpi},
     optimizer::AdamW,
-    segment::{Checkpointing, DynTensor, Segments, TrainSegments},
+    segment::Checkpointing,
 };
+use stack::{ModelVariant, Stack, TrainBackend, Values, rows, values};
 use std::{path::Path, time::Duration};
 
-type TrainBackend = Autodiff<Flex>;
+mod lost;
+mod pipeline;
+mod stack;
 
-const SIZE: usize = 42;
-const WIDE: usize = 72;
 const STEPS: usize = 10;
 const BUCKET: usize = 2000;
-
-/// The variant of the model.
-#[derive(Debug, Clone, Copy)]
-struct ModelVariant {
-    /// True if the last matrix is tied to the first.
-    tied: bool,
-    /// True if the second matrix is frozen.
-    frozen: bool,
-}
-
-/// A model of four matrices of unequal shapes and a vector of three values.
-#[derive(Module, Debug)]
-struct Stack<B: Backend> {
-    table: Param<Tensor<B, 2>>,
-    up: Param<Tensor<B, 2>>,
-    down: Param<Tensor<B, 2>>,
-    /// The output matrix; none if it is tied to the table.
-    head: Option<Param<Tensor<B, 2>>>,
-    tiny: Param<Tensor<B, 1>>,
-}
-
-impl ModelVariant {
-    fn stack(self) -> Stack<TrainBackend> {
-        let matrix = |number: usize, [rows, columns]: [usize; 2]| {
-            let value = |i: usize| (((number * 7919 + i * 104_729) % 1009) as f32 / 1009.0 - 0.5) / 3.0;
-            let values: Vec<f32> = (0..rows * columns).map(value).collect();
-            let flat = Tensor::<TrainBackend, 1>::from_floats(values.as_slice(), &Default::default());
-            Param::from_tensor(flat.reshape([rows, columns]))
-        };
-        let up = matrix(1, [SIZE, WIDE]);
-        Stack {
-            table: matrix(0, [SIZE, SIZE]),
-            up: if self.frozen { up.set_require_grad(false) } else { up },
-            down: matrix(2, [WIDE, SIZE]),
-            head: (!self.tied).then(|| matrix(3, [SIZE, SIZE])),
-            tiny: Param::from_tensor(Tensor::from_floats([0.5, 1.0, 1.5], &Default::default())),
-        }
-    }
-
-    /// Returns the padded numbers of trainable and of frozen values. Of these matrices only the head and the vector
-    /// share a bucket; a parameter starts at a multiple of 256, and a bucket is padded until every rank has the same
-    /// number of blocks.
-    fn padded(self, world: usize) -> (usize, usize) {
-        let bucket = |sizes: &[usize]| {
-            let blocks: usize = sizes.iter().map(|size| size.div_ceil(256)).sum();
-            blocks.div_ceil(world) * world * 256
-        };
-        let (square, wide) = (SIZE * SIZE, SIZE * WIDE);
-        let end = if self.tied { bucket(&[3]) } else { bucket(&[square, 3]) };
-        let learns = bucket(&[square]) + bucket(&[wide]) + end;
-        if self.frozen { (learns, bucket(&[wide])) } else { (learns + bucket(&[wide]), 0) }
-    }
-}
-
-/// Returns one row of inputs and targets.
-fn rows(number: usize) -> Vec<Tensor<TrainBackend, 2>> {
-    let row = |shift: usize| {
-        let values: Vec<f32> = (0..SIZE).map(|i| ((number * 31 + i * 17 + shift) % 23) as f32 / 23.0 - 0.5).collect();
-        Tensor::<TrainBackend, 1>::from_floats(values.as_slice(), &Default::default()).reshape([1, SIZE])
-    };
-    vec![row(0), row(5)]
-}
-
-impl<B: Backend> Segments<B> for Stack<B> {
-    type Batch = Vec<Tensor<B, 2>>;
-
-    fn segments(&self) -> usize {
-        4
-    }
-
-    fn forward_segment(&self, segment: usize, batch: &Self::Batch, inputs: Vec<DynTensor<B>>) -> Vec<DynTensor<B>> {
-        let x = inputs.into_iter().next().map_or_else(|| batch[0].clone(), DynTensor::tensor::<2>);
-        vec![DynTensor::new(match segment {
-            0 => x.matmul(self.table.val()).tanh(),
-            1 => x.matmul(self.up.val()).tanh(),
-            2 => x.matmul(self.down.val()).tanh(),
-            _ => {
-                let y = x.matmul(self.head.as_ref().unwrap_or(&self.table).val().transpose());
-                let y = y.reshape([SIZE / 3, 3]) * self.tiny.val().unsqueeze();
-                (y.reshape([1, SIZE]) - batch[1].clone()).powf_scalar(2.0)
-            }
-        })]
-    }
-}
-
-fn visit<B: Backend, const D: usize>(name: &str, param: &Param<Tensor<B, D>>, visitor: &mut impl ModuleVisitor<B>) {
-    visitor.enter_module(name, "");
-    visitor.visit_float(param);
-    visitor.exit_module(name, "");
-}
-
-impl<B: AutodiffBackend> TrainSegments<B> for Stack<B> {
-    fn inner_batch(batch: &Vec<Tensor<B, 2>>) -> Vec<Tensor<B::InnerBackend, 2>> {
-        batch.iter().map(|tensor| tensor.clone().inner()).collect()
-    }
-
-    fn visit_segment<V: ModuleVisitor<B>>(&self, segment: usize, visitor: &mut V) {
-        match segment {
-            0 => visit("table", &self.table, visitor),
-            1 => visit("up", &self.up, visitor),
-            2 => visit("down", &self.down, visitor),
-            _ => {
-                visit("head", self.head.as_ref().unwrap_or(&self.table), visitor);
-                visit("tiny", &self.tiny, visitor);
-            }
-        }
-    }
-}
-
-#[derive(Default)]
-struct ParameterValues(Vec<f32>);
-
-impl ModuleVisitor<TrainBackend> for ParameterValues {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<TrainBackend, D>>) {
-        self.0.extend(param.val().into_data().iter::<f32>());
-    }
-}
-
-fn values(model: &Stack<TrainBackend>) -> Vec<f32> {
-    let mut values = ParameterValues::default();
-    model.visit(&mut values);
-    values.0
-}
 
 fn config(max_grad_norm: Option<f64>) -> EngineConfig {
     EngineConfig::new(AdamW::default()).with_max_grad_norm(max_grad_norm).with_checkpointing(Checkpointing::All)
@@ -167,7 +40,7 @@ fn train(
     micros: &[usize],
     in_backward: bool,
     world: usize,
-) -> Result<(Vec<f32>, [u64; 2]), Error> {
+) -> Result<(Values, [u64; 2]), Error> {
     for step in 0..STEPS {
         let micro_batches: Vec<_> = micros.iter().map(|micro| rows(step * world + micro)).collect();
         if in_backward {
@@ -184,6 +57,15 @@ fn train(
         engine.trace().write(&path, engine.rank())?;
     }
     Ok((found, [traffic.reduced.elements, traffic.gathered.elements]))
+}
+
+/// Returns the number of values that differ in some bit.
+fn different(found: &Values, expected: &Values) -> usize {
+    let pairs = expected.iter().flat_map(|(name, values)| {
+        assert_eq!(found[name].len(), values.len(), "{name}");
+        found[name].iter().zip(values)
+    });
+    pairs.filter(|(a, b)| a.to_bits() != b.to_bits()).count()
 }
 
 /// Returns the number of elements that a rank sends per micro-batch: 2Φ, 2Φ, 2Φ, 3Φ × (N − 1) / N if everything is
@@ -215,8 +97,7 @@ fn stages(group: &mut ProcessGroup) -> Result<(), Error> {
                 let config = config.with_sharding(Sharding { stage, bucket_size: BUCKET });
                 let config = config.with_weights_in(tier.clone()).with_optimizer_states_in(tier.clone());
                 let (found, sent) = train(config.init(shape.stack())?, &[rank], true, world)?;
-                let apart = found.iter().zip(&expected).filter(|(a, b)| a.to_bits() != b.to_bits()).count();
-                assert_eq!((found.len(), apart), (expected.len(), 0), "values that differ: {what}");
+                assert_eq!(different(&found, &expected), 0, "values that differ: {what}");
                 let steps = STEPS as u64;
                 assert_eq!(
                     sent,
@@ -315,60 +196,18 @@ fn late_wait(mut group: ProcessGroup) -> Result<(), Error> {
     Ok(())
 }
 
-/// Trains until a rank is lost.
-fn until_lost(group: ProcessGroup, kill: bool) -> Result<(), Error> {
-    let rank = group.rank();
-    let sharding = Sharding { stage: ZeroStage::Gradients, bucket_size: BUCKET };
-    let communicator = Box::new(group.with_deadline(Duration::from_secs(5)));
-    let config = config(Some(0.5)).with_communicator(communicator).with_sharding(sharding);
-    let mut engine = config.init(ModelVariant { tied: true, frozen: false }.stack())?;
-    for step in 0..1_000_000 {
-        if rank == 1 && step == 20 {
-            if kill {
-                std::process::abort();
-            }
-            std::thread::sleep(Duration::from_secs(25));
-        }
-        engine.train_step(&[rows(step)], 1e-3)?;
-    }
-    Ok(())
-}
-
-/// Lets every rank wait for the one before, the last one first, so that its deadline is the first to pass. With
-/// `answered`, rank 0 sends so late that the wait of rank 1 has been told, and rank 1 then falls silent.
-fn wait_in_a_chain(group: ProcessGroup, answered: bool) -> Result<(), Error> {
-    let deadline = Duration::from_secs(6);
-    let mut group = group.with_deadline(deadline);
-    group.barrier()?;
-    let rank = group.rank();
-    match rank {
-        0 => {
-            std::thread::sleep(deadline * 2 / 3);
-            if answered {
-                group.send(&[0f32], 1)?;
-            }
-        }
-        1 => {
-            std::thread::sleep(if answered { Duration::ZERO } else { deadline / 6 });
-            group.recv(&mut [0f32], 0)?;
-        }
-        _ => group.recv(&mut [0f32], rank - 1)?,
-    }
-    std::thread::sleep(deadline * 3);
-    Ok(())
-}
-
 fn main() -> Result<(), Error> {
-    let command = std::env::args().nth(1);
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let command = arguments.first().map(String::as_str);
     let in_parts = || mpi::Session::init_with_part_bytes(PART_BYTES);
-    let (session, mut group) = if command.as_deref() == Some("order") { in_parts() } else { mpi::Session::init() }?;
+    let (session, mut group) = if command == Some("order") { in_parts() } else { mpi::Session::init() }?;
     let rank = group.rank();
-    let result = match command.as_deref() {
+    let result = match command {
         Some("order") => order(group),
-        Some("lose") => until_lost(group, true),
-        Some("hang") => until_lost(group, false),
-        Some("chain") => wait_in_a_chain(group, false),
-        Some("answered") => wait_in_a_chain(group, true),
+        Some("chain") => lost::wait_in_a_chain(group, false),
+        Some("answered") => lost::wait_in_a_chain(group, true),
+        Some("pipeline") => pipeline::laws(&mut group),
+        Some(how @ ("lose" | "hang")) => lost::train(group, how, arguments.get(1).map_or("", String::as_str)),
         _ => collectives(&mut group).and_then(|()| stages(&mut group)),
     };
     match result {
