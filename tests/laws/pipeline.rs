@@ -1,6 +1,9 @@
 //! A pipeline trains what one process trains: losses and gradients are equal bit for bit, and the messages are those of
 //! the formula.
 
+mod loading;
+mod torch;
+
 use burn::{
     backend::{Autodiff, Flex},
     module::{Module, ModuleVisitor, Param, ParamId},
@@ -40,13 +43,17 @@ enum Case {
 
 const CASES: [Case; 5] = [Case::Tied, Case::Untied, Case::FrozenStart, Case::Lora, Case::Prefix];
 
-fn model(case: Case) -> Llama<Train> {
+fn base(case: Case) -> Llama<Train> {
     let fields = serde_json::json!({
         "model_type": "llama", "vocab_size": 40, "hidden_size": HIDDEN, "intermediate_size": 24,
         "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": if case == Case::Tied { 4 } else { 2 },
         "tie_word_embeddings": case == Case::Tied, "initializer_range": 0.2,
     });
-    let mut model: Llama<Train> = LlamaConfig::from_json(fields).unwrap().init(3, &Default::default());
+    LlamaConfig::from_json(fields).unwrap().init(3, &Default::default())
+}
+
+/// Applies the method of a case to its model, or to a part of it.
+fn learning(case: Case, mut model: Llama<Train>) -> Llama<Train> {
     match case {
         Case::Tied | Case::Untied => model,
         Case::FrozenStart => {
@@ -69,6 +76,10 @@ fn model(case: Case) -> Llama<Train> {
             param::train_only(model, adapter::is_adapter)
         }
     }
+}
+
+fn model(case: Case) -> Llama<Train> {
+    learning(case, base(case))
 }
 
 /// The number of tokens of a micro-batch; no two are equal.

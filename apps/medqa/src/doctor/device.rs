@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 #[cfg(feature = "flex")]
 use burn::backend::Flex;
 use burn::{backend::Autodiff, tensor::DType};
-use burn_llama::{Example, SequenceLayout, generate, kernel::Kernels};
+use burn_llama::{Batch, Example, Llama, SequenceLayout, generate, kernel::Kernels};
 use burn_peft::{AdapterModel, ForwardContext, Linears, LoraConfig, TargetModules, adapter, param};
 use burn_zero::{
     EngineConfig,
@@ -62,8 +62,15 @@ fn get_or_try_init(
     }
 }
 
-/// Trains LoRA on the tokens `ids` for five steps and saves the adapter to `directory`.
-fn train_adapter<B: Kernels>(model: &str, device: &B::Device, ids: &[u32], directory: &Path) -> Result<DeviceTraining> {
+/// A model in which LoRA learns, and one batch.
+type LoraStep<B> = (Llama<Autodiff<B>>, Batch<Autodiff<B>>);
+
+/// Returns the model with LoRA, and a batch of the first row.
+pub(super) fn lora_step<B: Kernels>(subject: &CheckSubject<B>) -> Result<LoraStep<B>> {
+    attach_lora::<B>(&subject.model_args.model, &subject.device, &compute::test_sequence(subject)?)
+}
+
+fn attach_lora<B: Kernels>(model: &str, device: &B::Device, ids: &[u32]) -> Result<LoraStep<B>> {
     let mut model = model::load_base::<Autodiff<B>>(model, DType::F32, device)?.model;
     let config =
         LoraConfig { target_modules: TargetModules::Pattern("all-linear".to_owned()), ..LoraConfig::default() };
@@ -81,6 +88,12 @@ fn train_adapter<B: Kernels>(model: &str, device: &B::Device, ids: &[u32], direc
         weight,
         ForwardContext::default(),
     )?;
+    Ok((model, batch))
+}
+
+/// Trains LoRA on the tokens `ids` for five steps and saves the adapter to `directory`.
+fn train_adapter<B: Kernels>(model: &str, device: &B::Device, ids: &[u32], directory: &Path) -> Result<DeviceTraining> {
+    let (model, batch) = attach_lora::<B>(model, device, ids)?;
     let mut gradients = BTreeMap::new();
     segment::forward_backward(&model, &batch, Checkpointing::None, &mut |found| {
         gradients.extend(found.into_iter().map(|found| (found.path, found.value.flatten().into_data())));

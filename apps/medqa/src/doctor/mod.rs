@@ -2,6 +2,7 @@
 
 mod compute;
 mod device;
+mod pipeline;
 mod text;
 
 use crate::{
@@ -83,6 +84,7 @@ fn checks<B: Kernels>(device: &Device, quick: bool) -> Vec<Check<B>> {
         return checks;
     }
     checks.push(("five steps of LoRA lower the loss", device::loss_decreases));
+    checks.push(("pipeline of two = one process", pipeline::equals_one_process));
     #[cfg(feature = "flex")]
     if !device.is_cpu() {
         checks.push(("LoRA gradients = CPU gradients", device::gradients));

@@ -83,7 +83,7 @@ pub(super) struct TimeTaken {
 pub(super) fn checkpoints(directory: &Path) -> Result<Vec<PathBuf>> {
     let context = || format!("{}: cannot be read", directory.display());
     let mut found = Vec::new();
-    if !directory.exists() {
+    if !directory.is_dir() {
         return Ok(Vec::new());
     }
     for entry in fs::read_dir(directory).with_context(context)? {

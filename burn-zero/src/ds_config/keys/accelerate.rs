@@ -26,7 +26,7 @@ const DEEPSPEED: &[KeySpec] = &[
     not_honoured(
         "zero3_init_flag",
         ValueKind::Flag,
-        "every rank loads the whole model at the start and keeps its shard",
+        "in stage 3 every rank reads the model part by part and keeps its shards",
     ),
     not_honoured("deepspeed_moe_layer_cls_names", ValueKind::Any, "the models have no experts"),
     not_honoured("deepspeed_multinode_launcher", ValueKind::Text, LAUNCHER),
@@ -54,7 +54,7 @@ const FSDP: &[KeySpec] = &[
         ValueKind::Text,
         "checkpoints are kept per parameter and load at any number of ranks",
     ),
-    not_honoured("fsdp_cpu_ram_efficient_loading", ValueKind::Flag, "every rank loads the whole model at the start"),
+    not_honoured("fsdp_cpu_ram_efficient_loading", ValueKind::Flag, "a sharded model is read part by part"),
     not_honoured("fsdp_sync_module_states", ValueKind::Flag, "every rank reads the same checkpoint"),
     not_honoured("fsdp_use_orig_params", ValueKind::Flag, "parameters keep their names and shapes"),
 ];

@@ -81,7 +81,7 @@ pub(super) const ZERO: &[KeySpec] = &[
     fixed_flag(
         "pipeline_loading_checkpoint",
         false,
-        "every rank loads the whole model at the start and keeps its shard",
+        "in stage 3 every rank reads the model part by part and keeps its shards",
     ),
     fixed_flag("override_module_apply", true, "there is no module to override"),
     fixed_flag("log_trace_cache_warnings", false, "the order of segments is fixed; there is no trace"),
@@ -94,6 +94,6 @@ pub(super) const ZERO: &[KeySpec] = &[
     fixed_number(
         "stage3_partition_stream_chunk_size",
         0.0,
-        "every rank loads the whole model at the start and keeps its shard",
+        "in stage 3 every rank reads the model part by part and keeps its shards",
     ),
 ];
