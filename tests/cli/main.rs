@@ -17,6 +17,7 @@ mod mistakes;
 mod model;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod pipeline;
 mod quickstart;
 mod resume;
 mod run;

@@ -1,8 +1,12 @@
 //! Tests of pipelines of MPI processes: they train what one process trains, and refuse what they cannot divide.
 
-use super::{assert_same, trained};
-use crate::work::WorkDir;
+use super::{assert_same, command, trained};
+use crate::{run::train, work::WorkDir};
 use serde_json::Value;
+use std::{
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
 
 /// The rows of a step.
 const ROWS: usize = 4;
@@ -56,5 +60,58 @@ fn mpi_pipelines_train_what_one_process_trains() {
                 assert_eq!(found, alone, "{what}");
             }
         }
+    }
+}
+
+#[test]
+fn mpi_pipelines_that_do_not_fit_are_refused() {
+    let work = WorkDir::new();
+    let refused = |ranks: usize, sets: &[&str], words: &[&str]| {
+        let output = command(&work, ranks, &train("out", sets)).output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{sets:?}: {errors}");
+        let line = errors.lines().find(|line| line.starts_with("error: ")).unwrap_or_default();
+        assert!(words.iter().all(|word| line.contains(word)), "{sets:?}: {errors}");
+        assert!(!work.at("out").exists(), "{sets:?} leaves no folder");
+    };
+    refused(3, &["parallel.pipeline=2"], &["`parallel.pipeline` = 2", "a multiple of 2 ranks", "found 3"]);
+    let product = ["parallel.pipeline=2", "parallel.data=1"];
+    refused(4, &product, &["`parallel.data` = 1", "expected 2 ranks", "found 4"]);
+    // The model has six segments.
+    let chunks = ["parallel.pipeline=4", "parallel.schedule=LoopedBFS", "train.gradient_accumulation=4"];
+    refused(4, &chunks, &["`parallel.pipeline` = 4 with 2 stages per rank", "6"]);
+}
+
+/// Kills the middle rank at several moments of a run that writes a checkpoint after each step, and goes on with other
+/// numbers of ranks.
+#[test]
+fn mpi_pipeline_goes_on_with_other_ranks_after_a_kill() {
+    let work = WorkDir::new();
+    let shared = ["method.kind=full", "train.batch_size=1", "train.max_steps=30", "train.save_every=1"];
+    let whole = Pipeline { data: 1, pipeline: 1, sets: &[] };
+    let alone = whole.trained(&work, "alone", &shared);
+    let three =
+        ["parallel.pipeline=3", "train.gradient_accumulation=4", "train.scheduler=constant", "train.eval_every=3"];
+    let others = [
+        Pipeline { data: 1, pipeline: 1, sets: &["--resume"] },
+        Pipeline { data: 2, pipeline: 2, sets: &["parallel.zero_stage=2", "--resume"] },
+        Pipeline { data: 1, pipeline: 2, sets: &["parallel.schedule=ZBV", "--resume"] },
+        Pipeline { data: 1, pipeline: 4, sets: &["--resume"] },
+    ];
+    for (index, other) in others.iter().enumerate() {
+        let folder = format!("killed-{index}");
+        let arguments = train(&folder, &[&shared[..], &three].concat());
+        let mut job = command(&work, 3, &arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        work.wait(&mut job, &folder, 6 + index);
+        let start = Instant::now();
+        let ranks = Command::new("pgrep").args(["-P", &job.id().to_string()]).output().unwrap().stdout;
+        let middle = String::from_utf8(ranks).unwrap().lines().nth(1).unwrap().to_owned();
+        assert!(Command::new("kill").args(["-9", &middle]).status().unwrap().success());
+        let output = job.wait_with_output().unwrap();
+        let words = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && start.elapsed() < Duration::from_secs(30), "{words}");
+        assert!(words.contains("process rank 1") && words.contains("exited on signal 9"), "{words}");
+        let found = other.trained(&work, &folder, &shared);
+        assert_same(&found, &alone, &format!("{} × {} ranks after a kill", other.data, other.pipeline));
     }
 }

@@ -14,7 +14,7 @@ use std::{
 
 /// Recipe keys that a resumed run may change: they decide when it ends, what it writes and where it computes, not what
 /// a step computes.
-const KEYS_FREE_ON_RESUME: [&str; 17] = [
+const KEYS_FREE_ON_RESUME: [&str; 22] = [
     "train.max_steps",
     "train.epochs",
     "train.eval_every",
@@ -26,6 +26,11 @@ const KEYS_FREE_ON_RESUME: [&str; 17] = [
     // "fill"` the batch size must stay too.
     "train.batch_size",
     "train.gradient_accumulation",
+    "parallel.pipeline",
+    "parallel.data",
+    "parallel.schedule",
+    "parallel.chunks",
+    "parallel.partition",
     "parallel.zero_stage",
     "parallel.bucket_size",
     "parallel.offload_optimizer",
