@@ -17,6 +17,7 @@ mod mistakes;
 mod model;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod prepare;
 mod quickstart;
 mod resume;
 mod run;

@@ -1,5 +1,6 @@
 //! Layout of a data file: its format and the names of its columns.
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, str::FromStr};
 
@@ -20,6 +21,14 @@ pub enum Format {
     /// ShareGPT conversations: key `conversations`, a list of objects with `from` and `value`; optionally `system`
     #[value(name = "sharegpt")]
     ShareGpt,
+    /// TRL: keys `prompt` and `completion`, each a text or a list of messages
+    #[serde(rename = "prompt-completion")]
+    PromptCompletion,
+    /// Multiple choice: keys `question`, `options` and `answer`, or those of MedMCQA, MedQA, CMB, CMExam or MMLU
+    #[serde(rename = "multiple-choice")]
+    MultipleChoice,
+    /// Plain text, all of which is learned: key `text`, or the paragraphs of a .txt file
+    Text,
 }
 
 impl Format {
@@ -31,6 +40,34 @@ impl Format {
             Self::Alpaca => &["instruction", "input", "output", "system", "history"],
             Self::Messages => &["messages", "role", "content"],
             Self::ShareGpt => &["conversations", "from", "value", "system"],
+            Self::PromptCompletion => &["prompt", "completion", "role", "content"],
+            Self::MultipleChoice => &["question", "options", "answer"],
+            Self::Text => &["text"],
+        }
+    }
+
+    /// Returns the columns of the format that hold a list, which text files such as CSV write as JSON.
+    pub fn list_columns(self) -> &'static [&'static str] {
+        match self {
+            Self::Messages => &["messages"],
+            Self::ShareGpt => &["conversations"],
+            Self::Alpaca => &["history"],
+            Self::PubMedQa => &["CONTEXTS"],
+            Self::Qa | Self::PromptCompletion | Self::MultipleChoice | Self::Text => &[],
+        }
+    }
+
+    /// Returns the name of the format, as a recipe and the command line have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qa => "qa",
+            Self::PubMedQa => "pubmedqa",
+            Self::Alpaca => "alpaca",
+            Self::Messages => "messages",
+            Self::ShareGpt => "sharegpt",
+            Self::PromptCompletion => "prompt-completion",
+            Self::MultipleChoice => "multiple-choice",
+            Self::Text => "text",
         }
     }
 }
@@ -76,11 +113,47 @@ impl FromStr for Columns {
     }
 }
 
+impl From<&[(&str, &str)]> for Columns {
+    fn from(pairs: &[(&str, &str)]) -> Self {
+        Self(pairs.iter().map(|(column, name)| ((*column).to_owned(), (*name).to_owned())).collect())
+    }
+}
+
 /// Format and column names of a data file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Schema {
     pub format: Format,
     pub columns: Columns,
+}
+
+/// The format and the column names that a user asks for; without a format, it is recognized by the keys of the rows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SchemaRequest {
+    pub format: Option<Format>,
+    pub columns: Columns,
+}
+
+impl From<Schema> for SchemaRequest {
+    fn from(schema: Schema) -> Self {
+        Self { format: Some(schema.format), columns: schema.columns }
+    }
+}
+
+impl SchemaRequest {
+    /// Returns the format that is certain before a row is read: the one asked for, or the first one that has all the
+    /// renamed columns.
+    pub fn certain(&self) -> Option<Schema> {
+        let renamed = || Format::value_variants().iter().copied().find(|format| self.columns.check(*format).is_ok());
+        let format = self.format.or_else(|| if self.columns.is_empty() { None } else { renamed() })?;
+        Some(Schema { format, columns: self.columns.clone() })
+    }
+
+    /// Checks that the renamed columns fit the format, or any format if none is asked for; the error is a message
+    /// without the name of the option or key.
+    pub fn check(&self) -> Result<(), String> {
+        let format = self.certain().map_or(Format::Qa, |schema| schema.format);
+        self.columns.check(format)
+    }
 }
 
 #[cfg(test)]

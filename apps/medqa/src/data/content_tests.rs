@@ -3,7 +3,7 @@ use serde_json::json;
 
 fn read(format: Format, columns: &str, value: Value) -> Result<RowContent> {
     let columns = if columns.is_empty() { Columns::default() } else { columns.parse().unwrap() };
-    parse_row(value, &Schema { format, columns })
+    parse_row(value.as_object().unwrap(), &Schema { format, columns })
 }
 
 fn turns(list: &[(&str, &str)]) -> Vec<Turn> {
