@@ -160,7 +160,7 @@ fn rows_that_cannot_be_read_are_named_with_their_place() {
             &["other.csv:2: expected the key `question`, found prompt, answer"],
         ),
         ("header.csv", "question,answer\n".into(), &["header.csv", "at least one row"]),
-        ("csv.txt", "a,b\nc,d\n".into(), &["csv.txt", "this is CSV", ".csv"]),
+        ("csv.dat", format!("{head}c,d\n").replace("answer", "reply").into(), &["csv.dat", "this is CSV", ".csv"]),
         ("cut.jsonl.gz", gzip(rows(0..6).as_bytes())[..40].into(), &["cut.jsonl.gz", "complete compressed data"]),
         ("cut.parquet", snappy[..900].into(), &["cut.parquet", "expected a whole Parquet file"]),
         ("odd.jsonl", b"\xff\xfe{".into(), &["odd.jsonl", "complete UTF-16"]),

@@ -106,7 +106,7 @@ fn rows_survive_all_formats_and_kinds_of_files() {
     ] {
         refused_in(
             &work,
-            &[&["data", "convert"], &arguments[..], &["--out", "out/rows.jsonl"]].concat().as_slice(),
+            &[&["data", "convert"], &arguments[..], &["--format", "messages", "--out", "out/rows.jsonl"]].concat(),
             &words,
         );
     }

@@ -1,6 +1,5 @@
 //! Layout of a data file: its format and the names of its columns.
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeMap, str::FromStr};
 
@@ -140,19 +139,15 @@ impl From<Schema> for SchemaRequest {
 }
 
 impl SchemaRequest {
-    /// Returns the format that is certain before a row is read: the one asked for, or the first one that has all the
-    /// renamed columns.
+    /// Returns the format that is certain before a row is read: the one asked for, or qa for renamed columns.
     pub fn certain(&self) -> Option<Schema> {
-        let renamed = || Format::value_variants().iter().copied().find(|format| self.columns.check(*format).is_ok());
-        let format = self.format.or_else(|| if self.columns.is_empty() { None } else { renamed() })?;
-        Some(Schema { format, columns: self.columns.clone() })
+        let renamed = (!self.columns.is_empty()).then_some(Format::Qa);
+        Some(Schema { format: self.format.or(renamed)?, columns: self.columns.clone() })
     }
 
-    /// Checks that the renamed columns fit the format, or any format if none is asked for; the error is a message
-    /// without the name of the option or key.
+    /// Checks that the format has the renamed columns; the error is a message without the name of the option or key.
     pub fn check(&self) -> Result<(), String> {
-        let format = self.certain().map_or(Format::Qa, |schema| schema.format);
-        self.columns.check(format)
+        self.columns.check(self.format.unwrap_or_default())
     }
 }
 

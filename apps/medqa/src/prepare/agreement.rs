@@ -6,8 +6,30 @@ use regex::Regex;
 use std::sync::LazyLock;
 use xxhash_rust::xxh3::xxh3_64;
 
-/// The least share of topic words that two questions have in common.
+/// The least share of topic words that two questions have in common, and the number of topic words of both below which
+/// all have to be the same: one word more makes a short question another one.
 const TOPIC: f64 = 0.8;
+const FEW_WORDS: usize = 9;
+
+/// Beginnings of the words that say what is asked about a topic.
+const ASPECTS: [&str; 14] = [
+    "treat",
+    "diagnos",
+    "symptom",
+    "sign",
+    "caus",
+    "prevent",
+    "inherit",
+    "risk",
+    "prognos",
+    "outlook",
+    "research",
+    "affect",
+    "complicat",
+    "genetic",
+];
+/// Words whose next one is a number or a letter that tells kinds apart.
+const NUMBERED: [&str; 8] = ["type", "types", "stage", "grade", "class", "factor", "vitamin", "hepatitis"];
 
 const NEGATIONS: [&str; 16] = [
     "not", "no", "never", "without", "neither", "nor", "none", "cannot", "stop", "avoid", "不", "没", "无", "未", "非",
@@ -236,8 +258,14 @@ pub(super) struct QuestionDetails {
 impl QuestionDetails {
     /// Collects the details of a question.
     pub(super) fn of(units: &Units) -> Self {
-        let (mut strict, mut topic, mut number) = (Vec::new(), Vec::new(), false);
+        let (mut strict, mut topic, mut number, mut numbered) = (Vec::new(), Vec::new(), false, false);
         for unit in units.iter() {
+            if let Some(aspect) = ASPECTS.iter().find(|aspect| unit.starts_with(**aspect)) {
+                strict.push((*aspect).to_owned());
+            } else if numbered {
+                strict.push(format!("kind {unit}"));
+            }
+            numbered = NUMBERED.contains(&unit);
             let begins_with_digit = unit.starts_with(|c: char| c.is_ascii_digit());
             let is_drug = DRUG_ENDINGS.iter().any(|ending| unit.len() > ending.len() + 2 && unit.ends_with(ending));
             let negated = NEGATIONS.contains(&unit) || unit.ends_with("n't");
@@ -255,11 +283,12 @@ impl QuestionDetails {
                 strict.push(unit.to_owned());
             }
             number = begins_with_digit;
-            if !is_function_word(unit) {
+            if !is_function_word(unit) && !begins_with_digit && !is_measure(unit) {
                 topic.push(xxh3_64(stem(unit).as_bytes()) as u32);
             }
         }
         let text: String = units.iter().collect();
+        strict.extend(CHINESE_ASPECTS.find_iter(&text).map(|aspect| aspect.as_str().to_owned()));
         strict.extend(CHINESE_DRUGS.find_iter(&text).map(|drug| drug.as_str().to_owned()));
         strict.sort_unstable();
         topic.sort_unstable();
@@ -269,9 +298,18 @@ impl QuestionDetails {
 
     /// Returns whether two questions agree in all details.
     pub(super) fn agree(&self, other: &Self) -> bool {
-        self.strict == other.strict && jaccard(&self.topic, &other.topic) >= TOPIC
+        let few = self.topic.len().max(other.topic.len()) < FEW_WORDS;
+        let same = if few { self.topic == other.topic } else { jaccard(&self.topic, &other.topic) >= TOPIC };
+        self.strict == other.strict && same
     }
 }
+
+/// Chinese words that say what is asked about a topic.
+static CHINESE_ASPECTS: LazyLock<Regex> = LazyLock::new(|| {
+    let pattern = "原因|病因|症状|治疗|诊断|预防|遗传|副作用|检查|饮食|费用|后遗症|并发症";
+    // The pattern is a constant, which the tests compile.
+    Regex::new(pattern).unwrap_or_else(|error| unreachable!("{error}"))
+});
 
 /// Chinese names of drugs by their usual endings, with the character before.
 static CHINESE_DRUGS: LazyLock<Regex> = LazyLock::new(|| {
@@ -300,7 +338,7 @@ fn stem(word: &str) -> &str {
     if !word.is_ascii() || word.len() < 5 {
         return word;
     }
-    ["ing", "ed", "es", "s", "e"].iter().find_map(|ending| word.strip_suffix(ending)).unwrap_or(word)
+    ["ing", "ed", "s"].iter().find_map(|ending| word.strip_suffix(ending)).unwrap_or(word)
 }
 
 /// Returns the Jaccard similarity of two sorted sets; that of two empty sets is 1.
@@ -334,6 +372,15 @@ mod tests {
             ("Is pain in the left arm dangerous?", "Is pain in the right arm dangerous?", false),
             ("Does lisinopril cause a dry cough at night?", "Does ramipril cause a dry cough at night?", false),
             ("糖尿病患者可以吃西瓜吗？", "请问糖尿病患者能吃西瓜吗", true),
+            ("What causes Miller syndrome?", "What are the symptoms of Miller syndrome?", false),
+            ("What are the treatments for Tietz syndrome?", "What are the treatments for Tietze syndrome?", false),
+            (
+                "How common is glycogen storage disease type I?",
+                "How common is glycogen storage disease type III?",
+                false,
+            ),
+            ("What is chronic myelogenous leukemia?", "What is atypical chronic myelogenous leukemia?", false),
+            ("哮喘的病因有哪些", "哮喘的症状有哪些", false),
             ("糖尿病怎么治疗", "高血压怎么治疗", false),
             ("糖尿病患者可以吃西瓜吗", "糖尿病患者不可以吃西瓜吗", false),
             ("左肾结石怎么治疗比较快", "右肾结石怎么治疗比较快", false),

@@ -153,7 +153,8 @@ impl DataConfig {
     /// table's columns apply only to the table's own format.
     pub fn schema(&self, source: Option<&DatasetSource>) -> SchemaRequest {
         let format = source.and_then(|source| source.format).or(self.format);
-        let shared = if format == self.format { self.columns.clone() } else { Columns::default() };
+        let same = format.unwrap_or_default() == self.format.unwrap_or_default();
+        let shared = if same { self.columns.clone() } else { Columns::default() };
         SchemaRequest { format, columns: source.and_then(|source| source.columns.clone()).unwrap_or(shared) }
     }
 }

@@ -190,7 +190,7 @@ fn wrong_types_name_key_expected_and_found() {
         ("data.train=[{weight = 3}]", "item 1: missing field `path`"),
         (
             "data.format=csv",
-            "`data.format`: expected one of `qa`, `pubmedqa`, `alpaca`, `messages`, `sharegpt`, found `csv`",
+            "`data.format`: expected one of `qa`, `pubmedqa`, `alpaca`, `messages`, `sharegpt`, `prompt-completion`, `multiple-choice`, `text`, found `csv`",
         ),
         ("data.columns=prompt", "`data.columns`: expected a table, found string \"prompt\""),
         ("data.columns={question = 1}", "`data.columns`: expected a string, found integer `1`"),
@@ -309,7 +309,11 @@ fn a_source_is_read_as_it_says_or_as_the_table_says() {
         .iter()
         .map(|source| data.schema(Some(source)))
         .map(|schema| {
-            (schema.format, schema.columns.name("question").to_owned(), schema.columns.name("answer").to_owned())
+            (
+                schema.certain().map(|schema| schema.format),
+                schema.columns.name("question").to_owned(),
+                schema.columns.name("answer").to_owned(),
+            )
         })
         .collect();
     let row = |format, question: &str, answer: &str| (format, question.to_owned(), answer.to_owned());
