@@ -1,8 +1,10 @@
 //! The training loop.
 
+mod saving;
 mod validation;
 
 use super::{
+    best::BestWeights,
     early_stopping::EarlyStopping,
     eval_device,
     event::{Reporter, RunEnd, RunEvent, RunStart, TraceReport},
@@ -14,10 +16,10 @@ use super::{
     pipeline::{self, MeanRow, RankPipeline},
     record::{LossScaling, MetricsRecord, NoteRecord, ProcessUsage, StepRecord, TokenCounts},
     resume::{Start, Started},
-    run_log::{ResumePoint, RunLog},
+    run_log::RunLog,
     run_output::RunOutput,
     setup,
-    state::{self, STATE_FILE, TimeTaken, TrainerState},
+    state::{self, TrainerState},
     step_rows::{StepRows, TrainData},
     summary::{RunTime, Summary},
 };
@@ -91,11 +93,15 @@ impl<B: Kernels> Trainer<B> {
         (loader, loaded): (ModelLoader<B>, LoadedModel<Autodiff<B>>),
         communicator: Box<dyn Communicator>,
     ) -> Result<Self> {
-        let sources = setup::load_sources(&loaded, &recipe.data)?;
-        let rows = setup::load_validation(&loaded, &recipe.data)?;
+        let setup::RunRows { train: sources, valid: rows } = setup::RunRows::load(&loaded, &recipe.data)?;
         let inputs = RunInputs::new(&loaded, &sources, &rows)?;
         let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
-        let validation = ValidationData { rows, evaluator: eval_device::open(&recipe)?, early_stopping: None };
+        let validation = ValidationData {
+            rows,
+            evaluator: eval_device::open(&recipe)?,
+            early_stopping: None,
+            best: BestWeights::default(),
+        };
         let row = MeanRow::of(sources.iter().flatten());
         let pipeline = RankPipeline::new(&recipe, model.config(), row, communicator.as_ref())?;
         let replicas = pipeline::replicas(&recipe.parallel.pipeline, communicator.world_size())?;
@@ -122,7 +128,7 @@ impl<B: Kernels> Trainer<B> {
         memory::check(&sizes, &recipe, &options.device)?;
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
-        let run_log = if engine.rank() == 0 { Some(open_record(&recipe, options, &state)?) } else { None };
+        let run_log = if engine.rank() == 0 { Some(RunLog::begin(&recipe, options, &state)?) } else { None };
         let output = RunOutput::new(adapter, loaded.tokenizer);
         let progress = RunProgress { state, start: Instant::now(), seconds_to_first_step: None, note };
         Ok(Self { recipe, directory, engine, output, data, validation, run_log, progress })
@@ -166,6 +172,9 @@ impl<B: Kernels> Trainer<B> {
         let settings = &self.recipe.train.eval_save;
         let losses = earlier.iter().filter_map(MetricsRecord::valid_loss_after_training);
         self.validation.early_stopping = settings.early_stopping.map(|patience| EarlyStopping::after(patience, losses));
+        if settings.keep_best.is_some() {
+            self.validation.best = BestWeights::after(&earlier, &self.directory)?;
+        }
         let eval_every = settings.eval_every.unwrap_or(total_steps);
         self.report(&RunEvent::Started(RunStart { total_steps, eval_every, earlier: &earlier }), display)?;
         let Some(note) = self.progress.note.take() else { return Ok(()) };
@@ -274,44 +283,6 @@ impl<B: Kernels> Trainer<B> {
         Ok(self.engine.model().batch(micro, &layout, weight, ForwardContext::training(noise))?)
     }
 
-    /// Writes the result into `directory`: `adapter/` or `model/`. Every rank calls this; rank 0 writes.
-    fn save(&mut self, directory: &Path) -> Result<()> {
-        let (first, output) = (self.engine.rank() == 0, &self.output);
-        let folder = directory.join(output.folder_name());
-        self.engine.with_full_params(|model| match adapter::find_trained_not_finite::<Autodiff<B>, _>(model) {
-            Some(tensor) => bail!(
-                "{tensor} holds NaN or infinity after the last step, so nothing is saved; lower `train.learning_rate`"
-            ),
-            None if first => output.save(model, &folder),
-            None => Ok(()),
-        })?
-    }
-
-    /// Writes a checkpoint to resume from after `step`, and removes the oldest ones beyond `train.keep`.
-    fn save_checkpoint(&mut self, step: usize) -> Result<()> {
-        let state = TrainerState {
-            step,
-            rows_per_step: self.data.batch_sampler.rows_per_step(),
-            time: TimeTaken { seconds: self.progress.elapsed_seconds(), ..self.progress.state.time },
-            metrics_bytes: self.run_log.as_ref().map_or(0, RunLog::metrics_bytes),
-            ..self.progress.state.clone()
-        };
-        let path = self.directory.join(format!("checkpoint-{step}"));
-        let first = self.engine.rank() == 0;
-        let partial = if first { state::create_partial(&path) } else { Ok(state::partial_path(&path)) }?;
-        // All ranks write into the folder once it exists; it is complete when all have written.
-        self.engine.barrier()?;
-        let written = self
-            .save(&partial)
-            .and_then(|()| Ok(self.engine.save(&partial.join(STATE_FILE))?))
-            .and_then(|()| Ok(self.engine.barrier()?));
-        if first {
-            state::commit(&path, &state, written)?;
-            let all = state::checkpoints(&self.directory)?;
-            let surplus = all.len().saturating_sub(self.recipe.train.eval_save.keep);
-            return all[..surplus].iter().try_for_each(|old| state::remove(old));
-        }
-        written
     }
 
     /// Evaluates a last time and writes the result and the summary.
@@ -320,12 +291,22 @@ impl<B: Kernels> Trainer<B> {
         self.write_trace(display)?;
         let valid_loss_after = self.evaluate(steps, display)?.map(|found| found.loss);
         let directory = self.directory.clone();
-        self.save(&directory)?;
+        // Without a finite validation loss, no evaluation is the best one.
+        let best = self.validation.best.evaluation();
+        if self.any_rank(best.is_some())? {
+            if self.engine.rank() == 0 {
+                let resumable = !state::checkpoints(&directory)?.is_empty();
+                self.validation.best.publish(&directory, self.output.folder_name(), resumable)?;
+            }
+        } else {
+            self.save(&directory)?;
+        }
         self.report(&RunEvent::Finished(RunEnd::Complete), display)?;
         let TrainerState { tokens, time, valid_loss_before, .. } = self.progress.state;
         let summary = Summary {
             valid_loss_before,
             valid_loss_after,
+            best,
             steps,
             time: RunTime {
                 seconds: self.progress.elapsed_seconds(),
@@ -356,18 +337,4 @@ impl<B: Kernels> Trainer<B> {
 fn trainable_parameters<B: Kernels>(engine: &LlamaEngine<B>) -> Result<usize> {
     let sum = engine.sum_over_ranks(&[engine.trainable_parameters() as f64])?[0];
     Ok((sum / engine.replicas() as f64) as usize)
-}
-
-/// Opens the record of a run: its recipe, its inputs and its log. The summary of a finished run that goes on is removed.
-fn open_record(recipe: &Recipe, options: &TrainOptions, state: &TrainerState) -> Result<RunLog> {
-    let directory = &options.directory;
-    write::write_atomically(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
-    let inputs = serde_json::to_string_pretty(&state.inputs)?;
-    write::write_atomically(&directory.join("inputs.json"), format!("{inputs}\n").as_bytes())?;
-    let summary = directory.join("summary.json");
-    if summary.exists() {
-        fs::remove_file(&summary).with_context(|| format!("{}: cannot be removed", summary.display()))?;
-    }
-    let resume = ResumePoint { step: state.step, metrics_bytes: state.metrics_bytes };
-    RunLog::open(directory, recipe, resume, options.display)
 }

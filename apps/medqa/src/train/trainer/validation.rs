@@ -4,10 +4,11 @@ use super::{RunEvent, Trainer};
 use crate::{
     eval::{EvalBatching, TotalLoss, eval_batches},
     train::{
+        best::BestWeights,
         early_stopping::EarlyStopping,
         eval_device::{self, Evaluator},
         event::Reporter,
-        record::{EvalRecord, MetricsRecord},
+        record::{BestEvaluation, EvalRecord, MetricsRecord},
     },
 };
 use anyhow::Result;
@@ -22,6 +23,8 @@ pub(super) struct ValidationData {
     pub evaluator: Option<Box<dyn Evaluator>>,
     /// The rule of `train.early_stopping`; absent on other ranks than 0, which decides for all.
     pub early_stopping: Option<EarlyStopping>,
+    /// The best evaluation so far, with `train.keep_best`; only rank 0 knows it.
+    pub best: BestWeights,
 }
 
 /// The result of an evaluation.
@@ -67,6 +70,7 @@ impl<B: Kernels> Trainer<B> {
         }
         let record = MetricsRecord::Eval(EvalRecord { step, valid_loss: loss, elapsed_seconds });
         self.report(&RunEvent::Record(&record), display)?;
+        self.keep_best(BestEvaluation { step, valid_loss: loss })?;
         let observed = self.validation.early_stopping.as_mut().zip(record.valid_loss_after_training());
         let stop = observed.is_some_and(|(rule, loss)| rule.observe(loss));
         Ok(Some(Validation { loss, stop_early: self.any_rank(stop)? }))

@@ -1,0 +1,73 @@
+//! The files that a run saves: the result, checkpoints, and the weights of the best evaluation.
+
+use super::Trainer;
+use crate::train::{
+    best,
+    record::BestEvaluation,
+    run_log::RunLog,
+    state::{self, STATE_FILE, TimeTaken, TrainerState},
+};
+use anyhow::{Result, bail};
+use burn::backend::Autodiff;
+use burn_llama::kernel::Kernels;
+use burn_peft::adapter;
+use std::path::Path;
+
+impl<B: Kernels> Trainer<B> {
+    /// Saves the weights of an evaluation that is better than all before, if the recipe asks for it.
+    pub(super) fn keep_best(&mut self, evaluation: BestEvaluation) -> Result<()> {
+        let BestEvaluation { step, valid_loss } = evaluation;
+        if self.recipe.train.eval_save.keep_best.is_none() || step == 0 {
+            return Ok(());
+        }
+        let better = self.engine.rank() == 0 && self.validation.best.is_better(valid_loss);
+        if !self.any_rank(better)? {
+            return Ok(());
+        }
+        self.save(&best::folder(&self.directory, step))?;
+        self.validation.best.set(evaluation);
+        Ok(())
+    }
+
+    /// Writes the result into `directory`: `adapter/` or `model/`. Every rank calls this; rank 0 writes.
+    pub(super) fn save(&mut self, directory: &Path) -> Result<()> {
+        let (first, output) = (self.engine.rank() == 0, &self.output);
+        let folder = directory.join(output.folder_name());
+        self.engine.with_full_params(|model| match adapter::find_trained_not_finite::<Autodiff<B>, _>(model) {
+            Some(tensor) => bail!(
+                "{tensor} holds NaN or infinity after the last step, so nothing is saved; lower `train.learning_rate`"
+            ),
+            None if first => output.save(model, &folder),
+            None => Ok(()),
+        })?
+    }
+
+    /// Writes a checkpoint to resume from after `step`, and removes the oldest ones beyond `train.keep`.
+    pub(super) fn save_checkpoint(&mut self, step: usize) -> Result<()> {
+        let state = TrainerState {
+            step,
+            rows_per_step: self.data.batch_sampler.rows_per_step(),
+            time: TimeTaken { seconds: self.progress.elapsed_seconds(), ..self.progress.state.time },
+            metrics_bytes: self.run_log.as_ref().map_or(0, RunLog::metrics_bytes),
+            ..self.progress.state.clone()
+        };
+        let path = self.directory.join(format!("checkpoint-{step}"));
+        let first = self.engine.rank() == 0;
+        let partial = if first { state::create_partial(&path) } else { Ok(state::partial_path(&path)) }?;
+        // All ranks write into the folder once it exists; it is complete when all have written.
+        self.engine.barrier()?;
+        let written = self
+            .save(&partial)
+            .and_then(|()| Ok(self.engine.save(&partial.join(STATE_FILE))?))
+            .and_then(|()| Ok(self.engine.barrier()?));
+        if first {
+            state::commit(&path, &state, written)?;
+            let all = state::checkpoints(&self.directory)?;
+            let surplus = all.len().saturating_sub(self.recipe.train.eval_save.keep);
+            all[..surplus].iter().try_for_each(|old| state::remove(old))?;
+            let records = self.run_log.as_ref().map(RunLog::records).transpose()?.unwrap_or_default();
+            return self.validation.best.remove_others(&records, &self.directory);
+        }
+        written
+    }
+}
