@@ -1,8 +1,8 @@
 //! Command-line interface: lists the verbs and runs the chosen one. The arguments of a verb stand beside the verb.
 
 use crate::{
-    bench, chat, data::check, doctor, estimate, eval, export, fetch, launch, logits, quickstart, schedule, train,
-    verb_adapters, verb_train,
+    bench, chat, data::check, doctor, estimate, eval, export, fetch, generate, launch, logits, quickstart, schedule,
+    train, verb_adapters, verb_train,
 };
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -34,6 +34,8 @@ enum Verb {
     /// List adapters, merge them into a model, convert and combine them
     #[command(subcommand)]
     Adapters(verb_adapters::AdaptersVerb),
+    /// Let a model write rows for training, by an API, in this process or through batch files
+    Generate(generate::GenerateArgs),
     /// Inspect a dataset before training on it
     #[command(subcommand)]
     Data(DataVerb),
@@ -72,6 +74,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Verb::Chat(args) => chat::chat(&args),
         Verb::Export(args) => export::export(&args),
         Verb::Adapters(verb) => verb_adapters::adapters(&verb),
+        Verb::Generate(args) => generate::generate(&args),
         Verb::Data(DataVerb::Check(args)) => check::check(&args),
         Verb::Doctor(args) => doctor::doctor(&args),
         Verb::Launch(args) => launch::launch(&args),

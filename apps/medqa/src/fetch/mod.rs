@@ -23,6 +23,7 @@ mod url;
 mod wheel;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::identify::{self, Purpose};
 use anyhow::{Context, Result, bail};
@@ -33,6 +34,16 @@ use clap::Args;
 pub(crate) const SMOLLM2: &str = "smollm2-135m-instruct";
 /// The same model on the Hugging Face Hub.
 const SMOLLM2_HUB_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
+
+/// Creates an HTTP client with the connection timeout `connect`, and with pip's certificates and proxy.
+pub(crate) fn http_agent(connect: Duration) -> Result<ureq::Agent> {
+    http::agent(connect)
+}
+
+/// Describes an HTTP error for the user.
+pub(crate) fn describe_http_error(url: &str, error: &ureq::Error) -> String {
+    http::describe_error(url, error)
+}
 
 /// Arguments of `fetch-model`.
 #[derive(Args)]

@@ -1,0 +1,101 @@
+//! The file that a method starts from.
+
+use super::{personal, recipe::GenerateRecipe};
+use crate::{
+    data::{self, RowContent},
+    schema::Schema,
+};
+use anyhow::{Context, Result, bail};
+use std::path::Path;
+
+/// One piece of the input.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct InputRow {
+    /// Place in the file, for errors and provenance.
+    pub place: String,
+    pub question: String,
+    pub answer: String,
+}
+
+/// The input of a generation.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(super) struct MethodInput {
+    pub rows: Vec<InputRow>,
+    /// The bytes of the file, for the fingerprint of the recipe.
+    pub bytes: Vec<u8>,
+}
+
+impl MethodInput {
+    /// Reads the file that the recipe names: rows of its format, or one text if the file's name ends in `.txt` or
+    /// `.md`.
+    ///
+    /// # Errors
+    /// If the file cannot be read or a row is malformed.
+    pub(super) fn read(recipe: &GenerateRecipe) -> Result<Self> {
+        let Some(path) = &recipe.input else { return Ok(Self::default()) };
+        let bytes = std::fs::read(path).with_context(|| format!("{}: cannot be read", path.display()))?;
+        let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default();
+        if ["txt", "md"].contains(&extension.to_ascii_lowercase().as_str()) {
+            let text = String::from_utf8(bytes.clone());
+            let text = text.with_context(|| format!("{}: expected text in UTF-8", path.display()))?;
+            let text = text.trim_start_matches('\u{feff}').to_owned();
+            let row = InputRow { place: "text".to_owned(), question: String::new(), answer: text };
+            return Ok(Self { rows: vec![row], bytes });
+        }
+        let schema = Schema { format: recipe.format, ..Schema::default() };
+        let rows = data::read_rows(path, &schema)?;
+        let rows = rows.into_iter().map(|row| {
+            let place = row.location.to_string();
+            let pair = pair(row.content).with_context(|| row.location.in_file(path))?;
+            Ok(InputRow { place, question: pair.question, answer: pair.answer })
+        });
+        Ok(Self { rows: rows.collect::<Result<_>>()?, bytes })
+    }
+
+    /// Refuses phone and identity numbers.
+    ///
+    /// # Errors
+    /// One line that names the first row with one.
+    pub(super) fn check_personal(&self, path: &Path) -> Result<()> {
+        let kinds = self.rows.iter().filter_map(|row| {
+            let kind = personal::find(&row.question).or_else(|| personal::find(&row.answer))?;
+            Some((row, kind))
+        });
+        let found: Vec<_> = kinds.collect();
+        let Some((row, kind)) = found.first() else { return Ok(()) };
+        bail!(
+            "{}: {}: {kind} stands in it ({} such rows in all); nothing was sent. Take such numbers out, or say \
+             --allow-personal-data if they may leave this machine",
+            path.display(),
+            row.place,
+            found.len()
+        )
+    }
+}
+
+/// A question and its answer.
+struct QuestionAndAnswer {
+    question: String,
+    answer: String,
+}
+
+/// Takes the first question and its answer out of a row.
+fn pair(content: RowContent) -> Result<QuestionAndAnswer> {
+    match content {
+        RowContent::Answer { prompt, answer } => {
+            let question = prompt.last().map(|message| message.text().to_owned()).unwrap_or_default();
+            Ok(QuestionAndAnswer { question, answer })
+        }
+        RowContent::Conversation(conversation) => {
+            let text = |role: &str| {
+                let turn = conversation.turns.iter().find(|turn| turn.message.role == role);
+                turn.map(|turn| turn.message.text().to_owned())
+            };
+            let question = text("user").context("expected a turn of the user")?;
+            Ok(QuestionAndAnswer { question, answer: text("assistant").unwrap_or_default() })
+        }
+        RowContent::PubMedQa { question, contexts, .. } => {
+            Ok(QuestionAndAnswer { question, answer: contexts.join("\n") })
+        }
+    }
+}

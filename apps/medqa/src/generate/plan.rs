@@ -1,0 +1,134 @@
+//! The plan of a generation: its method with the input, built once from the recipe.
+
+use super::{
+    filters::FilterRules,
+    input::MethodInput,
+    method::{Magpie, Method, Passages, SeedTask, SelfInstruct},
+    output::RowSource,
+    recipe::GenerateRecipe,
+};
+use crate::{args::ModelArgs, model};
+use anyhow::{Context, Result, bail};
+
+/// A method of generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum MethodName {
+    /// A model writes new tasks after three examples, as Alpaca did; --input has the seed tasks
+    SelfInstruct,
+    /// Questions about passages of a text, with answers that the passage supports; --input has the text
+    Passages,
+    /// A chat model writes the question after its own template, and then the answer; a local model, without input
+    Magpie,
+}
+
+/// The facts of a method that do not depend on the recipe.
+struct MethodFacts {
+    name: &'static str,
+    /// Number of the prompts' version; it stands in every row.
+    prompt_version: u32,
+    /// Format of the rows, for the note after the run.
+    format: &'static str,
+    needs_input: bool,
+    /// Keys of `[method]` that the method has.
+    options: &'static [&'static str],
+}
+
+impl MethodName {
+    fn facts(self) -> MethodFacts {
+        match self {
+            Self::SelfInstruct => MethodFacts {
+                name: "self-instruct",
+                prompt_version: 1,
+                format: "alpaca",
+                needs_input: true,
+                options: &[],
+            },
+            Self::Passages => MethodFacts {
+                name: "passages",
+                prompt_version: 1,
+                format: "qa",
+                needs_input: true,
+                options: &["chunk_characters"],
+            },
+            Self::Magpie => MethodFacts {
+                name: "magpie",
+                prompt_version: 1,
+                format: "qa",
+                needs_input: false,
+                options: &["system"],
+            },
+        }
+    }
+}
+
+/// A generation that is ready to run.
+pub(super) struct GenerationPlan {
+    pub method: Box<dyn Method>,
+    pub rules: FilterRules,
+    pub source: RowSource,
+    /// Format of the rows.
+    pub format: &'static str,
+}
+
+impl GenerationPlan {
+    /// Builds the method of a recipe.
+    ///
+    /// # Errors
+    /// If the recipe has keys that the method has not, or the input is missing, unreadable or has numbers of people and
+    /// `allow_personal` is false.
+    pub(super) fn new(
+        name: MethodName,
+        recipe: &GenerateRecipe,
+        model: &ModelArgs,
+        allow_personal: bool,
+    ) -> Result<Self> {
+        let facts = name.facts();
+        if let Some(key) = recipe.set_options().into_iter().find(|key| !facts.options.contains(&key.as_str())) {
+            let known = if facts.options.is_empty() { "none".to_owned() } else { facts.options.join(", ") };
+            bail!("`method.{key}`: {} has no such key; it has {known}", facts.name);
+        }
+        match (&recipe.input, facts.needs_input) {
+            (None, true) => bail!("{}: expected a file to start from: --input FILE", facts.name),
+            (Some(path), false) => bail!("{}: expected no input, found {}", facts.name, path.display()),
+            _ => {}
+        }
+        let input = MethodInput::read(recipe)?;
+        if let Some(path) = recipe.input.as_ref().filter(|_| !allow_personal) {
+            input.check_personal(path)?;
+        }
+        let fingerprint = recipe.fingerprint(facts.name, &input.bytes);
+        let method = build(name, recipe, model, input)?;
+        let source = RowSource {
+            method: facts.name,
+            prompt_version: facts.prompt_version,
+            recipe: fingerprint,
+            model: recipe.api.model.clone(),
+        };
+        Ok(Self { rules: method.rules(), method, source, format: facts.format })
+    }
+}
+
+fn build(name: MethodName, recipe: &GenerateRecipe, model: &ModelArgs, input: MethodInput) -> Result<Box<dyn Method>> {
+    let (seed, language) = (recipe.seed, recipe.language);
+    Ok(match name {
+        MethodName::SelfInstruct => {
+            let task = |row: super::input::InputRow| SeedTask {
+                instruction: row.question,
+                input: String::new(),
+                output: row.answer,
+            };
+            Box::new(SelfInstruct { seed, language, tasks: input.rows.into_iter().map(task).collect() })
+        }
+        MethodName::Passages => Box::new(Passages::new(language, &input.rows, recipe.method.chunk_characters)),
+        MethodName::Magpie => {
+            if recipe.api.base_url.is_some() {
+                bail!(
+                    "magpie continues the raw text of a chat template, which chat APIs do not offer: leave out \
+                     `api.base_url` and name a local model"
+                );
+            }
+            let tokenizer = model::load_tokenizer(model).context("magpie needs the model's chat template")?;
+            Box::new(Magpie::new(&tokenizer, language, recipe.method.system.as_deref())?)
+        }
+    })
+}
