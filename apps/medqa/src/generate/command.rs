@@ -98,7 +98,7 @@ pub(crate) struct LimitArgs {
     pub concurrency: NonZeroUsize,
 }
 
-/// What is done instead of sending requests, and what is allowed.
+/// Other work than sending requests, and permissions.
 #[derive(Args)]
 pub(crate) struct ModeArgs {
     /// Only estimate requests, tokens and money

@@ -51,7 +51,7 @@ impl Flow {
             self.limit = self.concurrency;
         }
         self.answers += 1;
-        if self.answers % ANSWERS_PER_INCREASE == 0 {
+        if self.answers.is_multiple_of(ANSWERS_PER_INCREASE) {
             self.limit = (self.limit + 1).min(self.concurrency);
         }
         self.finish(None);

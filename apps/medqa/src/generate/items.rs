@@ -20,7 +20,7 @@ pub(super) struct ItemState {
     asked_again: Vec<&'static str>,
 }
 
-/// What an item needs next.
+/// The next need of an item.
 #[derive(Debug)]
 pub(super) enum Advance {
     /// The answer to a request that the journal does not have.

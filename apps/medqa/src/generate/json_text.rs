@@ -99,7 +99,8 @@ fn repaired(text: &str) -> Result<FoundJson, &'static str> {
     } else {
         values.swap_remove(0)
     };
-    let empty = value.as_array().is_some_and(Vec::is_empty) || value.as_object().is_some_and(Map::is_empty);
+    let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty);
+    let empty = is_empty(&value) || value.as_object().is_some_and(|fields| fields.values().all(is_empty));
     if empty && reader.repairs.contains(&"cut off") {
         return Err("JSON cut off before its first item");
     }

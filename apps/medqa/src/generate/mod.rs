@@ -15,6 +15,7 @@ mod answer;
 mod batch;
 mod budget;
 mod command;
+mod counts;
 mod draft;
 mod engine;
 mod filters;

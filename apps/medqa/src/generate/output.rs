@@ -1,32 +1,14 @@
 //! The rows of a generation: finished items are filtered in their order, counted and collected.
 
 use super::{
+    counts::GenerationCounts,
     draft::{Draft, ItemResult, RejectedText},
     filters::{FilterRules, RowFilters},
     progress::Progress,
 };
 use anyhow::{Context, Result};
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 use std::{collections::BTreeMap, fs::File, io::Write, path::Path};
-
-/// Counts for the report.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
-pub(super) struct GenerationCounts {
-    pub rows: u64,
-    /// Rows and answers that were removed, by reason.
-    pub removed: BTreeMap<String, u64>,
-    /// Answers that a repair of their JSON has saved, by repair.
-    pub repaired: BTreeMap<&'static str, u64>,
-    /// Answers that were asked for once more, by reason.
-    pub asked_again: BTreeMap<&'static str, u64>,
-    /// Requests that were given up.
-    pub failed: u64,
-    /// Attempts after a failed one.
-    pub retries: u64,
-    /// Requests whose tokens are estimated.
-    pub unknown_usage: u64,
-}
 
 /// Facts that stand in the provenance of every row.
 #[derive(Debug, Clone)]

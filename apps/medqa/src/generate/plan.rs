@@ -2,8 +2,8 @@
 
 use super::{
     filters::FilterRules,
-    input::MethodInput,
-    method::{Magpie, Method, Passages, SeedTask, SelfInstruct},
+    input::{InputRow, MethodInput},
+    method::{Evolve, Magpie, Method, Passages, Refusals, Rejection, SeedTask, SelfChat, SelfInstruct},
     output::RowSource,
     recipe::GenerateRecipe,
 };
@@ -19,6 +19,14 @@ pub(crate) enum MethodName {
     Passages,
     /// A chat model writes the question after its own template, and then the answer; a local model, without input
     Magpie,
+    /// A whole dialogue about each question of --input, as Baize did
+    SelfChat,
+    /// Each instruction of --input is rewritten to be harder, deeper or rarer, and then answered (Evol-Instruct)
+    Evolve,
+    /// Several answers to each question of --input, of which a judge keeps the best; also writes pairs of preferences
+    Rejection,
+    /// Requests to refuse and emergencies, each kind with its opposite; without input
+    Refusals,
 }
 
 /// The facts of a method that do not depend on the recipe.
@@ -35,28 +43,16 @@ struct MethodFacts {
 
 impl MethodName {
     fn facts(self) -> MethodFacts {
+        let facts =
+            |name, format, needs_input, options| MethodFacts { name, prompt_version: 1, format, needs_input, options };
         match self {
-            Self::SelfInstruct => MethodFacts {
-                name: "self-instruct",
-                prompt_version: 1,
-                format: "alpaca",
-                needs_input: true,
-                options: &[],
-            },
-            Self::Passages => MethodFacts {
-                name: "passages",
-                prompt_version: 1,
-                format: "qa",
-                needs_input: true,
-                options: &["chunk_characters"],
-            },
-            Self::Magpie => MethodFacts {
-                name: "magpie",
-                prompt_version: 1,
-                format: "qa",
-                needs_input: false,
-                options: &["system"],
-            },
+            Self::SelfInstruct => facts("self-instruct", "alpaca", true, &[]),
+            Self::Passages => facts("passages", "qa", true, &["chunk_characters"]),
+            Self::Magpie => facts("magpie", "qa", false, &["system"]),
+            Self::SelfChat => facts("self-chat", "messages", true, &["rounds"]),
+            Self::Evolve => facts("evolve", "qa", true, &["rounds"]),
+            Self::Rejection => facts("rejection", "qa", true, &["samples", "threshold"]),
+            Self::Refusals => facts("refusals", "qa", false, &[]),
         }
     }
 }
@@ -109,17 +105,22 @@ impl GenerationPlan {
 }
 
 fn build(name: MethodName, recipe: &GenerateRecipe, model: &ModelArgs, input: MethodInput) -> Result<Box<dyn Method>> {
-    let (seed, language) = (recipe.seed, recipe.language);
+    let (seed, language, options) = (recipe.seed, recipe.language, &recipe.method);
     Ok(match name {
         MethodName::SelfInstruct => {
-            let task = |row: super::input::InputRow| SeedTask {
-                instruction: row.question,
-                input: String::new(),
-                output: row.answer,
-            };
+            let task = |row: InputRow| SeedTask { instruction: row.question, input: String::new(), output: row.answer };
             Box::new(SelfInstruct { seed, language, tasks: input.rows.into_iter().map(task).collect() })
         }
-        MethodName::Passages => Box::new(Passages::new(language, &input.rows, recipe.method.chunk_characters)),
+        MethodName::Passages => Box::new(Passages::new(language, &input.rows, options.chunk_characters)),
+        MethodName::SelfChat => Box::new(SelfChat { language, questions: input.rows, rounds: options.rounds }),
+        MethodName::Evolve => Box::new(Evolve { seed, language, instructions: input.rows, rounds: options.rounds }),
+        MethodName::Rejection => Box::new(Rejection {
+            language,
+            questions: input.rows,
+            samples: options.samples,
+            threshold: options.threshold,
+        }),
+        MethodName::Refusals => Box::new(Refusals { seed, language }),
         MethodName::Magpie => {
             if recipe.api.base_url.is_some() {
                 bail!(
@@ -128,7 +129,7 @@ fn build(name: MethodName, recipe: &GenerateRecipe, model: &ModelArgs, input: Me
                 );
             }
             let tokenizer = model::load_tokenizer(model).context("magpie needs the model's chat template")?;
-            Box::new(Magpie::new(&tokenizer, language, recipe.method.system.as_deref())?)
+            Box::new(Magpie::new(&tokenizer, language, options.system.as_deref())?)
         }
     })
 }

@@ -1,6 +1,6 @@
 //! The line of progress of a generation.
 
-use super::output::GenerationCounts;
+use super::counts::GenerationCounts;
 use indicatif::ProgressBar;
 use std::{
     io::IsTerminal,

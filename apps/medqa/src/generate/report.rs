@@ -3,10 +3,10 @@
 use super::{
     answer::TokenUsage,
     budget::Budget,
+    counts::GenerationCounts,
     engine::StopReason,
     journal::Journal,
     method::{ExpectedSize, Method},
-    output::GenerationCounts,
     recipe::GenerateRecipe,
     request::ModelRequest,
 };
@@ -31,7 +31,8 @@ impl SizeEstimate {
         let prompt = mean(first.iter().map(ModelRequest::prompt_tokens).sum());
         let longest = mean(first.iter().map(ModelRequest::max_tokens).sum());
         let usual = answer_tokens.min(longest);
-        let usual = earlier.map_or((prompt, usual), |e| (e.prompt_tokens as f64, e.completion_tokens as f64));
+        // The reservation for a prompt is an upper bound; usually it takes three quarters of that.
+        let usual = earlier.map_or((prompt * 0.75, usual), |e| (e.prompt_tokens as f64, e.completion_tokens as f64));
         let total = |prompt: f64, answer: f64| TokenUsage {
             prompt_tokens: (requests * prompt) as u64,
             completion_tokens: (requests * answer) as u64,
@@ -53,7 +54,7 @@ impl SizeEstimate {
         let mut text = format!("items      {}\nrequests   about {}\n", self.items, self.requests);
         let _ = writeln!(text, "expected   {}", line(&self.expected));
         let _ = writeln!(text, "at most    {}", line(&self.most));
-        text += "A token is taken as 3 characters, or 1 / 0.7 Chinese characters. Nothing was sent.";
+        text += "A token is taken as 4 characters, and at most as 3; of Chinese, as 2, and at most as 1.4. Nothing was sent.";
         if recipe.api.price.is_none() && recipe.api.base_url.is_some() {
             text += "\nWithout prices in `[api.price]`, no money is estimated.";
         }

@@ -21,7 +21,7 @@ pub(super) struct PromptMessage {
     pub text: String,
 }
 
-/// What a method asks: a prompt, and how its answer is sampled unless the recipe says otherwise.
+/// The prompt of a step, and how its answer is sampled unless the recipe says otherwise.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Prompt {
     pub text: PromptText,

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 /// The longest wait that is kept; a server that asks for more is asked again in a later run.
 pub(super) const LONGEST_WAIT: Duration = Duration::from_secs(600);
 
-/// What follows from a failed request.
+/// The consequence of a failed request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Consequence {
     /// The request is sent again.

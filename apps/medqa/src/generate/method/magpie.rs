@@ -23,7 +23,7 @@ pub(in super::super) struct Magpie {
     language: Language,
     /// System line that names the field of the questions.
     system: Option<String>,
-    /// What the template puts before the user's text.
+    /// Text that the template puts before the user's.
     prefix: String,
     /// Texts that end the user's.
     stop: Vec<String>,

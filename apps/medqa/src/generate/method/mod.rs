@@ -1,15 +1,23 @@
 //! The methods: each turns an item into a chain of prompts, and the answers into rows.
 
+mod evolve;
 #[cfg(test)]
 mod golden;
 mod magpie;
 mod passages;
 mod qa_items;
+mod refusals;
+mod rejection;
+mod self_chat;
 mod self_instruct;
 mod template;
 
+pub(super) use evolve::Evolve;
 pub(super) use magpie::Magpie;
 pub(super) use passages::Passages;
+pub(super) use refusals::Refusals;
+pub(super) use rejection::Rejection;
+pub(super) use self_chat::SelfChat;
 pub(super) use self_instruct::{SeedTask, SelfInstruct};
 
 use super::{answer::ModelAnswer, draft::Step, filters::FilterRules};
