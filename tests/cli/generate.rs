@@ -231,6 +231,11 @@ fn requests_that_fail_for_good_are_given_up_and_too_many_end_the_run() {
     dead.url = "http://127.0.0.1:9/v1".to_owned();
     let done = self_instruct(&work, &dead, "dead.jsonl", &["-n", "20"]);
     assert!(done.code == Some(2) && done.stderr.contains("127.0.0.1:9"), "{done:?}");
+    // A method without an end that gives no row does not spend for ever.
+    let api = MockApi::start(|_| MockReply::answer("Explain it to me now.\n4. Input:\n4. Output: No."));
+    let done = self_instruct(&work, &api, "same.jsonl", &["-n", "20", "--concurrency", "16"]);
+    let words = "the last 200 items gave no row; most were removed for: question asked before";
+    assert!(done.code == Some(2) && done.stderr.contains(words) && api.count() < 300, "{done:?}");
 }
 
 #[test]
@@ -425,6 +430,56 @@ fn magpie_runs_without_key_or_network_and_twice_the_same() {
     assert_eq!(fs::read(work.at("one.jsonl")).ok(), fs::read(work.at("two.jsonl")).ok());
     let text = |out: &str| work.text(&format!("{out}.generate/rejected.jsonl"));
     assert_eq!(text("one.jsonl"), text("two.jsonl"));
+}
+
+#[test]
+fn chained_methods_write_their_rows() {
+    let work = work();
+    let api = MockApi::start(|request| {
+        let n = request.digest() % 1_000_000;
+        let prompt = request.prompt();
+        if prompt.starts_with("Rewrite the medical") {
+            MockReply::answer(&format!("What causes case {n} of it?"))
+        } else if prompt.starts_with("Do these two") {
+            MockReply::answer("not equal")
+        } else if prompt.starts_with("Rate the answer") {
+            MockReply::answer(&format!("So. [[{}]]", 5 + n % 6))
+        } else if prompt.starts_with("Write a dialogue") {
+            MockReply::answer(&format!("[Human] Is it {n}?\n[AI] It is.\n[Human] And then?\n[AI] Then it goes."))
+        } else if prompt.contains("Reply with JSON only") {
+            let items: Vec<Value> = (0..2)
+                .map(|i| json!({"question": format!("w{} w{} w{n}?", n % 97, n % 89 + i), "answer": "I cannot help with that, call 911."}))
+                .collect();
+            MockReply::answer(&json!({"items": items}).to_string())
+        } else {
+            MockReply::answer(&format!("Answer {n}."))
+        }
+    });
+    let fact =
+        |uses: &str| json!({"indications": [uses], "symptoms": ["sneezing"], "tests": ["none"], "dose": ["one"]});
+    work.write("graph.json", &json!({"Aaa": fact("hay fever"), "Bbb": fact("colds")}).to_string());
+    for (method, rest, columns) in [
+        ("evolve", &["--input", "seeds.jsonl"][..], &["question", "answer"][..]),
+        ("rejection", &["--input", "seeds.jsonl"], &["question", "answer"]),
+        ("self-chat", &["--input", "seeds.jsonl"], &["messages"]),
+        ("refusals", &["-n", "3"], &["question", "answer"]),
+        ("knowledge-graph", &["--graph", "graph.json"], &["question", "answer"]),
+    ] {
+        let run = |out: &str, concurrency: &str| {
+            let options = ["--out", out, "--concurrency", concurrency];
+            let done = generate(&work, &api, method, &[rest, &options, &["--requests", "60"]].concat());
+            assert_eq!(done.code, Some(0), "{method}: {done:?}");
+            work.text(out)
+        };
+        let (one, two) = (format!("{method}.jsonl"), format!("{method}-2.jsonl"));
+        assert_eq!(run(&one, "1"), run(&two, "16"), "{method}");
+        for row in work.lines(&one) {
+            assert!(columns.iter().all(|column| !row[column].is_null()), "{method}: {row}");
+            assert_eq!(row["source"]["method"], method);
+        }
+    }
+    let pairs = work.lines("rejection.pairs.jsonl");
+    assert!(!pairs.is_empty() && pairs.iter().all(|pair| pair["chosen"] != pair["rejected"]), "{pairs:?}");
 }
 
 #[test]

@@ -13,6 +13,7 @@
 //! All messages go to stderr. Files in a cache are first written under a temporary name and then renamed.
 
 mod cache;
+mod cmekg;
 mod download;
 mod http;
 mod hub;
@@ -22,6 +23,7 @@ mod pip_config;
 mod url;
 mod wheel;
 
+pub(crate) use cmekg::fetch as fetch_cmekg;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 

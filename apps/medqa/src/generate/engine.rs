@@ -175,6 +175,10 @@ impl Engine<'_> {
             if ended || self.output.is_complete() || item >= self.output.next_item() + window {
                 return Ok(None);
             }
+            if let Some(reason) = self.output.is_barren().filter(|_| self.method.num_items().is_none()) {
+                self.stop = Some(StopReason::Failure(reason));
+                return Ok(None);
+            }
             self.queue.next += 1;
             self.queue.items.insert(item, ItemState::default());
             self.advance(item)?;

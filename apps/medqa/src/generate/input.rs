@@ -1,8 +1,9 @@
 //! The file that a method starts from.
 
-use super::{personal, recipe::GenerateRecipe};
+use super::{graph::KnowledgeGraph, personal, recipe::GenerateRecipe};
 use crate::{
     data::{self, RowContent},
+    fetch,
     schema::Schema,
 };
 use anyhow::{Context, Result, bail};
@@ -18,9 +19,11 @@ pub(super) struct InputRow {
 }
 
 /// The input of a generation.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Default)]
 pub(super) struct MethodInput {
     pub rows: Vec<InputRow>,
+    /// The graph of `knowledge-graph`; of other methods it is empty.
+    pub graph: KnowledgeGraph,
     /// The bytes of the file, for the fingerprint of the recipe.
     pub bytes: Vec<u8>,
 }
@@ -40,7 +43,7 @@ impl MethodInput {
             let text = text.with_context(|| format!("{}: expected text in UTF-8", path.display()))?;
             let text = text.trim_start_matches('\u{feff}').to_owned();
             let row = InputRow { place: "text".to_owned(), question: String::new(), answer: text };
-            return Ok(Self { rows: vec![row], bytes });
+            return Ok(Self { rows: vec![row], bytes, ..Self::default() });
         }
         let schema = Schema { format: recipe.format, ..Schema::default() };
         let rows = data::read_rows(path, &schema)?;
@@ -49,7 +52,20 @@ impl MethodInput {
             let pair = pair(row.content).with_context(|| row.location.in_file(path))?;
             Ok(InputRow { place, question: pair.question, answer: pair.answer })
         });
-        Ok(Self { rows: rows.collect::<Result<_>>()?, bytes })
+        Ok(Self { rows: rows.collect::<Result<_>>()?, bytes, ..Self::default() })
+    }
+
+    /// Reads the graph that the recipe names: `cmekg`, which is fetched, or a file.
+    ///
+    /// # Errors
+    /// If the graph cannot be fetched or read.
+    pub(super) fn read_graph(recipe: &GenerateRecipe) -> Result<Self> {
+        let path = match &recipe.input {
+            Some(path) if path.as_os_str() == "cmekg" => fetch::fetch_cmekg()?,
+            path => path.clone().unwrap_or_default(),
+        };
+        let bytes = std::fs::read(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
+        Ok(Self { graph: KnowledgeGraph::read(&path, &bytes, recipe.seed)?, bytes, ..Self::default() })
     }
 
     /// Refuses phone and identity numbers.
@@ -57,6 +73,7 @@ impl MethodInput {
     /// # Errors
     /// One line that names the first row with one.
     pub(super) fn check_personal(&self, path: &Path) -> Result<()> {
+        self.graph.check_personal(path)?;
         let kinds = self.rows.iter().filter_map(|row| {
             let kind = personal::find(&row.question).or_else(|| personal::find(&row.answer))?;
             Some((row, kind))

@@ -10,6 +10,9 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 use std::{collections::BTreeMap, fs::File, io::Write, path::Path};
 
+/// Items without a row after which a method without an end is stopped.
+const MOST_BARREN_ITEMS: u64 = 200;
+
 /// Facts that stand in the provenance of every row.
 #[derive(Debug, Clone)]
 pub(super) struct RowSource {
@@ -27,6 +30,8 @@ pub(super) struct Output {
     /// Finished items that wait for an earlier one.
     waiting: BTreeMap<u64, ItemResult>,
     next: u64,
+    /// Items since the last row.
+    barren: u64,
     files: OutputTexts,
     pub counts: GenerationCounts,
     progress: Progress,
@@ -49,6 +54,7 @@ impl Output {
             wanted,
             waiting: BTreeMap::new(),
             next: 0,
+            barren: 0,
             files: OutputTexts::default(),
             counts: GenerationCounts::default(),
             progress: Progress::new(),
@@ -65,6 +71,15 @@ impl Output {
         self.next
     }
 
+    /// Returns the reason to stop a method without an end: its last items gave no row, so it would spend for ever.
+    pub(super) fn is_barren(&self) -> Option<String> {
+        (self.barren >= MOST_BARREN_ITEMS).then(|| {
+            let commonest = self.counts.removed.iter().max_by_key(|(_, count)| **count);
+            let reason = commonest.map(|(reason, _)| format!("; most were removed for: {reason}")).unwrap_or_default();
+            format!("the last {MOST_BARREN_ITEMS} items gave no row{reason}")
+        })
+    }
+
     /// Takes a finished item, in any order.
     ///
     /// # Errors
@@ -73,7 +88,9 @@ impl Output {
         self.waiting.insert(item, result);
         while let Some(result) = self.waiting.remove(&self.next) {
             if !self.is_complete() {
+                let rows = self.counts.rows;
                 self.consume(self.next, result)?;
+                self.barren = if self.counts.rows > rows { 0 } else { self.barren + 1 };
             }
             self.next += 1;
         }

@@ -3,7 +3,7 @@
 use super::{
     filters::FilterRules,
     input::{InputRow, MethodInput},
-    method::{Evolve, Magpie, Method, Passages, Refusals, Rejection, SeedTask, SelfChat, SelfInstruct},
+    method::{Evolve, GraphQuestions, Magpie, Method, Passages, Refusals, Rejection, SeedTask, SelfChat, SelfInstruct},
     output::RowSource,
     recipe::GenerateRecipe,
 };
@@ -17,6 +17,9 @@ pub(crate) enum MethodName {
     SelfInstruct,
     /// Questions about passages of a text, with answers that the passage supports; --input has the text
     Passages,
+    /// Questions about the entities of a knowledge graph, with answers from their records, as Huatuo did; --graph is
+    /// `cmekg`, which is fetched, or a file of JSON, {entity: {predicate: [value]}}
+    KnowledgeGraph,
     /// A chat model writes the question after its own template, and then the answer; a local model, without input
     Magpie,
     /// A whole dialogue about each question of --input, as Baize did
@@ -48,6 +51,7 @@ impl MethodName {
         match self {
             Self::SelfInstruct => facts("self-instruct", "alpaca", true, &[]),
             Self::Passages => facts("passages", "qa", true, &["chunk_characters"]),
+            Self::KnowledgeGraph => facts("knowledge-graph", "qa", true, &[]),
             Self::Magpie => facts("magpie", "qa", false, &["system"]),
             Self::SelfChat => facts("self-chat", "messages", true, &["rounds"]),
             Self::Evolve => facts("evolve", "qa", true, &["rounds"]),
@@ -88,7 +92,10 @@ impl GenerationPlan {
             (Some(path), false) => bail!("{}: expected no input, found {}", facts.name, path.display()),
             _ => {}
         }
-        let input = MethodInput::read(recipe)?;
+        let input = match name {
+            MethodName::KnowledgeGraph => MethodInput::read_graph(recipe)?,
+            _ => MethodInput::read(recipe)?,
+        };
         if let Some(path) = recipe.input.as_ref().filter(|_| !allow_personal) {
             input.check_personal(path)?;
         }
@@ -112,6 +119,7 @@ fn build(name: MethodName, recipe: &GenerateRecipe, model: &ModelArgs, input: Me
             Box::new(SelfInstruct { seed, language, tasks: input.rows.into_iter().map(task).collect() })
         }
         MethodName::Passages => Box::new(Passages::new(language, &input.rows, options.chunk_characters)),
+        MethodName::KnowledgeGraph => Box::new(GraphQuestions::new(input.graph, language, seed)),
         MethodName::SelfChat => Box::new(SelfChat { language, questions: input.rows, rounds: options.rounds }),
         MethodName::Evolve => Box::new(Evolve { seed, language, instructions: input.rows, rounds: options.rounds }),
         MethodName::Rejection => Box::new(Rejection {

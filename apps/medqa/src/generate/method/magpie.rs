@@ -49,6 +49,23 @@ impl Magpie {
     }
 }
 
+/// Returns the complete sentences and list items at the beginning of a text that was cut off.
+fn complete_sentences(text: &str) -> &str {
+    let is_end = |(at, c): (usize, char)| {
+        let (before, after) = (text[..at].chars().next_back(), text[at + c.len_utf8()..].chars().next());
+        let end = match c {
+            '。' | '！' | '？' => true,
+            // The point behind the number of a list item ends nothing.
+            '.' => after.is_some_and(char::is_whitespace) && !before.is_some_and(|c| c.is_ascii_digit()),
+            '!' | '?' => after.is_some_and(char::is_whitespace),
+            _ => false,
+        };
+        end.then_some(at + c.len_utf8())
+    };
+    let end = text.char_indices().rev().find_map(is_end).unwrap_or(0);
+    &text[..end]
+}
+
 impl Method for Magpie {
     fn num_items(&self) -> Option<u64> {
         None
@@ -68,11 +85,13 @@ impl Method for Magpie {
                 let system = self.system.iter().map(|text| PromptMessage { role: "system", text: text.clone() });
                 let user = PromptMessage { role: "user", text: question.text.trim().to_owned() };
                 let text = PromptText::Messages(system.chain([user]).collect());
-                Step::Ask(Prompt { text, temperature: 0.0, max_tokens: 192, stop: Vec::new(), schema: None })
+                Step::Ask(Prompt { text, temperature: 0.0, max_tokens: 128, stop: Vec::new(), schema: None })
             }
             [question, answer, ..] => {
-                let mut draft = Draft::qa(&question.text, &answer.text, RequestOrigin::from(answer));
-                draft.flaw = answer.truncated.then_some("answer cut off at its limit");
+                let whole = if answer.truncated { complete_sentences(&answer.text) } else { &answer.text };
+                let draft = Draft::qa(&question.text, whole, RequestOrigin::from(answer));
+                let mut draft = draft.with_check("shortened", whole.len() < answer.text.len());
+                draft.flaw = whole.is_empty().then_some("answer cut off in its first sentence");
                 Step::Done(draft.into())
             }
         }
@@ -83,7 +102,7 @@ impl Method for Magpie {
     }
 
     fn expected_size(&self) -> ExpectedSize {
-        ExpectedSize { requests: 2.0, rows: 0.3, answer_tokens: 90.0 }
+        ExpectedSize { requests: 2.0, rows: 0.7, answer_tokens: 75.0 }
     }
 }
 
@@ -111,9 +130,15 @@ mod tests {
             messages.iter().map(|m| m.text.as_str()).collect::<Vec<_>>(),
             ["You answer medical questions.", "What is it?"]
         );
-        let Step::Done(result) = method.step(0, &[answer("What is it?", false), answer("A cold", true)]) else {
-            panic!("a row follows")
-        };
-        assert_eq!(result.drafts[0].flaw, Some("answer cut off at its limit"));
+        for (text, kept, flaw) in [
+            ("A cold. It passes.\n\n1. Rest. 2. Dri", "A cold. It passes.\n\n1. Rest.", None),
+            ("感冒。会好的。多喝", "感冒。会好的。", None),
+            ("A cold", "", Some("answer cut off in its first sentence")),
+        ] {
+            let Step::Done(result) = method.step(0, &[answer("What is it?", false), answer(text, true)]) else {
+                panic!("a row follows")
+            };
+            assert_eq!((result.drafts[0].answer.as_str(), result.drafts[0].flaw), (kept, flaw));
+        }
     }
 }

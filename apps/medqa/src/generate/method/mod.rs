@@ -3,6 +3,7 @@
 mod evolve;
 #[cfg(test)]
 mod golden;
+mod knowledge_graph;
 mod magpie;
 mod passages;
 mod qa_items;
@@ -13,6 +14,7 @@ mod self_instruct;
 mod template;
 
 pub(super) use evolve::Evolve;
+pub(super) use knowledge_graph::GraphQuestions;
 pub(super) use magpie::Magpie;
 pub(super) use passages::Passages;
 pub(super) use refusals::Refusals;
