@@ -12,6 +12,7 @@ mod files;
 mod finite;
 mod foreign;
 mod generate;
+mod generate_methods;
 mod inputs;
 mod methods;
 mod mistakes;

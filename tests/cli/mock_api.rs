@@ -32,7 +32,7 @@ impl MockRequest {
     }
 }
 
-/// What the mock does with a request.
+/// The reaction of the mock to a request.
 pub(crate) enum MockReply {
     /// A response of status 200.
     Body(String),

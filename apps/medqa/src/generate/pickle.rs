@@ -68,7 +68,7 @@ impl PlainMachine {
                 b'(' => self.stack.push(PickledValue::Mark),
                 b'V' | b'S' => {
                     let text = input.line()?;
-                    self.stack.push(PickledValue::Text(unescaped(text)));
+                    self.stack.push(PickledValue::Text(unescaped(&text)));
                 }
                 b'X' => self.text(&mut input, 4)?,
                 0x8c => self.text(&mut input, 1)?,
@@ -257,11 +257,12 @@ impl<'a> PickleInput<'a> {
         Ok(bytes.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte)))
     }
 
-    fn line(&mut self) -> Result<&'a str, String> {
+    /// Reads a line. Protocol 0 writes characters of Latin 1 as one byte each.
+    fn line(&mut self) -> Result<String, String> {
         let rest = self.bytes.get(self.at..).ok_or(TRUNCATED)?;
         let length = rest.iter().position(|byte| *byte == b'\n').ok_or(TRUNCATED)?;
         self.at += length + 1;
-        std::str::from_utf8(&rest[..length]).map_err(|_| "a text that is not in ASCII".to_owned())
+        Ok(rest[..length].iter().map(|byte| char::from(*byte)).collect())
     }
 }
 
@@ -280,6 +281,7 @@ mod tests {
 
     #[test]
     fn plain_values_are_read_and_calls_are_refused_by_name() {
+        assert_eq!(unescaped("5 \\u00b5g \u{b5}g \\U0001f600\\x"), "5 µg µg \u{1f600}\\x");
         let text = str::to_owned;
         let expected = vec![(text("高血压"), vec![(text("常见症状"), vec![text("乏力"), text("头痛")])])];
         assert_eq!(read(PROTOCOL_0), Ok(expected.clone()));
