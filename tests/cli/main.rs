@@ -11,9 +11,12 @@ mod doctor;
 mod files;
 mod finite;
 mod foreign;
+mod generate;
+mod generate_methods;
 mod inputs;
 mod methods;
 mod mistakes;
+mod mock_api;
 mod model;
 #[cfg(feature = "mpi")]
 mod mpi;

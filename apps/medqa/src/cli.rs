@@ -1,7 +1,7 @@
 //! Command-line interface: lists the verbs and runs the chosen one. The arguments of a verb stand beside the verb.
 
 use crate::{
-    bench, chat, doctor, estimate, eval, export, fetch, launch, logits,
+    bench, chat, doctor, estimate, eval, export, fetch, generate, launch, logits,
     prepare::{self, DataVerb},
     quickstart, schedule, train, verb_adapters, verb_train,
 };
@@ -35,6 +35,8 @@ enum Verb {
     /// List adapters, merge them into a model, convert and combine them
     #[command(subcommand)]
     Adapters(verb_adapters::AdaptersVerb),
+    /// Let a model write rows for training, by an API, in this process or through batch files
+    Generate(generate::GenerateArgs),
     /// Inspect a dataset, or turn what you have into rows worth training on: convert, clean, dedup, split and others
     #[command(subcommand)]
     Data(DataVerb),
@@ -66,6 +68,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Verb::Chat(args) => chat::chat(&args),
         Verb::Export(args) => export::export(&args),
         Verb::Adapters(verb) => verb_adapters::adapters(&verb),
+        Verb::Generate(args) => generate::generate(&args),
         Verb::Data(verb) => prepare::data(&verb),
         Verb::Doctor(args) => doctor::doctor(&args),
         Verb::Launch(args) => launch::launch(&args),

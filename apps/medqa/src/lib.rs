@@ -15,6 +15,7 @@ mod eval;
 mod export;
 mod fetch;
 mod footprint;
+pub mod generate;
 mod identify;
 mod launch;
 mod logits;

@@ -1,7 +1,7 @@
 //! medqa: a medical question answering system, from data preparation to chat.
 
 use clap::Parser;
-use medqa::{cli, doctor, process};
+use medqa::{cli, doctor, generate, process};
 use std::{
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     process::ExitCode,
@@ -23,7 +23,11 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(if error.is::<doctor::ChecksFailed>() { 1 } else { 2 })
+            ExitCode::from(match () {
+                () if error.is::<doctor::ChecksFailed>() => 1,
+                () if error.is::<generate::BudgetReached>() => generate::BudgetReached::EXIT_CODE,
+                () => 2,
+            })
         }
     }
 }

@@ -29,6 +29,12 @@ pub(super) struct IndexFile {
 
 /// Finds the wheel of `project` in `version` on this machine's index. Also returns the client that reached the index.
 pub(super) fn find_wheel(project: &str, version: &str) -> Result<(Agent, IndexFile)> {
+    find_file(project, &format!("{}-{version}-", project.replace('-', "_")), ".whl")
+}
+
+/// Finds the file of `project` whose name has this start and end on this machine's index. Also returns the client that
+/// reached the index.
+pub(super) fn find_file(project: &str, start: &str, end: &str) -> Result<(Agent, IndexFile)> {
     if pip_config::option("no-index").is_some_and(|value| pip_config::is_true(&value)) {
         bail!("pip is configured to use no index (`no-index`), so none is asked here either");
     }
@@ -37,12 +43,11 @@ pub(super) fn find_wheel(project: &str, version: &str) -> Result<(Agent, IndexFi
     let agent = http::agent(Duration::from_secs(15))?;
     let page = format!("{}/{project}/", index.trim_end_matches('/'));
     let (page, files) = list_files(&agent, &page, authorization.as_deref())?;
-    let start = format!("{}-{version}-", project.replace('-', "_"));
     let known = files.len();
     let mut index_file = files
         .into_iter()
-        .find(|offer| offer.filename.starts_with(&start) && offer.filename.ends_with(".whl"))
-        .ok_or_else(|| anyhow!("{page}: expected a wheel {start}….whl, found {known} other files"))?;
+        .find(|offer| offer.filename.starts_with(start) && offer.filename.ends_with(end))
+        .ok_or_else(|| anyhow!("{page}: expected a file {start}…{end}, found {known} other files"))?;
     let (plain, own) = url::split_credentials(&index_file.url);
     index_file.authorization = own.or(authorization.filter(|_| url::origin(&plain) == url::origin(&index)));
     index_file.url = plain;

@@ -13,6 +13,7 @@
 //! All messages go to stderr. Files in a cache are first written under a temporary name and then renamed.
 
 mod cache;
+mod cmekg;
 mod download;
 mod http;
 mod hub;
@@ -22,7 +23,9 @@ mod pip_config;
 mod url;
 mod wheel;
 
+pub(crate) use cmekg::fetch as fetch_cmekg;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::identify::{self, Purpose};
 use anyhow::{Context, Result, bail};
@@ -33,6 +36,16 @@ use clap::Args;
 pub(crate) const SMOLLM2: &str = "smollm2-135m-instruct";
 /// The same model on the Hugging Face Hub.
 const SMOLLM2_HUB_ID: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
+
+/// Creates an HTTP client with the connection timeout `connect`, and with pip's certificates and proxy.
+pub(crate) fn http_agent(connect: Duration) -> Result<ureq::Agent> {
+    http::agent(connect)
+}
+
+/// Describes an HTTP error for the user.
+pub(crate) fn describe_http_error(url: &str, error: &ureq::Error) -> String {
+    http::describe_error(url, error)
+}
 
 /// Arguments of `fetch-model`.
 #[derive(Args)]

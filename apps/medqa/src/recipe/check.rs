@@ -5,8 +5,7 @@ use std::{collections::BTreeSet, fmt::Display};
 use super::{
     AdapterTargets, DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OptimizerConfig,
     ParallelConfig, Partition, Recipe, StepsConfig, TargetModules, ValidationRows, VirtualTokens, WeightDtype,
-    deepspeed_schedule,
-    loss_scaler,
+    deepspeed_schedule, loss_scaler,
 };
 use burn_llama::ChatTemplate;
 use burn_peft::config::InitLoraWeights;

@@ -8,7 +8,7 @@ use crate::{
     recipe::{self, ComputeDtype, DataConfig, Recipe, ValidationRows},
     schema::SchemaRequest,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use burn_llama::{Example, Llama, kernel::Kernels};
 use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights};
 use burn_zero::{

@@ -29,7 +29,7 @@ use crate::{
     recipe::{ComputeDtype, Recipe},
     write,
 };
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use burn::{backend::Autodiff, train::Interrupter};
 use burn_llama::{Batch, Llama, SequenceLayout, kernel::Kernels};
 use burn_peft::{DropoutKey, ForwardContext, adapter};
@@ -281,8 +281,6 @@ impl<B: Kernels> Trainer<B> {
         };
         let weight = weight * self.engine.loss_scale() as f32;
         Ok(self.engine.model().batch(micro, &layout, weight, ForwardContext::training(noise))?)
-    }
-
     }
 
     /// Evaluates a last time and writes the result and the summary.
