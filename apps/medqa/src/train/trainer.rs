@@ -15,7 +15,7 @@ use super::{
     run_log::{ResumePoint, RunLog},
     run_output::RunOutput,
     setup,
-    state::{self, STATE_FILE, TimeTaken, TrainerState},
+    state::TrainerState,
     step_rows::{StepRows, TrainData},
     summary::{RunTime, Summary},
 };
@@ -26,7 +26,7 @@ use crate::{
     recipe::{ComputeDtype, Recipe},
     write,
 };
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use burn::{backend::Autodiff, train::Interrupter};
 use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
 use burn_peft::{DropoutKey, ForwardContext, adapter};
@@ -37,6 +37,8 @@ use std::{
     path::{Path, PathBuf},
     time::Instant,
 };
+
+mod saving;
 
 /// The trainer of one run.
 pub(super) struct Trainer<B: Kernels> {
@@ -335,53 +337,13 @@ impl<B: Kernels> Trainer<B> {
         Ok(self.engine.model().batch(row, &layout, 0.0, ForwardContext::default())?)
     }
 
-    /// Writes the result into `directory`: `adapter/` or `model/`. Every rank calls this; rank 0 writes.
-    fn save(&mut self, directory: &Path) -> Result<()> {
-        let (first, output) = (self.engine.rank() == 0, &self.output);
-        let folder = directory.join(output.folder_name());
-        self.engine.with_full_params(|model| match adapter::find_trained_not_finite::<Autodiff<B>, _>(model) {
-            Some(tensor) => bail!(
-                "{tensor} holds NaN or infinity after the last step, so nothing is saved; lower `train.learning_rate`"
-            ),
-            None if first => output.save(model, &folder),
-            None => Ok(()),
-        })?
-    }
-
-    /// Writes a checkpoint to resume from after `step`, and removes the oldest ones beyond `train.keep`.
-    fn save_checkpoint(&mut self, step: usize) -> Result<()> {
-        let state = TrainerState {
-            step,
-            rows_per_step: self.data.batch_sampler.rows_per_step(),
-            time: TimeTaken { seconds: self.progress.elapsed_seconds(), ..self.progress.state.time },
-            metrics_bytes: self.run_log.as_ref().map_or(0, RunLog::metrics_bytes),
-            ..self.progress.state.clone()
-        };
-        let path = self.directory.join(format!("checkpoint-{step}"));
-        let first = self.engine.rank() == 0;
-        let partial = if first { state::create_partial(&path) } else { Ok(state::partial_path(&path)) }?;
-        // All ranks write into the folder once it exists; it is complete when all have written.
-        self.engine.barrier()?;
-        let written = self
-            .save(&partial)
-            .and_then(|()| Ok(self.engine.save(&partial.join(STATE_FILE))?))
-            .and_then(|()| Ok(self.engine.barrier()?));
-        if first {
-            state::commit(&path, &state, written)?;
-            let all = state::checkpoints(&self.directory)?;
-            let surplus = all.len().saturating_sub(self.recipe.train.eval_save.keep);
-            return all[..surplus].iter().try_for_each(|old| state::remove(old));
-        }
-        written
-    }
-
     /// Evaluates a last time and writes the result and the summary.
     fn finish(&mut self, steps: usize, display: &mut dyn Reporter) -> Result<Summary> {
         // Written before the last evaluation, which is not part of training.
         self.write_trace(display)?;
         let valid_loss_after = self.evaluate(steps, display)?.map(|found| found.loss);
         let directory = self.directory.clone();
-        self.save(&directory)?;
+        self.save_result(&directory)?;
         self.report(&RunEvent::Finished(RunEnd::Complete), display)?;
         let TrainerState { tokens, time, valid_loss_before, .. } = self.progress.state;
         let summary = Summary {
