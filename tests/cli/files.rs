@@ -61,6 +61,7 @@ fn the_same_rows_are_read_from_every_kind_of_file() {
         ("wrapped.json", serde_json::to_string_pretty(&json!({"version": "1.0", "data": values})).unwrap().into()),
         ("line.json", json!({"train": values}).to_string().into()),
         ("array.json", json!(values).to_string().into()),
+        ("header.txt", separated(",").into()),
     ];
     let expected = report(&work, "train.jsonl", &[]);
     assert!(expected.contains("examples                         6"), "{expected}");
@@ -68,15 +69,17 @@ fn the_same_rows_are_read_from_every_kind_of_file() {
         fs::write(work.at(name), bytes).unwrap();
         assert_eq!(report(&work, name, &[]), expected, "{name}");
     }
-    for name in ["snappy", "zstd", "gzip", "lz4"] {
-        let file = fixture(&format!("data/{name}.parquet")).display().to_string();
+    for name in ["snappy.parquet", "zstd.parquet", "gzip.parquet", "lz4.parquet", "rows.arrow"] {
+        let file = fixture(&format!("data/{name}")).display().to_string();
         assert_eq!(report(&work, &file, &[]), expected, "{name}");
     }
     // Lists of structs, as the hub has conversations, and lists as JSON in a field.
     work.write("messages.jsonl", &conversations(0..6));
     let expected = report(&work, "messages.jsonl", &["--format", "messages"]);
-    let file = fixture("data/messages.parquet").display().to_string();
-    assert_eq!(report(&work, &file, &["--format", "messages"]), expected);
+    for name in ["messages.parquet", "messages.arrow"] {
+        let file = fixture(&format!("data/{name}")).display().to_string();
+        assert_eq!(report(&work, &file, &["--format", "messages"]), expected);
+    }
     let field = |row: &Value| format!("\"{}\"\n", row["messages"].to_string().replace('"', "\"\""));
     let fields: String = work.lines("messages.jsonl").iter().map(field).collect();
     work.write("messages.csv", &format!("messages\n{fields}"));
@@ -84,6 +87,35 @@ fn the_same_rows_are_read_from_every_kind_of_file() {
     // One row of a conversation is a row, not an object around rows.
     work.write("one.jsonl", &conversations(0..1));
     assert!(report(&work, "one.jsonl", &["--format", "messages"]).contains("examples                         1"));
+    // Folders, patterns, and data sets of LLaMA-Factory by name.
+    let expected = report(&work, "train.jsonl", &[]);
+    let lines: Vec<&str> = text.split_inclusive('\n').collect();
+    work.write("parts/a.jsonl", &lines[..2].concat());
+    work.write("parts/b/c.json", &json!(values[2..5]).to_string());
+    work.write("parts/d.jsonl", &lines[5..].concat());
+    work.write("parts/README.md", "about");
+    let columns = json!({"prompt": "question", "response": "answer"});
+    let sets = json!({"all": {"file_name": "b", "columns": columns}, "two": {"file_name": "a.jsonl", "columns": columns},
+        "last": {"file_name": "d.jsonl", "columns": columns}, "hub": {"hf_hub_url": "a/b"}});
+    work.write("parts/dataset_info.json", &sets.to_string());
+    for name in ["parts", "parts/dataset_info.json:two,all,last"] {
+        assert_eq!(report(&work, name, &[]), expected, "{name}");
+    }
+    work.write("pattern/1.jsonl", &lines[..3].concat());
+    work.write("pattern/2.jsonl", &lines[3..].concat());
+    assert_eq!(report(&work, "pattern/?.jsonl", &[]), expected);
+    for (name, words) in [
+        ("parts/dataset_info.json", ["expected the name of a data set", "all, two, last, hub"]),
+        ("parts/dataset_info.json:hub", ["`hub`: `hf_hub_url`", "not downloaded"]),
+        ("parts/dataset_info.json:other", ["expected the data set `other`", "all, two, last, hub"]),
+    ] {
+        refused_in_folder(&work, &["data", "check", name, "--model", "turns"], &words);
+    }
+    // Chinese as spreadsheets write it.
+    work.write("utf8.csv", "question,answer\n什么是哮喘？,一种慢性的气道疾病。\n");
+    let (chinese, ..) = encoding_rs::GB18030.encode("question,answer\n什么是哮喘？,一种慢性的气道疾病。\n");
+    fs::write(work.at("gb.csv"), &chinese).unwrap();
+    assert_eq!(report(&work, "gb.csv", &[]), report(&work, "utf8.csv", &[]));
     // A pipe is read once.
     let piped = work.command(&["data", "check", "/dev/stdin", "--model", "turns"]);
     assert_eq!(piped_report(piped, text.as_bytes()), report(&work, "train.jsonl", &[]));
@@ -128,7 +160,7 @@ fn rows_that_cannot_be_read_are_named_with_their_place() {
             &["other.csv:2: expected the key `question`, found prompt, answer"],
         ),
         ("header.csv", "question,answer\n".into(), &["header.csv", "at least one row"]),
-        ("csv.txt", format!("{head}c,d\n").into(), &["csv.txt", "this is CSV", ".csv"]),
+        ("csv.dat", format!("{head}c,d\n").replace("answer", "reply").into(), &["csv.dat", "this is CSV", ".csv"]),
         ("cut.jsonl.gz", gzip(rows(0..6).as_bytes())[..40].into(), &["cut.jsonl.gz", "complete compressed data"]),
         ("cut.parquet", snappy[..900].into(), &["cut.parquet", "expected a whole Parquet file"]),
         ("odd.jsonl", b"\xff\xfe{".into(), &["odd.jsonl", "complete UTF-16"]),
@@ -149,9 +181,9 @@ fn rows_that_cannot_be_read_are_named_with_their_place() {
     for (data, words) in [
         ("~/rows.jsonl", ["the shell did not expand `~`", "$HOME"]),
         ("shards/*.jsonl", ["shards/*.jsonl", "this is a pattern that matches no file"]),
-        ("full", ["this is a directory", "such as full/rows.jsonl"]),
+        ("full", ["full: expected files with rows, found none", "this is a directory"]),
     ] {
-        work.write("full/rows.jsonl", &rows(0..1));
+        work.write("full/rows.bin", &rows(0..1));
         refused_in_folder(&work, &["eval", "--task", "qa-loss", "--model", "model", "--data", data], &words);
     }
     let brotli = fixture("data/brotli.parquet").display().to_string();
@@ -300,8 +332,11 @@ fn recipes_of_other_tools_and_files_beside_a_recipe_are_named() {
         (vec!["train", "run.toml", "--deepspeed", "accelerate.yaml"], ["accelerate.yaml", "--accelerate"]),
         (vec!["train", "run.toml", "--accelerate", "model"], ["model", "a model in Hugging Face's layout"]),
         (train("out", &["data.cutoff_len=512"]), ["--set: `data.cutoff_len`: unknown key", "`data.max_length`"]),
-        (train("out", &["data.val_size=0.1"]), ["`data.val_size`", "is not here: no split is made"]),
-        (train("out", &["train.load_best_model_at_end=true"]), ["unknown key", "the result is that of the last step"]),
+        (train("out", &["data.val_size=0.1"]), ["`data.val_size`", "is called `data.valid` here (a share"]),
+        (
+            train("out", &["train.load_best_model_at_end=true"]),
+            ["unknown key", "is called `train.keep_best` here (\"valid_loss\")"],
+        ),
         (train("out", &["cutoff_len=512"]), ["--set: `cutoff_len`", "is called `data.max_length` here"]),
     ] {
         refused_in_folder(&work, &arguments, &words);

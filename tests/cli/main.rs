@@ -18,6 +18,7 @@ mod model;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod pipeline;
+mod prepare;
 mod quickstart;
 mod resume;
 mod run;

@@ -2,7 +2,7 @@
 
 use crate::{
     model::{gguf, shapes, tensors},
-    run::{lasting, number, refused_in, resolved, run_folder, train, train_by, usable},
+    run::{lasting, number, refused_in, resolved, rows, run_folder, train, train_by, usable},
     work::{TEMPLATE, WorkDir},
 };
 use serde_json::json;
@@ -202,4 +202,64 @@ fn steps_that_overflow_in_f16_are_skipped_and_the_loss_is_scaled_down() {
         &train("no", &["model.compute=f16", "train.fp16={hysteresis = 0}"]),
         &["train.fp16", "hysteresis", "1 or above"],
     );
+}
+
+#[test]
+fn a_share_of_the_training_rows_is_validated_and_never_trained() {
+    let work = WorkDir::new();
+    work.write("all.jsonl", &(rows(0..60) + &rows(0..20)));
+    let sets = ["data.train=all.jsonl", "data.valid=0.2", "train.max_steps=1"];
+    let done = work.succeed(&train("out", &sets));
+    let line = done.stderr.lines().find(|line| line.starts_with("validation: ")).unwrap_or_else(|| panic!("{done:?}"));
+    let valid: usize = line["validation: ".len()..].split(' ').next().unwrap().parse().unwrap();
+    assert!(line.contains("of 80 rows, a share of 0.2") && (4..32).contains(&valid), "{line}");
+    let inputs = work.json("out/inputs.json");
+    assert_eq!((&inputs["valid"]["rows"], &inputs["train"]["rows"]), (&json!(valid), &json!(80 - valid)));
+    // The same rows again behind the others change neither part by another row.
+    work.write("more.jsonl", &(rows(0..60) + &rows(0..20) + &rows(0..60)));
+    work.succeed(&train("more", &["data.train=more.jsonl", "data.valid=0.2", "train.max_steps=1"]));
+    let more = work.json("more/inputs.json");
+    let of = |inputs: &serde_json::Value, part: &str| inputs[part]["rows"].as_u64().unwrap();
+    assert_eq!(of(&more, "valid") + of(&more, "train"), 140);
+    assert!(of(&more, "valid") > of(&inputs, "valid") && of(&more, "train") > of(&inputs, "train"));
+    let refused = &["`data.valid`", "at most 0.5", "found 0.7"];
+    refused_in(&WorkDir::new(), &train("out", &["data.valid=0.7"]), refused);
+}
+
+#[test]
+fn the_best_weights_are_kept_over_a_resume() {
+    let work = WorkDir::new();
+    // A learning rate that first helps and then harms.
+    let sets = [
+        "train.keep_best=valid_loss",
+        "train.eval_every=2",
+        "train.save_every=3",
+        "train.learning_rate=0.5",
+        "train.keep=9",
+    ];
+    let whole = work.succeed(&train("whole", &sets)).json();
+    let best = &whole["best"];
+    let evaluations: Vec<_> =
+        work.lines("whole/metrics.jsonl").into_iter().filter(|line| line.get("valid_loss").is_some()).collect();
+    let after = evaluations.iter().filter(|line| line["step"].as_u64() > Some(0));
+    let lowest =
+        after.min_by(|a, b| a["valid_loss"].as_f64().unwrap().total_cmp(&b["valid_loss"].as_f64().unwrap())).unwrap();
+    assert_eq!((&best["step"], &best["valid_loss"]), (&lowest["step"], &lowest["valid_loss"]));
+    assert_ne!(best["step"], 12, "the last step must not be the best: {evaluations:?}");
+    let eval =
+        ["eval", "--task", "qa-loss", "--data", "valid.jsonl", "--batch-size", "2", "--model", "model", "--adapter"];
+    let loss = work.succeed(&[&eval[..], &["whole"]].concat()).json();
+    assert!((number(&loss, "loss") - number(best, "valid_loss")).abs() < 1e-4, "{loss} {best}");
+    // Without checkpoints nothing but the result stays; a killed run goes on from a checkpoint and ends the same.
+    let plain = work.succeed(&train("plain", &sets[..2])).json();
+    assert_eq!(plain["best"], *best);
+    assert!(work.listing().keys().all(|path| !path.display().to_string().contains("plain/best-")));
+    std::fs::remove_file(work.at("whole/summary.json")).unwrap();
+    for step in [6, 9] {
+        std::fs::remove_dir_all(work.at(&format!("whole/checkpoint-{step}"))).unwrap();
+    }
+    let resumed = work.succeed(&train("whole", &[&sets[..], &["--resume"]].concat())).json();
+    assert_eq!(resumed["best"], *best);
+    let loss = work.succeed(&[&eval[..], &["whole"]].concat()).json();
+    assert!((number(&loss, "loss") - number(best, "valid_loss")).abs() < 1e-4, "{loss} {best}");
 }

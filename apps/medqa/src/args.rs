@@ -5,7 +5,7 @@ use crate::{
     fetch,
     method_adapter::ADAPTER_NAME,
     recipe::{ComputeDtype, Learn, WeightDtype},
-    schema::{Columns, Format, Schema},
+    schema::{Columns, Format, SchemaRequest},
     template::TemplateOptions,
 };
 use anyhow::{Result, anyhow};
@@ -144,9 +144,9 @@ pub(crate) struct WeightsArgs {
 /// Format and column names of a data file, and how its conversations are learned.
 #[derive(Args, Clone)]
 pub struct RowsArgs {
-    /// Format of the rows in the data file
-    #[arg(long, default_value = "qa")]
-    pub format: Format,
+    /// Format of the rows in the data file; by default it is recognized by the keys of the rows
+    #[arg(long)]
+    pub format: Option<Format>,
     /// Columns that have other names in the file than in the format, for example question=prompt,answer=response
     #[arg(long, value_name = "COLUMN=NAME,...")]
     pub columns: Option<Columns>,
@@ -158,11 +158,11 @@ pub struct RowsArgs {
 }
 
 impl RowsArgs {
-    /// Returns the format and the column names, after checking that they fit together.
-    pub fn schema(&self) -> Result<Schema> {
-        let columns = self.columns.clone().unwrap_or_default();
-        columns.check(self.format).map_err(|problem| anyhow!("--columns: {problem}"))?;
-        Ok(Schema { format: self.format, columns })
+    /// Returns the format and the column names that are asked for, after checking that they fit together.
+    pub fn schema(&self) -> Result<SchemaRequest> {
+        let request = SchemaRequest { format: self.format, columns: self.columns.clone().unwrap_or_default() };
+        request.check().map_err(|problem| anyhow!("--columns: {problem}"))?;
+        Ok(request)
     }
 }
 

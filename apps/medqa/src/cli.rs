@@ -1,8 +1,9 @@
 //! Command-line interface: lists the verbs and runs the chosen one. The arguments of a verb stand beside the verb.
 
 use crate::{
-    bench, chat, data::check, doctor, estimate, eval, export, fetch, launch, logits, quickstart, schedule, train,
-    verb_adapters, verb_train,
+    bench, chat, doctor, estimate, eval, export, fetch, launch, logits,
+    prepare::{self, DataVerb},
+    quickstart, schedule, train, verb_adapters, verb_train,
 };
 use anyhow::Result;
 use clap::{Parser, Subcommand};
@@ -34,7 +35,7 @@ enum Verb {
     /// List adapters, merge them into a model, convert and combine them
     #[command(subcommand)]
     Adapters(verb_adapters::AdaptersVerb),
-    /// Inspect a dataset before training on it
+    /// Inspect a dataset, or turn what you have into rows worth training on: convert, clean, dedup, split and others
     #[command(subcommand)]
     Data(DataVerb),
     /// Check that a model, its tokenizer and your data behave in training as in chat; exit code 1 if a check fails
@@ -51,13 +52,6 @@ enum Verb {
     Logits(logits::LogitsArgs),
 }
 
-#[derive(Subcommand)]
-enum DataVerb {
-    /// Count the rows of a data file and their tokens, show how the first row is learned, and list invalid rows; exit
-    /// code 2 if there are any
-    Check(check::CheckArgs),
-}
-
 /// Runs the verb that the command line names.
 ///
 /// # Errors
@@ -72,7 +66,7 @@ pub fn run(cli: Cli) -> Result<()> {
         Verb::Chat(args) => chat::chat(&args),
         Verb::Export(args) => export::export(&args),
         Verb::Adapters(verb) => verb_adapters::adapters(&verb),
-        Verb::Data(DataVerb::Check(args)) => check::check(&args),
+        Verb::Data(verb) => prepare::data(&verb),
         Verb::Doctor(args) => doctor::doctor(&args),
         Verb::Launch(args) => launch::launch(&args),
         Verb::Estimate(args) => estimate::estimate(&args),

@@ -192,7 +192,7 @@ pub(crate) fn estimate(args: &EstimateArgs) -> Result<()> {
 /// Returns the stages of every rank of a pipeline and prints them; one rank with the whole model without `--mesh`.
 fn pipeline_stages(args: &EstimateArgs, config: &LlamaConfig) -> Result<Vec<RankStages>> {
     if args.ranks.mesh.is_none() {
-        return Ok(vec![RankStages::whole(&model_shape(config))]);
+        return Ok(vec![RankStages::whole(model_shape(config).segments())]);
     }
     let options = args.ranks.pipeline_options();
     let row = args.tokens.min(MAX_ROW_TOKENS);

@@ -20,6 +20,7 @@ mod launch;
 mod logits;
 mod method_adapter;
 mod model;
+mod prepare;
 pub mod process;
 mod quickstart;
 pub mod recipe;

@@ -20,6 +20,14 @@ pub enum Format {
     /// ShareGPT conversations: key `conversations`, a list of objects with `from` and `value`; optionally `system`
     #[value(name = "sharegpt")]
     ShareGpt,
+    /// TRL: keys `prompt` and `completion`, each a text or a list of messages
+    #[serde(rename = "prompt-completion")]
+    PromptCompletion,
+    /// Multiple choice: keys `question`, `options` and `answer`, or those of MedMCQA, MedQA, CMB, CMExam or MMLU
+    #[serde(rename = "multiple-choice")]
+    MultipleChoice,
+    /// Plain text, all of which is learned: key `text`, or the paragraphs of a .txt file
+    Text,
 }
 
 impl Format {
@@ -31,6 +39,34 @@ impl Format {
             Self::Alpaca => &["instruction", "input", "output", "system", "history"],
             Self::Messages => &["messages", "role", "content"],
             Self::ShareGpt => &["conversations", "from", "value", "system"],
+            Self::PromptCompletion => &["prompt", "completion", "role", "content"],
+            Self::MultipleChoice => &["question", "options", "answer"],
+            Self::Text => &["text"],
+        }
+    }
+
+    /// Returns the columns of the format that hold a list, which text files such as CSV write as JSON.
+    pub fn list_columns(self) -> &'static [&'static str] {
+        match self {
+            Self::Messages => &["messages"],
+            Self::ShareGpt => &["conversations"],
+            Self::Alpaca => &["history"],
+            Self::PubMedQa => &["CONTEXTS"],
+            Self::Qa | Self::PromptCompletion | Self::MultipleChoice | Self::Text => &[],
+        }
+    }
+
+    /// Returns the name of the format, as a recipe and the command line have it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Qa => "qa",
+            Self::PubMedQa => "pubmedqa",
+            Self::Alpaca => "alpaca",
+            Self::Messages => "messages",
+            Self::ShareGpt => "sharegpt",
+            Self::PromptCompletion => "prompt-completion",
+            Self::MultipleChoice => "multiple-choice",
+            Self::Text => "text",
         }
     }
 }
@@ -76,11 +112,43 @@ impl FromStr for Columns {
     }
 }
 
+impl From<&[(&str, &str)]> for Columns {
+    fn from(pairs: &[(&str, &str)]) -> Self {
+        Self(pairs.iter().map(|(column, name)| ((*column).to_owned(), (*name).to_owned())).collect())
+    }
+}
+
 /// Format and column names of a data file.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Schema {
     pub format: Format,
     pub columns: Columns,
+}
+
+/// The format and the column names that a user asks for; without a format, it is recognized by the keys of the rows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SchemaRequest {
+    pub format: Option<Format>,
+    pub columns: Columns,
+}
+
+impl From<Schema> for SchemaRequest {
+    fn from(schema: Schema) -> Self {
+        Self { format: Some(schema.format), columns: schema.columns }
+    }
+}
+
+impl SchemaRequest {
+    /// Returns the format that is certain before a row is read: the one asked for, or qa for renamed columns.
+    pub fn certain(&self) -> Option<Schema> {
+        let renamed = (!self.columns.is_empty()).then_some(Format::Qa);
+        Some(Schema { format: self.format.or(renamed)?, columns: self.columns.clone() })
+    }
+
+    /// Checks that the format has the renamed columns; the error is a message without the name of the option or key.
+    pub fn check(&self) -> Result<(), String> {
+        self.columns.check(self.format.unwrap_or_default())
+    }
 }
 
 #[cfg(test)]

@@ -42,7 +42,7 @@ pub(crate) fn create_parent_dir(path: &Path) -> Result<()> {
 }
 
 /// Returns the temporary path, `path.part`.
-fn partial_path(path: &Path) -> PathBuf {
+pub(crate) fn partial_path(path: &Path) -> PathBuf {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".part");
     partial.into()

@@ -96,7 +96,7 @@ impl LlamaShape {
     /// recomputed. What only some methods save, such as the products of LoRA's `A` matrices or a P-tuning prefix, is
     /// not counted.
     pub fn activations(&self, micro_batch: MicroBatch) -> ActivationMemory {
-        self.activations_of_stages(micro_batch, &RankStages::whole(self))
+        self.activations_of_stages(micro_batch, &RankStages::whole(self.segments()))
     }
 
     /// Returns the activation memory of one rank of a pipeline: that of the micro-batches between their two passes, of
@@ -126,7 +126,7 @@ impl LlamaShape {
     }
 
     /// Returns the number of segments: the embedding, two per layer, the head.
-    pub(super) fn segments(&self) -> usize {
+    pub fn segments(&self) -> usize {
         2 * self.layers as usize + 2
     }
 
@@ -148,7 +148,7 @@ impl LlamaShape {
 
 /// The bytes of the activations inside blocks.
 struct SavedInBlocks {
-    /// Those that the blocks keep between the two passes.
+    /// The bytes that the blocks keep between the two passes.
     kept: u64,
     /// The most that exist at a time in the backward pass: when it is at a block, those of the blocks before it that
     /// keep theirs, and its own.

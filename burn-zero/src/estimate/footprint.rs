@@ -2,9 +2,11 @@
 
 use super::{
     LlamaShape, MemoryEstimate, MicroBatch, ModelSize, RankStages, StatePlacement, TrainingPrecision, model_states,
-    stages::StageWeights,
 };
 use crate::ZeroStage;
+use stages::StageWeights;
+
+mod stages;
 
 /// The format in which a model's weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,7 +95,7 @@ impl RunFootprint {
     /// Returns the memory of one rank at its peak, in bytes: [`model_states`], with the gradients in f32, in which the
     /// engine sums them whatever the model computes in, and the transient memory of a step.
     pub fn peak_memory(&self) -> MemoryEstimate {
-        self.peak_memory_of_stages(&RankStages::whole(&self.base.shape))
+        self.peak_memory_of_stages(&RankStages::whole(self.base.shape.segments()))
     }
 
     /// Returns the memory of one rank of a pipeline at its peak, in bytes. The ranks of the placement are those that run

@@ -22,11 +22,11 @@ mod activations;
 mod deepspeed;
 mod flops;
 mod footprint;
-mod stages;
+mod rank_stages;
 mod states;
 
 pub use activations::{ActivationMemory, LlamaShape, MAX_LOGITS, MicroBatch};
 pub use deepspeed::{Cluster, CpuOffload, DeepSpeedEstimate, zero2, zero3};
 pub use footprint::{BaseModel, RunFootprint, TrainedWeights, WeightStorage};
-pub use stages::RankStages;
+pub use rank_stages::RankStages;
 pub use states::{MemoryEstimate, ModelSize, StatePlacement, TrainingPrecision, model_states};

@@ -53,7 +53,7 @@ fn r1() -> Tokenizer {
 /// Parses and encodes an OpenAI row.
 fn encoded(tokenizer: &Tokenizer, row: &Value) -> Result<EncodedConversation> {
     let schema = Schema { format: crate::schema::Format::Messages, ..Schema::default() };
-    encode_row(tokenizer, &crate::data::content::parse_row(row.clone(), &schema)?, Learn::All)
+    encode_row(tokenizer, &crate::data::content::parse_row(row.as_object().unwrap(), &schema)?, Learn::All)
 }
 
 /// Returns the examples of a row as texts with the learned tokens in brackets. Each learned part must follow the tokens
@@ -62,7 +62,7 @@ fn learned(tokenizer: &Tokenizer, row: &Value) -> Vec<String> {
     let found = encoded(tokenizer, row).unwrap().examples;
     let schema = Schema { format: crate::schema::Format::Messages, ..Schema::default() };
     let RowContent::Conversation(Conversation { turns, tools }) =
-        crate::data::content::parse_row(row.clone(), &schema).unwrap()
+        crate::data::content::parse_row(row.as_object().unwrap(), &schema).unwrap()
     else {
         panic!("a conversation")
     };

@@ -45,7 +45,10 @@ pub fn check(args: &CheckArgs) -> Result<()> {
     let rows = read_each_row(&args.file, &args.rows.schema()?)?;
     let tokenizer = args.rows.template.options().apply(model::load_tokenizer(&args.model)?)?;
     // Without a chat template, every row would report the same mistake.
-    if rows.iter().any(|(_, content)| !matches!(content, Ok(RowContent::PubMedQa { .. }) | Err(_))) {
+    if rows
+        .iter()
+        .any(|(_, content)| !matches!(content, Ok(RowContent::PubMedQa { .. } | RowContent::Text(_)) | Err(_)))
+    {
         template::chat_template(&tokenizer)?;
     }
     let total = rows.len();
@@ -81,7 +84,7 @@ fn encode_valid_rows(
     let (max_length, on_too_long, learn) = (args.max_length, args.on_too_long, args.rows.learn);
     let options = EncodeOptions { max_length, on_too_long, learn };
     for (location, content) in rows {
-        let at = location.in_file(&args.file);
+        let at = location.to_string();
         let added = content.and_then(|content| encoded.add_row(tokenizer, &Row { location, content }, options));
         mistakes.extend(added.err().map(|problem| format!("{at}: {problem:#}")));
     }

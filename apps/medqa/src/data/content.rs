@@ -1,6 +1,10 @@
 //! Parsing one JSON row according to its format.
 
-use crate::schema::{Columns, Format, Schema};
+use super::{
+    choices::{self, Choice},
+    mapped_object::{MappedObject, excerpt},
+};
+use crate::schema::{Format, Schema};
 use anyhow::{Context, Result, bail};
 use burn_llama::Message;
 use serde_json::{Map, Value, json};
@@ -14,6 +18,24 @@ pub enum RowContent {
     Conversation(Conversation),
     /// A PubMedQA question about an abstract.
     PubMedQa { question: String, contexts: Vec<String>, decision: Option<String> },
+    /// A text, all of which is learned.
+    Text(String),
+}
+
+impl RowContent {
+    /// Returns the questions of the row, joined by newlines; of a plain text, the text.
+    pub fn question(&self) -> String {
+        let of = |messages: &[Message]| {
+            let asked = messages.iter().filter(|message| message.role == "user").map(Message::text);
+            asked.collect::<Vec<_>>().join("\n")
+        };
+        match self {
+            Self::Answer { prompt, .. } => of(prompt),
+            Self::Conversation(conversation) => of(&conversation.messages()),
+            Self::PubMedQa { question, .. } => question.clone(),
+            Self::Text(text) => text.clone(),
+        }
+    }
 }
 
 /// A conversation.
@@ -51,9 +73,8 @@ pub fn pubmedqa_prompt(question: &str, contexts: &[String]) -> String {
 }
 
 /// Parses a row. Errors name the key.
-pub fn parse_row(value: Value, schema: &Schema) -> Result<RowContent> {
-    let Value::Object(row) = value else { bail!("expected an object, found {}", excerpt(&value)) };
-    let row = MappedObject { row: &row, columns: &schema.columns };
+pub fn parse_row(row: &Map<String, Value>, schema: &Schema) -> Result<RowContent> {
+    let row = MappedObject { row, columns: &schema.columns };
     match schema.format {
         Format::Qa => {
             let prompt = vec![Message::new("user", row.string("question")?)];
@@ -63,57 +84,12 @@ pub fn parse_row(value: Value, schema: &Schema) -> Result<RowContent> {
         Format::Alpaca => parse_alpaca(&row),
         Format::Messages => parse_messages(&row),
         Format::ShareGpt => parse_sharegpt(&row),
-    }
-}
-
-/// A JSON object whose keys may be renamed columns of the format.
-struct MappedObject<'a> {
-    row: &'a Map<String, Value>,
-    columns: &'a Columns,
-}
-
-impl<'a> MappedObject<'a> {
-    /// Returns a column's value; null counts as absent.
-    fn get(&self, column: &str) -> Option<&'a Value> {
-        self.row.get(self.columns.name(column)).filter(|value| !value.is_null())
-    }
-
-    fn required(&self, column: &str) -> Result<&'a Value> {
-        self.row.get(self.columns.name(column)).with_context(|| {
-            let found: Vec<_> = self.row.keys().map(String::as_str).collect();
-            let found = if found.is_empty() { "none".to_owned() } else { found.join(", ") };
-            format!("expected the key `{}`, found {found}", self.columns.name(column))
-        })
-    }
-
-    fn unexpected(&self, column: &str, expected: &str, found: &Value) -> anyhow::Error {
-        anyhow::anyhow!("`{}`: expected {expected}, found {}", self.columns.name(column), excerpt(found))
-    }
-
-    fn string(&self, column: &str) -> Result<String> {
-        match self.required(column)? {
-            Value::String(text) => Ok(text.clone()),
-            other => Err(self.unexpected(column, "a string", other)),
+        Format::PromptCompletion => parse_prompt_completion(&row),
+        Format::MultipleChoice => {
+            let Choice { question, answer } = choices::parse(&row)?;
+            Ok(RowContent::Answer { prompt: vec![Message::new("user", question)], answer })
         }
-    }
-
-    /// Returns a text column, or an empty text if it is absent.
-    fn string_or_empty(&self, column: &str) -> Result<String> {
-        if self.get(column).is_some() { self.string(column) } else { Ok(String::new()) }
-    }
-
-    fn array(&self, column: &str) -> Result<&'a [Value]> {
-        let value = self.required(column)?;
-        value.as_array().map(Vec::as_slice).ok_or_else(|| self.unexpected(column, "a list", value))
-    }
-}
-
-/// Returns the beginning of a value's JSON text, for an error message.
-fn excerpt(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(80) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text,
+        Format::Text => Ok(RowContent::Text(row.string("text")?)),
     }
 }
 
@@ -158,13 +134,10 @@ fn parse_alpaca(row: &MappedObject) -> Result<RowContent> {
 
 /// Parses an OpenAI row. A turn with `weight` 0 is not learned.
 fn parse_messages(row: &MappedObject) -> Result<RowContent> {
-    let keys = TurnKeys {
-        role: "role",
-        text: "content",
-        parse_role: |name| ["system", "developer", "user", "assistant", "tool"].into_iter().find(|role| *role == name),
-        expected_roles: "system, developer, user, assistant or tool",
-    };
-    Ok(RowContent::Conversation(Conversation { turns: parse_turns(row, "messages", &keys)?, tools: parse_tools(row)? }))
+    Ok(RowContent::Conversation(Conversation {
+        turns: parse_turns(row, "messages", &MESSAGE_KEYS)?,
+        tools: parse_tools(row)?,
+    }))
 }
 
 fn parse_sharegpt(row: &MappedObject) -> Result<RowContent> {
@@ -185,6 +158,19 @@ fn parse_sharegpt(row: &MappedObject) -> Result<RowContent> {
     if !system.is_empty() && turns.first().is_none_or(|turn| turn.message.role != "system") {
         turns.insert(0, Turn { message: Message::new("system", system), learned: false });
     }
+    Ok(RowContent::Conversation(Conversation { turns, tools: parse_tools(row)? }))
+}
+
+/// Parses a row of TRL: a prompt and its completion, both texts or both lists of messages. Only the completion is
+/// learned.
+fn parse_prompt_completion(row: &MappedObject) -> Result<RowContent> {
+    if !matches!(row.get("prompt"), Some(Value::Array(_))) {
+        let prompt = vec![Message::new("user", row.string("prompt")?)];
+        return Ok(RowContent::Answer { prompt, answer: row.string("completion")? });
+    }
+    let mut turns = parse_turns(row, "prompt", &MESSAGE_KEYS)?;
+    turns.iter_mut().for_each(|turn| turn.learned = false);
+    turns.extend(parse_turns(row, "completion", &MESSAGE_KEYS)?);
     Ok(RowContent::Conversation(Conversation { turns, tools: parse_tools(row)? }))
 }
 
@@ -227,6 +213,14 @@ struct TurnKeys {
     /// The format's roles, for error messages.
     expected_roles: &'static str,
 }
+
+/// The keys of a turn in OpenAI's rows.
+const MESSAGE_KEYS: TurnKeys = TurnKeys {
+    role: "role",
+    text: "content",
+    parse_role: |name| ["system", "developer", "user", "assistant", "tool"].into_iter().find(|role| *role == name),
+    expected_roles: "system, developer, user, assistant or tool",
+};
 
 /// Keys of a turn that say whether it is learned: OpenAI's, and axolotl's two.
 const LEARNED_KEYS: [&str; 3] = ["weight", "train", "training"];

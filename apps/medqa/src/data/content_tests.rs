@@ -1,9 +1,10 @@
 use super::*;
+use crate::schema::Columns;
 use serde_json::json;
 
 fn read(format: Format, columns: &str, value: Value) -> Result<RowContent> {
     let columns = if columns.is_empty() { Columns::default() } else { columns.parse().unwrap() };
-    parse_row(value, &Schema { format, columns })
+    parse_row(value.as_object().unwrap(), &Schema { format, columns })
 }
 
 fn turns(list: &[(&str, &str)]) -> Vec<Turn> {
@@ -115,7 +116,6 @@ fn every_key_of_a_turn_and_the_tools_of_a_row_are_kept() {
 fn mistakes_name_the_key_what_was_expected_and_what_was_found() {
     let message = |message: Value| json!({"messages": [{"role": "user", "content": "u"}, message]});
     for (format, columns, value, words) in [
-        (Format::Qa, "", json!(3), "expected an object, found 3"),
         (Format::Qa, "", json!({}), "expected the key `question`, found none"),
         (
             Format::Qa,

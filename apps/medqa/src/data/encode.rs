@@ -50,7 +50,6 @@ pub fn encode_rows(tokenizer: &Tokenizer, rows: &[Row], options: EncodeOptions) 
     for row in rows {
         encoded.add_row(tokenizer, row, options).with_context(|| row.location.to_string())?;
     }
-    encoded.require_examples(options.max_length)?;
     Ok(encoded)
 }
 
@@ -62,6 +61,9 @@ impl EncodedRows {
     pub fn add_row(&mut self, tokenizer: &Tokenizer, row: &Row, options: EncodeOptions) -> Result<()> {
         let EncodeOptions { max_length, on_too_long, learn } = options;
         let EncodedConversation { mut examples, omitted, empty_thoughts } = encode_row(tokenizer, &row.content, learn)?;
+        if matches!(row.content, RowContent::Text(_)) {
+            examples = examples.iter().flat_map(|example| pieces(example, max_length)).collect();
+        }
         self.omitted += omitted;
         self.empty_thoughts += empty_thoughts;
         if let Some(length) = examples.iter().map(|example| example.ids.len()).max().filter(|&n| n > max_length) {
@@ -109,6 +111,12 @@ impl EncodedRows {
     }
 }
 
+/// Cuts a text into examples of at most `max_length` tokens, so that none of it is lost.
+fn pieces(example: &Example, max_length: usize) -> Vec<Example> {
+    let piece = |ids: &[u32]| Example { ids: ids.to_vec(), loss_mask: vec![true; ids.len()] };
+    example.ids.chunks(max_length).map(piece).collect()
+}
+
 fn truncate(example: &mut Example, content: &RowContent, max_length: usize) {
     if matches!(content, RowContent::PubMedQa { .. }) {
         let prompt = example.loss_mask.iter().take_while(|&&learned| !learned).count();
@@ -130,6 +138,12 @@ pub fn encode_row(tokenizer: &Tokenizer, content: &RowContent, learn: Learn) -> 
             let messages = prompt.iter().cloned().chain([Message::new("assistant", answer.as_str())]);
             let turns: Vec<Turn> = messages.map(|message| Turn { message, learned: true }).collect();
             encode_conversation(tokenizer, &turns.into(), Learn::Last, MissingEnd::Eos)
+        }
+        RowContent::Text(text) => {
+            let mut ids = tokenizer.encode_plain(text, true)?;
+            ids.push(tokenizer.eos().context("the tokenizer has no end token, so texts could not end")?);
+            let example = Example { loss_mask: vec![true; ids.len()], ids };
+            Ok(EncodedConversation { examples: vec![example], ..EncodedConversation::default() })
         }
         RowContent::PubMedQa { question, contexts, decision } => {
             let decision = decision.as_ref().context("`final_decision` is missing")?;

@@ -50,7 +50,7 @@ fn no_text_of_a_row_becomes_a_control_token_in_any_format() {
     for ((format, row), (_, plain)) in rows(attack).into_iter().zip(rows("plain")) {
         let schema = Schema { format, ..Schema::default() };
         let encode = |row: Value| {
-            let row = parse_row(row, &schema).unwrap();
+            let row = parse_row(row.as_object().unwrap(), &schema).unwrap();
             encode_row(&tokenizer, &row, Learn::All).unwrap().examples
         };
         let kept = |examples: &[Example]| -> Vec<Vec<u32>> {

@@ -8,7 +8,7 @@ mod text;
 use crate::{
     args::{DeviceArgs, ModelArgs, RowsArgs},
     backend::{Device, with_backend},
-    data::{self, Row, RowContent, RowLocation, content::Turn},
+    data::{self, Row, RowContent, RowLocation, RowPlace, content::Turn},
     model::{self, LoadedModel},
     recipe::Learn,
 };
@@ -17,7 +17,11 @@ use burn::tensor::DType;
 use burn_llama::{Message, kernel::Kernels};
 use clap::Args;
 use device::DeviceTraining;
-use std::{cell::OnceCell, path::PathBuf};
+use std::{
+    cell::OnceCell,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 use tempfile::TempDir;
 
 /// Arguments of `doctor`.
@@ -166,5 +170,6 @@ fn built_in_rows() -> Vec<Row> {
     let prompt = vec![Message::new("user", "What does insulin do?")];
     let answer = RowContent::Answer { prompt, answer: "It lets cells take up glucose.".to_owned() };
     let contents = [answer, RowContent::Conversation(turns.map(turn).to_vec().into())];
-    contents.into_iter().enumerate().map(|(i, content)| Row { location: RowLocation::Row(i + 1), content }).collect()
+    let location = |i| RowLocation { file: Arc::from(Path::new("built-in rows")), place: RowPlace::Row(i + 1) };
+    contents.into_iter().enumerate().map(|(i, content)| Row { location: location(i), content }).collect()
 }

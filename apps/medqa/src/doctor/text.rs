@@ -108,6 +108,8 @@ pub(super) fn training_matches_chat<B: Kernels>(subject: &CheckSubject<B>) -> Re
 fn answer_prompts(tokenizer: &Tokenizer, content: &RowContent, learn: Learn) -> Result<Vec<Vec<u32>>> {
     match content {
         RowContent::Answer { prompt, .. } => Ok(vec![model::apply_chat_template(tokenizer, prompt)?]),
+        // All of a text is learned, after no prompt.
+        RowContent::Text(_) => Ok(Vec::new()),
         RowContent::PubMedQa { question, contexts, .. } => {
             Ok(vec![tokenizer.encode_plain(&pubmedqa_prompt(question, contexts), true)?])
         }

@@ -12,7 +12,7 @@ use crate::{
     backend::with_backend,
     data::{Row, read_rows},
     model::{self, LoadedModel},
-    schema::{Format, Schema},
+    schema::{Format, SchemaRequest},
     write,
 };
 use anyhow::{Context, Result};
@@ -72,7 +72,7 @@ pub(crate) struct EvalLimits {
 pub(crate) fn eval(args: &EvalArgs) -> Result<()> {
     let schema = match args.task {
         EvalTask::QaLoss => args.rows.schema()?,
-        EvalTask::Pubmedqa => Schema { format: Format::PubMedQa, ..Schema::default() },
+        EvalTask::Pubmedqa => SchemaRequest { format: Some(Format::PubMedQa), ..SchemaRequest::default() },
     };
     let mut rows = read_rows(&args.data, &schema)?;
     rows.truncate(args.limits.limit.map_or(usize::MAX, usize::from));

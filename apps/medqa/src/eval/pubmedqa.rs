@@ -22,7 +22,7 @@ pub(super) fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: 
         let RowContent::PubMedQa { question, contexts, decision } = &row.content else {
             bail!("the task pubmedqa needs rows in PubMedQA's layout");
         };
-        let pmid = row.location.to_string();
+        let pmid = row.location.place.to_string();
         let gold = decision.as_deref().with_context(|| format!("{pmid}: `final_decision` is missing"))?;
         let scores = choice_log_likelihoods(loaded, &pubmedqa_prompt(question, contexts), longest)?;
         let best = (1..3).fold(0, |best, i| if scores[i] > scores[best] { i } else { best });

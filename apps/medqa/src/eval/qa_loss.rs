@@ -65,6 +65,7 @@ pub(super) fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: 
     let longest = args.limits.max_length.unwrap_or_else(|| room(loaded));
     let options = EncodeOptions { max_length: longest, on_too_long: OnTooLong::Truncate, learn: args.rows.learn };
     let encoded = encode_rows(&loaded.tokenizer, rows, options)?;
+    encoded.require_examples(longest)?;
     let batching = EvalBatching { batch_size: args.limits.batch_size.get(), padding_free: true };
     let total = total_loss(&loaded.model, &encoded.examples, batching)?;
     let loss = total.mean();

@@ -17,7 +17,7 @@ mod tiny;
 use crate::{
     args::{AdapterPath, DeviceArgs, ModelArgs, parse_positive},
     fetch,
-    recipe::Recipe,
+    recipe::{Recipe, ValidationRows},
     train::{self, TrainOptions, World},
 };
 use anyhow::{Context, Result, bail};
@@ -126,7 +126,8 @@ fn fill_recipe(name: &str, toml: &str, model: &str, data: &Path, steps: Option<u
     let mut recipe = Recipe::parse(toml, Path::new(name), &sets)?;
     recipe.model.path = model.to_owned();
     let sources = recipe.data.train.iter_mut().map(|source| &mut source.path);
-    for path in sources.chain(&mut recipe.data.valid) {
+    let valid = recipe.data.valid.as_mut().and_then(ValidationRows::path_mut);
+    for path in sources.chain(valid) {
         *path = utf8_path(&data.join(&*path))?.to_owned();
     }
     Ok(recipe)

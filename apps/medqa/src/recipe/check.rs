@@ -4,10 +4,10 @@ use std::{collections::BTreeSet, fmt::Display};
 
 use super::{
     AdapterTargets, DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OptimizerConfig,
-    ParallelConfig, Partition, Recipe, StepsConfig, TargetModules, VirtualTokens, WeightDtype, deepspeed_schedule,
+    ParallelConfig, Partition, Recipe, StepsConfig, TargetModules, ValidationRows, VirtualTokens, WeightDtype,
+    deepspeed_schedule,
     loss_scaler,
 };
-use crate::schema::Schema;
 use burn_llama::ChatTemplate;
 use burn_peft::config::InitLoraWeights;
 use burn_zero::{
@@ -43,16 +43,15 @@ fn data(data: &DataConfig) -> Result<(), InvalidValue> {
     if data.train.is_empty() {
         return Err(("data.train", "expected a file to train on, found none".to_string()));
     }
-    data.columns.check(data.format).map_err(|problem| ("data.columns", problem))?;
+    data.schema(None).check().map_err(|problem| ("data.columns", problem))?;
     for source in &data.train {
         ensure_given("data.train", &source.path, "a file's path")?;
         // The order of an epoch is held in memory, so a weight has an upper limit too.
         let weight_fits = source.weight > 0.0 && source.weight <= 1000.0;
         let expected = format!("a weight above 0 and at most 1000 for {}", source.path);
         ensure("data.train", weight_fits, &expected, source.weight)?;
-        let Schema { format, columns } = data.schema(Some(source));
         let named = |problem| ("data.train", format!("columns for {}: {problem}", source.path));
-        columns.check(format).map_err(named)?;
+        data.schema(Some(source)).check().map_err(named)?;
     }
     if let Some(token) = &data.end_token {
         ensure_given("data.end_token", token, "a token of the vocabulary")?;
@@ -62,8 +61,13 @@ fn data(data: &DataConfig) -> Result<(), InvalidValue> {
         let problem = format!("expected other names than {}, found {name}", ChatTemplate::VARIABLES.join(", "));
         return Err(("data.template_arguments", problem));
     }
-    if let Some(valid) = &data.valid {
-        ensure_given("data.valid", valid, "a file's path")?;
+    match &data.valid {
+        Some(ValidationRows::Path(path)) => ensure_given("data.valid", path, "a file's path, or a share such as 0.05")?,
+        Some(ValidationRows::Share(share)) => {
+            let possible = *share > 0.0 && *share <= 0.5;
+            ensure("data.valid", possible, "a file's path, or a share above 0 and at most 0.5", share)?;
+        }
+        None => {}
     }
     if let Some(limit) = data.valid_limit {
         ensure("data.valid_limit", limit > 0, "at least 1 row", limit)?;
@@ -231,6 +235,8 @@ fn saving(saving: &EvalSaveConfig, validates: bool) -> Result<(), InvalidValue> 
     }
     let possible = validates || saving.eval_every.is_none();
     ensure("train.eval_every", possible, "`data.valid` to be given too", "no `data.valid`")?;
+    let possible = validates || saving.keep_best.is_none();
+    ensure("train.keep_best", possible, "`data.valid` to be given too", "no `data.valid`")?;
     let possible = validates || saving.eval_device.is_none();
     ensure("train.eval_device", possible, "`data.valid` to be given too", "no `data.valid`")
 }

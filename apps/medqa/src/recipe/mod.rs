@@ -38,8 +38,8 @@ pub use method::{AdapterTargets, CommonMethodConfig, LoraOptions, MethodConfig, 
 pub use parallel::{OffloadConfig, ParallelConfig, ParallelFiles, ShardingConfig};
 pub use pipeline::{Partition, PipelineOptions};
 pub use tables::{ComputeDtype, DataConfig, Learn, ModelConfig, OnTooLong, WeightDtype};
-pub use train::{EvalSaveConfig, LrScheduleConfig, OptimizerConfig, ReportTo, StepsConfig, TrainConfig};
-pub use value::{DatasetSource, Packing, TargetModules, TrainableLayers};
+pub use train::{EvalSaveConfig, KeepBest, LrScheduleConfig, OptimizerConfig, ReportTo, StepsConfig, TrainConfig};
+pub use value::{DatasetSource, Packing, TargetModules, TrainableLayers, ValidationRows};
 
 /// The text of a recipe, in TOML.
 #[derive(Debug)]
@@ -98,6 +98,7 @@ impl Recipe {
         let ParsedRecipe { mut recipe, origin, mut notes } = read::read(&text.text, &text.origin, sets, Some(world))?;
         if let Some(earlier) = earlier {
             recipe.train.schedule.warmup = recipe.train.schedule.warmup.or(earlier.train.schedule.warmup);
+            recipe.data.format = recipe.data.format.or(earlier.data.format);
         }
         let constant = recipe.train.schedule.scheduler == LrKind::Constant;
         let recipe = recipe.validated(&origin)?;

@@ -72,10 +72,13 @@ const DATA: &[Synonyms] = &[
         &["dataset", "datasets", "train_file", "data_files", "data_path", "dataset_name", "train_dataset"],
         Key("data.train", "a path, or a list of { path, format, columns, weight }"),
     ),
-    of(&["eval_dataset", "test_datasets", "validation_file", "valid_file"], Key("data.valid", "a path")),
+    of(
+        &["eval_dataset", "test_datasets", "validation_file", "valid_file"],
+        Key("data.valid", "a path, or a share such as 0.05"),
+    ),
     of(
         &["val_size", "val_set_size", "test_size", "validation_split"],
-        NoKey("no split is made; write the validation rows into a file of their own and name it in `data.valid`"),
+        Key("data.valid", "a share of the training rows, such as 0.05, or a path"),
     ),
     of(&["sample_packing", "neat_packing"], Key("data.packing", "\"fill\"")),
     of(&["excess_length_strategy"], Key("data.on_too_long", "")),
@@ -83,7 +86,10 @@ const DATA: &[Synonyms] = &[
     of(&["interleave_probs", "mix_strategy"], Key("data.train", "each file there may have a `weight`")),
     of(&["val_batches"], Key("data.valid_limit", "a number of rows")),
     of(&["max_samples", "max_train_samples"], NoKey("every row of a file is used; write fewer into it")),
-    of(&["dataset_dir", "dataset_info"], NoKey("`data.train` has the paths of the files")),
+    of(
+        &["dataset_dir", "dataset_info"],
+        Key("data.train", "\"DIR/dataset_info.json:NAME\", or the paths of the files"),
+    ),
     of(&["dataset_text_field", "formatting_func"], Key("data.columns", "")),
     of(
         &[
@@ -229,10 +235,7 @@ const EVALUATION: &[Synonyms] = &[
     of(&["early_stopping_patience", "early_stopping_steps"], Key("train.early_stopping", "a number of validations")),
     of(
         &["load_best_model_at_end", "metric_for_best_model", "greater_is_better"],
-        NoKey(
-            "the result is that of the last step; `train.early_stopping` ends in time, and checkpoints of \
-               `train.save_every` can be compared by `medqa eval`",
-        ),
+        Key("train.keep_best", "\"valid_loss\""),
     ),
     of(&["eval_on_start"], NoKey("there is always a validation before the first step")),
     of(

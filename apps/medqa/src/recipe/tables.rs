@@ -6,8 +6,8 @@ use burn_peft::MatmulPrecision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::value::{DatasetSource, Packing, deserialize_sources};
-use crate::schema::{Columns, Format, Schema};
+use super::value::{DatasetSource, Packing, ValidationRows, deserialize_sources};
+use crate::schema::{Columns, Format, SchemaRequest};
 
 /// The table `[model]`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -92,14 +92,15 @@ impl From<WeightDtype> for Storage {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct DataConfig {
-    /// The file of validation rows.
+    /// The file of validation rows, or the share of the training rows that is taken for validation, such as `0.05`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub valid: Option<String>,
+    pub valid: Option<ValidationRows>,
     /// The maximum number of rows of `valid`, the first ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub valid_limit: Option<usize>,
-    /// The format of every file that does not name its own.
-    pub format: Format,
+    /// The format of every file that does not name its own; by default it is recognized by the keys of the rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
     /// The maximum length of a row, in tokens.
     pub max_length: usize,
     /// The treatment of longer rows.
@@ -132,7 +133,7 @@ impl Default for DataConfig {
         Self {
             valid: None,
             valid_limit: None,
-            format: Format::Qa,
+            format: None,
             max_length: 512,
             on_too_long: OnTooLong::Truncate,
             learn: Learn::All,
@@ -148,12 +149,13 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
-    /// Returns the format and columns of a file: those of its source, else those of the table. The table's columns
-    /// apply only to the table's own format.
-    pub fn schema(&self, source: Option<&DatasetSource>) -> Schema {
-        let format = source.and_then(|source| source.format).unwrap_or(self.format);
-        let shared = if format == self.format { self.columns.clone() } else { Columns::default() };
-        Schema { format, columns: source.and_then(|source| source.columns.clone()).unwrap_or(shared) }
+    /// Returns the format and columns that are asked for a file: those of its source, else those of the table. The
+    /// table's columns apply only to the table's own format.
+    pub fn schema(&self, source: Option<&DatasetSource>) -> SchemaRequest {
+        let format = source.and_then(|source| source.format).or(self.format);
+        let same = format.unwrap_or_default() == self.format.unwrap_or_default();
+        let shared = if same { self.columns.clone() } else { Columns::default() };
+        SchemaRequest { format, columns: source.and_then(|source| source.columns.clone()).unwrap_or(shared) }
     }
 }
 

@@ -73,7 +73,7 @@ fn sets_override_and_fall_back_to_strings() {
     .unwrap();
     assert_eq!(recipe.train.steps.batch_size, 8);
     assert_eq!(recipe.data.train[0].path, "a b.jsonl");
-    assert_eq!(recipe.data.valid.as_deref(), Some("v"));
+    assert_eq!(recipe.data.valid, Some(ValidationRows::Path("v".to_owned())));
     assert_eq!(recipe.method.targets.target_modules, Some(TargetModules::Names(vec!["o_proj".into()])));
     assert_eq!(parse("", &["model.path=m", "data.train=t"]).unwrap().model.path, "m");
     // A value that would open a line of its own stays one string.
@@ -107,8 +107,8 @@ fn keys_of_other_tools_lead_to_ours_or_to_what_there_is_instead() {
         ("data.cutoff_len", "is called `data.max_length` here"),
         ("train.cutoff_len", "is called `data.max_length` here"),
         ("data.max-seq-length", "is called `data.max_length` here"),
-        ("data.val_size", "is not here: no split is made"),
-        ("train.load_best_model_at_end", "is not here: the result is that of the last step"),
+        ("data.val_size", "is called `data.valid` here (a share of the training rows, such as 0.05, or a path)"),
+        ("train.load_best_model_at_end", "is called `train.keep_best` here (\"valid_loss\")"),
         ("train.neftune_noise_alpha", "is not here"),
         ("train.num_train_epochs", "`train.epochs`"),
         ("method.lora_rank", "`method.r`"),
@@ -190,7 +190,7 @@ fn wrong_types_name_key_expected_and_found() {
         ("data.train=[{weight = 3}]", "item 1: missing field `path`"),
         (
             "data.format=csv",
-            "`data.format`: expected one of `qa`, `pubmedqa`, `alpaca`, `messages`, `sharegpt`, found `csv`",
+            "`data.format`: expected one of `qa`, `pubmedqa`, `alpaca`, `messages`, `sharegpt`, `prompt-completion`, `multiple-choice`, `text`, found `csv`",
         ),
         ("data.columns=prompt", "`data.columns`: expected a table, found string \"prompt\""),
         ("data.columns={question = 1}", "`data.columns`: expected a string, found integer `1`"),
@@ -309,17 +309,21 @@ fn a_source_is_read_as_it_says_or_as_the_table_says() {
         .iter()
         .map(|source| data.schema(Some(source)))
         .map(|schema| {
-            (schema.format, schema.columns.name("question").to_owned(), schema.columns.name("answer").to_owned())
+            (
+                schema.certain().map(|schema| schema.format),
+                schema.columns.name("question").to_owned(),
+                schema.columns.name("answer").to_owned(),
+            )
         })
         .collect();
     let row = |format, question: &str, answer: &str| (format, question.to_owned(), answer.to_owned());
     assert_eq!(
         names,
         [
-            row(Format::Qa, "prompt", "answer"),
-            row(Format::Qa, "question", "reply"),
-            row(Format::Alpaca, "question", "answer"),
-            row(Format::Qa, "prompt", "answer"),
+            row(Some(Format::Qa), "prompt", "answer"),
+            row(Some(Format::Qa), "question", "reply"),
+            row(Some(Format::Alpaca), "question", "answer"),
+            row(Some(Format::Qa), "prompt", "answer"),
         ]
     );
     assert_eq!(data.schema(None).columns.name("question"), "prompt");

@@ -145,12 +145,23 @@ pub struct EvalSaveConfig {
     /// The patience of early stopping: the run ends after this many evaluations without a lower validation loss.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub early_stopping: Option<usize>,
+    /// The measure of the best evaluation, whose weights are the result of the run instead of those of the last step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_best: Option<KeepBest>,
     /// The memory of a machine that a run may use, in GiB: a run that needs more is refused. By default the memory that
     /// the machine has available; 0 turns the check off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory_gib: Option<f64>,
     /// The dashboards that metrics are written for, besides `metrics.jsonl`.
     pub report_to: Vec<ReportTo>,
+}
+
+/// The measure by which the best evaluation of a run is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeepBest {
+    /// The lowest validation loss after a step.
+    ValidLoss,
 }
 
 /// A dashboard for the metrics of a run.
@@ -171,6 +182,7 @@ impl Default for EvalSaveConfig {
             save_every: None,
             keep: 2,
             early_stopping: None,
+            keep_best: None,
             memory_gib: None,
             report_to: vec![ReportTo::TensorBoard],
         }

@@ -24,11 +24,11 @@ pub(crate) struct ModelLoader<B: Kernels> {
 
 /// When the weights of a model are read.
 enum Loading {
-    /// All of them when the model is opened.
+    /// All weights are read when the model is opened.
     AtOnce,
-    /// Those of this rank's stages when the engine is created.
+    /// The weights of this rank's stages are read when the engine is created.
     Stages,
-    /// Those of one range of segments after the other when the engine is created.
+    /// One range of segments after the other is read when the engine is created.
     InParts(Vec<Range<usize>>),
 }
 

@@ -3,6 +3,14 @@
 use anyhow::{Context, Result};
 use serde::{Deserialize, Deserializer, Serialize};
 
+/// An evaluation, as `summary.json` has it.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(crate) struct BestEvaluation {
+    /// Steps before the evaluation.
+    pub step: usize,
+    pub valid_loss: f64,
+}
+
 /// The names of all scalars, by which dashboards group them.
 pub(super) const SCALAR_NAMES: [&str; 9] = [
     "train/loss",
@@ -156,6 +164,16 @@ impl MetricsRecord {
     pub(super) fn valid_loss_after_training(&self) -> Option<f64> {
         match self {
             Self::Eval(record) if record.step > 0 => Some(record.valid_loss),
+            _ => None,
+        }
+    }
+
+    /// Returns an evaluation after the first step or later.
+    pub(super) fn evaluation_after_training(&self) -> Option<BestEvaluation> {
+        match self {
+            Self::Eval(record) if record.step > 0 => {
+                Some(BestEvaluation { step: record.step, valid_loss: record.valid_loss })
+            }
             _ => None,
         }
     }

@@ -3,15 +3,20 @@
 use super::{
     event::{Reporter, RunEvent},
     metrics_file::MetricsFile,
+    options::TrainOptions,
     plot::LossPlot,
     progress::ProgressLine,
     record::MetricsRecord,
+    state::TrainerState,
     tensorboard::TensorBoardWriter,
     wandb::{RunMetadata, WandbWriter},
 };
-use crate::recipe::{Recipe, ReportTo};
+use crate::{
+    recipe::{Recipe, ReportTo},
+    write,
+};
 use anyhow::{Context, Result};
-use std::path::Path;
+use std::{fs, path::Path};
 
 const PROJECT: &str = "medqa";
 
@@ -31,6 +36,24 @@ pub(super) struct ResumePoint {
 }
 
 impl RunLog {
+    /// Opens the record of a run: its recipe, its inputs and its log. The summary of a finished run that goes on is
+    /// removed.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub(super) fn begin(recipe: &Recipe, options: &TrainOptions, state: &TrainerState) -> Result<Self> {
+        let directory = &options.directory;
+        write::write_atomically(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
+        let inputs = serde_json::to_string_pretty(&state.inputs)?;
+        write::write_atomically(&directory.join("inputs.json"), format!("{inputs}\n").as_bytes())?;
+        let summary = directory.join("summary.json");
+        if summary.exists() {
+            fs::remove_file(&summary).with_context(|| format!("{}: cannot be removed", summary.display()))?;
+        }
+        let resume = ResumePoint { step: state.step, metrics_bytes: state.metrics_bytes };
+        Self::open(directory, recipe, resume, options.display)
+    }
+
     /// Opens the files in the run directory, and the progress on the terminal unless burn-train's `display` is there.
     ///
     /// # Errors

@@ -1,11 +1,12 @@
 //! Builds the parts of a run from a recipe.
 
 use crate::{
-    data::{EncodedRows, encode_rows, read_rows},
+    data::{EncodedRows, Row, RowContent, encode_rows, read_rows},
     fetch, identify, method_adapter,
     model::LoadedModel,
-    recipe::{self, ComputeDtype, DataConfig, Recipe},
-    schema::Schema,
+    prepare::{Fingerprint, Nearness, SplitPart, SplitShares},
+    recipe::{self, ComputeDtype, DataConfig, Recipe, ValidationRows},
+    schema::SchemaRequest,
 };
 use anyhow::{Context, Result};
 use burn_llama::{Example, Llama, kernel::Kernels};
@@ -74,31 +75,77 @@ fn memory_tier(recipe: &Recipe, device: OffloadDevice) -> MemoryTier {
     device.tier(recipe.parallel.offload.nvme_path.as_deref().map(Path::new))
 }
 
-/// Reads and tokenizes the training rows, by source.
-pub(super) fn load_sources<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Vec<Vec<Example>>> {
-    let sources = data.train.iter();
-    // A file that cannot be read does not hide those behind it.
-    identify::all(sources.map(|source| load_examples(loaded, data, &source.path, &data.schema(Some(source)))))
+/// The encoded rows of a run.
+pub(super) struct RunRows {
+    /// The training rows, by source.
+    pub train: Vec<Vec<Example>>,
+    /// The validation rows; none if the recipe asks for none.
+    pub valid: Vec<Example>,
 }
 
-/// Reads and tokenizes the validation rows; none if the recipe names no file.
-pub(super) fn load_validation<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Vec<Example>> {
-    let rows = data.valid.as_ref().map(|path| load_examples(loaded, data, path, &data.schema(None)));
-    let mut rows = rows.transpose()?.unwrap_or_default();
-    rows.truncate(data.valid_limit.unwrap_or(usize::MAX));
-    Ok(rows)
+impl RunRows {
+    /// Reads and tokenizes all rows. A share for validation is taken from the sources, by groups of near questions.
+    pub(super) fn load<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig) -> Result<Self> {
+        let read = |path: &str, request: &SchemaRequest| read_rows(Path::new(path), request);
+        // A file that cannot be read does not hide those behind it.
+        let sources = identify::all(data.train.iter().map(|source| read(&source.path, &data.schema(Some(source)))))?;
+        let (sources, valid) = match &data.valid {
+            None => (sources, Vec::new()),
+            Some(ValidationRows::Path(path)) => (sources, read(path, &data.schema(None))?),
+            Some(ValidationRows::Share(share)) => take_share(sources, *share)?,
+        };
+        let named = data.train.iter().map(|source| source.path.as_str()).zip(&sources);
+        let train = identify::all(named.map(|(path, rows)| examples(loaded, data, path, rows)))?;
+        let path = match &data.valid {
+            Some(ValidationRows::Path(path)) => path.as_str(),
+            _ => "validation rows",
+        };
+        let mut valid = if valid.is_empty() { Vec::new() } else { examples(loaded, data, path, &valid)? };
+        valid.truncate(data.valid_limit.unwrap_or(usize::MAX));
+        Ok(Self { train, valid })
+    }
 }
 
-/// Reads a file and tokenizes its rows.
-fn load_examples<B: Kernels>(
-    loaded: &LoadedModel<B>,
-    data: &DataConfig,
-    path: &str,
-    schema: &Schema,
-) -> Result<Vec<Example>> {
-    let rows = read_rows(Path::new(path), schema)?;
-    let encoded = encode_rows(&loaded.tokenizer, &rows, data.into());
-    let encoded = encoded.with_context(|| path.to_owned())?;
+/// Takes the share of the rows for validation. Rows that are near to rows of both parts go to neither.
+fn take_share(sources: Vec<Vec<Row>>, share: f64) -> Result<(Vec<Vec<Row>>, Vec<Row>)> {
+    let nearness = Nearness::questions();
+    let fingerprint = |row: &Row| {
+        let long = matches!(row.content, RowContent::Text(_));
+        Fingerprint::new(&row.content.question(), Nearness { long, ..nearness })
+    };
+    let all: Vec<Fingerprint> = sources.iter().flatten().map(fingerprint).collect();
+    let shares = SplitShares { valid: share, test: 0.0, seed: nearness.seed };
+    let mut parts = shares.by_question(&all, nearness).into_iter();
+    let (mut train, mut valid, mut between) = (Vec::new(), Vec::new(), 0);
+    for source in sources {
+        let mut kept = Vec::new();
+        for (row, part) in source.into_iter().zip(parts.by_ref()) {
+            match part {
+                SplitPart::Valid => valid.push(row),
+                SplitPart::Between => between += 1,
+                SplitPart::Train | SplitPart::Test => kept.push(row),
+            }
+        }
+        train.push(kept);
+    }
+    let total = all.len();
+    if valid.is_empty() || train.iter().any(Vec::is_empty) {
+        bail!(
+            "`data.valid`: a share of {share} of {total} rows leaves a part without rows; raise it, or name a file with \
+             validation rows"
+        );
+    }
+    eprintln!(
+        "validation: {} of {total} rows, a share of {share}; {between} are near to rows of both parts and left out",
+        valid.len()
+    );
+    Ok((train, valid))
+}
+
+/// Tokenizes the rows of a file.
+fn examples<B: Kernels>(loaded: &LoadedModel<B>, data: &DataConfig, path: &str, rows: &[Row]) -> Result<Vec<Example>> {
+    let encoded = encode_rows(&loaded.tokenizer, rows, data.into())?;
+    encoded.require_examples(data.max_length).with_context(|| path.to_owned())?;
     report_rows(path, &encoded);
     if let Some(problem) = encoded.beyond_positions(loaded.model.config().position_limit()) {
         eprintln!("warning: {path}: {problem}");

@@ -1,5 +1,6 @@
 //! The file `summary.json`.
 
+use super::record::BestEvaluation;
 use serde::Serialize;
 
 /// The results of a run: `summary.json`.
@@ -9,6 +10,9 @@ pub(crate) struct Summary {
     pub valid_loss_before: Option<f64>,
     /// The same after the last step.
     pub valid_loss_after: Option<f64>,
+    /// The evaluation whose weights are the result, with `train.keep_best`; else they are those of the last step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best: Option<BestEvaluation>,
     /// Optimizer steps.
     pub steps: usize,
     /// The time of the run.

@@ -1,8 +1,12 @@
 //! The training loop.
 
+mod saving;
+mod validation;
+
 use super::{
+    best::BestWeights,
     early_stopping::EarlyStopping,
-    eval_device::{self, Evaluator},
+    eval_device,
     event::{Reporter, RunEnd, RunEvent, RunStart, TraceReport},
     inputs::RunInputs,
     memory::{self, RunSizes, peak_rss_bytes},
@@ -10,17 +14,16 @@ use super::{
     model_loader::{LlamaEngine, ModelLoader},
     options::TrainOptions,
     pipeline::{self, MeanRow, RankPipeline},
-    record::{EvalRecord, LossScaling, MetricsRecord, NoteRecord, ProcessUsage, StepRecord, TokenCounts},
+    record::{LossScaling, MetricsRecord, NoteRecord, ProcessUsage, StepRecord, TokenCounts},
     resume::{Start, Started},
-    run_log::{ResumePoint, RunLog},
+    run_log::RunLog,
     run_output::RunOutput,
     setup,
-    state::TrainerState,
+    state::{self, TrainerState},
     step_rows::{StepRows, TrainData},
     summary::{RunTime, Summary},
 };
 use crate::{
-    eval::{EvalBatching, TotalLoss, eval_batches},
     model::LoadedModel,
     process,
     recipe::{ComputeDtype, Recipe},
@@ -28,7 +31,7 @@ use crate::{
 };
 use anyhow::{Context, Result, anyhow};
 use burn::{backend::Autodiff, train::Interrupter};
-use burn_llama::{Batch, Example, Llama, SequenceLayout, kernel::Kernels};
+use burn_llama::{Batch, Llama, SequenceLayout, kernel::Kernels};
 use burn_peft::{DropoutKey, ForwardContext, adapter};
 use burn_zero::{TrainStepOutput, comm::Communicator};
 use std::{
@@ -37,8 +40,7 @@ use std::{
     path::{Path, PathBuf},
     time::Instant,
 };
-
-mod saving;
+use validation::ValidationData;
 
 /// The trainer of one run.
 pub(super) struct Trainer<B: Kernels> {
@@ -51,23 +53,6 @@ pub(super) struct Trainer<B: Kernels> {
     /// Absent on other ranks than 0.
     run_log: Option<RunLog>,
     progress: RunProgress,
-}
-
-/// The validation rows, and what evaluates them.
-struct ValidationData {
-    rows: Vec<Example>,
-    /// Computes the validation loss on `train.eval_device`, if that is given.
-    evaluator: Option<Box<dyn Evaluator>>,
-    /// The rule of `train.early_stopping`; absent on other ranks than 0, which decides for all.
-    early_stopping: Option<EarlyStopping>,
-}
-
-/// The result of an evaluation.
-struct Validation {
-    /// Mean loss per target token, in nats.
-    loss: f64,
-    /// True if the run should stop early.
-    stop_early: bool,
 }
 
 /// The progress of a run.
@@ -108,11 +93,15 @@ impl<B: Kernels> Trainer<B> {
         (loader, loaded): (ModelLoader<B>, LoadedModel<Autodiff<B>>),
         communicator: Box<dyn Communicator>,
     ) -> Result<Self> {
-        let sources = setup::load_sources(&loaded, &recipe.data)?;
-        let rows = setup::load_validation(&loaded, &recipe.data)?;
+        let setup::RunRows { train: sources, valid: rows } = setup::RunRows::load(&loaded, &recipe.data)?;
         let inputs = RunInputs::new(&loaded, &sources, &rows)?;
         let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
-        let validation = ValidationData { rows, evaluator: eval_device::open(&recipe)?, early_stopping: None };
+        let validation = ValidationData {
+            rows,
+            evaluator: eval_device::open(&recipe)?,
+            early_stopping: None,
+            best: BestWeights::default(),
+        };
         let row = MeanRow::of(sources.iter().flatten());
         let pipeline = RankPipeline::new(&recipe, model.config(), row, communicator.as_ref())?;
         let replicas = pipeline::replicas(&recipe.parallel.pipeline, communicator.world_size())?;
@@ -139,7 +128,7 @@ impl<B: Kernels> Trainer<B> {
         memory::check(&sizes, &recipe, &options.device)?;
         let directory = options.directory.clone();
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
-        let run_log = if engine.rank() == 0 { Some(open_record(&recipe, options, &state)?) } else { None };
+        let run_log = if engine.rank() == 0 { Some(RunLog::begin(&recipe, options, &state)?) } else { None };
         let output = RunOutput::new(adapter, loaded.tokenizer);
         let progress = RunProgress { state, start: Instant::now(), seconds_to_first_step: None, note };
         Ok(Self { recipe, directory, engine, output, data, validation, run_log, progress })
@@ -183,6 +172,9 @@ impl<B: Kernels> Trainer<B> {
         let settings = &self.recipe.train.eval_save;
         let losses = earlier.iter().filter_map(MetricsRecord::valid_loss_after_training);
         self.validation.early_stopping = settings.early_stopping.map(|patience| EarlyStopping::after(patience, losses));
+        if settings.keep_best.is_some() {
+            self.validation.best = BestWeights::after(&earlier, &self.directory)?;
+        }
         let eval_every = settings.eval_every.unwrap_or(total_steps);
         self.report(&RunEvent::Started(RunStart { total_steps, eval_every, earlier: &earlier }), display)?;
         let Some(note) = self.progress.note.take() else { return Ok(()) };
@@ -291,50 +283,6 @@ impl<B: Kernels> Trainer<B> {
         Ok(self.engine.model().batch(micro, &layout, weight, ForwardContext::training(noise))?)
     }
 
-    /// Computes the validation loss after `step` steps and reports it; `None` if there are no validation rows.
-    fn evaluate(&mut self, step: usize, display: &mut dyn Reporter) -> Result<Option<Validation>> {
-        if self.validation.rows.is_empty() {
-            return Ok(None);
-        }
-        let batch_size = self.recipe.train.steps.batch_size;
-        let batching = EvalBatching { batch_size, padding_free: self.recipe.data.packing.is_padding_free() };
-        // Every replica takes whole batches, in turn.
-        let rows = self.validation.rows.chunks(batch_size).skip(self.engine.replica()).step_by(self.engine.replicas());
-        let examples: Vec<Example> = rows.flatten().cloned().collect();
-        let own = match &mut self.validation.evaluator {
-            Some(there) => self.engine.with_full_params(|model| {
-                there.loss(eval_device::trainable_values::<Autodiff<B>, _>(model), &examples, batching)
-            })??,
-            None => {
-                let mut batches = eval_batches(self.engine.model(), &examples, batching)?;
-                // In stage 3 every rank takes part in gathering the weights, so all have as many batches.
-                let batches_per_replica = self.validation.rows.len().div_ceil(batch_size * self.engine.replicas());
-                if batches.len() < batches_per_replica {
-                    batches.push(self.idle_batch()?);
-                }
-                let sum = self.engine.losses(&batches)?;
-                TotalLoss { sum, target_tokens: examples.iter().map(Example::num_targets).sum() }
-            }
-        };
-        // The ranks of a pipeline have the same rows.
-        let targets = if self.engine.rank() < self.engine.replicas() { own.target_tokens as f64 } else { 0.0 };
-        let sums = self.engine.sum_over_ranks(&[own.sum, targets])?;
-        let (loss, elapsed_seconds) = (sums[0] / sums[1], self.progress.elapsed_seconds());
-        if step == 0 {
-            self.engine.with_full_params(|model| model.check_finite("validation loss", loss.is_finite()))??;
-        }
-        let record = MetricsRecord::Eval(EvalRecord { step, valid_loss: loss, elapsed_seconds });
-        self.report(&RunEvent::Record(&record), display)?;
-        let observed = self.validation.early_stopping.as_mut().zip(record.valid_loss_after_training());
-        let stop = observed.is_some_and(|(rule, loss)| rule.observe(loss));
-        Ok(Some(Validation { loss, stop_early: self.any_rank(stop)? }))
-    }
-
-    /// Builds a batch of one validation row with weight 0, for a replica that has no rows left.
-    fn idle_batch(&self) -> Result<Batch<Autodiff<B>>> {
-        let row = &self.validation.rows[..1];
-        let layout = SequenceLayout::from_lengths(&[row[0].ids.len()], true);
-        Ok(self.engine.model().batch(row, &layout, 0.0, ForwardContext::default())?)
     }
 
     /// Evaluates a last time and writes the result and the summary.
@@ -343,12 +291,22 @@ impl<B: Kernels> Trainer<B> {
         self.write_trace(display)?;
         let valid_loss_after = self.evaluate(steps, display)?.map(|found| found.loss);
         let directory = self.directory.clone();
-        self.save_result(&directory)?;
+        // Without a finite validation loss, no evaluation is the best one.
+        let best = self.validation.best.evaluation();
+        if self.any_rank(best.is_some())? {
+            if self.engine.rank() == 0 {
+                let resumable = !state::checkpoints(&directory)?.is_empty();
+                self.validation.best.publish(&directory, self.output.folder_name(), resumable)?;
+            }
+        } else {
+            self.save(&directory)?;
+        }
         self.report(&RunEvent::Finished(RunEnd::Complete), display)?;
         let TrainerState { tokens, time, valid_loss_before, .. } = self.progress.state;
         let summary = Summary {
             valid_loss_before,
             valid_loss_after,
+            best,
             steps,
             time: RunTime {
                 seconds: self.progress.elapsed_seconds(),
@@ -379,18 +337,4 @@ impl<B: Kernels> Trainer<B> {
 fn trainable_parameters<B: Kernels>(engine: &LlamaEngine<B>) -> Result<usize> {
     let sum = engine.sum_over_ranks(&[engine.trainable_parameters() as f64])?[0];
     Ok((sum / engine.replicas() as f64) as usize)
-}
-
-/// Opens the record of a run: its recipe, its inputs and its log. The summary of a finished run that goes on is removed.
-fn open_record(recipe: &Recipe, options: &TrainOptions, state: &TrainerState) -> Result<RunLog> {
-    let directory = &options.directory;
-    write::write_atomically(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
-    let inputs = serde_json::to_string_pretty(&state.inputs)?;
-    write::write_atomically(&directory.join("inputs.json"), format!("{inputs}\n").as_bytes())?;
-    let summary = directory.join("summary.json");
-    if summary.exists() {
-        fs::remove_file(&summary).with_context(|| format!("{}: cannot be removed", summary.display()))?;
-    }
-    let resume = ResumePoint { step: state.step, metrics_bytes: state.metrics_bytes };
-    RunLog::open(directory, recipe, resume, options.display)
 }

@@ -1,10 +1,11 @@
-//! The files that a run writes: checkpoints, and the trained adapter or model.
+//! The files that a run saves: the result, checkpoints, and the weights of the best evaluation.
 
-use super::{Trainer, TrainerState};
+use super::Trainer;
 use crate::train::{
-    consolidate,
+    best, consolidate,
+    record::BestEvaluation,
     run_log::RunLog,
-    state::{self, STATE_FILE, TimeTaken},
+    state::{self, STATE_FILE, TimeTaken, TrainerState},
 };
 use anyhow::{Context, Result, bail};
 use burn::{backend::Autodiff, module::Module};
@@ -13,6 +14,21 @@ use burn_peft::adapter;
 use std::{fs, path::Path};
 
 impl<B: Kernels> Trainer<B> {
+    /// Saves the weights of an evaluation that is better than all before, if the recipe asks for it.
+    pub(super) fn keep_best(&mut self, evaluation: BestEvaluation) -> Result<()> {
+        let BestEvaluation { step, valid_loss } = evaluation;
+        if self.recipe.train.eval_save.keep_best.is_none() || step == 0 {
+            return Ok(());
+        }
+        let better = self.engine.rank() == 0 && self.validation.best.is_better(valid_loss);
+        if !self.any_rank(better)? {
+            return Ok(());
+        }
+        self.save(&best::folder(&self.directory, step))?;
+        self.validation.best.set(evaluation);
+        Ok(())
+    }
+
     /// Returns true if no rank has the whole model.
     fn is_pipeline(&self) -> bool {
         self.engine.world() > self.engine.replicas()
@@ -23,7 +39,7 @@ impl<B: Kernels> Trainer<B> {
     ///
     /// # Errors
     /// If a trained weight is not finite, or a file cannot be written.
-    pub(super) fn save_result(&self, directory: &Path) -> Result<()> {
+    pub(super) fn save(&self, directory: &Path) -> Result<()> {
         if !self.is_pipeline() {
             return self.write_result(directory);
         }
@@ -85,7 +101,9 @@ impl<B: Kernels> Trainer<B> {
             state::commit(&path, &state, written)?;
             let all = state::checkpoints(&self.directory)?;
             let surplus = all.len().saturating_sub(self.recipe.train.eval_save.keep);
-            return all[..surplus].iter().try_for_each(|old| state::remove(old));
+            all[..surplus].iter().try_for_each(|old| state::remove(old))?;
+            let records = self.run_log.as_ref().map(RunLog::records).transpose()?.unwrap_or_default();
+            return self.validation.best.remove_others(&records, &self.directory);
         }
         written
     }
