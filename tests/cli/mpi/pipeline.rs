@@ -1,7 +1,11 @@
 //! Tests of pipelines of MPI processes: they train what one process trains, and refuse what they cannot divide.
 
 use super::{assert_same, command, trained};
-use crate::{run::train, work::WorkDir};
+use crate::{
+    model::{apart, floats, tensors},
+    run::train,
+    work::WorkDir,
+};
 use serde_json::Value;
 use std::{
     process::{Command, Stdio},
@@ -43,6 +47,13 @@ impl Pipeline {
     }
 }
 
+/// Returns all values of the trained model or adapter of a run.
+fn result(work: &WorkDir, kind: &str, folder: &str) -> Vec<f32> {
+    let file = if kind == "full" { "model/model.safetensors" } else { "adapter/adapter_model.safetensors" };
+    let all = tensors(&work.at(folder).join(file)).into_values();
+    all.flat_map(|(_, _, bytes)| floats(&bytes)).collect()
+}
+
 #[test]
 fn mpi_pipelines_train_what_one_process_trains() {
     let work = WorkDir::new();
@@ -55,6 +66,9 @@ fn mpi_pipelines_train_what_one_process_trains() {
             let found = pipeline.trained(&work, &format!("{kind}-{index}"), &shared);
             let what = format!("{kind}, {} × {} ranks, {:?}", pipeline.data, pipeline.pipeline, pipeline.sets);
             assert_same(&found, &alone, &what);
+            let difference =
+                apart(&result(&work, kind, &format!("{kind}-{index}")), &result(&work, kind, &format!("{kind}-alone")));
+            assert!(difference < 1e-4, "{what}: the result is {difference:e} off");
             // The gradients of one pipeline are summed in the order of one process.
             if pipeline.data == 1 {
                 assert_eq!(found, alone, "{what}");

@@ -62,7 +62,11 @@ fn find_checkpoint(folder: &Path) -> Result<(PathBuf, PathBuf)> {
     }
 }
 
-fn write<B: Kernels>(recipe: &Recipe, state: &Path, out: &Path, device: &B::Device) -> Result<()> {
+/// Writes the model or adapter whose trained weights are in the files at `state` into the folder `out`.
+///
+/// # Errors
+/// If the base model or `state` cannot be read, or a file cannot be written.
+pub(super) fn write<B: Kernels>(recipe: &Recipe, state: &Path, out: &Path, device: &B::Device) -> Result<()> {
     let dtype = recipe.model.dtype.unwrap_or_default();
     let loaded = model::load_recipe_base::<Autodiff<B>>(recipe, dtype, device)?;
     let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, recipe)?;
