@@ -3,15 +3,20 @@
 use super::{
     event::{Reporter, RunEvent},
     metrics_file::MetricsFile,
+    options::TrainOptions,
     plot::LossPlot,
     progress::ProgressLine,
     record::MetricsRecord,
+    state::TrainerState,
     tensorboard::TensorBoardWriter,
     wandb::{RunMetadata, WandbWriter},
 };
-use crate::recipe::{Recipe, ReportTo};
+use crate::{
+    recipe::{Recipe, ReportTo},
+    write,
+};
 use anyhow::{Context, Result};
-use std::path::Path;
+use std::{fs, path::Path};
 
 const PROJECT: &str = "medqa";
 
@@ -23,11 +28,11 @@ pub(super) struct RunLog {
 
 /// The point from which a log continues; all zeros for a new run.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct ResumePoint {
+struct ResumePoint {
     /// Steps taken.
-    pub step: usize,
+    step: usize,
     /// The length of `metrics.jsonl`.
-    pub metrics_bytes: u64,
+    metrics_bytes: u64,
 }
 
 impl RunLog {
@@ -35,7 +40,7 @@ impl RunLog {
     ///
     /// # Errors
     /// If a file cannot be written, or the earlier metrics cannot be read.
-    pub(super) fn open(directory: &Path, recipe: &Recipe, resume: ResumePoint, display: bool) -> Result<Self> {
+    fn open(directory: &Path, recipe: &Recipe, resume: ResumePoint, display: bool) -> Result<Self> {
         let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), resume.metrics_bytes)?;
         let earlier = metrics.records()?;
         let mut reporters: Vec<Box<dyn Reporter + Send>> = Vec::new();
@@ -77,4 +82,18 @@ impl Reporter for RunLog {
         self.metrics.report(event)?;
         self.reporters.iter_mut().try_for_each(|reporter| reporter.report(event))
     }
+}
+
+/// Opens the record of a run: its recipe, its inputs and its log. The summary of a finished run that goes on is removed.
+pub(super) fn open_record(recipe: &Recipe, options: &TrainOptions, state: &TrainerState) -> Result<RunLog> {
+    let directory = &options.directory;
+    write::write_atomically(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
+    let inputs = serde_json::to_string_pretty(&state.inputs)?;
+    write::write_atomically(&directory.join("inputs.json"), format!("{inputs}\n").as_bytes())?;
+    let summary = directory.join("summary.json");
+    if summary.exists() {
+        fs::remove_file(&summary).with_context(|| format!("{}: cannot be removed", summary.display()))?;
+    }
+    let resume = ResumePoint { step: state.step, metrics_bytes: state.metrics_bytes };
+    RunLog::open(directory, recipe, resume, options.display)
 }

@@ -4,10 +4,10 @@ use crate::{
     data::{EncodedRows, encode_rows, read_rows},
     fetch, identify, method_adapter,
     model::LoadedModel,
-    recipe::{self, ComputeDtype, DataConfig, Recipe},
+    recipe::{self, ComputeDtype, DataConfig, MethodKind, Recipe},
     schema::Schema,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use burn_llama::{Example, Llama, kernel::Kernels};
 use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights};
 use burn_zero::{
@@ -17,6 +17,19 @@ use burn_zero::{
     optimizer::{AdamW, NamedLrScale, Optimizer, ParamGroups},
 };
 use std::path::Path;
+
+/// Returns the recipe with the number of steps of its run, on which the schedule of AdaLoRA depends.
+///
+/// # Errors
+/// If the run has too few steps for that schedule.
+pub(super) fn with_max_steps(recipe: &Recipe, steps: usize) -> Result<Recipe> {
+    let mut recipe = recipe.clone();
+    recipe.train.steps.max_steps = Some(steps);
+    if recipe.method.common.kind == MethodKind::AdaLora {
+        recipe.method.adalora.check_steps(steps).map_err(|problem| anyhow!("`method.tinit`: {problem}"))?;
+    }
+    Ok(recipe)
+}
 
 /// Initializes new adapters by LoftQ, which needs the weights before quantization; these are read from the model's
 /// files, a few at a time. A resumed run has its adapters already.

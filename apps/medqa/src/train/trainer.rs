@@ -1,6 +1,7 @@
 //! The training loop.
 
 use super::{
+    adalora::{self, RankAllocation},
     early_stopping::EarlyStopping,
     eval_device::{self, Evaluator},
     event::{Reporter, RunEnd, RunEvent, RunStart, TraceReport},
@@ -12,7 +13,7 @@ use super::{
     pipeline::{self, MeanRow, RankPipeline},
     record::{EvalRecord, LossScaling, MetricsRecord, NoteRecord, ProcessUsage, StepRecord, TokenCounts},
     resume::{Start, Started},
-    run_log::{ResumePoint, RunLog},
+    run_log::{RunLog, open_record},
     run_output::RunOutput,
     setup,
     state::{self, STATE_FILE, TimeTaken, TrainerState},
@@ -48,7 +49,7 @@ pub(super) struct Trainer<B: Kernels> {
     validation: ValidationData,
     /// Absent on other ranks than 0.
     run_log: Option<RunLog>,
-    progress: RunProgress,
+    progress: RunProgress<B>,
 }
 
 /// The validation rows, and what evaluates them.
@@ -69,8 +70,10 @@ struct Validation {
 }
 
 /// The progress of a run.
-struct RunProgress {
+struct RunProgress<B: Kernels> {
     state: TrainerState,
+    /// The ranks allocated so far, with AdaLoRA.
+    allocation: Option<RankAllocation<B>>,
     /// The start time in this process; the time before a resume is in `state`.
     start: Instant,
     /// Seconds from the start of the process to the first step of this run.
@@ -79,7 +82,7 @@ struct RunProgress {
     note: Option<String>,
 }
 
-impl RunProgress {
+impl<B: Kernels> RunProgress<B> {
     /// Returns the seconds since the run started, without the time between interruption and resume.
     fn elapsed_seconds(&self) -> f64 {
         self.state.time.seconds + self.start.elapsed().as_secs_f64()
@@ -106,17 +109,19 @@ impl<B: Kernels> Trainer<B> {
         (loader, loaded): (ModelLoader<B>, LoadedModel<Autodiff<B>>),
         communicator: Box<dyn Communicator>,
     ) -> Result<Self> {
+        adalora::check_world(&recipe, communicator.world_size())?;
         let sources = setup::load_sources(&loaded, &recipe.data)?;
         let rows = setup::load_validation(&loaded, &recipe.data)?;
         let inputs = RunInputs::new(&loaded, &sources, &rows)?;
-        let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
-        let validation = ValidationData { rows, evaluator: eval_device::open(&recipe)?, early_stopping: None };
         let row = MeanRow::of(sources.iter().flatten());
-        let pipeline = RankPipeline::new(&recipe, model.config(), row, communicator.as_ref())?;
         let replicas = pipeline::replicas(&recipe.parallel.pipeline, communicator.world_size())?;
         let data = TrainData::new(&recipe, sources, replicas)?;
-        let config = setup::engine_config(&recipe, communicator)?;
         let (rows_per_step, total_steps) = (data.batch_sampler.rows_per_step(), data.batch_sampler.total_steps());
+        let complete = setup::with_max_steps(&recipe, total_steps)?;
+        let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, &complete)?;
+        let validation = ValidationData { rows, evaluator: eval_device::open(&recipe)?, early_stopping: None };
+        let pipeline = RankPipeline::new(&recipe, model.config(), row, communicator.as_ref())?;
+        let config = setup::engine_config(&recipe, communicator)?;
         let start = Start {
             recipe: &recipe,
             loader: &loader,
@@ -127,7 +132,7 @@ impl<B: Kernels> Trainer<B> {
             rows_per_step,
             total_steps,
         };
-        let Started { engine, state, note } = start.engine(model, config)?;
+        let Started { engine, allocation, state, note } = start.engine(model, config)?;
         // The ranks of a pipeline have different parameters.
         let trained = engine.sum_over_ranks(&[engine.trainable_parameters() as f64])?[0] / engine.replicas() as f64;
         let sizes = RunSizes {
@@ -141,7 +146,7 @@ impl<B: Kernels> Trainer<B> {
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
         let run_log = if engine.rank() == 0 { Some(open_record(&recipe, options, &state)?) } else { None };
         let output = RunOutput::new(adapter, loaded.tokenizer);
-        let progress = RunProgress { state, start: Instant::now(), seconds_to_first_step: None, note };
+        let progress = RunProgress { state, allocation, start: Instant::now(), seconds_to_first_step: None, note };
         Ok(Self { recipe, directory, engine, output, data, validation, run_log, progress })
     }
 
@@ -269,7 +274,12 @@ impl<B: Kernels> Trainer<B> {
         learning_rate: f64,
     ) -> Result<TrainStepOutput> {
         let micro_batches = micro_batches.map(|micro| self.micro_batch(rows, micro)).collect::<Result<Vec<_>>>()?;
-        let output = self.engine.train_step(&micro_batches, learning_rate)?;
+        let output = match &mut self.progress.allocation {
+            Some(allocation) => {
+                allocation.train_step(&mut self.engine, &micro_batches, rows.step + 1, learning_rate)?
+            }
+            None => self.engine.train_step(&micro_batches, learning_rate)?,
+        };
         let loss = self.engine.sum_over_ranks(&[output.loss])?[0];
         Ok(TrainStepOutput { loss, ..output })
     }
@@ -367,6 +377,7 @@ impl<B: Kernels> Trainer<B> {
         let written = self
             .save(&partial)
             .and_then(|()| Ok(self.engine.save(&partial.join(STATE_FILE))?))
+            .and_then(|()| self.progress.allocation.as_ref().map_or(Ok(()), |it| it.save(&self.engine, &partial)))
             .and_then(|()| Ok(self.engine.barrier()?));
         if first {
             state::commit(&path, &state, written)?;
@@ -413,18 +424,4 @@ impl<B: Kernels> Trainer<B> {
         let Some(overlap_fraction) = self.engine.trace().overlap_fraction() else { return Ok(()) };
         self.report(&RunEvent::TraceWritten(TraceReport { path: &path, overlap_fraction }), display)
     }
-}
-
-/// Opens the record of a run: its recipe, its inputs and its log. The summary of a finished run that goes on is removed.
-fn open_record(recipe: &Recipe, options: &TrainOptions, state: &TrainerState) -> Result<RunLog> {
-    let directory = &options.directory;
-    write::write_atomically(&directory.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
-    let inputs = serde_json::to_string_pretty(&state.inputs)?;
-    write::write_atomically(&directory.join("inputs.json"), format!("{inputs}\n").as_bytes())?;
-    let summary = directory.join("summary.json");
-    if summary.exists() {
-        fs::remove_file(&summary).with_context(|| format!("{}: cannot be removed", summary.display()))?;
-    }
-    let resume = ResumePoint { step: state.step, metrics_bytes: state.metrics_bytes };
-    RunLog::open(directory, recipe, resume, options.display)
 }
