@@ -1,5 +1,6 @@
 //! End-to-end tests of the command line: every verb on a small random model, and one-line errors for every mistake.
 
+mod adalora;
 mod adapters;
 mod before;
 mod chat;

@@ -143,8 +143,11 @@ fn to_target_modules(targets: &Targets) -> TargetModules {
 /// Returns PEFT's LoRA configuration for a recipe.
 pub(crate) fn lora_config(recipe: &Recipe) -> LoraConfig {
     let (lora, scope, choice) = (&recipe.method.lora, &recipe.method.targets, &recipe.method.common);
+    let adalora = (choice.kind == MethodKind::AdaLora).then_some(&recipe.method.adalora);
+    // Only the trainer knows the number of steps of a run in epochs, see `setup::with_max_steps`.
+    let steps = recipe.train.steps.max_steps.unwrap_or(usize::MAX);
     LoraConfig {
-        r: lora.r,
+        r: adalora.map_or(lora.r, |adalora| adalora.init_r),
         lora_alpha: lora.alpha,
         lora_dropout: choice.dropout,
         use_rslora: lora.use_rslora,
@@ -161,7 +164,7 @@ pub(crate) fn lora_config(recipe: &Recipe) -> LoraConfig {
         trainable_token_indices: None,
         ensure_weight_tying: false,
         save_embedding_layers: false,
-        adalora: None,
+        adalora: adalora.map(|adalora| adalora.schedule(steps)),
         base_model_name_or_path: Some(recipe.model.path.clone()),
     }
 }

@@ -205,7 +205,9 @@ fn describe(config: &Value) -> String {
         let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
         words.push(format!("{name} {text}"));
     };
-    for (key, name) in [("r", "rank"), ("lora_alpha", "alpha"), ("num_virtual_tokens", "virtual tokens")] {
+    // AdaLoRA does not use `r`.
+    let rank = if config["peft_type"] == "ADALORA" { ("target_r", "mean rank") } else { ("r", "rank") };
+    for (key, name) in [rank, ("lora_alpha", "alpha"), ("num_virtual_tokens", "virtual tokens")] {
         if !config[key].is_null() {
             add(name, &config[key]);
         }

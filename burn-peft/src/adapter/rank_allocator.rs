@@ -204,13 +204,25 @@ fn from_identity<B: AutodiffBackend>(x: Tensor<B::InnerBackend, 2>) -> (f64, Ten
     (norm, difference.matmul(x) * scale)
 }
 
-/// The names of the tensors of a saved state.
+/// The name of the number of steps in a saved state.
+const TOTAL_STEP: &str = "total_step";
+
+/// The names of a parameter's tensors in a saved state.
 const STATE: [&str; 2] = ["sensitivity", "uncertainty"];
 
+/// Removes a tensor from the state and returns it, if it has this shape.
+fn take(state: &mut BTreeMap<String, TensorData>, key: &str, shape: &[usize]) -> Option<TensorData> {
+    if state.get(key)?.shape.as_slice() != shape {
+        return None;
+    }
+    state.remove(key)
+}
+
 impl<B: AutodiffBackend + LinearKernels> RankAllocator<B> {
-    /// Returns the importance and the ranks kept, by name, to go on with [`RankAllocator::restore`].
+    /// Returns the importance, the ranks kept and the number of steps, by name, to go on with [`RankAllocator::restore`].
     pub fn state<M: Linears<B>>(&self, model: &M) -> BTreeMap<String, TensorData> {
-        let mut state = BTreeMap::new();
+        let total_step = TensorData::new(vec![self.config.total_step as f32], [1]);
+        let mut state = BTreeMap::from([(TOTAL_STEP.to_owned(), total_step)]);
         for (key, Importance { sensitivity, uncertainty }) in &self.importance {
             for (name, value) in STATE.iter().zip([sensitivity, uncertainty]) {
                 state.insert(format!("{key}.{name}"), value.to_data());
@@ -229,21 +241,31 @@ impl<B: AutodiffBackend + LinearKernels> RankAllocator<B> {
     /// Takes up the state that [`RankAllocator::state`] returned.
     ///
     /// # Errors
-    /// If a tensor has another shape than in this model, or belongs to no parameter of the adapter.
+    /// If the number of steps is another one, or a tensor has another shape than in this model or belongs to no parameter
+    /// of the adapter.
     pub fn restore<M: Linears<B>>(
         &mut self,
         model: &mut M,
         mut state: BTreeMap<String, TensorData>,
     ) -> Result<(), Error> {
+        let before = state.remove(TOTAL_STEP).and_then(|data| data.iter::<f32>().next());
+        let now = self.config.total_step;
+        if before != Some(now as f32) {
+            let before = before.unwrap_or_default();
+            let problem = format!("`total_step`: expected {before}, for which the ranks were allocated, found {now}");
+            return Err(Error::config(problem));
+        }
         let mut restored = BTreeMap::new();
         self.layers_mut(model, |path, lora| {
-            if let (Some(kept), Some(adalora)) = (state.remove(&format!("{path}.kept")), &mut lora.adalora) {
+            let ranks = lora.lora_a.lazy_shape()[0];
+            let kept = take(&mut state, &format!("{path}.kept"), &[ranks]);
+            if let (Some(kept), Some(adalora)) = (kept, &mut lora.adalora) {
                 adalora.kept = Some(kept.iter::<f32>().map(|kept| kept > 0.0).collect());
             }
             for (part, param) in PARTS.iter().zip(parameters(lora).into_iter().flatten()) {
                 let (key, shape, device) = (format!("{path}.{part}"), param.lazy_shape(), param.lazy_device());
                 let [sensitivity, uncertainty] = STATE.map(|name| {
-                    let data = state.remove(&format!("{key}.{name}")).filter(|data| data.shape == shape)?;
+                    let data = take(&mut state, &format!("{key}.{name}"), shape.as_slice())?;
                     Some(Tensor::<B::InnerBackend, 2>::from_data(data, &device))
                 });
                 if let (Some(sensitivity), Some(uncertainty)) = (sensitivity, uncertainty) {

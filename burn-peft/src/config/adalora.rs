@@ -67,7 +67,7 @@ impl AdaLoraConfig {
         if !(orth_reg_weight >= 0.0 && orth_reg_weight.is_finite()) {
             return refuse("orth_reg_weight", "a number, 0 or more", orth_reg_weight.to_string());
         }
-        if tinit + tfinal >= total_step {
+        if tinit.saturating_add(tfinal) >= total_step {
             let expected =
                 format!("more steps than `tinit` and `tfinal`, which are {tinit} and {tfinal}, to allocate in");
             return refuse("total_step", &expected, total_step.to_string());

@@ -129,7 +129,10 @@ pub fn read_tensors(directory: &Path) -> Result<BTreeMap<String, TensorData>, Er
 }
 
 /// Reads the tensors of a safetensors file, or of a `.bin` file of PyTorch, in f32.
-pub(crate) fn read_file(path: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
+///
+/// # Errors
+/// If the file is missing or malformed.
+pub fn read_file(path: &Path) -> Result<BTreeMap<String, TensorData>, Error> {
     if path.extension().is_some_and(|extension| extension == "bin") {
         let file = PytorchFile::open(path)?;
         return file.shapes().map(|(name, _)| Ok((name.clone(), file.read(name, DType::F32)?))).collect();
@@ -166,21 +169,31 @@ pub fn write(
     tensors: impl IntoIterator<Item = (String, TensorData)>,
 ) -> Result<(), Error> {
     fs::create_dir_all(directory).map_err(|e| Error::io(directory, e))?;
+    write_tensors(&directory.join(SAFETENSORS_WEIGHTS_NAME), tensors)?;
+    let json = serde_json::to_string_pretty(config)
+        .map_err(|e| Error::format(directory, CONFIG_NAME, "serialisable values", e))?;
+    atomic_write(&directory.join(CONFIG_NAME), json.as_bytes())
+}
+
+/// Writes tensors in f32 into a safetensors file, which is replaced atomically.
+///
+/// # Errors
+/// If the file cannot be written.
+///
+/// # Panics
+/// Panics if a tensor is not in f32.
+pub fn write_tensors(path: &Path, tensors: impl IntoIterator<Item = (String, TensorData)>) -> Result<(), Error> {
     let tensors: Vec<(String, TensorData)> = tensors.into_iter().collect();
     let mut views = Vec::with_capacity(tensors.len());
     for (name, data) in &tensors {
         assert_eq!(data.dtype, DType::F32, "{name}: adapters are f32");
         let view = TensorView::new(Dtype::F32, data.shape.to_vec(), data.as_bytes())
-            .map_err(|e| Error::format(directory, name, "a tensor", e))?;
+            .map_err(|e| Error::format(path, name, "a tensor", e))?;
         views.push((name.clone(), view));
     }
     let metadata = Some(HashMap::from([("format".to_owned(), "pt".to_owned())]));
-    let bytes = safetensors::serialize(views, metadata)
-        .map_err(|e| Error::format(directory, SAFETENSORS_WEIGHTS_NAME, "tensors", e))?;
-    atomic_write(&directory.join(SAFETENSORS_WEIGHTS_NAME), &bytes)?;
-    let json = serde_json::to_string_pretty(config)
-        .map_err(|e| Error::format(directory, CONFIG_NAME, "serialisable values", e))?;
-    atomic_write(&directory.join(CONFIG_NAME), json.as_bytes())
+    let bytes = safetensors::serialize(views, metadata).map_err(|e| Error::format(path, "content", "tensors", e))?;
+    atomic_write(path, &bytes)
 }
 
 /// Replaces a file atomically, by writing a temporary file and renaming it: a reader sees the old file or the new one.

@@ -5,7 +5,7 @@ use super::{
     budget::Budget,
     engine::{Engine, ItemQueue, StopReason},
     journal::{Journal, JournalEntry},
-    output::{Output, write_file},
+    output::{RowsOutput, write_file},
     plan::{GenerationPlan, MethodName},
     provider::{ApiProvider, LocalProvider, Provider},
     recipe::{GenerateRecipe, Language},
@@ -228,7 +228,7 @@ fn open<'a>(
     budget.close_lost();
     write_file(&folder.join("recipe.toml"), recipe.to_toml()?.as_bytes())?;
     let wanted = args.limits.rows.map(NonZeroU64::get);
-    let output = Output::new(plan.rules.clone(), plan.source.clone(), wanted);
+    let output = RowsOutput::new(plan.rules.clone(), plan.source.clone(), wanted);
     let (method, queue) = (plan.method.as_ref(), ItemQueue::default());
     Ok(Engine { method, recipe, journal, budget, output, format, queue, stop: None })
 }

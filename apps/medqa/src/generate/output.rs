@@ -23,7 +23,7 @@ pub(super) struct RowSource {
 }
 
 /// The rows so far.
-pub(super) struct Output {
+pub(super) struct RowsOutput {
     filters: RowFilters,
     source: RowSource,
     wanted: Option<u64>,
@@ -45,7 +45,7 @@ pub(super) struct OutputTexts {
     pub rejected: Vec<u8>,
 }
 
-impl Output {
+impl RowsOutput {
     /// Creates an output that is complete with `wanted` rows.
     pub(super) fn new(rules: FilterRules, source: RowSource, wanted: Option<u64>) -> Self {
         Self {

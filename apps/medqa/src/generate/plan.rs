@@ -2,7 +2,7 @@
 
 use super::{
     filters::FilterRules,
-    input::{SourceRow, MethodInput},
+    input::{MethodInput, SourceRow},
     method::{Evolve, GraphQuestions, Magpie, Method, Passages, Refusals, Rejection, SeedTask, SelfChat, SelfInstruct},
     output::RowSource,
     recipe::GenerateRecipe,
@@ -115,7 +115,8 @@ fn build(name: MethodName, recipe: &GenerateRecipe, model: &ModelArgs, input: Me
     let (seed, language, options) = (recipe.seed, recipe.language, &recipe.method);
     Ok(match name {
         MethodName::SelfInstruct => {
-            let task = |row: SourceRow| SeedTask { instruction: row.question, input: String::new(), output: row.answer };
+            let task =
+                |row: SourceRow| SeedTask { instruction: row.question, input: String::new(), output: row.answer };
             Box::new(SelfInstruct { seed, language, tasks: input.rows.into_iter().map(task).collect() })
         }
         MethodName::Passages => Box::new(Passages::new(language, &input.rows, options.chunk_characters)),

@@ -1,11 +1,13 @@
 //! Validates a recipe: refuses values that cannot be run, by key.
 
-use std::{collections::BTreeSet, fmt::Display};
+use std::collections::BTreeSet;
 
 use super::{
     AdapterTargets, DataConfig, EvalSaveConfig, LrScheduleConfig, MethodConfig, MethodKind, OptimizerConfig,
     ParallelConfig, Partition, Recipe, StepsConfig, TargetModules, ValidationRows, VirtualTokens, WeightDtype,
-    deepspeed_schedule, loss_scaler,
+    check_adalora, deepspeed_schedule,
+    invalid_value::{InvalidValue, ensure, ensure_given, ensure_positive},
+    loss_scaler,
 };
 use burn_llama::ChatTemplate;
 use burn_peft::config::InitLoraWeights;
@@ -13,9 +15,6 @@ use burn_zero::{
     OffloadDevice, ZeroStage,
     pipeline::{PipelineError, PipelineShape},
 };
-
-/// The key and what is wrong with its value.
-type InvalidValue = (&'static str, String);
 
 /// Checks all values of `recipe`; the error is the first invalid one.
 pub(super) fn check(recipe: &Recipe) -> Result<(), InvalidValue> {
@@ -30,6 +29,7 @@ pub(super) fn check(recipe: &Recipe) -> Result<(), InvalidValue> {
     data(&recipe.data)?;
     method(&recipe.method, recipe.model.dtype)?;
     loftq(recipe)?;
+    check_adalora::check(recipe)?;
     steps(&recipe.train.steps)?;
     optimizer(&recipe.train.optimizer)?;
     schedule(&recipe.train.schedule)?;
@@ -78,7 +78,7 @@ fn data(data: &DataConfig) -> Result<(), InvalidValue> {
 }
 
 fn method(method: &MethodConfig, dtype: Option<WeightDtype>) -> Result<(), InvalidValue> {
-    let MethodConfig { common, lora, targets, virtual_tokens: tokens } = method;
+    let MethodConfig { common, lora, targets, virtual_tokens: tokens, .. } = method;
     if lora.r == 0 {
         // PEFT's own message.
         let problem = format!("`r` should be a positive integer value but the value passed is {}", lora.r);
@@ -302,16 +302,4 @@ fn pipeline_start(method: &MethodConfig) -> Result<(), InvalidValue> {
     let start = &lora.init_lora_weights;
     let own = !matches!(start, InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora | InitLoraWeights::Loftq);
     ensure("method.init_lora_weights", own, expected, serde_json::to_string(start).unwrap_or_default())
-}
-
-fn ensure_positive(key: &'static str, count: Option<usize>) -> Result<(), InvalidValue> {
-    ensure(key, count != Some(0), "a positive integer", 0)
-}
-
-fn ensure_given(key: &'static str, text: &str, expected: &str) -> Result<(), InvalidValue> {
-    ensure(key, !text.trim().is_empty(), expected, "nothing")
-}
-
-fn ensure(key: &'static str, holds: bool, expected: &str, found: impl Display) -> Result<(), InvalidValue> {
-    if holds { Ok(()) } else { Err((key, format!("expected {expected}, found {found}"))) }
 }

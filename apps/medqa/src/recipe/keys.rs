@@ -6,9 +6,9 @@ use serde::de::{Deserializer, Visitor};
 use serde::{Deserialize, forward_to_deserialize_any};
 
 use super::{
-    AdapterTargets, CommonMethodConfig, DataConfig, EvalSaveConfig, LoraOptions, LrScheduleConfig, MethodConfig,
-    ModelConfig, OffloadConfig, OptimizerConfig, ParallelConfig, ParallelFiles, PipelineOptions, ShardingConfig,
-    StepsConfig, TrainConfig, VirtualTokens, other_tools,
+    AdaLoraOptions, AdapterTargets, CommonMethodConfig, DataConfig, EvalSaveConfig, LoraOptions, LrScheduleConfig,
+    MethodConfig, ModelConfig, OffloadConfig, OptimizerConfig, ParallelConfig, ParallelFiles, PipelineOptions,
+    ShardingConfig, StepsConfig, TrainConfig, VirtualTokens, other_tools,
 };
 
 /// A table of a recipe file.
@@ -44,6 +44,7 @@ impl RecipeKeys {
                 &[
                     field_names::<CommonMethodConfig>(),
                     field_names::<LoraOptions>(),
+                    field_names::<AdaLoraOptions>(),
                     field_names::<AdapterTargets>(),
                     field_names::<VirtualTokens>(),
                 ],

@@ -1,7 +1,7 @@
-//! The table `[method]`: one flat table in the file, four small structs in the program.
+//! The table `[method]`: one flat table in the file, five small structs in the program.
 
 use super::value::{TargetModules, TrainableLayers, describe};
-use burn_peft::config::{Bias, InitLoraWeights, OneOrMany};
+use burn_peft::config::{AdaLoraConfig, Bias, InitLoraWeights, OneOrMany};
 use serde::{Deserialize, Deserializer, Serialize, de::Error};
 use serde_json::{Map, Value};
 
@@ -15,6 +15,9 @@ pub struct MethodConfig {
     /// The hyperparameters of LoRA and its variants.
     #[serde(flatten)]
     pub lora: LoraOptions,
+    /// The schedule of ranks of AdaLoRA.
+    #[serde(flatten)]
+    pub adalora: AdaLoraOptions,
     /// The modules that get adapters, and those that are trained in full.
     #[serde(flatten)]
     pub targets: AdapterTargets,
@@ -52,6 +55,10 @@ pub enum MethodKind {
     QLora,
     /// LoRA with the magnitude and the direction of the weights trained separately.
     Dora,
+    /// LoRA whose ranks are allocated to the layers during training, by importance.
+    #[serde(rename = "adalora")]
+    #[value(name = "adalora")]
+    AdaLora,
     /// Learned scaling factors of features.
     Ia3,
     /// Prefix tuning: learned keys and values before every sequence, in every block.
@@ -70,7 +77,7 @@ pub enum MethodKind {
 impl MethodKind {
     /// Returns whether this is LoRA or one of its variants.
     pub fn is_lora(self) -> bool {
-        matches!(self, Self::Lora | Self::QLora | Self::Dora)
+        matches!(self, Self::Lora | Self::QLora | Self::Dora | Self::AdaLora)
     }
 
     /// Returns whether this method trains virtual tokens.
@@ -82,6 +89,7 @@ impl MethodKind {
     pub fn default_learning_rate(self) -> f64 {
         match self {
             Self::Lora | Self::QLora | Self::Dora => 2e-4,
+            Self::AdaLora => 1e-3,
             Self::Ia3 => 5e-3,
             Self::PTuningV2 => 5e-3,
             Self::Prompt => 3e-2,
@@ -125,6 +133,55 @@ impl Default for LoraOptions {
             rank_pattern: Map::new(),
             alpha_pattern: Map::new(),
         }
+    }
+}
+
+/// The schedule of ranks of AdaLoRA: PEFT's fields, with its defaults.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AdaLoraOptions {
+    /// The rank of every layer at first; `r` is for the other kinds.
+    pub init_r: usize,
+    /// The mean rank of a layer in the end.
+    pub target_r: usize,
+    /// The number of steps before the first allocation.
+    pub tinit: usize,
+    /// The number of steps after the last allocation.
+    pub tfinal: usize,
+    /// The number of steps from one allocation to the next.
+    #[serde(alias = "deltaT")]
+    pub delta_t: usize,
+    /// The decay rate of the mean importance.
+    pub beta1: f64,
+    /// The decay rate of the mean deviation of the importance from its mean.
+    pub beta2: f64,
+    /// The coefficient of the loss that keeps the rows of `A` and the columns of `B` orthonormal.
+    pub orth_reg_weight: f64,
+}
+
+impl Default for AdaLoraOptions {
+    fn default() -> Self {
+        let AdaLoraConfig { target_r, tinit, tfinal, delta_t, beta1, beta2, orth_reg_weight, .. } =
+            AdaLoraConfig::default();
+        Self { init_r: 12, target_r, tinit, tfinal, delta_t, beta1, beta2, orth_reg_weight }
+    }
+}
+
+impl AdaLoraOptions {
+    /// Returns the schedule for a run of `total_step` steps.
+    pub(crate) fn schedule(&self, total_step: usize) -> AdaLoraConfig {
+        let Self { target_r, tinit, tfinal, delta_t, beta1, beta2, orth_reg_weight, .. } = *self;
+        AdaLoraConfig { target_r, tinit, tfinal, delta_t, beta1, beta2, orth_reg_weight, total_step }
+    }
+
+    /// Checks that a run of `steps` steps leaves steps between the first allocation and the last one; the error says
+    /// what is wrong with `tinit` and `tfinal`.
+    pub(crate) fn check_steps(&self, steps: usize) -> Result<(), String> {
+        let Self { tinit, tfinal, .. } = *self;
+        if tinit.saturating_add(tfinal) < steps {
+            return Ok(());
+        }
+        Err(format!("expected `tinit` + `tfinal` below the {steps} steps of the run, found {tinit} + {tfinal}"))
     }
 }
 

@@ -9,7 +9,9 @@
 //! directory.
 
 mod check;
+mod check_adalora;
 mod external_config;
+mod invalid_value;
 mod keys;
 mod method;
 mod other_file;
@@ -34,7 +36,9 @@ use crate::{
 use read::ParsedRecipe;
 
 pub use external_config::{deepspeed_schedule, loss_scaler};
-pub use method::{AdapterTargets, CommonMethodConfig, LoraOptions, MethodConfig, MethodKind, VirtualTokens};
+pub use method::{
+    AdaLoraOptions, AdapterTargets, CommonMethodConfig, LoraOptions, MethodConfig, MethodKind, VirtualTokens,
+};
 pub use parallel::{OffloadConfig, ParallelConfig, ParallelFiles, ShardingConfig};
 pub use pipeline::{Partition, PipelineOptions};
 pub use tables::{ComputeDtype, DataConfig, Learn, ModelConfig, OnTooLong, WeightDtype};

@@ -129,6 +129,7 @@ const METHOD: &[Synonyms] = &[
     of(&["finetuning_type", "fine_tune_type", "peft_type", "adapter", "adapter_type"], Key("method.kind", "")),
     of(&["use_dora", "peft_use_dora"], Key("method.kind", "\"dora\"")),
     of(&["lora_rank", "lora_r", "rank"], Key("method.r", "")),
+    of(&["total_step"], Key("train.max_steps", "")),
     of(&["lora_alpha"], Key("method.alpha", "")),
     of(&["scale"], Key("method.alpha", "mlx-lm's scale times `method.r`")),
     of(&["lora_dropout", "adapter_dropout"], Key("method.dropout", "")),

@@ -373,6 +373,6 @@ fn every_recipe_of_the_folder_loads_and_every_method_has_one() {
         assert_eq!(Recipe::parse(&written, &path, &[]).unwrap(), recipe, "{name}");
         kinds.insert(serde_json::to_value(recipe.method.common.kind).unwrap().as_str().unwrap().to_owned());
     }
-    let all = ["dora", "freeze", "full", "ia3", "lora", "p-tuning", "p-tuning-v2", "prompt", "qlora"];
+    let all = ["adalora", "dora", "freeze", "full", "ia3", "lora", "p-tuning", "p-tuning-v2", "prompt", "qlora"];
     assert!(kinds.iter().map(String::as_str).eq(all), "{kinds:?}");
 }

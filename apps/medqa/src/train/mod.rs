@@ -1,5 +1,6 @@
 //! Fine-tuning: from a recipe to a run directory.
 
+mod adalora;
 mod best;
 mod burn_metrics;
 mod burn_placeholders;

@@ -2,6 +2,7 @@
 
 use super::{
     RankPipeline,
+    adalora::RankAllocation,
     inputs::{self, RunInputs},
     model_loader::{LlamaEngine, ModelLoader},
     options::TrainOptions,
@@ -34,6 +35,8 @@ pub(super) struct Start<'a, B: Kernels> {
 /// A run at its first step or at a checkpoint.
 pub(super) struct Started<B: Kernels> {
     pub engine: LlamaEngine<B>,
+    /// The ranks allocated so far, with AdaLoRA.
+    pub allocation: Option<RankAllocation<B>>,
     pub state: TrainerState,
     /// A note for `metrics.jsonl`, if the run goes on with other data.
     pub note: Option<String>,
@@ -70,18 +73,21 @@ impl<B: Kernels> Start<'_, B> {
             let engine = self.loader.engine(model, self.tokenizer, config, self.pipeline)?;
             report_loftq(loftq.filter(|_| engine.rank() == 0));
             let state = TrainerState { inputs: Some(self.inputs), ..TrainerState::default() };
-            return Ok(Started { engine, state, note: None });
+            let allocation = RankAllocation::new(&engine, self.recipe);
+            return Ok(Started { engine, allocation, state, note: None });
         };
         let (state, note) = self.compare(&checkpoint)?;
         let mut engine = self.loader.engine(model, self.tokenizer, config, self.pipeline)?;
         engine.restore(&checkpoint.join(STATE_FILE)).with_context(|| state::advice(&checkpoint))?;
+        let mut allocation = RankAllocation::new(&engine, self.recipe);
+        allocation.iter_mut().try_for_each(|allocation| allocation.restore(&mut engine, &checkpoint))?;
         if engine.rank() == 0 {
             eprintln!("resuming after step {} ({})", state.step, checkpoint.display());
             note.iter().for_each(|note| eprintln!("note: {note}"));
         }
         let known = state.inputs.is_some();
         let state = TrainerState { inputs: Some(self.inputs), ..state };
-        Ok(Started { engine, state, note: note.filter(|_| known) })
+        Ok(Started { engine, allocation, state, note: note.filter(|_| known) })
     }
 
     /// Reads the state in a checkpoint and compares its rows with those of now; also returns a note for the user.

@@ -28,11 +28,11 @@ pub(super) struct RunLog {
 
 /// The point from which a log continues; all zeros for a new run.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct ResumePoint {
+struct ResumePoint {
     /// Steps taken.
-    pub step: usize,
+    step: usize,
     /// The length of `metrics.jsonl`.
-    pub metrics_bytes: u64,
+    metrics_bytes: u64,
 }
 
 impl RunLog {
@@ -58,7 +58,7 @@ impl RunLog {
     ///
     /// # Errors
     /// If a file cannot be written, or the earlier metrics cannot be read.
-    pub(super) fn open(directory: &Path, recipe: &Recipe, resume: ResumePoint, display: bool) -> Result<Self> {
+    fn open(directory: &Path, recipe: &Recipe, resume: ResumePoint, display: bool) -> Result<Self> {
         let metrics = MetricsFile::open(&directory.join("metrics.jsonl"), resume.metrics_bytes)?;
         let earlier = metrics.records()?;
         let mut reporters: Vec<Box<dyn Reporter + Send>> = Vec::new();

@@ -5,10 +5,10 @@ use crate::{
     fetch, identify, method_adapter,
     model::LoadedModel,
     prepare::{Fingerprint, Nearness, SplitPart, SplitShares},
-    recipe::{self, ComputeDtype, DataConfig, Recipe, ValidationRows},
+    recipe::{self, ComputeDtype, DataConfig, MethodKind, Recipe, ValidationRows},
     schema::SchemaRequest,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use burn_llama::{Example, Llama, kernel::Kernels};
 use burn_peft::{adapter::QuantizationResidual, config::InitLoraWeights};
 use burn_zero::{
@@ -18,6 +18,19 @@ use burn_zero::{
     optimizer::{AdamW, NamedLrScale, Optimizer, ParamGroups},
 };
 use std::path::Path;
+
+/// Returns the recipe with the number of steps of its run, on which the schedule of AdaLoRA depends.
+///
+/// # Errors
+/// If the run has too few steps for that schedule.
+pub(super) fn with_max_steps(recipe: &Recipe, steps: usize) -> Result<Recipe> {
+    let mut recipe = recipe.clone();
+    recipe.train.steps.max_steps = Some(steps);
+    if recipe.method.common.kind == MethodKind::AdaLora {
+        recipe.method.adalora.check_steps(steps).map_err(|problem| anyhow!("`method.tinit`: {problem}"))?;
+    }
+    Ok(recipe)
+}
 
 /// Initializes new adapters by LoftQ, which needs the weights before quantization; these are read from the model's
 /// files, a few at a time. A resumed run has its adapters already.

@@ -4,6 +4,7 @@ mod saving;
 mod validation;
 
 use super::{
+    adalora::{self, RankAllocation},
     best::BestWeights,
     early_stopping::EarlyStopping,
     eval_device,
@@ -52,12 +53,14 @@ pub(super) struct Trainer<B: Kernels> {
     validation: ValidationData,
     /// Absent on other ranks than 0.
     run_log: Option<RunLog>,
-    progress: RunProgress,
+    progress: RunProgress<B>,
 }
 
 /// The progress of a run.
-struct RunProgress {
+struct RunProgress<B: Kernels> {
     state: TrainerState,
+    /// The ranks allocated so far, with AdaLoRA.
+    allocation: Option<RankAllocation<B>>,
     /// The start time in this process; the time before a resume is in `state`.
     start: Instant,
     /// Seconds from the start of the process to the first step of this run.
@@ -66,7 +69,7 @@ struct RunProgress {
     note: Option<String>,
 }
 
-impl RunProgress {
+impl<B: Kernels> RunProgress<B> {
     /// Returns the seconds since the run started, without the time between interruption and resume.
     fn elapsed_seconds(&self) -> f64 {
         self.state.time.seconds + self.start.elapsed().as_secs_f64()
@@ -93,21 +96,23 @@ impl<B: Kernels> Trainer<B> {
         (loader, loaded): (ModelLoader<B>, LoadedModel<Autodiff<B>>),
         communicator: Box<dyn Communicator>,
     ) -> Result<Self> {
+        adalora::check_world(&recipe, communicator.world_size())?;
         let setup::RunRows { train: sources, valid: rows } = setup::RunRows::load(&loaded, &recipe.data)?;
         let inputs = RunInputs::new(&loaded, &sources, &rows)?;
-        let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, &recipe)?;
+        let row = MeanRow::of(sources.iter().flatten());
+        let replicas = pipeline::replicas(&recipe.parallel.pipeline, communicator.world_size())?;
+        let data = TrainData::new(&recipe, sources, replicas)?;
+        let (rows_per_step, total_steps) = (data.batch_sampler.rows_per_step(), data.batch_sampler.total_steps());
+        let complete = setup::with_max_steps(&recipe, total_steps)?;
+        let FittedModel { model, adapter, .. } = apply_method(loaded.model, &loaded.tokenizer, &complete)?;
         let validation = ValidationData {
             rows,
             evaluator: eval_device::open(&recipe)?,
             early_stopping: None,
             best: BestWeights::default(),
         };
-        let row = MeanRow::of(sources.iter().flatten());
         let pipeline = RankPipeline::new(&recipe, model.config(), row, communicator.as_ref())?;
-        let replicas = pipeline::replicas(&recipe.parallel.pipeline, communicator.world_size())?;
-        let data = TrainData::new(&recipe, sources, replicas)?;
         let config = setup::engine_config(&recipe, communicator)?;
-        let (rows_per_step, total_steps) = (data.batch_sampler.rows_per_step(), data.batch_sampler.total_steps());
         let start = Start {
             recipe: &recipe,
             loader: &loader,
@@ -118,7 +123,7 @@ impl<B: Kernels> Trainer<B> {
             rows_per_step,
             total_steps,
         };
-        let Started { engine, state, note } = start.engine(model, config)?;
+        let Started { engine, allocation, state, note } = start.engine(model, config)?;
         let sizes = RunSizes {
             trained: trainable_parameters(&engine)? as u64,
             tokens: data.batch_sampler.max_micro_batch_tokens() as u64,
@@ -130,7 +135,7 @@ impl<B: Kernels> Trainer<B> {
         fs::create_dir_all(&directory).with_context(|| format!("{}: cannot be made", directory.display()))?;
         let run_log = if engine.rank() == 0 { Some(RunLog::begin(&recipe, options, &state)?) } else { None };
         let output = RunOutput::new(adapter, loaded.tokenizer);
-        let progress = RunProgress { state, start: Instant::now(), seconds_to_first_step: None, note };
+        let progress = RunProgress { state, allocation, start: Instant::now(), seconds_to_first_step: None, note };
         Ok(Self { recipe, directory, engine, output, data, validation, run_log, progress })
     }
 
@@ -261,7 +266,12 @@ impl<B: Kernels> Trainer<B> {
         learning_rate: f64,
     ) -> Result<TrainStepOutput> {
         let micro_batches = micro_batches.map(|micro| self.micro_batch(rows, micro)).collect::<Result<Vec<_>>>()?;
-        let output = self.engine.train_step(&micro_batches, learning_rate)?;
+        let output = match &mut self.progress.allocation {
+            Some(allocation) => {
+                allocation.train_step(&mut self.engine, &micro_batches, rows.step + 1, learning_rate)?
+            }
+            None => self.engine.train_step(&micro_batches, learning_rate)?,
+        };
         let loss = self.engine.sum_over_ranks(&[output.loss])?[0];
         Ok(TrainStepOutput { loss, ..output })
     }

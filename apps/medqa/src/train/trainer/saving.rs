@@ -96,7 +96,8 @@ impl<B: Kernels> Trainer<B> {
         // All ranks write into the folder once it exists; it is complete when all have written.
         self.engine.barrier()?;
         let whole = if self.is_pipeline() { Ok(()) } else { self.write_result(&partial) };
-        let written = whole.and_then(|()| self.save_parts(&partial));
+        let allocation = || self.progress.allocation.as_ref().map_or(Ok(()), |it| it.save(&self.engine, &partial));
+        let written = whole.and_then(|()| allocation()).and_then(|()| self.save_parts(&partial));
         if first {
             state::commit(&path, &state, written)?;
             let all = state::checkpoints(&self.directory)?;
