@@ -60,9 +60,9 @@ pub struct TrainStepOutput {
 /// One rank that trains a model; [`EngineConfig::init`] creates it. [`Engine::train_step`] takes an optimizer step of
 /// all its micro-batches.
 ///
-/// All ranks create the same model and take the same number of micro-batches, each replica its own. [`Sharding`] says
-/// which share of the gradients, optimizer states and weights a rank holds; the results do not depend on it. With one
-/// micro-batch per rank and step (and with more, where gradients are sharded) the parameters are bit for bit those of a
+/// All ranks create the same model and take the same number of micro-batches, each replica its own.
+/// [`Sharding`](crate::Sharding) says which share of the gradients, optimizer states and weights a rank holds; the results
+/// do not depend on it. With one micro-batch per rank and step (and with more, where gradients are sharded) the parameters are bit for bit those of a
 /// single rank that takes the micro-batches of all ranks in rank order.
 ///
 /// In a pipeline ([`EngineConfig::with_pipeline`]) a rank keeps and updates the parameters that its stages use; the

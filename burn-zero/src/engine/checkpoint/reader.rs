@@ -224,8 +224,14 @@ pub fn consolidate(path: &Path) -> Result<(), Error> {
         }
         merged.push((name, MergedTensor { saved: &saved, name, dims: &place.whole, view }));
     }
-    let wrong = |source| CheckpointError::Safetensors { path: path.to_owned(), source };
-    Ok(safetensors::serialize_to_file(merged, Some(metadata(saved.steps, saved.scaler)), path).map_err(wrong)?)
+    // The file may be one of those that are mapped, so it is replaced and not written into.
+    let part = path.with_extension("part");
+    let wrong = |source| CheckpointError::Safetensors { path: part.clone(), source };
+    let metadata = Some(metadata(saved.steps, saved.scaler));
+    let written = safetensors::serialize_to_file(merged, metadata, &part).map_err(wrong).map_err(Error::from);
+    let renamed = || std::fs::rename(&part, path).map_err(|source| Error::Io { path: path.to_owned(), source });
+    // The first error is the one to report.
+    written.and_then(|()| renamed()).inspect_err(|_| drop(std::fs::remove_file(&part)))
 }
 
 /// A tensor that is merged from the shards of all ranks when it is written.
