@@ -87,7 +87,7 @@ fn adapters_and_arguments_that_do_not_fit_are_refused() {
         (chat(&["--model", "model", "--top-p", "0"]), &["top_p", "expected", "found 0"]),
         (chat(&["--model", "model", "--repetition-penalty", "0"]), &["repetition_penalty", "expected", "found 0"]),
         (eval(&["--task", "qa-loss", "--data", "missing.jsonl"]), &["missing.jsonl", "cannot be read"]),
-        (eval(&["--task", "qa-loss", "--data", "model"]), &["model", "cannot be read"]),
+        (eval(&["--task", "qa-loss", "--data", "model"]), &["model", "this is a model in Hugging Face's layout"]),
         (
             eval(&["--task", "qa-loss", "--data", "empty.jsonl"]),
             &["empty.jsonl", "expected at least one row", "found none"],
@@ -117,11 +117,11 @@ fn adapters_and_arguments_that_do_not_fit_are_refused() {
                 "--chat-template",
                 "silent.jinja",
             ]),
-            &["messages.jsonl", "line 1", "turn 2", "`content`: expected the chat template to print it"],
+            &["error: messages.jsonl:1: turn 2", "`content`: expected the chat template to print it"],
         ),
         (
             eval(&["--task", "qa-loss", "--data", "thinking.jsonl", "--format", "messages"]),
-            &["thinking.jsonl", "line 1", "turn 2", "`thinking`", "\"One of two.\""],
+            &["error: thinking.jsonl:1: turn 2", "`thinking`", "\"One of two.\""],
         ),
         (
             eval(&["--task", "qa-loss", "--data", "valid.jsonl", "--template-arg", "x"]),
@@ -193,15 +193,12 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
         ("data.train=keys.jsonl", &["keys.jsonl:1", "expected the key `answer`", "found question, reply"]),
         ("data.train=kinds.jsonl", &["kinds.jsonl:3", "`answer`", "expected a string", "found 3"]),
         ("data.format=pubmedqa", &["train.jsonl", "expected JSON"]),
-        ("data.train=pubmedqa.json", &["pubmedqa.json:1", "expected the key `question`"]),
+        ("data.train=[{path='pubmedqa.json', format='qa'}]", &["pubmedqa.json:1", "expected the key `question`"]),
         (
             "data.train=[{path='roles.jsonl', format='messages'}]",
             &["roles.jsonl:1", "turn 1", "`role`", "found \"bot\""],
         ),
-        (
-            "data.train=[{path='thinking.jsonl', format='messages'}]",
-            &["thinking.jsonl", "line 1", "turn 2", "`thinking`"],
-        ),
+        ("data.train=[{path='thinking.jsonl', format='messages'}]", &["thinking.jsonl:1", "turn 2", "`thinking`"]),
         ("data.end_token='<end>'", &["model/tokenizer.json", "\"<end>\"", "a token of the vocabulary"]),
         ("data.template_arguments={tools=1}", &["--set", "data.template_arguments", "other names", "found tools"]),
         ("data.learn='first'", &["--set", "data.learn", "first"]),
@@ -223,7 +220,7 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
     let pairs: [([&str; 2], &[&str]); 5] = [
         (
             ["data.on_too_long=error", "data.max_length=20"],
-            &["train.jsonl", "line 1", "more than `data.max_length` = 20", "truncate"],
+            &["error: train.jsonl:1: ", "more than `data.max_length` = 20", "truncate"],
         ),
         (["method.kind=qlora", "model.dtype=f32"], &["model.dtype", "\"packed\" or \"nf4\" with qlora"]),
         (["method.kind=full", "model.dtype=nf4"], &["model.dtype", "quantized weights cannot be trained"]),

@@ -229,14 +229,9 @@ fn a_share_of_the_training_rows_is_validated_and_never_trained() {
 #[test]
 fn the_best_weights_are_kept_over_a_resume() {
     let work = WorkDir::new();
-    // A learning rate that first helps and then harms.
-    let sets = [
-        "train.keep_best=valid_loss",
-        "train.eval_every=2",
-        "train.save_every=3",
-        "train.learning_rate=0.5",
-        "train.keep=9",
-    ];
+    // The validation rows say something else, so that training soon harms.
+    work.write("valid.jsonl", &rows(6..9).replace("It is a number.", "ZQ XJ! 0951 %$"));
+    let sets = ["train.keep_best=valid_loss", "train.eval_every=2", "train.save_every=3", "train.keep=9"];
     let whole = work.succeed(&train("whole", &sets)).json();
     let best = &whole["best"];
     let evaluations: Vec<_> =

@@ -32,7 +32,7 @@ fn files(path: &Path, request: &SchemaRequest) -> Result<Vec<DataSource>> {
     let source = |path: PathBuf| DataSource { path, request: request.clone() };
     let text = path.to_string_lossy();
     let paths = if path.is_dir() {
-        files_in(path)?
+        if identify::is_plain_directory(path) { files_in(path)? } else { Vec::new() }
     } else if !path.exists() && text.contains(['*', '?', '[']) {
         let found = glob::glob(&text).with_context(|| format!("{text}: expected a pattern of file names"))?;
         let found: Vec<PathBuf> = found.flatten().collect();

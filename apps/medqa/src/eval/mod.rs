@@ -137,7 +137,8 @@ fn with_neutral_loss(mut result: Value, neutral: Value) -> Value {
 
 fn run_task<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
     let result = match args.task {
-        EvalTask::QaLoss => qa_loss::evaluate(loaded, rows, args),
+        // A mistake in a row names its own file.
+        EvalTask::QaLoss => qa_loss::evaluate(loaded, &qa_loss::encode(loaded, rows, args)?, args),
         EvalTask::Pubmedqa => pubmedqa::evaluate(loaded, rows, args),
     };
     result.with_context(|| args.data.display().to_string())

@@ -2,7 +2,7 @@
 
 use super::{EvalArgs, room};
 use crate::{
-    data::{EncodeOptions, Row, encode_rows},
+    data::{EncodeOptions, EncodedRows, Row, encode_rows},
     model::LoadedModel,
     recipe::OnTooLong,
 };
@@ -61,11 +61,18 @@ pub(crate) fn total_loss<B: Kernels>(
     Ok(TotalLoss { sum: batches.iter().map(loss).sum(), target_tokens })
 }
 
-pub(super) fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<Value> {
+/// Encodes the rows.
+///
+/// # Errors
+/// If a row cannot be encoded; the error names its place.
+pub(super) fn encode<B: Kernels>(loaded: &LoadedModel<B>, rows: &[Row], args: &EvalArgs) -> Result<EncodedRows> {
     let longest = args.limits.max_length.unwrap_or_else(|| room(loaded));
     let options = EncodeOptions { max_length: longest, on_too_long: OnTooLong::Truncate, learn: args.rows.learn };
-    let encoded = encode_rows(&loaded.tokenizer, rows, options)?;
-    encoded.require_examples(longest)?;
+    encode_rows(&loaded.tokenizer, rows, options)
+}
+
+pub(super) fn evaluate<B: Kernels>(loaded: &LoadedModel<B>, encoded: &EncodedRows, args: &EvalArgs) -> Result<Value> {
+    encoded.require_examples(args.limits.max_length.unwrap_or_else(|| room(loaded)))?;
     let batching = EvalBatching { batch_size: args.limits.batch_size.get(), padding_free: true };
     let total = total_loss(&loaded.model, &encoded.examples, batching)?;
     let loss = total.mean();

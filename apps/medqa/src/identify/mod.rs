@@ -71,6 +71,11 @@ pub(crate) fn all<T>(results: impl Iterator<Item = Result<T>>) -> Result<Vec<T>>
     if problems.is_empty() { Ok(values) } else { bail!("{}", problems.join("; and ")) }
 }
 
+/// Returns whether a path is a directory of no special kind, such as a model's.
+pub(crate) fn is_plain_directory(path: &Path) -> bool {
+    PathKind::of(path) == PathKind::Directory
+}
+
 /// Returns the model in the directory of a run that trained the whole model, or in a checkpoint of one.
 pub(crate) fn trained_model(path: &Path) -> Option<PathBuf> {
     let model = path.join("model");

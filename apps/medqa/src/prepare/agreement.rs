@@ -150,7 +150,7 @@ const DRUG_ENDINGS: [&str; 34] = [
     "solone",
 ];
 /// Words without a topic of their own.
-const FUNCTION_WORDS: [&str; 92] = [
+const FUNCTION_WORDS: [&str; 91] = [
     "a",
     "an",
     "the",
@@ -228,7 +228,6 @@ const FUNCTION_WORDS: [&str; 92] = [
     "tell",
     "know",
     "want",
-    "like",
     "explain",
     "ask",
     "wonder",

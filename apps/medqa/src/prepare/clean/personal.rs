@@ -25,8 +25,11 @@ struct PersonalKind {
     is_valid: fn(&str) -> bool,
 }
 
+/// Name, pattern and check of a kind.
+type KindRow = (&'static str, &'static str, fn(&str) -> bool);
+
 static KINDS: LazyLock<Vec<PersonalKind>> = LazyLock::new(|| {
-    let rows: [(&str, &str, fn(&str) -> bool); 12] = [
+    let rows: [KindRow; 12] = [
         ("email", r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}", always),
         ("url", r"(?:https?://|www\.)[^\s<>，。；、）)\x22]+", always),
         ("identity_card", r"(?-u:\b)[1-9]\d{16}[\dXx](?-u:\b)", is_identity_card),
@@ -56,7 +59,7 @@ static KINDS: LazyLock<Vec<PersonalKind>> = LazyLock::new(|| {
             always,
         ),
     ];
-    let kind = |(name, text, is_valid): (&'static str, &str, fn(&str) -> bool)| PersonalKind {
+    let kind = |(name, text, is_valid): KindRow| PersonalKind {
         name,
         // The patterns are constants, which the tests compile.
         pattern: Regex::new(text).unwrap_or_else(|error| unreachable!("{name}: {error}")),
@@ -101,7 +104,7 @@ fn is_bank_card(text: &str) -> bool {
         _ => digit * 2 / 10 + digit * 2 % 10,
     };
     let sum: u32 = number.iter().rev().enumerate().map(doubled).sum();
-    (13..=19).contains(&number.len()) && sum % 10 == 0 && matches!(number[0], 3..=6)
+    (13..=19).contains(&number.len()) && sum.is_multiple_of(10) && matches!(number[0], 3..=6)
 }
 
 fn is_ssn(text: &str) -> bool {

@@ -93,6 +93,9 @@ fn words(text: &str) -> Vec<String> {
         .collect()
 }
 
+/// A row that is shown, after the hash by which it was chosen.
+type ShownRow = (u64, Map<String, Value>);
+
 /// The figures about all rows.
 #[derive(Default)]
 pub(super) struct Statistics {
@@ -111,7 +114,7 @@ pub(super) struct Statistics {
     distinct: [HashSet<u64>; 2],
     grams: [u64; 2],
     /// Rows of each language, those with the lowest hashes.
-    pub shown: BTreeMap<&'static str, Vec<(u64, Map<String, Value>)>>,
+    pub shown: BTreeMap<&'static str, Vec<ShownRow>>,
 }
 
 impl Statistics {
