@@ -62,8 +62,8 @@ pub struct TrainStepOutput {
 ///
 /// All ranks create the same model and take the same number of micro-batches, each replica its own.
 /// [`Sharding`](crate::Sharding) says which share of the gradients, optimizer states and weights a rank holds; the results
-/// do not depend on it. With one micro-batch per rank and step (and with more, where gradients are sharded) the parameters are bit for bit those of a
-/// single rank that takes the micro-batches of all ranks in rank order.
+/// do not depend on it. With one micro-batch per rank and step (and with more, where gradients are sharded) the
+/// parameters are bit for bit those of a single rank that takes the micro-batches of all ranks in rank order.
 ///
 /// In a pipeline ([`EngineConfig::with_pipeline`]) a rank keeps and updates the parameters that its stages use; the
 /// others are placeholders of one element. A parameter that several ranks use, such as an embedding that is also the
