@@ -26,7 +26,7 @@ use crate::{
     optimizer::Hyperparameters,
     pipeline::{Executed, Executor, Instruction, Program},
     reduce::GradientReducer,
-    segment::{AfterBackward, BackwardPlan, Driver, DynTensor, Gradient, Segments, TrainSegments, WeightProvider},
+    segment::{AfterBackward, BackwardPlan, Driver, Gradient, Segments, TrainSegments, WeightProvider},
     stage::ZeroStage,
 };
 use burn::tensor::backend::{AutodiffBackend, Backend};
@@ -90,7 +90,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     }
 
     /// Computes the losses of micro-batches without gradients; returns their sum on this rank, which is 0 on a rank
-    /// without the last stage of the pipeline.
+    /// without the last stage of the pipeline. The loss weights are not multiplied by [`Engine::loss_scale`].
     ///
     /// # Errors
     /// Returns the errors of [`Engine::forward_backward`].
@@ -102,7 +102,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
         let context = ShardContext { layout, communicator, device };
         let passes = Passes { context, weights: weights.as_mut(), pipeline, plan: &plan, settings };
         let (executed, _) = passes.run(model, &program, micro_batches, &mut NoGradients)?;
-        Ok(self.unscaled_loss(executed))
+        Ok(executed.sum())
     }
 
     fn optimizer_in_backward(
@@ -143,8 +143,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
 
     /// Returns the sum of the losses, with the loss scale divided out.
     fn unscaled_loss(&self, executed: Executed<B::InnerBackend>) -> f64 {
-        let sum = |loss: DynTensor<B::InnerBackend>| loss.flatten().into_data().iter::<f64>().sum::<f64>();
-        executed.losses.into_iter().map(|loss| sum(loss) / self.loss_scale()).sum()
+        executed.sum() / self.loss_scale()
     }
 }
 

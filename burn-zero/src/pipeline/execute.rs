@@ -104,6 +104,14 @@ pub(crate) struct Executed<B: Backend> {
     pub deferred_bytes: usize,
 }
 
+impl<B: Backend> Executed<B> {
+    /// Returns the sum of the losses.
+    pub(crate) fn sum(self) -> f64 {
+        let sum = |loss: DynTensor<B>| loss.flatten().into_data().iter::<f64>().sum::<f64>();
+        self.losses.into_iter().map(sum).sum()
+    }
+}
+
 /// Runs the instructions of one rank.
 pub(crate) struct Executor<'a, B: AutodiffBackend, M: TrainSegments<B>> {
     driver: Driver<'a>,

@@ -16,6 +16,9 @@ use burn::backend::Autodiff;
 use burn_llama::{Batch, Example, SequenceLayout, kernel::Kernels};
 use burn_peft::ForwardContext;
 
+/// The largest number of batches that are in a pipeline at a time.
+const BATCHES_PER_CALL: usize = 32;
+
 /// The validation rows, and what evaluates them.
 pub(super) struct ValidationData {
     pub rows: Vec<Example>,
@@ -57,7 +60,11 @@ impl<B: Kernels> Trainer<B> {
                 if batches.len() < batches_per_replica {
                     batches.push(self.idle_batch()?);
                 }
-                let sum = self.engine.losses(&batches)?;
+                // A pipeline may send all messages of a call before the first is taken.
+                let mut sum = 0.0;
+                for some in batches.chunks(BATCHES_PER_CALL) {
+                    sum += self.engine.losses(some)?;
+                }
                 TotalLoss { sum, target_tokens: examples.iter().map(Example::num_targets).sum() }
             }
         };
