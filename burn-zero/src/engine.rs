@@ -113,12 +113,18 @@ struct OptimizerStates<B: AutodiffBackend> {
 }
 
 impl<B: AutodiffBackend> OptimizerStates<B> {
-    fn new(optimizer: Optimizer, tier: &MemoryTier, communicator: &AsyncCommunicator) -> Result<Self, Error> {
+    /// Creates the states of the world's rank `rank`, whose replicas `communicator` connects.
+    fn new(
+        optimizer: Optimizer,
+        tier: &MemoryTier,
+        communicator: &AsyncCommunicator,
+        rank: usize,
+    ) -> Result<Self, Error> {
         let on_device = *tier == MemoryTier::Device && !matches!(optimizer, Optimizer::AdamW8bit(_));
         let host = if on_device {
             None
         } else {
-            let states = OffloadedStates::new(optimizer, tier, communicator.rank())?;
+            let states = OffloadedStates::new(optimizer, tier, rank)?;
             Some(HostOptimizer::new(states, communicator))
         };
         Ok(Self { device: HashMap::new(), host, master_weights: HashMap::new() })

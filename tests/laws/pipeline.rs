@@ -2,6 +2,7 @@
 //! the formula.
 
 mod loading;
+mod tied;
 mod torch;
 
 use burn::{
@@ -255,7 +256,7 @@ fn messages_of_a_pipeline_are_those_of_the_formula() {
             let config = config(Checkpointing::None).with_communicator(Box::new(group));
             let mut engine = config.with_pipeline(pipeline(ranks, PipelineKind::OneFOneB, 1)).init(model).unwrap();
             engine.forward_backward(&batches).unwrap();
-            engine.traffic().sent.elements
+            engine.traffic_by_axis().pipeline.sent.elements
         });
         let stages = pipeline(ranks, PipelineKind::OneFOneB, 1).segments;
         // The first segment that learns: the MLP of layer 1 is segment 4.

@@ -150,7 +150,8 @@ impl EngineConfig {
         let pipeline = pipeline.unwrap_or_else(|| PipelineConfig::one_stage(segments));
         pipeline.check(segments, settings.sharding.stage)?;
         let (communicator, pipeline) = PipelineAxis::split(communicator, pipeline)?;
-        let states = OptimizerStates::new(settings.optimizer, &optimizer_tier, &communicator)?;
+        let rank = pipeline.rank() * communicator.world_size() + communicator.rank();
+        let states = OptimizerStates::new(settings.optimizer, &optimizer_tier, &communicator, rank)?;
         let axes = Axes { data: &communicator, pipeline: &pipeline };
         let (model, sharded) = shard(settings.sharding, axes, &weights_tier)?;
         Ok(Engine { model, settings, communicator, pipeline, sharded, states, loss_scaler, steps: 0 })

@@ -149,7 +149,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
 
 /// Returns true if buckets are reduced during every backward pass. With one rank a reduction is the identity, so it can
 /// wait until the step, unless it moves gradients off the device.
-fn reduces_in_backward(stage: ZeroStage, communicator: &AsyncCommunicator, offloaded: bool) -> bool {
+pub(super) fn reduces_in_backward(stage: ZeroStage, communicator: &AsyncCommunicator, offloaded: bool) -> bool {
     if communicator.world_size() > 1 { stage >= ZeroStage::Gradients } else { offloaded }
 }
 

@@ -2,14 +2,13 @@
 //! updates the parameter: at the end of a step it gets the gradients of the others, and sends the new values back. So it
 //! has one set of optimizer states, and it counts once in the norm and in the files.
 
-use super::{Engine, ShardingState, stages::PipelineAxis};
+use super::{Engine, ShardingState, forward_backward::reduces_in_backward, stages::PipelineAxis};
 use crate::{
     Error,
     gather::PutParams,
     pipeline::{P2p, P2pValue},
     segment::{DynTensor, Gradient, TrainSegments},
     sharding::ShardLayout,
-    stage::ZeroStage,
 };
 use burn::{
     module::{ModuleVisitor, Param, ParamId},
@@ -46,7 +45,7 @@ impl PipelineAxis {
 impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
     /// Adds the gradients of all ranks that use a tied parameter, on the rank that updates it.
     pub(super) fn reduce_tied_gradients(&mut self) -> Result<(), Error> {
-        let Self { settings, communicator, pipeline, sharded, .. } = self;
+        let Self { settings, communicator, pipeline, sharded, states, .. } = self;
         let ShardingState { layout, device, reducer, tied, .. } = sharded;
         let mut p2p = P2p::new(&pipeline.communicator);
         for TiedParameter { index, owner, users } in tied.iter() {
@@ -61,7 +60,7 @@ impl<B: AutodiffBackend, M: TrainSegments<B>> Engine<B, M> {
                     let gradient = |value| Gradient { path: parameter.path.clone(), id: parameter.id, value };
                     reducer.accumulate(layout, value.into_iter().map(gradient).collect());
                 }
-                if settings.sharding.stage >= ZeroStage::Gradients && communicator.world_size() > 1 {
+                if reduces_in_backward(settings.sharding.stage, communicator, states.host.is_some()) {
                     let bucket = layout.buckets.iter().position(|bucket| bucket.parameters().any(|own| own == *index));
                     bucket.map_or(Ok(()), |bucket| reducer.reduce(layout, bucket, communicator))?;
                 }

@@ -128,8 +128,8 @@ impl RunFootprint {
         memory
     }
 
-    /// Returns the bytes that one rank needs on device and host: for training, or for the whole base model, which it
-    /// loads first, whichever is more.
+    /// Returns the bytes that one rank needs on device and host: for training, or for the whole base model, which every
+    /// rank gathers for the result, whichever is more.
     pub fn peak_bytes(&self) -> u64 {
         self.peak_memory().total().max(self.base.storage.bytes(self.base.weights))
     }

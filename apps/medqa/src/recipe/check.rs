@@ -290,6 +290,8 @@ fn pipeline(recipe: &Recipe) -> Result<(), InvalidValue> {
     let whole = recipe.parallel.sharding.zero_stage < ZeroStage::Weights;
     let expected = "0, 1 or 2 with a pipeline: its micro-batches in flight would keep the gathered weights of stage 3";
     ensure("parallel.zero_stage", whole, expected, 3)?;
+    let here = recipe.train.eval_save.eval_device.is_none();
+    ensure("train.eval_device", here, "none with a pipeline, where no rank has the whole model", "a device")?;
     pipeline_start(&recipe.method)
 }
 

@@ -8,7 +8,7 @@ use super::{
 use crate::{
     backend::{Device, with_backend},
     model,
-    recipe::Recipe,
+    recipe::{MethodKind, Recipe},
     write::write_dir_atomically,
 };
 use anyhow::{Context, Result, bail};
@@ -39,6 +39,13 @@ pub(crate) fn consolidate(args: &ConsolidateArgs) -> Result<()> {
         bail!("{out}: it exists already; choose another --out");
     }
     let recipe = state::read_recipe(&run)?;
+    if recipe.method.common.kind == MethodKind::AdaLora {
+        bail!(
+            "{}: a checkpoint of AdaLoRA has its adapter already, in {}/adapter",
+            run.display(),
+            checkpoint.display()
+        );
+    }
     let state = checkpoint.join(STATE_FILE);
     with_backend!(Device::default(), |B, device| write_dir_atomically(&args.out, |part| write::<B>(
         &recipe, &state, part, device

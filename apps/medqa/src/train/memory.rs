@@ -59,8 +59,14 @@ impl RunSizes {
 
     /// Returns the bytes that this rank needs on device and host.
     fn peak_bytes(&self, recipe: &Recipe) -> u64 {
-        match self.stages {
-            Some(_) => self.peak_memory(recipe).total(),
+        match &self.stages {
+            Some(stages) => {
+                let memory = self.peak_memory(recipe);
+                // The first rank reads the whole model to write a result.
+                let first = stages.segments.iter().any(|stage| stage.start == 0);
+                let whole = if first { self.footprint(recipe).base.storage.bytes(self.parameters) } else { 0 };
+                memory.total().max(memory.total() - memory.activations + whole)
+            }
             None => self.footprint(recipe).peak_bytes(),
         }
     }
@@ -86,7 +92,9 @@ impl RunSizes {
                 offload_optimizer: offload.offload_optimizer,
                 offload_param: offload.offload_param,
                 // Gradient accumulation keeps the gradients until the last micro-batch.
-                optimizer_in_backward: steps_in_backward(recipe) && recipe.train.steps.gradient_accumulation == 1,
+                optimizer_in_backward: steps_in_backward(recipe)
+                    && recipe.train.steps.gradient_accumulation == 1
+                    && self.stages.is_none(),
             },
             bucket_size: sharding.bucket_size as u64,
             micro_batch: MicroBatch {
@@ -206,13 +214,14 @@ fn offer_changes(sizes: &RunSizes, recipe: &Recipe, mut offer: impl FnMut(&str, 
             run.recipe.train.steps.activation_checkpointing = Checkpointing::Full;
         });
     }
-    if steps.batch_size > 1 && sizes.tokens > 0 {
+    // More micro-batches may keep more activations in a pipeline.
+    if steps.batch_size > 1 && sizes.tokens > 0 && sizes.stages.is_none() {
         let (rows, batch) = (steps.batch_size * steps.gradient_accumulation, steps.batch_size as u64);
         offer(&format!("train.batch_size = 1 with gradient_accumulation = {rows}"), &|run| {
             run.sizes.tokens = run.sizes.tokens.div_ceil(batch);
         });
     }
-    if sizes.world > 1 && recipe.parallel.sharding.zero_stage < ZeroStage::Weights {
+    if sizes.world > 1 && sizes.stages.is_none() && recipe.parallel.sharding.zero_stage < ZeroStage::Weights {
         offer("parallel.zero_stage = 3", &|run| run.recipe.parallel.sharding.zero_stage = ZeroStage::Weights);
     }
     if recipe.parallel.offload.offload_optimizer != OffloadDevice::Nvme && sizes.trained > 0 {

@@ -68,9 +68,11 @@ impl Place {
             offset.checked_add(*size).is_some_and(|end| end <= *whole)
         };
         let ranks = [self.offset.len(), self.shape.len()] == [self.whole.len(); 2];
+        let bytes = self.whole.iter().try_fold(4usize, |bytes, &size| bytes.checked_mul(size));
         let size = self.shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
         let end = self.start.checked_add(values);
         ranks
+            && bytes.is_some()
             && self.offset.iter().zip(&self.shape).zip(&self.whole).all(inside)
             && end.zip(size).is_some_and(|(end, size)| end <= size)
             && self.length.is_none_or(|length| length == values)

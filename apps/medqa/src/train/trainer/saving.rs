@@ -51,7 +51,8 @@ impl<B: Kernels> Trainer<B> {
         if first {
             let device = self.engine.model().devices().into_iter().next().unwrap_or_default();
             let folder = directory.join(self.output.folder_name());
-            consolidate::write::<B>(&self.recipe, &parts.join(STATE_FILE), &folder, &device)?;
+            let written = consolidate::write::<B>(&self.recipe, &parts.join(STATE_FILE), &folder, &device);
+            written.with_context(|| format!("{}: the trained values are kept there", parts.display()))?;
             fs::remove_dir_all(&parts).with_context(|| parts.display().to_string())?;
         }
         Ok(())
