@@ -193,7 +193,7 @@ fn runs_that_cannot_start_are_refused_and_leave_no_folder() {
         ("data.train=keys.jsonl", &["keys.jsonl:1", "expected the key `answer`", "found question, reply"]),
         ("data.train=kinds.jsonl", &["kinds.jsonl:3", "`answer`", "expected a string", "found 3"]),
         ("data.format=pubmedqa", &["train.jsonl", "expected JSON"]),
-        ("data.train=[{path='pubmedqa.json', format='qa'}]", &["pubmedqa.json:1", "expected the key `question`"]),
+        ("data.train=[{path='pubmedqa.json', format='qa'}]", &["pubmedqa.json: 31", "expected the key `question`"]),
         (
             "data.train=[{path='roles.jsonl', format='messages'}]",
             &["roles.jsonl:1", "turn 1", "`role`", "found \"bot\""],

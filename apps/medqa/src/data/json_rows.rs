@@ -67,16 +67,16 @@ fn array_rows(scanner: JsonScanner) -> RawRows {
     })
 }
 
-/// Returns the rows of a scanner, up to the first error.
+/// Returns the rows of a scanner, up to the first error of the scanner itself.
 fn scanned(mut scanner: JsonScanner, mut row: impl FnMut(Result<ScannedValue>) -> RawRow + Send + 'static) -> RawRows {
     let mut ended = false;
     Box::new(std::iter::from_fn(move || {
         if ended {
             return None;
         }
-        let found = row(scanner.next_value().transpose()?);
-        ended = found.value.is_err();
-        Some(found)
+        let next = scanner.next_value().transpose()?;
+        ended = next.is_err();
+        Some(row(next))
     }))
 }
 

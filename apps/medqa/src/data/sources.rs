@@ -15,6 +15,10 @@ const COMPRESSED: [&str; 4] = ["gz", "gzip", "zst", "zstd"];
 const NO_ROWS: [&str; 5] =
     ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "requirements.txt"];
 
+/// The endings of files and folders that the verbs write beside rows.
+const BESIDE_ROWS: [&str; 6] =
+    [".removed.jsonl", ".items.jsonl", ".counts.json", ".pairs.jsonl", ".figures.json", ".generate"];
+
 /// Returns the files that `path` stands for, in the order of their names.
 ///
 /// # Errors
@@ -61,7 +65,10 @@ fn files_in(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for path in entries {
         let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
-        if name.starts_with('.') || NO_ROWS.contains(&name.as_str()) {
+        if name.starts_with('.')
+            || NO_ROWS.contains(&name.as_str())
+            || BESIDE_ROWS.iter().any(|end| name.ends_with(end))
+        {
             continue;
         }
         if path.is_dir() {

@@ -186,7 +186,7 @@ fn recipe(args: &GenerateArgs) -> Result<GenerateRecipe> {
     set("api.model", model.as_deref().map(quoted));
     set("api.base_url", base_url.as_deref().map(quoted));
     set("input", input.as_ref().map(text).transpose()?.as_deref().map(quoted));
-    set("format", format.map(|format| format!("{format:?}").to_lowercase()).as_deref().map(quoted));
+    set("format", format.map(|format| quoted(format.name())));
     set("language", language.map(|language| quoted(language.name())));
     set("seed", seed.map(|seed| seed.to_string()));
     set("budget.requests", args.limits.requests.map(|n| n.to_string()));

@@ -198,6 +198,15 @@ impl GenerateRecipe {
             let found = api.timeout_seconds;
             return Err(format!("`api.timeout_seconds`: expected seconds above 0 and up to 86400, found {found}"));
         }
+        let name = &api.api_key_env;
+        let is_name = name.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+            && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        if !is_name {
+            // A key that stands here by mistake is not repeated.
+            return Err(
+                "`api.api_key_env`: expected the name of an environment variable, found another text".to_owned()
+            );
+        }
         if api.max_attempts == 0 {
             return Err("`api.max_attempts`: expected at least 1, found 0".to_owned());
         }

@@ -257,8 +257,10 @@ pub(super) struct QuestionDetails {
 impl QuestionDetails {
     /// Collects the details of a question.
     pub(super) fn of(units: &Units) -> Self {
-        let (mut strict, mut topic, mut number, mut numbered) = (Vec::new(), Vec::new(), false, false);
-        for unit in units.iter() {
+        let (mut strict, mut numbers, mut topic) = (Vec::<String>::new(), Vec::<String>::new(), Vec::new());
+        let (mut number, mut numbered) = (false, false);
+        let mut all = units.iter().peekable();
+        while let Some(unit) = all.next() {
             if let Some(aspect) = ASPECTS.iter().find(|aspect| unit.starts_with(**aspect)) {
                 strict.push((*aspect).to_owned());
             } else if numbered {
@@ -268,20 +270,19 @@ impl QuestionDetails {
             let begins_with_digit = unit.starts_with(|c: char| c.is_ascii_digit());
             let is_drug = DRUG_ENDINGS.iter().any(|ending| unit.len() > ending.len() + 2 && unit.ends_with(ending));
             let negated = NEGATIONS.contains(&unit) || unit.ends_with("n't");
-            if begins_with_digit {
-                strict.push(unit.to_owned());
-            } else if number
-                && is_measure(unit)
-                && let Some(last) = strict.last_mut()
-            {
-                // "5 mg" is the same as "5mg".
+            let counts = begins_with_digit || is_number_word(unit, all.peek().copied());
+            if counts {
+                numbers.push(unit.to_owned());
+            } else if number && let Some(last) = numbers.last_mut() {
+                // What follows a number is its unit; "5 mg" is the same as "5mg".
                 last.push_str(unit);
             } else if negated {
                 strict.push("not".to_owned());
             } else if is_drug || OPPOSITES.contains(&unit) {
                 strict.push(unit.to_owned());
             }
-            number = begins_with_digit;
+            let bare = unit.ends_with(|c: char| c.is_ascii_digit());
+            number = bare || number && ["毫", "微", "纳", "千", "分"].contains(&unit);
             if !is_function_word(unit) && !begins_with_digit && !is_measure(unit) {
                 topic.push(xxh3_64(stem(unit).as_bytes()) as u32);
             }
@@ -290,6 +291,8 @@ impl QuestionDetails {
         strict.extend(CHINESE_ASPECTS.find_iter(&text).map(|aspect| aspect.as_str().to_owned()));
         strict.extend(CHINESE_DRUGS.find_iter(&text).map(|drug| drug.as_str().to_owned()));
         strict.sort_unstable();
+        // The order of doses tells which drug has which.
+        strict.append(&mut numbers);
         topic.sort_unstable();
         topic.dedup();
         Self { strict: xxh3_64(strict.join("\u{0}").as_bytes()), topic }
@@ -323,6 +326,16 @@ fn is_measure(unit: &str) -> bool {
         "粒", "岁",
     ]
     .contains(&unit)
+}
+
+/// Returns whether a word counts something: a number word, or a Chinese numeral before a measure.
+fn is_number_word(unit: &str, next: Option<&str>) -> bool {
+    const WORDS: [&str; 13] =
+        ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "once", "twice", "half"];
+    const NUMERALS: &str = "一二两三四五六七八九十半";
+    const MEASURES: &str = "片粒次天日周月年岁克升支袋包滴丸毫微";
+    let measured = || next.is_some_and(|next| next.chars().all(|c| MEASURES.contains(c)));
+    WORDS.contains(&unit) || unit.chars().all(|c| NUMERALS.contains(c)) && measured()
 }
 
 fn is_function_word(unit: &str) -> bool {
@@ -387,6 +400,23 @@ mod tests {
         ] {
             let [a, b] = [one, other].map(|text| QuestionDetails::of(&Units::of(text)));
             assert_eq!(a.agree(&b), agree, "{one} / {other}: {:?} {:?}", a, b);
+        }
+    }
+
+    #[test]
+    fn doses_and_their_order_must_agree() {
+        let details = |text: &str| QuestionDetails::of(&Units::of(text));
+        let long = "Is it safe for an adult patient with high pressure and kidney trouble to take daily";
+        for (a, b) in [
+            ("50微克", "50毫克"),
+            ("吃一片", "吃两片"),
+            ("for 5 days", "for 5 weeks"),
+            ("once", "twice"),
+            ("5 mg of A and 50 mg of B", "50 mg of A and 5 mg of B"),
+        ] {
+            let of = |dose: &str| details(&format!("{long} this medicine {dose}"));
+            assert!(!of(a).agree(&of(b)), "{a}, {b}");
+            assert!(of(a).agree(&of(a)));
         }
     }
 }

@@ -40,6 +40,14 @@ impl SplitShares {
         for (row, earlier) in rows.iter().zip(&twins) {
             let mut found: Vec<SplitPart> =
                 earlier.iter().filter_map(|&row| parts.get(row as usize).copied()).collect();
+            // The twin of a row that stands between two parts stands there too.
+            let between = |&twin: &u32| {
+                parts.get(twin as usize) == Some(&SplitPart::Between) && rows[twin as usize].exact == row.exact
+            };
+            if earlier.iter().any(between) {
+                parts.push(SplitPart::Between);
+                continue;
+            }
             found.retain(|part| *part != SplitPart::Between);
             found.sort_unstable();
             found.dedup();

@@ -31,7 +31,9 @@ pub(crate) struct ConvertRowsArgs {
 pub(super) fn convert(args: &ConvertRowsArgs) -> Result<Value> {
     let mut output = RowOutput::new(&args.out);
     let schema = args.to.map(|format| Arc::new(Schema { format, ..Schema::default() }));
-    for row in args.input.valid_rows()? {
+    for row in args.input.rows()? {
+        let row = row?;
+        let row = if schema.is_some() { InputRow::new(row) } else { InputRow::in_any_form(row) };
         let InputRow { location, schema: from, row } = row?;
         match &schema {
             Some(to) if to.format != from.format || !from.columns.is_empty() => {

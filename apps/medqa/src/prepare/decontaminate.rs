@@ -167,6 +167,7 @@ impl ItemIndex {
                 }
             }
         }
+        items.retain(|item| item.units.len() > 0);
         if items.is_empty() {
             bail!("--against: expected at least one test item, found none");
         }

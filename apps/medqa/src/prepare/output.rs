@@ -2,7 +2,7 @@
 
 use super::writer::RowWriter;
 use crate::{
-    data::{DataRow, RowReader},
+    data::{DataRow, RowReader, content},
     schema::{Columns, Format, Schema, SchemaRequest},
     write,
 };
@@ -63,15 +63,29 @@ pub(super) struct InputRow {
 }
 
 impl InputRow {
-    /// Takes a row that was read.
+    /// Takes a row that was read and has the columns of its format.
     ///
     /// # Errors
     /// If the row has a mistake.
-    pub(super) fn new(DataRow { location, schema, value }: DataRow) -> Result<Self> {
-        let row =
-            value.map_err(|problem| anyhow!("{location}: {problem:#}; `medqa data clean` leaves such rows out"))?;
+    pub(super) fn new(row: DataRow) -> Result<Self> {
+        let row = Self::in_any_form(row)?;
+        let parsed = content::parse_row(&row.row, &row.schema).map(drop);
+        parsed.map_err(|problem| mistake(&row.location, &problem))?;
+        Ok(row)
+    }
+
+    /// Takes a row that was read, whatever its columns are.
+    ///
+    /// # Errors
+    /// If the row could not be read.
+    pub(super) fn in_any_form(DataRow { location, schema, value }: DataRow) -> Result<Self> {
+        let row = value.map_err(|problem| mistake(&location.to_string(), &problem))?;
         Ok(Self { location: location.to_string(), schema, row })
     }
+}
+
+fn mistake(location: &str, problem: &anyhow::Error) -> anyhow::Error {
+    anyhow!("{location}: {problem:#}; `medqa data clean` leaves such rows out")
 }
 
 /// A progress bar on a terminal; nothing elsewhere.

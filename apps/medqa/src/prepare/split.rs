@@ -73,19 +73,20 @@ pub(super) fn split(args: &SplitArgs) -> Result<Value> {
         }
     }
     let counts: Vec<(&str, u64)> = outputs.iter().map(|(name, _, _, rows)| (*name, *rows)).collect();
-    for (name, part, output, rows) in outputs {
-        let asked = match part {
-            SplitPart::Valid => args.valid > 0.0,
-            SplitPart::Test => args.test > 0.0,
-            SplitPart::Train | SplitPart::Between => true,
-        };
+    let asked = |part: &SplitPart| match part {
+        SplitPart::Valid => args.valid > 0.0,
+        SplitPart::Test => args.test > 0.0,
+        SplitPart::Train | SplitPart::Between => true,
+    };
+    if let Some((name, ..)) = outputs.iter().find(|(_, part, _, rows)| *rows == 0 && asked(part)) {
+        bail!(
+            "{}: no row has come to the part {name}; there are too few groups for such a share",
+            args.out_dir.display()
+        );
+    }
+    for (name, _, output, rows) in outputs {
         if rows > 0 {
             output.finish(&format!("split {name}"), Value::Null)?;
-        } else if asked {
-            bail!(
-                "{}: no row has come to the part {name}; there are too few groups for such a share",
-                args.out_dir.display()
-            );
         }
     }
     let of = |name: &str| counts.iter().find(|(known, _)| *known == name).map_or(0, |(_, rows)| *rows);

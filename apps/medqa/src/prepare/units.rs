@@ -34,6 +34,15 @@ impl Units {
                 units.text.push(c);
             } else if matches!(c, '\'' | '’') && before.is_alphabetic() {
                 units.text.push('\'');
+            } else if matches!(c, '+' | '<' | '>' | '≤' | '≥')
+                || matches!(c, '-' | '−')
+                    && before.is_alphanumeric()
+                    && !chars.peek().is_some_and(|c| c.is_alphanumeric())
+            {
+                // Signs tell "HER2+" from "HER2-".
+                units.end();
+                units.text.push(if c == '−' { '-' } else { c });
+                units.end();
             } else {
                 units.end();
             }
@@ -110,5 +119,14 @@ mod tests {
         assert_ne!(Units::of("ab c").exact_hash(), Units::of("a bc").exact_hash());
         assert!(Units::of("得了COVID-19怎么办").is_chinese() && !Units::of("What is COVID-19?").is_chinese());
         assert_eq!(Units::of("a b c d").grams(2, 0).len(), 3);
+    }
+
+    #[test]
+    fn signs_tell_texts_apart() {
+        let hash = |text: &str| Units::of(text).exact_hash();
+        for (a, b) in [("HER2+ cancer", "HER2- cancer"), ("BP > 140", "BP < 140"), ("Rh+?", "Rh-?")] {
+            assert_ne!(hash(a), hash(b), "{a}, {b}");
+        }
+        assert_eq!(hash("follow-up visit"), hash("follow up visit"));
     }
 }

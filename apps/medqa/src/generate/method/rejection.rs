@@ -100,7 +100,8 @@ impl Method for Rejection {
                 return Step::Ask(Prompt { temperature: 0.8, ..Prompt::user(question.to_owned(), 1024) });
             };
             let Some(verdict) = rest.next() else { return Step::Ask(self.judge(question, &answer.text)) };
-            scored.extend(score(&verdict.text).map(|score| ScoredAnswer { answer, score }));
+            scored
+                .extend(score(&verdict.text).filter(|_| !answer.truncated).map(|score| ScoredAnswer { answer, score }));
         }
         Step::Done(self.choose(question, row, &scored))
     }

@@ -7,6 +7,7 @@ mod quality;
 use super::{
     output::{InputArgs, RowOutput},
     texts::{RowTexts, TextPart, for_each_text},
+    units::Units,
 };
 use crate::{
     data::{DataRow, content},
@@ -233,13 +234,29 @@ impl Boilerplate {
 fn ends(text: &str) -> Vec<&str> {
     let all: Vec<&str> = sentences(text).collect();
     match all.as_slice() {
-        [first, .., last] => vec![first.trim(), last.trim()],
+        // Verdicts and doses are no boilerplate.
+        [first, .., last] => [first.trim(), last.trim()]
+            .into_iter()
+            .filter(|end| Units::of(end).len() >= 4 && !end.contains(|c: char| c.is_ascii_digit()))
+            .collect(),
         _ => Vec::new(),
     }
 }
 
 fn sentences(text: &str) -> impl Iterator<Item = &str> {
-    text.split_inclusive(['.', '!', '?', '。', '！', '？', '\n']).filter(|sentence| sentence.trim().len() > 3)
+    // A point inside a number ends no sentence.
+    let mut ends: Vec<usize> = Vec::new();
+    for (at, mark) in text.char_indices() {
+        let next = at + mark.len_utf8();
+        let apart = text[next..].chars().next().is_none_or(char::is_whitespace);
+        if matches!(mark, '。' | '！' | '？' | '\n') || matches!(mark, '.' | '!' | '?') && apart {
+            ends.push(next);
+        }
+    }
+    ends.push(text.len());
+    let starts: Vec<usize> = std::iter::once(0).chain(ends.iter().copied()).collect();
+    let parts = starts.into_iter().zip(ends).map(|(start, end)| &text[start..end]);
+    parts.filter(|sentence| sentence.trim().len() > 3)
 }
 
 /// Returns the text without a first and a last sentence that many answers share.

@@ -31,32 +31,32 @@ type KindRow = (&'static str, &'static str, fn(&str) -> bool);
 static KINDS: LazyLock<Vec<PersonalKind>> = LazyLock::new(|| {
     let rows: [KindRow; 12] = [
         ("email", r"[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}", always),
-        ("url", r"(?:https?://|www\.)[^\s<>，。；、）)\x22]+", always),
-        ("identity_card", r"(?-u:\b)[1-9]\d{16}[\dXx](?-u:\b)", is_identity_card),
-        ("identity_card", r"(?-u:\b)[1-9]\d{14}(?-u:\b)", is_old_identity_card),
-        ("bank_card", r"(?-u:\b)\d{4}(?:[ -]?\d{4}){2,3}(?:[ -]?\d{1,3})?(?-u:\b)", is_bank_card),
-        ("mobile", r"(?:\+?86[ -]?)?(?-u:\b)1[3-9]\d[ -]?\d{4}[ -]?\d{4}(?-u:\b)", always),
-        ("ssn", r"(?-u:\b)\d{3}-\d{2}-\d{4}(?-u:\b)", is_ssn),
+        ("url", r"(?:https?://|www\.)[!-~&&[^<>)\x22]]+", always),
+        ("identity_card", r"(?-u:\b)[1-9][0-9]{16}[0-9Xx](?-u:\b)", is_identity_card),
+        ("identity_card", r"(?-u:\b)[1-9][0-9]{14}(?-u:\b)", is_old_identity_card),
+        ("bank_card", r"(?-u:\b)[0-9]{4}(?:[ -]?[0-9]{4}){2,3}(?:[ -]?[0-9]{1,3})?(?-u:\b)", is_bank_card),
+        ("mobile", r"(?:\+86[ -]?|(?-u:\b)(?:86[ -]?)?)1[3-9][0-9][ -]?[0-9]{4}[ -]?[0-9]{4}(?-u:\b)", always),
+        ("ssn", r"(?-u:\b)[0-9]{3}-[0-9]{2}-[0-9]{4}(?-u:\b)", is_ssn),
         (
             "phone",
-            r"\(\d{3}\) ?\d{3}-\d{4}(?-u:\b)|(?-u:\b)\d{3}[-.]\d{3}[-.]\d{4}(?-u:\b)|(?-u:\b)0\d{2,3}-\d{7,8}(?-u:\b)|\+\d{1,3}[ -]\d{1,4}(?:[ -]\d{2,4}){2,4}(?-u:\b)",
+            r"\([0-9]{3}\) ?[0-9]{3}-[0-9]{4}(?-u:\b)|(?-u:\b)[0-9]{3}[-.][0-9]{3}[-.][0-9]{4}(?-u:\b)|(?-u:\b)0[0-9]{2,3}-[0-9]{7,8}(?-u:\b)|\+[0-9]{1,3}[ -][0-9]{1,4}(?:[ -][0-9]{2,4}){2,4}(?-u:\b)",
             always,
         ),
-        ("ip_address", r"(?-u:\b)(?:\d{1,3}\.){3}\d{1,3}(?-u:\b)", is_ip_address),
+        ("ip_address", r"(?-u:\b)(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?-u:\b)", is_ip_address),
         (
             "record_number",
-            r"(?:住院号|病历号|门诊号|就诊卡号|MRN|[Mm]edical record (?:no\.?|number))[:：#\s]*([A-Za-z]?\d{4,12})(?-u:\b)",
+            r"(?:住院号|病历号|门诊号|就诊卡号|MRN|[Mm]edical record (?:no\.?|number))[:：#\s]*([A-Za-z]?[0-9]{4,12})(?-u:\b)",
             always,
         ),
         (
             "date_of_birth",
-            r"(?:出生日期|生日|DOB|[Dd]ate of birth)[:：\s]*(\d{1,4}[-/.年]\d{1,2}[-/.月]\d{1,4}日?)",
+            r"(?:出生日期|生日|DOB|[Dd]ate of birth)[:：\s]*([0-9]{1,4}[-/.年][0-9]{1,2}[-/.月][0-9]{1,4}日?)",
             always,
         ),
         (
             "name",
             r"(?:姓名[:：]\s*([\x{4e00}-\x{9fff}]{2,4})|[Pp]atient(?:'s)? [Nn]ame[:：]\s*([A-Z][a-z]+(?: [A-Z][a-z]+)+)|(?-u:\b)(?:Mr|Mrs|Ms|Dr)\.? ([A-Z][a-z]+(?: [A-Z][a-z]+)?))",
-            always,
+            is_name,
         ),
     ];
     let kind = |(name, text, is_valid): KindRow| PersonalKind {
@@ -70,6 +70,16 @@ static KINDS: LazyLock<Vec<PersonalKind>> = LazyLock::new(|| {
 
 fn always(_: &str) -> bool {
     true
+}
+
+/// Refuses the word that begins a sentence after "Dr." in a letter.
+fn is_name(text: &str) -> bool {
+    const NO_NAMES: [&str; 22] = [
+        "A", "After", "Are", "Can", "Could", "Do", "Does", "For", "How", "I", "If", "In", "Is", "It", "My", "Please",
+        "Should", "The", "What", "When", "Why", "Will",
+    ];
+    let first = text.split(' ').next().unwrap_or_default();
+    !NO_NAMES.contains(&first)
 }
 
 fn digits(text: &str) -> Vec<u32> {
@@ -165,6 +175,8 @@ mod tests {
             ("电话13812345678，谢谢", "电话<MOBILE>，谢谢"),
             ("电话 13812345678，谢谢", "电话 <MOBILE>，谢谢"),
             ("+86 138-1234-5678", "<MOBILE>"),
+            ("+8613812345678", "<MOBILE>"),
+            ("详见www.a.cn每日口服阿司匹林100mg", "详见<URL>每日口服阿司匹林100mg"),
             ("身份证 11010519491231002X", "身份证 <IDENTITY_CARD>"),
             ("card 4111 1111 1111 1111 now", "card <BANK_CARD> now"),
             ("SSN 123-45-6789", "SSN <SSN>"),

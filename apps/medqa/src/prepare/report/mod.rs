@@ -22,7 +22,7 @@ const CHUNK: usize = 4096;
 pub(crate) struct ReportArgs {
     #[command(flatten)]
     pub input: InputArgs,
-    /// HTML page to write; the same figures in JSON go to the file beside it that ends in .json
+    /// HTML page to write; the same figures in JSON go to the file beside it that ends in .figures.json
     #[arg(long)]
     pub out: PathBuf,
     /// Directory with the tokenizer of the model, to count tokens too
@@ -57,6 +57,6 @@ pub(super) fn report(args: &ReportArgs) -> Result<Value> {
     let html = page::html(&figures, &statistics).context("the page cannot be drawn")?;
     write::create_parent_dir(&args.out)?;
     write::write_atomically(&args.out, html.as_bytes())?;
-    write::write_atomically(&args.out.with_extension("json"), format!("{figures:#}\n").as_bytes())?;
+    write::write_atomically(&args.out.with_extension("figures.json"), format!("{figures:#}\n").as_bytes())?;
     Ok(json!({"verb": "report", "rows": statistics.rows, "page": args.out.display().to_string()}))
 }
