@@ -94,7 +94,7 @@ fn rows_survive_all_formats_and_kinds_of_files() {
         for other in ["alpaca", "messages", "sharegpt"] {
             work.succeed(&["data", "convert", first, "--to", other, "--out", "there.parquet"]);
             work.succeed(&["data", "convert", "there.parquet", "--to", format, "--out", "back.jsonl"]);
-            assert_eq!(work.lines("back.jsonl"), std::slice::from_ref(row), "{format} → {other} → {format}");
+            assert_eq!(work.lines("back.jsonl"), std::slice::from_ref(&row), "{format} → {other} → {format}");
         }
     }
     for (arguments, words) in [
