@@ -33,7 +33,6 @@
 //! | optimizer states on the host or in a file | [`EngineConfig::with_optimizer_states_in`] |
 //! | ZeRO stages 0 to 2 for a plain Burn loop | [`ShardedOptimizer`] |
 //! | ranks as threads, as processes under `mpirun` (feature `mpi`) | [`comm`] |
-//! | pipelines of stages, beside data-parallel replicas | [`EngineConfig::with_pipeline`], [`pipeline`] |
 //! | the settings of DeepSpeed and FSDP | [`ds_config`] |
 //! | memory estimates before anything is allocated | [`estimate`] |
 //! | pipeline schedules as values | [`pipeline`] |
