@@ -270,7 +270,8 @@ impl QuestionDetails {
             let begins_with_digit = unit.starts_with(|c: char| c.is_ascii_digit());
             let is_drug = DRUG_ENDINGS.iter().any(|ending| unit.len() > ending.len() + 2 && unit.ends_with(ending));
             let negated = NEGATIONS.contains(&unit) || unit.ends_with("n't");
-            let counts = begins_with_digit || is_number_word(unit, all.peek().copied());
+            let is_sign = matches!(unit, "+" | "-" | "<" | ">" | "≤" | "≥");
+            let counts = begins_with_digit || is_sign || is_number_word(unit, all.peek().copied());
             if counts {
                 numbers.push(unit.to_owned());
             } else if number && let Some(last) = numbers.last_mut() {
@@ -412,6 +413,7 @@ mod tests {
             ("吃一片", "吃两片"),
             ("for 5 days", "for 5 weeks"),
             ("once", "twice"),
+            ("with BP > 140", "with BP < 140"),
             ("5 mg of A and 50 mg of B", "50 mg of A and 5 mg of B"),
         ] {
             let of = |dose: &str| details(&format!("{long} this medicine {dose}"));
