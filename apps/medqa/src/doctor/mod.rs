@@ -88,7 +88,10 @@ fn checks<B: Kernels>(device: &Device, quick: bool) -> Vec<Check<B>> {
         return checks;
     }
     checks.push(("five steps of LoRA lower the loss", device::loss_decreases));
-    checks.push(("pipeline of two = one process", pipeline::equals_one_process));
+    // Threads of one process share a GPU or libtorch's threads, so only the CPU backend gives equal bits.
+    if device.is_cpu() {
+        checks.push(("pipeline of two = one process", pipeline::equals_one_process));
+    }
     #[cfg(feature = "flex")]
     if !device.is_cpu() {
         checks.push(("LoRA gradients = CPU gradients", device::gradients));
