@@ -21,6 +21,7 @@ mod pipeline;
 mod read;
 mod tables;
 mod train;
+mod validation_rows;
 mod value;
 
 use std::path::{Path, PathBuf};
@@ -43,7 +44,8 @@ pub use parallel::{OffloadConfig, ParallelConfig, ParallelFiles, ShardingConfig}
 pub use pipeline::{Partition, PipelineOptions};
 pub use tables::{ComputeDtype, DataConfig, Learn, ModelConfig, OnTooLong, WeightDtype};
 pub use train::{EvalSaveConfig, KeepBest, LrScheduleConfig, OptimizerConfig, ReportTo, StepsConfig, TrainConfig};
-pub use value::{DatasetSource, Packing, TargetModules, TrainableLayers, ValidationRows};
+pub use validation_rows::ValidationRows;
+pub use value::{DatasetSource, Packing, TargetModules, TrainableLayers};
 
 /// The text of a recipe, in TOML.
 #[derive(Debug)]

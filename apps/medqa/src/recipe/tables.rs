@@ -6,7 +6,10 @@ use burn_peft::MatmulPrecision;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::value::{DatasetSource, Packing, ValidationRows, deserialize_sources};
+use super::{
+    validation_rows::ValidationRows,
+    value::{DatasetSource, Packing, deserialize_sources},
+};
 use crate::schema::{Columns, Format, SchemaRequest};
 
 /// The table `[model]`.
